@@ -1,0 +1,140 @@
+"""How every command starts and ends: flags, `-c run.yaml`, exit codes, `--json`.
+
+A command is a frozen dataclass (its fields are the flags, their docstrings the help) and a function that takes
+it. The function is named by a string and imported only once the flags are right, so `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+import yaml
+
+from llava_core.console import say
+from llava_core.errors import LlavaError
+
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Flags that every command has."""
+
+    json: bool = False
+    """Make the last line of standard output one JSON object with the figures of the summary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand: its flags and, as "module:function", what it runs."""
+
+    config: type[Options]
+    target: str
+
+
+def main(
+    prog: str, description: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Parse, run, and leave the process with DESIGN's exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = _run(prog, description, commands, list(sys.argv[1:] if argv is None else argv))
+    except LlavaError as error:
+        say(f"error: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues where it stopped")
+        code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        code = 1
+    sys.exit(code)
+
+
+def _run(prog: str, description: str, commands: Mapping[str, Command], argv: list[str]) -> int:
+    name = argv[0] if argv and argv[0] in commands else None
+    if name is not None:
+        argv = [name, *_with_file(commands[name].config, argv[1:])]
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: command.config for name, command in commands.items()},
+        prog=prog,
+        description=f"{description}\n\n-c FILE.yaml reads flags from a file (same keys; flags given here win).",
+        args=argv,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    module, function = commands[argv[0]].target.split(":")
+    summary: dict[str, Any] = getattr(importlib.import_module(module), function)(config) or {}
+    code = int(summary.pop("exit_code", 0))
+    if config.json:
+        print(json.dumps(summary, ensure_ascii=False, default=str), flush=True)
+    return code
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _with_file(config: type[Options], argv: list[str]) -> list[str]:
+    """Replace `-c FILE` by the flags the file holds, in front of those typed and without those they override."""
+    at = next(
+        (i for i, arg in enumerate(argv) if arg in ("-c", "--config") or arg.startswith("--config=")), None
+    )
+    if at is None:
+        return argv
+    if "=" in argv[at]:
+        path, rest = argv[at].split("=", 1)[1], argv[:at] + argv[at + 1 :]
+    elif at + 1 < len(argv):
+        path, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
+    else:
+        raise LlavaError("-c needs a file", do="write -c run.yaml", exit_code=2)
+    typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
+    flags: list[str] = []
+    for key, value in read_settings(Path(path), config).items():
+        flag = "--" + key.replace("_", "-")
+        if flag not in typed and flag.replace("--", "--no-", 1) not in typed:
+            flags += _flag(flag, value)
+    return flags + rest
+
+
+def _flag(flag: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    values = value if isinstance(value, list) else [value]
+    return [flag, *map(str, values)]
+
+
+def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
+    """The mapping in a YAML file, its keys checked against the fields of `config`.
+
+    Raises LlavaError (exit code 2) for a missing file, one that is no mapping, or an unknown key.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LlavaError(f"cannot read settings from {path}", got=error, exit_code=2) from None
+    if not isinstance(loaded, dict):
+        raise LlavaError(f"{path} holds no settings", expected="key: value lines", got=loaded, exit_code=2)
+    known = {field.name for field in dataclasses.fields(config)}
+    settings = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            raise LlavaError(f"unknown key {key!r} in {path}", do=hint, exit_code=2)
+        if value is not None:
+            settings[name] = value
+    return settings

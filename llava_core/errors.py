@@ -1,0 +1,29 @@
+"""The one exception whose message is meant for the person at the terminal."""
+
+from __future__ import annotations
+
+
+class LlavaError(ValueError):
+    """A fault the user can mend, said in one line: what, what was expected, what came, what to do.
+
+    `exit_code` is the status the command ends with: 1 failed, 2 wrong usage, 3 too many failed rows.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        do: str | None = None,
+        exit_code: int = 1,
+    ) -> None:
+        parts = [what]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        if do is not None:
+            parts.append(do)
+        super().__init__("; ".join(parts).replace("\n", " "))
+        self.exit_code = exit_code

@@ -1,0 +1,92 @@
+"""Who may import whom (DESIGN, Layout): read from the source, so that lazy imports count as well."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PHASES = ("extract", "train", "infer")
+SOURCES = [path for name in ("llava_core", *PHASES, "llava") for path in sorted((ROOT / name).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file imports, at any depth, with its parents: {'a', 'a.b'}."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names | {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+
+
+def importers(module: str) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in SOURCES if module in imported(path)}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_phases_import_only_the_core(phase: str) -> None:
+    others = {*PHASES, "llava"} - {phase}
+    for path in (ROOT / phase).rglob("*.py"):
+        assert not imported(path) & others, path
+
+
+def test_core_imports_none_of_its_siblings() -> None:
+    for path in (ROOT / "llava_core").rglob("*.py"):
+        assert not imported(path) & {*PHASES, "llava"}, path
+
+
+def test_llava_reaches_the_phases_only_through_their_commands() -> None:
+    for path in (ROOT / "llava").rglob("*.py"):
+        assert not imported(path) & set(PHASES), path
+
+
+def reachable(start: Path) -> set[str]:
+    """Modules of ours, and what they import, reachable from `start` through imports at any depth."""
+    todo, seen = [start], set[str]()
+    while todo:
+        for name in imported(todo.pop()) - seen:
+            seen.add(name)
+            for path in (
+                ROOT / (name.replace(".", "/") + ".py"),
+                ROOT / name.replace(".", "/") / "__init__.py",
+            ):
+                if path.exists():
+                    todo.append(path)
+    return seen
+
+
+def test_train_never_reaches_the_vision_tower_pillow_or_aiohttp() -> None:
+    for path in (ROOT / "train").rglob("*.py"):
+        forbidden = {"PIL", "aiohttp", "llava_core.vision", "llava_core.preprocess", "llava_core.fetch"}
+        assert not reachable(path) & forbidden, path
+
+
+def test_one_module_owns_h5py() -> None:
+    assert importers("h5py") == {"llava_core/shards.py"}
+
+
+def test_one_module_owns_the_http_client() -> None:
+    clients = {
+        str(p.relative_to(ROOT))
+        for p in SOURCES
+        if "aiohttp" in imported(p) and "ClientSession" in p.read_text()
+    }
+    assert clients == {"llava_core/fetch.py"}
+
+
+def test_one_module_calls_the_chat_template() -> None:
+    callers = {
+        str(p.relative_to(ROOT)) for p in SOURCES if "apply_chat_template(" in p.read_text(encoding="utf-8")
+    }
+    assert callers == {"llava_core/conversation.py"}
+
+
+def test_one_module_decodes_images() -> None:
+    opens = {str(p.relative_to(ROOT)) for p in SOURCES if "Image.open(" in p.read_text(encoding="utf-8")}
+    assert opens == {"llava_core/preprocess.py"}
