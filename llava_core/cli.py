@@ -1,7 +1,7 @@
 """How every command starts and ends: flags, `-c run.yaml`, exit codes, `--json`.
 
-A command is a frozen dataclass (its fields are the flags, their docstrings the help) and a function that takes
-it. The function is named by a string and imported only once the flags are right, so `--help` stays instant.
+A command is a frozen dataclass (its fields are the flags, their docstrings the help) and a function that
+takes it. The function is named by a string and imported only once the flags are right: `--help` is instant.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
     config = tyro.extras.subcommand_cli_from_dict(
         {name: command.config for name, command in commands.items()},
         prog=prog,
-        description=f"{description}\n\n-c FILE.yaml reads flags from a file (same keys; flags given here win).",
+        description=f"{description}\n\n-c FILE.yaml reads flags from a file; those typed win.",
         args=argv,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
@@ -88,18 +88,13 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def _with_file(config: type[Options], argv: list[str]) -> list[str]:
-    """Replace `-c FILE` by the flags the file holds, in front of those typed and without those they override."""
-    at = next(
-        (i for i, arg in enumerate(argv) if arg in ("-c", "--config") or arg.startswith("--config=")), None
-    )
-    if at is None:
+    """Replace `-c FILE` by the flags the file holds, less those typed."""
+    if "-c" not in argv:
         return argv
-    if "=" in argv[at]:
-        path, rest = argv[at].split("=", 1)[1], argv[:at] + argv[at + 1 :]
-    elif at + 1 < len(argv):
-        path, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
-    else:
+    at = argv.index("-c")
+    if at + 1 == len(argv):
         raise LlavaError("-c needs a file", do="write -c run.yaml", exit_code=2)
+    path, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
     flags: list[str] = []
     for key, value in read_settings(Path(path), config).items():
