@@ -18,13 +18,16 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def progress(total: int | None, unit: str, initial: int = 0, desc: str | None = None) -> tqdm[Any]:
+def progress(
+    total: int | None, unit: str, initial: int = 0, desc: str | None = None, leave: bool = True
+) -> tqdm[Any]:
     """A bar with rate and ETA on standard error; silent when that is not a terminal."""
     return tqdm(
         total=total,
         unit=f" {unit}",
         initial=initial,
         desc=desc,
+        leave=leave,
         dynamic_ncols=True,
         disable=not sys.stderr.isatty(),
         file=sys.stderr,

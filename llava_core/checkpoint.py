@@ -1,0 +1,200 @@
+"""A projector on disk: a folder that says what it is, what it belongs to and how it was made.
+
+Its files:
+
+    model.safetensors     the projector's weights, fp32
+    config.json           format version, projector, encoder, language model, conversation format
+    training_config.yaml  the flags of the run
+    metrics.json          its figures when it was saved
+    README.md             model card
+    state.pt              optimizer, step and random state, for resuming
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llava_core.conversation import CONVERSATION_FORMAT
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.projector import build_projector, parameter_count
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What a projector was trained between; a checkpoint is useless beside anything else."""
+
+    fingerprint: str
+    encoder: JsonDict
+    preprocess: JsonDict
+    language_model: JsonDict
+    conversation: str = CONVERSATION_FORMAT
+
+    def require_encoder(self, fingerprint: str, encoder: JsonDict, preprocess: JsonDict) -> None:
+        """Raise LlavaError naming both sides unless features of this encoder are the ones trained on."""
+        if fingerprint == self.fingerprint:
+            return
+        mine, theirs = {**self.encoder, **self.preprocess}, {**encoder, **preprocess}
+        raise LlavaError(
+            "this projector was trained on features of another vision encoder or preprocessing",
+            expected=f"{self.encoder.get('model_id')} ({self.fingerprint[:12]})",
+            got=f"{encoder.get('model_id')} ({fingerprint[:12]}): {first_difference(mine, theirs)}",
+            do="give --vision the encoder that made the features, or train on features of this one",
+        )
+
+    def require_language_model(self, identity: JsonDict) -> None:
+        """Raise LlavaError naming both sides unless this is the language model it was trained for."""
+        if identity["weights_sha256"] == self.language_model["weights_sha256"]:
+            return
+        raise LlavaError(
+            "this projector was trained for another language model",
+            expected=_describe(self.language_model),
+            got=_describe(identity),
+            do="give --llm the model it was trained for, or train a projector for this one",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the projector in eval mode on the CPU, fp32, and where it belongs."""
+
+    folder: Path
+    projector: torch.nn.Module
+    provenance: Provenance
+    training: JsonDict
+    """The run's flags."""
+    metrics: JsonDict
+
+
+def save_checkpoint(
+    folder: Path,
+    projector: torch.nn.Module,
+    kind: str,
+    sizes: tuple[int, int],
+    provenance: Provenance,
+    training: JsonDict,
+    metrics: JsonDict,
+    state: dict[str, Any],
+) -> None:
+    """Write the folder under a temporary name, flush it, rename it; `sizes` are the (in, out) widths."""
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = {
+        "format": "llava-projector",
+        "version": CHECKPOINT_VERSION,
+        "projector": {"kind": kind, "in_width": sizes[0], "out_width": sizes[1]},
+        **dataclasses.asdict(provenance),
+    }
+    weights = {
+        name: tensor.detach().float().cpu().contiguous() for name, tensor in projector.state_dict().items()
+    }
+    save_file(weights, partial / "model.safetensors")
+    _write(partial / "config.json", json.dumps(config, ensure_ascii=False, indent=2))
+    _write(partial / "training_config.yaml", yaml.safe_dump(training, allow_unicode=True, sort_keys=False))
+    _write(partial / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=2))
+    _write(partial / "README.md", _model_card(config, training, metrics, parameter_count(projector)))
+    torch.save(state, partial / "state.pt")
+    for path in [*partial.iterdir(), partial]:
+        _fsync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _fsync(folder.parent)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder strictly.
+
+    Raises LlavaError if a file is missing or damaged, or of another format version.
+    """
+    if not (folder / "config.json").is_file():
+        inner = [name for name in ("best", "last") if (folder / name / "config.json").is_file()]
+        hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
+        raise LlavaError(f"no checkpoint in {folder}", expected="config.json and model.safetensors", do=hint)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("format") != "llava-projector" or config.get("version") != CHECKPOINT_VERSION:
+            raise LlavaError(
+                f"{folder} has another checkpoint format",
+                expected=f"llava-projector version {CHECKPOINT_VERSION}",
+                got=f"{config.get('format')} version {config.get('version')}",
+            )
+        projector = build_projector(**config["projector"])
+        projector.load_state_dict(load_file(folder / "model.safetensors"))
+        provenance = Provenance(**{f.name: config[f.name] for f in dataclasses.fields(Provenance)})
+        training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise LlavaError(f"damaged checkpoint {folder}", got=reason, do="use another checkpoint") from None
+    return Checkpoint(folder, projector.eval().requires_grad_(False), provenance, training, metrics)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The resume state of a checkpoint, tensors on the CPU."""
+    state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return state
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Make `link` a relative symbolic link to its sibling `target`, replacing it in one step."""
+    partial = link.with_name(link.name + ".part")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target.name)
+    partial.replace(link)
+
+
+def _describe(identity: JsonDict) -> str:
+    return f"{identity['id']} (weights {identity['weights_sha256'][:12]}, hidden {identity['hidden']})"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _model_card(config: JsonDict, training: JsonDict, metrics: JsonDict, parameters: int) -> str:
+    projector = config["projector"]
+    figures = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
+    return f"""---
+library_name: llava-align
+tags: [llava, projector, image-to-text]
+---
+# Projector between {config["encoder"].get("model_id")} and {config["language_model"]["id"]}
+
+A {projector["kind"]} projector, {projector["in_width"]} to {projector["out_width"]} wide ({parameters:,}
+parameters), trained on cached features of the frozen vision encoder, to caption loss through the frozen
+language model.
+
+| figure | value |
+| --- | --- |
+{figures}
+
+- encoder fingerprint: `{config["fingerprint"]}`
+- language model weights: `{config["language_model"]["weights_sha256"]}`
+- flags: `training_config.yaml`
+
+Ask it about a picture:
+
+    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt 请描述这张图片。
+"""

@@ -1,0 +1,141 @@
+"""Chat text as token ids and labels: the only caller of the chat template.
+
+The language model sees `[visual tokens][chat-template text]`; this module makes the second part. Loss falls
+on every answer and the end token that closes it, on nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from llava_core.errors import LlavaError
+
+CONVERSATION_FORMAT = "visual-prefix/1"
+"""Name of the layout `[visual][template text]`, kept in checkpoints; another layout gets another name."""
+
+IGNORE = -100
+"""Label of a token that is context only."""
+
+INSTRUCTIONS = (
+    "请描述这张图片。",
+    "描述图中的内容。",
+    "这张图片里有什么？",
+    "请详细说明图片中的内容。",
+    "用中文描述一下这幅图。",
+    "你在图中看到了什么？",
+    "Describe the image.",
+    "What is in this picture?",
+    "Describe this image in detail.",
+    "What do you see?",
+)
+"""Questions that a caption answers."""
+
+
+def pick_instruction(seed: int, key: str) -> str:
+    """One of INSTRUCTIONS, a pure function of (seed, key), alike on every machine."""
+    return INSTRUCTIONS[zlib.crc32(f"{seed}/{key}".encode()) % len(INSTRUCTIONS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Text of one training sample."""
+
+    ids: list[int]
+    labels: list[int]
+    """As long as `ids`: the token itself where it is to be learnt, IGNORE elsewhere (not shifted)."""
+    cut: bool
+    """An answer was longer than the budget; it lost its tail and therefore teaches no end token."""
+
+
+class Conversation:
+    """Builds prompts and training examples with one tokenizer's chat template (thinking switched off)."""
+
+    def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        # The template's text around answers depends on the questions alone, and captions have few of them.
+        self._frame = functools.lru_cache(maxsize=4096)(self._render_frame)
+
+    def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a chat that waits for the assistant's next answer.
+
+        `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
+        """
+        return self._tokens(self._render(messages, add_generation_prompt=True))
+
+    def example(self, turns: Sequence[Turn], max_answer_tokens: int) -> Example:
+        """Ids and labels of a finished dialogue; each answer keeps at most `max_answer_tokens` tokens.
+
+        The ids before the last answer are those `prompt` gives for the same history, so training and
+        inference agree on every token. A dialogue ends after its last end token, or where that was cut.
+        """
+        frame = self._frame(tuple(turn.question for turn in turns))
+        ids, labels, cut = list(frame[0]), [IGNORE] * len(frame[0]), False
+        for turn, after in zip(turns, frame[1:], strict=True):
+            answer = self._tokens(turn.answer.strip())
+            fits = len(answer) <= max_answer_tokens
+            answer = answer[:max_answer_tokens]
+            ids += answer
+            labels += answer
+            if fits or turn is not turns[-1]:
+                ids += after
+                labels += [after[0] if fits else IGNORE] + [IGNORE] * (len(after) - 1)
+            cut |= not fits
+        return Example(ids, labels, cut)
+
+    def _render_frame(self, questions: tuple[str, ...]) -> list[list[int]]:
+        """Token ids of the template's text around the answers: before the first, and after each.
+
+        Everything before the last answer is the very prompt that inference would send, with marks in place
+        of the earlier answers. Slicing by the length of the previous turns would be wrong: Qwen3's template
+        drops the empty think block from earlier answers.
+        """
+        marks = [f"answer-{i}-of-{len(questions)}" for i in range(len(questions))]
+        messages = []
+        for question, mark in zip(questions, marks, strict=True):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": mark}]
+        prompt = self._render(messages[:-1], add_generation_prompt=True)
+        whole = self._render(messages, add_generation_prompt=False)
+        texts = _split(prompt, marks[:-1]) + _split(whole, marks)[-1:]
+        pieces = [self._tokens(text) for text in texts]
+        if any(not piece or piece[0] not in self.eos_ids for piece in pieces[1:]):
+            raise LlavaError(
+                "the chat template closes an answer without an end token",
+                expected=f"one of {self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))}",
+                got=texts[1:],
+            )
+        pieces[-1] = pieces[-1][:1]
+        return pieces
+
+    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+        )
+        return text
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str]:
+    pieces = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            raise LlavaError("the chat template drops an assistant's answer", do="use another model")
+        pieces.append(before)
+    return [*pieces, text]

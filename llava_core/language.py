@@ -1,0 +1,128 @@
+"""The frozen language model: any local folder with a causal model and a chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llava_core.device import default_dtype
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict, sha256_files
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in eval mode whose weights take no gradients."""
+
+    model: Any
+    """The transformers model; `.model` in it is the stack of blocks, without the vocabulary head."""
+    tokenizer: Any
+    identity: JsonDict
+    """id (folder name), weights_sha256, architecture, hidden: what a projector checkpoint remembers of it."""
+    embedding_rms: float
+    """Root mean square of one number of the text embeddings: the scale projected tokens start at."""
+    eos_ids: frozenset[int]
+    """Tokens that end an answer."""
+
+    @property
+    def hidden(self) -> int:
+        return int(self.identity["hidden"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> torch.nn.Embedding:
+        layer: torch.nn.Embedding = self.model.get_input_embeddings()
+        return layer
+
+    @property
+    def head(self) -> torch.Tensor:
+        """Weight of the vocabulary head, [vocabulary, hidden]."""
+        weight: torch.Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [...] -> embeddings [..., hidden]."""
+        embedded: torch.Tensor = self.embedding(ids)
+        return embedded
+
+
+def load_language_model(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """Load the model and tokenizer in `folder` (safetensors, bin or one .gguf), freeze them, set eval mode.
+
+    Raises LlavaError if weights or chat template are missing, or transformers cannot load the folder.
+    """
+    device = torch.device(device)
+    weights = weight_files(folder)
+    where = {"gguf_file": weights[0].name} if weights[0].suffix == ".gguf" else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **where)
+    except ImportError as error:
+        raise LlavaError(
+            f"cannot load {weights[0]}", got=_first_line(error), do="pip install 'llava-align[gguf]'"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise LlavaError(
+            f"cannot load the language model in {folder}",
+            expected="a causal model and tokenizer that transformers loads",
+            got=_first_line(error),
+        ) from None
+    if not getattr(tokenizer, "chat_template", None):
+        raise LlavaError(
+            f"the tokenizer in {folder} has no chat template",
+            do="use an instruct model, or add chat_template.jinja to the folder",
+        )
+    model = model.to(device, dtype or default_dtype(device)).eval().requires_grad_(False)
+    embedding = model.get_input_embeddings().weight
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        identity={
+            "id": folder.resolve().name,
+            "weights_sha256": sha256_files(weights),
+            "architecture": type(model).__name__,
+            "hidden": embedding.shape[1],
+        },
+        embedding_rms=float(embedding.float().pow(2).mean().sqrt()),
+        eos_ids=_end_tokens(model, tokenizer),
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: every shard of the first format present."""
+    if not folder.is_dir():
+        raise LlavaError(f"no language model folder {folder}", do="give --llm a folder; see `llava download`")
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise LlavaError(
+        f"no weights in {folder}",
+        expected="*.safetensors, pytorch_model*.bin or *.gguf",
+        do="download it again",
+    )
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,19 @@
+"""`python -m train` and `llava-train`."""
+
+from __future__ import annotations
+
+from llava_core import cli
+from train.config import EvalConfig, RunConfig
+
+COMMANDS = {
+    "run": cli.Command(RunConfig, "train.run:run"),
+    "eval": cli.Command(EvalConfig, "train.evaluate:run"),
+}
+
+
+def main() -> None:
+    cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
+
+
+if __name__ == "__main__":
+    main()

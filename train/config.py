@@ -1,0 +1,103 @@
+"""Flags of `train`; every default of the recipe lives here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from llava_core.cli import Options
+from llava_core.errors import LlavaError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Options):
+    """Train a projector on cached features. The same command continues a run that was interrupted."""
+
+    features: Path
+    """Folder of feature shards to train on (what `extract run --out` wrote)."""
+    llm: Path
+    """Folder of the language model, such as Qwen3-0.6B."""
+    out: Path
+    """Folder of this run: metrics.jsonl, checkpoints, `last` and `best`."""
+    eval_features: Path | None = None
+    """Folder of held-out shards; without it nothing is evaluated and there is no `best`."""
+
+    projector: Literal["linear", "mlp"] = "linear"
+    """Kind of projector; mlp is linear, GELU, linear."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises; after them it falls to 0 along a cosine."""
+    batch_size: int = 16
+    """Samples per optimizer step."""
+    epochs: int = 1
+    """Passes over the samples."""
+    max_steps: int | None = None
+    """Stop after this many steps; the learning rate ends there too."""
+    max_samples: int = 100_000
+    """Use the first so many usable rows, in the order of shards and rows."""
+    max_text_tokens: int = 128
+    """Answer budget in tokens; a longer caption is cut and then teaches no end token."""
+    micro_tokens: int = 16_384
+    """Most tokens in one forward pass: bounds memory, and changes no result."""
+    seed: int = 0
+    """Seed of initialisation, order and instructions."""
+
+    eval_every: int = 500
+    """Evaluate on the held-out shards every so many steps, and before the first and after the last."""
+    eval_samples: int = 512
+    """Use the first so many held-out rows for that."""
+    save_every: int = 500
+    """Write a checkpoint every so many steps, and at the end."""
+    keep: int = 2
+    """Checkpoints to keep; those that `last` and `best` point to always stay."""
+    log_every: int = 10
+    """Write a line of metrics every so many steps."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also report metrics there; wandb stays offline unless a key is set."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    resume: bool = False
+    """Fail unless OUT holds a run to continue."""
+    dry_run: bool = False
+    """Print steps, bytes and parameters, and touch nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "batch_size", "epochs", "max_samples", "max_text_tokens", "micro_tokens",
+                     "eval_every", "eval_samples", "save_every", "keep", "log_every"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise LlavaError(
+                    f"--{name.replace('_', '-')}",
+                    expected="a number above 0",
+                    got=getattr(self, name),
+                    exit_code=2,
+                )
+        if self.max_steps is not None and self.max_steps <= 0:
+            raise LlavaError("--max-steps", expected="a number above 0", got=self.max_steps, exit_code=2)
+        if not 0 <= self.warmup < 1:
+            raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(Options):
+    """Loss, perplexity and grounding gap of a checkpoint on held-out shards."""
+
+    checkpoint: Path
+    """Checkpoint folder, such as RUN/best."""
+    features: Path
+    """Folder of held-out feature shards."""
+    llm: Path
+    """Folder of the language model the projector was trained for."""
+    max_samples: int = 100_000
+    """Use the first so many usable rows."""
+    max_text_tokens: int = 128
+    """Answer budget in tokens."""
+    batch_size: int = 16
+    """Samples read at a time."""
+    micro_tokens: int = 16_384
+    """Most tokens in one forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""

@@ -1,0 +1,80 @@
+"""What a projector is worth on held-out rows: loss, perplexity, and whether it looks at the picture."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from llava_core.checkpoint import load_checkpoint
+from llava_core.console import progress, say, table
+from llava_core.conversation import Conversation
+from llava_core.device import pick_device
+from llava_core.fingerprint import JsonDict
+from llava_core.language import LanguageModel, load_language_model
+from llava_core.shards import open_shards
+from train.config import EvalConfig
+from train.objective import prepare, summed_loss
+from train.packing import packs
+from train.samples import Samples
+
+
+@torch.no_grad()
+def evaluate(
+    llm: LanguageModel,
+    projector: torch.nn.Module,
+    samples: Samples,
+    batch_size: int,
+    micro_tokens: int,
+) -> JsonDict:
+    """Held-out `loss` (nats per answer token), `perplexity`, `loss_shuffled`, `grounding_gap`.
+
+    The grounding gap is the loss with every caption beside the next row's picture, minus the loss with the
+    right one: 0 means that the answers ignore the picture. It is None for a single sample.
+    """
+    n, shuffle = len(samples), len(samples) > 1
+    right, shuffled, tokens = 0.0, 0.0, 0
+    with progress(n, "samples", desc="evaluate", leave=False) as bar:
+        for start in range(0, n, batch_size):
+            indices = list(range(start, min(start + batch_size, n)))
+            batch = samples.batch(indices, epoch=0)
+            for pack in packs(batch, micro_tokens):
+                right += float(summed_loss(llm, projector, pack.to(llm.device)))
+                tokens += len(pack.targets)
+            if shuffle:
+                others = samples.batch(indices, epoch=0, images=[(i + 1) % n for i in indices])
+                for pack in packs(others, micro_tokens):
+                    shuffled += float(summed_loss(llm, projector, pack.to(llm.device)))
+            bar.update(len(indices))
+    loss = right / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "loss_shuffled": shuffled / tokens if shuffle else None,
+        "grounding_gap": (shuffled - right) / tokens if shuffle else None,
+        "samples": n,
+        "answer_tokens": tokens,
+    }
+
+
+def run(config: EvalConfig) -> JsonDict:
+    """`train eval`: print and return the figures of `evaluate`."""
+    checkpoint = load_checkpoint(config.checkpoint)
+    shards = open_shards(config.features)
+    first = shards[0]
+    checkpoint.provenance.require_encoder(first.fingerprint, first.encoder, first.preprocess)
+    device = pick_device(config.device)
+    llm = load_language_model(config.llm, device)
+    checkpoint.provenance.require_language_model(llm.identity)
+    prepare(llm)
+    conversation = Conversation(llm.tokenizer, llm.eos_ids)
+    samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, seed=0)
+    say(f"{len(samples)} held-out samples of {config.features}")
+    projector = checkpoint.projector.to(device)
+    figures = evaluate(llm, projector, samples, config.batch_size, config.micro_tokens)
+    print(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
+    return figures
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else f"{value:,}"

@@ -1,0 +1,36 @@
+"""Batches ahead of time: reading shards and tokenising text happen while the model computes."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from train.samples import Batch, Samples, Schedule
+
+AHEAD = 4
+"""Batches in flight."""
+THREADS = 2
+
+
+def prefetch(samples: Samples, schedule: Schedule, start: int, pin: bool) -> Iterator[Batch]:
+    """Batches of the steps from `start` to the end, in order, in pinned memory if `pin`."""
+
+    def load(step: int) -> Batch:
+        epoch, indices = schedule.at(step)
+        batch = samples.batch(indices, epoch)
+        return Batch(batch.features.pin_memory(), batch.examples) if pin else batch
+
+    steps = iter(range(start, schedule.steps))
+    with ThreadPoolExecutor(THREADS, "loader") as pool:
+        ahead: collections.deque[Future[Batch]] = collections.deque()
+        try:
+            for step in steps:
+                ahead.append(pool.submit(load, step))
+                if len(ahead) > AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

@@ -1,0 +1,119 @@
+"""Samples laid end to end in one row of tokens, and attention that keeps them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from llava_core.conversation import IGNORE, Example
+from llava_core.errors import LlavaError
+from train.samples import Batch
+
+ATTENTION = "llava_packed"
+"""Name of `packed_attention` in transformers' attention interface."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Samples as one row of N tokens, each sample `[T visual tokens][text]`."""
+
+    features: torch.Tensor
+    """fp16 [samples, T, D]."""
+    ids: torch.Tensor
+    """[N]; 0 where a visual token stands."""
+    positions: torch.Tensor
+    """[N] position in the own sample."""
+    visual: torch.Tensor
+    """[samples * T] indices of the visual tokens."""
+    predicting: torch.Tensor
+    """[A] indices of the tokens whose next token is to be learnt."""
+    targets: torch.Tensor
+    """[A] those next tokens."""
+    lengths: list[int]
+    """Tokens of each sample; they sum to N."""
+
+    def to(self, device: torch.device) -> Pack:
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def packs(batch: Batch, micro_tokens: int) -> Iterator[Pack]:
+    """Cut a batch into packs of at most `micro_tokens` tokens, in order.
+
+    Raises LlavaError if one sample alone is longer.
+    """
+    visual = batch.features.shape[1]
+    start = tokens = 0
+    for end, example in enumerate(batch.examples):
+        length = visual + len(example.ids)
+        if length > micro_tokens:
+            raise LlavaError("a sample has too many tokens", expected=f"at most {micro_tokens}", got=length,
+                             do="raise --micro-tokens or lower --max-text-tokens")  # fmt: skip
+        if tokens + length > micro_tokens:
+            yield pack(batch.features[start:end], batch.examples[start:end])
+            start, tokens = end, 0
+        tokens += length
+    yield pack(batch.features[start:], batch.examples[start:])
+
+
+def pack(features: torch.Tensor, examples: Sequence[Example]) -> Pack:
+    """Lay samples end to end: features [samples, T, D] and the words of each."""
+    visual = features.shape[1]
+    lengths = [visual + len(example.ids) for example in examples]
+    ids, labels = [], []
+    for example in examples:
+        ids += [0] * visual + example.ids
+        labels += [IGNORE] * visual + example.labels
+    # Token i predicts token i + 1; a sample's first label is always context, so none crosses into the next.
+    following = torch.tensor([*labels[1:], IGNORE])
+    predicting = torch.nonzero(following != IGNORE).squeeze(1)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    return Pack(
+        features=features,
+        ids=torch.tensor(ids),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        visual=(starts[:, None] + torch.arange(visual)).flatten(),
+        predicting=predicting,
+        targets=following[predicting],
+        lengths=lengths,
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    *,
+    lengths: Sequence[int],
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each sample: [1, heads, N, head] -> [1, N, heads, head].
+
+    One SDPA call per sample, so no mask and no score between samples ever exists.
+    """
+    if sliding_window is not None and sliding_window < max(lengths):
+        raise LlavaError("this language model's sliding window is shorter than a sample",
+                         expected=f"at least {max(lengths)} tokens", got=sliding_window)  # fmt: skip
+    attended = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in zip(
+            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        )
+    ]
+    return torch.cat(attended, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)

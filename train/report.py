@@ -1,0 +1,99 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: JsonDict) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, `step` first; a resumed run drops what came after its checkpoint."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = []
+        if path.exists() and resume_step:
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+        partial = path.with_name(path.name + ".part")
+        partial.write_text("".join(line + "\n" for line in kept))
+        partial.replace(path)
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, step: int, metrics: JsonDict) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise LlavaError("--report-to tensorboard", do="pip install 'llava-align[tensorboard]'") from None
+        self.writer: Any = SummaryWriter(str(folder))
+
+    def log(self, step: int, metrics: JsonDict) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Offline without an API key, so that no run ever waits at a login prompt."""
+
+    def __init__(self, folder: Path, training: JsonDict) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise LlavaError("--report-to wandb", do="pip install 'llava-align[wandb]'") from None
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self.run: Any = wandb.init(
+            project="llava-align", name=folder.name, dir=folder, config=training, mode=mode
+        )
+
+    def log(self, step: int, metrics: JsonDict) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Report:
+    """Sends metrics to every sink asked for."""
+
+    def __init__(self, out: Path, report_to: Sequence[str], training: JsonDict, resume_step: int) -> None:
+        self.sinks: list[Sink] = [JsonLines(out / "metrics.jsonl", resume_step)]
+        if "tensorboard" in report_to:
+            self.sinks.append(TensorBoard(out / "tensorboard"))
+        if "wandb" in report_to:
+            self.sinks.append(WeightsAndBiases(out, training))
+
+    def log(self, step: int, metrics: JsonDict) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line torn by a crash

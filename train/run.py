@@ -1,0 +1,276 @@
+"""`train run`: the loop. Next batch, loss, backward, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from llava_core.checkpoint import Provenance
+from llava_core.console import human_bytes, progress, say, table
+from llava_core.conversation import CONVERSATION_FORMAT, Conversation
+from llava_core.device import pick_device
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from llava_core.language import LanguageModel, load_language_model
+from llava_core.projector import build_projector, match_scale, parameter_count
+from llava_core.shards import Shard, open_shards, require_same_fingerprint
+from train.config import RunConfig
+from train.evaluate import evaluate
+from train.loader import prefetch
+from train.objective import prepare, summed_loss
+from train.packing import packs
+from train.report import Report
+from train.runfolder import RunFolder
+from train.samples import Batch, Samples, Schedule
+
+SCALE_SAMPLES = 64
+"""Samples whose features set the scale of the initial projector."""
+
+
+def run(config: RunConfig) -> JsonDict:
+    """Train a projector, or continue the run that OUT holds; returns the figures of the last checkpoint."""
+    shards = open_shards(config.features)
+    held_out = open_shards(config.eval_features) if config.eval_features else []
+    require_same_fingerprint([*shards, *held_out])
+    if config.dry_run:
+        return plan(config, shards)
+    folder = RunFolder(config.out, config)
+    if (finished := folder.finished()) is not None:
+        say(f"{config.out} is finished; nothing to do")
+        return finished
+    device = pick_device(config.device)
+    llm = load_language_model(config.llm, device)
+    prepare(llm)
+    return Trainer(config, folder, llm, shards, held_out).train()
+
+
+class Trainer:
+    """A run's parts and its state: the projector, its optimizer and the number of steps done."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        llm: LanguageModel,
+        shards: list[Shard],
+        held_out: list[Shard],
+    ) -> None:
+        self.config, self.folder, self.llm = config, folder, llm
+        conversation = Conversation(llm.tokenizer, llm.eos_ids)
+        self.samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, config.seed)
+        self.held_out = held_out and Samples(
+            held_out, conversation, config.max_text_tokens, config.eval_samples, seed=0
+        )
+        self.schedule = Schedule(
+            len(self.samples), config.batch_size, config.epochs, config.max_steps, config.seed
+        )
+        self.sizes = (shards[0].width, llm.hidden)
+        self.provenance = Provenance(
+            fingerprint=shards[0].fingerprint,
+            encoder=shards[0].encoder,
+            preprocess=shards[0].preprocess,
+            language_model=llm.identity,
+            conversation=CONVERSATION_FORMAT,
+        )
+        self.projector = self._initial_projector().to(llm.device)
+        self.optimizer = torch.optim.AdamW(
+            self.projector.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.step = 0
+        self.figures: JsonDict = {}
+        self.best = math.inf
+        if state := folder.resume(self.provenance):
+            self.projector.load_state_dict(state["projector"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
+            torch.set_rng_state(state["rng"])
+        say(
+            f"frozen: {llm.identity['id']} ({parameter_count(llm.model):,} parameters); trained: "
+            f"{config.projector} projector {self.sizes[0]}→{self.sizes[1]} "
+            f"({parameter_count(self.projector):,} parameters)"
+        )
+        say(
+            f"{len(self.samples)} samples, {self.schedule.steps} steps of {config.batch_size} on {llm.device}"
+            + (f", continued at step {self.step}" if self.step else "")
+        )
+
+    def train(self) -> JsonDict:
+        config, schedule = self.config, self.schedule
+        report = Report(config.out, config.report_to, self.folder.training, self.step)
+        batches = prefetch(self.samples, schedule, self.step, pin=self.llm.device.type == "cuda")
+        meter = Meter()
+        try:
+            with stop_request() as stop, progress(schedule.steps, "steps", initial=self.step) as bar:
+                if self.step == 0:
+                    self.evaluate(report)
+                for batch in meter.waiting(batches):
+                    loss, tokens = self.train_step(batch)
+                    meter.count(len(batch.examples), tokens, sum(e.cut for e in batch.examples))
+                    self.require_finite(loss)
+                    done = self.step == schedule.steps
+                    if self.step % config.log_every == 0 or done:
+                        metrics = {"loss": loss, "lr": self.learning_rate(self.step - 1), **meter.rates()}
+                        report.log(self.step, metrics)
+                        bar.set_postfix_str(f"loss {loss:.3f} {metrics['samples_per_s']:.0f} samples/s")
+                    bar.update()
+                    better = (self.step % config.eval_every == 0 or done) and self.evaluate(report)
+                    if self.step % config.save_every == 0 or done or stop or better:
+                        self.save(better)
+                    if stop:
+                        raise KeyboardInterrupt
+        finally:
+            batches.close()
+            report.close()
+        self.folder.finish(self.figures)
+        cut = f"; {meter.cut} captions were cut at {config.max_text_tokens} tokens" if meter.cut else ""
+        say(f"finished {schedule.steps} steps{cut}")
+        print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in self.figures.items() if v is not None]))
+        return {**self.figures, "out": str(config.out), "steps": schedule.steps, "captions_cut": meter.cut}
+
+    def train_step(self, batch: Batch) -> tuple[float, int]:
+        """One optimizer step; returns the mean loss per answer token and the tokens the model saw."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        answers = sum(sum(label >= 0 for label in example.labels) for example in batch.examples)
+        total, tokens = torch.zeros((), device=self.llm.device), 0
+        for pack in packs(batch, self.config.micro_tokens):
+            loss = summed_loss(self.llm, self.projector, pack.to(self.llm.device)) / answers
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            tokens += len(pack.ids)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(total), tokens
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of the step with this number, from 0: linear warm-up, then a cosine to 0."""
+        warmup = round(self.config.warmup * self.schedule.steps)
+        if step < warmup:
+            return self.config.lr * (step + 1) / warmup
+        share = (step - warmup) / max(1, self.schedule.steps - warmup)
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+    def evaluate(self, report: Report) -> bool:
+        """Measure the held-out rows; True if no earlier loss was lower."""
+        if not self.held_out:
+            return False
+        config = self.config
+        figures = evaluate(self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens)
+        self.figures = {f"eval_{name}": figures[name] for name in ("loss", "perplexity", "grounding_gap")}
+        self.figures["eval_step"] = self.step
+        report.log(self.step, self.figures)
+        say(
+            f"step {self.step}: held-out loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
+            + (f", grounding gap {gap:.4f}" if (gap := figures["grounding_gap"]) is not None else "")
+        )
+        better = figures["loss"] < self.best
+        self.best = min(self.best, figures["loss"])
+        return better
+
+    def save(self, best: bool) -> None:
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "figures": self.figures,
+            "rng": torch.get_rng_state(),
+        }
+        self.folder.save(self.step, self.projector, self.sizes, self.provenance, self.figures, state, best)
+
+    def require_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        _, indices = self.schedule.at(self.step - 1)
+        picked = [self.samples.rows[index] for index in indices]
+        rows = [f"{self.samples.shards[shard].path.name}:{row}" for shard, row in picked]
+        raise LlavaError(
+            f"the loss is {loss} at step {self.step}, learning rate {self.learning_rate(self.step - 1):.2e}",
+            got=f"rows {', '.join(rows)}",
+            do=f"continue from {self.config.out}/last with a lower --lr in another --out",
+        )
+
+    def _initial_projector(self) -> torch.nn.Module:
+        torch.manual_seed(self.config.seed)
+        projector = build_projector(self.config.projector, *self.sizes)
+        some = self.samples.batch(range(min(SCALE_SAMPLES, len(self.samples))), epoch=0)
+        match_scale(projector, some.features.float(), self.llm.embedding_rms)
+        return projector
+
+
+class Meter:
+    """Rates since the last restart, and the time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.cut = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.samples, self.tokens, self.waited = time.perf_counter(), 0, 0, 0.0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with the wait for each counted."""
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - before
+            yield batch
+
+    def count(self, samples: int, tokens: int, cut: int) -> None:
+        self.samples += samples
+        self.tokens += tokens
+        self.cut += cut
+
+    def rates(self) -> JsonDict:
+        """Samples and tokens per second, and the share of time spent waiting for data."""
+        seconds = time.perf_counter() - self.started
+        rates = {
+            "samples_per_s": round(self.samples / seconds, 2),
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "data_wait": round(self.waited / seconds, 5),
+        }
+        self.restart()
+        return rates
+
+
+@contextmanager
+def stop_request() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM instead of raising, so that a step is never torn; a second one raises."""
+    received: list[int] = []
+
+    def receive(signum: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+        say("stopping after this step")
+
+    previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def plan(config: RunConfig, shards: list[Shard]) -> JsonDict:
+    """What the run would do, from the shards alone."""
+    usable = min(sum(int((shard.status == 1).sum()) for shard in shards), config.max_samples)
+    schedule = Schedule(usable, config.batch_size, config.epochs, config.max_steps, config.seed)
+    cache = usable * shards[0].tokens * shards[0].width * 2
+    figures = {
+        "shards": len(shards),
+        "samples": usable,
+        "steps": schedule.steps,
+        "visual_tokens": shards[0].tokens,
+        "feature_bytes_per_epoch": cache,
+    }
+    shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]
+    print(table(list(zip((key.replace("_", " ") for key in figures), shown, strict=True))))
+    return figures

@@ -1,0 +1,103 @@
+"""The folder of a run: its flags, its checkpoints, and where it stands.
+
+training_config.yaml   the flags, written once
+metrics.jsonl          one line of metrics a time
+step-00000500/ ...     checkpoints (llava_core.checkpoint)
+last, best             links to two of them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from train.config import RunConfig
+
+FREE_KEYS = {"json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"}
+"""Flags that may differ when a run continues: they do not change what is learnt."""
+
+
+class RunFolder:
+    """Raises LlavaError if the folder holds a run with other flags, or none although --resume was given."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+        self.training: JsonDict = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+        known = path / "training_config.yaml"
+        if known.exists():
+            before = yaml.safe_load(known.read_text(encoding="utf-8"))
+            differing = [k for k in self.training if k not in FREE_KEYS and before.get(k) != self.training[k]]
+            if differing:
+                key = differing[0]
+                raise LlavaError(
+                    f"{path} holds a run with another --{key.replace('_', '-')}",
+                    expected=before.get(key),
+                    got=self.training[key],
+                    do="choose another --out, or delete that folder",
+                )
+        elif config.resume:
+            raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            partial = known.with_name(known.name + ".part")
+            partial.write_text(yaml.safe_dump(self.training, allow_unicode=True, sort_keys=False))
+            partial.replace(known)
+
+    def finished(self) -> JsonDict | None:
+        """The summary of a run that reached its last step."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, summary: JsonDict) -> None:
+        partial = self.path / "summary.json.part"
+        partial.write_text(json.dumps(summary) + "\n")
+        partial.replace(self.path / "summary.json")
+
+    def resume(self, provenance: Provenance) -> dict[str, Any] | None:
+        """State of the last checkpoint, `projector` weights included; None for a new run.
+
+        Raises LlavaError if the features or the language model have changed since.
+        """
+        if not (self.path / "last").exists():
+            return None
+        checkpoint = load_checkpoint(self.path / "last")
+        before = checkpoint.provenance
+        before.require_encoder(provenance.fingerprint, provenance.encoder, provenance.preprocess)
+        before.require_language_model(provenance.language_model)
+        return {**load_state(checkpoint.folder), "projector": checkpoint.projector.state_dict()}
+
+    def save(
+        self,
+        step: int,
+        projector: torch.nn.Module,
+        sizes: tuple[int, int],
+        provenance: Provenance,
+        figures: JsonDict,
+        state: dict[str, Any],
+        best: bool,
+    ) -> None:
+        folder = self.path / f"step-{step:08d}"
+        metrics = {"step": step, **figures}
+        save_checkpoint(
+            folder, projector, self.config.projector, sizes, provenance, self.training, metrics, state
+        )
+        point_to(self.path / "last", folder)
+        if best:
+            point_to(self.path / "best", folder)
+        kept = {(self.path / link).resolve() for link in ("last", "best")}
+        old = [path for path in sorted(self.path.glob("step-*")) if path.resolve() not in kept]
+        for path in old[: max(0, len(old) + 1 - self.config.keep)]:
+            shutil.rmtree(path)
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,99 @@
+"""Rows of feature shards as training samples: which are usable, in which order, with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llava_core.conversation import Conversation, Example, Turn, pick_instruction
+from llava_core.errors import LlavaError
+from llava_core.shards import Shard
+from llava_core.status import Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Samples as read: features fp16 [samples, T, D] on the CPU, and the words of each."""
+
+    features: torch.Tensor
+    examples: list[Example]
+
+
+class Samples:
+    """Every usable row (status ok, caption not empty) of some shards, up to `limit` of them."""
+
+    def __init__(
+        self, shards: Sequence[Shard], conversation: Conversation, max_text_tokens: int, limit: int, seed: int
+    ) -> None:
+        self.shards = list(shards)
+        self.conversation = conversation
+        self.max_text_tokens = max_text_tokens
+        self.seed = seed
+        usable = [
+            (s, row)
+            for s, shard in enumerate(self.shards)
+            for row in np.flatnonzero(shard.status == Status.OK).tolist()
+            if shard.caption(row).strip()
+        ]
+        self.rows = usable[:limit]
+        if not self.rows:
+            raise LlavaError(
+                f"no usable row in {', '.join(str(shard.path) for shard in self.shards)}",
+                expected="rows with features and a caption",
+                do="look at the failures with `extract inspect`",
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int], epoch: int, images: Sequence[int] | None = None) -> Batch:
+        """The samples at `indices`; `images`, as long, takes the features from other samples instead."""
+        first = self.shards[0]
+        features = torch.empty(len(indices), first.tokens, first.width, dtype=torch.float16)
+        rows = features.numpy()
+        for k, index in enumerate(indices if images is None else images):
+            shard, row = self.rows[index]
+            self.shards[shard].read_into(row, rows[k])
+        return Batch(features, [self.example(index, epoch) for index in indices])
+
+    def example(self, index: int, epoch: int) -> Example:
+        """Words of one sample; the instruction is a pure function of (seed, epoch, row)."""
+        shard, row = self.rows[index]
+        question = pick_instruction(self.seed, f"{epoch}/{self.shards[shard].path.stem}/{row}")
+        turn = Turn(question, self.shards[shard].caption(row))
+        return self.conversation.example([turn], self.max_text_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which samples each step takes: one seeded permutation per epoch, a pure function of (seed, epoch)."""
+
+    samples: int
+    batch_size: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        steps = self.epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def at(self, step: int) -> tuple[int, list[int]]:
+        """Step number (from 0) -> (epoch, sample indices)."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.samples, self.seed, epoch)
+        return epoch, order[k * self.batch_size : (k + 1) * self.batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
