@@ -1,0 +1,25 @@
+.PHONY: demo test test-slow check format clean
+
+demo: ## the whole job on a small built-in world
+	@scripts/setup.sh demo
+	@.venv/bin/python -m llava demo
+
+test: check ## ruff, mypy and every test but the slow ones
+	@.venv/bin/python -m pytest -m "not slow"
+
+test-slow: check
+	@.venv/bin/python -m pytest
+
+check:
+	@scripts/setup.sh test
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format:
+	@scripts/setup.sh test
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes .venv and installs this project into it: scripts/setup.sh demo|test. Does nothing if that is done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+demo) extras=plots ;;
+test) extras=dev ;;
+*) echo "usage: scripts/setup.sh demo|test" >&2; exit 2 ;;
+esac
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "error: Python >= 3.10 is needed; got $("$python" --version 2>&1 || true); set PYTHON=/path/to/python3" >&2
+    exit 1
+fi
+
+# What is installed is written down with the files that decide it, so that a change installs again.
+wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -c1-16)
+installed=.venv/installed-$extras
+[ -f "$installed" ] && [ "$(cat "$installed")" = "$wanted" ] && exit 0
+
+debian() { # install Debian packages if this is Debian and we may
+    echo "installing $* with apt-get" >&2
+    if [ "$(id -u)" = 0 ]; then sudo=; else sudo="sudo -n"; fi
+    $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "$@" >&2
+}
+
+if [ ! -x .venv/bin/pip ]; then
+    rm -rf .venv
+    if ! "$python" -m venv .venv >/dev/null 2>&1; then # Debian keeps venv in a package of its own
+        rm -rf .venv
+        debian python3-venv || { echo "error: python3 -m venv does not work; apt-get install python3-venv" >&2; exit 1; }
+        "$python" -m venv .venv
+    fi
+fi
+
+echo "installing into .venv (once; a few minutes)" >&2
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+pip install -q -c constraints.txt -e ".[$extras]"
+if [ "$extras" = dev ]; then
+    # The reference that our vision tower is compared with; its own dependencies (torchvision, lmdb) are not used.
+    pip install -q --no-deps cn-clip==1.6.0
+fi
+echo "$wanted" >"$installed"
