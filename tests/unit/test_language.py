@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_core.errors import LlavaError
+from llava_core.language import load_language_model
+from tests.small_models import write_language_model
+
+
+def test_frozen_and_known(tmp_path: Path) -> None:
+    llm = load_language_model(write_language_model(tmp_path / "small-qwen"))
+    assert not llm.model.training
+    assert not any(p.requires_grad for p in llm.model.parameters())
+    assert llm.identity["id"] == "small-qwen"
+    assert llm.identity["architecture"] == "Qwen3ForCausalLM"
+    assert llm.hidden == 32
+    assert llm.eos_ids == {2}
+    assert llm.embed(torch.tensor([[1, 2, 3]])).shape == (1, 3, 32)
+    assert llm.embedding_rms == pytest.approx(llm.embedding.weight.pow(2).mean().sqrt().item())
+
+
+def test_the_identity_follows_the_weights(tmp_path: Path) -> None:
+    hashes = {
+        load_language_model(write_language_model(tmp_path / str(i), seed=seed)).identity["weights_sha256"]
+        for i, seed in enumerate([0, 0, 1])
+    }
+    assert len(hashes) == 2
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="no language model folder"):
+        load_language_model(tmp_path / "nowhere")
+
+
+def test_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="no weights"):
+        load_language_model(tmp_path)
+
+
+def test_weights_that_are_none(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "llm")
+    (folder / "config.json").unlink()
+    with pytest.raises(LlavaError, match="cannot load the language model"):
+        load_language_model(folder)
+
+
+def test_no_chat_template(tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="no chat template"):
+        load_language_model(write_language_model(tmp_path / "llm", template=None))

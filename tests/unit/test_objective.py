@@ -1,0 +1,114 @@
+"""The packed loss is the textbook loss: one sample at a time, full logits, transformers' own attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llava_core.conversation import IGNORE, Conversation, Example, Turn
+from llava_core.errors import LlavaError
+from llava_core.language import LanguageModel, load_language_model
+from llava_core.projector import build_projector
+from tests.small_models import write_language_model
+from train.objective import HeadLoss, prepare, summed_loss
+from train.packing import pack, packs
+from train.samples import Batch
+
+VISUAL, WIDTH = 5, 12
+
+
+@pytest.fixture(params=["qwen3", "llama"])
+def llm(request: pytest.FixtureRequest, tmp_path: Path) -> LanguageModel:
+    return load_language_model(write_language_model(tmp_path / "llm", request.param))
+
+
+def a_batch(llm: LanguageModel) -> Batch:
+    answers = ["红色的圆", "a", "a blue square, far left", "xyz" * 9]
+    chat = Conversation(llm.tokenizer, llm.eos_ids)
+    examples = [chat.example([Turn("看图", answer)], max_answer_tokens=20) for answer in answers]
+    torch.manual_seed(1)
+    return Batch(torch.randn(len(answers), VISUAL, WIDTH).half(), examples)
+
+
+def a_projector(llm: LanguageModel) -> torch.nn.Module:
+    torch.manual_seed(2)
+    return build_projector("mlp", WIDTH, llm.hidden)
+
+
+def reference_loss(llm: LanguageModel, projector: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Each sample alone through the whole model with eager attention, loss over full logits."""
+    llm.model.set_attn_implementation("eager")
+    total = torch.zeros(())
+    for features, example in zip(batch.features, batch.examples, strict=True):
+        embedded = torch.cat([projector(features.float()), llm.embed(torch.tensor(example.ids))])
+        logits = llm.model(inputs_embeds=embedded[None]).logits[0]
+        labels = torch.tensor([IGNORE] * VISUAL + example.labels)
+        total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
+    return total
+
+
+def gradients(projector: torch.nn.Module) -> torch.Tensor:
+    grads = torch.cat([p.grad.flatten() for p in projector.parameters() if p.grad is not None])
+    projector.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("micro_tokens", [10_000, 100])
+def test_packed_equals_per_sample(llm: LanguageModel, micro_tokens: int) -> None:
+    batch, projector = a_batch(llm), a_projector(llm)
+    reference = reference_loss(llm, projector, batch)
+    reference.backward()  # type: ignore[no-untyped-call]
+    expected = gradients(projector)
+
+    prepare(llm)
+    split = list(packs(batch, micro_tokens))
+    assert len(split) == (1 if micro_tokens == 10_000 else 4)
+    total = sum(summed_loss(llm, projector, p) for p in split)
+    assert isinstance(total, torch.Tensor)
+    total.backward()  # type: ignore[no-untyped-call]
+
+    torch.testing.assert_close(total, reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients(projector), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_takes_no_gradients(llm: LanguageModel) -> None:
+    prepare(llm)
+    batch, projector = a_batch(llm), a_projector(llm)
+    summed_loss(llm, projector, pack(batch.features, batch.examples)).backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None and not p.requires_grad for p in llm.model.parameters())
+    assert not llm.model.training
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 11, 10**6])
+def test_head_loss_equals_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.objective.CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    head, targets = torch.randn(11, 6, dtype=torch.double), torch.randint(0, 11, (23,))
+    hidden = torch.randn(23, 6, dtype=torch.double, requires_grad=True)
+    expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
+    (grad,) = torch.autograd.grad(expected, hidden)
+    loss = HeadLoss.apply(hidden, head, targets)
+    (ours,) = torch.autograd.grad(3 * loss, hidden)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, 3 * grad, rtol=1e-4, atol=1e-5)
+
+
+def test_pack_lays_samples_end_to_end() -> None:
+    features = torch.zeros(2, 2, 3)
+    first = Example([7, 8, 9], [IGNORE, 8, 9], cut=False)
+    second = Example([6, 5], [IGNORE, 5], cut=False)
+    laid = pack(features, [first, second])
+    assert laid.ids.tolist() == [0, 0, 7, 8, 9, 0, 0, 6, 5]
+    assert laid.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert laid.visual.tolist() == [0, 1, 5, 6]
+    assert laid.predicting.tolist() == [2, 3, 7]
+    assert laid.targets.tolist() == [8, 9, 5]
+    assert laid.lengths == [5, 4]
+
+
+def test_a_sample_over_the_budget_is_named(llm: LanguageModel) -> None:
+    with pytest.raises(LlavaError, match="--micro-tokens"):
+        list(packs(a_batch(llm), micro_tokens=30))
