@@ -7,15 +7,33 @@ state dict loads strictly.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import BertWordPieceTokenizer
 from torch import nn
 from transformers import BertConfig, BertModel
 
 PAD = 0
 """Token id of [PAD] in Chinese-CLIP's vocab.txt."""
+CONTEXT = 52
+"""Tokens of a text, [CLS] and [SEP] among them; longer ones are cut."""
+
+
+class TextTokenizer:
+    """BERT's word pieces from a vocab.txt, lower-cased, one token a Chinese character."""
+
+    def __init__(self, vocab: Path) -> None:
+        self.pieces = BertWordPieceTokenizer(str(vocab), lowercase=True)
+        self.pieces.enable_truncation(CONTEXT)
+        self.pieces.enable_padding(length=CONTEXT, pad_id=PAD)
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts -> token ids [texts, CONTEXT], padded with PAD."""
+        return torch.tensor([encoding.ids for encoding in self.pieces.encode_batch(list(texts))])
 
 
 class LayerNorm(nn.LayerNorm):
