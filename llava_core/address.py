@@ -1,7 +1,7 @@
 """Which addresses a URL from a stranger's table may lead to.
 
-The rule is applied where a socket is made, after every resolution, so that a name, a literal, an odd spelling of
-one (http://2130706433/) and a redirect all meet it.
+The rule is applied where a socket is made, after every resolution, so that a name, a literal, an odd spelling
+of one (http://2130706433/) and a redirect all meet it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PRIVATE = [
 class ForbiddenAddress(OSError):
     """The address is not one of the public internet.
 
-    Its text is constant: the connector reports the first error of several addresses only if all read the same.
+    Its text is constant: the connector reports the first of several errors only if all read the same.
     """
 
     def __init__(self) -> None:

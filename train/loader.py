@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from train.samples import Batch, Samples, Schedule
@@ -13,7 +13,7 @@ AHEAD = 4
 THREADS = 2
 
 
-def prefetch(samples: Samples, schedule: Schedule, start: int, pin: bool) -> Iterator[Batch]:
+def prefetch(samples: Samples, schedule: Schedule, start: int, pin: bool) -> Generator[Batch, None, None]:
     """Batches of the steps from `start` to the end, in order, in pinned memory if `pin`."""
 
     def load(step: int) -> Batch:

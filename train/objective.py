@@ -44,12 +44,17 @@ def summed_loss(llm: LanguageModel, projector: torch.nn.Module, pack: Pack) -> t
     hidden = llm.model.base_model(
         inputs_embeds=embedded[None], position_ids=pack.positions[None], use_cache=False, lengths=pack.lengths
     ).last_hidden_state[0]
-    loss: torch.Tensor = HeadLoss.apply(hidden[pack.predicting], llm.head, pack.targets)
+    return head_loss(hidden[pack.predicting], llm.head, pack.targets)
+
+
+def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of hidden [A, H] against targets [A] through a frozen head [V, H]: a scalar."""
+    loss: torch.Tensor = HeadLoss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross entropy of hidden [A, H] against targets [A] through a frozen head [V, H].
+    """`head_loss` with little memory.
 
     The gradient with respect to `hidden` is taken in the forward pass, chunk by chunk, so at most
     CHUNK_LOGITS logits exist at a time, and none wait for the backward pass (the idea of Liger Kernel's

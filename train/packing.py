@@ -38,7 +38,7 @@ class Pack:
     """Tokens of each sample; they sum to N."""
 
     def to(self, device: torch.device) -> Pack:
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
@@ -97,7 +97,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     *,
-    lengths: Sequence[int],
+    lengths: list[int],
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each sample: [1, heads, N, head] -> [1, N, heads, head].
@@ -107,11 +107,10 @@ def packed_attention(
     if sliding_window is not None and sliding_window < max(lengths):
         raise LlavaError("this language model's sliding window is shorter than a sample",
                          expected=f"at least {max(lengths)} tokens", got=sliding_window)  # fmt: skip
+    samples = zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
     attended = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
+        for q, k, v in samples
     ]
     return torch.cat(attended, 2).transpose(1, 2), None
 

@@ -62,8 +62,9 @@ class WeightsAndBiases:
         except ImportError:
             raise LlavaError("--report-to wandb", do="pip install 'llava-align[wandb]'") from None
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        options: Any = {"mode": mode}
         self.run: Any = wandb.init(
-            project="llava-align", name=folder.name, dir=folder, config=training, mode=mode
+            project="llava-align", name=folder.name, dir=folder, config=training, **options
         )
 
     def log(self, step: int, metrics: JsonDict) -> None:

@@ -169,7 +169,7 @@ class Trainer:
             f"step {self.step}: held-out loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
             + (f", grounding gap {gap:.4f}" if (gap := figures["grounding_gap"]) is not None else "")
         )
-        better = figures["loss"] < self.best
+        better: bool = figures["loss"] < self.best
         self.best = min(self.best, figures["loss"])
         return better
 

@@ -9,7 +9,7 @@ from llava_core.errors import LlavaError
 from tests.small_models import LLAMA_TEMPLATE, byte_tokenizer
 
 START, END, THINK, UNTHINK = 1, 2, 3, 4
-NO_THOUGHT = [THINK, "\n\n", UNTHINK, "\n\n"]
+NO_THOUGHT: list[str | int] = [THINK, "\n\n", UNTHINK, "\n\n"]
 
 
 def tokens(*pieces: str | int) -> list[int]:

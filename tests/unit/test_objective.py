@@ -13,7 +13,7 @@ from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from tests.small_models import write_language_model
-from train.objective import HeadLoss, prepare, summed_loss
+from train.objective import head_loss, prepare, summed_loss
 from train.packing import pack, packs
 from train.samples import Batch
 
@@ -90,7 +90,7 @@ def test_head_loss_equals_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPa
     hidden = torch.randn(23, 6, dtype=torch.double, requires_grad=True)
     expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
     (grad,) = torch.autograd.grad(expected, hidden)
-    loss = HeadLoss.apply(hidden, head, targets)
+    loss = head_loss(hidden, head, targets)
     (ours,) = torch.autograd.grad(3 * loss, hidden)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, 3 * grad, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,105 @@
+"""Text that teaches the small language model to use words given in its context; no picture is involved.
+
+A dialogue's context stands where the visual tokens will stand later. It is a row of slots, each a weighted
+set of words: a note such as 左上角+红色 whose embedding is the sum of theirs. Plain notes (one word a slot)
+occur as well, and dialogues without any context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+from llava.world.captions import COUNTS, caption, phrase
+from llava.world.scene import PLACES, SHAPES, Scene, Thing, random_scene
+from llava_core.conversation import INSTRUCTIONS, Turn
+
+Slot = list[tuple[str, float]]
+"""Words and their weights."""
+
+MOST_SLOTS = 40
+NO_PICTURE = "没有看到图片。"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    slots: list[Slot]
+    turns: list[Turn]
+
+
+def random_dialogue(rng: random.Random) -> Dialogue:
+    """A context and one to three questions about it with their answers."""
+    scene = random_scene(rng)
+    if rng.random() < 0.03:
+        return Dialogue([], [Turn(rng.choice(INSTRUCTIONS), NO_PICTURE)])
+    slots = plain_notes(scene, rng) if rng.random() < 0.2 else mixed_notes(scene, rng)
+    if rng.random() < 0.7:
+        turns = [Turn(rng.choice(INSTRUCTIONS), caption(scene, rng))]
+    else:
+        turns = [question(scene, rng)]
+    turns += [question(scene, rng) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
+    return Dialogue(slots, turns)
+
+
+def plain_notes(scene: Scene, rng: random.Random) -> list[Slot]:
+    """One word a slot, object after object in any order, the place first."""
+    words = []
+    for thing in rng.sample(scene.things, len(scene.things)):
+        words += [thing.place, *rng.sample([thing.size, thing.colour, thing.shape], 3)]
+    at = rng.choice((0, len(words)))
+    words[at:at] = [scene.background]
+    return [[(word, 1.0)] for word in words]
+
+
+def mixed_notes(scene: Scene, rng: random.Random) -> list[Slot]:
+    """A few slots an object, each its place and some of its words; the rest say place and background."""
+    placed: list[tuple[int, Slot]] = []
+    for thing in scene.things:
+        placed += [(PLACES.index(thing.place), slot) for slot in _about(thing, rng)]
+    empty = [place for place in PLACES if place not in {thing.place for thing in scene.things}]
+    for _ in range(rng.randint(1, MOST_SLOTS - 1 - len(placed))):
+        place = rng.choice(empty)
+        slot: Slot = [(place, rng.uniform(0.3, 1.2))] if rng.random() < 0.8 else []
+        if rng.random() < 0.7:
+            slot.append((scene.background, rng.uniform(0.3, 1.2)))
+        placed.append((PLACES.index(place), slot))
+    if rng.random() < 0.5:
+        rng.shuffle(placed)
+    else:
+        placed.sort(key=lambda pair: pair[0])
+    return [[(scene.background, 1.0)]] + [slot for _, slot in placed]
+
+
+def _about(thing: Thing, rng: random.Random) -> list[Slot]:
+    words = [thing.size, thing.colour, thing.shape]
+    sets = [[word for word in words if rng.random() < 0.7] for _ in range(rng.randint(1, 6))]
+    missing = [word for word in words if not any(word in chosen for chosen in sets)]
+    sets[0] = sets[0] + missing
+    return [[(w, rng.uniform(0.4, 1.3)) for w in [thing.place, *chosen]] for chosen in sets]
+
+
+def question(scene: Scene, rng: random.Random) -> Turn:
+    """A question about the scene with its answer."""
+    things = scene.things
+    kind = rng.choice(("count", "background", "place", "place", "colour", "where", "shape"))
+    thing = rng.choice(things)
+    if kind == "count":
+        return Turn("图中有几个图形？", f"图中有{COUNTS[len(things) - 1]}个图形。")
+    if kind == "background":
+        return Turn("背景是什么颜色的？", f"背景是{scene.background}的。")
+    if kind == "colour" and sum(t.shape == thing.shape for t in things) == 1:
+        return Turn(f"{thing.shape}是什么颜色的？", f"{thing.shape}是{thing.colour}的。")
+    if kind == "where" and sum(t.shape == thing.shape for t in things) == 1:
+        return Turn(f"{thing.shape}在哪里？", f"{thing.shape}在{thing.place}。")
+    if kind == "shape" and sum(t.colour == thing.colour for t in things) == 1:
+        return Turn(f"{thing.colour}的图形是什么形状？", f"{thing.colour}的图形是{thing.shape}。")
+    if kind == "where":
+        absent = [shape for shape in SHAPES if shape not in {t.shape for t in things}]
+        shape = rng.choice(absent)
+        return Turn(f"{shape}在哪里？", f"图中没有{shape}。")
+    place = rng.choice((thing.place, thing.place, rng.choice(PLACES)))
+    there = [t for t in things if t.place == place]
+    return Turn(
+        f"{place}是什么？",
+        phrase(there[0], "{place}是一个{size}的{colour}{shape}。") if there else f"{place}没有图形。",
+    )

@@ -1,0 +1,99 @@
+"""The list of finished rows beside an unfinished shard: appended to, replayed after a crash.
+
+header   8 bytes of magic, 32 of the shard's uid (hex)
+record   fields of RECORD, the last a crc32 of those before it
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"LLVAJNL1"
+HEADER_BYTES = len(MAGIC) + 32
+RECORD = np.dtype(
+    [
+        ("row", "<u4"),
+        ("status", "|u1"),
+        ("attempts", "|u1"),
+        ("http", "<u2"),
+        ("nbytes", "<u4"),
+        ("orig_hw", "<u4", (2,)),
+        ("sha256", "|u1", (32,)),
+        ("crc32", "<u4"),
+        ("check", "<u4"),
+    ]
+)
+
+
+class Journal:
+    """Opened for appending; its torn tail, if any, is cut first. `records` are the rows it held then."""
+
+    def __init__(self, path: Path, uid: str) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        data = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)
+        header = MAGIC + uid.encode()
+        if not data.startswith(header):  # new, torn at birth, or of a shard that is no more
+            data = header
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, header, 0)
+            os.fsync(self.descriptor)
+        self.records = whole_records(data[HEADER_BYTES:])
+        self.end = HEADER_BYTES + self.records.nbytes
+        os.ftruncate(self.descriptor, self.end)
+
+    def append(self, records: np.ndarray) -> None:
+        """Add records (`check` is filled in here) and wait until they are on disk."""
+        data = sealed(records).tobytes()
+        write_all(self.descriptor, data, self.end)
+        os.fdatasync(self.descriptor)
+        self.end += len(data)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def whole_records(data: bytes) -> np.ndarray:
+    """The records up to the first that is incomplete or fails its checksum."""
+    records = np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    for index, check in enumerate(_checks(records)):
+        if records["check"][index] != check:
+            return records[:index]
+    return records
+
+
+def sealed(records: np.ndarray) -> np.ndarray:
+    """The same records with their checksums."""
+    records = records.copy()
+    records["check"] = _checks(records)
+    return records
+
+
+def _checks(records: np.ndarray) -> list[int]:
+    size = RECORD.itemsize
+    data = records.tobytes()
+    return [zlib.crc32(data[start : start + size - 4]) for start in range(0, len(data), size)]
+
+
+def write_all(descriptor: int, data: Any, offset: int) -> None:
+    """pwrite until everything is written; raises OSError (disk full, say)."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def write_file(path: Path, uid: str, records: Sequence[Any] | np.ndarray) -> None:
+    """A whole journal at once, under a temporary name first."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(MAGIC + uid.encode() + sealed(np.asarray(records, RECORD)).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

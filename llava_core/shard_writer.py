@@ -1,0 +1,232 @@
+"""Filling a shard so that a crash at any moment loses at most the batch being written.
+
+x.h5.part.tmp   being created; worthless after a crash
+x.h5.part       created; HDF5 never opens it for writing again
+x.h5.journal    rows that are finished in it (llava_core.journal)
+x.h5.lock       who is writing
+x.h5            finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import socket
+import zlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from llava_core.console import human_bytes
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import first_difference
+from llava_core.journal import RECORD, Journal, write_all, write_file
+from llava_core.shards import COLUMNS, FEATURE_TYPE, Shard, ShardHeader, create_file, read_layout
+from llava_core.status import Status
+
+
+@dataclasses.dataclass
+class RowRecord:
+    """The outcome of one row."""
+
+    row: int
+    status: Status
+    features: np.ndarray | None = None
+    """fp16 [T, D] if the status is OK."""
+    http: int = 0
+    attempts: int = 0
+    nbytes: int = 0
+    orig_hw: tuple[int, int] = (0, 0)
+    sha256: bytes = bytes(32)
+
+
+def part_of(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def journal_of(path: Path) -> Path:
+    return path.with_name(path.name + ".journal")
+
+
+def is_finished(path: Path) -> bool:
+    """Whether `path` is whole and no retry of its failed rows is under way."""
+    return path.exists() and not part_of(path).exists()
+
+
+class ShardWriter:
+    """Writes the rows of one shard in any order; use it in a `with` block.
+
+    Leaving the block without `finish` keeps everything written for the next time. `done` [N] says which rows
+    are finished already.
+    """
+
+    def __init__(self, path: Path, header: ShardHeader | None = None, retry: Collection[Status] = ()) -> None:
+        """Create, or continue, the shard at `path`; with `retry`, try its rows of these outcomes again.
+
+        Raises LlavaError if another process holds it, if what is there has another fingerprint or source, or
+        if the disk is too small.
+        """
+        self.path, self.part = path, part_of(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._lock = Lock(path.with_name(path.name + ".lock"))
+            stack.callback(self._lock.release)
+            if not self.part.exists():
+                if retry:
+                    self._reopen(retry)
+                else:
+                    assert header is not None
+                    self._create(header)
+            self.layout = read_layout(self.part)
+            if header is not None:
+                self._require_same(header)
+            self._journal = Journal(journal_of(path), self.layout.uid)
+            stack.callback(self._journal.close)
+            self._descriptor = os.open(self.part, os.O_RDWR | os.O_CLOEXEC)
+            stack.callback(os.close, self._descriptor)
+            self._stack = stack.pop_all()
+        self._records = np.zeros(self.layout.rows, RECORD)
+        self._records["row"] = np.arange(self.layout.rows)
+        self._records[self._journal.records["row"]] = self._journal.records
+        self.row_bytes = self.layout.tokens * self.layout.width * FEATURE_TYPE.itemsize
+
+    @property
+    def done(self) -> np.ndarray:
+        """Whether each row has its outcome, bool [N]."""
+        return np.asarray(self._records["status"] != Status.PENDING)
+
+    @property
+    def status(self) -> np.ndarray:
+        """Outcome of every row so far, u1 [N]."""
+        return np.asarray(self._records["status"])
+
+    def write(self, outcomes: Sequence[RowRecord]) -> None:
+        """Put rows on disk: features first, then, once those are safe, the journal. Best 64-256 at a time.
+
+        Raises OSError if the disk is full; what was written before stays.
+        """
+        records = np.zeros(len(outcomes), RECORD)
+        shape = (self.layout.tokens, self.layout.width)
+        base = self.layout.offsets["features"]
+        for record, outcome in zip(records, outcomes, strict=True):
+            if outcome.features is not None:
+                features = np.ascontiguousarray(outcome.features, FEATURE_TYPE)
+                assert features.shape == shape, (features.shape, shape)
+                write_all(self._descriptor, features, base + outcome.row * self.row_bytes)
+                record["crc32"] = zlib.crc32(features.data)
+            for name in ("row", "status", "http", "nbytes", "orig_hw"):
+                record[name] = getattr(outcome, name)
+            record["attempts"] = min(outcome.attempts, 255)
+            record["sha256"] = np.frombuffer(outcome.sha256, np.uint8)
+        os.fdatasync(self._descriptor)
+        self._journal.append(records)
+        self._records[records["row"]] = records
+
+    def finish(self) -> None:
+        """Write the columns and give the shard its name. Every row must have an outcome."""
+        assert self.done.all(), f"{(~self.done).sum()} rows without an outcome"
+        for name, (kind, _) in COLUMNS.items():
+            column = np.ascontiguousarray(self._records[name], kind)
+            write_all(self._descriptor, column, self.layout.offsets[name])
+        os.fsync(self._descriptor)
+        self.part.replace(self.path)
+        fsync_folder(self.path.parent)
+        journal_of(self.path).unlink()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _create(self, header: ShardHeader) -> None:
+        needed = header.rows * header.tokens * header.width * FEATURE_TYPE.itemsize
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise LlavaError(
+                f"not enough disk space for {self.path}",
+                expected=human_bytes(needed),
+                got=f"{human_bytes(free)} free",
+                do="free some, choose another --out, or take fewer rows with --limit",
+            )
+        partial = self.part.with_name(self.part.name + ".tmp")
+        create_file(partial, header)
+        self._publish(partial)
+
+    def _reopen(self, retry: Collection[Status]) -> None:
+        """Copy a finished shard to a part in which the rows of some outcomes are pending again."""
+        shard = Shard(self.path)
+        records = np.zeros(shard.rows, RECORD)
+        records["row"] = np.arange(shard.rows)
+        for name in COLUMNS:
+            records[name] = getattr(shard, name)
+        partial = self.part.with_name(self.part.name + ".tmp")
+        shutil.copyfile(self.path, partial)
+        # The journal first: alone it means nothing, while a part alone would start from nothing.
+        write_file(journal_of(self.path), shard.layout.uid, records[~np.isin(shard.status, list(retry))])
+        self._publish(partial)
+
+    def _publish(self, partial: Path) -> None:
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(self.part)
+        fsync_folder(self.path.parent)
+
+    def _require_same(self, header: ShardHeader) -> None:
+        if self.layout.fingerprint != header.fingerprint:
+            before = {**self.layout.encoder, **self.layout.preprocess}
+            difference = first_difference(before, {**header.encoder, **header.preprocess})
+            raise LlavaError(
+                f"{self.part} was begun with another encoder",
+                got=difference,
+                do=f"use that encoder, choose another --out, or delete {self.part.name}",
+            )
+        if self.layout.source != header.source:
+            raise LlavaError(
+                f"{self.part} was begun from another file",
+                expected=self.layout.source,
+                got=header.source,
+                do=f"choose another --out, or delete {self.part.name}",
+            )
+
+
+class Lock:
+    """An exclusive lock on a file that says who holds it; the kernel drops it when its holder dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        while True:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
+                os.close(self.descriptor)
+                raise LlavaError(
+                    f"{path.with_suffix('')} is being written", got=holder, do="wait for it, or stop it"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(self.descriptor).st_ino == path.stat().st_ino:
+                    break
+            os.close(self.descriptor)  # its holder removed the file between our open and our lock
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"by process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,303 @@
+"""The feature shard on disk: one HDF5 file per parquet file, row i of one is row i of the other.
+
+This is the only module that knows HDF5. It creates a file whole, and it opens a finished one strictly; what
+happens in between goes through plain system calls at the offsets it reports (llava_core.shard_writer). The
+format is described in features/README.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from llava_core import __version__
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict, fingerprint, first_difference
+
+FORMAT, FORMAT_VERSION = "llava-features", 1
+ALIGNMENT = 4096
+FEATURE_TYPE = np.dtype("<f2")
+
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "status": ("|u1", ()),
+    "crc32": ("<u4", ()),
+    "http": ("<u2", ()),
+    "attempts": ("|u1", ()),
+    "nbytes": ("<u4", ()),
+    "orig_hw": ("<u4", (2,)),
+    "sha256": ("|u1", (32,)),
+}
+"""Per-row columns: number type and the shape of one row's value."""
+
+TEXTS = ("caption", "url", "id")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardHeader:
+    """What a shard is made of, known before the first image arrives."""
+
+    encoder: JsonDict
+    preprocess: JsonDict
+    source: JsonDict
+    """name, rows and sha256 of the parquet file."""
+    tokens: int
+    width: int
+    captions: Sequence[str]
+    urls: Sequence[str]
+    ids: Sequence[str]
+
+    @property
+    def rows(self) -> int:
+        return len(self.captions)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.encoder, self.preprocess)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the file says of itself, and the byte offset of each dataset in it."""
+
+    rows: int
+    tokens: int
+    width: int
+    offsets: dict[str, int]
+    sizes: dict[str, int]
+    """Bytes of each dataset."""
+    encoder: JsonDict
+    preprocess: JsonDict
+    fingerprint: str
+    source: JsonDict
+    uid: str
+
+
+def create_file(path: Path, header: ShardHeader) -> None:
+    """Write a whole shard file with its text; the space of the features is reserved and left sparse."""
+    with h5py.File(path, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+        file.attrs.update(
+            format=FORMAT,
+            format_version=FORMAT_VERSION,
+            tool_version=__version__,
+            encoder=json.dumps(header.encoder, sort_keys=True),
+            preprocess=json.dumps(header.preprocess, sort_keys=True),
+            fingerprint=header.fingerprint,
+            source=json.dumps(header.source, sort_keys=True),
+            uid=uuid.uuid4().hex,
+        )
+        for name, texts in zip(TEXTS, (header.captions, header.urls, header.ids), strict=True):
+            encoded = [text.encode("utf-8", "replace") for text in texts]
+            offsets = np.cumsum([0, *map(len, encoded)], dtype="<i8")
+            _create(file, f"{name}_bytes", (int(offsets[-1]),), np.dtype("|u1"))
+            _create(file, f"{name}_offsets", offsets.shape, offsets.dtype)[:] = offsets
+            if offsets[-1]:
+                file[f"{name}_bytes"][:] = np.frombuffer(b"".join(encoded), np.uint8)
+        for name, (kind, shape) in COLUMNS.items():
+            _create(file, name, (header.rows, *shape), np.dtype(kind))
+        _create(file, "features", (header.rows, header.tokens, header.width), FEATURE_TYPE)
+
+
+def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """A contiguous dataset whose space is allocated now and never filled."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_layout(h5py.h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    kind = h5py.h5t.py_create(dtype)
+    return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, plist))
+
+
+def read_layout(path: Path) -> Layout:
+    """Open a shard file strictly and say where everything lies.
+
+    Raises LlavaError, naming what is wrong, for anything that is not a whole shard of this format version.
+    """
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except FileNotFoundError:
+        raise LlavaError(f"no shard {path}") from None
+    except OSError as error:
+        reason = str(error).split("(")[-1].rstrip(")")
+        raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=_AGAIN) from None
+    with file:
+        try:
+            return _layout(path, file)
+        except (KeyError, ValueError) as error:
+            if isinstance(error, LlavaError):
+                raise
+            raise LlavaError(f"damaged shard {path}", got=str(error).strip("'\""), do=_AGAIN) from None
+
+
+_AGAIN = "delete it and run extract again"
+
+
+def _layout(path: Path, file: Any) -> Layout:
+    attributes = dict(file.attrs)
+    kind = (attributes.get("format"), attributes.get("format_version"))
+    if kind != (FORMAT, FORMAT_VERSION):
+        raise LlavaError(
+            f"{path} has another format",
+            expected=f"{FORMAT} version {FORMAT_VERSION}",
+            got=f"{kind[0]} version {kind[1]}",
+        )
+    encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
+    if fingerprint(encoder, preprocess) != attributes["fingerprint"]:
+        raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=_AGAIN)
+    rows, tokens, width = file["features"].shape
+    wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in COLUMNS.items()}
+    wanted["features"] = (FEATURE_TYPE, (rows, tokens, width))
+    for name in TEXTS:
+        wanted[f"{name}_offsets"] = (np.dtype("<i8"), (rows + 1,))
+        wanted[f"{name}_bytes"] = (np.dtype("|u1"), file[f"{name}_bytes"].shape)
+    offsets, sizes = {}, {}
+    end = os.path.getsize(path)
+    for name, (dtype, shape) in wanted.items():
+        dataset = file[name]
+        if dataset.dtype != dtype or dataset.shape != shape:
+            raise LlavaError(
+                f"{path}: dataset {name}",
+                expected=f"{dtype} {shape}",
+                got=f"{dataset.dtype} {dataset.shape}",
+                do=_AGAIN,
+            )
+        offsets[name], sizes[name] = dataset.id.get_offset() or 0, dataset.size * dtype.itemsize
+        if sizes[name] and not offsets[name]:
+            raise LlavaError(f"{path}: dataset {name} is not contiguous", do=_AGAIN)
+        if offsets[name] + sizes[name] > end:
+            raise LlavaError(
+                f"truncated shard {path}",
+                expected=f"{offsets[name] + sizes[name]:,} bytes",
+                got=f"{end:,}",
+                do=_AGAIN,
+            )
+    source, uid = json.loads(attributes["source"]), attributes["uid"]
+    return Layout(
+        rows, tokens, width, offsets, sizes, encoder, preprocess, attributes["fingerprint"], source, uid
+    )
+
+
+class Shard:
+    """A finished shard, opened strictly; HDF5 is closed again once this exists.
+
+    Columns are arrays of all rows: `status`, `crc32`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
+    """
+
+    status: np.ndarray
+    crc32: np.ndarray
+    http: np.ndarray
+    attempts: np.ndarray
+    nbytes: np.ndarray
+    orig_hw: np.ndarray
+    sha256: np.ndarray
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        layout = read_layout(path)
+        self.layout = layout
+        self.rows, self.tokens, self.width = layout.rows, layout.tokens, layout.width
+        self.encoder, self.preprocess, self.source = layout.encoder, layout.preprocess, layout.source
+        self.fingerprint = layout.fingerprint
+        self.row_bytes = self.tokens * self.width * FEATURE_TYPE.itemsize
+        self._open: tuple[int, int] | None = None
+        for name, (kind, shape) in COLUMNS.items():
+            setattr(self, name, self._array(name, kind).reshape(self.rows, *shape))
+        self._ends = {name: self._array(f"{name}_offsets", "<i8") for name in TEXTS}
+        for name, ends in self._ends.items():
+            if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:
+                raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=_AGAIN)
+
+    def read_into(self, row: int, out: np.ndarray) -> None:
+        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]."""
+        view = out.data.cast("B")
+        offset = self.layout.offsets["features"] + row * self.row_bytes
+        read = os.preadv(self._descriptor(), [view], offset)
+        if read != self.row_bytes:
+            raise LlavaError(f"truncated shard {self.path}", expected=f"{self.row_bytes} bytes", got=read)
+
+    def read(self, row: int) -> np.ndarray:
+        """Features of `row`: fp16 [T, D]."""
+        out = np.empty((self.tokens, self.width), FEATURE_TYPE)
+        self.read_into(row, out)
+        return out
+
+    def check(self, row: int) -> bool:
+        """Whether the features of `row` still have their checksum."""
+        return zlib.crc32(self.read(row).data) == int(self.crc32[row])
+
+    def caption(self, row: int) -> str:
+        return self._text("caption", row)
+
+    def url(self, row: int) -> str:
+        return self._text("url", row)
+
+    def id(self, row: int) -> str:
+        return self._text("id", row)
+
+    def _text(self, name: str, row: int) -> str:
+        start, end = map(int, self._ends[name][row : row + 2])
+        return os.pread(
+            self._descriptor(), end - start, self.layout.offsets[f"{name}_bytes"] + start
+        ).decode()
+
+    def _array(self, name: str, kind: str) -> np.ndarray:
+        data = os.pread(self._descriptor(), self.layout.sizes[name], self.layout.offsets[name])
+        return np.frombuffer(data, kind)
+
+    def _descriptor(self) -> int:
+        """A file descriptor of this process's own: one inherited through fork would be shared."""
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        return self._open[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+    def __del__(self) -> None:
+        opened = getattr(self, "_open", None)
+        if opened is not None and opened[0] == os.getpid():
+            os.close(opened[1])
+
+
+def open_shards(path: Path) -> list[Shard]:
+    """The shards of a folder in the order of their names, or the one at a path; all of one fingerprint.
+
+    Raises LlavaError if there are none, one is damaged, or two come from different encoders.
+    """
+    if not path.exists():
+        raise LlavaError(f"no feature folder {path}", do="make it with `extract run --out`")
+    paths = [path] if path.is_file() else sorted(path.glob("*.h5"))
+    if not paths:
+        unfinished = sorted(path.glob("*.h5.part"))
+        raise LlavaError(
+            f"no finished shard (*.h5) in {path}",
+            got=f"{len(unfinished)} unfinished, such as {unfinished[0].name}" if unfinished else None,
+            do="run `extract run` again to finish them"
+            if unfinished
+            else "make some with `extract run --out`",
+        )
+    shards = [Shard(p) for p in paths]
+    require_same_fingerprint(shards)
+    return shards
+
+
+def require_same_fingerprint(shards: Sequence[Shard]) -> None:
+    """Raise LlavaError naming two files and the key that differs unless all shards have one fingerprint."""
+    for shard in shards[1:]:
+        if shard.fingerprint != shards[0].fingerprint:
+            ours = {**shards[0].encoder, **shards[0].preprocess}
+            difference = first_difference(ours, {**shard.encoder, **shard.preprocess})
+            raise LlavaError(
+                f"{shards[0].path} and {shard.path} hold features of different encoders",
+                got=difference,
+                do="train on one kind at a time",
+            )
