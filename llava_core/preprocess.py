@@ -1,0 +1,165 @@
+"""Image bytes to the pixels an encoder takes: the only module that decodes images.
+
+`extract` and `infer` both call it, so what a projector was trained on is what it is asked about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from llava_core.fingerprint import JsonDict
+from llava_core.status import Status
+
+MAX_PIXELS = 50_000_000
+"""Largest width × height that is decoded; read from the header, before any pixel."""
+
+MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+}
+"""First bytes of the formats that are read; WebP is told by bytes 0-3 and 8-11."""
+UNREAD = (b"II*\x00", b"MM\x00*", b"8BPS", b"\x00\x00\x01\x00", b"\xff\x0a", b"\x00\x00\x00\x0cJ", b"<svg")
+"""First bytes of images that are not read: TIFF, Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
+
+FILTERS = {member.name.lower(): member for member in Image.Resampling}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead
+warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd EXIF and palettes; set once, for threads
+
+
+class ImageError(Exception):
+    """These bytes make no image; `status` says why."""
+
+    def __init__(self, status: Status, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    pixels: np.ndarray
+    """uint8 [size, size, 3], RGB."""
+    orig_hw: tuple[int, int]
+    """Height and width of the upright picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How one encoder wants its pixels."""
+
+    size: int
+    """Height and width of the result."""
+    mean: tuple[float, ...]
+    """Of the three channels, on a scale from 0 to 1."""
+    std: tuple[float, ...]
+    filter: str = "bicubic"
+    """One of FILTERS."""
+    crop: str = "squash"
+    """`squash`: the whole picture, whatever its aspect ratio (Chinese-CLIP, SigLIP). `center N`: the shorter
+    side to N pixels, then the middle `size` × `size` (CLIP, DINOv2)."""
+    decode: str = "draft"
+    """`draft`: JPEGs at the smallest DCT scale that keeps twice the wanted size; `exact`: in full."""
+
+    def to_json(self) -> JsonDict:
+        """What a shard records of it, EXIF policy and Pillow's version included."""
+        recorded: dict[str, Any] = dataclasses.asdict(self)
+        recorded.update(mean=list(self.mean), std=list(self.std), exif="apply", pillow=PIL.__version__)
+        return recorded
+
+    def decode_image(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
+        """Decode, resize, turn upright, crop. Transparent pixels turn white; an animation is its first frame.
+
+        Raises ImageError for bytes that are no whole image of a format in MAGIC, or WebP.
+        """
+        kind = image_format(data)
+        try:
+            with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+                if image.width * image.height > max_pixels:
+                    got = f"{image.width} × {image.height} pixels, at most {max_pixels:,}"
+                    raise ImageError(Status.TOO_MANY_PIXELS, got)
+                return self._prepare(image)
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them trip over
+            truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
+            detail = f"{kind}: {str(error) or type(error).__name__}"
+            raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, S, S, 3] -> fp32 [B, 3, S, S] on the same device."""
+        mean = torch.tensor(self.mean, device=pixels.device)
+        std = torch.tensor(self.std, device=pixels.device)
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    def _prepare(self, image: Image.Image) -> Decoded:
+        side = self.size if self.crop == "squash" else int(self.crop.split()[1])
+        width, height = image.size
+        box: tuple[float, float, float, float] = (0, 0, width, height)
+        if self.decode == "draft" and (drafted := image.draft("RGB", (2 * side, 2 * side))):
+            box = drafted[1]  # the picture's true edge: the last DCT block may reach beyond it
+        image.load()
+        turn = _orientation(image)
+        scale = side / min(width, height)
+        size = (side, side) if self.crop == "squash" else (round(width * scale), round(height * scale))
+        resized = _rgb(image).resize(size, FILTERS[self.filter], box=box)
+        # Turning the small picture is as good as turning the large one, and cheap.
+        if turn in _TURNS:
+            resized = resized.transpose(_TURNS[turn])
+        left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
+        cropped = resized.crop((left, top, left + self.size, top + self.size))
+        return Decoded(np.asarray(cropped), (width, height) if turn >= 5 else (height, width))
+
+
+def image_format(data: bytes) -> str:
+    """Pillow's name of the format, told by the first bytes. Raises ImageError for one that is not read."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    for magic, kind in MAGIC.items():
+        if data.startswith(magic):
+            return kind
+    if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: AVIF and HEIC
+        raise ImageError(
+            Status.UNSUPPORTED_FORMAT, f"expected JPEG, PNG, WebP, GIF or BMP; begins with {data[:12]!r}"
+        )
+    raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF raises anything; the picture itself is whole
+        return 1
+    return turn if turn in _TURNS else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB on white; 16-bit grey by its upper byte."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
+            "RGB"
+        )
+    return image.convert("RGB")

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from llava_core.preprocess import MAX_PIXELS, ImageError, Preprocess, image_format
+from llava_core.status import Status
+
+SIDE = 32
+SQUASH = Preprocess(SIDE, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth colours with some hard edges."""
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    pixels = np.stack([128 + 100 * np.sin(9 * x + k) * np.cos(7 * y - k) for k in range(3)], -1)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    ImageDraw.Draw(image).rectangle((width // 2, height // 4, width - 1, height // 2), (250, 30, 10))
+    return image
+
+
+def saved(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def status_of(data: bytes, preprocess: Preprocess = SQUASH, max_pixels: int = MAX_PIXELS) -> Status:
+    with pytest.raises(ImageError) as caught:
+        preprocess.decode_image(data, max_pixels)
+    return caught.value.status
+
+
+def test_squash_is_one_bicubic_resize() -> None:
+    image = photo(90, 61)
+    decoded = SQUASH.decode_image(saved(image, "PNG"))
+    expected = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    assert decoded.orig_hw == (61, 90)
+    assert np.array_equal(decoded.pixels, expected)
+
+
+@pytest.mark.parametrize("size", [(90, 61), (61, 90), (40, 40)])
+def test_centre_crop_keeps_the_aspect_ratio(size: tuple[int, int]) -> None:
+    image = photo(*size)
+    preprocess = Preprocess(SIDE, (0.5,), (0.5,), "bilinear", "center 40")
+    scaled = image.resize(
+        (round(size[0] * 40 / min(size)), round(size[1] * 40 / min(size))), Image.Resampling.BILINEAR
+    )
+    left, top = (scaled.width - SIDE) // 2, (scaled.height - SIDE) // 2
+    expected = np.asarray(scaled.crop((left, top, left + SIDE, top + SIDE)))
+    assert np.array_equal(preprocess.decode_image(saved(image, "PNG")).pixels, expected)
+
+
+@pytest.mark.parametrize("size", [(70, 70), (150, 225), (401, 299), (1333, 777)])
+def test_draft_is_close_to_exact(size: tuple[int, int]) -> None:
+    data = saved(photo(*size), quality=92)
+    draft = SQUASH.decode_image(data).pixels.astype(float)
+    exact = Preprocess(SIDE, SQUASH.mean, SQUASH.std, decode="exact").decode_image(data).pixels.astype(float)
+    assert np.abs(draft - exact).mean() < 0.5
+    full = np.asarray(Image.open(io.BytesIO(data)).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    assert np.array_equal(exact, full)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_orientation_is_applied(turn: int) -> None:
+    upright = photo(96, 64)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Transpose that makes the stored picture
+    stored = upright.transpose(Image.Transpose(undo[turn])) if turn > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    decoded = SQUASH.decode_image(saved(stored, "PNG", exif=exif))
+    expected = np.asarray(upright.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).astype(int)
+    assert decoded.orig_hw == (64, 96)
+    assert np.abs(decoded.pixels - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "I;16"])
+def test_every_mode_becomes_rgb(kind: str, mode: str) -> None:
+    picture = Image.new("RGB", (64, 64), (200, 200, 200))
+    grey = np.full((64, 64), 200 * 257, np.uint16)
+    image = Image.fromarray(grey) if mode == "I;16" else picture.convert(mode)
+    if mode == "I;16" and kind != "PNG":
+        pytest.skip("PNG alone holds 16 bits")
+    try:
+        data = saved(image, kind)
+    except OSError:
+        pytest.skip(f"Pillow writes no {mode} {kind}")
+    pixels = SQUASH.decode_image(data).pixels
+    assert pixels.shape == (SIDE, SIDE, 3)
+    assert abs(pixels.mean() - 200) < 4
+
+
+def test_transparent_pixels_are_white() -> None:
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    assert SQUASH.decode_image(saved(image, "PNG")).pixels.min() == 255
+    assert SQUASH.decode_image(saved(image, "WEBP", lossless=True)).pixels.min() == 255
+
+
+def test_normalise() -> None:
+    pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).expand(2, SIDE, SIDE, 3)
+    normalised = SQUASH.normalise(pixels)
+    assert normalised.shape == (2, 3, SIDE, SIDE)
+    torch.testing.assert_close(normalised[0, :, 0, 0], torch.tensor([-2.0, (1 - 0.5) / 0.3, -1.0]))
+
+
+def test_what_is_no_image() -> None:
+    assert status_of(b"") is Status.NOT_AN_IMAGE
+    assert status_of(b"<!doctype html><p>404") is Status.NOT_AN_IMAGE
+    assert status_of("一段文字".encode()) is Status.NOT_AN_IMAGE
+    assert status_of(b"II*\x00" + bytes(64)) is Status.UNSUPPORTED_FORMAT
+    assert status_of(b"\x00\x00\x00\x20ftypavif" + bytes(64)) is Status.UNSUPPORTED_FORMAT
+    assert status_of(b"\x89PNG\r\n\x1a\n" + bytes(64)) is Status.DECODE_ERROR
+    assert image_format(saved(photo(8, 8), "WEBP")) == "WEBP"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_truncated_files_are_never_taken(kind: str) -> None:
+    data = saved(photo(160, 120), kind)
+    for share in (0.2, 0.5, 0.95):
+        assert status_of(data[: int(len(data) * share)]) in (Status.TRUNCATED, Status.DECODE_ERROR)
+    if kind != "WEBP":
+        assert status_of(data[: len(data) // 2]) is Status.TRUNCATED
+
+
+def test_pixels_are_counted_before_decoding() -> None:
+    bomb = saved(Image.new("1", (30_000, 30_000)), "PNG")
+    assert len(bomb) < 1_000_000
+    assert status_of(bomb) is Status.TOO_MANY_PIXELS
+    small = saved(photo(40, 50), "PNG")
+    assert status_of(small, max_pixels=1999) is Status.TOO_MANY_PIXELS
+    SQUASH.decode_image(small, max_pixels=2000)
+
+
+def test_damaged_exif_does_not_cost_the_picture() -> None:
+    data = saved(photo(64, 64), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff" + bytes(range(40)))
+    assert SQUASH.decode_image(data).orig_hw == (64, 64)
+
+
+def test_a_text_bomb_in_a_png_is_refused() -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("bomb", "a" * (100 << 20), zip=True)
+    assert status_of(saved(photo(16, 16), "PNG", pnginfo=info)) is Status.DECODE_ERROR
+
+
+def test_what_is_recorded() -> None:
+    recorded = SQUASH.to_json()
+    assert set(recorded) == {"size", "filter", "crop", "decode", "exif", "mean", "std", "pillow"}
+    assert recorded["exif"] == "apply"
+
+
+def test_one_module_holds_the_constants() -> None:
+    root = Path(__file__).parents[2]
+    holders = [p for name in ("llava_core", "extract", "train", "infer") for p in (root / name).rglob("*.py")
+               if "0.48145466" in p.read_text(encoding="utf-8")]  # fmt: skip
+    assert [p.name for p in holders] == ["vision.py"]
