@@ -81,9 +81,9 @@ def _checks(records: np.ndarray) -> list[int]:
     return [zlib.crc32(data[start : start + size - 4]) for start in range(0, len(data), size)]
 
 
-def write_all(descriptor: int, data: Any, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
     """pwrite until everything is written; raises OSError (disk full, say)."""
-    view = memoryview(data).cast("B")
+    view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data)
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, sha256_files
+
+logging.disable_progress_bar()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,8 @@ def test_every_mode_becomes_rgb(kind: str, mode: str) -> None:
     image = Image.fromarray(grey) if mode == "I;16" else picture.convert(mode)
     if mode == "I;16" and kind != "PNG":
         pytest.skip("PNG alone holds 16 bits")
+    if (mode, kind) == ("CMYK", "GIF"):
+        pytest.skip("Pillow writes CMYK as grey into a GIF")
     try:
         data = saved(image, kind)
     except OSError:

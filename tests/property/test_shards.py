@@ -1,0 +1,110 @@
+"""Whatever is written into a shard is what any reader finds in it, wherever the writing was cut off."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_core.journal import HEADER_BYTES, RECORD
+from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal_of
+from llava_core.shards import Shard
+from llava_core.status import Status
+from tests.small_shards import TOKENS, WIDTH, features_of, header
+
+rows = st.builds(
+    lambda caption, status, http, attempts, nbytes, hw, digest: (
+        caption,
+        status,
+        http,
+        attempts,
+        nbytes,
+        hw,
+        digest,
+    ),
+    st.text(max_size=20),
+    st.sampled_from([s for s in Status if s is not Status.PENDING]),
+    st.integers(0, 599),
+    st.integers(0, 9),
+    st.integers(0, 2**32 - 1),
+    st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
+    st.binary(min_size=32, max_size=32),
+)
+
+
+def records_of(table: list[tuple]) -> list[RowRecord]:  # type: ignore[type-arg]
+    return [
+        RowRecord(i, status, features_of(i) if status is Status.OK else None, *columns)
+        for i, (_, status, *columns) in enumerate(table)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(rows, max_size=9), st.randoms(use_true_random=False), st.integers(1, 4))
+def test_round_trip(table: list[tuple], random, batch: int) -> None:  # type: ignore[no-untyped-def,type-arg]
+    records = records_of(table)
+    shuffled = random.sample(records, len(records))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.h5"
+        made = header([caption for caption, *_ in table])
+        with ShardWriter(path, made) as writer:
+            for start in range(0, len(shuffled), batch):
+                writer.write(shuffled[start : start + batch])
+            writer.finish()
+        assert is_finished(path)
+        assert [p.name for p in Path(folder).iterdir()] == ["x.h5"]
+        shard = Shard(path)
+        assert (shard.rows, shard.tokens, shard.width) == (len(table), TOKENS, WIDTH)
+        assert (shard.fingerprint, shard.source) == (made.fingerprint, made.source)
+        for record, (caption, *_) in zip(records, table, strict=True):
+            i = record.row
+            assert shard.caption(i) == caption.encode("utf-8", "replace").decode()
+            assert (shard.url(i), shard.id(i)) == (made.urls[i], made.ids[i])
+            assert shard.status[i] == record.status
+            assert (shard.http[i], shard.attempts[i], shard.nbytes[i]) == (
+                record.http,
+                record.attempts,
+                record.nbytes,
+            )
+            assert tuple(shard.orig_hw[i]) == record.orig_hw
+            assert shard.sha256[i].tobytes() == record.sha256
+            if record.features is not None:
+                assert np.array_equal(shard.read(i), record.features)
+                assert shard.check(i)
+        with h5py.File(path) as plain:  # any HDF5 reader finds the same
+            assert plain["features"].dtype == "<f2"
+            for record in records:
+                if record.features is not None:
+                    assert np.array_equal(plain["features"][record.row], record.features)
+                    assert plain["crc32"][record.row] == zlib.crc32(record.features.tobytes())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 12), st.data())
+def test_a_journal_cut_anywhere_loses_only_what_was_cut(total: int, wanted: int, data: st.DataObject) -> None:
+    written = min(wanted, total)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.h5"
+        made = header([f"row {i}" for i in range(total)])
+        records = [RowRecord(i, Status.OK, features_of(i)) for i in range(total)]
+        with ShardWriter(path, made) as writer:
+            writer.write(records[:written])
+        size = journal_of(path).stat().st_size
+        cut = data.draw(st.integers(0, size))
+        with journal_of(path).open("r+b") as journal:
+            journal.truncate(cut)
+            if data.draw(st.booleans()):  # garbage where a block was allocated and never written
+                journal.seek(cut)
+                journal.write(data.draw(st.binary(max_size=200)))
+        whole = max(0, cut - HEADER_BYTES) // RECORD.itemsize
+        with ShardWriter(path, made) as writer:
+            assert writer.done.tolist() == [i < whole for i in range(total)]
+            writer.write([record for record in records if not writer.done[record.row]])
+            writer.finish()
+        shard = Shard(path)
+        assert all(np.array_equal(shard.read(i), features_of(i)) and shard.check(i) for i in range(total))

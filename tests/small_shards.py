@@ -1,0 +1,70 @@
+"""Feature shards with random features."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llava_core.fingerprint import JsonDict
+from llava_core.shard_writer import RowRecord, ShardWriter
+from llava_core.shards import ShardHeader
+from llava_core.status import Status
+
+TOKENS, WIDTH = 5, 12
+CAPTIONS = ("红色的圆形", "a blue square", "左上角有一个大的黄色三角形，右侧有一个小的绿色菱形。", "two dots")
+
+
+def header(captions: Sequence[str], name: str = "part.parquet", **preprocess: object) -> ShardHeader:
+    encoder: JsonDict = {
+        "model_id": "random",
+        "weights_sha256": "0" * 64,
+        "layer": None,
+        "tokens": TOKENS,
+        "width": WIDTH,
+        "dtype": "float32",
+    }
+    return ShardHeader(
+        encoder=encoder,
+        preprocess={"size": 32, "filter": "bicubic", "mean": [0.5] * 3, **preprocess},
+        source={"name": name, "rows": len(captions), "sha256": "1" * 64},
+        tokens=TOKENS,
+        width=WIDTH,
+        captions=list(captions),
+        urls=[f"http://example.org/{i}.jpg" for i in range(len(captions))],
+        ids=[str(i) for i in range(len(captions))],
+    )
+
+
+def features_of(row: int, seed: int = 0) -> np.ndarray:
+    """What row `row` of such a shard holds: fp16 [TOKENS, WIDTH]."""
+    return np.random.default_rng([seed, row]).normal(size=(TOKENS, WIDTH)).astype("<f2")
+
+
+def outcome(row: int, seed: int = 0) -> RowRecord:
+    content = str(row).encode()
+    return RowRecord(
+        row, Status.OK, features_of(row, seed), 200, 1, len(content), (40, 30 + row), _digest(content)
+    )
+
+
+def _digest(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(32, "big")
+
+
+def write_shard(
+    path: Path, rows: int = 12, failed: Sequence[int] = (), seed: int = 0, **preprocess: object
+) -> Path:
+    """A finished shard of so many rows, those in `failed` dead links; returns its path."""
+    captions = [f"{CAPTIONS[i % len(CAPTIONS)]}{i}" for i in range(rows)]
+    with ShardWriter(path, header(captions, path.stem + ".parquet", **preprocess)) as writer:
+        writer.write(
+            [
+                RowRecord(i, Status.HTTP_4XX, http=404) if i in failed else outcome(i, seed)
+                for i in range(rows)
+            ]
+        )
+        writer.finish()
+    return path

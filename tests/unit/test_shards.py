@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from llava_core.errors import LlavaError
+from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal_of, part_of
+from llava_core.shards import FORMAT_VERSION, Shard, open_shards
+from llava_core.status import Status
+from tests.small_shards import features_of, header, outcome, write_shard
+
+
+def test_features_are_contiguous_aligned_and_sparse_until_written(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x.h5", header(["a"] * 5000)) as writer:
+        assert writer.layout.offsets["features"] % 4096 == 0
+        size, used = part_of(writer.path).stat().st_size, part_of(writer.path).stat().st_blocks * 512
+        assert size > writer.layout.offsets["features"] + 4999 * writer.row_bytes
+        assert used < size / 2
+    with h5py.File(part_of(tmp_path / "x.h5")) as file:
+        plist = file["features"].id.get_create_plist()
+        assert plist.get_layout() == h5py.h5d.CONTIGUOUS
+        assert plist.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
+        assert plist.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llava_core.shard_writer import ShardWriter
+from tests.small_shards import header, outcome
+
+path, rows, kill_after = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+with ShardWriter(path, header([f"row {i}" for i in range(rows)])) as writer:
+    for row in range(rows):
+        if writer.done[row]:
+            continue
+        writer.write([outcome(row)])
+        kill_after -= 1
+        if kill_after == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    writer.finish()
+"""
+
+
+def test_killed_again_and_again_it_ends_with_every_row(tmp_path: Path) -> None:
+    path, kills = tmp_path / "x.h5", 0
+    while not is_finished(path):
+        ended = subprocess.run([sys.executable, "-c", KILLED, path, "20", "6"], cwd=Path(__file__).parents[2])
+        assert ended.returncode in (0, -signal.SIGKILL)
+        kills += ended.returncode != 0
+    assert kills == 3
+    shard = Shard(path)
+    assert all(shard.check(i) and np.array_equal(shard.read(i), features_of(i)) for i in range(20))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.h5"]
+
+
+def test_killed_between_rename_and_clean_up(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5")
+    journal_of(path).write_bytes(b"of an earlier life")
+    assert is_finished(path)
+    with ShardWriter(tmp_path / "y.h5", header(["a"])) as writer:
+        journal_of(path).replace(journal_of(writer.path))
+    with ShardWriter(tmp_path / "y.h5", header(["a"])) as writer:
+        assert not writer.done.any()  # a journal of another shard says nothing of this one
+
+
+def test_a_second_writer_is_told_who_holds_the_shard(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x.h5", header(["a"])):
+        with pytest.raises(LlavaError, match=f"is being written; got by process {os.getpid()} on "):
+            ShardWriter(tmp_path / "x.h5", header(["a"]))
+    with ShardWriter(tmp_path / "x.h5", header(["a"])):
+        pass
+
+
+def test_a_part_is_not_continued_with_another_encoder_or_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    with ShardWriter(path, header(["a", "b"])):
+        pass
+    with pytest.raises(LlavaError, match=r"another encoder; got size: 32 vs 64"):
+        ShardWriter(path, header(["a", "b"], size=64))
+    with pytest.raises(LlavaError, match="another file"):
+        ShardWriter(path, header(["a", "b", "c"]))
+
+
+def test_a_full_disk_is_refused_before_it_is_full(tmp_path: Path) -> None:
+    huge = header(["a"])
+    object.__setattr__(huge, "width", 10**15)
+    with pytest.raises(LlavaError, match="not enough disk space"):
+        ShardWriter(tmp_path / "x.h5", huge)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_retry_redoes_only_what_failed(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5", failed=[2, 5])
+    before = path.read_bytes()
+    with ShardWriter(path, retry=[Status.HTTP_4XX]) as writer:
+        assert np.flatnonzero(~writer.done).tolist() == [2, 5]
+        writer.write([outcome(2)])
+    assert path.read_bytes() == before  # work goes on in a copy
+    assert not is_finished(path)
+    with ShardWriter(path, retry=[Status.HTTP_4XX]) as writer:  # interrupted, continued
+        assert np.flatnonzero(~writer.done).tolist() == [5]
+        writer.write([RowRecord(5, Status.TIMEOUT)])
+        writer.finish()
+    shard = Shard(path)
+    assert shard.status[2] == Status.OK
+    assert shard.status[5] == Status.TIMEOUT
+    assert all(np.array_equal(shard.read(i), features_of(i)) for i in range(12) if i != 5)
+
+
+def test_shards_travel_to_other_processes(tmp_path: Path) -> None:
+    shard = Shard(write_shard(tmp_path / "x.h5"))
+    shard.read(0)
+    copy: Shard = pickle.loads(pickle.dumps(shard))
+    assert np.array_equal(copy.read(3), shard.read(3))
+    assert copy.caption(3) == shard.caption(3)
+
+
+def test_damage_is_seen_by_the_checksum(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5")
+    offset = Shard(path).layout.offsets["features"]
+    with path.open("r+b") as file:
+        file.seek(offset + Shard(path).row_bytes * 4 + 7)
+        file.write(b"\xff")
+    shard = Shard(path)
+    assert [shard.check(i) for i in range(6)] == [True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_a_truncated_shard_is_refused(tmp_path: Path, share: float) -> None:
+    path = write_shard(tmp_path / "x.h5", rows=200)
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(LlavaError, match=str(path)):
+        Shard(path)
+
+
+def test_other_files_and_versions_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "a.h5"
+    text.write_text("no HDF5")
+    with pytest.raises(LlavaError, match="not a readable HDF5 file"):
+        Shard(text)
+    with h5py.File(tmp_path / "b.h5", "w"):
+        pass
+    with pytest.raises(LlavaError, match="another format"):
+        Shard(tmp_path / "b.h5")
+    newer = write_shard(tmp_path / "c.h5")
+    with h5py.File(newer, "r+") as file:
+        file.attrs["format_version"] = FORMAT_VERSION + 1
+    with pytest.raises(LlavaError, match=f"got llava-features version {FORMAT_VERSION + 1}"):
+        Shard(newer)
+
+
+def test_attributes_must_agree_with_the_fingerprint(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5")
+    with h5py.File(path, "r+") as file:
+        encoder = json.loads(file.attrs["encoder"])
+        file.attrs["encoder"] = json.dumps({**encoder, "layer": -2})
+    with pytest.raises(LlavaError, match="fingerprint"):
+        Shard(path)
+
+
+def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5")
+    with h5py.File(path, "r+") as file:
+        del file["caption_offsets"]
+    with pytest.raises(LlavaError, match="caption_offsets"):
+        Shard(path)
+
+
+def test_shards_of_two_encoders_are_named_with_the_key(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.h5")
+    write_shard(tmp_path / "b.h5", size=64)
+    with pytest.raises(LlavaError, match=r"a\.h5 and .*b\.h5 .*got size: 32 vs 64"):
+        open_shards(tmp_path)
+
+
+def test_folders_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="no feature folder"):
+        open_shards(tmp_path / "nowhere")
+    with pytest.raises(LlavaError, match="no finished shard"):
+        open_shards(tmp_path)
+    with ShardWriter(tmp_path / "x.h5", header(["a"])):
+        pass
+    with pytest.raises(LlavaError, match=r"1 unfinished, such as x\.h5\.part"):
+        open_shards(tmp_path)
