@@ -1,0 +1,179 @@
+"""Downloads from addresses that strangers chose: the only module that opens HTTP connections as a client."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import random
+import time
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import yarl
+
+from llava_core import __version__
+from llava_core.address import ForbiddenAddress, guarded_socket
+from llava_core.status import Status
+
+USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
+SLOW_AFTER = 5.0
+"""Seconds of a body after which `min_rate` is asked for."""
+LONGEST_PAUSE = 30.0
+"""Most seconds between two attempts, whatever Retry-After says."""
+CHUNK = 1 << 16
+RETRIED_4XX = (408, 425, 429)
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchLimits:
+    """What a download may cost."""
+
+    timeout: float = 30.0
+    """Seconds for one attempt: connection, redirects and body together."""
+    connect_timeout: float = 10.0
+    """Seconds of them for the connection."""
+    min_rate: float = 2000.0
+    """Bytes per second below which a body is given up, averaged since it began."""
+    max_bytes: int = 20_000_000
+    """Largest body."""
+    max_redirects: int = 5
+    retries: int = 2
+    """Further attempts after one that failed for a reason that may pass."""
+    concurrency: int = 64
+    """Requests at a time."""
+    per_host: int = 16
+    """Requests at a time to one host."""
+    allow_private: bool = False
+    """Let loopback and private addresses through."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """How a download ended."""
+
+    status: Status
+    body: bytes = b""
+    """Complete if the status is OK, else empty."""
+    http: int = 0
+    """Last HTTP status code; 0 if there was no answer."""
+    attempts: int = 1
+    detail: str = ""
+    """What happened, without the address: its query may hold secrets."""
+    retry_after: float | None = None
+    """Seconds the server asks us to wait."""
+
+
+class Fetcher:
+    """An HTTP client that never raises for what the network does; use it in an `async with` block."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self.limits = limits
+        self._slots = asyncio.Semaphore(limits.concurrency)
+        self._hosts: dict[str, asyncio.Semaphore] = collections.defaultdict(
+            lambda: asyncio.Semaphore(limits.per_host)
+        )
+
+    async def __aenter__(self) -> Fetcher:
+        # Our own semaphores bound the requests: waiting for the connector's would count as time.
+        connector = aiohttp.TCPConnector(limit=0, socket_factory=guarded_socket(self.limits.allow_private))
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_timeout),
+            headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
+            auto_decompress=False,
+            trust_env=False,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def fetch(self, url: str) -> Fetched:
+        """Download `url`, trying again, with pauses that grow, after what may pass."""
+        try:
+            parsed = yarl.URL(url.strip())
+            host = parsed.host
+        except ValueError as error:
+            return Fetched(Status.BAD_URL, attempts=0, detail=str(error))
+        if parsed.scheme not in ("http", "https") or not host:
+            return Fetched(Status.BAD_URL, attempts=0, detail="expected http:// or https:// and a host")
+        for attempt in range(1, self.limits.retries + 2):
+            async with self._hosts[host], self._slots:
+                fetched = dataclasses.replace(await self._attempt(parsed), attempts=attempt)
+            again = fetched.status.transient or fetched.http in RETRIED_4XX
+            if not again or attempt > self.limits.retries:
+                break
+            pause = random.uniform(0.5, 1.0) * 2 ** (attempt - 1)
+            await asyncio.sleep(min(LONGEST_PAUSE, max(pause, fetched.retry_after or 0)))
+        return fetched
+
+    async def _attempt(self, url: yarl.URL) -> Fetched:
+        try:
+            return await asyncio.wait_for(self._get(url), self.limits.timeout)
+        except asyncio.TimeoutError:  # TimeoutError itself from Python 3.11 on
+            return Fetched(Status.TIMEOUT, detail=f"not done within {self.limits.timeout:g} s")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return Fetched(_status_of(error), detail=type(error).__name__)
+
+    async def _get(self, url: yarl.URL) -> Fetched:
+        limits = self.limits
+        async with self._session.get(url, max_redirects=limits.max_redirects) as response:
+            http = response.status
+            if http >= 400:
+                status = Status.HTTP_4XX if http < 500 else Status.HTTP_5XX
+                wait = _seconds(response.headers.get("Retry-After"))
+                return Fetched(status, http=http, detail=f"HTTP {http}", retry_after=wait)
+            if http != 200:
+                return Fetched(Status.PROTOCOL, http=http, detail=f"HTTP {http}")
+            if (response.content_length or 0) > limits.max_bytes:
+                return Fetched(
+                    Status.TOO_LARGE, http=http, detail=f"{response.content_length:,} bytes announced"
+                )
+            body, started = bytearray(), time.monotonic()
+            async for chunk in response.content.iter_chunked(CHUNK):
+                body += chunk
+                if len(body) > limits.max_bytes:
+                    return Fetched(Status.TOO_LARGE, http=http, detail=f"over {limits.max_bytes:,} bytes")
+                elapsed = time.monotonic() - started
+                if elapsed > SLOW_AFTER and len(body) < limits.min_rate * elapsed:
+                    return Fetched(Status.TOO_SLOW, http=http, detail=f"{len(body) / elapsed:.0f} bytes/s")
+            return Fetched(Status.OK, bytes(body), http)
+
+
+def fetch_once(url: str, limits: FetchLimits) -> Fetched:
+    """One download outside any event loop."""
+
+    async def fetch() -> Fetched:
+        async with Fetcher(limits) as fetcher:
+            return await fetcher.fetch(url)
+
+    return asyncio.run(fetch())
+
+
+def _status_of(error: Exception) -> Status:
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ForbiddenAddress):
+        return Status.FORBIDDEN_ADDRESS
+    kinds: list[tuple[Any, Status]] = [
+        (ForbiddenAddress, Status.FORBIDDEN_ADDRESS),
+        (aiohttp.TooManyRedirects, Status.TOO_MANY_REDIRECTS),
+        ((aiohttp.InvalidURL, aiohttp.NonHttpUrlRedirectClientError), Status.BAD_URL),
+        (aiohttp.ClientConnectorDNSError, Status.DNS),
+        ((aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError), Status.TLS),
+        (aiohttp.ServerTimeoutError, Status.TIMEOUT),
+        (aiohttp.ClientConnectorError, Status.CONNECT),
+        (aiohttp.ClientPayloadError, Status.TRUNCATED),
+    ]
+    return next((status for kind, status in kinds if isinstance(error, kind)), Status.PROTOCOL)
+
+
+def _seconds(header: str | None) -> float | None:
+    """Retry-After in its form of seconds; the form of a date is passed over."""
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(header)) if header else None
+    return None
