@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class LlavaError(ValueError):
+class LlavaError(Exception):
     """A fault the user can mend, said in one line: what, what was expected, what came, what to do.
 
     `exit_code` is the status the command ends with: 1 failed, 2 wrong usage, 3 too many failed rows.

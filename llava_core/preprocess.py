@@ -128,7 +128,7 @@ class Preprocess:
             resized = resized.transpose(_TURNS[turn])
         left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
         cropped = resized.crop((left, top, left + self.size, top + self.size))
-        return Decoded(np.asarray(cropped), (width, height) if turn >= 5 else (height, width))
+        return Decoded(np.array(cropped), (width, height) if turn >= 5 else (height, width))
 
 
 def image_format(data: bytes) -> str:

@@ -133,8 +133,6 @@ def read_layout(path: Path) -> Layout:
         try:
             return _layout(path, file)
         except (KeyError, ValueError) as error:
-            if isinstance(error, LlavaError):
-                raise
             raise LlavaError(f"damaged shard {path}", got=str(error).strip("'\""), do=_AGAIN) from None
 
 

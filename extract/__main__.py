@@ -1,0 +1,21 @@
+"""`python -m extract` and `llava-extract`."""
+
+from __future__ import annotations
+
+from extract.config import InspectConfig, RetryConfig, RunConfig, VerifyConfig
+from llava_core import cli
+
+COMMANDS = {
+    "run": cli.Command(RunConfig, "extract.run:run"),
+    "retry-failed": cli.Command(RetryConfig, "extract.run:retry_failed"),
+    "verify": cli.Command(VerifyConfig, "extract.verify:run"),
+    "inspect": cli.Command(InspectConfig, "extract.inspect:run"),
+}
+
+
+def main() -> None:
+    cli.main("llava-extract", "Encode images once: parquet files to feature shards.", COMMANDS)
+
+
+if __name__ == "__main__":
+    main()

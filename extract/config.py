@@ -1,0 +1,104 @@
+"""Flags of `extract`; every default lives here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from llava_core.cli import Options
+from llava_core.errors import LlavaError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding(Options):
+    """Flags of every command that encodes images."""
+
+    out: Path
+    """Folder of the feature shards."""
+    vision: Path
+    """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to encode."""
+    layer: int | None = None
+    """Entry of `hidden_states` to keep (-2 is LLaVA's choice) instead of all tokens after the final norm."""
+    decode: Literal["draft", "exact"] = "draft"
+    """draft decodes large JPEGs at a reduced scale, 3 times as fast, within 0.3/255; exact in full."""
+    batch_size: int = 64
+    """Images per forward pass."""
+
+    concurrency: int = 64
+    """Downloads at a time."""
+    per_host: int = 16
+    """Downloads at a time from one host."""
+    retries: int = 2
+    """Further attempts after a failure that may pass."""
+    timeout: float = 30.0
+    """Seconds for one attempt, from connection to last byte."""
+    max_bytes: int = 20_000_000
+    """Largest image file, in bytes."""
+    max_pixels: int = 50_000_000
+    """Largest width × height."""
+    allow_private: bool = False
+    """Let image addresses lead to this machine or a private network."""
+    max_failed: float = 0.05
+    """Share of failed rows above which the command ends with exit code 3."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "concurrency", "per_host", "timeout", "max_bytes", "max_pixels"):
+            if getattr(self, name) <= 0:
+                flag = f"--{name.replace('_', '-')}"
+                raise LlavaError(flag, expected="a number above 0", got=getattr(self, name), exit_code=2)
+        if self.retries < 0:
+            raise LlavaError("--retries", expected="0 or more", got=self.retries, exit_code=2)
+        if not 0 <= self.max_failed <= 1:
+            raise LlavaError("--max-failed", expected="a share from 0 to 1", got=self.max_failed, exit_code=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Encoding):
+    """Encode the images of parquet files into feature shards. The same command continues where it stopped."""
+
+    data: str
+    """Folder of parquet files, one such file, or a glob in quotes."""
+    limit: int | None = None
+    """Take only the first so many rows of all files together."""
+    dry_run: bool = False
+    """Print rows and bytes, and touch nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None and self.limit <= 0:
+            raise LlavaError("--limit", expected="a number above 0", got=self.limit, exit_code=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetryConfig(Encoding):
+    """Try the failed rows of finished shards again; all others stay as they are."""
+
+    status: tuple[str, ...] = ()
+    """Failures to try again, such as timeout http-5xx; without it, every one that has an address."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyConfig(Options):
+    """Check every checksum, and, with --vision, that the encoder still gives the same features."""
+
+    out: Path
+    """Folder of the feature shards, or one shard."""
+    vision: Path | None = None
+    """Folder of the vision encoder to compare with."""
+    sample: int = 16
+    """Images to download and encode again for that."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to encode."""
+    allow_private: bool = False
+    """Let image addresses lead to this machine or a private network."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig(Options):
+    """What feature shards hold: outcomes, hosts, captions, norms."""
+
+    out: Path
+    """Folder of the feature shards, or one shard."""

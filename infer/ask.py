@@ -1,0 +1,19 @@
+"""`infer ask`: one question, one answer."""
+
+from __future__ import annotations
+
+from infer.config import AskConfig
+from infer.engine import open_engine, sampling_of
+from infer.session import Session
+from llava_core.fingerprint import JsonDict
+
+
+def run(config: AskConfig) -> JsonDict:
+    session = Session(open_engine(config), sampling_of(config))
+    session.show(config.image)
+    pieces = []
+    for piece in session.ask(config.prompt):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return {"image": config.image, "prompt": config.prompt, "answer": "".join(pieces).strip()}

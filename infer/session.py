@@ -1,0 +1,80 @@
+"""A dialogue about at most one image. What the language model has read once stays in its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from transformers import DynamicCache
+
+from infer.engine import Engine, Sampling, not_an_image, read_image
+from llava_core.preprocess import ImageError
+
+
+class Session:
+    """Turns of one dialogue; `show` begins another one about a new image."""
+
+    def __init__(self, engine: Engine, sampling: Sampling) -> None:
+        self.engine, self.sampling = engine, sampling
+        self.visual: torch.Tensor | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the turns; the image stays."""
+        self.messages: list[dict[str, str]] = []
+        self.cache = DynamicCache()
+        self.cached: list[int] = []
+        self.prefilled = 0
+        """Tokens the model had to read for the last question, visual ones included."""
+
+    def show(self, image: str) -> None:
+        """Begin a dialogue about the image at a path or URL. Raises LlavaError and then changes nothing."""
+        try:
+            visual = self.engine.see([read_image(image)])
+        except ImageError as error:
+            raise not_an_image(image, error) from None
+        self.visual = visual
+        self.clear()
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer in pieces as it comes. What has come when the caller stops is what is remembered."""
+        messages = [*self.messages, {"role": "user", "content": question}]
+        ids = self.engine.conversation.prompt(messages)
+        answer: list[int] = []
+        shown = ""
+        try:
+            for (token,) in self.engine.generate(self._unread(ids), self.sampling, self.cache):
+                assert token is not None
+                answer.append(token)
+                text = self.engine.text(answer)
+                # A character may take several tokens; half of one decodes to U+FFFD.
+                if not text.endswith("\ufffd"):
+                    yield text[len(shown) :]
+                    shown = text
+        finally:
+            visual = 0 if self.visual is None else self.visual.shape[1]
+            # The last token is given out before the model reads it.
+            self.cached = [*ids, *answer][: max(0, self.cache.get_seq_length() - visual)]
+            if answer:
+                self.messages = [
+                    *messages,
+                    {"role": "assistant", "content": self.engine.text(answer).strip()},
+                ]
+
+    def _unread(self, ids: list[int]) -> torch.Tensor:
+        """Embeddings of what the cache does not hold yet; what it holds beyond the common start is dropped.
+
+        Templates change what they said before (Qwen3's drops the think block of earlier answers), so the
+        new prompt need not continue the old one.
+        """
+        same = 0
+        while same < min(len(self.cached), len(ids) - 1) and self.cached[same] == ids[same]:
+            same += 1
+        visual = self.visual if self.visual is not None else self.engine.embed([])[:, :0]
+        if self.cache.get_seq_length() == 0:
+            embedded = torch.cat([visual, self.engine.embed(ids)], dim=1)
+        else:
+            self.cache.crop(visual.shape[1] + same)
+            embedded = self.engine.embed(ids[same:])
+        self.prefilled = embedded.shape[1]
+        return embedded

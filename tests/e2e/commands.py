@@ -1,0 +1,57 @@
+"""The commands as a user types them: real processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What --json prints on the last line of standard output."""
+        summary: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return summary
+
+    def one_line(self) -> str:
+        """The error's single line; asserts that there is one, the last, and no traceback."""
+        assert "Traceback" not in self.err, self.err
+        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, self.err
+        assert self.err.splitlines()[-1] == errors[0]
+        return errors[0]
+
+
+def start(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """`python -m extract run ...` in its own process group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=cwd or ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> Ended:
+    """Run to the end; asserts the exit code."""
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return Ended(process.returncode, out, err)
