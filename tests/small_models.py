@@ -81,6 +81,7 @@ def write_language_model(
         "tie_word_embeddings": True,
         "max_position_embeddings": 1024,
         "eos_token_id": 2,
+        "initializer_range": 0.2,  # large enough for a random model to react to its input
     }
     if kind == "qwen3":
         Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)).save_pretrained(folder)

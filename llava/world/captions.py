@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 
-from llava.world.scene import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+from llava.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 COUNTS = ("一", "两", "三")
 ATTRIBUTES = ("shape", "colour", "place")
@@ -55,6 +55,11 @@ def phrase(thing: Thing, wording: str = _THING[0]) -> str:
 def parse(text: str) -> list[Thing]:
     """The objects that a caption names; clauses that lack an attribute are passed over."""
     return [Thing(*found) for found in _CLAUSE.findall(text)]
+
+
+def parse_background(text: str) -> str:
+    """The background that a caption names, or the first there is."""
+    return min(BACKGROUNDS, key=lambda word: text.find(word) % (len(text) + 1))
 
 
 def _any(words: Iterable[str]) -> str:

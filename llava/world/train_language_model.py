@@ -103,6 +103,10 @@ def main() -> None:
     )
     model = Qwen3ForCausalLM(config)
     model.set_attn_implementation("sdpa")
+    # The embeddings stay random, and so far apart. Trained, words that are alike in use (the colours) first
+    # become alike, since every one of them is as likely; after that no context tells them apart.
+    table = model.get_input_embeddings().weight.requires_grad_(False)
+    torch.nn.init.normal_(table, std=config.hidden_size**-0.5)
     train(model, tokenizer, settings)
     model.half().save_pretrained(settings.out)
     tokenizer.save_pretrained(settings.out)
@@ -144,7 +148,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings:
     """Loss on the answers; AdamW, warm-up and cosine."""
     rng = random.Random(settings.seed)
     chat = Conversation(tokenizer, frozenset(model.config.eos_token_id))
-    decayed = [p for p in model.parameters() if p.ndim == 2]
+    decayed = [p for p in model.parameters() if p.ndim == 2 and p.requires_grad]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))

@@ -1,0 +1,16 @@
+"""`python -m llava` and `llava`: what belongs to no single phase."""
+
+from __future__ import annotations
+
+from llava.config import DemoConfig
+from llava_core import cli
+
+COMMANDS = {"demo": cli.Command(DemoConfig, "llava.demo:run")}
+
+
+def main() -> None:
+    cli.main("llava", "What belongs to no single phase: see extract, train and infer for those.", COMMANDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Flags of `llava`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from llava_core.cli import Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig(Options):
+    """The whole job on the built-in world: pictures, features, a projector, answers about new pictures."""
+
+    out: Path = Path("demo-out")
+    """Folder for everything the demo makes; an earlier demo's is replaced."""
+    rows: int = 3200
+    """Pictures to train on."""
+    held_out: int = 128
+    """Pictures it never sees."""
+    steps: int = 400
+    """Optimizer steps of 16 pictures."""
+    seed: int = 0
+    """Seed of the pictures and of training."""

@@ -1,0 +1,81 @@
+"""The demo's two pictures: the loss curve, and held-out pictures beside what the answers say of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+from llava.world.captions import parse, parse_background, score
+from llava.world.render import SIDE, render
+from llava.world.scene import Scene
+from llava_core.fingerprint import JsonDict
+from llava_core.preprocess import Preprocess
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLUMNS, ROWS = 3, 4
+MARGIN, TEXT_LINES, TEXT_SIZE = 16, 4, 15
+CHINESE_FONTS = ("wqy-microhei.ttc", "wqy-zenhei.ttc", "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf",
+                 "DroidSansFallbackFull.ttf", "PingFang.ttc", "msyh.ttc", "simhei.ttf")  # fmt: skip
+
+
+def loss_curve(metrics: Sequence[JsonDict], path: Path) -> None:
+    """Training and held-out loss over steps, from the lines of metrics.jsonl."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    trained = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+    axes.plot(*zip(*trained, strict=True), color="0.6", label="training")
+    axes.plot(*zip(*held_out, strict=True), "o-", color="tab:blue", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None), title="Caption loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def contact_sheet(
+    pictures: Sequence[Path], answers: Sequence[str], scenes: Sequence[Scene], path: Path
+) -> None:
+    """For the first pictures: the picture, the answer drawn by the world's own rules, and its words.
+
+    Words need a Chinese font on this machine; without one they are left out.
+    """
+    font = _chinese_font()
+    text_height = TEXT_LINES * (TEXT_SIZE + 5) if font else 0
+    cell = (2 * SIDE + MARGIN, SIDE + text_height)
+    size = (MARGIN + COLUMNS * (cell[0] + MARGIN), MARGIN + ROWS * (cell[1] + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    same = Preprocess(SIDE, (0.5,), (0.5,), decode="exact")
+    for k, (picture, answer, scene) in enumerate(zip(pictures, answers, scenes, strict=True)):
+        if k == COLUMNS * ROWS:
+            break
+        row, column = divmod(k, COLUMNS)
+        x, y = MARGIN + column * (cell[0] + MARGIN), MARGIN + row * (cell[1] + MARGIN)
+        sheet.paste(Image.fromarray(same.decode_image(picture.read_bytes()).pixels), (x, y))
+        said = Scene(tuple(parse(answer)), parse_background(answer))
+        sheet.paste(render(said, random.Random(0)), (x + SIDE + MARGIN // 2, y))
+        right = all(right == asked for right, asked in score(scene, answer).values())
+        outline = (60, 150, 70) if right else (205, 60, 50)
+        draw.rectangle(
+            (x + SIDE + MARGIN // 2, y, x + 2 * SIDE + MARGIN // 2, y + SIDE), outline=outline, width=3
+        )
+        if font:
+            wide = (2 * SIDE) // TEXT_SIZE
+            lines = [answer[start : start + wide] for start in range(0, len(answer), wide)][:TEXT_LINES]
+            draw.multiline_text((x, y + SIDE + 6), "\n".join(lines), "black", font, spacing=5)
+    sheet.save(path)
+
+
+def _chinese_font() -> ImageFont.FreeTypeFont | None:
+    for name in CHINESE_FONTS:
+        try:
+            return ImageFont.truetype(name, TEXT_SIZE)
+        except OSError:
+            continue
+    return None

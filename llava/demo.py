@@ -1,0 +1,155 @@
+"""`llava demo`: the public commands, one after the other, on the built-in world.
+
+Everything the demo itself does is to draw the pictures, serve them, and judge the answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llava.config import DemoConfig
+from llava.contact_sheet import contact_sheet, loss_curve
+from llava.world.captions import accuracy, chance
+from llava.world.dataset import Split, write_split
+from llava.world.server import TROUBLES, serve
+from llava_core.console import table
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+
+MODELS = Path(__file__).parent / "world" / "models"
+QUESTION = "请描述这张图片。"
+MARK = ".llava-demo"
+BATCH_SIZE = 16
+
+
+def run(config: DemoConfig) -> JsonDict:
+    """Print every command and a table at the end; returns the table's figures."""
+    out = config.out
+    _clear(out)
+    started = time.monotonic()
+    with serve(out / "pictures") as url:
+        train = write_split(out, "train", url, config.rows, files=2, seed=config.seed, odd=TROUBLES)
+        held_out = write_split(out, "held-out", url, config.held_out, files=1, seed=config.seed)
+        drawing = time.monotonic() - started
+        print(
+            f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}", flush=True
+        )
+        figures = _commands(config, train, held_out, url)
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [line["answer"] for line in lines]
+    # An answer depends on nothing but picture and question, so the next picture's answer is what a shuffled
+    # picture gets.
+    figures["right_picture"] = accuracy(held_out.scenes, answers)
+    figures["shuffled_picture"] = accuracy(held_out.scenes, answers[1:] + answers[:1])
+    figures["chance"] = chance(held_out.scenes, random.Random(config.seed))
+    metrics = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+    figures["loss_before"], figures["loss_after"] = losses[0][1], losses[-1][1]
+    loss_curve(metrics, out / "loss.png")
+    contact_sheet(held_out.pictures, answers, held_out.scenes, out / "answers.png")
+    figures["seconds"] = {"draw": drawing, **figures["seconds"], "all": time.monotonic() - started}
+    _print(figures, out)
+    return figures
+
+
+def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> JsonDict:
+    """Run the public commands as a user would; returns what they report, and the seconds each took."""
+    out, vision, llm = config.out, MODELS / "vision", MODELS / "llm"
+    features = {split: out / "features" / split.parquet.name for split in (train, held_out)}
+    seconds: dict[str, float] = {}
+
+    def command(phase: str, *arguments: object) -> JsonDict:
+        began = time.monotonic()
+        summary = _run(*arguments, "--json")
+        seconds[phase] = seconds.get(phase, 0) + time.monotonic() - began
+        return summary
+
+    extracted = [
+        command(
+            "extract",
+            *("extract", "run", "--data", split.parquet, "--out", features[split], "--vision", vision),
+            *("--allow-private", "--timeout", 2, "--retries", 1),
+        )
+        for split in (train, held_out)
+    ]
+    command(
+        "train",
+        *("train", "run", "--features", features[train], "--eval-features", features[held_out]),
+        *("--llm", llm, "--out", out / "run", "--batch-size", BATCH_SIZE, "--max-steps", config.steps),
+        *("--epochs", math.ceil(config.steps * BATCH_SIZE / extracted[0]["ok"]), "--seed", config.seed),
+        *("--eval-every", 100, "--save-every", 200),
+    )
+    trained = ("--checkpoint", out / "run/last", "--llm", llm)
+    evaluated = command("eval", "train", "eval", *trained, "--features", features[held_out])
+    picture = f"{url}/held-out/{held_out.pictures[0].name}"
+    models = (*trained, "--vision", vision)
+    command("ask", "infer", "ask", *models, "--image", picture, "--prompt", QUESTION)
+    questions = [{"image": str(path.resolve()), "prompt": QUESTION} for path in held_out.pictures]
+    lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in questions]
+    (out / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    command(
+        "batch",
+        *("infer", "batch", *models, "--batch-size", 64),
+        *("--input", out / "questions.jsonl", "--output", out / "answers.jsonl"),
+    )
+    by_status: dict[str, int] = {}
+    for summary in extracted:
+        for label, n in summary["by_status"].items():
+            by_status[label] = by_status.get(label, 0) + n
+    return {"rows": by_status, "grounding_gap": evaluated["grounding_gap"], "seconds": seconds}
+
+
+def _run(*arguments: object) -> JsonDict:
+    """Echo and run `python -m ...`; returns the summary of its last line. Raises LlavaError if it fails."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ python -m {shlex.join(words)}", flush=True)
+    with subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [""]
+        for line in process.stdout:  # the last line is the summary, for us
+            print(lines[-1], end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise LlavaError(f"`python -m {words[0]} {words[1]}` ended with exit code {process.returncode}")
+    summary: JsonDict = json.loads(lines[-1])
+    return summary
+
+
+def _clear(out: Path) -> None:
+    """Make an empty folder of `out`. Raises LlavaError rather than delete what no demo has made."""
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise LlavaError(f"{out} holds something else", do="choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+
+
+def _print(figures: JsonDict, out: Path) -> None:
+    seconds = figures["seconds"]
+    rows: list[tuple[Any, ...]] = [(f"rows: {label}", n) for label, n in figures["rows"].items()]
+    rows += [(f"seconds: {phase}", f"{value:.1f}") for phase, value in seconds.items()]
+    rows += [
+        ("held-out loss before training", f"{figures['loss_before']:.3f}"),
+        ("held-out loss after training", f"{figures['loss_after']:.3f}"),
+        ("grounding gap (loss with shuffled pictures - loss)", f"{figures['grounding_gap']:.3f}"),
+    ]
+    print("\n" + table(rows))
+    named = [
+        (
+            attribute,
+            *(f"{figures[key][attribute]:.1%}" for key in ("right_picture", "shuffled_picture", "chance")),
+        )
+        for attribute in ("shape", "colour", "place", "all")
+    ]
+    header = ("attributes named rightly", "right picture", "shuffled picture", "another's caption")
+    print("\n" + table(named, header))
+    print(f"\n{out / 'loss.png'}     the loss curve\n{out / 'answers.png'}  held-out pictures and answers")

@@ -1,0 +1,62 @@
+"""The small world as data: parquet files in the style of SA1B-Dense-Caption, and their pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llava.world.captions import caption
+from llava.world.render import jpeg, render
+from llava.world.scene import Scene, random_scene
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Parquet files of one kind, and what their pictures show."""
+
+    parquet: Path
+    """Folder of the parquet files."""
+    pictures: list[Path]
+    scenes: list[Scene]
+
+
+def write_split(
+    folder: Path, name: str, base_url: str, rows: int, files: int, seed: int, odd: tuple[str, ...] = ()
+) -> Split:
+    """Draw `rows` pictures, and list them in `files` parquet files with columns `url` and `cap_seg`.
+
+    Pictures go to folder/pictures/<name>/, parquet files to folder/data/<name>/. The paths in `odd` become
+    the addresses of as many rows, spread over the first file, instead of their own pictures'.
+    """
+    rng = random.Random(f"{name}/{seed}")
+    pictures, parquet = folder / "pictures" / name, folder / "data" / name
+    pictures.mkdir(parents=True)
+    parquet.mkdir(parents=True)
+    scenes = [random_scene(rng) for _ in range(rows)]
+    paths = []
+    for row, scene in enumerate(scenes):
+        path = pictures / f"{row:05d}.jpg"
+        path.write_bytes(jpeg(render(scene, rng)))
+        paths.append(path)
+    urls = [f"{base_url}/{name}/{path.name}" for path in paths]
+    for k, path_of_trouble in enumerate(odd):
+        urls[(2 * k + 1) * rows // (2 * len(odd) * files)] = f"{base_url}{path_of_trouble}"
+    captions = [caption(scene, rng) for scene in scenes]
+    for file in range(files):
+        part = slice(file * rows // files, (file + 1) * rows // files)
+        table = pa.table({"url": urls[part], "cap_seg": _cap_seg(captions[part], as_struct=file % 2 == 0)})
+        pq.write_table(table, parquet / f"{name}-{file:05d}.parquet")
+    return Split(parquet, paths, scenes)
+
+
+def _cap_seg(captions: list[str], as_struct: bool) -> pa.Array:
+    """The two forms that are found in the wild: a struct, or a string that holds a dict."""
+    values = [{"global_caption": text, "local_caption": []} for text in captions]
+    if as_struct:
+        return pa.array([{"global_caption": value["global_caption"]} for value in values])
+    return pa.array([json.dumps(value, ensure_ascii=False) for value in values])

@@ -1,0 +1,252 @@
+"""`train`: killed, interrupted, continued, and always the same curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from llava_core.checkpoint import load_checkpoint
+from llava_core.errors import LlavaError
+from tests.e2e.commands import run, start
+from tests.small_models import write_language_model
+from tests.small_shards import write_shard
+from train.config import EvalConfig, RunConfig
+from train.evaluate import run as evaluate_run
+from train.run import run as train_run
+
+GOLDEN = Path(__file__).parents[1] / "golden/loss_curve.json"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def write_world(root: Path) -> Path:
+    """Two training shards with failed rows, a held-out one, a small language model."""
+    write_shard(root / "features/a.h5", rows=26, failed=[3, 9])
+    write_shard(root / "features/b.h5", rows=25, failed=[0], seed=1)
+    write_shard(root / "held-out/c.h5", rows=10, seed=2)
+    write_language_model(root / "llm")
+    return root
+
+
+def config(world: Path, out: Path, **flags: Any) -> RunConfig:
+    given = RunConfig(
+        features=world / "features",
+        eval_features=world / "held-out",
+        llm=world / "llm",
+        out=out,
+        batch_size=4,
+        epochs=2,
+        lr=0.02,
+        eval_every=10,
+        save_every=10,
+        log_every=1,
+        device="cpu",
+    )
+    return dataclasses.replace(given, **flags)
+
+
+def flags_of(given: RunConfig) -> list[str]:
+    flags: list[str] = []
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if value != field.default and not isinstance(value, bool):
+            flags += [f"--{field.name.replace('_', '-')}", str(value)]
+    return flags
+
+
+def curve(out: Path, key: str = "loss") -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "last/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 24 steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train_run(config(world, out))
+    return out
+
+
+def test_a_run_learns_and_leaves_a_whole_checkpoint(world: Path, whole: Path) -> None:
+    losses, held_out = curve(whole), curve(whole, "eval_loss")
+    assert list(losses) == list(range(1, 25))
+    assert list(held_out) == [0, 10, 20, 24]
+    assert held_out[24] < 0.95 * held_out[0]
+    rates = curve(whole, "lr")
+    assert max(rates.values()) == rates[2] == 0.02
+    assert rates[24] < 0.001
+    files = {
+        "model.safetensors",
+        "config.json",
+        "training_config.yaml",
+        "metrics.json",
+        "README.md",
+        "state.pt",
+    }
+    assert {path.name for path in (whole / "last").iterdir()} == files
+    checkpoint = load_checkpoint(whole / "last")
+    assert checkpoint.metrics["step"] == 24
+    assert checkpoint.training["lr"] == 0.02
+    assert checkpoint.provenance.language_model["hidden"] == 32
+    assert sorted(path.name for path in whole.glob("step-*")) == ["step-00000020", "step-00000024"]
+
+
+def test_the_golden_curve(whole: Path) -> None:
+    """The same numbers as when they were written down: a refactor must not move them."""
+    now = [round(loss, 6) for loss in curve(whole).values()]
+    assert now == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+
+
+def test_eval_measures_what_the_run_measured(world: Path, whole: Path) -> None:
+    figures = evaluate_run(
+        EvalConfig(checkpoint=whole / "last", features=world / "held-out", llm=world / "llm")
+    )
+    assert figures["loss"] == pytest.approx(curve(whole, "eval_loss")[24], rel=1e-6)
+    assert figures["grounding_gap"] == pytest.approx(figures["loss_shuffled"] - figures["loss"], rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(torch.tensor(figures["loss"]).exp().item(), rel=1e-5)
+    assert figures["samples"] == 10
+
+
+def test_a_finished_run_is_left_alone(world: Path, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = (whole / "last/model.safetensors").stat().st_mtime_ns
+    train_run(config(world, whole))
+    assert "nothing to do" in capfd.readouterr().err
+    assert (whole / "last/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_splitting_a_step_changes_nothing(world: Path, whole: Path, tmp_path: Path) -> None:
+    train_run(config(world, tmp_path / "run", micro_tokens=150))
+    expected = curve(whole)
+    for step, loss in curve(tmp_path / "run").items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step
+
+
+def test_shuffled_pictures_cost_something_once_they_matter(world: Path, tmp_path: Path) -> None:
+    """Trained on eight rows until it knows them by their pictures, the gap is wide; untrained, it is none."""
+    write_shard(tmp_path / "few/d.h5", rows=8)
+    flags: dict[str, Any] = {
+        "features": tmp_path / "few",
+        "eval_features": tmp_path / "few",
+        "projector": "mlp",
+    }
+    train_run(config(world, tmp_path / "run", **flags, epochs=150, eval_every=300, save_every=300))
+    gaps = curve(tmp_path / "run", "eval_grounding_gap")
+    assert abs(gaps[0]) < 0.05
+    assert gaps[300] > 0.3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_resumed_is_bit_equal_to_uninterrupted(world: Path, tmp_path: Path, signum: int) -> None:
+    given = config(world, tmp_path / "cut", epochs=20)
+    process = start("train", "run", *flags_of(given))
+    while not (tmp_path / "cut/step-00000030").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, signum)
+    _, err = process.communicate()
+    if signum == signal.SIGTERM:
+        assert process.returncode == 130, err
+        assert "the same command continues" in err
+    assert not (tmp_path / "cut/summary.json").exists()
+    run("train", "run", *flags_of(given), "--resume")
+    run("train", "run", *flags_of(dataclasses.replace(given, out=tmp_path / "whole")))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert curve(tmp_path / "cut", "eval_loss") == curve(tmp_path / "whole", "eval_loss")
+    cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    states = [torch.load(tmp_path / name / "last/state.pt", weights_only=True) for name in ("cut", "whole")]
+    first, second = (state["optimizer"]["state"][0]["exp_avg_sq"] for state in states)
+    assert torch.equal(first, second)
+
+
+def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
+    figures = train_run(config(world, tmp_path / "run", dry_run=True))
+    assert (figures["samples"], figures["steps"]) == (48, 24)
+    assert not (tmp_path / "run").exists()
+
+
+def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
+    train_run(config(world, tmp_path / "run", max_steps=3, report_to=("tensorboard",)))
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+
+
+def test_wandb_stays_offline_without_a_key(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    ended = run(
+        "train", "run", *flags_of(config(world, tmp_path / "run", max_steps=2)), "--report-to", "wandb"
+    )
+    assert list((tmp_path / "run/wandb").glob("offline-run-*")), ended.err
+
+
+def test_bad_input_is_one_clear_line(world: Path, whole: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run", "--llm", world / "llm")
+    missing = run("train", "run", *out, "--features", tmp_path / "nowhere", code=1).one_line()
+    assert "no feature folder" in missing
+
+    write_shard(tmp_path / "two/a.h5")
+    write_shard(tmp_path / "two/b.h5", size=64)
+    mixed = run("train", "run", *out, "--features", tmp_path / "two", code=1).one_line()
+    assert "a.h5" in mixed
+    assert "b.h5" in mixed
+    assert "size: 32 vs 64" in mixed
+
+    cut = write_shard(tmp_path / "cut/a.h5", rows=100)
+    os.truncate(cut, cut.stat().st_size - 1000)
+    assert "truncated" in run("train", "run", *out, "--features", tmp_path / "cut", code=1).one_line()
+    assert not (tmp_path / "run").exists()
+
+    other = write_language_model(tmp_path / "other", seed=5)
+    wrong = ("--checkpoint", whole / "last", "--features", world / "held-out")
+    line = run("train", "eval", *wrong, "--llm", other, code=1).one_line()
+    assert "another language model" in line
+    assert "llm (weights" in line
+    assert "other (weights" in line
+
+
+def test_folders_of_other_runs_are_safe(world: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match=r"another --lr; expected 0\.02; got 0\.01"):
+        train_run(config(world, whole, lr=0.01))
+    with pytest.raises(LlavaError, match="no run to resume"):
+        train_run(config(world, tmp_path / "new", resume=True))
+    with pytest.raises(LlavaError, match=r"give .*best"):
+        load_checkpoint(whole)
+
+
+def test_other_features_are_refused_by_eval(world: Path, whole: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.h5", size=64)
+    with pytest.raises(LlavaError, match="size: 32 vs 64"):
+        evaluate_run(EvalConfig(checkpoint=whole / "last", features=tmp_path, llm=world / "llm"))
+
+
+def test_settings_from_a_file(world: Path, tmp_path: Path) -> None:
+    settings = {"features": str(world / "features"), "llm": str(world / "llm"), "lr": "1e-3", "max-steps": 2,
+                "batch_size": 4, "log_every": 1}  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings).replace("'1e-3'", "1e-3"))
+    run("train", "run", "-c", tmp_path / "run.yaml", "--out", tmp_path / "run", "--batch-size", 3)
+    recorded = yaml.safe_load((tmp_path / "run/training_config.yaml").read_text())
+    assert (recorded["lr"], recorded["max_steps"], recorded["batch_size"]) == (0.001, 2, 3)
+    assert len(curve(tmp_path / "run")) == 2
+
+
+def test_a_diverging_run_stops_and_says_where(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match=r"the loss is (nan|inf) at step \d+, learning rate"):
+        train_run(config(world, tmp_path / "run", lr=1e30, warmup=0.0))

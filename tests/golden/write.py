@@ -1,0 +1,24 @@
+"""Writes the golden curve anew: python -m tests.golden.write. For changes that are meant to move it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.e2e.test_train import GOLDEN, config, curve, write_world
+from train.run import run
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        world = write_world(Path(folder))
+        run(config(world, world / "run"))
+        GOLDEN.write_text(json.dumps([round(loss, 6) for loss in curve(world / "run").values()]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
