@@ -87,7 +87,7 @@ class Engine:
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Token ids -> embeddings [1, L, hidden]."""
-        return self.llm.embed(torch.tensor([list(ids)], device=self.llm.device))
+        return self.llm.embed(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device)[None])
 
     def text(self, ids: Sequence[int]) -> str:
         decoded: str = self.llm.tokenizer.decode(list(ids), skip_special_tokens=True)

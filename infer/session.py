@@ -51,6 +51,8 @@ class Session:
                 if not text.endswith("\ufffd"):
                     yield text[len(shown) :]
                     shown = text
+            if rest := self.engine.text(answer)[len(shown) :]:
+                yield rest
         finally:
             visual = 0 if self.visual is None else self.visual.shape[1]
             # The last token is given out before the model reads it.
@@ -70,11 +72,12 @@ class Session:
         same = 0
         while same < min(len(self.cached), len(ids) - 1) and self.cached[same] == ids[same]:
             same += 1
-        visual = self.visual if self.visual is not None else self.engine.embed([])[:, :0]
+        visual = self.engine.embed([]) if self.visual is None else self.visual
         if self.cache.get_seq_length() == 0:
             embedded = torch.cat([visual, self.engine.embed(ids)], dim=1)
         else:
-            self.cache.crop(visual.shape[1] + same)
+            if surplus := self.cache.get_seq_length() - visual.shape[1] - same:
+                self.cache.crop(-surplus)  # below zero: how many to drop
             embedded = self.engine.embed(ids[same:])
         self.prefilled = embedded.shape[1]
         return embedded

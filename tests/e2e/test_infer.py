@@ -1,0 +1,269 @@
+"""`infer`: what the three models say together, however the question comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infer.config import AskConfig
+from infer.engine import Engine, Sampling, choose, open_engine
+from infer.session import Session
+from llava_core.checkpoint import Provenance, save_checkpoint
+from llava_core.errors import LlavaError
+from llava_core.language import load_language_model
+from llava_core.projector import build_projector, match_scale
+from llava_core.vision import open_vision_tower
+from tests.e2e.commands import ENVIRONMENT, ROOT, run
+from tests.servers import answer, serving
+from tests.small_models import write_language_model
+from tests.small_vision import write_vision_folder
+
+SHORT = Sampling(max_tokens=12)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    vision: Path
+    llm: Path
+    checkpoint: Path
+    images: list[Path]
+
+    @property
+    def flags(self) -> tuple[object, ...]:
+        return (
+            "--checkpoint",
+            self.checkpoint,
+            "--vision",
+            self.vision,
+            "--llm",
+            self.llm,
+            "--device",
+            "cpu",
+        )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    vision, llm_folder = write_vision_folder(root / "vision"), write_language_model(root / "llm")
+    tower, llm = open_vision_tower(vision), load_language_model(llm_folder)
+    torch.manual_seed(0)
+    projector = build_projector("linear", tower.width, llm.hidden)
+    # Far larger than a trained one's, so that pictures make a difference to a random model.
+    match_scale(projector, torch.randn(64, tower.width), 4 * llm.embedding_rms)
+    provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), llm.identity)
+    save_checkpoint(root / "run/last", projector, "linear", (tower.width, llm.hidden), provenance, {}, {}, {})
+    images = []
+    for seed in range(5):
+        path = root / f"{seed}.png"
+        pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 30)).save(path)
+        images.append(path)
+    return World(vision, llm_folder, root / "run/last", images)
+
+
+@pytest.fixture(scope="module")
+def engine(world: World) -> Engine:
+    image = str(world.images[0])
+    return open_engine(
+        AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=image)
+    )
+
+
+def said(session: Session, question: str) -> str:
+    return "".join(session.ask(question))
+
+
+def reference(engine: Engine, image: Path | None, messages: list[dict[str, str]], sampling: Sampling) -> str:
+    """Plain greedy decoding: the whole sequence through the model for every token, no cache."""
+    embedded = engine.embed(engine.conversation.prompt(messages))
+    if image is not None:
+        embedded = torch.cat([engine.see([image.read_bytes()]), embedded], dim=1)
+    tokens: list[int] = []
+    with torch.inference_mode():
+        for _ in range(sampling.max_tokens):
+            token = int(engine.llm.model(inputs_embeds=embedded).logits[0, -1].argmax())
+            if token in engine.llm.eos_ids:
+                break
+            tokens.append(token)
+            embedded = torch.cat([embedded, engine.embed([token])], dim=1)
+    return engine.text(tokens)
+
+
+def test_answers_equal_plain_decoding_over_many_turns(engine: Engine, world: World) -> None:
+    session = Session(engine, SHORT)
+    session.show(str(world.images[0]))
+    for question in ("图中有什么？", "颜色？", "What else?"):
+        messages = [*session.messages, {"role": "user", "content": question}]
+        assert said(session, question) == reference(engine, world.images[0], messages, SHORT)
+        assert session.messages[:-1] == messages
+
+
+def test_a_second_turn_reads_only_what_is_new(engine: Engine, world: World) -> None:
+    session = Session(engine, SHORT)
+    session.show(str(world.images[0]))
+    said(session, "一个很长很长很长很长的问题")
+    first = session.prefilled
+    said(session, "短")
+    whole = engine.tower.tokens + len(engine.conversation.prompt(session.messages[:-1]))
+    assert first > engine.tower.tokens
+    # Before the first answer this template put a think block that it now drops, so reading begins there.
+    assert session.prefilled < whole - engine.tower.tokens - 40
+
+
+def test_the_picture_matters_and_clear_forgets_only_the_turns(engine: Engine, world: World) -> None:
+    answers = []
+    for image in world.images:
+        session = Session(engine, SHORT)
+        session.show(str(image))
+        answers.append(said(session, "看"))
+    assert len(set(answers)) > 1
+    said(session, "再看")
+    session.clear()
+    assert said(session, "看") == answers[-1]
+
+
+def test_without_a_picture_the_language_model_answers_alone(engine: Engine) -> None:
+    session = Session(engine, SHORT)
+    assert said(session, "你好") == reference(engine, None, [{"role": "user", "content": "你好"}], SHORT)
+
+
+def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(engine: Engine, world: World) -> None:
+    session = Session(engine, SHORT)
+    session.show(str(world.images[1]))
+    pieces = session.ask("看")
+    next(pieces)
+    pieces.close()
+    messages = [*session.messages, {"role": "user", "content": "再"}]
+    assert len(messages) == 3
+    assert said(session, "再") == reference(engine, world.images[1], messages, SHORT)
+
+
+def test_a_full_context_is_said(engine: Engine) -> None:
+    with pytest.raises(LlavaError, match="no longer fits"):
+        said(Session(engine, SHORT), "长" * 400)
+
+
+def test_sampling() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.9, -9.0]]).expand(400, -1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(choose(logits, Sampling(), generator).tolist()) == {1}
+    nucleus = choose(logits, Sampling(temperature=1.0, top_p=0.9), generator).tolist()
+    assert set(nucleus) == {1, 2}
+    assert 0.4 < nucleus.count(1) / 400 < 0.65
+    assert 0 in choose(logits, Sampling(temperature=2.0), generator).tolist()
+
+
+def test_ask_by_path_and_by_address(world: World) -> None:
+    flags = (*world.flags, "--prompt", "看", "--max-tokens", 8, "--json")
+    by_path = run("infer", "ask", *flags, "--image", world.images[0])
+    with serving({"/a.png": answer(world.images[0].read_bytes())}) as base:
+        by_address = run("infer", "ask", *flags, "--image", f"{base}/a.png")
+        gone = run("infer", "ask", *flags, "--image", f"{base}/b.png", code=1).one_line()
+    assert by_path.summary["answer"] == by_address.summary["answer"] != ""
+    assert "cannot fetch the image; got http 4xx (HTTP 404)" in gone
+
+
+def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("不是图片")
+    line = run("infer", "ask", *world.flags, "--image", text, code=1).one_line()
+    assert "notes.txt as an image: not an image" in line
+    assert (
+        "no image file"
+        in run("infer", "ask", *world.flags, "--image", tmp_path / "no.png", code=1).one_line()
+    )
+
+    other = write_language_model(tmp_path / "other", seed=7)
+    ask = ("infer", "ask", "--checkpoint", world.checkpoint, "--image", world.images[0])
+    line = run(*ask, "--vision", world.vision, "--llm", other, code=1).one_line()
+    assert "trained for another language model; expected llm (weights" in line
+    assert "got other (weights" in line
+    vision = write_vision_folder(tmp_path / "vision2", seed=7)
+    line = run(*ask, "--vision", vision, "--llm", world.llm, code=1).one_line()
+    assert "another vision encoder or preprocessing; expected vision (" in line
+    assert "got vision2 (" in line
+    assert "weights_sha256" in line
+    hint = run(
+        "infer", "ask", *world.flags[2:], "--image", text, "--checkpoint", world.checkpoint.parent, code=1
+    )
+    assert f"give {world.checkpoint}" in hint.one_line()
+
+
+def test_chat_over_a_pipe(world: World, engine: Engine) -> None:
+    lines = [
+        f"/image '{world.images[0]}'",
+        "看",
+        "/image nowhere.png",
+        "再看",
+        "clear",
+        "看",
+        "exit",
+        "never read",
+    ]
+    command = [sys.executable, "-m", "infer", "chat", *map(str, world.flags), "--max-tokens", "12", "--json"]
+    ended = subprocess.run(
+        command,
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "error: no image file nowhere.png" in ended.stderr
+    session = Session(engine, SHORT)
+    session.show(str(world.images[0]))
+    expected = [said(session, "看"), said(session, "再看")]
+    assert ended.stdout.startswith("\n".join([*expected, expected[0]]))
+    assert json.loads(ended.stdout.splitlines()[-1]) == {"turns": 3}
+
+
+def test_batch_equals_ask_and_continues(world: World, engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_text("text")
+    questions = [{"image": str(image), "prompt": p} for p in ("看", "另一个长问题") for image in world.images]
+    questions.insert(3, {"image": "bad.png", "prompt": "看"})
+    questions.insert(5, {"image": "gone.png", "prompt": "看"})
+    source, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
+    command = ("infer", "batch", *world.flags, "--max-tokens", 12, "--batch-size", 4, "--input", source)
+    summary = run(*command, "--output", out, "--json").summary
+    assert (summary["questions"], summary["failed"]) == (12, 2)
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [{"image": line["image"], "prompt": line["prompt"]} for line in lines] == questions
+    assert "not an image" in lines[3]["error"]
+    assert "no image file" in lines[5]["error"]
+    for line in lines:
+        if "answer" in line:
+            session = Session(engine, SHORT)
+            session.show(line["image"])
+            assert line["answer"] == said(session, line["prompt"]).strip()
+
+    whole = out.read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(whole[: len(whole) // 2])
+    run(*command, "--output", cut)
+    assert cut.read_bytes() == whole
+    source.write_text('{"prompt": "no image"}\n')
+    assert "line 1 of" in run(*command, "--output", tmp_path / "b.jsonl", code=1).one_line()
+
+
+def test_pictures_are_seen_as_in_training(engine: Engine, world: World) -> None:
+    """infer's visual tokens are the projection of what extract would have stored, to the last bit."""
+    data = world.images[2].read_bytes()
+    pixels = engine.tower.preprocess.decode_image(data).pixels
+    stored = engine.tower.encode(pixels[None]).half()
+    buffer = io.BytesIO()
+    np.save(buffer, stored.numpy())
+    with torch.inference_mode():
+        assert torch.equal(engine.see([data]), engine.projector(stored.float()))
