@@ -137,7 +137,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         provenance = Provenance(**{f.name: config[f.name] for f in dataclasses.fields(Provenance)})
         training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        json.JSONDecodeError,
+        yaml.YAMLError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         reason = str(error).split("\n")[0]
         raise LlavaError(f"damaged checkpoint {folder}", got=reason, do="use another checkpoint") from None
     return Checkpoint(folder, projector.eval().requires_grad_(False), provenance, training, metrics)

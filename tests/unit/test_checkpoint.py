@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import fingerprint
+from llava_core.projector import build_projector
+
+ENCODER = {"model_id": "clip", "weights_sha256": "a" * 64, "layer": None, "tokens": 5, "width": 6}
+PREPROCESS = {"size": 32, "filter": "bicubic"}
+LANGUAGE = {"id": "qwen", "weights_sha256": "b" * 64, "hidden": 8}
+PROVENANCE = Provenance(fingerprint(ENCODER, PREPROCESS), ENCODER, PREPROCESS, LANGUAGE)
+
+
+def save(folder: Path, kind: str = "mlp", step: int = 1) -> torch.nn.Module:
+    torch.manual_seed(step)
+    projector = build_projector(kind, 6, 8)
+    state = {"step": step, "rng": torch.get_rng_state()}
+    save_checkpoint(folder, projector, kind, (6, 8), PROVENANCE, {"lr": 0.1}, {"eval_loss": 2.5}, state)
+    return projector
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_round_trip(tmp_path: Path, kind: str) -> None:
+    projector = save(tmp_path / "c", kind)
+    loaded = load_checkpoint(tmp_path / "c")
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(loaded.projector(x), projector(x))
+    assert not any(p.requires_grad for p in loaded.projector.parameters())
+    assert loaded.provenance == PROVENANCE
+    assert (loaded.training, loaded.metrics) == ({"lr": 0.1}, {"eval_loss": 2.5})
+    assert load_state(tmp_path / "c")["step"] == 1
+    card = (tmp_path / "c/README.md").read_text(encoding="utf-8")
+    assert PROVENANCE.fingerprint in card
+    assert "| eval_loss | 2.5 |" in card
+
+
+def test_an_older_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+    save(tmp_path / "c", step=1)
+    (tmp_path / "c.part").mkdir()
+    (tmp_path / "c.part/leftover").touch()
+    save(tmp_path / "c", step=2)
+    assert load_state(tmp_path / "c")["step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert not (tmp_path / "c/leftover").exists()
+
+
+def test_other_models_are_refused_by_name() -> None:
+    other = {**LANGUAGE, "id": "llama", "weights_sha256": "c" * 64}
+    with pytest.raises(LlavaError, match=r"expected qwen \(weights bbbb.*got llama \(weights cccc"):
+        PROVENANCE.require_language_model(other)
+    PROVENANCE.require_language_model({**LANGUAGE, "id": "the same in another folder"})
+    larger = {**PREPROCESS, "size": 64}
+    with pytest.raises(LlavaError, match=r"expected clip \(.*got clip \(.*size: 32 vs 64"):
+        PROVENANCE.require_encoder(fingerprint(ENCODER, larger), ENCODER, larger)
+    PROVENANCE.require_encoder(PROVENANCE.fingerprint, ENCODER, PREPROCESS)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training_config.yaml", "metrics.json"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "c")
+    file = tmp_path / "c" / name
+    file.write_bytes(
+        file.read_bytes()[: file.stat().st_size // 2] if name != "training_config.yaml" else b"a: ["
+    )
+    with pytest.raises(LlavaError, match="damaged checkpoint"):
+        load_checkpoint(tmp_path / "c")
+    file.unlink()
+    with pytest.raises(LlavaError, match="checkpoint"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "c")
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    (tmp_path / "c/config.json").write_text(json.dumps({**config, "version": 2}))
+    with pytest.raises(LlavaError, match="version 1"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_links_are_relative_and_replaced(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path / f"step-{step}", step=step)
+        point_to(tmp_path / "last", tmp_path / f"step-{step}")
+    moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "-moved"))
+    assert load_state(moved / "last")["step"] == 2

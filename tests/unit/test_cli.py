@@ -1,0 +1,120 @@
+"""How a command begins and ends, whatever it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_core import cli
+from llava_core.cli import Command, Options
+from llava_core.errors import LlavaError
+from tests.e2e.commands import ROOT, run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(Options):
+    """A command for tests."""
+
+    rate: float = 0.5
+    """A number."""
+    names: tuple[str, ...] = ()
+    """Some words."""
+    fail: str = ""
+    """How to end."""
+
+
+def target(flags: Flags) -> dict[str, Any]:
+    endings: dict[str, BaseException] = {
+        "mistake": LlavaError("what", expected="this", got="that", do="do so"),
+        "usage": LlavaError("wrong usage", exit_code=2),
+        "interrupt": KeyboardInterrupt(),
+        "disk": OSError(28, "No space left on device", "x.h5"),
+    }
+    if flags.fail == "many":
+        return {"exit_code": 3}
+    if flags.fail:
+        raise endings[flags.fail]
+    return {"rate": flags.rate, "names": flags.names}
+
+
+COMMANDS = {"go": Command(Flags, f"{__name__}:target"), "other": Command(Options, f"{__name__}:target")}
+
+
+def ended(*argv: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main("tool", "A tool.", COMMANDS, ["go", *argv])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "line"),
+    [
+        ("mistake", 1, "error: what; expected this; got that; do so\n"),
+        ("usage", 2, "error: wrong usage\n"),
+        ("interrupt", 130, "interrupted; the same command continues where it stopped\n"),
+        ("disk", 1, "error: No space left on device: x.h5\n"),
+        ("many", 3, ""),
+    ],
+)
+def test_endings(ending: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("--fail", ending) == code
+    assert capsys.readouterr().err == line
+
+
+def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("--json", "--rate", "1e-3", "--names", "a", "b") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rate": 0.001, "names": ["a", "b"]}
+
+
+def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rate: 1e-3\nnames: [x, y]\njson: true\n")
+    assert ended("-c", str(path), "--names", "typed") == 0
+    assert json.loads(capsys.readouterr().out) == {"rate": 0.001, "names": ["typed"]}
+    for text, message in (
+        ("rat: 1\n", "unknown key 'rat'"),
+        ("- a\n", "holds no settings"),
+        ("a: [\n", "cannot read settings"),
+    ):
+        path.write_text(text)
+        assert ended("-c", str(path)) == 2
+        assert message in capsys.readouterr().err
+    assert ended("-c", str(tmp_path / "none.yaml")) == 2
+    assert ended("-c") == 2
+
+
+def test_unknown_flags_are_wrong_usage() -> None:
+    assert ended("--no-such-flag") == 2
+    assert ended("--rate", "much") == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "commands"),
+    [
+        ("extract", ["run", "retry-failed", "verify", "inspect"]),
+        ("train", ["run", "eval"]),
+        ("infer", ["ask", "chat", "batch"]),
+        ("llava", ["demo"]),
+    ],
+)
+def test_help_of_every_command(module: str, commands: list[str]) -> None:
+    overview = run(module, "--help").out
+    for command in commands:
+        assert command in overview
+    assert "--json" in run(module, commands[0], "--help").out
+
+
+@pytest.mark.parametrize("module", ["extract", "train", "infer", "llava"])
+def test_help_loads_nothing_heavy(module: str) -> None:
+    code = (
+        f"import {module}.__main__, sys; print({{'torch', 'transformers', 'h5py', 'PIL'}} & set(sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout == "set()\n"

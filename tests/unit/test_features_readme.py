@@ -1,0 +1,42 @@
+"""The format's document says what the code does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava_core.shards import COLUMNS, TEXTS, Shard
+from llava_core.status import Status
+from tests.small_shards import write_shard
+
+DOCUMENT = (Path(__file__).parents[2] / "features/README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = Shard(write_shard(tmp_path / "features/train-00000.h5", failed=[0]))
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(example, {})
+    assert str(shard.read(1)) in out.getvalue()
+    assert shard.caption(1) in out.getvalue()
+    assert shard.fingerprint in out.getvalue()
+
+
+def test_every_status_and_dataset_is_listed() -> None:
+    codes = dict(re.findall(r"\| (\d+) \| ([a-z0-9 ]+) (?=\|)", DOCUMENT))
+    assert {int(code): label for code, label in codes.items()} == {int(s): s.label for s in Status}
+    for name in (
+        *COLUMNS,
+        "features",
+        *(f"{text}_{part}" for text in TEXTS for part in ("bytes", "offsets")),
+    ):
+        assert f"`{name}`" in DOCUMENT
+    for name, (kind, _) in COLUMNS.items():
+        assert np.dtype(kind).str.replace("|", "") in DOCUMENT, name
