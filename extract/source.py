@@ -81,7 +81,7 @@ def find_sources(data: str, limit: int | None = None) -> list[Source]:
         raise LlavaError(
             f"no data at {data}" if missing else f"no parquet file in {data}",
             expected="a folder, file or glob of *.parquet",
-            do="mend --data, or fetch the data with `llava download`",
+            do="mend --data, or download the data as README.md shows",
         )
     stems: dict[str, Path] = {}
     sources: list[Source] = []

@@ -110,7 +110,10 @@ def load_language_model(
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: every shard of the first format present."""
     if not folder.is_dir():
-        raise LlavaError(f"no language model folder {folder}", do="give --llm a folder; see `llava download`")
+        raise LlavaError(
+            f"no language model folder {folder}",
+            do="give --llm a folder; README.md shows how to download one",
+        )
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
         if files := sorted(folder.glob(pattern)):
             return files

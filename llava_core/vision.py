@@ -117,7 +117,9 @@ def open_vision_tower(
     device = torch.device(device)
     dtype = dtype or default_dtype(device)
     if not folder.is_dir():
-        raise LlavaError(f"no vision folder {folder}", do="give --vision a folder; see `llava download`")
+        raise LlavaError(
+            f"no vision folder {folder}", do="give --vision a folder; README.md shows how to download one"
+        )
     if (folder / MODELSCOPE_FILES[0]).exists():
         return _open_modelscope(folder, device, dtype, layer, decode)
     if (folder / "config.json").exists():

@@ -21,6 +21,7 @@ installed=.venv/installed-$extras
 [ -f "$installed" ] && [ "$(cat "$installed")" = "$wanted" ] && exit 0
 
 debian() { # install Debian packages if this is Debian and we may
+    command -v apt-get >/dev/null || return 1
     echo "installing $* with apt-get" >&2
     if [ "$(id -u)" = 0 ]; then sudo=; else sudo="sudo -n"; fi
     $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "$@" >&2
@@ -41,5 +42,12 @@ pip install -q -c constraints.txt -e ".[$extras]"
 if [ "$extras" = dev ]; then
     # The reference that our vision tower is compared with; its own dependencies (torchvision, lmdb) are not used.
     pip install -q --no-deps cn-clip==1.6.0
+fi
+chinese_fonts() {
+    find -L /usr/share/fonts ~/.fonts ~/.local/share/fonts ~/Library/Fonts \
+        -iname '*wqy*' -o -iname '*cjk*' -o -iname '*sourcehansans*' -o -iname '*pingfang*' 2>/dev/null || true
+}
+if [ "$extras" = plots ] && [ -z "$(chinese_fonts)" ]; then
+    debian fonts-wqy-microhei || echo "no Chinese font: the demo's contact sheet will go without words" >&2
 fi
 echo "$wanted" >"$installed"
