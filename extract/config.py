@@ -45,10 +45,7 @@ class Encoding(Options):
     """Share of failed rows above which the command ends with exit code 3."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "concurrency", "per_host", "timeout", "max_bytes", "max_pixels"):
-            if getattr(self, name) <= 0:
-                flag = f"--{name.replace('_', '-')}"
-                raise LlavaError(flag, expected="a number above 0", got=getattr(self, name), exit_code=2)
+        self.require_above_zero("batch_size", "concurrency", "per_host", "timeout", "max_bytes", "max_pixels")
         if self.retries < 0:
             raise LlavaError("--retries", expected="0 or more", got=self.retries, exit_code=2)
         if not 0 <= self.max_failed <= 1:
@@ -68,8 +65,7 @@ class RunConfig(Encoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit is not None and self.limit <= 0:
-            raise LlavaError("--limit", expected="a number above 0", got=self.limit, exit_code=2)
+        self.require_above_zero("limit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +90,9 @@ class VerifyConfig(Options):
     """Where to encode."""
     allow_private: bool = False
     """Let image addresses lead to this machine or a private network."""
+
+    def __post_init__(self) -> None:
+        self.require_above_zero("sample")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ shard start while the last ones of this shard are still on their way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -23,9 +24,10 @@ import torch
 
 from extract.config import Encoding
 from llava_core.console import say
+from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
 from llava_core.preprocess import ImageError
-from llava_core.shard_writer import RowRecord, ShardWriter
+from llava_core.shard_writer import FinishedMeanwhile, RowRecord, ShardWriter
 from llava_core.status import Status
 from llava_core.vision import VisionTower
 
@@ -87,6 +89,8 @@ class Pipeline:
         )
         self.failed = 0
         self.open: list[Filling] = []
+        self.broken: LlavaError | OSError | None = None
+        """Why a shard could not be opened."""
 
     def run(self, shards: Sequence[Callable[[], Filling]]) -> None:
         """Open the shards one after the other and fill them.
@@ -117,10 +121,14 @@ class Pipeline:
             ):
                 stages = (self._feed(shards), self._download_all(), self._encode_all(), self._write_all())
                 await _together([asyncio.create_task(stage) for stage in stages])
-        except asyncio.CancelledError:
-            say("stopping; what is encoded is kept")
-            self._keep_what_waits()
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                say("stopping; what is encoded is kept")
+            with contextlib.suppress(OSError):  # a full disk is what the error already says
+                self._keep_what_waits()
             raise
+        if self.broken is not None:
+            raise self.broken
 
     def _keep_what_waits(self) -> None:
         while not self.outcomes.empty():
@@ -133,7 +141,13 @@ class Pipeline:
     async def _feed(self, shards: Sequence[Callable[[], Filling]]) -> None:
         loop = asyncio.get_running_loop()
         for open_shard in shards:
-            filling = await loop.run_in_executor(self.disk, open_shard)
+            try:
+                filling = await loop.run_in_executor(self.disk, open_shard)
+            except FinishedMeanwhile:
+                continue
+            except (LlavaError, OSError) as error:  # the shards that are open are to be finished first
+                self.broken = error
+                break
             self.open.append(filling)
             self.bar.update(len(filling.urls) - filling.missing)
             for row in filling.pending:
@@ -245,8 +259,12 @@ class Pipeline:
 async def _together(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Wait for all; the first that fails ends the others."""
     try:
-        await asyncio.gather(*tasks)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        pending = {task for task in tasks if not task.done()}
+        while pending:  # up to Python 3.11 `wait_for` may lose a cancellation
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.1)

@@ -45,10 +45,10 @@ class Source:
             table = file.read(columns=["url", caption, *{"id"}.intersection(names)]).slice(0, self.rows)
         except (pa.ArrowException, OSError) as error:
             raise LlavaError(f"damaged parquet file {self.path}", got=error, do="download it again") from None
-        ids = table["id"].to_pylist() if "id" in names else range(self.rows)
-        captions = _dense_captions(table[caption]) if caption == "cap_seg" else table[caption].to_pylist()
+        ids = _texts(table["id"]) if "id" in names else range(self.rows)
+        captions = _dense_captions(table[caption]) if caption == "cap_seg" else _texts(table[caption])
         return Table(
-            urls=[str(url or "") for url in table["url"].to_pylist()],
+            urls=[str(url or "") for url in _texts(table["url"])],
             captions=[c.strip() if isinstance(c, str) and c.strip() else None for c in captions],
             ids=[str(i) for i in ids],
         )
@@ -112,6 +112,8 @@ def _open(path: Path) -> Any:
             f"{path} is not a readable parquet file", got=reason, do="download it again"
         ) from None
     names = file.schema_arrow.names
+    if twice := {name for name in names if names.count(name) > 1} & {"url", "cap_seg", "caption", "id"}:
+        raise LlavaError(f"{path} has more than one column {min(twice)!r}", do="drop all but one")
     if "url" not in names or not {"cap_seg", "caption"}.intersection(names):
         raise LlavaError(
             f"{path} lacks {'a caption' if 'url' in names else 'the image address'}",
@@ -126,9 +128,17 @@ def _dense_captions(column: Any) -> Sequence[Any]:
     if pa.types.is_struct(kind):
         if kind.get_field_index(CAPTION_KEY) < 0:
             return [None] * len(column)
-        captions: list[Any] = pc.struct_field(column, CAPTION_KEY).to_pylist()
-        return captions
-    return [caption_of(value) for value in column.to_pylist()]
+        return _texts(pc.struct_field(column, CAPTION_KEY))
+    return [caption_of(value) for value in _texts(column)]
+
+
+def _texts(column: Any) -> list[Any]:
+    """The column's values, bytes and text alike as text, whatever is not UTF-8 in them replaced."""
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        column = column.cast(pa.large_binary())
+    values: list[Any] = column.to_pylist()
+    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
 
 
 def caption_of(value: object) -> str | None:
@@ -137,7 +147,7 @@ def caption_of(value: object) -> str | None:
         return None
     try:
         loaded = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             loaded = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import random
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +14,7 @@ from extract.config import VerifyConfig
 from llava_core.console import progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.fetch import Fetched, Fetcher, FetchLimits
+from llava_core.fetch import FetchLimits, fetch_all
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
@@ -44,6 +44,7 @@ def _checksums(shards: Sequence[Shard]) -> int:
     with progress(len(rows), "rows", desc="checksums") as bar:
         damaged = []
         for shard, row in rows:
+            shard.caption(row), shard.url(row)  # raise if they are no text any more
             if not shard.check(row):
                 damaged.append(f"{shard.path}:{row}")
             bar.update()
@@ -68,7 +69,8 @@ def _encode_again(config: VerifyConfig, shards: Sequence[Shard]) -> JsonDict:
             f"{config.vision} is not the encoder of these shards",
             got=first_difference({**shards[0].encoder, **shards[0].preprocess}, ours),
         )
-    fetched = asyncio.run(_fetch([shard.url(row) for shard, row in chosen], config))
+    limits = FetchLimits(allow_private=config.allow_private)
+    fetched = fetch_all([shard.url(row) for shard, row in chosen], limits)
     distances = []
     for (shard, row), answer in zip(chosen, fetched, strict=True):
         # A picture that is gone or has changed since says nothing about the encoder.
@@ -90,11 +92,6 @@ def _encode_again(config: VerifyConfig, shards: Sequence[Shard]) -> JsonDict:
 
 def _distance(tower: VisionTower, image: bytes, stored: np.ndarray) -> float:
     """Relative: 0 for equal features."""
-    pixels = tower.preprocess.decode_image(image).pixels
+    pixels = tower.preprocess.decode_image(image, max_pixels=sys.maxsize).pixels  # its sha256 is known
     now, then = tower.encode(pixels[None])[0].cpu(), torch.from_numpy(stored).float()
     return float((now - then).norm() / then.norm())
-
-
-async def _fetch(urls: Sequence[str], config: VerifyConfig) -> list[Fetched]:
-    async with Fetcher(FetchLimits(allow_private=config.allow_private)) as fetcher:
-        return await asyncio.gather(*(fetcher.fetch(url) for url in urls))

@@ -5,38 +5,41 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from infer.config import BatchConfig
-from infer.engine import Engine, Sampling, not_an_image, open_engine, read_image, sampling_of
+from infer.engine import Engine, Sampling, not_an_image, open_engine, read_images, sampling_of
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.lock import Lock
 from llava_core.preprocess import ImageError
 
 
 def run(config: BatchConfig) -> JsonDict:
-    """Answer the lines that OUTPUT does not hold yet. Raises LlavaError for a line that is no question."""
+    """Answer the lines that OUTPUT does not hold yet.
+
+    Raises LlavaError for a line that is no question, or if OUTPUT holds anything but answers to these.
+    """
     questions = read_questions(config.input, config.prompt)
-    done = whole_lines(config.output)
-    if len(done) > len(questions):
-        raise LlavaError(f"{config.output} has more lines than {config.input}", do="choose another --output")
-    engine = open_engine(config)
-    failed = sum("error" in line for line in done)
-    with (
-        config.output.open("a", encoding="utf-8") as file,
-        progress(len(questions), "questions", len(done)) as bar,
-    ):
-        for start in range(len(done), len(questions), config.batch_size):
-            part = questions[start : start + config.batch_size]
-            for line in answers(engine, part, config.input.parent, sampling_of(config)):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                failed += "error" in line
-            file.flush()
-            bar.update(len(part))
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(config.output), config.output.open("a+b") as file:
+        done = continued(file, questions, config)
+        failed = sum("error" in line for line in done)
+        todo = questions[len(done) :]
+        if todo:
+            engine = open_engine(config)
+            with progress(len(questions), "questions", len(done)) as bar:
+                for start in range(0, len(todo), config.batch_size):
+                    part = todo[start : start + config.batch_size]
+                    for line in answers(engine, part, config.input.parent, sampling_of(config)):
+                        file.write(_line({**line, "checkpoint": str(config.checkpoint)}))
+                        failed += "error" in line
+                    file.flush()
+                    bar.update(len(part))
     say(f"{len(questions)} questions, {failed} without an answer")
     return {"questions": len(questions), "failed": failed, "output": str(config.output)}
 
@@ -44,13 +47,14 @@ def run(config: BatchConfig) -> JsonDict:
 def read_questions(path: Path, prompt: str) -> list[JsonDict]:
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError:
         raise LlavaError(f"{path} is no text file", expected="JSON lines in UTF-8") from None
     for number, line in enumerate(lines, 1):
         try:
             question = {"prompt": prompt, **json.loads(line)}
-        except (ValueError, TypeError):
+            _line(question)
+        except (ValueError, TypeError):  # UnicodeEncodeError, for half a character, among them
             question = {}
         if not isinstance(question.get("image"), str) or not isinstance(question.get("prompt"), str):
             wanted = '{"image": PATH or URL, "prompt": TEXT}'
@@ -59,24 +63,45 @@ def read_questions(path: Path, prompt: str) -> list[JsonDict]:
     return questions
 
 
-def whole_lines(path: Path) -> list[JsonDict]:
-    """The lines of an earlier, interrupted run; a torn last one is cut off."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+def continued(file: BinaryIO, questions: Sequence[JsonDict], config: BatchConfig) -> list[JsonDict]:
+    """The answers of an earlier, interrupted run; its torn last line is cut off.
+
+    Raises LlavaError, and leaves the file alone, if it holds anything else.
+    """
+    file.seek(0)
+    *whole, torn = file.read().split(b"\n")
+    done: list[JsonDict] = []
+    try:
+        done = [json.loads(line) for line in whole]
+        ours = len(done) <= len(questions) and all(
+            line["checkpoint"] == str(config.checkpoint) and question.items() <= line.items()
+            for line, question in zip(done, questions, strict=False)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        ours = False
+    if ours and torn:
+        ours = len(done) < len(questions)
+        following = _line(questions[len(done)])[:-2] if ours else b""
+        ours = ours and (torn.startswith(following) or following.startswith(torn))
+    if not ours:
+        raise LlavaError(
+            f"{config.output} holds something else",
+            expected=f"answers of {config.checkpoint} to {config.input}",
+            do="choose another --output",
+        )
+    file.truncate(sum(len(line) + 1 for line in whole))
+    return done
+
+
+def _line(content: JsonDict) -> bytes:
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
 
 
 def answers(
     engine: Engine, questions: Sequence[JsonDict], folder: Path, sampling: Sampling
 ) -> list[JsonDict]:
     """The questions with `answer` or `error`, in their order."""
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda question: _read(question["image"], folder), questions))
+    images = read_images([question["image"] for question in questions], folder)
     prompts = [engine.conversation.prompt([{"role": "user", "content": q["prompt"]}]) for q in questions]
     lines: list[JsonDict] = [dict(question) for question in questions]
     for index, image in enumerate(images):
@@ -115,10 +140,3 @@ def _seen(
             lines[index]["error"] = str(not_an_image(lines[index]["image"], error))
     if good:
         yield good, torch.cat(visual)
-
-
-def _read(image: str, folder: Path) -> bytes | LlavaError:
-    try:
-        return read_image(image, folder)
-    except LlavaError as error:
-        return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -33,9 +34,8 @@ class Models(Options):
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens <= 0:
-            raise LlavaError("--max-tokens", expected="a number above 0", got=self.max_tokens, exit_code=2)
-        if self.temperature < 0:
+        self.require_above_zero("max_tokens")
+        if not 0 <= self.temperature < math.inf:
             raise LlavaError("--temperature", expected="0 or more", got=self.temperature, exit_code=2)
         if not 0 < self.top_p <= 1:
             raise LlavaError("--top-p", expected="above 0, up to 1", got=self.top_p, exit_code=2)
@@ -71,3 +71,7 @@ class BatchConfig(Models):
     """The question of lines that have none."""
     batch_size: int = 16
     """Questions answered together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_above_zero("batch_size")

@@ -15,7 +15,7 @@ from llava_core.console import say
 from llava_core.conversation import Conversation
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.fetch import FetchLimits, fetch_once
+from llava_core.fetch import FetchLimits, fetch_all
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import ImageError
 from llava_core.status import Status
@@ -90,7 +90,9 @@ class Engine:
         return self.llm.embed(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device)[None])
 
     def text(self, ids: Sequence[int]) -> str:
-        decoded: str = self.llm.tokenizer.decode(list(ids), skip_special_tokens=True)
+        decoded: str = self.llm.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return decoded
 
 
@@ -123,18 +125,33 @@ def sampling_of(config: Models) -> Sampling:
     return Sampling(config.max_tokens, config.temperature, config.top_p, config.seed)
 
 
-def read_image(image: str, folder: Path = Path()) -> bytes:
-    """The file at a URL, or at a path relative to `folder`. Raises LlavaError if there is none."""
-    if image.startswith(("http://", "https://")):
-        # The address was typed by the person at the terminal, so their own network is theirs to ask.
-        fetched = fetch_once(image, FetchLimits(allow_private=True, retries=1))
-        if fetched.status is not Status.OK:
-            raise LlavaError("cannot fetch the image", got=f"{fetched.status.label} ({fetched.detail})")
-        return fetched.body
-    path = folder / Path(image).expanduser()
-    if not path.is_file():
-        raise LlavaError(f"no image file {path}", do="give the path or the http(s) address of an image")
-    return path.read_bytes()
+def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | LlavaError]:
+    """The files at URLs or at paths relative to `folder`; in place of one that cannot be had, the reason."""
+    urls = [image for image in images if image.startswith(("http://", "https://"))]
+    # The addresses were typed by the person at the terminal, so their own network is theirs to ask.
+    fetched = iter(fetch_all(urls, FetchLimits(allow_private=True, retries=1)) if urls else ())
+    files: list[bytes | LlavaError] = []
+    for image in images:
+        if image.startswith(("http://", "https://")):
+            answer = next(fetched)
+            got = f"{answer.status.label} ({answer.detail})"
+            ok = answer.status is Status.OK
+            files.append(answer.body if ok else LlavaError("cannot fetch the image", got=got))
+            continue
+        try:
+            files.append((folder / Path(image).expanduser()).read_bytes())
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~nobody
+            do = "give the path or the http(s) address of an image"
+            files.append(LlavaError(f"no image file {folder / image}", do=do))
+    return files
+
+
+def read_image(image: str) -> bytes:
+    """The file at a URL or path. Raises LlavaError if there is none."""
+    (file,) = read_images([image])
+    if isinstance(file, LlavaError):
+        raise file
+    return file
 
 
 def not_an_image(image: str, error: ImageError) -> LlavaError:

@@ -41,7 +41,7 @@ class Session:
         messages = [*self.messages, {"role": "user", "content": question}]
         ids = self.engine.conversation.prompt(messages)
         answer: list[int] = []
-        shown = ""
+        shown, whole = "", False
         try:
             for (token,) in self.engine.generate(self._unread(ids), self.sampling, self.cache):
                 assert token is not None
@@ -51,12 +51,19 @@ class Session:
                 if not text.endswith("\ufffd"):
                     yield text[len(shown) :]
                     shown = text
+            whole = True
             if rest := self.engine.text(answer)[len(shown) :]:
                 yield rest
+        except GeneratorExit:
+            whole = True
+            raise
         finally:
-            visual = 0 if self.visual is None else self.visual.shape[1]
-            # The last token is given out before the model reads it.
-            self.cached = [*ids, *answer][: max(0, self.cache.get_seq_length() - visual)]
+            if whole:
+                visual = 0 if self.visual is None else self.visual.shape[1]
+                # The last token is given out before the model reads it.
+                self.cached = [*ids, *answer][: max(0, self.cache.get_seq_length() - visual)]
+            else:  # torn within a forward pass: some layers have read more than others
+                self.cache, self.cached = DynamicCache(), []
             if answer:
                 self.messages = [
                     *messages,

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llava_core.conversation import CONVERSATION_FORMAT
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.projector import build_projector, parameter_count
 
@@ -125,7 +124,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
         raise LlavaError(f"no checkpoint in {folder}", expected="config.json and model.safetensors", do=hint)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         if config.get("format") != "llava-projector" or config.get("version") != CHECKPOINT_VERSION:
             raise LlavaError(
                 f"{folder} has another checkpoint format",
@@ -137,24 +136,30 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         provenance = Provenance(**{f.name: config[f.name] for f in dataclasses.fields(Provenance)})
         training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        json.JSONDecodeError,
-        yaml.YAMLError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        reason = str(error).split("\n")[0]
-        raise LlavaError(f"damaged checkpoint {folder}", got=reason, do="use another checkpoint") from None
+    except LlavaError:
+        raise
+    except Exception as error:  # each of the libraries raises kinds of its own for a damaged file
+        raise _damaged(folder, error) from None
+    if provenance.conversation != CONVERSATION_FORMAT:
+        raise LlavaError(
+            f"{folder} was trained with another conversation format",
+            expected=CONVERSATION_FORMAT,
+            got=provenance.conversation,
+        )
     return Checkpoint(folder, projector.eval().requires_grad_(False), provenance, training, metrics)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The resume state of a checkpoint, tensors on the CPU."""
-    state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    """The resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged."""
+    try:
+        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _damaged(folder, error) from None
     return state
+
+
+def _damaged(folder: Path, error: Exception) -> LlavaError:
+    return LlavaError(f"damaged checkpoint {folder}", got=first_line(error), do="use another checkpoint")
 
 
 def point_to(link: Path, target: Path) -> None:

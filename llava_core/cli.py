@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import io
 import json
+import math
 import os
 import signal
 import sys
@@ -33,6 +35,15 @@ class Options:
     json: bool = False
     """Make the last line of standard output one JSON object with the figures of the summary."""
 
+    def require_above_zero(self, *names: str) -> None:
+        """Raise LlavaError (wrong usage) unless these flags are finite numbers above 0, or None."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise LlavaError(
+                    f"--{name.replace('_', '-')}", expected="a number above 0", got=value, exit_code=2
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -47,6 +58,9 @@ def main(
 ) -> NoReturn:
     """Parse, run, and leave the process with DESIGN's exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text in another encoding ends no command
+            stream.reconfigure(errors="replace")
     try:
         code = _run(prog, description, commands, list(sys.argv[1:] if argv is None else argv))
     except LlavaError as error:

@@ -27,3 +27,8 @@ class LlavaError(Exception):
             parts.append(do)
         super().__init__("; ".join(parts).replace("\n", " "))
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the paragraphs that follow."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

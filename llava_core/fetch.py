@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import random
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -146,12 +147,12 @@ class Fetcher:
             return Fetched(Status.OK, bytes(body), http)
 
 
-def fetch_once(url: str, limits: FetchLimits) -> Fetched:
-    """One download outside any event loop."""
+def fetch_all(urls: Sequence[str], limits: FetchLimits) -> list[Fetched]:
+    """Downloads outside any event loop, in the order of `urls`."""
 
-    async def fetch() -> Fetched:
+    async def fetch() -> list[Fetched]:
         async with Fetcher(limits) as fetcher:
-            return await fetcher.fetch(url)
+            return await asyncio.gather(*(fetcher.fetch(url) for url in urls))
 
     return asyncio.run(fetch())
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_core.errors import LlavaError
+
 MAGIC = b"LLVAJNL1"
 HEADER_BYTES = len(MAGIC) + 32
 RECORD = np.dtype(
@@ -32,20 +34,28 @@ RECORD = np.dtype(
 
 
 class Journal:
-    """Opened for appending; its torn tail, if any, is cut first. `records` are the rows it held then."""
+    """Opened for appending; its torn tail, if any, is cut first. `records` are the rows it held then.
 
-    def __init__(self, path: Path, uid: str) -> None:
+    A journal that is not of `uid` begins anew if it `may_begin`; otherwise LlavaError is raised.
+    """
+
+    def __init__(self, path: Path, uid: str, may_begin: bool = True) -> None:
         self.path = path
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         data = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)
         header = MAGIC + uid.encode()
+        if not data.startswith(header) and not may_begin:
+            os.close(self.descriptor)
+            do = "delete it and the .part beside it: the finished shard is whole, only its retry is lost"
+            raise LlavaError(f"damaged journal {path}", do=do)
         if not data.startswith(header):  # new, torn at birth, or of a shard that is no more
             data = header
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, header, 0)
             os.fsync(self.descriptor)
-        self.records = whole_records(data[HEADER_BYTES:])
-        self.end = HEADER_BYTES + self.records.nbytes
+        whole = _whole(data[HEADER_BYTES:])
+        self.records = np.frombuffer(data, RECORD, len(whole), HEADER_BYTES)[whole]
+        self.end = HEADER_BYTES + RECORD.itemsize * len(whole)
         os.ftruncate(self.descriptor, self.end)
 
     def append(self, records: np.ndarray) -> None:
@@ -59,13 +69,11 @@ class Journal:
         os.close(self.descriptor)
 
 
-def whole_records(data: bytes) -> np.ndarray:
-    """The records up to the first that is incomplete or fails its checksum."""
+def _whole(data: bytes) -> np.ndarray:
+    """Whether each record has its checksum, bool [records], up to the last that has."""
     records = np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
-    for index, check in enumerate(_checks(records)):
-        if records["check"][index] != check:
-            return records[:index]
-    return records
+    whole = records["check"] == np.array(_checks(records), np.uint32)
+    return np.asarray(whole[: int(np.flatnonzero(whole)[-1]) + 1 if whole.any() else 0])
 
 
 def sealed(records: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llava_core.device import default_dtype
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
 
 logging.disable_progress_bar()
@@ -75,23 +75,35 @@ def load_language_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **where)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **where
+            )
     except ImportError as error:
         raise LlavaError(
-            f"cannot load {weights[0]}", got=_first_line(error), do="pip install 'llava-align[gguf]'"
+            f"cannot load {weights[0]}", got=first_line(error), do="pip install 'llava-align[gguf]'"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file makes each library raise kinds of its own
         raise LlavaError(
             f"cannot load the language model in {folder}",
             expected="a causal model and tokenizer that transformers loads",
-            got=_first_line(error),
+            got=first_line(error),
         ) from None
+    if missing := sorted(loading["missing_keys"]):
+        raise LlavaError(
+            f"the weights in {folder} are not whole",
+            got=f"no {missing[0]}" + (f" and {len(missing) - 1} others" if missing[1:] else ""),
+            do="download it again",
+        )
     if not getattr(tokenizer, "chat_template", None):
         raise LlavaError(
             f"the tokenizer in {folder} has no chat template",
             do="use an instruct model, or add chat_template.jinja to the folder",
         )
-    model = model.to(device, dtype or default_dtype(device)).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    for (
+        parameter
+    ) in model.parameters():  # not the buffers: rotary frequencies rounded to bf16 turn wrong angles
+        parameter.data = parameter.data.to(dtype or default_dtype(device))
     embedding = model.get_input_embeddings().weight
     return LanguageModel(
         model=model,
@@ -128,7 +140,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

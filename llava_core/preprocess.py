@@ -21,6 +21,9 @@ from llava_core.status import Status
 MAX_PIXELS = 50_000_000
 """Largest width × height that is decoded; read from the header, before any pixel."""
 
+MAX_RESIZED = 16_000_000
+"""Largest width × height of a picture resized by its shorter side."""
+
 MAGIC = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -122,6 +125,10 @@ class Preprocess:
         turn = _orientation(image)
         scale = side / min(width, height)
         size = (side, side) if self.crop == "squash" else (round(width * scale), round(height * scale))
+        if size[0] * size[1] > MAX_RESIZED:  # a line of pixels, whose shorter side becomes `side`
+            raise ImageError(
+                Status.TOO_MANY_PIXELS, f"{width} × {height} pixels become {size[0]} × {size[1]}"
+            )
         resized = _rgb(image).resize(size, FILTERS[self.filter], box=box)
         # Turning the small picture is as good as turning the large one, and cheap.
         if turn in _TURNS:

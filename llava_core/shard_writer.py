@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
-import socket
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from llava_core.console import human_bytes
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
+from llava_core.lock import Lock
 from llava_core.shards import COLUMNS, FEATURE_TYPE, Shard, ShardHeader, create_file, read_layout
 from llava_core.status import Status
 
@@ -43,6 +42,10 @@ class RowRecord:
     nbytes: int = 0
     orig_hw: tuple[int, int] = (0, 0)
     sha256: bytes = bytes(32)
+
+
+class FinishedMeanwhile(Exception):
+    """Another process has finished the shard since we looked."""
 
 
 def part_of(path: Path) -> Path:
@@ -69,23 +72,26 @@ class ShardWriter:
         """Create, or continue, the shard at `path`; with `retry`, try its rows of these outcomes again.
 
         Raises LlavaError if another process holds it, if what is there has another fingerprint or source, or
-        if the disk is too small.
+        if the disk is too small; FinishedMeanwhile if there is nothing left to do.
         """
         self.path, self.part = path, part_of(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self._lock = Lock(path.with_name(path.name + ".lock"))
+            self._lock = Lock(path)
             stack.callback(self._lock.release)
             if not self.part.exists():
                 if retry:
                     self._reopen(retry)
+                elif path.exists():
+                    raise FinishedMeanwhile
                 else:
                     assert header is not None
                     self._create(header)
             self.layout = read_layout(self.part)
             if header is not None:
                 self._require_same(header)
-            self._journal = Journal(journal_of(path), self.layout.uid)
+            # Beside a finished shard a part is a copy on which rows are retried, with a journal from birth.
+            self._journal = Journal(journal_of(path), self.layout.uid, may_begin=not path.exists())
             stack.callback(self._journal.close)
             self._descriptor = os.open(self.part, os.O_RDWR | os.O_CLOEXEC)
             stack.callback(os.close, self._descriptor)
@@ -147,7 +153,12 @@ class ShardWriter:
         self._stack.close()
 
     def _create(self, header: ShardHeader) -> None:
-        needed = header.rows * header.tokens * header.width * FEATURE_TYPE.itemsize
+        text = sum(len(text.encode("utf-8", "replace")) for text in [*header.captions, *header.urls])
+        self._require_space(header.rows * header.tokens * header.width * FEATURE_TYPE.itemsize + text)
+        with self._partial() as partial:
+            create_file(partial, header)
+
+    def _require_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise LlavaError(
@@ -156,9 +167,6 @@ class ShardWriter:
                 got=f"{human_bytes(free)} free",
                 do="free some, choose another --out, or take fewer rows with --limit",
             )
-        partial = self.part.with_name(self.part.name + ".tmp")
-        create_file(partial, header)
-        self._publish(partial)
 
     def _reopen(self, retry: Collection[Status]) -> None:
         """Copy a finished shard to a part in which the rows of some outcomes are pending again."""
@@ -167,15 +175,25 @@ class ShardWriter:
         records["row"] = np.arange(shard.rows)
         for name in COLUMNS:
             records[name] = getattr(shard, name)
-        partial = self.part.with_name(self.part.name + ".tmp")
-        shutil.copyfile(self.path, partial)
-        # The journal first: alone it means nothing, while a part alone would start from nothing.
-        write_file(journal_of(self.path), shard.layout.uid, records[~np.isin(shard.status, list(retry))])
-        self._publish(partial)
+        self._require_space(self.path.stat().st_size)
+        with self._partial() as partial:
+            shutil.copyfile(self.path, partial)
+            # The journal first: alone it means nothing, while a part alone would start from nothing.
+            write_file(journal_of(self.path), shard.layout.uid, records[~np.isin(shard.status, list(retry))])
 
-    def _publish(self, partial: Path) -> None:
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+    @contextlib.contextmanager
+    def _partial(self) -> Iterator[Path]:
+        """A file that becomes the part once it is whole and on disk."""
+        partial = self.part.with_name(self.part.name + ".tmp")
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        except Exception as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError):  # what h5py says of a full disk
+                raise LlavaError(f"cannot write {partial}", got=first_line(error)) from None
+            raise
         partial.replace(self.part)
         fsync_folder(self.path.parent)
 
@@ -195,33 +213,6 @@ class ShardWriter:
                 got=header.source,
                 do=f"choose another --out, or delete {self.part.name}",
             )
-
-
-class Lock:
-    """An exclusive lock on a file that says who holds it; the kernel drops it when its holder dies."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        while True:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
-                os.close(self.descriptor)
-                raise LlavaError(
-                    f"{path.with_suffix('')} is being written", got=holder, do="wait for it, or stop it"
-                ) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(self.descriptor).st_ino == path.stat().st_ino:
-                    break
-            os.close(self.descriptor)  # its holder removed the file between our open and our lock
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f"by process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self.descriptor)
 
 
 def fsync_folder(path: Path) -> None:

@@ -20,8 +20,10 @@ import h5py
 import numpy as np
 
 from llava_core import __version__
-from llava_core.errors import LlavaError
+from llava_core.console import say
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, first_difference
+from llava_core.status import Status
 
 FORMAT, FORMAT_VERSION = "llava-features", 1
 ALIGNMENT = 4096
@@ -122,18 +124,19 @@ def read_layout(path: Path) -> Layout:
 
     Raises LlavaError, naming what is wrong, for anything that is not a whole shard of this format version.
     """
+    path.open("rb").close()  # what keeps a whole file from being read says so itself
     try:
         file = h5py.File(path, "r", locking=False)
-    except FileNotFoundError:
-        raise LlavaError(f"no shard {path}") from None
     except OSError as error:
         reason = str(error).split("(")[-1].rstrip(")")
         raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=_AGAIN) from None
     with file:
         try:
             return _layout(path, file)
-        except (KeyError, ValueError) as error:
-            raise LlavaError(f"damaged shard {path}", got=str(error).strip("'\""), do=_AGAIN) from None
+        except LlavaError:
+            raise
+        except Exception as error:  # h5py and json raise whatever a flipped bit makes them trip over
+            raise LlavaError(f"damaged shard {path}", got=first_line(error), do=_AGAIN) from None
 
 
 _AGAIN = "delete it and run extract again"
@@ -213,6 +216,9 @@ class Shard:
         for name, ends in self._ends.items():
             if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:
                 raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=_AGAIN)
+        if unknown := set(self.status.tolist()) - set(Status):
+            raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=_AGAIN)
+        self._close()  # a folder may hold more shards than a process may have open files
 
     def read_into(self, row: int, out: np.ndarray) -> None:
         """Features of `row` into `out`, a C-contiguous fp16 array [T, D]."""
@@ -243,9 +249,11 @@ class Shard:
 
     def _text(self, name: str, row: int) -> str:
         start, end = map(int, self._ends[name][row : row + 2])
-        return os.pread(
-            self._descriptor(), end - start, self.layout.offsets[f"{name}_bytes"] + start
-        ).decode()
+        data = os.pread(self._descriptor(), end - start, self.layout.offsets[f"{name}_bytes"] + start)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=_AGAIN) from None
 
     def _array(self, name: str, kind: str) -> np.ndarray:
         data = os.pread(self._descriptor(), self.layout.sizes[name], self.layout.offsets[name])
@@ -261,9 +269,13 @@ class Shard:
         return {**self.__dict__, "_open": None}
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         opened = getattr(self, "_open", None)
         if opened is not None and opened[0] == os.getpid():
             os.close(opened[1])
+        self._open = None
 
 
 def open_shards(path: Path) -> list[Shard]:
@@ -284,6 +296,8 @@ def open_shards(path: Path) -> list[Shard]:
             else "make some with `extract run --out`",
         )
     shards = [Shard(p) for p in paths]
+    if path.is_dir() and (left := len({p.with_suffix("") for p in path.glob("*.h5.part")} - set(paths))):
+        say(f"{left} unfinished shards in {path} are left out")
     require_same_fingerprint(shards)
     return shards
 

@@ -20,7 +20,7 @@ import transformers
 
 from llava_core.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.device import default_dtype
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, sha256_files
 from llava_core.preprocess import FILTERS, Preprocess
 
@@ -153,7 +153,7 @@ def _open_modelscope(
         raise LlavaError(
             f"cannot load {weights}",
             expected="Chinese-CLIP's weights",
-            got=_first_line(error),
+            got=first_line(error),
             do="download it again",
         ) from None
     clip = clip.float().eval().requires_grad_(False).to(device, dtype)
@@ -199,9 +199,17 @@ def _open_hugging_face(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = getattr(transformers, HUGGING_FACE[kind]).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise LlavaError(f"cannot load the vision encoder in {folder}", got=_first_line(error)) from None
+            model, loading = getattr(transformers, HUGGING_FACE[kind]).from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # a damaged file makes each library raise kinds of its own
+        raise LlavaError(f"cannot load the vision encoder in {folder}", got=first_line(error)) from None
+    if loading["missing_keys"]:
+        raise LlavaError(
+            f"the weights in {folder} are not whole",
+            got=f"no {min(loading['missing_keys'])}",
+            do="download it again",
+        )
     model = model.eval().requires_grad_(False).to(device, dtype)
     layer = _layer_index(layer, model.config.num_hidden_layers)
     norm = _final_norm(model)
@@ -292,7 +300,3 @@ def _json(path: Path) -> JsonDict:
     except ValueError as error:
         raise LlavaError(f"damaged {path}", got=error, do="download it again") from None
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -63,20 +64,17 @@ class RunConfig(Options):
     resume: bool = False
     """Fail unless OUT holds a run to continue."""
     dry_run: bool = False
-    """Print steps, bytes and parameters, and touch nothing."""
+    """Print samples, steps and bytes, and touch nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "batch_size", "epochs", "max_samples", "max_text_tokens", "micro_tokens",
-                     "eval_every", "eval_samples", "save_every", "keep", "log_every"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise LlavaError(
-                    f"--{name.replace('_', '-')}",
-                    expected="a number above 0",
-                    got=getattr(self, name),
-                    exit_code=2,
-                )
-        if self.max_steps is not None and self.max_steps <= 0:
-            raise LlavaError("--max-steps", expected="a number above 0", got=self.max_steps, exit_code=2)
+        self.require_above_zero(
+            *("lr", "batch_size", "epochs", "max_steps", "max_samples", "max_text_tokens", "micro_tokens"),
+            *("eval_every", "eval_samples", "save_every", "keep", "log_every"),
+        )
+        if not 0 <= self.weight_decay < math.inf:
+            raise LlavaError("--weight-decay", expected="0 or more", got=self.weight_decay, exit_code=2)
+        if self.seed < 0:
+            raise LlavaError("--seed", expected="0 or more", got=self.seed, exit_code=2)
         if not 0 <= self.warmup < 1:
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
 
@@ -101,3 +99,6 @@ class EvalConfig(Options):
     """Most tokens in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+
+    def __post_init__(self) -> None:
+        self.require_above_zero("max_samples", "max_text_tokens", "batch_size", "micro_tokens")

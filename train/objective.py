@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.language import LanguageModel
 from train.packing import ATTENTION, Pack
 
@@ -15,23 +15,35 @@ CHUNK_LOGITS = 1 << 25
 """Most logits that exist at once: 128 MiB in fp32."""
 
 
+@torch.no_grad()
 def prepare(llm: LanguageModel) -> None:
     """Let the language model take packs.
 
-    Raises LlavaError if its logits are more than a product with the head's weight.
+    Raises LlavaError unless packed samples give the logits that they give alone: a head of more than one
+    matrix, layers other than attention, or attention of its own kind would make the loss silently wrong.
     """
-    device = llm.device
-    probe = torch.tensor([[1, 2]], device=device)
-    with torch.no_grad():
-        expected = llm.model(probe).logits
-        plain = llm.model.base_model(probe).last_hidden_state @ llm.head.T
-    if not torch.allclose(plain.float(), expected.float(), rtol=0.05, atol=0.05):
-        raise LlavaError(
-            "this language model's head is more than one matrix (a bias, soft cap or scale)",
-            expected="a plain head, as in Qwen3 or Llama",
-            got=llm.identity["architecture"],
-        )
+    lengths = [9, 5]
+    ids = torch.arange(sum(lengths), device=llm.device)[None]
+    alone = [llm.model(part, use_cache=False).logits[0] for part in torch.split(ids, lengths, 1)]
     llm.model.config._attn_implementation = ATTENTION
+    positions = torch.cat([torch.arange(length, device=llm.device) for length in lengths])[None]
+    try:
+        out = llm.model.base_model(ids, position_ids=positions, use_cache=False, lengths=lengths)
+        packed = (out.last_hidden_state[0] @ llm.head.T).float()
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise _unfit(llm, first_line(error)) from None
+    expected = torch.cat(alone).float()
+    distance = float((packed - expected).norm() / expected.norm())
+    if not distance < (1e-4 if llm.dtype == torch.float32 else 3e-2):
+        raise _unfit(llm, f"packed logits {distance:.1%} away from those of samples alone")
+
+
+def _unfit(llm: LanguageModel, got: str) -> LlavaError:
+    return LlavaError(
+        f"this trainer cannot pack samples for a {llm.identity['architecture']}",
+        expected="plain causal attention and a plain vocabulary head, as in Qwen3 or Llama",
+        got=got,
+    )
 
 
 def summed_loss(llm: LanguageModel, projector: torch.nn.Module, pack: Pack) -> torch.Tensor:

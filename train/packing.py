@@ -98,6 +98,8 @@ def packed_attention(
     sliding_window: int | None = None,
     *,
     lengths: list[int],
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each sample: [1, heads, N, head] -> [1, N, heads, head].
@@ -107,6 +109,8 @@ def packed_attention(
     if sliding_window is not None and sliding_window < max(lengths):
         raise LlavaError("this language model's sliding window is shorter than a sample",
                          expected=f"at least {max(lengths)} tokens", got=sliding_window)  # fmt: skip
+    if softcap is not None or s_aux is not None:
+        raise ValueError("attention with a soft cap or sinks")
     samples = zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
     attended = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)

@@ -17,6 +17,7 @@ from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
+from llava_core.lock import Lock
 from llava_core.projector import build_projector, match_scale, parameter_count
 from llava_core.shards import Shard, open_shards, require_same_fingerprint
 from train.config import RunConfig
@@ -26,7 +27,7 @@ from train.objective import prepare, summed_loss
 from train.packing import packs
 from train.report import Report
 from train.runfolder import RunFolder
-from train.samples import Batch, Samples, Schedule
+from train.samples import Batch, Samples, Schedule, usable_rows
 
 SCALE_SAMPLES = 64
 """Samples whose features set the scale of the initial projector."""
@@ -43,10 +44,11 @@ def run(config: RunConfig) -> JsonDict:
     if (finished := folder.finished()) is not None:
         say(f"{config.out} is finished; nothing to do")
         return finished
-    device = pick_device(config.device)
-    llm = load_language_model(config.llm, device)
-    prepare(llm)
-    return Trainer(config, folder, llm, shards, held_out).train()
+    with Lock(config.out):
+        device = pick_device(config.device)
+        llm = load_language_model(config.llm, device)
+        prepare(llm)
+        return Trainer(config, folder, llm, shards, held_out).train()
 
 
 class Trainer:
@@ -84,10 +86,15 @@ class Trainer:
         self.step = 0
         self.figures: JsonDict = {}
         self.best = math.inf
-        if state := folder.resume(self.provenance):
+        self.cut = 0
+        self.rows = {"samples": self.samples.identity}
+        if self.held_out:
+            self.rows["held_out"] = self.held_out.identity
+        if state := folder.resume(self.provenance, self.rows):
             self.projector.load_state_dict(state["projector"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
+            self.cut = state["cut"]
             torch.set_rng_state(state["rng"])
         say(
             f"frozen: {llm.identity['id']} ({parameter_count(llm.model):,} parameters); trained: "
@@ -101,6 +108,7 @@ class Trainer:
 
     def train(self) -> JsonDict:
         config, schedule = self.config, self.schedule
+        self.folder.begin()
         report = Report(config.out, config.report_to, self.folder.training, self.step)
         batches = prefetch(self.samples, schedule, self.step, pin=self.llm.device.type == "cuda")
         meter = Meter()
@@ -110,7 +118,8 @@ class Trainer:
                     self.evaluate(report)
                 for batch in meter.waiting(batches):
                     loss, tokens = self.train_step(batch)
-                    meter.count(len(batch.examples), tokens, sum(e.cut for e in batch.examples))
+                    meter.count(len(batch.examples), tokens)
+                    self.cut += sum(example.cut for example in batch.examples)
                     self.require_finite(loss)
                     done = self.step == schedule.steps
                     if self.step % config.log_every == 0 or done:
@@ -123,14 +132,17 @@ class Trainer:
                         self.save(better)
                     if stop:
                         raise KeyboardInterrupt
+                    if self.step % config.eval_every == 0 or self.step % config.save_every == 0:
+                        meter.restart()  # rates are those of training alone
         finally:
             batches.close()
             report.close()
-        self.folder.finish(self.figures)
-        cut = f"; {meter.cut} captions were cut at {config.max_text_tokens} tokens" if meter.cut else ""
+        summary = {**self.figures, "out": str(config.out), "steps": schedule.steps, "captions_cut": self.cut}
+        self.folder.finish(summary)
+        cut = f"; {self.cut} captions were cut at {config.max_text_tokens} tokens" if self.cut else ""
         say(f"finished {schedule.steps} steps{cut}")
         print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in self.figures.items() if v is not None]))
-        return {**self.figures, "out": str(config.out), "steps": schedule.steps, "captions_cut": meter.cut}
+        return summary
 
     def train_step(self, batch: Batch) -> tuple[float, int]:
         """One optimizer step; returns the mean loss per answer token and the tokens the model saw."""
@@ -179,6 +191,8 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "figures": self.figures,
+            "cut": self.cut,
+            "rows": self.rows,
             "rng": torch.get_rng_state(),
         }
         self.folder.save(self.step, self.projector, self.sizes, self.provenance, self.figures, state, best)
@@ -192,7 +206,7 @@ class Trainer:
         raise LlavaError(
             f"the loss is {loss} at step {self.step}, learning rate {self.learning_rate(self.step - 1):.2e}",
             got=f"rows {', '.join(rows)}",
-            do=f"continue from {self.config.out}/last with a lower --lr in another --out",
+            do="begin again in another --out with a lower --lr",
         )
 
     def _initial_projector(self) -> torch.nn.Module:
@@ -207,7 +221,6 @@ class Meter:
     """Rates since the last restart, and the time spent waiting for data."""
 
     def __init__(self) -> None:
-        self.cut = 0
         self.restart()
 
     def restart(self) -> None:
@@ -223,10 +236,9 @@ class Meter:
             self.waited += time.perf_counter() - before
             yield batch
 
-    def count(self, samples: int, tokens: int, cut: int) -> None:
+    def count(self, samples: int, tokens: int) -> None:
         self.samples += samples
         self.tokens += tokens
-        self.cut += cut
 
     def rates(self) -> JsonDict:
         """Samples and tokens per second, and the share of time spent waiting for data."""
@@ -249,7 +261,7 @@ def stop_request() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(signum)
-        say("stopping after this step")
+        say("stopping after this step, or its evaluation; once more stops at once")
 
     previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -261,7 +273,7 @@ def stop_request() -> Iterator[list[int]]:
 
 def plan(config: RunConfig, shards: list[Shard]) -> JsonDict:
     """What the run would do, from the shards alone."""
-    usable = min(sum(int((shard.status == 1).sum()) for shard in shards), config.max_samples)
+    usable = len(usable_rows(shards, config.max_samples))
     schedule = Schedule(usable, config.batch_size, config.epochs, config.max_steps, config.seed)
     cache = usable * shards[0].tokens * shards[0].width * 2
     figures = {

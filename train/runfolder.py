@@ -22,7 +22,10 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from train.config import RunConfig
 
-FREE_KEYS = {"json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"}
+FREE_KEYS = {
+    *("json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"),
+    "micro_tokens",
+}
 """Flags that may differ when a run continues: they do not change what is learnt."""
 
 
@@ -32,25 +35,30 @@ class RunFolder:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
         self.training: JsonDict = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
-        known = path / "training_config.yaml"
-        if known.exists():
-            before = yaml.safe_load(known.read_text(encoding="utf-8"))
-            differing = [k for k in self.training if k not in FREE_KEYS and before.get(k) != self.training[k]]
-            if differing:
-                key = differing[0]
-                raise LlavaError(
-                    f"{path} holds a run with another --{key.replace('_', '-')}",
-                    expected=before.get(key),
-                    got=self.training[key],
-                    do="choose another --out, or delete that folder",
-                )
+        if (path / "last").exists():
+            self._require_same_flags()
         elif config.resume:
             raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            partial = known.with_name(known.name + ".part")
-            partial.write_text(yaml.safe_dump(self.training, allow_unicode=True, sort_keys=False))
-            partial.replace(known)
+
+    def _require_same_flags(self) -> None:
+        before = load_checkpoint(self.path / "last").training
+        differing = [k for k in self.training if k not in FREE_KEYS and before.get(k) != self.training[k]]
+        if differing:
+            key = differing[0]
+            raise LlavaError(
+                f"{self.path} holds a run with another --{key.replace('_', '-')}",
+                expected=before.get(key),
+                got=self.training[key],
+                do="choose another --out, or delete that folder",
+            )
+
+    def begin(self) -> None:
+        """Write down the flags."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.path / "training_config.yaml.part"
+        text = yaml.safe_dump(self.training, allow_unicode=True, sort_keys=False)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / "training_config.yaml")
 
     def finished(self) -> JsonDict | None:
         """The summary of a run that reached its last step."""
@@ -62,10 +70,10 @@ class RunFolder:
         partial.write_text(json.dumps(summary) + "\n")
         partial.replace(self.path / "summary.json")
 
-    def resume(self, provenance: Provenance) -> dict[str, Any] | None:
+    def resume(self, provenance: Provenance, rows: JsonDict) -> dict[str, Any] | None:
         """State of the last checkpoint, `projector` weights included; None for a new run.
 
-        Raises LlavaError if the features or the language model have changed since.
+        Raises LlavaError if the encoder, the language model or the `rows` have changed since.
         """
         if not (self.path / "last").exists():
             return None
@@ -73,7 +81,13 @@ class RunFolder:
         before = checkpoint.provenance
         before.require_encoder(provenance.fingerprint, provenance.encoder, provenance.preprocess)
         before.require_language_model(provenance.language_model)
-        return {**load_state(checkpoint.folder), "projector": checkpoint.projector.state_dict()}
+        state = load_state(checkpoint.folder)
+        if state["rows"] != rows:
+            raise LlavaError(
+                f"the shards have changed since the run in {self.path} began: files or rows were added",
+                do="restore them, or train anew in another --out",
+            )
+        return {**state, "projector": checkpoint.projector.state_dict()}
 
     def save(
         self,
@@ -90,9 +104,9 @@ class RunFolder:
         save_checkpoint(
             folder, projector, self.config.projector, sizes, provenance, self.training, metrics, state
         )
-        point_to(self.path / "last", folder)
-        if best:
+        if best:  # before `last`, whose state says that this loss has been reached
             point_to(self.path / "best", folder)
+        point_to(self.path / "last", folder)
         kept = {(self.path / link).resolve() for link in ("last", "best")}
         old = [path for path in sorted(self.path.glob("step-*")) if path.resolve() not in kept]
         for path in old[: max(0, len(old) + 1 - self.config.keep)]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import itertools
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,13 +36,7 @@ class Samples:
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
         self.seed = seed
-        usable = [
-            (s, row)
-            for s, shard in enumerate(self.shards)
-            for row in np.flatnonzero(shard.status == Status.OK).tolist()
-            if shard.caption(row).strip()
-        ]
-        self.rows = usable[:limit]
+        self.rows = usable_rows(self.shards, limit)
         if not self.rows:
             raise LlavaError(
                 f"no usable row in {', '.join(str(shard.path) for shard in self.shards)}",
@@ -49,6 +46,12 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def identity(self) -> str:
+        """sha256, in hex, over which rows of which shards these are."""
+        used = [(shard.path.name, shard.layout.uid) for shard in self.shards]
+        return hashlib.sha256(json.dumps([used, self.rows]).encode()).hexdigest()
 
     def batch(self, indices: Sequence[int], epoch: int, images: Sequence[int] | None = None) -> Batch:
         """The samples at `indices`; `images`, as long, takes the features from other samples instead."""
@@ -66,6 +69,17 @@ class Samples:
         question = pick_instruction(self.seed, f"{epoch}/{self.shards[shard].path.stem}/{row}")
         turn = Turn(question, self.shards[shard].caption(row))
         return self.conversation.example([turn], self.max_text_tokens)
+
+
+def usable_rows(shards: Sequence[Shard], limit: int) -> list[tuple[int, int]]:
+    """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows."""
+    usable = (
+        (s, row)
+        for s, shard in enumerate(shards)
+        for row in np.flatnonzero(shard.status == Status.OK).tolist()
+        if shard.caption(row).strip()
+    )
+    return list(itertools.islice(usable, limit))
 
 
 @dataclasses.dataclass(frozen=True)

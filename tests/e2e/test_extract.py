@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +23,11 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from llava_core.shards import Shard, open_shards
+from extract.config import RunConfig
+from extract.pipeline import Filling, Pipeline
+from llava_core.console import progress
+from llava_core.shard_writer import ShardWriter
+from llava_core.shards import Shard, ShardHeader, open_shards
 from llava_core.status import Status
 from llava_core.vision import open_vision_tower
 from tests.e2e.commands import run, start
@@ -300,3 +305,53 @@ def test_usage_errors(vision: Path, tmp_path: Path) -> None:
     line = run("extract", "run", "-c", tmp_path / "run.yaml", *flags, code=2).one_line()
     assert "did you mean 'concurrency'?" in line
     run("extract", "run", *flags, "--no-such-flag", code=2)
+
+
+def test_columns_of_bytes_and_damaged_text(base: str, vision: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    bad = pa.array([b"\xff\xfe caption", "好".encode(), b"[" * 9000]).view(pa.string())
+    urls = pa.array([url.encode() for url in good(base, 3)], pa.binary())
+    pq.write_table(pa.table({"url": urls, "caption": bad}), tmp_path / "data/a.parquet")
+    nested = pa.array(["[" * 100_000, json.dumps({"global_caption": "好"}).encode().decode()])
+    pq.write_table(pa.table({"url": good(base, 2), "cap_seg": nested}), tmp_path / "data/b.parquet")
+    flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--json")
+    ended = run("extract", "run", "--data", tmp_path / "data", *flags, code=3)
+    assert ended.summary["by_status"] == {"ok": 4, "bad caption": 1}
+    assert Shard(tmp_path / "out/a.h5").caption(1) == "好"
+    twice = pa.Table.from_arrays([pa.array(["x"])] * 3, names=["url", "url", "caption"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    line = run("extract", "run", "--data", tmp_path / "twice.parquet", *flags[:4], code=1).one_line()
+    assert "more than one column 'url'" in line
+
+
+def test_a_damaged_file_costs_its_own_rows_only(base: str, vision: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data/a.parquet", good(base, 20))
+    write_parquet(tmp_path / "data/b.parquet", good(base, 500))
+    data = bytearray((tmp_path / "data/b.parquet").read_bytes())
+    data[4:400] = bytes(396)  # its pages, not its footer
+    (tmp_path / "data/b.parquet").write_bytes(data)
+    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private")
+    assert "damaged parquet file" in run("extract", "run", *flags, code=1).one_line()
+    assert Shard(tmp_path / "out/a.h5").status.tolist() == [Status.OK] * 20
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_a_stage_that_fails_ends_the_others(base: str, vision: Path, tmp_path: Path, attempt: int) -> None:
+    """As when a GPU runs out of memory: the error comes out, and soon."""
+    tower = open_vision_tower(vision)
+
+    def encode(pixels: np.ndarray) -> None:
+        raise RuntimeError("out of memory")
+
+    broken = dataclasses.replace(tower)
+    object.__setattr__(broken, "encode", encode)
+    config = RunConfig(
+        data="", out=tmp_path, vision=vision, allow_private=True, batch_size=4 + attempt, concurrency=8
+    )
+    urls = good(base, 60)
+    header = ShardHeader(
+        tower.encoder, tower.preprocess.to_json(), {}, tower.tokens, tower.width, ["x"] * 60, urls, urls
+    )
+    pipeline = Pipeline(broken, config, progress(60, "rows"), lambda filling: None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pipeline.run([lambda: Filling(ShardWriter(tmp_path / "x.h5", header), urls, ["x"] * 60)])

@@ -267,3 +267,49 @@ def test_pictures_are_seen_as_in_training(engine: Engine, world: World) -> None:
     np.save(buffer, stored.numpy())
     with torch.inference_mode():
         assert torch.equal(engine.see([data]), engine.projector(stored.float()))
+
+
+def test_an_interrupt_within_the_model_leaves_a_sound_dialogue(
+    engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C lands between two layers: the first has read a token that the second has not."""
+    session = Session(engine, SHORT)
+    session.show(str(world.images[0]))
+    said(session, "看")
+    layer = engine.llm.model.model.layers[1]
+    for passes in (0, 3):
+        left, forward = [passes], layer.forward
+
+        def interrupted(*arguments: object, left: list[int] = left, **keywords: object) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return type(layer).forward(layer, *arguments, **keywords)
+
+        monkeypatch.setattr(layer, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            said(session, "再看")
+        monkeypatch.setattr(layer, "forward", forward)
+        messages = [*session.messages, {"role": "user", "content": "什么？"}]
+        assert said(session, "什么？") == reference(engine, world.images[0], messages, SHORT)
+
+
+def test_batch_writes_into_no_file_but_its_own(world: World, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work, in one line")
+    source = tmp_path / "q.jsonl"
+    odd = [{"image": str(world.images[0]), "prompt": "看\u2028看"}, {"image": "~nobody/x.png"}]
+    source.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in odd), encoding="utf-8-sig")
+    command = ("infer", "batch", *world.flags, "--max-tokens", 4, "--input", source, "--output")
+    assert "holds something else" in run(*command, thesis, code=1).one_line()
+    assert thesis.read_text() == "years of work, in one line"
+    out = tmp_path / "new/a.jsonl"
+    assert run(*command, out, "--json").summary == {"questions": 2, "failed": 1, "output": str(out)}
+    before = out.read_bytes()
+    assert run(*command, out, "--json").summary["failed"] == 1
+    assert out.read_bytes() == before
+    source.write_text(json.dumps({"image": str(world.images[1]), "prompt": "看"}) + "\n")
+    assert "holds something else" in run(*command, out, code=1).one_line()
+    source.write_text('{"image": "a.png", "prompt": "\\ud83d"}\n')
+    assert "line 1 of" in run(*command, tmp_path / "b.jsonl", code=1).one_line()
+    assert "--batch-size" in run(*command, out, "--batch-size", -1, code=2).one_line()

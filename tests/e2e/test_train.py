@@ -259,3 +259,46 @@ def test_a_loss_that_is_no_number_stops_and_says_where(world: Path, tmp_path: Pa
     with pytest.raises(LlavaError, match=r"the loss is nan at step \d+, learning rate .* rows .*e\.h5:66\b"):
         train_run(config(world, tmp_path / "run", features=path.parent, eval_features=None))
     assert not (tmp_path / "run/last").exists()
+
+
+def test_a_start_that_failed_leaves_the_folder_free(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="no language model folder"):
+        train_run(config(world, tmp_path / "run", llm=tmp_path / "typo"))
+    with pytest.raises(LlavaError, match="--micro-tokens"):
+        train_run(config(world, tmp_path / "run", micro_tokens=40, eval_features=None))
+    train_run(config(world, tmp_path / "run", max_steps=2))
+
+
+def test_shards_that_have_changed_are_not_resumed_on(world: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "features/a.h5", rows=26)
+    given = config(world, tmp_path / "run", features=tmp_path / "features", eval_features=None, epochs=40)
+    process = start("train", "run", *flags_of(given))
+    while not (tmp_path / "run/last").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    write_shard(tmp_path / "features/b.h5", rows=9, seed=4)
+    with pytest.raises(LlavaError, match="the shards have changed since the run"):
+        train_run(given)
+    (tmp_path / "features/b.h5").unlink()
+    train_run(dataclasses.replace(given, micro_tokens=300))
+
+
+def test_two_processes_never_train_in_one_folder(world: Path, tmp_path: Path) -> None:
+    given = config(world, tmp_path / "run", epochs=200)
+    process = start("train", "run", *flags_of(given))
+    while not (tmp_path / "run.lock").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert f"by process {process.pid} on" in run("train", "run", *flags_of(given), code=1).one_line()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--seed", -1), ("--weight-decay", -1), ("--lr", "nan"), ("--max-steps", 0), ("--warmup", 1)]
+)
+def test_numbers_that_make_no_sense(world: Path, tmp_path: Path, flags: tuple[object, ...]) -> None:
+    line = run("train", "run", *flags_of(config(world, tmp_path / "run")), *flags, code=2).one_line()
+    assert line.startswith(f"error: {flags[0]}; expected")

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from llava_core import fetch
-from llava_core.fetch import Fetched, Fetcher, FetchLimits, fetch_once
+from llava_core.fetch import Fetched, Fetcher, FetchLimits, fetch_all
 from llava_core.status import Status
 from tests.servers import answer, serving
 
@@ -110,7 +110,8 @@ def base() -> Iterator[str]:
 
 
 def got(url: str, **limits: float) -> Fetched:
-    return fetch_once(url, FetchLimits(**{**vars(HERE), **limits}))
+    (fetched,) = fetch_all([url], FetchLimits(**{**vars(HERE), **limits}))
+    return fetched
 
 
 def test_a_body_arrives(base: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,30 @@ def test_weights_that_are_none(tmp_path: Path) -> None:
 def test_no_chat_template(tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match="no chat template"):
         load_language_model(write_language_model(tmp_path / "llm", template=None))
+
+
+def test_bf16_leaves_the_rotary_frequencies_alone(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "llm")
+    half, whole = (load_language_model(folder, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert half.dtype == torch.bfloat16
+    assert half.head.dtype == torch.bfloat16
+    for (name, ours), (_, exact) in zip(half.model.named_buffers(), whole.model.named_buffers(), strict=True):
+        assert torch.equal(ours, exact), name
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_weights_that_were_not_downloaded(tmp_path: Path, content: bytes) -> None:
+    folder = write_language_model(tmp_path / "llm")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(LlavaError, match="cannot load the language model"):
+        load_language_model(folder)
+
+
+def test_weights_that_lack_a_layer(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "llm")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LlavaError, match=r"not whole; got no model\.layers\.2\."):
+        load_language_model(folder)

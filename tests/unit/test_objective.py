@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llava_core.conversation import IGNORE, Conversation, Example, Turn
 from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
-from tests.small_models import write_language_model
+from tests.small_models import byte_tokenizer, write_language_model
 from train.objective import head_loss, prepare, summed_loss
 from train.packing import pack, packs
 from train.samples import Batch
@@ -40,7 +41,7 @@ def a_projector(llm: LanguageModel) -> torch.nn.Module:
 
 def reference_loss(llm: LanguageModel, projector: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Each sample alone through the whole model with eager attention, loss over full logits."""
-    llm.model.set_attn_implementation("eager")
+    llm.model.config._attn_implementation = "eager"
     total = torch.zeros(())
     for features, example in zip(batch.features, batch.examples, strict=True):
         embedded = torch.cat([projector(features.float()), llm.embed(torch.tensor(example.ids))])
@@ -72,6 +73,25 @@ def test_packed_equals_per_sample(llm: LanguageModel, micro_tokens: int, forward
 
     torch.testing.assert_close(total, reference, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(projector), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_packed_is_refused(
+    llm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here its head has a soft cap, as Gemma's."""
+    forward = llm.model.lm_head.forward
+    monkeypatch.setattr(llm.model.lm_head, "forward", lambda hidden: torch.tanh(forward(hidden)) * 3)
+    with pytest.raises(LlavaError, match="cannot pack samples for a"):
+        prepare(llm)
+
+
+def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(LlavaError, match="soft cap"):
+        prepare(load_language_model(tmp_path))
 
 
 def test_the_model_takes_no_gradients(llm: LanguageModel) -> None:

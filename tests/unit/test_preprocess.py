@@ -161,3 +161,11 @@ def test_one_module_holds_the_constants() -> None:
     holders = [p for name in ("llava_core", "extract", "train", "infer") for p in (root / name).rglob("*.py")
                if "0.48145466" in p.read_text(encoding="utf-8")]  # fmt: skip
     assert [p.name for p in holders] == ["vision.py"]
+
+
+def test_a_line_of_pixels_does_not_grow_without_end() -> None:
+    centre = Preprocess(224, (0.5,), (0.5,), "bicubic", "center 224")
+    line = saved(Image.new("L", (1, 60_000)), "PNG")
+    assert len(line) < 400
+    assert status_of(line, centre) is Status.TOO_MANY_PIXELS
+    assert SQUASH.decode_image(line).pixels.shape == (SIDE, SIDE, 3)

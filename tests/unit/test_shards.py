@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,7 +14,15 @@ import numpy as np
 import pytest
 
 from llava_core.errors import LlavaError
-from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal_of, part_of
+from llava_core.journal import HEADER_BYTES, RECORD
+from llava_core.shard_writer import (
+    FinishedMeanwhile,
+    RowRecord,
+    ShardWriter,
+    is_finished,
+    journal_of,
+    part_of,
+)
 from llava_core.shards import FORMAT_VERSION, Shard, open_shards
 from llava_core.status import Status
 from tests.small_shards import features_of, header, outcome, write_shard
@@ -192,3 +201,63 @@ def test_folders_without_shards(tmp_path: Path) -> None:
         pass
     with pytest.raises(LlavaError, match=r"1 unfinished, such as x\.h5\.part"):
         open_shards(tmp_path)
+
+
+def test_a_flipped_bit_in_the_journal_costs_one_row(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x.h5", header(["a"] * 9)) as writer:
+        for row in range(8):
+            writer.write([outcome(row)])
+    data = bytearray(journal_of(tmp_path / "x.h5").read_bytes())
+    data[HEADER_BYTES + 3 * RECORD.itemsize + 5] ^= 1
+    journal_of(tmp_path / "x.h5").write_bytes(data)
+    with ShardWriter(tmp_path / "x.h5", header(["a"] * 9)) as writer:
+        assert np.flatnonzero(~writer.done).tolist() == [3, 8]
+        writer.write([outcome(3), outcome(8)])
+        writer.finish()
+    shard = Shard(tmp_path / "x.h5")
+    assert all(np.array_equal(shard.read(row), features_of(row)) for row in range(9))
+
+
+def test_a_retry_never_begins_from_nothing(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5", failed=[2])
+    with ShardWriter(path, retry=[Status.HTTP_4XX]):
+        pass
+    journal_of(path).write_bytes(b"damaged")
+    with pytest.raises(LlavaError, match=r"damaged journal .*x\.h5\.journal"):
+        ShardWriter(path, retry=[Status.HTTP_4XX])
+    assert Shard(path).status.tolist().count(Status.OK) == 11
+
+
+def test_a_shard_that_another_process_finished_is_left_alone(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5")
+    before = path.read_bytes()
+    with pytest.raises(FinishedMeanwhile):
+        ShardWriter(path, header(["a"] * 12))
+    assert path.read_bytes() == before
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    for k in range(40):
+        write_shard(tmp_path / f"{k}.h5", rows=1)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30));"
+        "from pathlib import Path; from llava_core.shards import open_shards;"
+        "print(len(open_shards(Path(sys.argv[1]))))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert ended.stdout == "40\n", ended.stderr
+
+
+def test_any_flipped_bit_is_read_or_refused(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5")
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for position in rng.integers(0, Shard(path).layout.offsets["features"], 400).tolist():
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        with contextlib.suppress(LlavaError):
+            shard = Shard(path)
+            for row in range(shard.rows):
+                shard.caption(row), shard.url(row), shard.id(row)

@@ -16,7 +16,7 @@ from llava.world.render import SIDE, render
 from llava.world.scene import PLACES, Scene, Thing, near_scene, random_scene
 from llava.world.server import TROUBLES, serve
 from llava_core.chinese_clip import CONTEXT
-from llava_core.fetch import FetchLimits, fetch_once
+from llava_core.fetch import FetchLimits, fetch_all
 from llava_core.language import load_language_model
 from llava_core.status import Status
 from llava_core.vision import open_vision_tower
@@ -91,11 +91,12 @@ def test_data_in_both_forms_with_its_troubles(tmp_path: Path) -> None:
         assert isinstance(rows[0]["cap_seg"], dict)
         assert json.loads(rows[-1]["cap_seg"])["global_caption"]
         limits = FetchLimits(allow_private=True, timeout=1, retries=0)
-        fetched = [fetch_once(row["url"], limits).status for row in rows]
+        fetched = [answer.status for answer in fetch_all([row["url"] for row in rows], limits)]
         assert fetched.count(Status.HTTP_4XX) == 3
         assert fetched.count(Status.TIMEOUT) == 1
         assert fetched.count(Status.OK) == 56
-        assert fetch_once(f"{url}/../secret", limits).status is Status.HTTP_4XX
+        (outside,) = fetch_all([f"{url}/../secret"], limits)
+        assert outside.status is Status.HTTP_4XX
     for row, scene in zip(rows, split.scenes, strict=True):
         seg = row["cap_seg"] if isinstance(row["cap_seg"], dict) else json.loads(row["cap_seg"])
         assert tuple(parse(seg["global_caption"])) == scene.things

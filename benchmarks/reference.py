@@ -1,0 +1,110 @@
+"""The reference shapes through the public commands, with random weights: their values change no speed.
+
+    python -m benchmarks.reference --images 128 --steps 3 --batch-size 4
+
+Chinese-CLIP ViT-B/16 encodes small pictures from a local server, then a projector 768→1024 trains on their
+features through a model of Qwen3-0.6B's shape (its vocabulary of 151,936 included).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from llava.world.dataset import write_split
+from llava.world.server import serve
+from llava_core.chinese_clip import ChineseClip
+
+WORLD = Path(__file__).parents[1] / "llava/world/models"
+VIT_B_16 = {
+    "embed_dim": 512,
+    "image_resolution": 224,
+    "vision_layers": 12,
+    "vision_width": 768,
+    "vision_patch_size": 16,
+}
+QWEN3_0_6B = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    images: int = 128
+    """Pictures to encode."""
+    steps: int = 3
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Samples per step."""
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_vision(root / "vision")
+        write_language_model(root / "llm")
+        with serve(root / "pictures") as url:
+            split = write_split(root, "train", url, settings.images, files=1, seed=0)
+            extracted = command(
+                *("extract", "run", "--data", split.parquet, "--vision", root / "vision"),
+                *("--out", root / "features", "--allow-private"),
+            )
+        command(
+            *("train", "run", "--features", root / "features", "--llm", root / "llm", "--out", root / "run"),
+            *("--max-steps", settings.steps, "--batch-size", settings.batch_size, "--epochs", 1000),
+            *("--log-every", 1),
+        )
+        lines = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "samples_per_s" in line][1:]  # the first one warms up
+    rates = {key: statistics.median(line[key] for line in steps) for key in ("samples_per_s", "tokens_per_s")}
+    print(f"threads: {torch.get_num_threads()}, CUDA: {torch.cuda.is_available()}")
+    print(f"extract: {extracted['rows'] / extracted['seconds']:.2f} images/s")
+    print(f"train: {rates['samples_per_s']:.2f} samples/s, {rates['tokens_per_s']:.0f} tokens/s")
+
+
+def command(*arguments: object) -> dict[str, Any]:
+    """Run `python -m ...`; returns its summary."""
+    words = [sys.executable, "-m", *map(str, arguments), "--json"]
+    out = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+    summary: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return summary
+
+
+def write_vision(folder: Path) -> None:
+    folder.mkdir()
+    shutil.copy(WORLD / "vision/vocab.txt", folder)
+    text = json.loads((WORLD / "vision/text_model_config.json").read_text())
+    (folder / "text_model_config.json").write_text(json.dumps(text))
+    (folder / "vision_model_config.json").write_text(json.dumps(VIT_B_16))
+    torch.save(ChineseClip(VIT_B_16, text).state_dict(), folder / "pytorch_model.bin")
+
+
+def write_language_model(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(WORLD / "llm")
+    Qwen3ForCausalLM(Qwen3Config(**QWEN3_0_6B, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

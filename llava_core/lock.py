@@ -1,0 +1,50 @@
+"""One writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from llava_core.errors import LlavaError
+
+
+class Lock:
+    """Keeps other processes from writing `what`, by a lock on the file `what`.lock, which says who holds it.
+
+    The kernel drops it when its holder dies. Raises LlavaError, naming the holder, if there is one.
+    """
+
+    def __init__(self, what: Path) -> None:
+        self.path = path = what.with_name(what.name + ".lock")
+        while True:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
+                os.close(self.descriptor)
+                raise LlavaError(
+                    f"{what} is being written", got=holder, do="wait for it, or stop it"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(self.descriptor).st_ino == path.stat().st_ino:
+                    break
+            os.close(self.descriptor)  # its holder removed the file between our open and our lock
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"by process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
