@@ -41,11 +41,17 @@ class Encoding(Options):
     """Largest width × height."""
     allow_private: bool = False
     """Let image addresses lead to this machine or a private network."""
+    ignore_robots: bool = False
+    """Also keep images whose X-Robots-Tag (noai, noimageai, noindex, noimageindex) asks not to be used."""
+    patience: float = 600.0
+    """Seconds to wait for a network that answers nobody before giving up; 0 marks rows as failed instead."""
     max_failed: float = 0.05
     """Share of failed rows above which the command ends with exit code 3."""
 
     def __post_init__(self) -> None:
         self.require_above_zero("batch_size", "concurrency", "per_host", "timeout", "max_bytes", "max_pixels")
+        if self.patience < 0:
+            raise LlavaError("--patience", expected="0 or more", got=self.patience, exit_code=2)
         if self.retries < 0:
             raise LlavaError("--retries", expected="0 or more", got=self.retries, exit_code=2)
         if not 0 <= self.max_failed <= 1:

@@ -86,6 +86,8 @@ class Pipeline:
             concurrency=config.concurrency,
             per_host=config.per_host,
             allow_private=config.allow_private,
+            ignore_robots=config.ignore_robots,
+            patience=config.patience,
         )
         self.failed = 0
         self.open: list[Filling] = []

@@ -17,6 +17,7 @@ import yarl
 
 from llava_core import __version__
 from llava_core.address import ForbiddenAddress, guarded_socket
+from llava_core.health import SILENT, Health
 from llava_core.status import Status
 
 USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
@@ -26,6 +27,8 @@ LONGEST_PAUSE = 30.0
 """Most seconds between two attempts, whatever Retry-After says."""
 CHUNK = 1 << 16
 RETRIED_4XX = (408, 425, 429)
+DISALLOWED = {"noai", "noimageai", "noindex", "noimageindex"}
+"""Directives of X-Robots-Tag that keep an image out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,10 @@ class FetchLimits:
     """Requests at a time to one host."""
     allow_private: bool = False
     """Let loopback and private addresses through."""
+    ignore_robots: bool = False
+    """Keep images whose X-Robots-Tag asks not to be used."""
+    patience: float = 0.0
+    """Seconds to wait while nothing at all gets an answer (llava_core.health); 0 believes every failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +75,11 @@ class Fetched:
 
 
 class Fetcher:
-    """An HTTP client that never raises for what the network does; use it in an `async with` block."""
+    """An HTTP client that raises for nothing the network does but a long outage; use it in `async with`."""
 
     def __init__(self, limits: FetchLimits) -> None:
         self.limits = limits
+        self._health = Health(limits.patience)
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._hosts: dict[str, asyncio.Semaphore] = collections.defaultdict(
             lambda: asyncio.Semaphore(limits.per_host)
@@ -96,7 +104,10 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> Fetched:
-        """Download `url`, trying again, with pauses that grow, after what may pass."""
+        """Download `url`, trying again, with pauses that grow, after what may pass.
+
+        Raises LlavaError if the network stays down for `patience` seconds.
+        """
         try:
             parsed = yarl.URL(url.strip())
             host = parsed.host
@@ -104,9 +115,20 @@ class Fetcher:
             return Fetched(Status.BAD_URL, attempts=0, detail=str(error))
         if parsed.scheme not in ("http", "https") or not host:
             return Fetched(Status.BAD_URL, attempts=0, detail="expected http:// or https:// and a host")
+        async with self._health.download():
+            while True:
+                answers = self._health.answers
+                fetched = await self._attempts(parsed, host)
+                if fetched.status not in SILENT or await self._health.believes(answers):
+                    return fetched
+
+    async def _attempts(self, url: yarl.URL, host: str) -> Fetched:
         for attempt in range(1, self.limits.retries + 2):
             async with self._hosts[host], self._slots:
-                fetched = dataclasses.replace(await self._attempt(parsed), attempts=attempt)
+                if closed := self._health.closed((host, url.port)):
+                    return Fetched(closed, attempts=attempt - 1, detail="its host answers nobody")
+                fetched = dataclasses.replace(await self._attempt(url), attempts=attempt)
+            await self._health.record((host, url.port), fetched.status)
             again = fetched.status.transient or fetched.http in RETRIED_4XX
             if not again or attempt > self.limits.retries:
                 break
@@ -130,6 +152,8 @@ class Fetcher:
                 status = Status.HTTP_4XX if http < 500 else Status.HTTP_5XX
                 wait = _seconds(response.headers.get("Retry-After"))
                 return Fetched(status, http=http, detail=f"HTTP {http}", retry_after=wait)
+            if not limits.ignore_robots and refuses_use(response.headers.getall("X-Robots-Tag", ())):
+                return Fetched(Status.ROBOTS, http=http, detail="X-Robots-Tag")
             if http != 200:
                 return Fetched(Status.PROTOCOL, http=http, detail=f"HTTP {http}")
             if (response.content_length or 0) > limits.max_bytes:
@@ -155,6 +179,20 @@ def fetch_all(urls: Sequence[str], limits: FetchLimits) -> list[Fetched]:
             return await asyncio.gather(*(fetcher.fetch(url) for url in urls))
 
     return asyncio.run(fetch())
+
+
+def refuses_use(tags: Sequence[str]) -> bool:
+    """Whether X-Robots-Tag asks anybody, or us by name, not to use the image.
+
+    The directives are those img2dataset honours; `other-bot: noai` is not for us.
+    """
+    for tag in tags:
+        agent, colon, directives = tag.rpartition(":")
+        if colon and agent.strip().lower() not in ("*", USER_AGENT.split("/")[0]):
+            continue
+        if {word.strip().lower() for word in directives.split(",")} & DISALLOWED:
+            return True
+    return False
 
 
 def _status_of(error: Exception) -> Status:
