@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,3 +357,45 @@ def test_a_stage_that_fails_ends_the_others(base: str, vision: Path, tmp_path: P
     pipeline = Pipeline(broken, config, progress(60, "rows"), lambda filling: None)
     with pytest.raises(RuntimeError, match="out of memory"):
         pipeline.run([lambda: Filling(ShardWriter(tmp_path / "x.h5", header), urls, ["x"] * 60)])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_it_and_loses_nothing(
+    base: str, vision: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "data/a.parquet", good(base, 600))
+    out = small_disk / "out"
+    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", out, "--allow-private",
+             "--concurrency", 4)  # fmt: skip
+    process = start("extract", "run", *flags)
+    while not (out / "a.h5.journal").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert err.splitlines()[-1].startswith("error: No space left on device")
+    assert "Traceback" not in err
+    (small_disk / "filler").unlink()
+    before = asked.total()
+    run("extract", "run", *flags)
+    assert Shard(out / "a.h5").status.tolist() == [Status.OK] * 600
+    assert asked.total() - before <= 600
+    (small_disk / "filler").write_bytes(bytes(300_000))
+    line = run("extract", "run", *flags[:4], "--out", small_disk / "again", code=1).one_line()
+    assert "not enough disk space" in line
+    assert not list((small_disk / "again").glob("*.tmp"))
