@@ -14,11 +14,14 @@ class DemoConfig(Options):
 
     out: Path = Path("demo-out")
     """Folder for everything the demo makes; an earlier demo's is replaced."""
-    rows: int = 3200
+    rows: int = 2400
     """Pictures to train on."""
     held_out: int = 128
     """Pictures it never sees."""
-    steps: int = 400
+    steps: int = 300
     """Optimizer steps of 16 pictures."""
     seed: int = 0
     """Seed of the pictures and of training."""
+
+    def __post_init__(self) -> None:
+        self.require_above_zero("rows", "held_out", "steps")

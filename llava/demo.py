@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shlex
 import shutil
@@ -17,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from llava.config import DemoConfig
-from llava.contact_sheet import contact_sheet, loss_curve
 from llava.world.captions import accuracy, chance
 from llava.world.dataset import Split, write_split
 from llava.world.server import TROUBLES, serve
+from llava_core.cli import INTERRUPTED
 from llava_core.console import table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
-MODELS = Path(__file__).parent / "world" / "models"
+MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
 QUESTION = "请描述这张图片。"
 MARK = ".llava-demo"
 BATCH_SIZE = 16
@@ -33,6 +34,17 @@ BATCH_SIZE = 16
 
 def run(config: DemoConfig) -> JsonDict:
     """Print every command and a table at the end; returns the table's figures."""
+    try:
+        return _demo(config)
+    except KeyboardInterrupt:
+        raise LlavaError("interrupted; the demo begins anew next time", exit_code=INTERRUPTED) from None
+    except ImportError as error:
+        raise LlavaError(f"the demo draws with {error.name}", do="pip install 'llava-align[plots]'") from None
+
+
+def _demo(config: DemoConfig) -> JsonDict:
+    from llava.contact_sheet import contact_sheet, loss_curve
+
     out = config.out
     _clear(out)
     started = time.monotonic()
@@ -64,7 +76,7 @@ def run(config: DemoConfig) -> JsonDict:
 def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> JsonDict:
     """Run the public commands as a user would; returns what they report, and the seconds each took."""
     out, vision, llm = config.out, MODELS / "vision", MODELS / "llm"
-    features = {split: out / "features" / split.parquet.name for split in (train, held_out)}
+    features = [out / "features" / split.parquet.name for split in (train, held_out)]
     seconds: dict[str, float] = {}
 
     def command(phase: str, *arguments: object) -> JsonDict:
@@ -76,20 +88,20 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
     extracted = [
         command(
             "extract",
-            *("extract", "run", "--data", split.parquet, "--out", features[split], "--vision", vision),
-            *("--allow-private", "--timeout", 2, "--retries", 1),
+            *("extract", "run", "--data", split.parquet, "--out", folder, "--vision", vision),
+            *("--allow-private", "--timeout", 4, "--retries", 1),
         )
-        for split in (train, held_out)
+        for split, folder in zip((train, held_out), features, strict=True)
     ]
     command(
         "train",
-        *("train", "run", "--features", features[train], "--eval-features", features[held_out]),
+        *("train", "run", "--features", features[0], "--eval-features", features[1]),
         *("--llm", llm, "--out", out / "run", "--batch-size", BATCH_SIZE, "--max-steps", config.steps),
-        *("--epochs", math.ceil(config.steps * BATCH_SIZE / extracted[0]["ok"]), "--seed", config.seed),
-        *("--eval-every", 100, "--save-every", 200),
+        *("--epochs", math.ceil(config.steps * BATCH_SIZE / extracted[0]["ok"])),
+        *("--eval-every", 100, "--save-every", 200, "--seed", config.seed),
     )
     trained = ("--checkpoint", out / "run/last", "--llm", llm)
-    evaluated = command("eval", "train", "eval", *trained, "--features", features[held_out])
+    evaluated = command("eval", "train", "eval", *trained, "--features", features[1])
     picture = f"{url}/held-out/{held_out.pictures[0].name}"
     models = (*trained, "--vision", vision)
     command("ask", "infer", "ask", *models, "--image", picture, "--prompt", QUESTION)
@@ -112,15 +124,21 @@ def _run(*arguments: object) -> JsonDict:
     """Echo and run `python -m ...`; returns the summary of its last line. Raises LlavaError if it fails."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
-    with subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True) as process:
+    command, environment = [sys.executable, "-m", *words], {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        lines = [""]
-        for line in process.stdout:  # the last line is the summary, for us
-            print(lines[-1], end="", flush=True)
-            lines.append(line)
+        summary: JsonDict = {}
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):  # what --json adds, for us
+                    summary = json.loads(line)
+                else:
+                    print(line, end="", flush=True)
+        except BaseException:  # a child that outlives us would go on writing
+            process.terminate()
+            raise
     if process.returncode:
         raise LlavaError(f"`python -m {words[0]} {words[1]}` ended with exit code {process.returncode}")
-    summary: JsonDict = json.loads(lines[-1])
     return summary
 
 

@@ -25,7 +25,7 @@ _RGB = {
     "黑色": (25, 25, 30),
 }
 _BACKGROUND = {"白色": (250, 250, 250), "灰色": (178, 180, 184), "米色": (236, 221, 190)}
-_RADIUS = {"大": 0.44, "小": 0.26}  # in cells
+_RADIUS = {"大": 0.44, "小": 0.32}  # in cells
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
@@ -48,7 +48,7 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
 def _draw(draw: ImageDraw.ImageDraw, thing: Thing, cell: float, rng: random.Random) -> None:
     row, column = divmod(PLACES.index(thing.place), 3)
     radius = cell * _RADIUS[thing.size] * rng.uniform(0.92, 1.06)
-    slack = max(0.0, cell / 2 - radius) * 0.8
+    slack = max(0.0, cell / 2 - radius) * 0.5
     x = (column + 0.5) * cell + rng.uniform(-slack, slack)
     y = (row + 0.5) * cell + rng.uniform(-slack, slack)
     fill = _shade(_RGB[thing.colour], rng, 12)

@@ -3,14 +3,15 @@
     python -m llava.world.train_encoder --out FOLDER
 
 It never meets the language model. Two contrastive losses: CLIP's, between a picture's class token and its
-caption, and one between patch tokens and phrases about single objects, so that patches say what is where, as
-those of an encoder trained on hundreds of millions of pictures do. Each batch holds groups of scenes that
-differ in one attribute, so neither loss can be had from colours alone.
+caption, and one between patch tokens and phrases about what lies there (as in RegionCLIP, arXiv:2112.09106),
+so that patches say what is where, as those of an encoder trained on hundreds of millions of pictures do. Each
+batch holds groups of scenes that differ in one attribute, so neither loss can be had from colours alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -24,16 +25,28 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava.world.captions import caption, phrase, short_caption
 from llava.world.render import render
-from llava.world.scene import Scene, near_scene, random_scene
+from llava.world.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    near_scene,
+    random_scene,
+)
 from llava_core.chinese_clip import PAD, ChineseClip, TextTokenizer
 
 RESOLUTION, PATCH = 96, 16
 GROUP = 4
 """Scenes of a group: one, and others that differ from it in one attribute each."""
+
+REGION_WEIGHT = 4.0
+"""Of the patches' loss beside CLIP's: most patches show nothing but background."""
 
 VISION: dict[str, Any] = {
     "embed_dim": 128,
@@ -47,7 +60,7 @@ TEXT: dict[str, Any] = {
     "text_hidden_act": "gelu",
     "text_hidden_dropout_prob": 0.0,
     "text_hidden_size": 128,
-    "text_initializer_range": 0.02,
+    "text_initializer_range": 0.1,
     "text_intermediate_size": 256,
     "text_max_position_embeddings": 64,
     "text_num_attention_heads": 2,
@@ -62,8 +75,10 @@ class Settings:
     """Folder to write, in ModelScope's layout."""
     groups: int = 6000
     """Groups of pictures to render; every step draws from them."""
-    steps: int = 2000
-    batch_groups: int = 40
+    steps: int = 5000
+    text_steps: int = 1500
+    """Steps after which the text tower stays as it is (as in LiT, arXiv:2111.07991); pictures need longer."""
+    batch_groups: int = 16
     lr: float = 1e-3
     seed: int = 0
 
@@ -72,6 +87,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     random.seed(settings.seed)
     torch.manual_seed(settings.seed)
+    torch.set_num_threads(2)  # the same sums whatever the number of cores
     settings.out.mkdir(parents=True, exist_ok=True)
     vocab = write_vocabulary(settings.out / "vocab.txt")
     tokenizer = TextTokenizer(settings.out / "vocab.txt")
@@ -98,9 +114,8 @@ def train(
 ) -> None:
     """AdamW, warm-up and cosine."""
     rng = random.Random(settings.seed)
-    phrases = PhraseLoss()
-    parameters = [*model.parameters(), *phrases.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.05, betas=(0.9, 0.98))
+    phrases = torch.zeros(0)
     started = time.time()
     for step in range(settings.steps):
         warm = min(1.0, (step + 1) / 200)
@@ -110,53 +125,77 @@ def train(
         chosen = rng.sample(range(settings.groups), settings.batch_groups)
         index = [GROUP * group + k for group in chosen for k in range(GROUP)]
         chosen_scenes = [scenes[i] for i in index]
-        # Plain attention: the fused kernel's backward takes twice as long at these sizes.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            tokens = model.visual(normalise(pixels[index]))
-            embedded = F.normalize((tokens @ model.visual.proj).float(), dim=-1)
+        embedded = F.normalize(model.visual(normalise(pixels[index])) @ model.visual.proj, dim=-1)
+        with torch.set_grad_enabled(step < settings.text_steps):
             texts = embed(model, tokenizer, [short_caption(scene, rng) for scene in chosen_scenes])
-            things = sorted({thing for scene in chosen_scenes for thing in scene.things}, key=str)
-            named = embed(
-                model, tokenizer, [phrase(thing, "{place}有{size}的{colour}{shape}") for thing in things]
-            )
+            if step <= settings.text_steps:
+                phrases = embed(model, tokenizer, PHRASES)
         logits = model.logit_scale.exp() * embedded[:, 0] @ texts.T
         target = torch.arange(len(index))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        true = torch.tensor([[thing in scene.things for thing in things] for scene in chosen_scenes])
-        dense, found = phrases(embedded[:, 1:], named, true)
-        loss = loss + dense
+        local, found = region_loss(model, embedded[:, 1:], phrases, said(chosen_scenes))
+        loss = loss + REGION_WEIGHT * local
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         if step % 50 == 0:
             right = (logits.argmax(1) == target).float().mean()
-            line = f"{time.time() - started:6.0f} s  step {step}  loss {loss:.3f}  phrases {dense:.3f}"
+            line = f"{time.time() - started:6.0f} s  step {step}  loss {loss:.3f}  patches {local:.3f}"
             print(f"{line}  right {right:.3f}  phrases found {found:.3f}", flush=True)
 
 
-class PhraseLoss(torch.nn.Module):
-    """Is this phrase true of that picture? A sigmoid loss (arXiv:2303.15343) on the most alike patch."""
+def phrases_at(scene: Scene) -> list[list[str]]:
+    """For each of PLACES what is true there, two attributes a phrase."""
+    things = {thing.place: thing for thing in scene.things}
+    wordings = ("{place}有{colour}图形", "{place}有{shape}", "{place}有{size}图形", "{colour}{shape}")
+    return [
+        [phrase(things[place], wording) for wording in wordings]
+        if place in things
+        else [f"{place}{scene.background}背景"]
+        for place in PLACES
+    ]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(math.log(10.0)))
-        self.bias = torch.nn.Parameter(torch.tensor(-8.0))
 
-    def forward(
-        self, patches: torch.Tensor, phrases: torch.Tensor, true: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches [B, P, D] and phrases [N, D], normalised; true [B, N] -> loss a picture, share found.
+PHRASES = sorted(
+    {
+        text
+        for place, size, colour, shape in itertools.product(PLACES, SIZES, COLOURS, SHAPES)
+        for background in BACKGROUNDS
+        for texts in phrases_at(Scene((Thing(place, size, colour, shape),), background))
+        for text in texts
+    }
+)
+"""Everything that `phrases_at` can say."""
 
-        Found is a phrase whose most alike picture is one that it is true of.
-        """
-        alike = (patches.flatten(0, 1) @ phrases.T).view(*patches.shape[:2], -1).amax(1)
-        logits = self.scale.exp() * alike + self.bias
-        loss = -F.logsigmoid(torch.where(true, logits, -logits)).sum() / len(patches)
-        found = true[alike.argmax(0), torch.arange(len(phrases))].float().mean()
-        return loss, found
+
+def said(scenes: list[Scene]) -> torch.Tensor:
+    """Which of PHRASES is true of the patch, bool [scenes, patches, PHRASES]."""
+    side = RESOLUTION // PATCH
+    number = {text: k for k, text in enumerate(PHRASES)}
+    true = torch.zeros(len(scenes), len(PLACES), len(PHRASES), dtype=torch.bool)
+    for row, scene in enumerate(scenes):
+        for place, texts in enumerate(phrases_at(scene)):
+            true[row, place, [number[text] for text in texts]] = True
+    cell = torch.arange(side) * 3 // side
+    return true[:, (3 * cell[:, None] + cell).flatten()]
+
+
+def region_loss(
+    model: ChineseClip, patches: torch.Tensor, phrases: torch.Tensor, true: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which phrases are true of this patch? Patches [B, P, D] and phrases [N, D], normalised; true [B, P, N].
+
+    Returns the cross entropy against the true ones, each as likely, and the share of patches whose most alike
+    phrase is true of them.
+    """
+    logits = (model.logit_scale.exp() * patches @ phrases.T).flatten(0, 1)
+    wanted = true.flatten(0, 1).float()
+    wanted = wanted / wanted.sum(-1, keepdim=True)
+    found = wanted.gather(-1, logits.argmax(-1, keepdim=True)).gt(0).float().mean()
+    return F.cross_entropy(logits, wanted), found
 
 
 def embed(model: ChineseClip, tokenizer: TextTokenizer, texts: list[str]) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""`llava demo`: the whole job through the public commands, and whether what it says is true."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.e2e.commands import ENVIRONMENT, ROOT, run
+
+
+def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
+    """The demo as `make demo` runs it: what is asked of it, it must reach."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "llava", "demo", "--out", str(tmp_path / "out"), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={key: value for key, value in ENVIRONMENT.items() if key != "OMP_NUM_THREADS"},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads(ended.stdout.splitlines()[-1])
+    assert figures["right_picture"]["all"] >= 0.9
+    for attribute, share in figures["chance"].items():
+        assert figures["shuffled_picture"][attribute] == pytest.approx(share, abs=0.06)
+    assert figures["rows"] == {
+        "ok": 2394 + 128,
+        "http 4xx": 3,
+        "timeout": 1,
+        "truncated": 1,
+        "not an image": 1,
+    }
+    assert figures["grounding_gap"] > 1
+    assert figures["loss_after"] < 0.2 * figures["loss_before"]
+    for command in ("extract run", "train run", "train eval", "infer ask", "infer batch"):
+        assert f"$ python -m {command} " in ended.stdout
+    for name in ("loss.png", "answers.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert min(picture.size) > 400
+
+
+def test_it_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "holds something else" in run("llava", "demo", "--out", tmp_path, code=1).one_line()
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
