@@ -66,7 +66,7 @@ class BatchConfig(Models):
     input: Path
     """File of questions; paths in it are relative to its folder, `prompt` may be left out."""
     output: Path
-    """File of the same lines with `answer`, or `error` where an image cannot be read."""
+    """File of the same lines with `checkpoint` and `answer`, or `error` where an image cannot be read."""
     prompt: str = "请描述这张图片。"
     """The question of lines that have none."""
     batch_size: int = 16
