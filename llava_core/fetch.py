@@ -117,9 +117,9 @@ class Fetcher:
             return Fetched(Status.BAD_URL, attempts=0, detail="expected http:// or https:// and a host")
         async with self._health.download():
             while True:
-                answers = self._health.answers
+                began = time.monotonic()
                 fetched = await self._attempts(parsed, host)
-                if fetched.status not in SILENT or await self._health.believes(answers):
+                if fetched.status not in SILENT or await self._health.believes((host, parsed.port), began):
                     return fetched
 
     async def _attempts(self, url: yarl.URL, host: str) -> Fetched:
@@ -127,8 +127,9 @@ class Fetcher:
             async with self._hosts[host], self._slots:
                 if closed := self._health.closed((host, url.port)):
                     return Fetched(closed, attempts=attempt - 1, detail="its host answers nobody")
+                began = time.monotonic()
                 fetched = dataclasses.replace(await self._attempt(url), attempts=attempt)
-            await self._health.record((host, url.port), fetched.status)
+            await self._health.record((host, url.port), fetched.status, began)
             again = fetched.status.transient or fetched.http in RETRIED_4XX
             if not again or attempt > self.limits.retries:
                 break

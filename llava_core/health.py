@@ -1,8 +1,9 @@
 """Telling a dead host from a dead line, so that an outage marks no row as failed.
 
-A download without an answer is blamed on its host only if something else came through meanwhile. If nothing
-does, STREAK downloads in a row, the network is taken to be down: everything pauses, one download at a time
-tries again, and all go on once one gets an answer.
+A download without an answer is blamed on its host only once an attempt that began after its failure got one
+(for a host that has never answered: one that began after it did). If none does, STREAK downloads in a row, the
+network is taken to be down: everything pauses, one download at a time tries again, and all go on once one gets
+an answer.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ class _Host:
     """Attempts in a row without an answer."""
     status: Status = Status.CONNECT
     """How the last of them ended."""
-    answers_before: int = 0
-    """Answers from anywhere before the first of them."""
+    since: float = 0.0
+    """When the first of them ended."""
+    known: bool = False
+    """It has answered before."""
     closed_until: float = 0.0
 
 
@@ -51,8 +54,8 @@ class Health:
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
-        self.answers = 0
-        """Attempts that got an answer, whatever it was."""
+        self._proof = 0.0
+        """When the latest attempt began that got an answer, whatever it was."""
         self._hosts: dict[Hashable, _Host] = defaultdict(_Host)
         self._streak = self._running = self._waiting = 0
         self._down_since: float | None = None
@@ -70,19 +73,19 @@ class Health:
         state.closed_until = now + COOL_DOWN
         return None
 
-    async def record(self, host: Hashable, status: Status) -> None:
-        """One attempt has ended."""
+    async def record(self, host: Hashable, status: Status, began: float) -> None:
+        """An attempt that began at this time (of time.monotonic) has ended."""
         state = self._hosts[host]
         if status in SILENT:
             if state.silent == 0:
-                state.answers_before = self.answers
+                state.since = time.monotonic()
             state.silent, state.status = state.silent + 1, status
             # In an outage no host answers, and none is to blame.
-            if self.patience and state.silent >= TRIPS and self.answers > state.answers_before:
+            if self.patience and state.silent >= TRIPS and self._proof > state.since:
                 state.closed_until = time.monotonic() + COOL_DOWN
         elif status not in UNSENT:
-            self._hosts[host] = _Host()
-            self.answers += 1
+            self._hosts[host] = _Host(known=True)
+            self._proof = max(self._proof, began)
             self._streak = 0
             if self._down_since is not None:
                 say(f"an answer after {time.monotonic() - self._down_since:.0f} s: going on")
@@ -99,13 +102,14 @@ class Health:
             self._running -= 1
             await self._tell()
 
-    async def believes(self, answers_before: int) -> bool:
-        """Whether a download that ended without an answer has failed; False: it is to be tried anew.
+    async def believes(self, host: Hashable, began: float) -> bool:
+        """Whether a download that began then and ended without an answer has failed; False: try it anew.
 
-        `answers_before` is what `answers` was when it began. Waits until others have got answers or not.
-        Raises LlavaError if the network stays down.
+        Waits until others have got answers or not. Raises LlavaError if the network stays down.
         """
-        if not self.patience or self.answers > answers_before:
+        if self._hosts[host].known:
+            began = time.monotonic()
+        if not self.patience or self._proof > began:
             return True
         self._streak += 1
         self._waiting += 1
@@ -113,24 +117,24 @@ class Health:
             await self._tell()
             await self._until(
                 lambda: (
-                    self.answers > answers_before
+                    self._proof > began
                     or self._streak >= STREAK
                     or self._waiting == self._running  # nobody is left to hear from
                 )
             )
-            if self.answers > answers_before or self._streak < STREAK:
+            if self._proof > began or self._streak < STREAK:
                 return True
-            await self._outage(answers_before)
+            await self._outage(began)
             return False
         finally:
             self._waiting -= 1
 
-    async def _outage(self, answers_before: int) -> None:
+    async def _outage(self, began: float) -> None:
         if self._down_since is None:
             self._down_since, self._pause = time.monotonic(), FIRST_PAUSE
             say(f"{self._streak} downloads in a row got no answer: the network seems down; waiting for it")
         async with self._probe:
-            if self.answers > answers_before or self._down_since is None:
+            if self._proof > began or self._down_since is None:
                 return
             if time.monotonic() - self._down_since > self.patience:
                 raise LlavaError(
@@ -138,7 +142,7 @@ class Health:
                     do="run the same command again when it does; --patience 0 marks such rows as failed",
                 )
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._until(lambda: self.answers > answers_before), self._pause)
+                await asyncio.wait_for(self._until(lambda: self._proof > began), self._pause)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
