@@ -1,9 +1,9 @@
 """Telling a dead host from a dead line, so that an outage marks no row as failed.
 
 A download without an answer is blamed on its host only once an attempt that began after its failure got one
-(for a host that has never answered: one that began after it did). If none does, STREAK downloads in a row, the
-network is taken to be down: everything pauses, one download at a time tries again, and all go on once one gets
-an answer.
+(for a host that has never answered: one that began after it did). If none does, STREAK downloads in a row,
+the network is taken to be down: everything pauses, one download at a time tries again, and all go on once one
+gets an answer.
 """
 
 from __future__ import annotations
