@@ -56,6 +56,8 @@ class Health:
         self.patience = patience
         self._proof = 0.0
         """When the latest attempt began that got an answer, whatever it was."""
+        self._back = 0.0
+        """When the latest outage ended: what had begun before may have failed for it."""
         self._hosts: dict[Hashable, _Host] = defaultdict(_Host)
         self._streak = self._running = self._waiting = 0
         self._down_since: float | None = None
@@ -89,7 +91,7 @@ class Health:
             self._streak = 0
             if self._down_since is not None:
                 say(f"an answer after {time.monotonic() - self._down_since:.0f} s: going on")
-                self._down_since = None
+                self._down_since, self._back = None, time.monotonic()
             await self._tell()
 
     @contextlib.asynccontextmanager
@@ -107,6 +109,8 @@ class Health:
 
         Waits until others have got answers or not. Raises LlavaError if the network stays down.
         """
+        if began < self._back:
+            return False
         if self._hosts[host].known:
             began = time.monotonic()
         if not self.patience or self._proof > began:
