@@ -25,7 +25,6 @@ def run(config: BatchConfig) -> JsonDict:
     Raises LlavaError for a line that is no question, or if OUTPUT holds anything but answers to these.
     """
     questions = read_questions(config.input, config.prompt)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     with Lock(config.output), config.output.open("a+b") as file:
         done = continued(file, questions, config)
         failed = sum("error" in line for line in done)

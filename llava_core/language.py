@@ -100,9 +100,8 @@ def load_language_model(
             do="use an instruct model, or add chat_template.jinja to the folder",
         )
     model = model.to(device).eval().requires_grad_(False)
-    for (
-        parameter
-    ) in model.parameters():  # not the buffers: rotary frequencies rounded to bf16 turn wrong angles
+    # Not the buffers: rotary frequencies rounded to bf16 turn by wrong angles.
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or default_dtype(device))
     embedding = model.get_input_embeddings().weight
     return LanguageModel(

@@ -20,6 +20,7 @@ class Lock:
 
     def __init__(self, what: Path) -> None:
         self.path = path = what.with_name(what.name + ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:

@@ -75,7 +75,6 @@ class ShardWriter:
         if the disk is too small; FinishedMeanwhile if there is nothing left to do.
         """
         self.path, self.part = path, part_of(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             self._lock = Lock(path)
             stack.callback(self._lock.release)

@@ -267,6 +267,7 @@ def test_a_start_that_failed_leaves_the_folder_free(world: Path, tmp_path: Path)
     with pytest.raises(LlavaError, match="--micro-tokens"):
         train_run(config(world, tmp_path / "run", micro_tokens=40, eval_features=None))
     train_run(config(world, tmp_path / "run", max_steps=2))
+    train_run(config(world, tmp_path / "no/such/folder/yet", max_steps=2))
 
 
 def test_shards_that_have_changed_are_not_resumed_on(world: Path, tmp_path: Path) -> None:
