@@ -29,6 +29,7 @@ from llava_core.fetch import Fetched, Fetcher, FetchLimits
 from llava_core.preprocess import ImageError
 from llava_core.shard_writer import FinishedMeanwhile, RowRecord, ShardWriter
 from llava_core.status import Status
+from llava_core.tasks import time_limit, together
 from llava_core.vision import VisionTower
 
 FULL_BATCH_WAIT = 0.05
@@ -122,7 +123,7 @@ class Pipeline:
                 ThreadPoolExecutor(1, "disk") as self.disk,
             ):
                 stages = (self._feed(shards), self._download_all(), self._encode_all(), self._write_all())
-                await _together([asyncio.create_task(stage) for stage in stages])
+                await together(stages)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 say("stopping; what is encoded is kept")
@@ -161,7 +162,7 @@ class Pipeline:
 
     async def _download_all(self) -> None:
         async with Fetcher(self.limits) as fetcher:
-            await asyncio.gather(*(self._download(fetcher) for _ in range(self.config.concurrency)))
+            await together(self._download(fetcher) for _ in range(self.config.concurrency))
         await self.pictures.put(None)
 
     async def _download(self, fetcher: Fetcher) -> None:
@@ -202,7 +203,8 @@ class Pipeline:
                 if len(batch) == self.config.batch_size:
                     break
                 try:
-                    picture = await asyncio.wait_for(self.pictures.get(), deadline - loop.time())
+                    async with time_limit(deadline - loop.time()):
+                        picture = await self.pictures.get()
                 except asyncio.TimeoutError:
                     break
             last = picture is None
@@ -230,7 +232,8 @@ class Pipeline:
         while more:
             wait = None if oldest is None else oldest + WRITE_SECONDS - loop.time()
             try:
-                item = await asyncio.wait_for(self.outcomes.get(), wait)
+                async with time_limit(wait):
+                    item = await self.outcomes.get()
             except asyncio.TimeoutError:
                 ready, oldest = [filling for filling in self.open if filling.waiting], None
             else:
@@ -256,17 +259,3 @@ class Pipeline:
         if filling.missing == 0:
             self.open.remove(filling)
             self.finished(filling)
-
-
-async def _together(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for all; the first that fails ends the others."""
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-    finally:
-        pending = {task for task in tasks if not task.done()}
-        while pending:  # up to Python 3.11 `wait_for` may lose a cancellation
-            for task in pending:
-                task.cancel()
-            _, pending = await asyncio.wait(pending, timeout=0.1)

@@ -19,6 +19,7 @@ from llava_core import __version__
 from llava_core.address import ForbiddenAddress, guarded_socket
 from llava_core.health import SILENT, Health
 from llava_core.status import Status
+from llava_core.tasks import time_limit
 
 USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
 SLOW_AFTER = 5.0
@@ -139,7 +140,8 @@ class Fetcher:
 
     async def _attempt(self, url: yarl.URL) -> Fetched:
         try:
-            return await asyncio.wait_for(self._get(url), self.limits.timeout)
+            async with time_limit(self.limits.timeout):
+                return await self._get(url)
         except asyncio.TimeoutError:  # TimeoutError itself from Python 3.11 on
             return Fetched(Status.TIMEOUT, detail=f"not done within {self.limits.timeout:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Hashable
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.status import Status
+from llava_core.tasks import time_limit
 
 SILENT = (Status.DNS, Status.CONNECT, Status.TIMEOUT)
 """Outcomes of an attempt that nobody answered."""
@@ -146,7 +147,8 @@ class Health:
                     do="run the same command again when it does; --patience 0 marks such rows as failed",
                 )
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._until(lambda: self._proof > began), self._pause)
+                async with time_limit(self._pause):
+                    await self._until(lambda: self._proof > began)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     async def _until(self, condition: Callable[[], bool]) -> None:

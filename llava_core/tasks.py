@@ -1,0 +1,37 @@
+"""Tasks that end together, and time limits that lose no cancellation, from Python 3.10 on.
+
+`asyncio.wait_for` may swallow a cancellation up to Python 3.11; `asyncio.timeout` came with that version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout as time_limit
+else:
+    from async_timeout import timeout as time_limit
+
+__all__ = ["time_limit", "together"]
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all; the first that fails ends the others, and none is left running, whatever happens."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        while left := [task for task in tasks if not task.done()]:
+            for task in left:
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):  # we are on the way out already
+                await asyncio.wait(left, timeout=1)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # seen: asyncio is not to report it as well
