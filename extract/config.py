@@ -31,6 +31,10 @@ class Encoding(Options):
     """Downloads at a time."""
     per_host: int = 16
     """Downloads at a time from one host."""
+    host_rate: float | None = None
+    """Downloads a second from one host; without it, as many as it answers."""
+    bytes_in_flight: int = 256_000_000
+    """Bytes of image files in memory at a time, about; above it no download begins."""
     retries: int = 2
     """Further attempts after a failure that may pass."""
     timeout: float = 30.0
@@ -49,7 +53,8 @@ class Encoding(Options):
     """Share of failed rows above which the command ends with exit code 3."""
 
     def __post_init__(self) -> None:
-        self.require_above_zero("batch_size", "concurrency", "per_host", "timeout", "max_bytes", "max_pixels")
+        self.require_above_zero("batch_size", "concurrency", "per_host", "host_rate", "bytes_in_flight")
+        self.require_above_zero("timeout", "max_bytes", "max_pixels")
         if self.patience < 0:
             raise LlavaError("--patience", expected="0 or more", got=self.patience, exit_code=2)
         if self.retries < 0:
@@ -79,7 +84,7 @@ class RetryConfig(Encoding):
     """Try the failed rows of finished shards again; all others stay as they are."""
 
     status: tuple[str, ...] = ()
-    """Failures to try again, such as timeout http-5xx; without it, every one that has an address."""
+    """Failures to try again, such as timeout http-5xx http-429; without it, every one that has an address."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

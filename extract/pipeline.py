@@ -1,9 +1,9 @@
 """Rows in flight: download → decode → encode → write, each stage at its own pace.
 
-    shards ─ rows ─▶ downloads ─ pictures ─▶ encoder ─ outcomes ─▶ writer
+    shards ─ rows by host ─▶ downloads ─ bodies ─▶ decoders ─ pictures ─▶ encoder ─ outcomes ─▶ writer
 
-Every arrow is a bounded queue, so memory stays bounded and the slowest stage sets the pace. Rows of the next
-shard start while the last ones of this shard are still on their way.
+Every arrow is bounded, the bodies by their bytes: memory stays bounded, and the slowest stage sets the pace.
+Rows of the next shards start while the last ones of this shard are still on their way.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,45 +24,33 @@ import numpy as np
 import torch
 
 from extract.config import Encoding
+from extract.duplicates import Duplicates, First, Known, Place
+from extract.filling import Filling
+from extract.gauges import Gauges
+from extract.hostqueues import HostQueues
+from extract.summary import host_of
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
 from llava_core.preprocess import ImageError
-from llava_core.shard_writer import FinishedMeanwhile, RowRecord, ShardWriter
+from llava_core.shard_writer import FinishedMeanwhile, RowRecord
+from llava_core.shards import Shard
 from llava_core.status import Status
-from llava_core.tasks import time_limit, together
+from llava_core.tasks import in_background, time_limit, together
 from llava_core.vision import VisionTower
 
+OPEN_SHARDS = 4
+"""Shards that are filled at a time, so that one straggler keeps nobody waiting."""
+ROWS_PER_SLOT = 4
+"""Rows on their way, from their download to the encoder, for each download at a time."""
 FULL_BATCH_WAIT = 0.05
 """Seconds a picture waits for others to fill its batch."""
 WRITE_ROWS = 128
 """Rows of a shard that are made durable together."""
 WRITE_SECONDS = 5.0
 """Longest time an outcome waits for that."""
-
-
-class Filling:
-    """A shard on its way: its writer, what is still to be done, what waits to be written."""
-
-    def __init__(self, writer: ShardWriter, urls: Sequence[str], captions: Sequence[str | None]) -> None:
-        self.writer, self.urls, self.captions = writer, urls, captions
-        self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
-        self.missing = len(self.pending)
-        self.waiting: list[RowRecord] = []
-        self.started = time.monotonic()
-
-    def write(self) -> None:
-        """Make the waiting outcomes durable; the last ones finish the shard."""
-        records, self.waiting = self.waiting, []
-        if records:
-            self.writer.write(records)
-        self.missing -= len(records)
-        if self.missing == 0:
-            self.writer.finish()
-            self.close()
-
-    def close(self) -> None:
-        self.writer.__exit__(None, None, None)
+WATCH_SECONDS = 0.5
+"""Between two looks at the stages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +63,13 @@ class Picture:
 
 
 class Pipeline:
-    """Runs shards through the stages; `finished` is called with each that is done, `bar` counts rows."""
+    """Runs shards through the stages; `finished` is called with each that is done and the seconds it took.
+
+    `bar` counts rows. Once `run` is over, `gauges` say what bounded it.
+    """
 
     def __init__(
-        self, tower: VisionTower, config: Encoding, bar: Any, finished: Callable[[Filling], None]
+        self, tower: VisionTower, config: Encoding, bar: Any, finished: Callable[[Shard, float], None]
     ) -> None:
         self.tower, self.config, self.bar, self.finished = tower, config, bar, finished
         self.limits = FetchLimits(
@@ -86,11 +78,15 @@ class Pipeline:
             retries=config.retries,
             concurrency=config.concurrency,
             per_host=config.per_host,
+            host_rate=config.host_rate,
+            bytes_in_flight=config.bytes_in_flight,
             allow_private=config.allow_private,
             ignore_robots=config.ignore_robots,
             patience=config.patience,
         )
-        self.failed = 0
+        self.duplicates = Duplicates()
+        self.gauges = Gauges(decode=os.cpu_count() or 1, encode=1, write=1)
+        self.failed = self.undecoded = 0
         self.open: list[Filling] = []
         self.broken: LlavaError | OSError | None = None
         """Why a shard could not be opened."""
@@ -111,19 +107,24 @@ class Pipeline:
     async def _run(self, shards: Sequence[Callable[[], Filling]]) -> None:
         loop, this = asyncio.get_running_loop(), asyncio.current_task()
         assert this is not None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, this.cancel)
-        self.rows: asyncio.Queue[tuple[Filling, int] | None] = asyncio.Queue(self.config.concurrency)
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(signum, this.cancel)
+        # Rows that wait between two attempts, or for their outcome to be believed, do not keep the host idle.
+        self.rows: HostQueues[Place] = HostQueues(2 * self.config.per_host)
         self.pictures: asyncio.Queue[Picture | None] = asyncio.Queue(2 * self.config.batch_size)
         self.outcomes: asyncio.Queue[tuple[Filling, RowRecord] | None] = asyncio.Queue(4 * WRITE_ROWS)
+        self.taken = asyncio.Event()
+        """Set when a row has been taken or a shard has been finished."""
         try:
             with (
                 ThreadPoolExecutor(os.cpu_count(), "decode") as self.decoders,
                 ThreadPoolExecutor(1, "encode") as self.encoder,
                 ThreadPoolExecutor(1, "disk") as self.disk,
             ):
-                stages = (self._feed(shards), self._download_all(), self._encode_all(), self._write_all())
-                await together(stages)
+                async with Fetcher(self.limits) as self.fetcher, in_background(self._watch()):
+                    stages = (self._feed(shards), self._download_all(), self._encode_all(), self._write_all())
+                    await together(stages)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 say("stopping; what is encoded is kept")
@@ -136,14 +137,19 @@ class Pipeline:
     def _keep_what_waits(self) -> None:
         while not self.outcomes.empty():
             if item := self.outcomes.get_nowait():
-                item[0].waiting.append(item[1])
+                self._take(*item)
         for filling in list(self.open):
             if filling.waiting:
                 self._write(filling)
 
+    # ---- rows
+
     async def _feed(self, shards: Sequence[Callable[[], Filling]]) -> None:
         loop = asyncio.get_running_loop()
         for open_shard in shards:
+            while len(self.open) >= OPEN_SHARDS or self.rows.startable >= self.config.concurrency:
+                self.taken.clear()
+                await self.taken.wait()
             try:
                 filling = await loop.run_in_executor(self.disk, open_shard)
             except FinishedMeanwhile:
@@ -153,44 +159,82 @@ class Pipeline:
                 break
             self.open.append(filling)
             self.bar.update(len(filling.urls) - filling.missing)
-            for row in filling.pending:
-                await self.rows.put((filling, row))
+            await self._enqueue(filling)
             if not filling.pending:
                 await loop.run_in_executor(self.disk, self._write, filling)
-        for _ in range(self.config.concurrency):
-            await self.rows.put(None)
+        self.rows.close()
 
-    async def _download_all(self) -> None:
-        async with Fetcher(self.limits) as fetcher:
-            await together(self._download(fetcher) for _ in range(self.config.concurrency))
-        await self.pictures.put(None)
-
-    async def _download(self, fetcher: Fetcher) -> None:
-        loop = asyncio.get_running_loop()
-        while (item := await self.rows.get()) is not None:
-            filling, row = item
+    async def _enqueue(self, filling: Filling) -> None:
+        for row in np.flatnonzero(filling.writer.status == Status.OK).tolist():
+            record = filling.writer.outcome(row)
+            for key in (filling.urls[row], record.sha256):
+                self.duplicates.claim(key, (filling, row))
+            self.duplicates.settle((filling, row), record)
+        for row in filling.pending:
             if filling.captions[row] is None:
                 await self.outcomes.put((filling, RowRecord(row, Status.BAD_CAPTION)))
-                continue
-            fetched = await fetcher.fetch(filling.urls[row])
-            picture, record = await loop.run_in_executor(self.decoders, self._decode, filling, row, fetched)
-            if picture is None:
-                await self.outcomes.put((filling, record))
+            elif twin := self.duplicates.claim(filling.urls[row], (filling, row)):
+                await self._follow(twin, filling, RowRecord(row, Status.PENDING))
             else:
-                await self.pictures.put(picture)
+                self.rows.put(host_of(filling.urls[row]), (filling, row))
 
-    def _decode(self, filling: Filling, row: int, fetched: Fetched) -> tuple[Picture | None, RowRecord]:
+    async def _follow(self, twin: First | Known, filling: Filling, record: RowRecord) -> None:
+        """Give a row the outcome of the one that shows the same, now or when it comes."""
+        if isinstance(twin, First) and twin.record is None:
+            twin.followers.append((filling, record))
+            return
+        found = await asyncio.get_running_loop().run_in_executor(self.disk, _recall, twin)
+        await self.outcomes.put((filling, _copied(found, record)))
+
+    # ---- pictures
+
+    async def _download_all(self) -> None:
+        await together(self._download() for _ in range(ROWS_PER_SLOT * self.config.concurrency))
+        await self.pictures.put(None)
+
+    async def _download(self) -> None:
+        loop = asyncio.get_running_loop()
+        while (taken := await self.rows.get()) is not None:
+            self.taken.set()
+            host, (filling, row) = taken
+            try:
+                fetched = await self.fetcher.fetch(filling.urls[row])
+            finally:
+                self.rows.done(host)
+            self.undecoded += 1
+            try:
+                decoded = await loop.run_in_executor(self.decoders, self._decode, filling, row, fetched)
+            finally:
+                self.undecoded -= 1
+                self.fetcher.release(fetched)
+            if isinstance(decoded, Picture):
+                await self.pictures.put(decoded)
+            elif isinstance(decoded, RowRecord):
+                await self.outcomes.put((filling, decoded))
+            else:
+                twin, record = decoded
+                await self._follow(twin, filling, record)
+
+    def _decode(
+        self, filling: Filling, row: int, fetched: Fetched
+    ) -> Picture | RowRecord | tuple[First | Known, RowRecord]:
+        """The row's picture; its outcome if it has none; or the row that shows the same image."""
         record = RowRecord(row, fetched.status, None, fetched.http, fetched.attempts, len(fetched.body))
         if fetched.status is not Status.OK:
-            return None, record
-        record.sha256 = hashlib.sha256(fetched.body).digest()
-        try:
-            decoded = self.tower.preprocess.decode_image(fetched.body, self.config.max_pixels)
-        except ImageError as error:
-            record.status = error.status
-            return None, record
+            return record
+        with self.gauges["decode"].work():
+            record.sha256 = hashlib.sha256(fetched.body).digest()
+            if twin := self.duplicates.claim(record.sha256, (filling, row)):
+                return twin, record
+            try:
+                decoded = self.tower.preprocess.decode_image(fetched.body, self.config.max_pixels)
+            except ImageError as error:
+                record.status = error.status
+                return record
         record.orig_hw = decoded.orig_hw
-        return Picture(filling, decoded.pixels, record), record
+        return Picture(filling, decoded.pixels, record)
+
+    # ---- features
 
     async def _encode_all(self) -> None:
         loop, last = asyncio.get_running_loop(), False
@@ -210,20 +254,23 @@ class Pipeline:
             last = picture is None
             if batch:
                 await loop.run_in_executor(self.encoder, self._encode, batch)
-                for picture_done in batch:
-                    await self.outcomes.put((picture_done.filling, picture_done.record))
+                for encoded in batch:
+                    await self.outcomes.put((encoded.filling, encoded.record))
         await self.outcomes.put(None)
 
     def _encode(self, batch: Sequence[Picture]) -> None:
         """Fill in each picture's features, or that they are not finite."""
-        pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
-        features = self.tower.encode(pixels).half()
-        finite = features.isfinite().flatten(1).all(1).tolist()
-        for picture, row, fine in zip(batch, features.cpu().numpy(), finite, strict=True):
-            if fine:
-                picture.record.features = row
-            else:
-                picture.record.status = Status.NOT_FINITE
+        with self.gauges["encode"].work():
+            pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
+            features = self.tower.encode(pixels).half()
+            finite = features.isfinite().flatten(1).all(1).tolist()
+            for picture, row, fine in zip(batch, features.cpu().numpy(), finite, strict=True):
+                if fine:
+                    picture.record.features = row
+                else:
+                    picture.record.status = Status.NOT_FINITE
+
+    # ---- outcomes
 
     async def _write_all(self) -> None:
         loop = asyncio.get_running_loop()
@@ -237,25 +284,58 @@ class Pipeline:
             except asyncio.TimeoutError:
                 ready, oldest = [filling for filling in self.open if filling.waiting], None
             else:
-                more, ready = item is not None, []
+                more = item is not None
                 if item is not None:
-                    filling, record = item
-                    filling.waiting.append(record)
-                    self._count(record)
+                    self._take(*item)
                     oldest = oldest or loop.time()
-                    if len(filling.waiting) in (WRITE_ROWS, filling.missing):
-                        ready = [filling]
+                ready = [f for f in self.open if f.waiting and len(f.waiting) >= min(WRITE_ROWS, f.missing)]
             for filling in ready:
                 await loop.run_in_executor(self.disk, self._write, filling)
+                self.taken.set()
 
-    def _count(self, record: RowRecord) -> None:
+    def _take(self, filling: Filling, record: RowRecord) -> None:
+        """An outcome has come, and with it those of the rows that waited for it."""
+        filling.waiting.append(record)
         self.failed += record.status is not Status.OK
         self.bar.update()
-        if self.failed:
-            self.bar.set_postfix_str(f"{self.failed} failed", refresh=False)
+        for follower, partly in self.duplicates.settle((filling, record.row), record):
+            self._take(follower, _copied(record, partly))
 
     def _write(self, filling: Filling) -> None:
-        filling.write()
+        with self.gauges["write"].work():
+            filling.write()
         if filling.missing == 0:
             self.open.remove(filling)
-            self.finished(filling)
+            shard = Shard(filling.writer.path)
+            self.duplicates.finished(shard, filling)
+            self.finished(shard, time.monotonic() - filling.started)
+
+    async def _watch(self) -> None:
+        """Keep the gauges, and the live line up to date."""
+        fetcher, rate = self.fetcher, 0.0
+        while True:
+            before = fetcher.received
+            await asyncio.sleep(WATCH_SECONDS)
+            rate += 0.1 * ((fetcher.received - before) / WATCH_SECONDS - rate)
+            self.gauges.sample(
+                decode=self.undecoded, encode=self.pictures.qsize(), write=self.outcomes.qsize()
+            )
+            parts = [f"{rate / 1e6:.1f} MB/s", f"{fetcher.in_flight} in flight", f"{self.gauges.now}-bound"]
+            if self.failed:
+                parts.append(f"{self.failed} failed")
+            self.bar.set_postfix_str(", ".join(parts), refresh=False)
+
+
+def _recall(twin: First | Known) -> RowRecord:
+    if isinstance(twin, Known):
+        return twin.recall()
+    filling, _ = twin.place
+    assert twin.record is not None
+    return filling.recall(twin.record)
+
+
+def _copied(found: RowRecord, partly: RowRecord) -> RowRecord:
+    """The outcome `found` for another row; what is known of that row's own download stays."""
+    return dataclasses.replace(
+        found, row=partly.row, http=partly.http or found.http, attempts=partly.attempts
+    )

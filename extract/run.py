@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from extract.config import Encoding, RetryConfig, RunConfig
-from extract.pipeline import Filling, Pipeline
+from extract.filling import Filling
+from extract.pipeline import Pipeline
 from extract.source import Source, find_sources
 from extract.summary import outcome_table, summarise, write_statistics
 from llava_core.console import human_bytes, progress, say, table
@@ -18,7 +19,7 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.shard_writer import ShardWriter, is_finished, part_of
 from llava_core.shards import FEATURE_TYPE, Shard, ShardHeader, open_shards
-from llava_core.status import Status
+from llava_core.status import Failure, Status
 from llava_core.vision import VisionTower, open_vision_tower
 
 TOO_MANY_FAILED = 3
@@ -38,26 +39,25 @@ def run(config: RunConfig) -> JsonDict:
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
     opened = [functools.partial(_open, paths[source], source, tower) for source in todo]
-    seconds = _fill(config, tower, opened, rows=sum(source.rows for source in todo))
-    return _conclude(config, list(paths.values()), seconds)
+    finished = [Shard(paths[source]) for source in sources if source not in todo]
+    speed = _fill(config, tower, opened, finished, rows=sum(source.rows for source in todo))
+    return _conclude(config, list(paths.values()), speed)
 
 
 def retry_failed(config: RetryConfig) -> JsonDict:
     """Fill the failed rows of finished shards again; returns the figures of the summary."""
-    chosen = [Status.parse(name) for name in config.status] or [
-        status for status in Status if status not in (Status.PENDING, Status.OK, Status.BAD_CAPTION)
+    chosen = [Failure.parse(name) for name in config.status] or [
+        Failure(status) for status in Status if status.failed and status is not Status.BAD_CAPTION
     ]
-    if Status.PENDING in chosen or Status.OK in chosen:
-        raise LlavaError("--status", expected="failures", got=", ".join(config.status), exit_code=2)
     shards = open_shards(config.out)
     tower = _tower(config)
     _require_same(shards[0].path, shards[0], tower)
-    counts = {shard.path: sum(int((shard.status == status).sum()) for status in chosen) for shard in shards}
+    counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{sum(counts.values()):,} failed rows in {len(todo)} of {len(shards)} shards to try again")
     opened = [functools.partial(_reopen, shard, chosen) for shard in todo]
-    seconds = _fill(config, tower, opened, rows=sum(shard.rows for shard in todo))
-    return _conclude(config, [shard.path for shard in shards], seconds)
+    speed = _fill(config, tower, opened, shards, rows=sum(shard.rows for shard in todo))
+    return _conclude(config, [shard.path for shard in shards], speed)
 
 
 def _tower(config: Encoding) -> VisionTower:
@@ -112,30 +112,38 @@ def _open(path: Path, source: Source, tower: VisionTower) -> Filling:
     return Filling(ShardWriter(path, header), rows.urls, rows.captions)
 
 
-def _reopen(shard: Shard, chosen: Sequence[Status]) -> Filling:
+def _reopen(shard: Shard, chosen: Sequence[Failure]) -> Filling:
     writer = ShardWriter(shard.path, retry=chosen)
     urls = [shard.url(row) for row in range(shard.rows)]
     captions = [shard.caption(row) or None for row in range(shard.rows)]
     return Filling(writer, urls, captions)
 
 
-def _fill(config: Encoding, tower: VisionTower, shards: Sequence[Callable[[], Filling]], rows: int) -> float:
-    """Returns the seconds it took."""
+def _fill(
+    config: Encoding,
+    tower: VisionTower,
+    shards: Sequence[Callable[[], Filling]],
+    finished: Sequence[Shard],
+    rows: int,
+) -> JsonDict:
+    """Returns the figures of its speed: seconds, and, if there was something to do, what bounded it."""
     started = time.monotonic()
+    if not shards:
+        return {"seconds": 0.0}
 
-    def finished(filling: Filling) -> None:
-        shard = Shard(filling.writer.path)
-        write_statistics(shard, time.monotonic() - filling.started)
-        failed = int((shard.status != Status.OK).sum())
-        say(f"{shard.path}: {shard.rows:,} rows, {failed:,} failed")
+    def conclude(shard: Shard, seconds: float) -> None:
+        write_statistics(shard, seconds)
+        say(f"{shard.path}: {shard.rows:,} rows, {int((shard.status != Status.OK).sum()):,} failed")
 
-    if shards:
-        with progress(rows, "rows") as bar:
-            Pipeline(tower, config, bar, finished).run(shards)
-    return time.monotonic() - started
+    with progress(rows, "rows") as bar:
+        pipeline = Pipeline(tower, config, bar, conclude)
+        for shard in finished:
+            pipeline.duplicates.finished(shard)
+        pipeline.run(shards)
+    return {"seconds": round(time.monotonic() - started, 2), **pipeline.gauges.figures()}
 
 
-def _conclude(config: Encoding, paths: Sequence[Path], seconds: float) -> JsonDict:
+def _conclude(config: Encoding, paths: Sequence[Path], speed: JsonDict) -> JsonDict:
     figures = summarise([Shard(path) for path in paths])
     share = figures["failed"] / figures["rows"]
     print(outcome_table(figures))
@@ -147,7 +155,10 @@ def _conclude(config: Encoding, paths: Sequence[Path], seconds: float) -> JsonDi
             f"{share:.1%} of the rows failed, over --max-failed {config.max_failed:g}; `extract retry-failed`"
         )
         figures["exit_code"] = TOO_MANY_FAILED
-    return {**figures, "seconds": round(seconds, 2), "out": str(config.out)}
+    if "bottleneck" in speed:
+        busy = ", ".join(f"{name} busy {stage['busy']:.0%}" for name, stage in speed["stages"].items())
+        say(f"{speed['seconds']:,.0f} s, bounded by {speed['bottleneck']} ({busy} of the time)")
+    return {**figures, **speed, "out": str(config.out)}
 
 
 def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> JsonDict:

@@ -18,13 +18,19 @@ from llava_core.shards import Shard
 from llava_core.status import Status
 
 TOP_HOSTS = 5
+BY_CODE = (Status.HTTP_4XX, Status.HTTP_5XX)
+"""Outcomes that are told apart by their HTTP status code."""
 
 
 def summarise(shards: Sequence[Shard]) -> JsonDict:
-    """rows, ok, failed, by_status {label: rows}, failed_hosts {host: rows}, image_bytes."""
+    """rows, ok, failed, by_status {label: rows}, by_http {code: rows that failed for it},
+    failed_hosts {host: rows}, image_bytes.
+    """
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
+    codes: collections.Counter[int] = collections.Counter()
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:
+        codes.update(shard.http[np.isin(shard.status, BY_CODE)].tolist())
         failed = (shard.status != Status.OK) & (shard.status != Status.BAD_CAPTION)
         hosts.update(host_of(shard.url(row)) for row in np.flatnonzero(failed).tolist())
     rows = sum(counts.values())
@@ -33,14 +39,21 @@ def summarise(shards: Sequence[Shard]) -> JsonDict:
         "ok": counts[Status.OK],
         "failed": rows - counts[Status.OK],
         "by_status": {Status(code).label: n for code, n in counts.most_common()},
+        "by_http": {str(code): n for code, n in codes.most_common()},
         "failed_hosts": dict(hosts.most_common(TOP_HOSTS)),
         "image_bytes": sum(int(shard.nbytes.sum(dtype=np.int64)) for shard in shards),
     }
 
 
 def outcome_table(figures: JsonDict) -> str:
-    rows = [(label, f"{n:,}", f"{n / figures['rows']:.2%}") for label, n in figures["by_status"].items()]
-    return table(rows, ("outcome", "rows", "share"))
+    """Rows by outcome, those with an HTTP code by code below it."""
+    rows = []
+    for label, n in figures["by_status"].items():
+        rows.append((label, n))
+        codes = [(code, of) for code, of in figures["by_http"].items() if label == f"http {code[0]}xx"]
+        rows += [(f"  {code}", of) for code, of in codes]
+    shown = [(name, f"{n:,}", f"{n / figures['rows']:.2%}") for name, n in rows]
+    return table(shown, ("outcome", "rows", "share"))
 
 
 def host_of(url: str) -> str:

@@ -6,9 +6,11 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import email.utils
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +22,7 @@ from llava_core.address import ForbiddenAddress, guarded_socket
 from llava_core.health import SILENT, Health
 from llava_core.status import Status
 from llava_core.tasks import time_limit
+from llava_core.turns import ByteBudget, HostTurns
 
 USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
 SLOW_AFTER = 5.0
@@ -51,6 +54,10 @@ class FetchLimits:
     """Requests at a time."""
     per_host: int = 16
     """Requests at a time to one host."""
+    host_rate: float | None = None
+    """Requests a second to one host; None: as many as it answers."""
+    bytes_in_flight: float = math.inf
+    """Bytes of bodies, from their download until `Fetcher.release`, above which no request begins."""
     allow_private: bool = False
     """Let loopback and private addresses through."""
     ignore_robots: bool = False
@@ -82,9 +89,14 @@ class Fetcher:
         self.limits = limits
         self._health = Health(limits.patience)
         self._slots = asyncio.Semaphore(limits.concurrency)
-        self._hosts: dict[str, asyncio.Semaphore] = collections.defaultdict(
-            lambda: asyncio.Semaphore(limits.per_host)
+        self._hosts: dict[str, HostTurns] = collections.defaultdict(
+            lambda: HostTurns(limits.per_host, limits.host_rate)
         )
+        self._memory = ByteBudget(limits.bytes_in_flight)
+        self.in_flight = 0
+        """Requests under way."""
+        self.received = 0
+        """Bytes of bodies so far."""
 
     async def __aenter__(self) -> Fetcher:
         # Our own semaphores bound the requests: waiting for the connector's would count as time.
@@ -107,6 +119,7 @@ class Fetcher:
     async def fetch(self, url: str) -> Fetched:
         """Download `url`, trying again, with pauses that grow, after what may pass.
 
+        The body counts as in flight until it is given to `release`.
         Raises LlavaError if the network stays down for `patience` seconds.
         """
         try:
@@ -123,22 +136,30 @@ class Fetcher:
                 if fetched.status not in SILENT or await self._health.believes((host, parsed.port), began):
                     return fetched
 
+    def release(self, fetched: Fetched) -> None:
+        """Its body needs no memory any more."""
+        self._memory.release(len(fetched.body))
+
     async def _attempts(self, url: yarl.URL, host: str) -> Fetched:
+        turns = self._hosts[host]
         for attempt in range(1, self.limits.retries + 2):
-            async with self._hosts[host], self._slots:
+            async with turns.turn(), self._slots:
+                await self._memory.room()
                 if closed := self._health.closed((host, url.port)):
                     return Fetched(closed, attempts=attempt - 1, detail="its host answers nobody")
                 began = time.monotonic()
                 fetched = dataclasses.replace(await self._attempt(url), attempts=attempt)
             await self._health.record((host, url.port), fetched.status, began)
+            if fetched.retry_after:
+                turns.pause(min(LONGEST_PAUSE, fetched.retry_after))
             again = fetched.status.transient or fetched.http in RETRIED_4XX
             if not again or attempt > self.limits.retries:
                 break
-            pause = random.uniform(0.5, 1.0) * 2 ** (attempt - 1)
-            await asyncio.sleep(min(LONGEST_PAUSE, max(pause, fetched.retry_after or 0)))
+            await asyncio.sleep(min(LONGEST_PAUSE, random.uniform(0.5, 1.0) * 2 ** (attempt - 1)))
         return fetched
 
     async def _attempt(self, url: yarl.URL) -> Fetched:
+        self.in_flight += 1
         try:
             async with time_limit(self.limits.timeout):
                 return await self._get(url)
@@ -146,6 +167,8 @@ class Fetcher:
             return Fetched(Status.TIMEOUT, detail=f"not done within {self.limits.timeout:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return Fetched(_status_of(error), detail=type(error).__name__)
+        finally:
+            self.in_flight -= 1
 
     async def _get(self, url: yarl.URL) -> Fetched:
         limits = self.limits
@@ -163,15 +186,29 @@ class Fetcher:
                 return Fetched(
                     Status.TOO_LARGE, http=http, detail=f"{response.content_length:,} bytes announced"
                 )
-            body, started = bytearray(), time.monotonic()
-            async for chunk in response.content.iter_chunked(CHUNK):
-                body += chunk
-                if len(body) > limits.max_bytes:
-                    return Fetched(Status.TOO_LARGE, http=http, detail=f"over {limits.max_bytes:,} bytes")
-                elapsed = time.monotonic() - started
-                if elapsed > SLOW_AFTER and len(body) < limits.min_rate * elapsed:
-                    return Fetched(Status.TOO_SLOW, http=http, detail=f"{len(body) / elapsed:.0f} bytes/s")
-            return Fetched(Status.OK, bytes(body), http)
+            with self._held() as body:
+                started = time.monotonic()
+                async for chunk in response.content.iter_chunked(CHUNK):
+                    body += chunk
+                    self._memory.hold(len(chunk))
+                    self.received += len(chunk)
+                    if len(body) > limits.max_bytes:
+                        return Fetched(Status.TOO_LARGE, http=http, detail=f"over {limits.max_bytes:,} bytes")
+                    elapsed = time.monotonic() - started
+                    if elapsed > SLOW_AFTER and len(body) < limits.min_rate * elapsed:
+                        rate = f"{len(body) / elapsed:.0f} bytes/s"
+                        return Fetched(Status.TOO_SLOW, http=http, detail=rate)
+                self._memory.hold(len(body))
+                return Fetched(Status.OK, bytes(body), http)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[bytearray]:
+        """A body that is being received; its bytes are given back at the end, however that comes."""
+        body = bytearray()
+        try:
+            yield body
+        finally:
+            self._memory.release(len(body))
 
 
 def fetch_all(urls: Sequence[str], limits: FetchLimits) -> list[Fetched]:
@@ -215,7 +252,12 @@ def _status_of(error: Exception) -> Status:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Retry-After in its form of seconds; the form of a date is passed over."""
+    """Retry-After: seconds from now, or a date."""
+    if not header:
+        return None
     with contextlib.suppress(ValueError):
-        return max(0.0, float(header)) if header else None
+        return max(0.0, float(header))
+    with contextlib.suppress(ValueError, TypeError):
+        date = email.utils.parsedate_to_datetime(header)
+        return max(0.0, date.timestamp() - time.time())
     return None

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,7 +26,7 @@ from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
 from llava_core.lock import Lock
 from llava_core.shards import COLUMNS, FEATURE_TYPE, Shard, ShardHeader, create_file, read_layout
-from llava_core.status import Status
+from llava_core.status import Failure, Status
 
 
 @dataclasses.dataclass
@@ -68,8 +68,8 @@ class ShardWriter:
     are finished already.
     """
 
-    def __init__(self, path: Path, header: ShardHeader | None = None, retry: Collection[Status] = ()) -> None:
-        """Create, or continue, the shard at `path`; with `retry`, try its rows of these outcomes again.
+    def __init__(self, path: Path, header: ShardHeader | None = None, retry: Sequence[Failure] = ()) -> None:
+        """Create, or continue, the shard at `path`; with `retry`, try its rows that failed so again.
 
         Raises LlavaError if another process holds it, if what is there has another fingerprint or source, or
         if the disk is too small; FinishedMeanwhile if there is nothing left to do.
@@ -132,6 +132,26 @@ class ShardWriter:
         self._journal.append(records)
         self._records[records["row"]] = records
 
+    def outcome(self, row: int) -> RowRecord:
+        """What was written of a row, without its features."""
+        record = self._records[row]
+        return RowRecord(
+            row=row,
+            status=Status(int(record["status"])),
+            http=int(record["http"]),
+            attempts=int(record["attempts"]),
+            nbytes=int(record["nbytes"]),
+            orig_hw=(int(record["orig_hw"][0]), int(record["orig_hw"][1])),
+            sha256=record["sha256"].tobytes(),
+        )
+
+    def read(self, row: int) -> np.ndarray:
+        """The features that were written of a row: fp16 [T, D]."""
+        data = os.pread(
+            self._descriptor, self.row_bytes, self.layout.offsets["features"] + row * self.row_bytes
+        )
+        return np.frombuffer(data, FEATURE_TYPE).reshape(self.layout.tokens, self.layout.width)
+
     def finish(self) -> None:
         """Write the columns and give the shard its name. Every row must have an outcome."""
         assert self.done.all(), f"{(~self.done).sum()} rows without an outcome"
@@ -167,8 +187,8 @@ class ShardWriter:
                 do="free some, choose another --out, or take fewer rows with --limit",
             )
 
-    def _reopen(self, retry: Collection[Status]) -> None:
-        """Copy a finished shard to a part in which the rows of some outcomes are pending again."""
+    def _reopen(self, retry: Sequence[Failure]) -> None:
+        """Copy a finished shard to a part in which the rows that failed so are pending again."""
         shard = Shard(self.path)
         records = np.zeros(shard.rows, RECORD)
         records["row"] = np.arange(shard.rows)
@@ -178,7 +198,7 @@ class ShardWriter:
         with self._partial() as partial:
             shutil.copyfile(self.path, partial)
             # The journal first: alone it means nothing, while a part alone would start from nothing.
-            write_file(journal_of(self.path), shard.layout.uid, records[~np.isin(shard.status, list(retry))])
+            write_file(journal_of(self.path), shard.layout.uid, records[~shard.failed(retry)])
 
     @contextlib.contextmanager
     def _partial(self) -> Iterator[Path]:

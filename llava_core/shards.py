@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from llava_core import __version__
 from llava_core.console import say
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, first_difference
-from llava_core.status import Status
+from llava_core.status import Failure, Status
 
 FORMAT, FORMAT_VERSION = "llava-features", 1
 ALIGNMENT = 4096
@@ -233,6 +233,13 @@ class Shard:
         out = np.empty((self.tokens, self.width), FEATURE_TYPE)
         self.read_into(row, out)
         return out
+
+    def failed(self, failures: Iterable[Failure]) -> np.ndarray:
+        """Which rows ended in one of these ways, bool [N]."""
+        mask = np.zeros(self.rows, bool)
+        for failure in failures:
+            mask |= failure.mask(self.status, self.http)
+        return mask
 
     def check(self, row: int) -> bool:
         """Whether the features of `row` still have their checksum."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import re
+
+import numpy as np
 
 from llava_core.errors import LlavaError
 
@@ -41,14 +45,9 @@ class Status(enum.IntEnum):
         """Worth another try within the same run."""
         return self in _TRANSIENT
 
-    @classmethod
-    def parse(cls, text: str) -> Status:
-        """'http-4xx', 'http 4xx' or 'HTTP_4XX' -> HTTP_4XX. Raises LlavaError (wrong usage) otherwise."""
-        name = text.strip().upper().replace("-", "_").replace(" ", "_")
-        if name not in cls.__members__:
-            known = ", ".join(status.label.replace(" ", "-") for status in cls)
-            raise LlavaError(f"unknown status {text!r}", expected=f"one of {known}", exit_code=2)
-        return cls[name]
+    @property
+    def failed(self) -> bool:
+        return self not in (Status.PENDING, Status.OK)
 
 
 _TRANSIENT = frozenset(
@@ -63,3 +62,32 @@ _TRANSIENT = frozenset(
         Status.TRUNCATED,
     }
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A class of failures; of those with an HTTP code, all or one code's."""
+
+    status: Status
+    http: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Failure:
+        """'timeout', 'http-4xx', 'HTTP_4XX' or 'http-404'. Raises LlavaError (wrong usage) for no failure."""
+        name = text.strip().upper().replace("-", "_").replace(" ", "_")
+        if code := re.fullmatch("HTTP_([45])\\d\\d", name):
+            status = Status.HTTP_4XX if code[1] == "4" else Status.HTTP_5XX
+            return cls(status, int(name[-3:]))
+        if name not in Status.__members__ or not Status[name].failed:
+            known = ", ".join(status.label.replace(" ", "-") for status in Status if status.failed)
+            raise LlavaError(
+                f"unknown failure {text!r}",
+                expected=f"one of {known}, or a code such as http-404",
+                exit_code=2,
+            )
+        return cls(Status[name])
+
+    def mask(self, status: np.ndarray, http: np.ndarray) -> np.ndarray:
+        """Which rows of these columns [N] it means, bool [N]."""
+        mask: np.ndarray = status == self.status
+        return mask if self.http is None else mask & (http == self.http)

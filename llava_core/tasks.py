@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as time_limit
 
-__all__ = ["time_limit", "together"]
+__all__ = ["in_background", "time_limit", "together"]
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -35,3 +35,14 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             if not task.cancelled():
                 task.exception()  # seen: asyncio is not to report it as well
+
+
+@contextlib.asynccontextmanager
+async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run it beside the block, and end it with the block."""
+    task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])

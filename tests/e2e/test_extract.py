@@ -26,7 +26,8 @@ from aiohttp import web
 from PIL import Image
 
 from extract.config import RunConfig
-from extract.pipeline import Filling, Pipeline
+from extract.filling import Filling
+from extract.pipeline import Pipeline
 from llava_core.console import progress
 from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard, ShardHeader, open_shards
@@ -195,17 +196,55 @@ def test_retry_failed_takes_the_chosen_classes_only(vision: Path, tmp_path: Path
     async def moody(request: web.Request) -> web.Response:
         return web.Response(body=picture(1)) if healed else web.Response(status=503)
 
-    with serving({"/moody.jpg": moody, "/gone": answer(status=404)}) as base:
-        write_parquet(tmp_path / "data/a.parquet", [f"{base}/moody.jpg", f"{base}/gone"])
+    routes = {
+        "/moody.jpg": moody,
+        "/moody-2.jpg": moody,
+        "/gone": answer(status=404),
+        "/no": answer(status=403),
+    }
+    with serving(routes) as base:
+        write_parquet(tmp_path / "data/a.parquet", [f"{base}{path}" for path in routes])
         flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--retries", 0, "--json")
         ended = run("extract", "run", "--data", tmp_path / "data", *flags, code=3)
-        assert ended.summary["by_status"] == {"http 5xx": 1, "http 4xx": 1}
+        assert ended.summary["by_status"] == {"http 5xx": 2, "http 4xx": 2}
+        assert ended.summary["by_http"] == {"503": 2, "404": 1, "403": 1}
+        assert "  404" in ended.out
         healed = True
+        ended = run("extract", "retry-failed", "--status", "http-404", "http-500", *flags, code=3)
+        assert ended.summary["by_http"] == {"503": 2, "404": 1, "403": 1}
         ended = run("extract", "retry-failed", "--status", "http-5xx", *flags, code=3)
-        assert ended.summary["by_status"] == {"ok": 1, "http 4xx": 1}
-        assert (
-            "unknown status" in run("extract", "retry-failed", "--status", "sunny", *flags, code=2).one_line()
-        )
+        assert ended.summary["by_status"] == {"ok": 2, "http 4xx": 2}
+        line = run("extract", "retry-failed", "--status", "sunny", *flags, code=2).one_line()
+        assert "unknown failure" in line
+
+
+def test_what_shows_the_same_is_fetched_once_and_encoded_once(vision: Path, tmp_path: Path) -> None:
+    """Within a shard, across shards, after a restart, for the same address and for the same bytes."""
+    asked.clear()
+    routes = {"/{name:\\d+.jpg}": image, "/copy/{name:\\d+.jpg}": image, "/gone": answer(status=404)}
+    with serving(routes) as base:
+        same = [f"{base}/0.jpg", f"{base}/copy/0.jpg"]
+        first = [f"{base}/0.jpg", *good(base, 5), *same, f"{base}/gone", f"{base}/gone", f"{base}/5.jpg"]
+        write_parquet(tmp_path / "data/a.parquet", first)
+        write_parquet(tmp_path / "data/b.parquet", [*same, f"{base}/copy/4.jpg", *good(base, 3, start=4)])
+        flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--max-failed", 1)
+        run("extract", "run", "--data", tmp_path / "data", *flags)
+        # Copies have paths of their own, so each was asked for once as well.
+        assert asked == {"0.jpg": 2, "1.jpg": 1, "2.jpg": 1, "3.jpg": 1, "4.jpg": 2, "5.jpg": 1, "6.jpg": 1}
+        a, b = open_shards(tmp_path / "out")
+        assert a.status.tolist() == [1] * 8 + [10, 10, 1]
+        assert a.http.tolist() == [200] * 8 + [404, 404, 200]
+        assert sorted(a.attempts[[0, 1, 6]].tolist()) == [0, 0, 1]  # one of the three was asked for
+        for shard in (a, b):
+            features_are_right(shard, vision)
+        assert a.read(0).tobytes() == a.read(7).tobytes() == b.read(0).tobytes()  # not encoded again
+
+        write_parquet(tmp_path / "data/c.parquet", [f"{base}/copy/6.jpg", f"{base}/6.jpg", f"{base}/7.jpg"])
+        before = asked.total()
+        run("extract", "run", "--data", tmp_path / "data", *flags)
+        assert asked.total() - before == 2
+        features_are_right(Shard(tmp_path / "out/c.h5"), vision)
+        assert Shard(tmp_path / "out/c.h5").read(1).tobytes() == b.read(5).tobytes()
 
 
 def test_cap_seg_in_all_its_forms(base: str, vision: Path, tmp_path: Path) -> None:
@@ -354,7 +393,7 @@ def test_a_stage_that_fails_ends_the_others(base: str, vision: Path, tmp_path: P
     header = ShardHeader(
         tower.encoder, tower.preprocess.to_json(), {}, tower.tokens, tower.width, ["x"] * 60, urls, urls
     )
-    pipeline = Pipeline(broken, config, progress(60, "rows"), lambda filling: None)
+    pipeline = Pipeline(broken, config, progress(60, "rows"), lambda shard, seconds: None)
     with pytest.raises(RuntimeError, match="out of memory"):
         pipeline.run([lambda: Filling(ShardWriter(tmp_path / "x.h5", header), urls, ["x"] * 60)])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import email.utils
 import socket
 import time
 from collections.abc import Iterator
@@ -240,3 +242,52 @@ def test_waiting_for_a_slot_does_not_count_as_time(base: str) -> None:
 def test_secrets_in_an_address_stay_out_of_the_detail(base: str) -> None:
     for path in ("/gone", "/cut", "/round", "/to-metadata", "/large"):
         assert "hunter2" not in got(f"{base}{path}?token=hunter2").detail
+
+
+def test_a_host_that_asks_for_peace_gets_it() -> None:
+    """Retry-After, as seconds or as a date, holds for every request to that host."""
+    times: list[float] = []
+
+    async def busy(request: web.Request) -> web.Response:
+        times.append(time.monotonic())
+        if len(times) > 1:
+            return web.Response(body=b"picture")
+        return web.Response(status=429, headers={"Retry-After": "1"})
+
+    async def run(base: str) -> list[Fetched]:
+        async with Fetcher(dataclasses.replace(HERE, retries=1, per_host=1)) as fetcher:
+            return await asyncio.gather(*(fetcher.fetch(f"{base}/busy?{i}") for i in range(3)))
+
+    with serving({"/busy": busy}) as base:
+        assert [f.status for f in asyncio.run(run(base))] == [Status.OK] * 3
+    assert len(times) == 4
+    assert times[1] - times[0] >= 1
+
+
+def test_retry_after_in_its_two_forms() -> None:
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 50 < (fetch._seconds(in_a_minute) or 0) <= 60
+    assert fetch._seconds("2.5") == 2.5
+    assert [fetch._seconds(header) for header in (None, "", "soon", "-3")] == [None, None, None, 0]
+
+
+def test_no_download_begins_while_too_many_bytes_wait() -> None:
+    served: list[str] = []
+
+    async def picture(request: web.Request) -> web.Response:
+        served.append(request.path)
+        return web.Response(body=bytes(60_000))
+
+    async def run(base: str) -> None:
+        limits = dataclasses.replace(HERE, bytes_in_flight=100_000, concurrency=1)
+        async with Fetcher(limits) as fetcher:
+            waiting = [await fetcher.fetch(f"{base}/{i}") for i in range(2)]
+            third = asyncio.create_task(fetcher.fetch(f"{base}/2"))
+            await asyncio.sleep(0.2)
+            assert len(served) == 2
+            fetcher.release(waiting.pop())
+            assert (await third).status is Status.OK
+            assert fetcher.received == 180_000
+
+    with serving({"/{n}": picture}) as base:
+        asyncio.run(run(base))

@@ -24,7 +24,7 @@ from llava_core.shard_writer import (
     part_of,
 )
 from llava_core.shards import FORMAT_VERSION, Shard, open_shards
-from llava_core.status import Status
+from llava_core.status import Failure, Status
 from tests.small_shards import features_of, header, outcome, write_shard
 
 
@@ -111,12 +111,12 @@ def test_a_full_disk_is_refused_before_it_is_full(tmp_path: Path) -> None:
 def test_retry_redoes_only_what_failed(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "x.h5", failed=[2, 5])
     before = path.read_bytes()
-    with ShardWriter(path, retry=[Status.HTTP_4XX]) as writer:
+    with ShardWriter(path, retry=[Failure(Status.HTTP_4XX)]) as writer:
         assert np.flatnonzero(~writer.done).tolist() == [2, 5]
         writer.write([outcome(2)])
     assert path.read_bytes() == before  # work goes on in a copy
     assert not is_finished(path)
-    with ShardWriter(path, retry=[Status.HTTP_4XX]) as writer:  # interrupted, continued
+    with ShardWriter(path, retry=[Failure(Status.HTTP_4XX)]) as writer:  # interrupted, continued
         assert np.flatnonzero(~writer.done).tolist() == [5]
         writer.write([RowRecord(5, Status.TIMEOUT)])
         writer.finish()
@@ -220,11 +220,11 @@ def test_a_flipped_bit_in_the_journal_costs_one_row(tmp_path: Path) -> None:
 
 def test_a_retry_never_begins_from_nothing(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "x.h5", failed=[2])
-    with ShardWriter(path, retry=[Status.HTTP_4XX]):
+    with ShardWriter(path, retry=[Failure(Status.HTTP_4XX)]):
         pass
     journal_of(path).write_bytes(b"damaged")
     with pytest.raises(LlavaError, match=r"damaged journal .*x\.h5\.journal"):
-        ShardWriter(path, retry=[Status.HTTP_4XX])
+        ShardWriter(path, retry=[Failure(Status.HTTP_4XX)])
     assert Shard(path).status.tolist().count(Status.OK) == 11
 
 

@@ -1,0 +1,47 @@
+"""A shard on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from llava_core.shard_writer import RowRecord, ShardWriter
+from llava_core.shards import Shard
+from llava_core.status import Status
+
+
+class Filling:
+    """A shard on its way: its writer, what is still to be done, what waits to be written."""
+
+    def __init__(self, writer: ShardWriter, urls: Sequence[str], captions: Sequence[str | None]) -> None:
+        self.writer, self.urls, self.captions = writer, urls, captions
+        self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
+        self.missing = len(self.pending)
+        self.waiting: list[RowRecord] = []
+        self.started = time.monotonic()
+
+    def write(self) -> None:
+        """Make the waiting outcomes durable; the last ones finish the shard."""
+        records, self.waiting = self.waiting, []
+        if records:
+            self.writer.write(records)
+        self.missing -= len(records)
+        if self.missing == 0:
+            self.writer.finish()
+            self.close()
+
+    def recall(self, record: RowRecord) -> RowRecord:
+        """An outcome of this shard with its features, wherever they are by now; not while `write` runs."""
+        if record.status is not Status.OK:
+            return record
+        for waiting in self.waiting:
+            if waiting.row == record.row:
+                return waiting
+        source = self.writer if self.missing else Shard(self.writer.path)
+        return dataclasses.replace(record, features=source.read(record.row))
+
+    def close(self) -> None:
+        self.writer.__exit__(None, None, None)

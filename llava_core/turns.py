@@ -1,0 +1,58 @@
+"""Whose turn it is: requests to one host, and bytes in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator
+
+
+class HostTurns:
+    """Requests to one host: so many at a time, so many a second, and none while it asks for peace."""
+
+    def __init__(self, at_a_time: int, per_second: float | None) -> None:
+        self._slots = asyncio.Semaphore(at_a_time)
+        self._interval = 1 / per_second if per_second else 0.0
+        self._free = 0.0
+        """When (of time.monotonic) the next request may begin."""
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Around one request."""
+        async with self._slots:
+            while (wait := self._free - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            self._free = time.monotonic() + self._interval
+            yield
+
+    def pause(self, seconds: float) -> None:
+        """Begin no request for so long: what Retry-After asks for."""
+        self._free = max(self._free, time.monotonic() + seconds)
+
+
+class ByteBudget:
+    """Bytes that may be held in memory at a time.
+
+    Whoever is about to take some waits for `room`; what was begun while there was room may exceed the limit.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit, self.held = limit, 0
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def room(self) -> None:
+        """Wait until less than the limit is held."""
+        await self._room.wait()
+
+    def hold(self, n: int) -> None:
+        self.held += n
+        if self.held >= self.limit:
+            self._room.clear()
+
+    def release(self, n: int) -> None:
+        self.held -= n
+        if self.held < self.limit:
+            self._room.set()

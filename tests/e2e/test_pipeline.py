@@ -1,0 +1,78 @@
+"""The stages of `extract`, run in this process against real servers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from extract.config import RunConfig
+from extract.filling import Filling
+from extract.pipeline import Pipeline
+from llava_core.console import progress
+from llava_core.shard_writer import ShardWriter
+from llava_core.shards import Shard, ShardHeader
+from llava_core.status import Status
+from llava_core.vision import VisionTower, open_vision_tower
+from tests.e2e.test_extract import picture
+from tests.servers import serving
+from tests.small_vision import write_vision_folder
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> VisionTower:
+    return open_vision_tower(write_vision_folder(tmp_path_factory.mktemp("vision")))
+
+
+def filling(tower: VisionTower, path: Path, urls: list[str]) -> Filling:
+    captions = ["一张图"] * len(urls)
+    header = ShardHeader(
+        tower.encoder, tower.preprocess.to_json(), {}, tower.tokens, tower.width, captions, urls, urls
+    )
+    return Filling(ShardWriter(path, header), urls, captions)
+
+
+def test_a_slow_host_keeps_only_its_own_rows_waiting(tower: VisionTower, tmp_path: Path) -> None:
+    """It answers only after every row of the other has been asked for, whichever shard that is in."""
+    fast: set[str] = set()
+
+    async def quick(request: web.Request) -> web.Response:
+        fast.add(request.path)
+        return web.Response(body=picture(int(request.match_info["n"])))
+
+    async def slow(request: web.Request) -> web.Response:
+        while len(fast) < 120:
+            await asyncio.sleep(0.02)
+        return web.Response(body=picture(500 + int(request.match_info["n"])))
+
+    config = RunConfig(
+        data="", out=tmp_path, vision=tmp_path, allow_private=True, concurrency=8, per_host=4, retries=0
+    )
+    pipeline = Pipeline(tower, config, progress(None, "rows"), lambda shard, seconds: None)
+    with serving({"/{n}": quick}) as one, serving({"/{n}": slow}, host="127.0.0.2") as other:
+        shards = []
+        for part in range(3):
+            urls = [f"{other}/{20 * part + i}" for i in range(20)]
+            urls += [f"{one}/{40 * part + i}" for i in range(40)]
+            path = tmp_path / f"{part}.h5"
+            shards.append(lambda path=path, urls=urls: filling(tower, path, urls))
+        pipeline.run(shards)
+    for part in range(3):
+        assert Shard(tmp_path / f"{part}.h5").status.tolist() == [Status.OK] * 60
+
+
+def test_the_stage_that_is_busy_is_named(tower: VisionTower, tmp_path: Path) -> None:
+    async def quick(request: web.Request) -> web.Response:
+        return web.Response(body=picture(int(request.match_info["n"])))
+
+    with serving({"/{n}": quick}) as base:
+        urls = [f"{base}/{i}" for i in range(40)]
+        config = RunConfig(data="", out=tmp_path, vision=tmp_path, allow_private=True, host_rate=40)
+        pipeline = Pipeline(tower, config, progress(None, "rows"), lambda shard, seconds: None)
+        pipeline.run([lambda: filling(tower, tmp_path / "a.h5", urls)])
+    figures = pipeline.gauges.figures()
+    assert figures["bottleneck"] == "download"
+    assert set(figures["stages"]) == {"decode", "encode", "write"}
+    assert 0 < figures["stages"]["encode"]["busy"] < 0.7

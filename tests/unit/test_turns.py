@@ -1,0 +1,60 @@
+"""Politeness towards a host, and bytes in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+
+from llava_core.turns import ByteBudget, HostTurns
+
+
+def test_requests_to_a_host_keep_their_distance() -> None:
+    async def run() -> list[float]:
+        turns, began = HostTurns(at_a_time=8, per_second=50), list[float]()
+
+        async def ask() -> None:
+            async with turns.turn():
+                began.append(time.monotonic())
+
+        await asyncio.gather(*(ask() for _ in range(8)))
+        return began
+
+    began = asyncio.run(run())
+    assert all(later - earlier > 0.019 for earlier, later in itertools.pairwise(began))
+
+
+def test_a_pause_holds_for_all_who_wait() -> None:
+    async def run() -> float:
+        turns, asked = HostTurns(at_a_time=4, per_second=None), time.monotonic()
+        turns.pause(0.3)
+        turns.pause(0.1)  # a shorter one takes nothing back
+
+        async def ask() -> float:
+            async with turns.turn():
+                return time.monotonic() - asked
+
+        return min(await asyncio.gather(*(ask() for _ in range(4))))
+
+    assert asyncio.run(run()) >= 0.3
+
+
+def test_nobody_begins_while_the_budget_is_used_up() -> None:
+    async def run() -> list[str]:
+        budget, events = ByteBudget(100), list[str]()
+        budget.hold(60)
+        await budget.room()
+        budget.hold(60)  # begun while there was room
+
+        async def begin() -> None:
+            await budget.room()
+            events.append("begun")
+
+        task = asyncio.create_task(begin())
+        await asyncio.sleep(0.01)
+        events.append("waited")
+        budget.release(60)
+        await task
+        return events
+
+    assert asyncio.run(run()) == ["waited", "begun"]
