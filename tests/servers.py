@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -49,10 +49,49 @@ def serving(routes: dict[str, Handler], host: str = "127.0.0.1") -> Iterator[str
         thread.join(10)
 
 
-def answer(body: bytes = b"", status: int = 200, **headers: str) -> Handler:
+def answer(body: bytes = b"", status: int = 200, kind: str = "application/octet-stream") -> Handler:
     """A handler that always answers the same."""
 
     async def handle(request: web.Request) -> web.Response:
-        return web.Response(body=body, status=status, headers=headers)
+        return web.Response(body=body, status=status, content_type=kind)
 
     return handle
+
+
+Speaker = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.contextmanager
+def raw_serving(speakers: Sequence[Speaker]) -> Iterator[list[str]]:
+    """A server for each that says what it likes once a request has come; yields their URLs."""
+    ready, urls, end = threading.Event(), list[str](), list[Callable[[], object]]()
+
+    def connected(speak: Speaker) -> Any:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                await reader.readuntil(b"\r\n\r\n")
+                await speak(writer)
+            writer.close()
+
+        return handle
+
+    async def serve() -> None:
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        end.append(lambda: loop.call_soon_threadsafe(over.set))
+        async with contextlib.AsyncExitStack() as stack:
+            for speak in speakers:
+                server = await stack.enter_async_context(
+                    await asyncio.start_server(connected(speak), "127.0.0.1", 0)
+                )
+                urls.append(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=[serve()], daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield urls
+    finally:
+        end[0]()
+        thread.join(10)
