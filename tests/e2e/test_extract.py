@@ -1,101 +1,21 @@
-"""`extract` from parquet over a real server to shards, killed, interrupted and fed badly."""
+"""`extract` from parquet over a real server to shards, and fed badly."""
 
 from __future__ import annotations
 
-import asyncio
-import collections
-import contextlib
-import dataclasses
-import io
 import json
-import os
-import random
-import signal
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import h5py
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from aiohttp import web
-from PIL import Image
 
-from extract.config import RunConfig
-from extract.filling import Filling
-from extract.pipeline import Pipeline
-from llava_core.console import progress
-from llava_core.shard_writer import ShardWriter
-from llava_core.shards import Shard, ShardHeader, open_shards
+from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
-from llava_core.vision import open_vision_tower
-from tests.e2e.commands import run, start
+from tests.e2e.commands import run
+from tests.e2e.pictures import asked, features_are_right, good, image, picture, write_parquet
 from tests.servers import answer, serving
 from tests.small_vision import write_vision_folder
-
-asked: collections.Counter[str] = collections.Counter()
-
-
-def picture(seed: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    buffer = io.BytesIO()
-    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60))
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-async def image(request: web.Request) -> web.Response:
-    name = request.match_info["name"]
-    asked[name] += 1
-    await asyncio.sleep(0.01)
-    return web.Response(body=picture(int(name.split(".")[0])))
-
-
-async def slow(request: web.Request) -> web.Response:
-    await asyncio.sleep(20)
-    return web.Response()
-
-
-@pytest.fixture(scope="module")
-def base() -> Iterator[str]:
-    routes = {
-        "/{name}.jpg": image,
-        "/gone": answer(status=404),
-        "/page": answer(b"<html>"),
-        "/cut": answer(picture(0)[:700]),
-        "/slow": slow,
-    }
-    with serving({**routes, "/{name:\\d+.jpg}": image}) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vision_folder(tmp_path_factory.mktemp("vision"))
-
-
-def write_parquet(path: Path, urls: list[str], captions: list[Any] | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    captions = captions or [{"global_caption": f"第{i}张图", "local": ["x"]} for i in range(len(urls))]
-    pq.write_table(pa.table({"url": urls, "cap_seg": captions}), path)
-
-
-def good(base: str, rows: int, start: int = 0) -> list[str]:
-    return [f"{base}/{i}.jpg" for i in range(start, start + rows)]
-
-
-def features_are_right(shard: Shard, vision: Path) -> None:
-    """Each row holds what the tower gives for the picture its address leads to."""
-    tower = open_vision_tower(vision)
-    for row in np.flatnonzero(shard.status == Status.OK).tolist():
-        data = picture(int(shard.url(row).rsplit("/", 1)[1].split(".")[0]))
-        expected = tower.encode(tower.preprocess.decode_image(data).pixels[None])[0]
-        assert shard.check(row)
-        np.testing.assert_allclose(shard.read(row), expected.numpy(), rtol=2e-3, atol=2e-3)
 
 
 def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> None:
@@ -136,58 +56,6 @@ def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> N
     assert (verified.summary["checked"], verified.summary["encoded_again"]) == (70, 16)
     inspected = run("extract", "inspect", "--out", tmp_path / "out", "--json")
     assert inspected.summary["failed"] == 5
-
-
-def test_rows_killed_at_any_moment_end_up_exactly_once(base: str, vision: Path, tmp_path: Path) -> None:
-    for part in range(3):
-        write_parquet(tmp_path / f"data/{part}.parquet", good(base, 60, start=60 * part))
-    flags = ("--data", tmp_path / "data", "--vision", vision, "--allow-private", "--batch-size", 8,
-             "--concurrency", 8)  # fmt: skip
-    rng, kills = random.Random(0), 0
-    command = ("extract", "run", *flags, "--out", tmp_path / "killed")
-    while kills < 8:
-        process = start(*command)
-        while not (tmp_path / "killed").exists() and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.9))
-        if process.poll() is not None:
-            break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        kills += 1
-    assert kills >= 2
-    run(*command)
-    run("extract", "run", *flags, "--out", tmp_path / "undisturbed")
-    assert sorted(p.name for p in (tmp_path / "killed").glob("*.h5*")) == ["0.h5", "1.h5", "2.h5"]
-    for part in range(3):
-        killed, whole = Shard(tmp_path / f"killed/{part}.h5"), Shard(tmp_path / f"undisturbed/{part}.h5")
-        assert killed.status.tolist() == [Status.OK] * 60
-        assert all(killed.check(row) for row in range(60))
-        assert [killed.url(row) for row in range(60)] == [whole.url(row) for row in range(60)]
-        for row in range(60):  # the batch a row was encoded in may differ, and with it the last bit
-            np.testing.assert_allclose(killed.read(row), whole.read(row), rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_what_is_encoded(base: str, vision: Path, tmp_path: Path, signum: int) -> None:
-    write_parquet(tmp_path / "data/a.parquet", [*good(base, 30), f"{base}/slow"])
-    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private",
-             "--batch-size", 4, "--retries", 0, "--timeout", 4)  # fmt: skip
-    before = asked.total()
-    process = start("extract", "run", *flags)
-    while asked.total() - before < 30:
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.7)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    assert "the same command continues" in err
-    assert "Traceback" not in err
-    assert (tmp_path / "out/a.h5.part").exists()
-    run("extract", "run", *flags)
-    assert asked.total() - before == 30  # nothing was downloaded twice
-    assert Shard(tmp_path / "out/a.h5").status.tolist() == [1] * 30 + [7]
 
 
 def test_retry_failed_takes_the_chosen_classes_only(vision: Path, tmp_path: Path) -> None:
@@ -326,19 +194,6 @@ def test_bad_input_is_one_clear_line(base: str, vision: Path, tmp_path: Path) ->
     assert private.summary["by_status"] == {"forbidden address": 2}
 
 
-def test_two_processes_never_fill_one_shard(base: str, vision: Path, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "data/a.parquet", [*good(base, 4), f"{base}/slow"])
-    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private",
-             "--timeout", 30, "--retries", 0)  # fmt: skip
-    first = start("extract", "run", *flags)
-    while not (tmp_path / "out/a.h5.lock").exists():
-        time.sleep(0.02)
-    assert f"by process {first.pid} on" in run("extract", "run", *flags, code=1).one_line()
-    first.send_signal(signal.SIGINT)
-    first.communicate(timeout=30)
-    assert first.returncode == 130
-
-
 def test_usage_errors(vision: Path, tmp_path: Path) -> None:
     flags = ("--data", tmp_path, "--vision", vision, "--out", tmp_path / "out")
     assert "above 0" in run("extract", "run", *flags, "--limit", 0, code=2).one_line()
@@ -374,67 +229,3 @@ def test_a_damaged_file_costs_its_own_rows_only(base: str, vision: Path, tmp_pat
     flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private")
     assert "damaged parquet file" in run("extract", "run", *flags, code=1).one_line()
     assert Shard(tmp_path / "out/a.h5").status.tolist() == [Status.OK] * 20
-
-
-@pytest.mark.parametrize("attempt", range(4))
-def test_a_stage_that_fails_ends_the_others(base: str, vision: Path, tmp_path: Path, attempt: int) -> None:
-    """As when a GPU runs out of memory: the error comes out, and soon."""
-    tower = open_vision_tower(vision)
-
-    def encode(pixels: np.ndarray) -> None:
-        raise RuntimeError("out of memory")
-
-    broken = dataclasses.replace(tower)
-    object.__setattr__(broken, "encode", encode)
-    config = RunConfig(
-        data="", out=tmp_path, vision=vision, allow_private=True, batch_size=4 + attempt, concurrency=8
-    )
-    urls = good(base, 60)
-    header = ShardHeader(
-        tower.encoder, tower.preprocess.to_json(), {}, tower.tokens, tower.width, ["x"] * 60, urls, urls
-    )
-    pipeline = Pipeline(broken, config, progress(60, "rows"), lambda shard, seconds: None)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        pipeline.run([lambda: Filling(ShardWriter(tmp_path / "x.h5", header), urls, ["x"] * 60)])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("may not mount a tmpfs here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_ends_it_and_loses_nothing(
-    base: str, vision: Path, small_disk: Path, tmp_path: Path
-) -> None:
-    write_parquet(tmp_path / "data/a.parquet", good(base, 600))
-    out = small_disk / "out"
-    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", out, "--allow-private",
-             "--concurrency", 4)  # fmt: skip
-    process = start("extract", "run", *flags)
-    while not (out / "a.h5.journal").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
-        while True:
-            filler.write(bytes(4096))
-            filler.flush()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert err.splitlines()[-1].startswith("error: No space left on device")
-    assert "Traceback" not in err
-    (small_disk / "filler").unlink()
-    before = asked.total()
-    run("extract", "run", *flags)
-    assert Shard(out / "a.h5").status.tolist() == [Status.OK] * 600
-    assert asked.total() - before <= 600
-    (small_disk / "filler").write_bytes(bytes(300_000))
-    line = run("extract", "run", *flags[:4], "--out", small_disk / "again", code=1).one_line()
-    assert "not enough disk space" in line
-    assert not list((small_disk / "again").glob("*.tmp"))

@@ -22,7 +22,7 @@ from PIL import Image
 from llava_core.shards import Shard
 from llava_core.status import Status
 from tests.e2e.commands import ENVIRONMENT, ROOT
-from tests.e2e.test_extract import picture
+from tests.e2e.pictures import picture
 from tests.servers import answer, raw_serving, serving
 from tests.small_vision import write_vision_folder
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from aiohttp import web
 
@@ -16,14 +18,13 @@ from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard, ShardHeader
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
-from tests.e2e.test_extract import picture
+from tests.e2e.pictures import good, picture
 from tests.servers import serving
-from tests.small_vision import write_vision_folder
 
 
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> VisionTower:
-    return open_vision_tower(write_vision_folder(tmp_path_factory.mktemp("vision")))
+def tower(vision: Path) -> VisionTower:
+    return open_vision_tower(vision)
 
 
 def filling(tower: VisionTower, path: Path, urls: list[str]) -> Filling:
@@ -76,3 +77,22 @@ def test_the_stage_that_is_busy_is_named(tower: VisionTower, tmp_path: Path) -> 
     assert figures["bottleneck"] == "download"
     assert set(figures["stages"]) == {"decode", "encode", "write"}
     assert 0 < figures["stages"]["encode"]["busy"] < 0.7
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_a_stage_that_fails_ends_the_others(
+    base: str, tower: VisionTower, tmp_path: Path, attempt: int
+) -> None:
+    """As when a GPU runs out of memory: the error comes out, and soon."""
+
+    def encode(pixels: np.ndarray) -> None:
+        raise RuntimeError("out of memory")
+
+    broken = dataclasses.replace(tower)
+    object.__setattr__(broken, "encode", encode)
+    config = RunConfig(
+        data="", out=tmp_path, vision=tmp_path, allow_private=True, batch_size=4 + attempt, concurrency=8
+    )
+    pipeline = Pipeline(broken, config, progress(60, "rows"), lambda shard, seconds: None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pipeline.run([lambda: filling(tower, tmp_path / "x.h5", good(base, 60))])

@@ -1,0 +1,134 @@
+"""`extract` killed, interrupted, out of disk, run twice at a time: nothing is lost, nothing done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava_core.shards import Shard
+from llava_core.status import Status
+from tests.e2e.commands import run, start
+from tests.e2e.pictures import asked, good, write_parquet
+
+
+@pytest.mark.parametrize(
+    ("kills", "shards", "rows", "longest"),
+    [(8, 3, 60, 0.9), pytest.param(50, 5, 1000, 2.0, marks=pytest.mark.slow)],
+)
+def test_rows_killed_at_any_moment_end_up_exactly_once(
+    base: str, vision: Path, tmp_path: Path, kills: int, shards: int, rows: int, longest: float
+) -> None:
+    for part in range(shards):
+        write_parquet(tmp_path / f"data/{part}.parquet", good(base, rows, start=rows * part))
+    flags = ("--data", tmp_path / "data", "--vision", vision, "--allow-private", "--batch-size", 8,
+             "--concurrency", 8)  # fmt: skip
+    rng, killed = random.Random(0), 0
+    command = ("extract", "run", *flags, "--out", tmp_path / "killed")
+    while killed < kills:
+        process = start(*command)
+        while not (tmp_path / "killed").exists() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, longest))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed += 1
+    assert killed >= kills / 4
+    run(*command)
+    run("extract", "run", *flags, "--out", tmp_path / "undisturbed")
+    left = sorted(p.name for p in (tmp_path / "killed").glob("*.h5*"))
+    assert left == [f"{part}.h5" for part in range(shards)]
+    for part in range(shards):
+        shard, whole = Shard(tmp_path / f"killed/{part}.h5"), Shard(tmp_path / f"undisturbed/{part}.h5")
+        assert shard.status.tolist() == [Status.OK] * rows
+        for row in range(rows):  # the batch a row was encoded in may differ, and with it the last bit
+            assert shard.check(row)
+            assert shard.url(row) == whole.url(row)
+            np.testing.assert_allclose(shard.read(row), whole.read(row), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_is_encoded(base: str, vision: Path, tmp_path: Path, signum: int) -> None:
+    write_parquet(tmp_path / "data/a.parquet", [*good(base, 30), f"{base}/slow"])
+    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private",
+             "--batch-size", 4, "--retries", 0, "--timeout", 4)  # fmt: skip
+    before = asked.total()
+    process = start("extract", "run", *flags)
+    while asked.total() - before < 30:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.7)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "out/a.h5.part").exists()
+    run("extract", "run", *flags)
+    assert asked.total() - before == 30  # nothing was downloaded twice
+    assert Shard(tmp_path / "out/a.h5").status.tolist() == [1] * 30 + [7]
+
+
+def test_two_processes_never_fill_one_shard(base: str, vision: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data/a.parquet", [*good(base, 4), f"{base}/slow"])
+    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private",
+             "--timeout", 30, "--retries", 0)  # fmt: skip
+    first = start("extract", "run", *flags)
+    while not (tmp_path / "out/a.h5.lock").exists():
+        time.sleep(0.02)
+    assert f"by process {first.pid} on" in run("extract", "run", *flags, code=1).one_line()
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=30)
+    assert first.returncode == 130
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_it_and_loses_nothing(
+    base: str, vision: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "data/a.parquet", good(base, 600))
+    out = small_disk / "out"
+    flags = ("--data", tmp_path / "data", "--vision", vision, "--out", out, "--allow-private",
+             "--concurrency", 4)  # fmt: skip
+    process = start("extract", "run", *flags)
+    while not (out / "a.h5.journal").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert err.splitlines()[-1].startswith("error: No space left on device")
+    assert "Traceback" not in err
+    (small_disk / "filler").unlink()
+    before = asked.total()
+    run("extract", "run", *flags)
+    assert Shard(out / "a.h5").status.tolist() == [Status.OK] * 600
+    assert asked.total() - before <= 600
+    (small_disk / "filler").write_bytes(bytes(300_000))
+    line = run("extract", "run", *flags[:4], "--out", small_disk / "again", code=1).one_line()
+    assert "not enough disk space" in line
+    assert not list((small_disk / "again").glob("*.tmp"))
