@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer
 from torch import nn
-from transformers import BertConfig, BertModel
 
 PAD = 0
 """Token id of [PAD] in Chinese-CLIP's vocab.txt."""
@@ -132,9 +131,9 @@ class VisionTransformer(nn.Module):
 
 
 class ChineseClip(nn.Module):
-    """Both towers, built from the two JSON configurations of a ModelScope folder."""
+    """Both towers, built from the two JSON configurations of a ModelScope folder; without `text`, one."""
 
-    def __init__(self, vision: dict[str, Any], text: dict[str, Any]) -> None:
+    def __init__(self, vision: dict[str, Any], text: dict[str, Any] | None) -> None:
         super().__init__()
         width, embed_dim = vision["vision_width"], vision["embed_dim"]
         self.visual = VisionTransformer(
@@ -145,6 +144,26 @@ class ChineseClip(nn.Module):
             heads=width // vision.get("vision_head_width", 64),
             embed_dim=embed_dim,
         )
+        if text is not None:
+            self._add_text_tower(text, embed_dim)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels [B, 3, S, S] -> image embeddings [B, embed_dim], not L2-normalised."""
+        return self.embed_tokens(self.visual(pixels))
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All tokens after `ln_post` [B, T, width] -> image embeddings [B, embed_dim]."""
+        return tokens[:, 0] @ self.visual.proj.to(tokens.dtype)
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, L], padded with PAD -> text embeddings [B, embed_dim], not L2-normalised."""
+        hidden = self.bert(ids, attention_mask=ids.ne(PAD).long()).last_hidden_state
+        embedded: torch.Tensor = hidden[:, 0] @ self.text_projection.to(hidden.dtype)
+        return embedded
+
+    def _add_text_tower(self, text: dict[str, Any], embed_dim: int) -> None:
+        from transformers import BertConfig, BertModel  # seconds that only texts are to cost
+
         config = BertConfig(
             vocab_size=text["vocab_size"],
             hidden_size=text["text_hidden_size"],
@@ -164,17 +183,3 @@ class ChineseClip(nn.Module):
             torch.randn(text["text_hidden_size"], embed_dim) * text["text_hidden_size"] ** -0.5
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [B, 3, S, S] -> image embeddings [B, embed_dim], not L2-normalised."""
-        return self.embed_tokens(self.visual(pixels))
-
-    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All tokens after `ln_post` [B, T, width] -> image embeddings [B, embed_dim]."""
-        return tokens[:, 0] @ self.visual.proj.to(tokens.dtype)
-
-    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, L], padded with PAD -> text embeddings [B, embed_dim], not L2-normalised."""
-        hidden = self.bert(ids, attention_mask=ids.ne(PAD).long()).last_hidden_state
-        embedded: torch.Tensor = hidden[:, 0] @ self.text_projection.to(hidden.dtype)
-        return embedded

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 
 from llava_core.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.device import default_dtype
@@ -33,6 +32,9 @@ MODELSCOPE_FILES = (
     "vocab.txt",
     "pytorch_model.bin",
 )
+
+TEXT_WEIGHTS = ("bert.", "text_projection", "logit_scale")
+"""Beginnings of the names of Chinese-CLIP's weights that images do without."""
 
 HUGGING_FACE = {
     "chinese_clip": "ChineseCLIPVisionModel",
@@ -95,7 +97,7 @@ class VisionTower:
         if self._clip is None or self._tokenizer is None:
             raise LlavaError(
                 f"{self.encoder['model_id']} has no text tower here",
-                expected="a Chinese-CLIP folder from ModelScope",
+                expected="a Chinese-CLIP folder from ModelScope, opened with its text tower",
             )
         return self._clip, self._tokenizer
 
@@ -106,11 +108,13 @@ def open_vision_tower(
     dtype: torch.dtype | None = None,
     layer: int | None = None,
     decode: str = "draft",
+    text: bool = False,
 ) -> VisionTower:
     """Load the encoder in `folder`, frozen, bf16 on a GPU unless `dtype` says otherwise.
 
     `layer` takes that entry of transformers' `hidden_states` (0 the input of the first block, -1 the output
-    of the last, -2 LLaVA's choice) instead of all tokens after the final layer norm.
+    of the last, -2 LLaVA's choice) instead of all tokens after the final layer norm. With `text`,
+    Chinese-CLIP's text tower is loaded as well.
 
     Raises LlavaError if a file is missing or damaged, or the encoder is of no kind known here.
     """
@@ -121,7 +125,7 @@ def open_vision_tower(
             f"no vision folder {folder}", do="give --vision a folder; README.md shows how to download one"
         )
     if (folder / MODELSCOPE_FILES[0]).exists():
-        return _open_modelscope(folder, device, dtype, layer, decode)
+        return _open_modelscope(folder, device, dtype, layer, decode, text)
     if (folder / "config.json").exists():
         return _open_hugging_face(folder, device, dtype, layer, decode)
     raise LlavaError(
@@ -133,7 +137,7 @@ def open_vision_tower(
 
 
 def _open_modelscope(
-    folder: Path, device: torch.device, dtype: torch.dtype, layer: int | None, decode: str
+    folder: Path, device: torch.device, dtype: torch.dtype, layer: int | None, decode: str, text: bool
 ) -> VisionTower:
     missing = [name for name in MODELSCOPE_FILES if not (folder / name).is_file()]
     if missing:
@@ -142,11 +146,14 @@ def _open_modelscope(
             expected=", ".join(MODELSCOPE_FILES),
             do="download it again",
         )
-    vision, text = (_json(folder / name) for name in MODELSCOPE_FILES[:2])
+    vision, text_config = (_json(folder / name) for name in MODELSCOPE_FILES[:2])
     weights = folder / "pytorch_model.bin"
     try:
-        clip = ChineseClip(vision, text)
-        clip.load_state_dict(_plain_names(torch.load(weights, map_location="cpu", weights_only=True)))
+        clip = ChineseClip(vision, text_config if text else None)
+        state = _plain_names(torch.load(weights, map_location="cpu", weights_only=True))
+        if not text:
+            state = {name: value for name, value in state.items() if not name.startswith(TEXT_WEIGHTS)}
+        clip.load_state_dict(state)
     except KeyError as error:
         raise LlavaError(f"a configuration in {folder} lacks {error}", do="download it again") from None
     except Exception as error:  # torch.load and load_state_dict raise many kinds for a damaged file
@@ -167,7 +174,7 @@ def _open_modelscope(
         dtype=dtype,
         _tokens=lambda pixels: clip.visual(pixels, layer),
         _clip=clip,
-        _tokenizer=TextTokenizer(folder / "vocab.txt"),
+        _tokenizer=TextTokenizer(folder / "vocab.txt") if text else None,
     )
 
 
@@ -196,6 +203,8 @@ def _open_hugging_face(
             expected="config.json, preprocessor_config.json and *.safetensors or pytorch_model*.bin",
             do="download it again",
         )
+    import transformers  # seconds that Chinese-CLIP's own folder does without
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -64,7 +64,8 @@ def test_the_reference_shape_equals_the_published_code(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_both_embeddings_equal_the_published_code(tmp_path: Path) -> None:
     clip = published_clip()
-    tower = open_vision_tower(write_vision_folder(tmp_path, clip.state_dict()))
+    folder = write_vision_folder(tmp_path, clip.state_dict())
+    tower = open_vision_tower(folder, text=True)
     pixels = some_pixels(32)
     image = F.normalize(clip.encode_image(tower.preprocess.normalise(pixels)), dim=-1)
     torch.testing.assert_close(tower.encode_image_embedding(pixels), image, rtol=1e-5, atol=1e-5)
@@ -74,6 +75,8 @@ def test_both_embeddings_equal_the_published_code(tmp_path: Path) -> None:
     ids = torch.tensor([[cls, *w, sep] + [0] * (CONTEXT - 2 - len(w)) for w in words])
     text = F.normalize(clip.encode_text(ids), dim=-1)
     torch.testing.assert_close(tower.encode_text(["红色的圆", "AB 猫"]), text, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LlavaError, match="opened with its text tower"):
+        open_vision_tower(folder).encode_text(["红"])
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
