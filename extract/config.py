@@ -8,7 +8,6 @@ from typing import Literal
 
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
-from llava_core.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class RunConfig(Encoding):
     """Folder of parquet files, one such file, or a glob in quotes."""
     limit: int | None = None
     """Take only the first so many rows of all files together."""
-    dtype: Storage = "float16"
+    dtype: Literal["float16", "int8"] = "float16"
     """How features are stored; int8, with a scale per row and channel, takes half the disk, its error is
     about 1 %. Training reads both, also side by side."""
     thumbnails: bool = False

@@ -30,7 +30,7 @@ def run(config: InspectConfig) -> JsonDict:
     figures["token_norms"] = {f"p{q}": round(float(np.percentile(means, q)), 3) for q in (0, 50, 95, 100)}
     figures["fingerprint"] = first.fingerprint
     figures["storage"] = dict(collections.Counter(shard.layout.storage for shard in shards))
-    stored = sum(sum(shard.layout.sizes[part] for part in shard.layout.parts) for shard in shards)
+    stored = sum(shard.rows * shard.layout.row_bytes for shard in shards)
     print(outcome_table(figures))
     print()
     rows: list[tuple[str, object]] = [

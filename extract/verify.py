@@ -20,8 +20,9 @@ from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
-TOLERANCE = {"float16": 0.02, "int8": 0.03}
-"""Largest relative distance of features encoded again: bf16 on another device stays below it."""
+TOLERANCE = {"float16": 0.02, "int8": 0.04}
+"""Largest relative distance of features encoded again: bf16 on another device stays below the first. int8
+alone moves features by 0.004 (the demo's) to 0.026 (one token 20 times as long as the others)."""
 
 
 def run(config: VerifyConfig) -> JsonDict:

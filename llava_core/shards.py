@@ -105,6 +105,11 @@ class Layout:
         return "thumbnails" in self.offsets
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes that the features of a row take in the file."""
+        return row_bytes(self.storage, self.tokens, self.width)
+
+    @property
     def parts(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Datasets that hold the features: number type, and shape of one row's share."""
         return parts_of(self.storage, self.tokens, self.width)

@@ -250,7 +250,9 @@ def test_limit_counts_rows_of_all_files(base: str, vision: Path, tmp_path: Path)
     )
     run("extract", "run", *flags, "--limit", 6)
     assert [Shard(tmp_path / f"out/{name}.h5").rows for name in "ab"] == [4, 2]
-    assert "other rows of it" in run("extract", "run", *flags, code=1).one_line()
+    ended = run("extract", "run", *flags, "--thumbnails", code=1)
+    assert "a.h5 was begun without --thumbnails and stays so" in ended.err
+    assert "other rows of it" in ended.one_line()
 
 
 def test_bad_input_is_one_clear_line(base: str, vision: Path, tmp_path: Path) -> None:

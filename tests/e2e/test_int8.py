@@ -13,6 +13,8 @@ from tests.e2e.test_extract import good, picture, write_parquet
 from tests.servers import answer, serving
 from tests.small_models import write_language_model
 from tests.small_vision import write_vision_folder
+from train.config import RunConfig
+from train.run import run as train_run
 
 
 async def image(request: web.Request) -> web.Response:
@@ -46,6 +48,8 @@ def test_int8_from_picture_to_answer(tmp_path: Path) -> None:
         run("extract", "retry-failed", *flags)
         assert [shard.layout.storage for shard in open_shards(features)] == ["int8", "float16"]
 
+    config = RunConfig(features=features, llm=llm, out=tmp_path / "run", device="cpu", dry_run=True)
+    assert train_run(config)["feature_bytes_per_epoch"] == 24 * (5 * 64 + 64 * 2) + 16 * 5 * 64 * 2
     trained = run("train", "run", "--features", features, "--eval-features", features / "b.h5", "--llm", llm,
                   "--out", tmp_path / "run", "--device", "cpu", "--lr", 0.02, "--epochs", 5)  # fmt: skip
     assert "error" not in trained.err
