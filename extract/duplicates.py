@@ -55,6 +55,7 @@ class Known:
             nbytes=int(shard.nbytes[row]),
             orig_hw=(height, width),
             sha256=shard.sha256[row].tobytes(),
+            thumbnail=shard.thumbnail(row),
         )
 
 
@@ -82,7 +83,7 @@ class Duplicates:
         followers: list[tuple[Filling, RowRecord]] = []
         for key in self._keys.get(place, ()):
             first = self._open[key]
-            first.record = dataclasses.replace(record, features=None)
+            first.record = dataclasses.replace(record, features=None, thumbnail=None)
             followers += first.followers
             first.followers = []
         return followers

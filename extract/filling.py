@@ -34,14 +34,15 @@ class Filling:
             self.close()
 
     def recall(self, record: RowRecord) -> RowRecord:
-        """An outcome of this shard with its features, wherever they are by now; not while `write` runs."""
+        """An outcome of this shard with features and thumbnail, wherever they are; not while `write` runs."""
         if record.status is not Status.OK:
             return record
         for waiting in self.waiting:
             if waiting.row == record.row:
                 return waiting
         source = self.writer if self.missing else Shard(self.writer.path)
-        return dataclasses.replace(record, features=source.read(record.row))
+        features, thumbnail = source.read(record.row), source.thumbnail(record.row)
+        return dataclasses.replace(record, features=features, thumbnail=thumbnail)
 
     def close(self) -> None:
         self.writer.__exit__(None, None, None)

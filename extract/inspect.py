@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 
 from extract.config import InspectConfig
@@ -27,12 +29,14 @@ def run(config: InspectConfig) -> JsonDict:
     figures["caption_characters"] = {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 95, 100)}
     figures["token_norms"] = {f"p{q}": round(float(np.percentile(means, q)), 3) for q in (0, 50, 95, 100)}
     figures["fingerprint"] = first.fingerprint
-    stored = sum(shard.rows * shard.row_bytes for shard in shards)
+    figures["storage"] = dict(collections.Counter(shard.layout.storage for shard in shards))
+    stored = sum(shard.rows * shard.layout.row_bytes for shard in shards)
     print(outcome_table(figures))
     print()
     rows: list[tuple[str, object]] = [
         ("shards", len(shards)),
         ("features", f"[{first.tokens}, {first.width}] an image, {human_bytes(stored)}"),
+        ("stored as", _shares(figures["storage"])),
         (
             "encoder",
             f"{first.encoder.get('model_id')}, layer {first.encoder.get('layer') or 'after the final norm'}",
@@ -48,6 +52,13 @@ def run(config: InspectConfig) -> JsonDict:
     ]
     print(table(rows))
     return figures
+
+
+def _shares(counts: JsonDict) -> str:
+    """int8, or where there are several: int8 (3 of 4 shards), float16 (1 of 4 shards)."""
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{name} ({n} of {sum(counts.values())} shards)" for name, n in counts.items())
 
 
 def _quantiles(values: JsonDict) -> str:

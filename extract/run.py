@@ -17,8 +17,8 @@ from llava_core.console import human_bytes, progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, first_difference
-from llava_core.shard_writer import ShardWriter, is_finished, part_of
-from llava_core.shards import FEATURE_TYPE, Shard, ShardHeader, open_shards
+from llava_core.shard_writer import ShardWriter, is_finished, part_of, require_storage
+from llava_core.shards import Layout, Shard, ShardHeader, disk_bytes, open_shards
 from llava_core.status import Failure, Status
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -33,12 +33,12 @@ def run(config: RunConfig) -> JsonDict:
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
     if config.dry_run:
         return _plan(config, sources, tower)
-    todo = [source for source in sources if not _is_done(paths[source], source, tower)]
+    todo = [source for source in sources if not _is_done(paths[source], source, tower, config)]
     say(
         f"{sum(source.rows for source in sources):,} rows in {len(sources)} files; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
-    opened = [functools.partial(_open, paths[source], source, tower) for source in todo]
+    opened = [functools.partial(_open, paths[source], source, tower, config) for source in todo]
     finished = [Shard(paths[source]) for source in sources if source not in todo]
     speed = _fill(config, tower, opened, finished, rows=sum(source.rows for source in todo))
     return _conclude(config, list(paths.values()), speed)
@@ -71,7 +71,7 @@ def _tower(config: Encoding) -> VisionTower:
     return tower
 
 
-def _is_done(path: Path, source: Source, tower: VisionTower) -> bool:
+def _is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
     """Whether the shard is finished. Raises LlavaError if it is one of another encoder or other rows."""
     if not is_finished(path):
         return False
@@ -84,7 +84,14 @@ def _is_done(path: Path, source: Source, tower: VisionTower) -> bool:
             got=shard.source,
             do="choose another --out, mend --limit, or delete that shard",
         )
+    require_storage(path, shard.layout, config.dtype)
+    _mention_thumbnails(path, shard.layout, config)
     return True
+
+
+def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
+    if config.thumbnails and not layout.thumbnails:
+        say(f"{path} was begun without --thumbnails and stays so; delete it to make it anew with them")
 
 
 def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
@@ -97,7 +104,7 @@ def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
         )
 
 
-def _open(path: Path, source: Source, tower: VisionTower) -> Filling:
+def _open(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
     rows = source.read()
     header = ShardHeader(
         encoder=tower.encoder,
@@ -108,8 +115,12 @@ def _open(path: Path, source: Source, tower: VisionTower) -> Filling:
         captions=[caption or "" for caption in rows.captions],
         urls=rows.urls,
         ids=rows.ids,
+        storage=config.dtype,
+        thumbnails=config.thumbnails,
     )
-    return Filling(ShardWriter(path, header), rows.urls, rows.captions)
+    writer = ShardWriter(path, header)
+    _mention_thumbnails(writer.part, writer.layout, config)
+    return Filling(writer, rows.urls, rows.captions)
 
 
 def _reopen(shard: Shard, chosen: Sequence[Failure]) -> Filling:
@@ -169,7 +180,7 @@ def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> J
         "rows": rows,
         "finished_shards": sum(is_finished(config.out / f"{source.stem}.h5") for source in sources),
         "unfinished_shards": sum(part_of(config.out / f"{source.stem}.h5").exists() for source in sources),
-        "feature_bytes": rows * tower.tokens * tower.width * FEATURE_TYPE.itemsize,
+        "disk_bytes": rows * disk_bytes(config.dtype, tower.tokens, tower.width, config.thumbnails),
         "free_bytes": shutil.disk_usage(folder).free,
     }
     shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]

@@ -20,8 +20,9 @@ from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
-TOLERANCE = 0.02
-"""Largest relative distance of features encoded again: bf16 on another device stays below it."""
+TOLERANCE = {"float16": 0.02, "int8": 0.04}
+"""Largest relative distance of features encoded again: bf16 on another device stays below the first. int8
+alone moves features by 0.004 (the demo's) to 0.026 (one token 20 times as long as the others)."""
 
 
 def run(config: VerifyConfig) -> JsonDict:
@@ -75,18 +76,18 @@ def _encode_again(config: VerifyConfig, shards: Sequence[Shard]) -> JsonDict:
     for (shard, row), answer in zip(chosen, fetched, strict=True):
         # A picture that is gone or has changed since says nothing about the encoder.
         if hashlib.sha256(answer.body).digest() == shard.sha256[row].tobytes():
-            distances.append((_distance(tower, answer.body, shard.read(row)), f"{shard.path}:{row}"))
+            distances.append((_distance(tower, answer.body, shard.read(row)), shard, row))
     say(f"{len(distances)} of {len(chosen)} sampled images are still what they were")
-    if distances and max(distances)[0] > TOLERANCE:
-        worst, where = max(distances)
-        raise LlavaError(
-            f"{where}: the encoder gives other features",
-            expected=f"a distance up to {TOLERANCE}",
-            got=f"{worst:.4f}",
-        )
+    for distance, shard, row in distances:
+        if distance > (tolerance := TOLERANCE[shard.layout.storage]):
+            raise LlavaError(
+                f"{shard.path}:{row}: the encoder gives other features",
+                expected=f"a distance up to {tolerance}",
+                got=f"{distance:.4f}",
+            )
     return {
         "encoded_again": len(distances),
-        "largest_distance": f"{max(distances)[0]:.2e}" if distances else "-",
+        "largest_distance": f"{max(distance for distance, *_ in distances):.2e}" if distances else "-",
     }
 
 

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +24,17 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
 from llava_core.lock import Lock
-from llava_core.shards import COLUMNS, FEATURE_TYPE, Shard, ShardHeader, create_file, read_layout
+from llava_core.shards import (
+    COLUMNS,
+    THUMBNAIL_BYTES,
+    Layout,
+    Shard,
+    ShardHeader,
+    create_file,
+    read_layout,
+)
 from llava_core.status import Failure, Status
+from llava_core.storage import FEATURE_TYPE, Storage, checksum, pack
 
 
 @dataclasses.dataclass
@@ -42,6 +50,8 @@ class RowRecord:
     nbytes: int = 0
     orig_hw: tuple[int, int] = (0, 0)
     sha256: bytes = bytes(32)
+    thumbnail: bytes | None = None
+    """A JPEG of at most THUMBNAIL_BYTES, kept if the status is OK and the shard has space for it."""
 
 
 class FinishedMeanwhile(Exception):
@@ -98,7 +108,6 @@ class ShardWriter:
         self._records = np.zeros(self.layout.rows, RECORD)
         self._records["row"] = np.arange(self.layout.rows)
         self._records[self._journal.records["row"]] = self._journal.records
-        self.row_bytes = self.layout.tokens * self.layout.width * FEATURE_TYPE.itemsize
 
     @property
     def done(self) -> np.ndarray:
@@ -116,14 +125,11 @@ class ShardWriter:
         Raises OSError if the disk is full; what was written before stays.
         """
         records = np.zeros(len(outcomes), RECORD)
-        shape = (self.layout.tokens, self.layout.width)
-        base = self.layout.offsets["features"]
         for record, outcome in zip(records, outcomes, strict=True):
             if outcome.features is not None:
-                features = np.ascontiguousarray(outcome.features, FEATURE_TYPE)
-                assert features.shape == shape, (features.shape, shape)
-                write_all(self._descriptor, features, base + outcome.row * self.row_bytes)
-                record["crc32"] = zlib.crc32(features.data)
+                record["crc32"] = self._write_features(outcome.row, outcome.features)
+                if self.layout.thumbnails:
+                    self._write_thumbnail(outcome)
             for name in ("row", "status", "http", "nbytes", "orig_hw"):
                 record[name] = getattr(outcome, name)
             record["attempts"] = min(outcome.attempts, 255)
@@ -147,10 +153,26 @@ class ShardWriter:
 
     def read(self, row: int) -> np.ndarray:
         """The features that were written of a row: fp16 [T, D]."""
-        data = os.pread(
-            self._descriptor, self.row_bytes, self.layout.offsets["features"] + row * self.row_bytes
-        )
-        return np.frombuffer(data, FEATURE_TYPE).reshape(self.layout.tokens, self.layout.width)
+        out = np.empty((self.layout.tokens, self.layout.width), FEATURE_TYPE)
+        self.layout.read_into(self._descriptor, row, out)
+        return out
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """The small JPEG that was written of a row, if the shard keeps them."""
+        return self.layout.read_thumbnail(self._descriptor, row)
+
+    def _write_features(self, row: int, features: np.ndarray) -> int:
+        """Returns their crc32."""
+        assert features.shape == (self.layout.tokens, self.layout.width), features.shape
+        arrays = pack(self.layout.storage, features)
+        for name, array in zip(self.layout.parts, arrays, strict=True):
+            write_all(self._descriptor, array, self.layout.offsets[name] + row * array.nbytes)
+        return checksum(arrays)
+
+    def _write_thumbnail(self, outcome: RowRecord) -> None:
+        slot = (outcome.thumbnail or b"").ljust(THUMBNAIL_BYTES, b"\0")
+        assert len(slot) == THUMBNAIL_BYTES, len(slot)
+        write_all(self._descriptor, slot, self.layout.offsets["thumbnails"] + outcome.row * THUMBNAIL_BYTES)
 
     def finish(self) -> None:
         """Write the columns and give the shard its name. Every row must have an outcome."""
@@ -173,7 +195,7 @@ class ShardWriter:
 
     def _create(self, header: ShardHeader) -> None:
         text = sum(len(text.encode("utf-8", "replace")) for text in [*header.captions, *header.urls])
-        self._require_space(header.rows * header.tokens * header.width * FEATURE_TYPE.itemsize + text)
+        self._require_space(header.disk_bytes + text)
         with self._partial() as partial:
             create_file(partial, header)
 
@@ -232,6 +254,17 @@ class ShardWriter:
                 got=header.source,
                 do=f"choose another --out, or delete {self.part.name}",
             )
+        require_storage(self.part, self.layout, header.storage)
+
+
+def require_storage(path: Path, layout: Layout, storage: Storage) -> None:
+    """Raise LlavaError unless the shard at `path` stores features in that way."""
+    if layout.storage != storage:
+        raise LlavaError(
+            f"{path} holds features as {layout.storage}",
+            expected=f"--dtype {storage}",
+            do=f"give --dtype {layout.storage}, choose another --out, or delete {path.name}",
+        )
 
 
 def fsync_folder(path: Path) -> None:

@@ -273,15 +273,14 @@ def stop_request() -> Iterator[list[int]]:
 
 def plan(config: RunConfig, shards: list[Shard]) -> JsonDict:
     """What the run would do, from the shards alone."""
-    usable = len(usable_rows(shards, config.max_samples))
-    schedule = Schedule(usable, config.batch_size, config.epochs, config.max_steps, config.seed)
-    cache = usable * shards[0].tokens * shards[0].width * 2
+    usable = usable_rows(shards, config.max_samples)
+    schedule = Schedule(len(usable), config.batch_size, config.epochs, config.max_steps, config.seed)
     figures = {
         "shards": len(shards),
-        "samples": usable,
+        "samples": len(usable),
         "steps": schedule.steps,
         "visual_tokens": shards[0].tokens,
-        "feature_bytes_per_epoch": cache,
+        "feature_bytes_per_epoch": sum(shards[shard].layout.row_bytes for shard, _ in usable),
     }
     shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]
     print(table(list(zip((key.replace("_", " ") for key in figures), shown, strict=True))))

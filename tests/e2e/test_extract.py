@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from aiohttp import web
+from PIL import Image
 
 from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
@@ -25,10 +28,13 @@ def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> N
     flags = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--vision", vision, "--allow-private",
              "--timeout", 1, "--retries", 0, "--json")  # fmt: skip
     plan = run("extract", "run", *flags, "--dry-run").summary
-    assert plan["rows"] == 75
+    assert (plan["rows"], plan["disk_bytes"]) == (75, 75 * 5 * 64 * 2)
+    assert run("extract", "run", *flags, "--dry-run", "--thumbnails").summary["disk_bytes"] == 75 * (
+        640 + 4096
+    )
     assert not (tmp_path / "out").exists()
 
-    ended = run("extract", "run", *flags, code=3)
+    ended = run("extract", "run", *flags, "--thumbnails", code=3)
     assert ended.summary["ok"] == 70
     expected = {"ok": 70, "http 4xx": 1, "not an image": 1, "truncated": 1, "timeout": 1, "bad url": 1}
     assert ended.summary["by_status"] == expected
@@ -44,6 +50,11 @@ def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> N
     assert shard.status[40:].tolist() == [10, 20, 22, 7, 2]
     assert shard.http[40] == 404
     assert tuple(shard.orig_hw[0]) == (60, 80)
+    assert shard.thumbnail(40) is None
+    thumbnail = Image.open(io.BytesIO(shard.thumbnail(0) or b""))
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", (32, 24))
+    scene = np.asarray(Image.open(io.BytesIO(picture(0))).resize((32, 24)))
+    assert np.abs(np.asarray(thumbnail).astype(float) - scene).mean() < 12
 
     before, requests = (tmp_path / "out/b.h5").read_bytes(), asked.total()
     again = run("extract", "run", *flags, "--max-failed", 0.5)
@@ -149,7 +160,9 @@ def test_limit_counts_rows_of_all_files(base: str, vision: Path, tmp_path: Path)
     )
     run("extract", "run", *flags, "--limit", 6)
     assert [Shard(tmp_path / f"out/{name}.h5").rows for name in "ab"] == [4, 2]
-    assert "other rows of it" in run("extract", "run", *flags, code=1).one_line()
+    ended = run("extract", "run", *flags, "--thumbnails", code=1)
+    assert "a.h5 was begun without --thumbnails and stays so" in ended.err
+    assert "other rows of it" in ended.one_line()
 
 
 def test_bad_input_is_one_clear_line(base: str, vision: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
     flags = ("--data", tmp_path / "data", "--vision", vision, "--allow-private", "--batch-size", 8,
              "--concurrency", 8)  # fmt: skip
     rng, killed = random.Random(0), 0
-    command = ("extract", "run", *flags, "--out", tmp_path / "killed")
+    command = ("extract", "run", *flags, "--thumbnails", "--out", tmp_path / "killed")
     while killed < kills:
         process = start(*command)
         while not (tmp_path / "killed").exists() and process.poll() is None:
@@ -53,6 +53,7 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
         assert shard.status.tolist() == [Status.OK] * rows
         for row in range(rows):  # the batch a row was encoded in may differ, and with it the last bit
             assert shard.check(row)
+            assert shard.thumbnail(row)
             assert shard.url(row) == whole.url(row)
             np.testing.assert_allclose(shard.read(row), whole.read(row), rtol=2e-3, atol=2e-3)
 
