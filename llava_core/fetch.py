@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -174,14 +174,21 @@ class Fetcher:
             return Fetched(Status.OK, bytes(body), http)
 
 
-def fetch_all(urls: Sequence[str], limits: FetchLimits) -> list[Fetched]:
-    """Downloads outside any event loop, in the order of `urls`."""
+def fetch_all(
+    urls: Sequence[str], limits: FetchLimits, done: Callable[[], object] = lambda: None
+) -> list[Fetched]:
+    """Downloads outside any event loop, in the order of `urls`; `done` is called after each."""
 
-    async def fetch() -> list[Fetched]:
+    async def fetch(fetcher: Fetcher, url: str) -> Fetched:
+        fetched = await fetcher.fetch(url)
+        done()
+        return fetched
+
+    async def fetch_them() -> list[Fetched]:
         async with Fetcher(limits) as fetcher:
-            return await asyncio.gather(*(fetcher.fetch(url) for url in urls))
+            return await asyncio.gather(*(fetch(fetcher, url) for url in urls))
 
-    return asyncio.run(fetch())
+    return asyncio.run(fetch_them())
 
 
 def refuses_use(tags: Sequence[str]) -> bool:

@@ -236,7 +236,11 @@ class Shard:
 
     def check(self, row: int) -> bool:
         """Whether the features of `row` still have their checksum."""
-        return zlib.crc32(self.read(row).data) == int(self.crc32[row])
+        return self.checksum(row) == int(self.crc32[row])
+
+    def checksum(self, row: int) -> int:
+        """crc32 of the features of `row` as they lie on disk now."""
+        return zlib.crc32(self.read(row).data)
 
     def caption(self, row: int) -> str:
         return self._text("caption", row)
@@ -283,6 +287,13 @@ def open_shards(path: Path) -> list[Shard]:
 
     Raises LlavaError if there are none, one is damaged, or two come from different encoders.
     """
+    shards = find_shards(path)
+    require_same_fingerprint(shards)
+    return shards
+
+
+def find_shards(path: Path) -> list[Shard]:
+    """As `open_shards`, of whatever encoders. Raises LlavaError if there are none, or one is damaged."""
     if not path.exists():
         raise LlavaError(f"no feature folder {path}", do="make it with `extract run --out`")
     paths = [path] if path.is_file() else sorted(path.glob("*.h5"))
@@ -298,7 +309,6 @@ def open_shards(path: Path) -> list[Shard]:
     shards = [Shard(p) for p in paths]
     if path.is_dir() and (left := len({p.with_suffix("") for p in path.glob("*.h5.part")} - set(paths))):
         say(f"{left} unfinished shards in {path} are left out")
-    require_same_fingerprint(shards)
     return shards
 
 
