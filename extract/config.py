@@ -72,6 +72,8 @@ class RunConfig(Encoding):
     """Folder of parquet files, one such file, or a glob in quotes."""
     limit: int | None = None
     """Take only the first so many rows of all files together."""
+    thumbnails: bool = False
+    """Keep a small JPEG of each picture in its shard, 4 KiB a row, to look at later."""
     dry_run: bool = False
     """Print rows and bytes, and touch nothing."""
 

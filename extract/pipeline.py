@@ -28,6 +28,7 @@ from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
 from llava_core.preprocess import ImageError
 from llava_core.shard_writer import FinishedMeanwhile, RowRecord, ShardWriter
+from llava_core.shards import THUMBNAIL_BYTES
 from llava_core.status import Status
 from llava_core.tasks import time_limit, together
 from llava_core.vision import VisionTower
@@ -190,6 +191,8 @@ class Pipeline:
             record.status = error.status
             return None, record
         record.orig_hw = decoded.orig_hw
+        if filling.writer.layout.thumbnails:
+            record.thumbnail = self.tower.preprocess.thumbnail(decoded, THUMBNAIL_BYTES)
         return Picture(filling, decoded.pixels, record), record
 
     async def _encode_all(self) -> None:

@@ -17,7 +17,7 @@ from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.shard_writer import ShardWriter, is_finished, part_of
-from llava_core.shards import FEATURE_TYPE, Shard, ShardHeader, open_shards
+from llava_core.shards import Layout, Shard, ShardHeader, open_shards, row_disk_bytes
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -32,12 +32,12 @@ def run(config: RunConfig) -> JsonDict:
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
     if config.dry_run:
         return _plan(config, sources, tower)
-    todo = [source for source in sources if not _is_done(paths[source], source, tower)]
+    todo = [source for source in sources if not _is_done(paths[source], source, tower, config)]
     say(
         f"{sum(source.rows for source in sources):,} rows in {len(sources)} files; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
-    opened = [functools.partial(_open, paths[source], source, tower) for source in todo]
+    opened = [functools.partial(_open, paths[source], source, tower, config) for source in todo]
     seconds = _fill(config, tower, opened, rows=sum(source.rows for source in todo))
     return _conclude(config, list(paths.values()), seconds)
 
@@ -71,7 +71,7 @@ def _tower(config: Encoding) -> VisionTower:
     return tower
 
 
-def _is_done(path: Path, source: Source, tower: VisionTower) -> bool:
+def _is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
     """Whether the shard is finished. Raises LlavaError if it is one of another encoder or other rows."""
     if not is_finished(path):
         return False
@@ -84,7 +84,13 @@ def _is_done(path: Path, source: Source, tower: VisionTower) -> bool:
             got=shard.source,
             do="choose another --out, mend --limit, or delete that shard",
         )
+    _mention_thumbnails(path, shard.layout, config)
     return True
+
+
+def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
+    if config.thumbnails and not layout.thumbnails:
+        say(f"{path} was begun without --thumbnails and stays so; delete it to make it anew with them")
 
 
 def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
@@ -97,7 +103,7 @@ def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
         )
 
 
-def _open(path: Path, source: Source, tower: VisionTower) -> Filling:
+def _open(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
     rows = source.read()
     header = ShardHeader(
         encoder=tower.encoder,
@@ -108,8 +114,11 @@ def _open(path: Path, source: Source, tower: VisionTower) -> Filling:
         captions=[caption or "" for caption in rows.captions],
         urls=rows.urls,
         ids=rows.ids,
+        thumbnails=config.thumbnails,
     )
-    return Filling(ShardWriter(path, header), rows.urls, rows.captions)
+    writer = ShardWriter(path, header)
+    _mention_thumbnails(writer.part, writer.layout, config)
+    return Filling(writer, rows.urls, rows.captions)
 
 
 def _reopen(shard: Shard, chosen: Sequence[Status]) -> Filling:
@@ -158,7 +167,7 @@ def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> J
         "rows": rows,
         "finished_shards": sum(is_finished(config.out / f"{source.stem}.h5") for source in sources),
         "unfinished_shards": sum(part_of(config.out / f"{source.stem}.h5").exists() for source in sources),
-        "feature_bytes": rows * tower.tokens * tower.width * FEATURE_TYPE.itemsize,
+        "disk_bytes": rows * row_disk_bytes(tower.tokens, tower.width, config.thumbnails),
         "free_bytes": shutil.disk_usage(folder).free,
     }
     shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]

@@ -35,6 +35,10 @@ MAGIC = {
 UNREAD = (b"II*\x00", b"MM\x00*", b"8BPS", b"\x00\x00\x01\x00", b"\xff\x0a", b"\x00\x00\x00\x0cJ", b"<svg")
 """First bytes of images that are not read: TIFF, Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
 
+THUMBNAIL_SIDES = (128, 96, 64, 32)
+"""Longest sides of a thumbnail, tried until its JPEG is small enough."""
+THUMBNAIL_QUALITIES = (80, 65, 50, 35)
+
 FILTERS = {member.name.lower(): member for member in Image.Resampling}
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -108,6 +112,24 @@ class Preprocess:
             truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
             detail = f"{kind}: {str(error) or type(error).__name__}"
             raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None
+
+    def thumbnail(self, decoded: Decoded, max_bytes: int) -> bytes:
+        """A JPEG of what the encoder sees, in the aspect ratio it had before it was squashed.
+
+        At most 128 pixels long, never enlarged, smaller or coarser until it takes no more than `max_bytes`.
+        """
+        image = Image.fromarray(decoded.pixels)
+        height, width = decoded.orig_hw if self.crop == "squash" else (1, 1)
+        for side in THUMBNAIL_SIDES:
+            scale = min(side, self.size) / max(height, width)
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            small = image.resize(size, Image.Resampling.BICUBIC)
+            for quality in THUMBNAIL_QUALITIES:
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=quality)
+                if buffer.tell() <= max_bytes:
+                    return buffer.getvalue()
+        raise AssertionError(f"no JPEG of {THUMBNAIL_SIDES[-1]} pixels takes {max_bytes} bytes")
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [B, S, S, 3] -> fp32 [B, 3, S, S] on the same device."""

@@ -25,7 +25,15 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
 from llava_core.lock import Lock
-from llava_core.shards import COLUMNS, FEATURE_TYPE, Shard, ShardHeader, create_file, read_layout
+from llava_core.shards import (
+    COLUMNS,
+    FEATURE_TYPE,
+    THUMBNAIL_BYTES,
+    Shard,
+    ShardHeader,
+    create_file,
+    read_layout,
+)
 from llava_core.status import Status
 
 
@@ -42,6 +50,8 @@ class RowRecord:
     nbytes: int = 0
     orig_hw: tuple[int, int] = (0, 0)
     sha256: bytes = bytes(32)
+    thumbnail: bytes | None = None
+    """A JPEG of at most THUMBNAIL_BYTES, kept if the status is OK and the shard has space for it."""
 
 
 class FinishedMeanwhile(Exception):
@@ -124,6 +134,8 @@ class ShardWriter:
                 assert features.shape == shape, (features.shape, shape)
                 write_all(self._descriptor, features, base + outcome.row * self.row_bytes)
                 record["crc32"] = zlib.crc32(features.data)
+                if self.layout.thumbnails:
+                    self._write_thumbnail(outcome)
             for name in ("row", "status", "http", "nbytes", "orig_hw"):
                 record[name] = getattr(outcome, name)
             record["attempts"] = min(outcome.attempts, 255)
@@ -131,6 +143,11 @@ class ShardWriter:
         os.fdatasync(self._descriptor)
         self._journal.append(records)
         self._records[records["row"]] = records
+
+    def _write_thumbnail(self, outcome: RowRecord) -> None:
+        slot = (outcome.thumbnail or b"").ljust(THUMBNAIL_BYTES, b"\0")
+        assert len(slot) == THUMBNAIL_BYTES, len(slot)
+        write_all(self._descriptor, slot, self.layout.offsets["thumbnails"] + outcome.row * THUMBNAIL_BYTES)
 
     def finish(self) -> None:
         """Write the columns and give the shard its name. Every row must have an outcome."""
@@ -153,7 +170,7 @@ class ShardWriter:
 
     def _create(self, header: ShardHeader) -> None:
         text = sum(len(text.encode("utf-8", "replace")) for text in [*header.captions, *header.urls])
-        self._require_space(header.rows * header.tokens * header.width * FEATURE_TYPE.itemsize + text)
+        self._require_space(header.disk_bytes + text)
         with self._partial() as partial:
             create_file(partial, header)
 

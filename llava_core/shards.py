@@ -28,6 +28,8 @@ from llava_core.status import Status
 FORMAT, FORMAT_VERSION = "llava-features", 1
 ALIGNMENT = 4096
 FEATURE_TYPE = np.dtype("<f2")
+THUMBNAIL_BYTES = 4096
+"""Of a row's slot in `thumbnails`: a JPEG, then zeros."""
 
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "status": ("|u1", ()),
@@ -56,6 +58,8 @@ class ShardHeader:
     captions: Sequence[str]
     urls: Sequence[str]
     ids: Sequence[str]
+    thumbnails: bool = False
+    """Whether there is space for a small JPEG of each row."""
 
     @property
     def rows(self) -> int:
@@ -64,6 +68,16 @@ class ShardHeader:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.encoder, self.preprocess)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the file when it is full, its text and columns aside."""
+        return self.rows * row_disk_bytes(self.tokens, self.width, self.thumbnails)
+
+
+def row_disk_bytes(tokens: int, width: int, thumbnails: bool = False) -> int:
+    """What one row takes of the disk, its text and columns aside."""
+    return tokens * width * FEATURE_TYPE.itemsize + thumbnails * THUMBNAIL_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +95,10 @@ class Layout:
     fingerprint: str
     source: JsonDict
     uid: str
+
+    @property
+    def thumbnails(self) -> bool:
+        return "thumbnails" in self.offsets
 
 
 def create_file(path: Path, header: ShardHeader) -> None:
@@ -106,6 +124,8 @@ def create_file(path: Path, header: ShardHeader) -> None:
         for name, (kind, shape) in COLUMNS.items():
             _create(file, name, (header.rows, *shape), np.dtype(kind))
         _create(file, "features", (header.rows, header.tokens, header.width), FEATURE_TYPE)
+        if header.thumbnails:
+            _create(file, "thumbnails", (header.rows, THUMBNAIL_BYTES), np.dtype("|u1"))
 
 
 def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -157,6 +177,8 @@ def _layout(path: Path, file: Any) -> Layout:
     rows, tokens, width = file["features"].shape
     wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in COLUMNS.items()}
     wanted["features"] = (FEATURE_TYPE, (rows, tokens, width))
+    if "thumbnails" in file:
+        wanted["thumbnails"] = (np.dtype("|u1"), (rows, THUMBNAIL_BYTES))
     for name in TEXTS:
         wanted[f"{name}_offsets"] = (np.dtype("<i8"), (rows + 1,))
         wanted[f"{name}_bytes"] = (np.dtype("|u1"), file[f"{name}_bytes"].shape)
@@ -241,6 +263,13 @@ class Shard:
     def checksum(self, row: int) -> int:
         """crc32 of the features of `row` as they lie on disk now."""
         return zlib.crc32(self.read(row).data)
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """A small JPEG of `row`; None if the shard keeps none or the row is not ok."""
+        if not self.layout.thumbnails or self.status[row] != Status.OK:
+            return None
+        offset = self.layout.offsets["thumbnails"] + row * THUMBNAIL_BYTES
+        return os.pread(self._descriptor(), THUMBNAIL_BYTES, offset).rstrip(b"\0") or None
 
     def caption(self, row: int) -> str:
         return self._text("caption", row)

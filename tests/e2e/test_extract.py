@@ -104,10 +104,13 @@ def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> N
     flags = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--vision", vision, "--allow-private",
              "--timeout", 1, "--retries", 0, "--json")  # fmt: skip
     plan = run("extract", "run", *flags, "--dry-run").summary
-    assert plan["rows"] == 75
+    assert (plan["rows"], plan["disk_bytes"]) == (75, 75 * 5 * 64 * 2)
+    assert run("extract", "run", *flags, "--dry-run", "--thumbnails").summary["disk_bytes"] == 75 * (
+        640 + 4096
+    )
     assert not (tmp_path / "out").exists()
 
-    ended = run("extract", "run", *flags, code=3)
+    ended = run("extract", "run", *flags, "--thumbnails", code=3)
     assert ended.summary["ok"] == 70
     expected = {"ok": 70, "http 4xx": 1, "not an image": 1, "truncated": 1, "timeout": 1, "bad url": 1}
     assert ended.summary["by_status"] == expected
@@ -123,6 +126,11 @@ def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> N
     assert shard.status[40:].tolist() == [10, 20, 22, 7, 2]
     assert shard.http[40] == 404
     assert tuple(shard.orig_hw[0]) == (60, 80)
+    assert shard.thumbnail(40) is None
+    thumbnail = Image.open(io.BytesIO(shard.thumbnail(0) or b""))
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", (32, 24))
+    scene = np.asarray(Image.open(io.BytesIO(picture(0))).resize((32, 24)))
+    assert np.abs(np.asarray(thumbnail).astype(float) - scene).mean() < 12
 
     before, requests = (tmp_path / "out/b.h5").read_bytes(), asked.total()
     again = run("extract", "run", *flags, "--max-failed", 0.5)
@@ -143,7 +151,7 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(base: str, vision: Path, 
     flags = ("--data", tmp_path / "data", "--vision", vision, "--allow-private", "--batch-size", 8,
              "--concurrency", 8)  # fmt: skip
     rng, kills = random.Random(0), 0
-    command = ("extract", "run", *flags, "--out", tmp_path / "killed")
+    command = ("extract", "run", *flags, "--thumbnails", "--out", tmp_path / "killed")
     while kills < 8:
         process = start(*command)
         while not (tmp_path / "killed").exists() and process.poll() is None:
@@ -161,7 +169,7 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(base: str, vision: Path, 
     for part in range(3):
         killed, whole = Shard(tmp_path / f"killed/{part}.h5"), Shard(tmp_path / f"undisturbed/{part}.h5")
         assert killed.status.tolist() == [Status.OK] * 60
-        assert all(killed.check(row) for row in range(60))
+        assert all(killed.check(row) and killed.thumbnail(row) for row in range(60))
         assert [killed.url(row) for row in range(60)] == [whole.url(row) for row in range(60)]
         for row in range(60):  # the batch a row was encoded in may differ, and with it the last bit
             np.testing.assert_allclose(killed.read(row), whole.read(row), rtol=2e-3, atol=2e-3)

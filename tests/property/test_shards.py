@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import zlib
 from pathlib import Path
@@ -13,20 +14,12 @@ from hypothesis import strategies as st
 
 from llava_core.journal import HEADER_BYTES, RECORD
 from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal_of
-from llava_core.shards import Shard
+from llava_core.shards import THUMBNAIL_BYTES, Shard
 from llava_core.status import Status
 from tests.small_shards import TOKENS, WIDTH, features_of, header
 
 rows = st.builds(
-    lambda caption, status, http, attempts, nbytes, hw, digest: (
-        caption,
-        status,
-        http,
-        attempts,
-        nbytes,
-        hw,
-        digest,
-    ),
+    lambda *columns: columns,
     st.text(max_size=20),
     st.sampled_from([s for s in Status if s is not Status.PENDING]),
     st.integers(0, 599),
@@ -34,6 +27,7 @@ rows = st.builds(
     st.integers(0, 2**32 - 1),
     st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
     st.binary(min_size=32, max_size=32),
+    st.none() | st.binary(max_size=THUMBNAIL_BYTES - 2).map(lambda jpeg: jpeg + b"\xff\xd9"),
 )
 
 
@@ -45,13 +39,14 @@ def records_of(table: list[tuple]) -> list[RowRecord]:  # type: ignore[type-arg]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(rows, max_size=9), st.randoms(use_true_random=False), st.integers(1, 4))
-def test_round_trip(table: list[tuple], random, batch: int) -> None:  # type: ignore[no-untyped-def,type-arg]
+@given(st.lists(rows, max_size=9), st.randoms(use_true_random=False), st.integers(1, 4), st.booleans())
+def test_round_trip(table: list[tuple], random, batch: int, thumbnails: bool) -> None:  # type: ignore[no-untyped-def,type-arg]
     records = records_of(table)
     shuffled = random.sample(records, len(records))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.h5"
         made = header([caption for caption, *_ in table])
+        made = dataclasses.replace(made, thumbnails=thumbnails)
         with ShardWriter(path, made) as writer:
             for start in range(0, len(shuffled), batch):
                 writer.write(shuffled[start : start + batch])
@@ -73,6 +68,8 @@ def test_round_trip(table: list[tuple], random, batch: int) -> None:  # type: ig
             )
             assert tuple(shard.orig_hw[i]) == record.orig_hw
             assert shard.sha256[i].tobytes() == record.sha256
+            kept = thumbnails and record.status is Status.OK
+            assert shard.thumbnail(i) == (record.thumbnail if kept else None)
             if record.features is not None:
                 assert np.array_equal(shard.read(i), record.features)
                 assert shard.check(i)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from llava_core.preprocess import MAX_PIXELS, ImageError, Preprocess, image_format
+from llava_core.preprocess import MAX_PIXELS, Decoded, ImageError, Preprocess, image_format
 from llava_core.status import Status
 
 SIDE = 32
@@ -102,6 +102,36 @@ def test_transparent_pixels_are_white() -> None:
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert SQUASH.decode_image(saved(image, "PNG")).pixels.min() == 255
     assert SQUASH.decode_image(saved(image, "WEBP", lossless=True)).pixels.min() == 255
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (90, 360), (64, 64), (2000, 2)])
+def test_a_thumbnail_has_the_shape_of_its_picture(width: int, height: int) -> None:
+    squash = Preprocess(224, (0.5,), (0.5,))
+    made = squash.thumbnail(squash.decode_image(saved(photo(width, height))), 4096)
+    thumbnail = Image.open(io.BytesIO(made))
+    scale = 128 / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", size)
+    expected = np.asarray(photo(width, height).resize(size, Image.Resampling.BICUBIC)).astype(float)
+    assert np.abs(np.asarray(thumbnail) - expected).mean() < 8
+
+
+def test_a_thumbnail_of_a_crop_shows_the_crop() -> None:
+    centre = Preprocess(224, (0.5,), (0.5,), "bicubic", "center 256")
+    decoded = centre.decode_image(saved(photo(500, 300)))
+    thumbnail = Image.open(io.BytesIO(centre.thumbnail(decoded, 4096)))
+    assert thumbnail.size == (128, 128)
+    small = Image.fromarray(decoded.pixels).resize((128, 128))
+    assert np.abs(np.asarray(thumbnail).astype(float) - np.asarray(small)).mean() < 8
+
+
+def test_a_thumbnail_always_fits() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    made = Preprocess(224, (0.5,), (0.5,)).thumbnail(Decoded(noise, (224, 224)), 4096)
+    assert 1000 < len(made) <= 4096
+    Image.open(io.BytesIO(made)).load()
+    small = SQUASH.thumbnail(SQUASH.decode_image(saved(photo(300, 150))), 4096)
+    assert Image.open(io.BytesIO(small)).size == (SIDE, SIDE // 2)  # never enlarged
 
 
 def test_normalise() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -39,6 +40,32 @@ def test_features_are_contiguous_aligned_and_sparse_until_written(tmp_path: Path
         assert plist.get_layout() == h5py.h5d.CONTIGUOUS
         assert plist.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
         assert plist.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
+
+
+def test_thumbnails_are_kept_where_there_is_space_for_them(tmp_path: Path) -> None:
+    made = dataclasses.replace(header(["a"] * 4), thumbnails=True)
+    with ShardWriter(tmp_path / "x.h5", made) as writer:
+        writer.write([dataclasses.replace(outcome(0), thumbnail=b"\xff\xd8 a \xff\xd9"), outcome(1)])
+        writer.write([RowRecord(row, Status.HTTP_4XX, thumbnail=b"no picture") for row in (2, 3)])
+        writer.finish()
+    shard = Shard(tmp_path / "x.h5")
+    assert shard.layout.offsets["thumbnails"] % 4096 == 0
+    assert [shard.thumbnail(row) for row in range(4)] == [b"\xff\xd8 a \xff\xd9", None, None, None]
+    with h5py.File(shard.path) as file:
+        assert (file["thumbnails"].shape, file["thumbnails"].dtype) == ((4, 4096), np.uint8)
+        assert file["thumbnails"].id.get_create_plist().get_fill_time() == h5py.h5d.FILL_TIME_NEVER
+
+    with ShardWriter(shard.path, retry=[Status.HTTP_4XX]) as writer:
+        writer.write([dataclasses.replace(outcome(2), thumbnail=b"late"), RowRecord(3, Status.TIMEOUT)])
+        writer.finish()
+    shard = Shard(shard.path)
+    assert [shard.thumbnail(row) for row in range(4)] == [b"\xff\xd8 a \xff\xd9", None, b"late", None]
+
+    path = write_shard(tmp_path / "y.h5", failed=[0])
+    with ShardWriter(path, retry=[Status.HTTP_4XX]) as writer:
+        writer.write([dataclasses.replace(outcome(0), thumbnail=b"no space for it")])
+        writer.finish()
+    assert Shard(path).thumbnail(0) is None
 
 
 KILLED = """
