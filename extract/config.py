@@ -118,3 +118,10 @@ class InspectConfig(Options):
 
     out: Path
     """Folder of the feature shards, or one shard."""
+    html: Path | None = None
+    """Also write one page that shows all this and a sample of the rows; it needs nothing but a browser."""
+    sample: int = 60
+    """Rows on that page; 0 takes every row."""
+
+    def __post_init__(self) -> None:
+        require_count(self.sample)
