@@ -81,8 +81,8 @@ def run(config: VerifyConfig) -> JsonDict:
 
     changed: list[Fault] = []
     if tower is not None:
-        set_aside = {fault.shard for fault in stale}, {(fault.shard, fault.row) for fault in damaged}
-        sound = [place for place in rows if place[0] not in set_aside[0] and place not in set_aside[1]]
+        others, wrong = {fault.shard for fault in stale}, {(fault.shard, fault.row) for fault in damaged}
+        sound = [(shard, row) for shard, row in rows if shard not in others and (shard, row) not in wrong]
         changed, again, largest = _changed(config, tower, sound, rows)
         figures.update(encoded_again=again, changed_rows=len(changed), largest_distance=largest)
         if changed:
@@ -131,7 +131,9 @@ def _stale(shards: Sequence[Shard], tower: VisionTower | None) -> tuple[list[Fau
         live = next({**s.encoder, **s.preprocess} for s in shards if s.fingerprint == wanted)
         reference = "most have"
     stale = [
-        Fault(shard, None, f"({', '.join(differences({**shard.encoder, **shard.preprocess}, live))})")
+        Fault(
+            shard, None, "differs in " + ", ".join(differences({**shard.encoder, **shard.preprocess}, live))
+        )
         for shard in shards
         if shard.fingerprint != wanted
     ]
@@ -206,7 +208,7 @@ def _changed(
                     found.append(_Changed(place, distances[-1], kept))
     say(f"{len(distances)} of {len(chosen)} sampled images are still what they were")
     copied = _by_checksum(every) if found else {}
-    faults = [_held(row.place, _owner(row, found, copied), f"(distance {row.distance:.4f})") for row in found]
+    faults = [_held(row.place, _owner(row, found, copied), f"is {row.distance:.4f} away") for row in found]
     return faults, len(distances), round(max(distances), 6) if distances else None
 
 
