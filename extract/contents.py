@@ -75,7 +75,8 @@ def look_into(shards: Sequence[Shard]) -> Contents:
         {
             **summarise(shards),
             "shards": len(shards),
-            "feature_bytes": sum(shard.rows * shard.row_bytes for shard in shards),
+            "storage": dict(collections.Counter(shard.layout.storage for shard in shards)),
+            "feature_bytes": sum(s.layout.sizes[part] for s in shards for part in s.layout.parts),
             "tokens": first.tokens,
             "width": first.width,
             "http_by_status": http,
@@ -111,6 +112,13 @@ def quantiles(values: np.ndarray, places: int) -> dict[str, float]:
     return {
         f"p{q}": round(float(v), places) if places else int(v) for q, v in zip(QUANTILES, found, strict=True)
     }
+
+
+def stored_as(counts: dict[str, int]) -> str:
+    """int8, or where there are several: int8 (3 of 4 shards), float16 (1 of 4 shards)."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({n} of {sum(counts.values())} shards)" for name, n in counts.items())
 
 
 def _by_http(shards: Sequence[Shard]) -> dict[str, dict[int, int]]:

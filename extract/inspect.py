@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from extract.config import InspectConfig
-from extract.contents import Contents, look_into
+from extract.contents import Contents, look_into, stored_as
 from extract.histogram import Histogram, bar
 from extract.page import write_page
 from llava_core.console import human_bytes, say, table
@@ -56,6 +56,7 @@ def _totals(contents: Contents) -> str:
         [
             ("shards", figures["shards"]),
             ("features", f"[{figures['tokens']}, {figures['width']}] an image, {stored}"),
+            ("stored as", stored_as(figures["storage"])),
             ("encoder", f"{encoder.get('model_id')}, layer {encoder.get('layer') or 'after the final norm'}"),
             ("fingerprint", figures["fingerprint"][:12]),
             ("images", human_bytes(figures["image_bytes"])),

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 from extract.charts import bars, outline, share_bar
-from extract.contents import Contents, spread
+from extract.contents import Contents, spread, stored_as
 from extract.histogram import Histogram
 from extract.summary import host_of
 from llava_core import __version__
@@ -206,7 +206,11 @@ def _facts(contents: Contents) -> str:
     if more := len(sources) - len(files):
         files["…"] = f"and {more:,} more"
     parts = {
-        "Encoder": {**figures["encoder"], "fingerprint": figures["fingerprint"]},
+        "Encoder": {
+            **figures["encoder"],
+            "fingerprint": figures["fingerprint"],
+            "stored_as": stored_as(figures["storage"]),
+        },
         "Preprocessing": figures["preprocess"],
         "Source files": files,
     }

@@ -16,8 +16,8 @@ from llava_core.console import human_bytes, progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, first_difference
-from llava_core.shard_writer import ShardWriter, is_finished, part_of
-from llava_core.shards import Layout, Shard, ShardHeader, open_shards, row_disk_bytes
+from llava_core.shard_writer import ShardWriter, is_finished, part_of, require_storage
+from llava_core.shards import Layout, Shard, ShardHeader, disk_bytes, open_shards
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -84,6 +84,7 @@ def _is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) 
             got=shard.source,
             do="choose another --out, mend --limit, or delete that shard",
         )
+    require_storage(path, shard.layout, config.dtype)
     _mention_thumbnails(path, shard.layout, config)
     return True
 
@@ -114,6 +115,7 @@ def _open(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> 
         captions=[caption or "" for caption in rows.captions],
         urls=rows.urls,
         ids=rows.ids,
+        storage=config.dtype,
         thumbnails=config.thumbnails,
     )
     writer = ShardWriter(path, header)
@@ -167,7 +169,7 @@ def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> J
         "rows": rows,
         "finished_shards": sum(is_finished(config.out / f"{source.stem}.h5") for source in sources),
         "unfinished_shards": sum(part_of(config.out / f"{source.stem}.h5").exists() for source in sources),
-        "disk_bytes": rows * row_disk_bytes(tower.tokens, tower.width, config.thumbnails),
+        "disk_bytes": rows * disk_bytes(config.dtype, tower.tokens, tower.width, config.thumbnails),
         "free_bytes": shutil.disk_usage(folder).free,
     }
     shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]

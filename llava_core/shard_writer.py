@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,14 +26,15 @@ from llava_core.journal import RECORD, Journal, write_all, write_file
 from llava_core.lock import Lock
 from llava_core.shards import (
     COLUMNS,
-    FEATURE_TYPE,
     THUMBNAIL_BYTES,
+    Layout,
     Shard,
     ShardHeader,
     create_file,
     read_layout,
 )
 from llava_core.status import Status
+from llava_core.storage import Storage, checksum, pack
 
 
 @dataclasses.dataclass
@@ -108,7 +108,6 @@ class ShardWriter:
         self._records = np.zeros(self.layout.rows, RECORD)
         self._records["row"] = np.arange(self.layout.rows)
         self._records[self._journal.records["row"]] = self._journal.records
-        self.row_bytes = self.layout.tokens * self.layout.width * FEATURE_TYPE.itemsize
 
     @property
     def done(self) -> np.ndarray:
@@ -126,14 +125,9 @@ class ShardWriter:
         Raises OSError if the disk is full; what was written before stays.
         """
         records = np.zeros(len(outcomes), RECORD)
-        shape = (self.layout.tokens, self.layout.width)
-        base = self.layout.offsets["features"]
         for record, outcome in zip(records, outcomes, strict=True):
             if outcome.features is not None:
-                features = np.ascontiguousarray(outcome.features, FEATURE_TYPE)
-                assert features.shape == shape, (features.shape, shape)
-                write_all(self._descriptor, features, base + outcome.row * self.row_bytes)
-                record["crc32"] = zlib.crc32(features.data)
+                record["crc32"] = self._write_features(outcome.row, outcome.features)
                 if self.layout.thumbnails:
                     self._write_thumbnail(outcome)
             for name in ("row", "status", "http", "nbytes", "orig_hw"):
@@ -143,6 +137,14 @@ class ShardWriter:
         os.fdatasync(self._descriptor)
         self._journal.append(records)
         self._records[records["row"]] = records
+
+    def _write_features(self, row: int, features: np.ndarray) -> int:
+        """Returns their crc32."""
+        assert features.shape == (self.layout.tokens, self.layout.width), features.shape
+        arrays = pack(self.layout.storage, features)
+        for name, array in zip(self.layout.parts, arrays, strict=True):
+            write_all(self._descriptor, array, self.layout.offsets[name] + row * array.nbytes)
+        return checksum(arrays)
 
     def _write_thumbnail(self, outcome: RowRecord) -> None:
         slot = (outcome.thumbnail or b"").ljust(THUMBNAIL_BYTES, b"\0")
@@ -229,6 +231,17 @@ class ShardWriter:
                 got=header.source,
                 do=f"choose another --out, or delete {self.part.name}",
             )
+        require_storage(self.part, self.layout, header.storage)
+
+
+def require_storage(path: Path, layout: Layout, storage: Storage) -> None:
+    """Raise LlavaError unless the shard at `path` stores features in that way."""
+    if layout.storage != storage:
+        raise LlavaError(
+            f"{path} holds features as {layout.storage}",
+            expected=f"--dtype {storage}",
+            do=f"give --dtype {layout.storage}, choose another --out, or delete {path.name}",
+        )
 
 
 def fsync_folder(path: Path) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import uuid
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from llava_core.console import say
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, first_difference
 from llava_core.status import Status
+from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, dequantise, parts_of, row_bytes
 
 FORMAT, FORMAT_VERSION = "llava-features", 1
 ALIGNMENT = 4096
-FEATURE_TYPE = np.dtype("<f2")
 THUMBNAIL_BYTES = 4096
 """Of a row's slot in `thumbnails`: a JPEG, then zeros."""
 
@@ -58,6 +57,8 @@ class ShardHeader:
     captions: Sequence[str]
     urls: Sequence[str]
     ids: Sequence[str]
+    storage: Storage = "float16"
+    """How features lie in the file; who reads them gets fp16 either way."""
     thumbnails: bool = False
     """Whether there is space for a small JPEG of each row."""
 
@@ -72,18 +73,20 @@ class ShardHeader:
     @property
     def disk_bytes(self) -> int:
         """Of the file when it is full, its text and columns aside."""
-        return self.rows * row_disk_bytes(self.tokens, self.width, self.thumbnails)
+        return self.rows * disk_bytes(self.storage, self.tokens, self.width, self.thumbnails)
 
 
-def row_disk_bytes(tokens: int, width: int, thumbnails: bool = False) -> int:
+def disk_bytes(storage: Storage, tokens: int, width: int, thumbnails: bool) -> int:
     """What one row takes of the disk, its text and columns aside."""
-    return tokens * width * FEATURE_TYPE.itemsize + thumbnails * THUMBNAIL_BYTES
+    return row_bytes(storage, tokens, width) + thumbnails * THUMBNAIL_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """What the file says of itself, and the byte offset of each dataset in it."""
 
+    path: Path
+    """Where it was read, for errors."""
     rows: int
     tokens: int
     width: int
@@ -95,10 +98,44 @@ class Layout:
     fingerprint: str
     source: JsonDict
     uid: str
+    storage: Storage
 
     @property
     def thumbnails(self) -> bool:
         return "thumbnails" in self.offsets
+
+    @property
+    def parts(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Datasets that hold the features: number type, and shape of one row's share."""
+        return parts_of(self.storage, self.tokens, self.width)
+
+    def read_into(self, descriptor: int, row: int, out: np.ndarray) -> None:
+        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]."""
+        if self.storage == "float16":
+            self._read(descriptor, "features", row, out)
+        else:
+            quantised, scales = self.read_parts(descriptor, row)
+            dequantise(quantised, scales, out)
+
+    def read_parts(self, descriptor: int, row: int) -> tuple[np.ndarray, ...]:
+        """Features of `row` as they lie on disk: the row's share of each of `parts`."""
+        arrays = tuple(np.empty(shape, dtype) for dtype, shape in self.parts.values())
+        for name, array in zip(self.parts, arrays, strict=True):
+            self._read(descriptor, name, row, array)
+        return arrays
+
+    def read_thumbnail(self, descriptor: int, row: int) -> bytes | None:
+        """The JPEG of a row that is ok, None if there is none; of another row, anything."""
+        if not self.thumbnails:
+            return None
+        slot = np.empty(THUMBNAIL_BYTES, np.uint8)
+        self._read(descriptor, "thumbnails", row, slot)
+        return slot.tobytes().rstrip(b"\0") or None
+
+    def _read(self, descriptor: int, name: str, row: int, out: np.ndarray) -> None:
+        read = os.preadv(descriptor, [out.data.cast("B")], self.offsets[name] + row * out.nbytes)
+        if read != out.nbytes:
+            raise LlavaError(f"truncated shard {self.path}", expected=f"{out.nbytes} bytes", got=read)
 
 
 def create_file(path: Path, header: ShardHeader) -> None:
@@ -113,6 +150,7 @@ def create_file(path: Path, header: ShardHeader) -> None:
             fingerprint=header.fingerprint,
             source=json.dumps(header.source, sort_keys=True),
             uid=uuid.uuid4().hex,
+            storage=header.storage,
         )
         for name, texts in zip(TEXTS, (header.captions, header.urls, header.ids), strict=True):
             encoded = [text.encode("utf-8", "replace") for text in texts]
@@ -123,7 +161,8 @@ def create_file(path: Path, header: ShardHeader) -> None:
                 file[f"{name}_bytes"][:] = np.frombuffer(b"".join(encoded), np.uint8)
         for name, (kind, shape) in COLUMNS.items():
             _create(file, name, (header.rows, *shape), np.dtype(kind))
-        _create(file, "features", (header.rows, header.tokens, header.width), FEATURE_TYPE)
+        for name, (dtype, shape) in parts_of(header.storage, header.tokens, header.width).items():
+            _create(file, name, (header.rows, *shape), dtype)
         if header.thumbnails:
             _create(file, "thumbnails", (header.rows, THUMBNAIL_BYTES), np.dtype("|u1"))
 
@@ -174,9 +213,15 @@ def _layout(path: Path, file: Any) -> Layout:
     encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
     if fingerprint(encoder, preprocess) != attributes["fingerprint"]:
         raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=_AGAIN)
+    storage = attributes.get("storage", "float16")
+    if storage not in STORAGES:
+        raise LlavaError(
+            f"{path} stores features in another way", expected=" or ".join(STORAGES), got=storage
+        )
     rows, tokens, width = file["features"].shape
     wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in COLUMNS.items()}
-    wanted["features"] = (FEATURE_TYPE, (rows, tokens, width))
+    for name, (dtype, shape) in parts_of(storage, tokens, width).items():
+        wanted[name] = (dtype, (rows, *shape))
     if "thumbnails" in file:
         wanted["thumbnails"] = (np.dtype("|u1"), (rows, THUMBNAIL_BYTES))
     for name in TEXTS:
@@ -204,9 +249,8 @@ def _layout(path: Path, file: Any) -> Layout:
                 do=_AGAIN,
             )
     source, uid = json.loads(attributes["source"]), attributes["uid"]
-    return Layout(
-        rows, tokens, width, offsets, sizes, encoder, preprocess, attributes["fingerprint"], source, uid
-    )
+    mark = attributes["fingerprint"]
+    return Layout(path, rows, tokens, width, offsets, sizes, encoder, preprocess, mark, source, uid, storage)
 
 
 class Shard:
@@ -230,7 +274,6 @@ class Shard:
         self.rows, self.tokens, self.width = layout.rows, layout.tokens, layout.width
         self.encoder, self.preprocess, self.source = layout.encoder, layout.preprocess, layout.source
         self.fingerprint = layout.fingerprint
-        self.row_bytes = self.tokens * self.width * FEATURE_TYPE.itemsize
         self._open: tuple[int, int] | None = None
         for name, (kind, shape) in COLUMNS.items():
             setattr(self, name, self._array(name, kind).reshape(self.rows, *shape))
@@ -244,11 +287,7 @@ class Shard:
 
     def read_into(self, row: int, out: np.ndarray) -> None:
         """Features of `row` into `out`, a C-contiguous fp16 array [T, D]."""
-        view = out.data.cast("B")
-        offset = self.layout.offsets["features"] + row * self.row_bytes
-        read = os.preadv(self._descriptor(), [view], offset)
-        if read != self.row_bytes:
-            raise LlavaError(f"truncated shard {self.path}", expected=f"{self.row_bytes} bytes", got=read)
+        self.layout.read_into(self._descriptor(), row, out)
 
     def read(self, row: int) -> np.ndarray:
         """Features of `row`: fp16 [T, D]."""
@@ -262,14 +301,13 @@ class Shard:
 
     def checksum(self, row: int) -> int:
         """crc32 of the features of `row` as they lie on disk now."""
-        return zlib.crc32(self.read(row).data)
+        return checksum(self.layout.read_parts(self._descriptor(), row))
 
     def thumbnail(self, row: int) -> bytes | None:
         """A small JPEG of `row`; None if the shard keeps none or the row is not ok."""
-        if not self.layout.thumbnails or self.status[row] != Status.OK:
+        if self.status[row] != Status.OK:
             return None
-        offset = self.layout.offsets["thumbnails"] + row * THUMBNAIL_BYTES
-        return os.pread(self._descriptor(), THUMBNAIL_BYTES, offset).rstrip(b"\0") or None
+        return self.layout.read_thumbnail(self._descriptor(), row)
 
     def caption(self, row: int) -> str:
         return self._text("caption", row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from llava_core.fingerprint import JsonDict
 from llava_core.shard_writer import RowRecord, ShardWriter
 from llava_core.shards import ShardHeader
 from llava_core.status import Status
+from llava_core.storage import Storage
 
 TOKENS, WIDTH = 5, 12
 CAPTIONS = ("红色的圆形", "a blue square", "左上角有一个大的黄色三角形，右侧有一个小的绿色菱形。", "two dots")
@@ -55,11 +57,17 @@ def _digest(content: bytes) -> bytes:
 
 
 def write_shard(
-    path: Path, rows: int = 12, failed: Sequence[int] = (), seed: int = 0, **preprocess: object
+    path: Path,
+    rows: int = 12,
+    failed: Sequence[int] = (),
+    seed: int = 0,
+    storage: Storage = "float16",
+    **preprocess: object,
 ) -> Path:
     """A finished shard of so many rows, those in `failed` dead links; returns its path."""
     captions = [f"{CAPTIONS[i % len(CAPTIONS)]}{i}" for i in range(rows)]
-    with ShardWriter(path, header(captions, path.stem + ".parquet", **preprocess)) as writer:
+    made = dataclasses.replace(header(captions, path.stem + ".parquet", **preprocess), storage=storage)
+    with ShardWriter(path, made) as writer:
         writer.write(
             [
                 RowRecord(i, Status.HTTP_4XX, http=404) if i in failed else outcome(i, seed)

@@ -57,7 +57,7 @@ def put(path: Path, row: int, features: np.ndarray, with_checksum: bool = False)
     shard = Shard(path)
     with path.open("r+b") as file:
         data = np.ascontiguousarray(features, "<f2").tobytes()
-        os.pwrite(file.fileno(), data, shard.layout.offsets["features"] + row * shard.row_bytes)
+        os.pwrite(file.fileno(), data, shard.layout.offsets["features"] + row * len(data))
         if with_checksum:
             crc = zlib.crc32(data).to_bytes(4, "little")
             os.pwrite(file.fileno(), crc, shard.layout.offsets["crc32"] + 4 * row)

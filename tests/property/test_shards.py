@@ -16,6 +16,7 @@ from llava_core.journal import HEADER_BYTES, RECORD
 from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal_of
 from llava_core.shards import THUMBNAIL_BYTES, Shard
 from llava_core.status import Status
+from llava_core.storage import STORAGES, Storage, dequantise, quantise
 from tests.small_shards import TOKENS, WIDTH, features_of, header
 
 rows = st.builds(
@@ -38,15 +39,30 @@ def records_of(table: list[tuple]) -> list[RowRecord]:  # type: ignore[type-arg]
     ]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(rows, max_size=9), st.randoms(use_true_random=False), st.integers(1, 4), st.booleans())
-def test_round_trip(table: list[tuple], random, batch: int, thumbnails: bool) -> None:  # type: ignore[no-untyped-def,type-arg]
+def stored(storage: Storage, features: np.ndarray) -> np.ndarray:
+    """What is left of the features."""
+    if storage == "float16":
+        return features
+    out = np.empty_like(features)
+    dequantise(*quantise(features), out)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(rows, max_size=9),
+    st.randoms(use_true_random=False),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from(STORAGES),
+)
+def test_round_trip(table: list[tuple], random, batch: int, thumbnails: bool, storage: Storage) -> None:  # type: ignore[no-untyped-def,type-arg]
     records = records_of(table)
     shuffled = random.sample(records, len(records))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.h5"
         made = header([caption for caption, *_ in table])
-        made = dataclasses.replace(made, thumbnails=thumbnails)
+        made = dataclasses.replace(made, storage=storage, thumbnails=thumbnails)
         with ShardWriter(path, made) as writer:
             for start in range(0, len(shuffled), batch):
                 writer.write(shuffled[start : start + batch])
@@ -71,14 +87,17 @@ def test_round_trip(table: list[tuple], random, batch: int, thumbnails: bool) ->
             kept = thumbnails and record.status is Status.OK
             assert shard.thumbnail(i) == (record.thumbnail if kept else None)
             if record.features is not None:
-                assert np.array_equal(shard.read(i), record.features)
+                assert np.array_equal(shard.read(i), stored(storage, record.features))
                 assert shard.check(i)
         with h5py.File(path) as plain:  # any HDF5 reader finds the same
-            assert plain["features"].dtype == "<f2"
+            assert plain.attrs["storage"] == storage
             for record in records:
                 if record.features is not None:
-                    assert np.array_equal(plain["features"][record.row], record.features)
-                    assert plain["crc32"][record.row] == zlib.crc32(record.features.tobytes())
+                    found = plain["features"][record.row]
+                    scales = plain["scales"][record.row] if storage == "int8" else np.empty(0)
+                    assert plain["crc32"][record.row] == zlib.crc32(found.tobytes() + scales.tobytes())
+                    read = found * scales if storage == "int8" else found
+                    assert np.array_equal(read, stored(storage, record.features))
 
 
 @settings(max_examples=40, deadline=None)

@@ -35,6 +35,7 @@ def test_every_status_and_dataset_is_listed() -> None:
     for name in (
         *COLUMNS,
         "features",
+        "scales",
         "thumbnails",
         *(f"{text}_{part}" for text in TEXTS for part in ("bytes", "offsets")),
     ):

@@ -26,14 +26,14 @@ from llava_core.shard_writer import (
 )
 from llava_core.shards import FORMAT_VERSION, Shard, open_shards
 from llava_core.status import Status
-from tests.small_shards import features_of, header, outcome, write_shard
+from tests.small_shards import TOKENS, WIDTH, features_of, header, outcome, write_shard
 
 
 def test_features_are_contiguous_aligned_and_sparse_until_written(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "x.h5", header(["a"] * 5000)) as writer:
         assert writer.layout.offsets["features"] % 4096 == 0
         size, used = part_of(writer.path).stat().st_size, part_of(writer.path).stat().st_blocks * 512
-        assert size > writer.layout.offsets["features"] + 4999 * writer.row_bytes
+        assert size > writer.layout.offsets["features"] + 4999 * TOKENS * WIDTH * 2
         assert used < size / 2
     with h5py.File(part_of(tmp_path / "x.h5")) as file:
         plist = file["features"].id.get_create_plist()
@@ -127,6 +127,70 @@ def test_a_part_is_not_continued_with_another_encoder_or_file(tmp_path: Path) ->
         ShardWriter(path, header(["a", "b", "c"]))
 
 
+def test_a_part_goes_on_as_it_was_stored(tmp_path: Path) -> None:
+    path, made = tmp_path / "x.h5", header(["a", "b"])
+    with ShardWriter(path, dataclasses.replace(made, storage="int8")) as writer:
+        writer.write([outcome(0)])
+    with pytest.raises(LlavaError, match=r"x\.h5\.part holds features as int8; expected --dtype float16"):
+        ShardWriter(path, made)
+    with ShardWriter(path, dataclasses.replace(made, storage="int8")) as writer:
+        assert writer.done.tolist() == [True, False]
+        writer.write([RowRecord(1, Status.HTTP_4XX)])
+        writer.finish()
+    with ShardWriter(path, retry=[Status.HTTP_4XX]) as writer:
+        writer.write([outcome(1)])
+        writer.finish()
+    shard = Shard(path)
+    assert shard.layout.storage == "int8"
+    for row in range(2):
+        error = np.linalg.norm(shard.read(row).astype(float) - features_of(row))
+        assert 0 < error < 0.01 * np.linalg.norm(features_of(row).astype(float))
+        assert shard.check(row)
+
+
+def test_any_hdf5_reader_gets_the_features_of_int8(tmp_path: Path) -> None:
+    """As features/README.md says: the product of two datasets."""
+    path = write_shard(tmp_path / "x.h5", storage="int8")
+    with h5py.File(path) as shard:
+        features = shard["features"][3] * shard["scales"][3]
+    assert features.dtype == np.float16
+    assert np.array_equal(features, Shard(path).read(3))
+
+
+def test_damage_to_a_scale_is_seen_by_the_checksum(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5", storage="int8")
+    with path.open("r+b") as file:
+        file.seek(Shard(path).layout.offsets["scales"] + WIDTH * 2 * 4 + 7)
+        file.write(b"\xff")
+    assert [Shard(path).check(i) for i in range(6)] == [True, True, True, True, False, True]
+
+
+def test_shards_of_both_kinds_lie_side_by_side(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.h5")
+    write_shard(tmp_path / "b.h5", storage="int8")
+    full, small = open_shards(tmp_path)
+    assert full.fingerprint == small.fingerprint
+    assert full.read(3).dtype == small.read(3).dtype == np.float16
+    assert np.allclose(full.read(3), small.read(3), atol=0.02)
+    copy: Shard = pickle.loads(pickle.dumps(small))
+    assert np.array_equal(copy.read(3), small.read(3))
+
+
+def test_how_features_are_stored_is_read_strictly(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5")
+    with h5py.File(path, "r+") as file:
+        del file.attrs["storage"]  # as shards had it before int8
+    assert np.array_equal(Shard(path).read(0), features_of(0))
+    for storage, complaint in (
+        ("int8", r"expected int8 \(12, 5, 12\)"),
+        ("int4", "expected float16 or int8"),
+    ):
+        with h5py.File(path, "r+") as file:
+            file.attrs["storage"] = storage
+        with pytest.raises(LlavaError, match=complaint):
+            Shard(path)
+
+
 def test_a_full_disk_is_refused_before_it_is_full(tmp_path: Path) -> None:
     huge = header(["a"])
     object.__setattr__(huge, "width", 10**15)
@@ -165,7 +229,7 @@ def test_damage_is_seen_by_the_checksum(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "x.h5")
     offset = Shard(path).layout.offsets["features"]
     with path.open("r+b") as file:
-        file.seek(offset + Shard(path).row_bytes * 4 + 7)
+        file.seek(offset + TOKENS * WIDTH * 2 * 4 + 7)
         file.write(b"\xff")
     shard = Shard(path)
     assert [shard.check(i) for i in range(6)] == [True, True, True, True, False, True]
