@@ -10,6 +10,12 @@ from llava_core.cli import Options
 from llava_core.errors import LlavaError
 
 
+def require_count(sample: int) -> None:
+    """Raise LlavaError (wrong usage) for a negative --sample."""
+    if sample < 0:
+        raise LlavaError("--sample", expected="0 (every row) or more", got=sample, exit_code=2)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoding(Options):
     """Flags of every command that encodes images."""
@@ -94,21 +100,24 @@ class RetryConfig(Encoding):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Options):
-    """Check every checksum, and, with --vision, that the encoder still gives the same features."""
+    """Check every checksum, and, with --vision, that the encoder still gives the same features.
+
+    Names the rows that are damaged or hold the features of another row, and the shards of another encoder.
+    """
 
     out: Path
     """Folder of the feature shards, or one shard."""
     vision: Path | None = None
     """Folder of the vision encoder to compare with."""
     sample: int = 16
-    """Images to download and encode again for that."""
+    """Images to download and encode again for that; 0 takes every row."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to encode."""
     allow_private: bool = False
     """Let image addresses lead to this machine or a private network."""
 
     def __post_init__(self) -> None:
-        self.require_above_zero("sample")
+        require_count(self.sample)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,3 +126,10 @@ class InspectConfig(Options):
 
     out: Path
     """Folder of the feature shards, or one shard."""
+    html: Path | None = None
+    """Also write one page that shows all this and a sample of the rows; it needs nothing but a browser."""
+    sample: int = 60
+    """Rows on that page; 0 takes every row."""
+
+    def __post_init__(self) -> None:
+        require_count(self.sample)

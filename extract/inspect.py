@@ -1,65 +1,73 @@
-"""`extract inspect`: what shards hold."""
+"""`extract inspect`: what shards hold, in the terminal and, with --html, as a page."""
 
 from __future__ import annotations
 
-import collections
-
-import numpy as np
-
 from extract.config import InspectConfig
-from extract.summary import outcome_table, summarise
-from llava_core.console import human_bytes, table
+from extract.contents import Contents, look_into, stored_as
+from extract.histogram import Histogram, bar
+from extract.page import write_page
+from extract.summary import outcome_table
+from llava_core.console import human_bytes, say, table
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import open_shards
-from llava_core.status import Status
 
-SAMPLE = 256
-"""Rows whose norms are looked at."""
+BINS, BAR = 10, 32
+"""Of a histogram in the terminal: bins, and columns of the longest bar."""
+HOSTS = 8
+"""Hosts that are shown."""
 
 
 def run(config: InspectConfig) -> JsonDict:
-    shards = open_shards(config.out)
-    first = shards[0]
-    figures = summarise(shards)
-    ok = [(shard, row) for shard in shards for row in np.flatnonzero(shard.status == Status.OK).tolist()]
-    lengths = [len(shard.caption(row)) for shard, row in ok] or [0]
-    step = max(1, len(ok) // SAMPLE)
-    norms = [np.linalg.norm(s.read(row).astype(np.float32), axis=-1) for s, row in ok[::step]]
-    means = np.concatenate(norms) if norms else np.zeros(1)
-    figures["caption_characters"] = {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 95, 100)}
-    figures["token_norms"] = {f"p{q}": round(float(np.percentile(means, q)), 3) for q in (0, 50, 95, 100)}
-    figures["fingerprint"] = first.fingerprint
-    figures["storage"] = dict(collections.Counter(shard.layout.storage for shard in shards))
-    stored = sum(shard.rows * shard.layout.row_bytes for shard in shards)
-    print(outcome_table(figures))
-    print()
-    rows: list[tuple[str, object]] = [
-        ("shards", len(shards)),
-        ("features", f"[{first.tokens}, {first.width}] an image, {human_bytes(stored)}"),
-        ("stored as", _shares(figures["storage"])),
-        (
-            "encoder",
-            f"{first.encoder.get('model_id')}, layer {first.encoder.get('layer') or 'after the final norm'}",
-        ),
-        ("fingerprint", first.fingerprint[:12]),
-        ("images", human_bytes(figures["image_bytes"])),
-        ("caption characters", _quantiles(figures["caption_characters"])),
-        (f"token norms ({len(norms)} rows)", _quantiles(figures["token_norms"])),
-        (
-            "failing hosts",
-            ", ".join(f"{host} ({n})" for host, n in figures["failed_hosts"].items()) or "none",
-        ),
-    ]
-    print(table(rows))
-    return figures
+    """Print the outcomes, hosts and distributions; returns them as figures."""
+    contents = look_into(open_shards(config.out))
+    parts = [outcome_table(contents.figures), _totals(contents), *_histograms(contents)]
+    if contents.hosts:
+        parts.insert(1, _hosts(contents))
+    print("\n\n".join(parts))
+    if config.html is not None:
+        write_page(config.html, contents, config.sample)
+        say(f"page written: {config.html}")
+        contents.figures["html"] = str(config.html)
+    return contents.figures
 
 
-def _shares(counts: JsonDict) -> str:
-    """int8, or where there are several: int8 (3 of 4 shards), float16 (1 of 4 shards)."""
-    if len(counts) == 1:
-        return str(next(iter(counts)))
-    return ", ".join(f"{name} ({n} of {sum(counts.values())} shards)" for name, n in counts.items())
+def _hosts(contents: Contents) -> str:
+    rows: list[tuple[str, ...]] = []
+    for host, found in list(contents.hosts.items())[:HOSTS]:
+        rows.append((host, f"{found.failed:,}", f"{found.rows:,}"))
+        rows += [(f"  {label}", f"{n:,}") for label, n in found.by_status.items()]
+    if (more := len(contents.hosts) - HOSTS) > 0:
+        rows.append((f"and {more:,} more hosts",))
+    return table(rows, ("host", "failed", "rows"))
+
+
+def _totals(contents: Contents) -> str:
+    figures, encoder = contents.figures, contents.figures["encoder"]
+    stored = human_bytes(figures["feature_bytes"])
+    return table(
+        [
+            ("shards", figures["shards"]),
+            ("features", f"[{figures['tokens']}, {figures['width']}] an image, {stored}"),
+            ("stored as", stored_as(figures["storage"])),
+            ("encoder", f"{encoder.get('model_id')}, layer {encoder.get('layer') or 'after the final norm'}"),
+            ("fingerprint", figures["fingerprint"][:12]),
+            ("images", human_bytes(figures["image_bytes"])),
+            ("caption characters", _quantiles(figures["caption_characters"])),
+            (f"token norms ({contents.norm_rows} rows)", _quantiles(figures["token_norms"])),
+        ]
+    )
 
 
 def _quantiles(values: JsonDict) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _histograms(contents: Contents) -> list[str]:
+    shapes = contents.histograms(BINS)
+    return [_bars(name, shape) for name, shape in shapes.items() if shape is not None]
+
+
+def _bars(name: str, shape: Histogram) -> str:
+    lines = table([(name, ""), *zip(shape.labels, (f"{n:,}" for n in shape.counts), strict=True)]).split("\n")
+    bars = [bar(n / max(shape.counts), BAR) for n in shape.counts]
+    return "\n".join([lines[0], *(f"{line}  {b}".rstrip() for line, b in zip(lines[1:], bars, strict=True))])

@@ -23,14 +23,11 @@ BY_CODE = (Status.HTTP_4XX, Status.HTTP_5XX)
 
 
 def summarise(shards: Sequence[Shard]) -> JsonDict:
-    """rows, ok, failed, by_status {label: rows}, by_http {code: rows that failed for it},
-    failed_hosts {host: rows}, image_bytes.
-    """
+    """rows, ok, failed, by_status {label: rows}, by_http {label: {code: rows}} of failures that have a code,
+    failed_hosts {host: rows}, image_bytes."""
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
-    codes: collections.Counter[int] = collections.Counter()
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:
-        codes.update(shard.http[np.isin(shard.status, BY_CODE)].tolist())
         failed = (shard.status != Status.OK) & (shard.status != Status.BAD_CAPTION)
         hosts.update(host_of(shard.url(row)) for row in np.flatnonzero(failed).tolist())
     rows = sum(counts.values())
@@ -39,7 +36,7 @@ def summarise(shards: Sequence[Shard]) -> JsonDict:
         "ok": counts[Status.OK],
         "failed": rows - counts[Status.OK],
         "by_status": {Status(code).label: n for code, n in counts.most_common()},
-        "by_http": {str(code): n for code, n in codes.most_common()},
+        "by_http": {status.label: codes for status in BY_CODE if (codes := _codes(shards, status))},
         "failed_hosts": dict(hosts.most_common(TOP_HOSTS)),
         "image_bytes": sum(int(shard.nbytes.sum(dtype=np.int64)) for shard in shards),
     }
@@ -47,13 +44,19 @@ def summarise(shards: Sequence[Shard]) -> JsonDict:
 
 def outcome_table(figures: JsonDict) -> str:
     """Rows by outcome, those with an HTTP code by code below it."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for label, n in figures["by_status"].items():
-        rows.append((label, n))
-        codes = [(code, of) for code, of in figures["by_http"].items() if label == f"http {code[0]}xx"]
-        rows += [(f"  {code}", of) for code, of in codes]
-    shown = [(name, f"{n:,}", f"{n / figures['rows']:.2%}") for name, n in rows]
-    return table(shown, ("outcome", "rows", "share"))
+        rows.append((label, f"{n:,}", f"{n / figures['rows']:.2%}"))
+        rows += [(f"  {code}", f"{of:,}") for code, of in figures["by_http"].get(label, {}).items()]
+    return table(rows, ("outcome", "rows", "share"))
+
+
+def _codes(shards: Sequence[Shard], status: Status) -> dict[str, int]:
+    """Rows of that outcome by HTTP status code, the most frequent first."""
+    codes = collections.Counter(
+        code for shard in shards for code in shard.http[shard.status == status].tolist()
+    )
+    return {str(code): n for code, n in codes.most_common()}
 
 
 def host_of(url: str) -> str:

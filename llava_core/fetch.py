@@ -10,7 +10,7 @@ import email.utils
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -211,14 +211,21 @@ class Fetcher:
             self._memory.release(len(body))
 
 
-def fetch_all(urls: Sequence[str], limits: FetchLimits) -> list[Fetched]:
-    """Downloads outside any event loop, in the order of `urls`."""
+def fetch_all(
+    urls: Sequence[str], limits: FetchLimits, done: Callable[[], object] = lambda: None
+) -> list[Fetched]:
+    """Downloads outside any event loop, in the order of `urls`; `done` is called after each."""
 
-    async def fetch() -> list[Fetched]:
+    async def fetch(fetcher: Fetcher, url: str) -> Fetched:
+        fetched = await fetcher.fetch(url)
+        done()
+        return fetched
+
+    async def fetch_them() -> list[Fetched]:
         async with Fetcher(limits) as fetcher:
-            return await asyncio.gather(*(fetcher.fetch(url) for url in urls))
+            return await asyncio.gather(*(fetch(fetcher, url) for url in urls))
 
-    return asyncio.run(fetch())
+    return asyncio.run(fetch_them())
 
 
 def refuses_use(tags: Sequence[str]) -> bool:

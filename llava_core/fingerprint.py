@@ -25,12 +25,18 @@ def fingerprint(encoder: JsonDict, preprocess: JsonDict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def differences(ours: JsonDict, theirs: JsonDict) -> list[str]:
+    """Each fingerprinted key whose values differ, as 'size: 224 vs 336'."""
+    return [
+        f"{key}: {_short(ours.get(key))} vs {_short(theirs.get(key))}"
+        for key in ENCODER_KEYS + PREPROCESS_KEYS
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
 def first_difference(ours: JsonDict, theirs: JsonDict) -> str | None:
-    """The first fingerprinted key whose values differ, as 'size: 224 vs 336'."""
-    for key in ENCODER_KEYS + PREPROCESS_KEYS:
-        if ours.get(key) != theirs.get(key):
-            return f"{key}: {_short(ours.get(key))} vs {_short(theirs.get(key))}"
-    return None
+    """The first of `differences`."""
+    return next(iter(differences(ours, theirs)), None)
 
 
 def sha256_files(paths: Sequence[Path]) -> str:

@@ -366,6 +366,13 @@ def open_shards(path: Path) -> list[Shard]:
 
     Raises LlavaError if there are none, one is damaged, or two come from different encoders.
     """
+    shards = find_shards(path)
+    require_same_fingerprint(shards)
+    return shards
+
+
+def find_shards(path: Path) -> list[Shard]:
+    """As `open_shards`, of whatever encoders. Raises LlavaError if there are none, or one is damaged."""
     if not path.exists():
         raise LlavaError(f"no feature folder {path}", do="make it with `extract run --out`")
     paths = [path] if path.is_file() else sorted(path.glob("*.h5"))
@@ -381,7 +388,6 @@ def open_shards(path: Path) -> list[Shard]:
     shards = [Shard(p) for p in paths]
     if path.is_dir() and (left := len({p.with_suffix("") for p in path.glob("*.h5.part")} - set(paths))):
         say(f"{left} unfinished shards in {path} are left out")
-    require_same_fingerprint(shards)
     return shards
 
 

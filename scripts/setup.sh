@@ -47,7 +47,10 @@ chinese_fonts() {
     find -L /usr/share/fonts ~/.fonts ~/.local/share/fonts ~/Library/Fonts \
         -iname '*wqy*' -o -iname '*cjk*' -o -iname '*sourcehansans*' -o -iname '*pingfang*' 2>/dev/null || true
 }
-if [ "$extras" = plots ] && [ -z "$(chinese_fonts)" ]; then
+if [ -z "$(chinese_fonts)" ]; then
     debian fonts-wqy-microhei || echo "no Chinese font: the demo's contact sheet will go without words" >&2
+fi
+if [ "$extras" = dev ] && ! command -v chromium google-chrome >/dev/null; then
+    debian --no-install-recommends chromium || echo "no Chromium: tests of pages in a browser are skipped" >&2
 fi
 echo "$wanted" >"$installed"

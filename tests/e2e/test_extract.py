@@ -86,11 +86,11 @@ def test_retry_failed_takes_the_chosen_classes_only(vision: Path, tmp_path: Path
         flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--retries", 0, "--json")
         ended = run("extract", "run", "--data", tmp_path / "data", *flags, code=3)
         assert ended.summary["by_status"] == {"http 5xx": 2, "http 4xx": 2}
-        assert ended.summary["by_http"] == {"503": 2, "404": 1, "403": 1}
+        assert ended.summary["by_http"] == {"http 4xx": {"404": 1, "403": 1}, "http 5xx": {"503": 2}}
         assert "  404" in ended.out
         healed = True
         ended = run("extract", "retry-failed", "--status", "http-404", "http-500", *flags, code=3)
-        assert ended.summary["by_http"] == {"503": 2, "404": 1, "403": 1}
+        assert ended.summary["by_http"] == {"http 4xx": {"404": 1, "403": 1}, "http 5xx": {"503": 2}}
         ended = run("extract", "retry-failed", "--status", "http-5xx", *flags, code=3)
         assert ended.summary["by_status"] == {"ok": 2, "http 4xx": 2}
         line = run("extract", "retry-failed", "--status", "sunny", *flags, code=2).one_line()

@@ -1,0 +1,224 @@
+"""The page of `extract inspect --html`: one file that asks nothing of any other.
+
+Captions, ids and addresses come from strangers. All of them are escaped, of an address only the host is
+shown, and the page's own policy lets nothing be fetched and nothing run but the script whose hash it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import string
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from extract.charts import bars, outline, share_bar
+from extract.contents import Contents, spread, stored_as
+from extract.histogram import Histogram
+from extract.summary import host_of
+from llava_core import __version__
+from llava_core.console import human_bytes
+from llava_core.fingerprint import JsonDict
+from llava_core.shards import Shard
+from llava_core.status import Status
+
+BINS = 24
+HOSTS, SOURCES = 15, 15
+"""Hosts, and source files, that are shown."""
+
+
+def write_page(path: Path, contents: Contents, sample: int) -> None:
+    """Write the page with a gallery of `sample` rows, 0 for all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(_page(contents, sample), encoding="utf-8")
+    partial.replace(path)
+
+
+def choose(shards: Sequence[Shard], sample: int) -> list[tuple[Shard, int]]:
+    """Rows in their order, evenly spread; up to a quarter of them failed, with every outcome among them."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for k, shard in enumerate(shards):
+        for row, status in enumerate(shard.status.tolist()):
+            groups.setdefault(status, []).append((k, row))
+    ok = groups.pop(Status.OK, [])
+    mixed = itertools.zip_longest(*(spread(group, sample) for group in groups.values()))
+    failed = [place for places in mixed for place in places if place]
+    if sample:
+        failed = failed[: max(sample // 4, sample - len(ok))]
+        ok = spread(ok, sample - len(failed)) if len(failed) < sample else []
+    return [(shards[k], row) for k, row in sorted(ok + failed)]
+
+
+def _page(contents: Contents, sample: int) -> str:
+    chosen = choose(contents.shards, sample)
+    style, script = _part("page.css"), _part("page.js")
+    shapes = contents.histograms(BINS)
+    return string.Template(_part("page.html")).substitute(
+        title=escape(contents.shards[0].path.resolve().parent.name),
+        subtitle=f"Features by {escape(str(contents.figures['encoder'].get('model_id')))}",
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        totals=_totals(contents.figures),
+        outcomes=share_bar(contents.figures["by_status"]) + _outcomes(contents),
+        hosts=_hosts(contents),
+        histograms="".join(_chart(name, shape, contents) for name, shape in shapes.items() if shape),
+        sampled=_sampled(contents, chosen),
+        choices="".join(f"<option>{label}</option>" for label in _labels(chosen)),
+        gallery="".join(_tile(shard, row) for shard, row in chosen),
+        facts=_facts(contents),
+        version=__version__,
+    )
+
+
+def _part(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _bytes(n: int) -> str:
+    number, unit = human_bytes(n).split()
+    return f"{number} <small>{unit}</small>"
+
+
+def _totals(figures: JsonDict) -> str:
+    numbers = {
+        "rows": f"{figures['rows']:,}",
+        "hold features": f"{figures['ok'] / figures['rows']:.2%}",
+        "failed": f"{figures['failed']:,}",
+        "shards": f"{figures['shards']:,}",
+        "of features": _bytes(figures["feature_bytes"]),
+        "of images": _bytes(figures["image_bytes"]),
+    }
+    return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
+
+
+def _outcomes(contents: Contents) -> str:
+    rows = contents.figures["rows"]
+    return _table(
+        ("outcome", "rows", "share"),
+        (
+            [
+                (label, f"{n:,}", f"{n / rows:.2%}"),
+                *((code, f"{k:,}", "") for code, k in contents.figures["by_http"].get(label, {}).items()),
+            ]
+            for label, n in contents.figures["by_status"].items()
+        ),
+    )
+
+
+def _hosts(contents: Contents) -> str:
+    if not contents.hosts:
+        return '<p class="note">None.</p>'
+    shown = list(contents.hosts.items())[:HOSTS]
+    more = len(contents.hosts) - len(shown)
+    return _table(
+        ("host", "failed", "of rows"),
+        (
+            [
+                (host, f"{found.failed:,}", f"{found.rows:,}"),
+                *((label, f"{n:,}", "") for label, n in found.by_status.items()),
+            ]
+            for host, found in shown
+        ),
+    ) + (f'<p class="note">and {more:,} more hosts</p>' if more else "")
+
+
+def _table(head: Sequence[str], groups: Iterable[Sequence[Sequence[str]]]) -> str:
+    """Groups of rows; all but the first of a group belong under it."""
+    bodies = []
+    for group in groups:
+        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in group)
+        first, *under = rows
+        bodies.append(
+            f"<tbody><tr>{first}</tr>{''.join(f'<tr class=under>{row}</tr>' for row in under)}</tbody>"
+        )
+    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
+    return f"<table><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table>"
+
+
+def _chart(name: str, shape: Histogram, contents: Contents) -> str:
+    found = contents.figures[name.replace(" ", "_")]
+    of = f"{len(contents.lengths):,} captions" if shape.whole else f"{contents.norm_rows:,} rows"
+    words = (
+        f"<b>{name.capitalize()}</b> of {of}: median {found['p50']:,}, 95 % up to {found['p95']:,}, "
+        f"from {found['p0']:,} to {found['p100']:,}"
+    )
+    return f"<figure>{bars(name, shape)}<figcaption>{words}</figcaption></figure>"
+
+
+def _sampled(contents: Contents, chosen: Sequence[tuple[Shard, int]]) -> str:
+    rows, failed = contents.figures["rows"], sum(shard.status[row] != Status.OK for shard, row in chosen)
+    text = f"All {rows:,} rows"
+    if len(chosen) < rows:
+        text = f"{len(chosen):,} of {rows:,} rows, evenly spread"
+        text += f"; {failed:,} of them failed, more than their share" if failed else ""
+    if not any(shard.layout.thumbnails for shard in contents.shards):
+        text += ". These shards keep no pictures: <code>extract run --thumbnails</code> makes some that do"
+    return text + "."
+
+
+def _labels(chosen: Sequence[tuple[Shard, int]]) -> list[str]:
+    return [Status(code).label for code in sorted({int(shard.status[row]) for shard, row in chosen})]
+
+
+def _tile(shard: Shard, row: int) -> str:
+    status = Status(int(shard.status[row]))
+    failed = status is not Status.OK
+    (height, width), ident, caption = shard.orig_hw[row].tolist(), shard.id(row), shard.caption(row)
+    where = [
+        escape(f"id {host_of(ident) if '://' in ident else ident}"),
+        escape(host_of(shard.url(row))),
+        f"{width}&nbsp;×&nbsp;{height}" if width else "",
+        f"HTTP&nbsp;{shard.http[row]}" if failed and shard.http[row] else "",
+    ]
+    spans = " ".join(f"<span>{text}</span>" for text in where if text)
+    if failed:
+        picture = escape(status.label)
+    elif jpeg := shard.thumbnail(row):
+        picture = f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" alt="">'
+    else:
+        picture = outline(width, height)
+    return (
+        f'<li data-outcome="{status.label}"{" class=failed" if failed else ""}><figure>'
+        f'<div class="picture">{picture}</div><figcaption>'
+        f'<p class="caption" dir="auto" tabindex="0">{escape(caption) or "<i>no caption</i>"}</p>'
+        f'<p class="where">{spans}</p></figcaption></figure></li>'
+    )
+
+
+def _facts(contents: Contents) -> str:
+    figures, sources = contents.figures, contents.figures["sources"]
+    files = {
+        str(source.get("name")): f"{source.get('rows', 0):,} rows, sha256 {str(source.get('sha256'))[:12]}…"
+        for source in sources[:SOURCES]
+    }
+    if more := len(sources) - len(files):
+        files["…"] = f"and {more:,} more"
+    parts = {
+        "Encoder": {
+            **figures["encoder"],
+            "fingerprint": figures["fingerprint"],
+            "stored_as": stored_as(figures["storage"]),
+        },
+        "Preprocessing": figures["preprocess"],
+        "Source files": files,
+    }
+    return "".join(f"<div><h3>{name}</h3>{_list(facts)}</div>" for name, facts in parts.items())
+
+
+def _list(facts: JsonDict) -> str:
+    items = []
+    for name, value in facts.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if name == "layer" and value is None:
+            text = "all tokens after the final norm"
+        items.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>")
+    return f'<dl class="facts">{"".join(items)}</dl>'
