@@ -20,7 +20,7 @@ def run(config: InspectConfig) -> JsonDict:
     first = shards[0]
     figures = summarise(shards)
     ok = [(shard, row) for shard in shards for row in np.flatnonzero(shard.status == Status.OK).tolist()]
-    lengths = [len(shard.caption(row)) for shard, row in ok] or [0]
+    lengths = [sum(len(answer) for _, answer in shard.turns(row)) for shard, row in ok] or [0]
     step = max(1, len(ok) // SAMPLE)
     norms = [np.linalg.norm(s.read(row).astype(np.float32), axis=-1) for s, row in ok[::step]]
     means = np.concatenate(norms) if norms else np.zeros(1)

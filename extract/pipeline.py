@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from extract.config import Encoding
+from extract.sources.base import Images
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
@@ -43,8 +44,14 @@ WRITE_SECONDS = 5.0
 class Filling:
     """A shard on its way: its writer, what is still to be done, what waits to be written."""
 
-    def __init__(self, writer: ShardWriter, urls: Sequence[str], captions: Sequence[str | None]) -> None:
-        self.writer, self.urls, self.captions = writer, urls, captions
+    def __init__(
+        self,
+        writer: ShardWriter,
+        urls: Sequence[str],
+        captions: Sequence[str | None],
+        images: Images | None = None,
+    ) -> None:
+        self.writer, self.urls, self.captions, self.images = writer, urls, captions, images
         self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
         self.missing = len(self.pending)
         self.waiting: list[RowRecord] = []
@@ -172,12 +179,19 @@ class Pipeline:
             if filling.captions[row] is None:
                 await self.outcomes.put((filling, RowRecord(row, Status.BAD_CAPTION)))
                 continue
-            fetched = await fetcher.fetch(filling.urls[row])
+            fetched = await self._load(filling, row) or await fetcher.fetch(filling.urls[row])
             picture, record = await loop.run_in_executor(self.decoders, self._decode, filling, row, fetched)
             if picture is None:
                 await self.outcomes.put((filling, record))
             else:
                 await self.pictures.put(picture)
+
+    async def _load(self, filling: Filling, row: int) -> Fetched | None:
+        """An image that needs no network; None for one at an address."""
+        if filling.images is None:
+            return None
+        loop, limit = asyncio.get_running_loop(), self.config.max_bytes
+        return await loop.run_in_executor(self.decoders, filling.images.load, row, limit)
 
     def _decode(self, filling: Filling, row: int, fetched: Fetched) -> tuple[Picture | None, RowRecord]:
         record = RowRecord(row, fetched.status, None, fetched.http, fetched.attempts, len(fetched.body))

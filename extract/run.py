@@ -10,7 +10,8 @@ from pathlib import Path
 
 from extract.config import Encoding, RetryConfig, RunConfig
 from extract.pipeline import Filling, Pipeline
-from extract.source import Source, find_sources
+from extract.sources.base import Source
+from extract.sources.find import find_sources, sources_of
 from extract.summary import outcome_table, summarise, write_statistics
 from llava_core.console import human_bytes, progress, say, table
 from llava_core.device import pick_device
@@ -26,15 +27,16 @@ TOO_MANY_FAILED = 3
 
 
 def run(config: RunConfig) -> JsonDict:
-    """Fill a shard for every parquet file that has none; returns the figures of the summary."""
-    sources = find_sources(config.data, config.limit)
-    tower = _tower(config)
+    """Fill a shard for every source that has none; returns the figures of the summary."""
+    sources = find_sources(config.data, config.images, config.limit)
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
+    _require_other_names(paths)
+    tower = _tower(config)
     if config.dry_run:
         return _plan(config, sources, tower)
     todo = [source for source in sources if not _is_done(paths[source], source, tower)]
     say(
-        f"{sum(source.rows for source in sources):,} rows in {len(sources)} files; "
+        f"{sum(source.rows for source in sources):,} rows in {len(sources)} sources; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
     opened = [functools.partial(_open, paths[source], source, tower) for source in todo]
@@ -55,9 +57,21 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     counts = {shard.path: sum(int((shard.status == status).sum()) for status in chosen) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{sum(counts.values()):,} failed rows in {len(todo)} of {len(shards)} shards to try again")
-    opened = [functools.partial(_reopen, shard, chosen) for shard in todo]
+    sources = sources_of(todo, config.data, config.images)
+    opened = [
+        functools.partial(_reopen, shard, chosen, source) for shard, source in zip(todo, sources, strict=True)
+    ]
     seconds = _fill(config, tower, opened, rows=sum(shard.rows for shard in todo))
     return _conclude(config, [shard.path for shard in shards], seconds)
+
+
+def _require_other_names(paths: dict[Source, Path]) -> None:
+    """Raise LlavaError if the statistics of a shard would overwrite what it is made from."""
+    for source, path in paths.items():
+        if source.path.resolve() == path.with_suffix(".json").resolve():
+            raise LlavaError(
+                f"the statistics beside {path} would overwrite {source.path}", do="choose another --out"
+            )
 
 
 def _tower(config: Encoding) -> VisionTower:
@@ -105,18 +119,21 @@ def _open(path: Path, source: Source, tower: VisionTower) -> Filling:
         source=source.identity(),
         tokens=tower.tokens,
         width=tower.width,
-        captions=[caption or "" for caption in rows.captions],
-        urls=rows.urls,
+        captions=[text or "" for text in rows.texts],
+        urls=rows.places,
         ids=rows.ids,
+        conversations=rows.conversations,
+        local=rows.images is not None,
     )
-    return Filling(ShardWriter(path, header), rows.urls, rows.captions)
+    return Filling(ShardWriter(path, header), rows.places, rows.texts, rows.images)
 
 
-def _reopen(shard: Shard, chosen: Sequence[Status]) -> Filling:
+def _reopen(shard: Shard, chosen: Sequence[Status], source: Source | None) -> Filling:
+    images = source.read().images if source else None
     writer = ShardWriter(shard.path, retry=chosen)
     urls = [shard.url(row) for row in range(shard.rows)]
     captions = [shard.caption(row) or None for row in range(shard.rows)]
-    return Filling(writer, urls, captions)
+    return Filling(writer, urls, captions, images)
 
 
 def _fill(config: Encoding, tower: VisionTower, shards: Sequence[Callable[[], Filling]], rows: int) -> float:
@@ -154,7 +171,7 @@ def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> J
     rows = sum(source.rows for source in sources)
     folder = next(path for path in (config.out, *config.out.resolve().parents) if path.exists())
     figures = {
-        "files": len(sources),
+        "sources": len(sources),
         "rows": rows,
         "finished_shards": sum(is_finished(config.out / f"{source.stem}.h5") for source in sources),
         "unfinished_shards": sum(part_of(config.out / f"{source.stem}.h5").exists() for source in sources),

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from extract.again import images_again
 from extract.config import VerifyConfig
 from llava_core.console import progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.fetch import FetchLimits, fetch_all
+from llava_core.fetch import FetchLimits
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
@@ -44,7 +45,7 @@ def _checksums(shards: Sequence[Shard]) -> int:
     with progress(len(rows), "rows", desc="checksums") as bar:
         damaged = []
         for shard, row in rows:
-            shard.caption(row), shard.url(row)  # raise if they are no text any more
+            shard.turns(row), shard.url(row)  # raise if they are no text any more
             if not shard.check(row):
                 damaged.append(f"{shard.path}:{row}")
             bar.update()
@@ -59,8 +60,12 @@ def _checksums(shards: Sequence[Shard]) -> int:
 
 def _encode_again(config: VerifyConfig, shards: Sequence[Shard]) -> JsonDict:
     assert config.vision is not None
-    rows = _ok_rows(shards)
-    chosen = random.Random(0).sample(rows, min(config.sample, len(rows)))
+    known = [shard for shard in shards if config.data is not None or not shard.local]
+    if left := len(shards) - len(known):
+        say(f"{left} shards of local images are not encoded again; give --data as to `extract run`")
+    rows = _ok_rows(known)
+    picked = sorted(random.Random(0).sample(range(len(rows)), min(config.sample, len(rows))))
+    chosen = [rows[k] for k in picked]  # in order: images in a parquet file are read from first to last
     layer, decode = shards[0].encoder.get("layer"), shards[0].preprocess.get("decode", "draft")
     tower = open_vision_tower(config.vision, pick_device(config.device), layer=layer, decode=decode)
     if tower.fingerprint != shards[0].fingerprint:
@@ -70,7 +75,7 @@ def _encode_again(config: VerifyConfig, shards: Sequence[Shard]) -> JsonDict:
             got=first_difference({**shards[0].encoder, **shards[0].preprocess}, ours),
         )
     limits = FetchLimits(allow_private=config.allow_private)
-    fetched = fetch_all([shard.url(row) for shard, row in chosen], limits)
+    fetched = images_again(chosen, config.data, config.images, limits)
     distances = []
     for (shard, row), answer in zip(chosen, fetched, strict=True):
         # A picture that is gone or has changed since says nothing about the encoder.
