@@ -58,10 +58,11 @@ def read_image(folder: Path, place: str, max_bytes: int) -> Fetched:
     except OSError as error:
         return _failed(Status.UNREADABLE_FILE, first_line(error))
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             return _failed(Status.NO_FILE, "not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
-            return loaded(file.read(max_bytes + 1), max_bytes)
+            return loaded(file.read(min(found.st_size, max_bytes) + 1), max_bytes)
     except OSError as error:
         return _failed(Status.UNREADABLE_FILE, first_line(error))
     finally:

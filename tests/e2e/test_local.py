@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
-from extract.config import RetryConfig, RunConfig
+from extract.config import RetryConfig, RunConfig, VerifyConfig
 from extract.run import retry_failed
 from extract.run import run as extract_run
+from extract.verify import run as verify
 from llava_core.conversation import INSTRUCTIONS, Conversation
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
@@ -80,7 +82,9 @@ def test_four_forms_give_the_same_features(vision: Path, tmp_path: Path) -> None
             assert file.attrs["text"] == ("conversation" if form == "json" else "caption")
 
 
-def test_rows_in_files_that_fail_are_tried_again_with_their_data(vision: Path, tmp_path: Path) -> None:
+def test_rows_in_files_that_fail_are_tried_again_with_their_data(
+    vision: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     names = [*NAMES, "missing.jpg", "text.jpg", "cut.jpg", "../outside.jpg"]
     write_pictures(tmp_path / "images", NAMES)
     write_pictures(tmp_path, ["outside.jpg"])
@@ -108,11 +112,12 @@ def test_rows_in_files_that_fail_are_tried_again_with_their_data(vision: Path, t
         assert Shard(path).status[3] == Status.OK
         assert Shard(path).turns(3) == (("q", "answer of missing.jpg"),)
 
-        checked = run("extract", "verify", *flags[:4], "--json")
-        assert "1 shards of local images are not encoded again; give --data" in checked.err
-        assert (checked.summary["checked"], checked.summary["encoded_again"]) == (5, 0)
-        checked = run("extract", "verify", *flags, *local, "--json")
-        assert checked.summary["encoded_again"] == 5
+        config = VerifyConfig(out=tmp_path / "out", vision=vision, allow_private=True)
+        figures = verify(config)
+        assert "1 shards of local images are not encoded again; give --data" in capfd.readouterr().err
+        assert (figures["checked"], figures["encoded_again"]) == (5, 0)
+        known = dataclasses.replace(config, data=str(data), images=tmp_path / "images")
+        assert verify(known)["encoded_again"] == 5
 
     write_json(data, rows[:3])
     changed = RetryConfig(out=tmp_path / "out", vision=vision, data=str(data), images=tmp_path / "images")
@@ -130,9 +135,8 @@ def test_bytes_in_parquet_are_tried_again_and_verified(vision: Path, tmp_path: P
     assert shard.status.tolist() == [1, 1, 1, 1, 20, 1, 1, 1]
     figures = retry_failed(RetryConfig(out=tmp_path / "out", vision=vision, data=str(data)))
     assert figures["by_status"] == {"ok": 7, "not an image": 1}
-    flags = ("--out", tmp_path / "out", "--vision", vision, "--data", data)
-    checked = run("extract", "verify", *flags, "--json")
-    assert checked.summary["encoded_again"] == 7
+    config = VerifyConfig(out=tmp_path / "out", vision=vision, data=str(data))
+    assert verify(config)["encoded_again"] == 7
 
 
 def test_data_is_never_overwritten(vision: Path, tmp_path: Path) -> None:
@@ -195,6 +199,5 @@ def test_a_damaged_dialogue_is_named(vision: Path, tmp_path: Path) -> None:
         assert file.read(4) == b'[["q'
         file.seek(-2, os.SEEK_CUR)
         file.write(b"7")
-    line = run("extract", "verify", "--out", tmp_path / "out", code=1).one_line()
-    assert "damaged shard" in line
-    assert "dialogue of row 0" in line
+    with pytest.raises(LlavaError, match=r"damaged shard .*own.h5; got dialogue of row 0"):
+        verify(VerifyConfig(out=tmp_path / "out"))

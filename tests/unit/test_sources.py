@@ -92,7 +92,7 @@ def test_llava_json(tmp_path: Path, lines: bool) -> None:
     pictures = write_pictures(tmp_path / "images", ["coco/1 一.jpg", "2.JPG"])
     entries: list[Any] = [
         llava("coco/1 一.jpg", "<image>\n这是什么？", "一只猫", "颜色呢？\n", " 黑色 "),
-        llava("2.JPG", "<image>", "狗"),
+        llava("2.JPG", "<image>", "<image>狗"),
         llava("missing.jpg", "q", "a"),
         {"id": 7, "conversations": llava("", "q", "a")["conversations"]},
         llava("2.JPG", "q"),
@@ -113,7 +113,7 @@ def test_llava_json(tmp_path: Path, lines: bool) -> None:
     assert rows.conversations
     assert rows.texts == [
         '[["这是什么？","一只猫"],["颜色呢？","黑色"]]',
-        '[[null,"狗"]]',
+        '[[null,"<image>狗"]]',
         '[["q","a"]]',
         '[["q","a"]]',
         None,
