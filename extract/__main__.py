@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    cli.main("llava-extract", "Encode images once: parquet files to feature shards.", COMMANDS)
+    cli.main("llava-extract", "Encode images once, into feature shards.", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,13 @@ class Encoding(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Encoding):
-    """Encode the images of parquet files into feature shards. The same command continues where it stopped."""
+    """Encode images into feature shards. The same command continues where it stopped."""
 
     data: str
-    """Folder of parquet files, one such file, or a glob in quotes."""
+    """Parquet or LLaVA JSON files: their folder, one file, or a glob in quotes; or a folder of images with
+    captions beside them."""
+    images: Path | None = None
+    """Folder of the images that those files name by path; without it, the folder each file lies in."""
     limit: int | None = None
     """Take only the first so many rows of all files together."""
     dtype: Literal["float16", "int8"] = "float16"
@@ -95,7 +98,11 @@ class RetryConfig(Encoding):
     """Try the failed rows of finished shards again; all others stay as they are."""
 
     status: tuple[str, ...] = ()
-    """Failures to try again, such as timeout http-5xx http-429; without it, every one that has an address."""
+    """Failures to try again, such as timeout http-5xx http-429; without it, every one but a bad caption."""
+    data: str | None = None
+    """What the shards were made from, as for `run`; needed if that had images of its own."""
+    images: Path | None = None
+    """Folder of the images, as for `run`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,11 @@ class VerifyConfig(Options):
     vision: Path | None = None
     """Folder of the vision encoder to compare with."""
     sample: int = 16
-    """Images to download and encode again for that; 0 takes every row."""
+    """Images to encode again for that; 0 takes every row."""
+    data: str | None = None
+    """What the shards were made from, as for `run`; without it, shards of local images are left out there."""
+    images: Path | None = None
+    """Folder of the images, as for `run`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to encode."""
     allow_private: bool = False

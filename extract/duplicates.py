@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.filling import Filling
+from extract.sources.base import is_address
 from llava_core.errors import LlavaError
 from llava_core.shard_writer import RowRecord
 from llava_core.shards import Shard
@@ -93,8 +94,9 @@ class Duplicates:
         rows = np.flatnonzero(shard.status == Status.OK)
         number = len(self._paths)
         self._paths.append(shard.path)
-        self._urls.add(np.array([_short(shard.url(row)) for row in rows.tolist()], np.uint64), number, rows)
         self._images.add(shard.sha256[rows, :8].copy().view("<u8")[:, 0], number, rows)
+        urls = {row: url for row in rows.tolist() if is_address(url := shard.url(row))}
+        self._urls.add(np.array([_short(url) for url in urls.values()], np.uint64), number, np.array([*urls]))
         if opened is not None:
             for row in range(shard.rows):
                 for key in self._keys.pop((opened, row), ()):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from extract.sources.base import Images, is_address
+from extract.summary import host_of
 from llava_core.shard_writer import RowRecord, ShardWriter
 from llava_core.shards import Shard
 from llava_core.status import Status
@@ -16,12 +18,22 @@ from llava_core.status import Status
 class Filling:
     """A shard on its way: its writer, what is still to be done, what waits to be written."""
 
-    def __init__(self, writer: ShardWriter, urls: Sequence[str], captions: Sequence[str | None]) -> None:
-        self.writer, self.urls, self.captions = writer, urls, captions
+    def __init__(
+        self,
+        writer: ShardWriter,
+        urls: Sequence[str],
+        captions: Sequence[str | None],
+        images: Images | None = None,
+    ) -> None:
+        self.writer, self.urls, self.captions, self.images = writer, urls, captions, images
         self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
         self.missing = len(self.pending)
         self.waiting: list[RowRecord] = []
         self.started = time.monotonic()
+
+    def host(self, row: int) -> str | None:
+        """Which host has the image; None if it needs no network."""
+        return None if self.images and not is_address(self.urls[row]) else host_of(self.urls[row])
 
     def write(self) -> None:
         """Make the waiting outcomes durable; the last ones finish the shard."""

@@ -172,7 +172,8 @@ def _labels(chosen: Sequence[tuple[Shard, int]]) -> list[str]:
 def _tile(shard: Shard, row: int) -> str:
     status = Status(int(shard.status[row]))
     failed = status is not Status.OK
-    (height, width), ident, caption = shard.orig_hw[row].tolist(), shard.id(row), shard.caption(row)
+    (height, width), ident = shard.orig_hw[row].tolist(), shard.id(row)
+    caption = "\n".join(line for turn in shard.turns(row) for line in turn if line)
     where = [
         escape(f"id {host_of(ident) if '://' in ident else ident}"),
         escape(host_of(shard.url(row))),

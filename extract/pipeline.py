@@ -28,7 +28,6 @@ from extract.duplicates import Duplicates, First, Known, Place
 from extract.filling import Filling
 from extract.gauges import Gauges
 from extract.hostqueues import HostQueues
-from extract.summary import host_of
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
@@ -167,16 +166,18 @@ class Pipeline:
     async def _enqueue(self, filling: Filling) -> None:
         for row in np.flatnonzero(filling.writer.status == Status.OK).tolist():
             record = filling.writer.outcome(row)
-            for key in (filling.urls[row], record.sha256):
-                self.duplicates.claim(key, (filling, row))
+            if filling.host(row) is not None:
+                self.duplicates.claim(filling.urls[row], (filling, row))
+            self.duplicates.claim(record.sha256, (filling, row))
             self.duplicates.settle((filling, row), record)
         for row in filling.pending:
+            host, place = filling.host(row), (filling, row)
             if filling.captions[row] is None:
                 await self.outcomes.put((filling, RowRecord(row, Status.BAD_CAPTION)))
-            elif twin := self.duplicates.claim(filling.urls[row], (filling, row)):
+            elif host is not None and (twin := self.duplicates.claim(filling.urls[row], place)):
                 await self._follow(twin, filling, RowRecord(row, Status.PENDING))
             else:
-                self.rows.put(host_of(filling.urls[row]), (filling, row))
+                self.rows.put(host, place)
 
     async def _follow(self, twin: First | Known, filling: Filling, record: RowRecord) -> None:
         """Give a row the outcome of the one that shows the same, now or when it comes."""
@@ -198,7 +199,7 @@ class Pipeline:
             self.taken.set()
             host, (filling, row) = taken
             try:
-                fetched = await self.fetcher.fetch(filling.urls[row])
+                fetched = await self._load(filling, row) or await self.fetcher.fetch(filling.urls[row])
             finally:
                 self.rows.done(host)
             self.undecoded += 1
@@ -214,6 +215,16 @@ class Pipeline:
             else:
                 twin, record = decoded
                 await self._follow(twin, filling, record)
+
+    async def _load(self, filling: Filling, row: int) -> Fetched | None:
+        """An image that needs no network; None for one at an address."""
+        if filling.images is None:
+            return None
+        await self.fetcher.memory.room()
+        load, limit = filling.images.load, self.config.max_bytes
+        if loaded := await asyncio.get_running_loop().run_in_executor(self.decoders, load, row, limit):
+            self.fetcher.memory.hold(len(loaded.body))
+        return loaded
 
     def _decode(
         self, filling: Filling, row: int, fetched: Fetched

@@ -11,7 +11,8 @@ from pathlib import Path
 from extract.config import Encoding, RetryConfig, RunConfig
 from extract.filling import Filling
 from extract.pipeline import Pipeline
-from extract.source import Source, find_sources
+from extract.sources.base import Source
+from extract.sources.find import find_sources, sources_of
 from extract.summary import outcome_table, summarise, write_statistics
 from llava_core.console import human_bytes, progress, say, table
 from llava_core.device import pick_device
@@ -27,15 +28,16 @@ TOO_MANY_FAILED = 3
 
 
 def run(config: RunConfig) -> JsonDict:
-    """Fill a shard for every parquet file that has none; returns the figures of the summary."""
-    sources = find_sources(config.data, config.limit)
-    tower = _tower(config)
+    """Fill a shard for every source that has none; returns the figures of the summary."""
+    sources = find_sources(config.data, config.images, config.limit)
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
+    _require_other_names(paths)
+    tower = _tower(config)
     if config.dry_run:
         return _plan(config, sources, tower)
     todo = [source for source in sources if not _is_done(paths[source], source, tower, config)]
     say(
-        f"{sum(source.rows for source in sources):,} rows in {len(sources)} files; "
+        f"{sum(source.rows for source in sources):,} rows in {len(sources)} sources; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
     opened = [functools.partial(_open, paths[source], source, tower, config) for source in todo]
@@ -55,9 +57,21 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{sum(counts.values()):,} failed rows in {len(todo)} of {len(shards)} shards to try again")
-    opened = [functools.partial(_reopen, shard, chosen) for shard in todo]
+    sources = sources_of(todo, config.data, config.images)
+    opened = [
+        functools.partial(_reopen, shard, chosen, source) for shard, source in zip(todo, sources, strict=True)
+    ]
     speed = _fill(config, tower, opened, shards, rows=sum(shard.rows for shard in todo))
     return _conclude(config, [shard.path for shard in shards], speed)
+
+
+def _require_other_names(paths: dict[Source, Path]) -> None:
+    """Raise LlavaError if the statistics of a shard would overwrite what it is made from."""
+    for source, path in paths.items():
+        if source.path.resolve() == path.with_suffix(".json").resolve():
+            raise LlavaError(
+                f"the statistics beside {path} would overwrite {source.path}", do="choose another --out"
+            )
 
 
 def _tower(config: Encoding) -> VisionTower:
@@ -112,22 +126,25 @@ def _open(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> 
         source=source.identity(),
         tokens=tower.tokens,
         width=tower.width,
-        captions=[caption or "" for caption in rows.captions],
-        urls=rows.urls,
+        captions=[text or "" for text in rows.texts],
+        urls=rows.places,
         ids=rows.ids,
         storage=config.dtype,
         thumbnails=config.thumbnails,
+        conversations=rows.conversations,
+        local=rows.images is not None,
     )
     writer = ShardWriter(path, header)
     _mention_thumbnails(writer.part, writer.layout, config)
-    return Filling(writer, rows.urls, rows.captions)
+    return Filling(writer, rows.places, rows.texts, rows.images)
 
 
-def _reopen(shard: Shard, chosen: Sequence[Failure]) -> Filling:
+def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> Filling:
+    images = source.read().images if source else None
     writer = ShardWriter(shard.path, retry=chosen)
     urls = [shard.url(row) for row in range(shard.rows)]
     captions = [shard.caption(row) or None for row in range(shard.rows)]
-    return Filling(writer, urls, captions)
+    return Filling(writer, urls, captions, images)
 
 
 def _fill(
@@ -176,7 +193,7 @@ def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> J
     rows = sum(source.rows for source in sources)
     folder = next(path for path in (config.out, *config.out.resolve().parents) if path.exists())
     figures = {
-        "files": len(sources),
+        "sources": len(sources),
         "rows": rows,
         "finished_shards": sum(is_finished(config.out / f"{source.stem}.h5") for source in sources),
         "unfinished_shards": sum(part_of(config.out / f"{source.stem}.h5").exists() for source in sources),

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from extract.sources.base import is_address
 from llava_core import __version__
 from llava_core.console import table
 from llava_core.fingerprint import JsonDict
@@ -29,7 +30,8 @@ def summarise(shards: Sequence[Shard]) -> JsonDict:
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:
         failed = (shard.status != Status.OK) & (shard.status != Status.BAD_CAPTION)
-        hosts.update(host_of(shard.url(row)) for row in np.flatnonzero(failed).tolist())
+        urls = (shard.url(row) for row in np.flatnonzero(failed).tolist())
+        hosts.update(host_of(url) for url in urls if not shard.local or is_address(url))
     rows = sum(counts.values())
     return {
         "rows": rows,

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from extract.again import ImagesAgain
 from extract.config import VerifyConfig
 from llava_core.console import progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.fetch import FetchLimits, fetch_all
+from llava_core.fetch import FetchLimits
 from llava_core.fingerprint import JsonDict, differences
 from llava_core.shards import Shard, find_shards
 from llava_core.status import Status
@@ -146,7 +147,7 @@ def _damaged(rows: Sequence[Row]) -> list[Fault]:
     found: list[tuple[Row, int]] = []
     with progress(len(rows), "rows", desc="checksums") as bar:
         for shard, row in rows:
-            shard.caption(row), shard.url(row)
+            shard.turns(row), shard.url(row)
             if (crc := shard.checksum(row)) != int(shard.crc32[row]):
                 found.append(((shard, row), crc))
             bar.update()
@@ -187,15 +188,19 @@ def _changed(
     config: VerifyConfig, tower: VisionTower, rows: Sequence[Row], every: Sequence[Row]
 ) -> tuple[list[Fault], int, float | None]:
     """Encode a sample of `rows` again: faults, rows that could be compared, their largest distance."""
+    if config.data is None and (local := {shard for shard, _ in rows if shard.local}):
+        say(f"{len(local)} shards of local images are not encoded again; give --data as to `extract run`")
+        rows = [(shard, row) for shard, row in rows if not shard.local]
     count = min(config.sample or len(rows), len(rows))
     chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
-    limits = FetchLimits(allow_private=config.allow_private)
+    images = ImagesAgain([shard for shard, _ in chosen], config.data, config.images)
+    limits = FetchLimits(allow_private=config.allow_private, ignore_robots=True)
     distances: list[float] = []
     found: list[_Changed] = []
     with progress(len(chosen), "images", desc="encode again") as bar:
         for start in range(0, len(chosen), BATCH):
             part = chosen[start : start + BATCH]
-            fetched = fetch_all([shard.url(row) for shard, row in part], limits, bar.update)
+            fetched = images.load(part, limits, bar.update)
             # A picture that is gone or has changed since says nothing about the encoder.
             same = [
                 (place, answer.body)

@@ -55,6 +55,8 @@ class Example:
     """As long as `ids`: the token itself where it is to be learnt, IGNORE elsewhere (not shifted)."""
     cut: bool
     """An answer was longer than the budget; it lost its tail and therefore teaches no end token."""
+    dropped: int = 0
+    """Turns after that answer, which were left out."""
 
 
 class Conversation:
@@ -74,24 +76,26 @@ class Conversation:
         return self._tokens(self._render(messages, add_generation_prompt=True))
 
     def example(self, turns: Sequence[Turn], max_answer_tokens: int) -> Example:
-        """Ids and labels of a finished dialogue; each answer keeps at most `max_answer_tokens` tokens.
+        """Ids and labels of a dialogue; it ends after its last end token, or where an answer is cut.
 
-        The ids before the last answer are those `prompt` gives for the same history, so training and
-        inference agree on every token. A dialogue ends after its last end token, or where that was cut.
+        Each answer may have `max_answer_tokens` tokens; one that is longer is cut there and ends the
+        dialogue, since the next question is about the whole answer. The ids before the last answer are those
+        `prompt` gives for the same history, so training and inference agree on every token.
         """
-        frame = self._frame(tuple(turn.question for turn in turns))
-        ids, labels, cut = list(frame[0]), [IGNORE] * len(frame[0]), False
-        for turn, after in zip(turns, frame[1:], strict=True):
-            answer = self._tokens(turn.answer.strip())
-            fits = len(answer) <= max_answer_tokens
-            answer = answer[:max_answer_tokens]
-            ids += answer
-            labels += answer
-            if fits or turn is not turns[-1]:
-                ids += after
-                labels += [after[0] if fits else IGNORE] + [IGNORE] * (len(after) - 1)
-            cut |= not fits
-        return Example(ids, labels, cut)
+        answers, cut = [], False
+        for turn in turns:
+            answers.append(self._tokens(turn.answer.strip()))
+            if cut := len(answers[-1]) > max_answer_tokens:
+                break
+        frame = self._frame(tuple(turn.question for turn in turns[: len(answers)]))
+        ids, labels = list(frame[0]), [IGNORE] * len(frame[0])
+        for answer, after in zip(answers, frame[1:], strict=True):
+            ids += answer + after
+            labels += answer + after[:1] + [IGNORE] * (len(after) - 1)
+        if cut:
+            excess = len(answers[-1]) - max_answer_tokens + len(frame[-1])
+            del ids[-excess:], labels[-excess:]
+        return Example(ids, labels, cut, dropped=len(turns) - len(answers))
 
     def _render_frame(self, questions: tuple[str, ...]) -> list[list[int]]:
         """Token ids of the template's text around the answers: before the first, and after each.
@@ -100,7 +104,10 @@ class Conversation:
         of the earlier answers. Slicing by the length of the previous turns would be wrong: Qwen3's template
         drops the empty think block from earlier answers.
         """
-        marks = [f"answer-{i}-of-{len(questions)}" for i in range(len(questions))]
+        word = "answer"
+        while any(word in question for question in questions):  # a mark must be nowhere but where it was put
+            word += "~"
+        marks = [f"{word}-{i}-of-{len(questions)}" for i in range(len(questions))]
         messages = []
         for question, mark in zip(questions, marks, strict=True):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": mark}]

@@ -92,7 +92,8 @@ class Fetcher:
         self._hosts: dict[str, HostTurns] = collections.defaultdict(
             lambda: HostTurns(limits.per_host, limits.host_rate)
         )
-        self._memory = ByteBudget(limits.bytes_in_flight)
+        self.memory = ByteBudget(limits.bytes_in_flight)
+        """Of bodies that are received or have not been released."""
         self.in_flight = 0
         """Requests under way."""
         self.received = 0
@@ -138,13 +139,13 @@ class Fetcher:
 
     def release(self, fetched: Fetched) -> None:
         """Its body needs no memory any more."""
-        self._memory.release(len(fetched.body))
+        self.memory.release(len(fetched.body))
 
     async def _attempts(self, url: yarl.URL, host: str) -> Fetched:
         turns = self._hosts[host]
         for attempt in range(1, self.limits.retries + 2):
             async with turns.turn(), self._slots:
-                await self._memory.room()
+                await self.memory.room()
                 if closed := self._health.closed((host, url.port)):
                     return Fetched(closed, attempts=attempt - 1, detail="its host answers nobody")
                 began = time.monotonic()
@@ -190,7 +191,7 @@ class Fetcher:
                 started = time.monotonic()
                 async for chunk in response.content.iter_chunked(CHUNK):
                     body += chunk
-                    self._memory.hold(len(chunk))
+                    self.memory.hold(len(chunk))
                     self.received += len(chunk)
                     if len(body) > limits.max_bytes:
                         return Fetched(Status.TOO_LARGE, http=http, detail=f"over {limits.max_bytes:,} bytes")
@@ -198,7 +199,7 @@ class Fetcher:
                     if elapsed > SLOW_AFTER and len(body) < limits.min_rate * elapsed:
                         rate = f"{len(body) / elapsed:.0f} bytes/s"
                         return Fetched(Status.TOO_SLOW, http=http, detail=rate)
-                self._memory.hold(len(body))
+                self.memory.hold(len(body))
                 return Fetched(Status.OK, bytes(body), http)
 
     @contextlib.contextmanager
@@ -208,7 +209,7 @@ class Fetcher:
         try:
             yield body
         finally:
-            self._memory.release(len(body))
+            self.memory.release(len(body))
 
 
 def fetch_all(

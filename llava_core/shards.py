@@ -1,4 +1,4 @@
-"""The feature shard on disk: one HDF5 file per parquet file, row i of one is row i of the other.
+"""The feature shard on disk: one HDF5 file per source of rows, row i of one is row i of the other.
 
 This is the only module that knows HDF5. It creates a file whole, and it opens a finished one strictly; what
 happens in between goes through plain system calls at the offsets it reports (llava_core.shard_writer). The
@@ -20,6 +20,7 @@ import numpy as np
 
 from llava_core import __version__
 from llava_core.console import say
+from llava_core.dialogue import Turns, turns_from_text
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, first_difference
 from llava_core.status import Failure, Status
@@ -51,7 +52,7 @@ class ShardHeader:
     encoder: JsonDict
     preprocess: JsonDict
     source: JsonDict
-    """name, rows and sha256 of the parquet file."""
+    """name, rows and sha256 of what it is made from."""
     tokens: int
     width: int
     captions: Sequence[str]
@@ -61,6 +62,10 @@ class ShardHeader:
     """How features lie in the file; who reads them gets fp16 either way."""
     thumbnails: bool = False
     """Whether there is space for a small JPEG of each row."""
+    conversations: bool = False
+    """The captions are dialogues (llava_core.dialogue)."""
+    local: bool = False
+    """Some images are in files or in the source itself."""
 
     @property
     def rows(self) -> int:
@@ -99,6 +104,10 @@ class Layout:
     source: JsonDict
     uid: str
     storage: Storage
+    text: str
+    """caption or conversation: what `caption_*` holds."""
+    images: str
+    """address or local."""
 
     @property
     def thumbnails(self) -> bool:
@@ -156,6 +165,8 @@ def create_file(path: Path, header: ShardHeader) -> None:
             source=json.dumps(header.source, sort_keys=True),
             uid=uuid.uuid4().hex,
             storage=header.storage,
+            text="conversation" if header.conversations else "caption",
+            images="local" if header.local else "address",
         )
         for name, texts in zip(TEXTS, (header.captions, header.urls, header.ids), strict=True):
             encoded = [text.encode("utf-8", "replace") for text in texts]
@@ -254,8 +265,25 @@ def _layout(path: Path, file: Any) -> Layout:
                 do=_AGAIN,
             )
     source, uid = json.loads(attributes["source"]), attributes["uid"]
-    mark = attributes["fingerprint"]
-    return Layout(path, rows, tokens, width, offsets, sizes, encoder, preprocess, mark, source, uid, storage)
+    text, images = attributes.get("text", "caption"), attributes.get("images", "address")
+    if text not in ("caption", "conversation") or images not in ("address", "local"):
+        raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=_AGAIN)
+    return Layout(
+        path=path,
+        rows=rows,
+        tokens=tokens,
+        width=width,
+        offsets=offsets,
+        sizes=sizes,
+        encoder=encoder,
+        preprocess=preprocess,
+        fingerprint=attributes["fingerprint"],
+        source=source,
+        uid=uid,
+        storage=storage,
+        text=text,
+        images=images,
+    )
 
 
 class Shard:
@@ -279,6 +307,7 @@ class Shard:
         self.rows, self.tokens, self.width = layout.rows, layout.tokens, layout.width
         self.encoder, self.preprocess, self.source = layout.encoder, layout.preprocess, layout.source
         self.fingerprint = layout.fingerprint
+        self.conversations, self.local = layout.text == "conversation", layout.images == "local"
         self._open: tuple[int, int] | None = None
         for name, (kind, shape) in COLUMNS.items():
             setattr(self, name, self._array(name, kind).reshape(self.rows, *shape))
@@ -323,6 +352,16 @@ class Shard:
 
     def caption(self, row: int) -> str:
         return self._text("caption", row)
+
+    def turns(self, row: int) -> Turns:
+        """Questions and answers; a caption is the answer to a question that is still to be drawn, None."""
+        text = self.caption(row)
+        if not self.conversations or not text:
+            return ((None, text),) if text.strip() else ()
+        try:
+            return turns_from_text(text)
+        except ValueError:
+            raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=_AGAIN) from None
 
     def url(self, row: int) -> str:
         return self._text("url", row)

@@ -27,6 +27,9 @@ class Status(enum.IntEnum):
     TOO_LARGE = 12
     PROTOCOL = 13
     ROBOTS = 14
+    NO_FILE = 15
+    OUTSIDE_FOLDER = 16
+    UNREADABLE_FILE = 17
     NOT_AN_IMAGE = 20
     UNSUPPORTED_FORMAT = 21
     TRUNCATED = 22

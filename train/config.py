@@ -41,7 +41,7 @@ class RunConfig(Options):
     max_samples: int = 100_000
     """Use the first so many usable rows, in the order of shards and rows."""
     max_text_tokens: int = 128
-    """Answer budget in tokens; a longer caption is cut and then teaches no end token."""
+    """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
     micro_tokens: int = 16_384
     """Most tokens in one forward pass: bounds memory, and changes no result."""
     seed: int = 0
@@ -92,7 +92,7 @@ class EvalConfig(Options):
     max_samples: int = 100_000
     """Use the first so many usable rows."""
     max_text_tokens: int = 128
-    """Answer budget in tokens."""
+    """Budget of each answer in tokens."""
     batch_size: int = 16
     """Samples read at a time."""
     micro_tokens: int = 16_384

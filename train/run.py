@@ -86,7 +86,8 @@ class Trainer:
         self.step = 0
         self.figures: JsonDict = {}
         self.best = math.inf
-        self.cut = 0
+        self.cut = self.dropped = 0
+        """Answers cut so far, and turns left out after them."""
         self.rows = {"samples": self.samples.identity}
         if self.held_out:
             self.rows["held_out"] = self.held_out.identity
@@ -94,7 +95,7 @@ class Trainer:
             self.projector.load_state_dict(state["projector"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
-            self.cut = state["cut"]
+            self.cut, self.dropped = state["cut"], state["dropped"]
             torch.set_rng_state(state["rng"])
         say(
             f"frozen: {llm.identity['id']} ({parameter_count(llm.model):,} parameters); trained: "
@@ -120,6 +121,7 @@ class Trainer:
                     loss, tokens = self.train_step(batch)
                     meter.count(len(batch.examples), tokens)
                     self.cut += sum(example.cut for example in batch.examples)
+                    self.dropped += sum(example.dropped for example in batch.examples)
                     self.require_finite(loss)
                     done = self.step == schedule.steps
                     if self.step % config.log_every == 0 or done:
@@ -137,9 +139,11 @@ class Trainer:
         finally:
             batches.close()
             report.close()
-        summary = {**self.figures, "out": str(config.out), "steps": schedule.steps, "captions_cut": self.cut}
+        summary = {**self.figures, "out": str(config.out), "steps": schedule.steps}
+        summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped}
         self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {config.max_text_tokens} tokens" if self.cut else ""
+        cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         say(f"finished {schedule.steps} steps{cut}")
         print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in self.figures.items() if v is not None]))
         return summary
@@ -192,6 +196,7 @@ class Trainer:
             "best": self.best,
             "figures": self.figures,
             "cut": self.cut,
+            "dropped": self.dropped,
             "rows": self.rows,
             "rng": torch.get_rng_state(),
         }

@@ -64,11 +64,15 @@ class Samples:
         return Batch(features, [self.example(index, epoch) for index in indices])
 
     def example(self, index: int, epoch: int) -> Example:
-        """Words of one sample; the instruction is a pure function of (seed, epoch, row)."""
-        shard, row = self.rows[index]
-        question = pick_instruction(self.seed, f"{epoch}/{self.shards[shard].path.stem}/{row}")
-        turn = Turn(question, self.shards[shard].caption(row))
-        return self.conversation.example([turn], self.max_text_tokens)
+        """Words of one sample; what is drawn from the pool is a pure function of (seed, epoch, row, turn)."""
+        s, row = self.rows[index]
+        shard = self.shards[s]
+        key = f"{epoch}/{shard.path.stem}/{row}"
+        turns = []
+        for k, (question, answer) in enumerate(shard.turns(row)):
+            drawn = pick_instruction(self.seed, f"{key}/{k}" if k else key)
+            turns.append(Turn(drawn if question is None else question, answer))
+        return self.conversation.example(turns, self.max_text_tokens)
 
 
 def usable_rows(shards: Sequence[Shard], limit: int) -> list[tuple[int, int]]:

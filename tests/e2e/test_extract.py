@@ -172,12 +172,13 @@ def test_bad_input_is_one_clear_line(base: str, vision: Path, tmp_path: Path) ->
     assert f"no data at {tmp_path}/nowhere" in missing
     (tmp_path / "empty").mkdir()
     assert (
-        "no parquet file in" in run("extract", "run", "--data", tmp_path / "empty", *flags, code=1).one_line()
+        "nothing to extract in"
+        in run("extract", "run", "--data", tmp_path / "empty", *flags, code=1).one_line()
     )
 
     pq.write_table(pa.table({"link": ["x"], "cap_seg": ["y"]}), tmp_path / "no-url.parquet")
     line = run("extract", "run", "--data", tmp_path / "no-url.parquet", *flags, code=1).one_line()
-    assert "lacks the image address" in line
+    assert "lacks the image" in line
     assert "got link, cap_seg" in line
     (tmp_path / "text.parquet").write_text("url,caption")
     assert (

@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_core.dialogue import turns_to_text
 from llava_core.journal import HEADER_BYTES, RECORD
 from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal_of
 from llava_core.shards import THUMBNAIL_BYTES, Shard
@@ -124,3 +125,19 @@ def test_a_journal_cut_anywhere_loses_only_what_was_cut(total: int, wanted: int,
             writer.finish()
         shard = Shard(path)
         assert all(np.array_equal(shard.read(i), features_of(i)) and shard.check(i) for i in range(total))
+
+
+turns = st.lists(st.tuples(st.none() | st.text(max_size=9), st.text(max_size=9)), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(turns, min_size=1, max_size=5))
+def test_dialogues_come_back_as_they_were(dialogues: list[list[tuple[str | None, str]]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [turns_to_text(dialogue) for dialogue in dialogues]
+        made = dataclasses.replace(header(texts), conversations=True)
+        with ShardWriter(Path(folder) / "x.h5", made) as writer:
+            writer.write([RowRecord(i, Status.OK, features_of(i)) for i in range(len(texts))])
+            writer.finish()
+        shard = Shard(Path(folder) / "x.h5")
+        assert [list(shard.turns(row)) for row in range(shard.rows)] == dialogues

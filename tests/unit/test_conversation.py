@@ -79,12 +79,31 @@ def test_an_answer_of_exactly_the_budget_is_whole() -> None:
     assert example.labels[-5:] == tokens("abcd", END)
 
 
-def test_a_cut_answer_in_the_middle_still_ends_in_the_context() -> None:
-    example = conversation().example([Turn("q", "abcdef"), Turn("r", "xy")], max_answer_tokens=4)
-    at = example.ids.index(tokens("a")[0], len(tokens(START, "user\nq", END, "\n", START, "assistant\n")))
-    assert example.ids[at : at + 5] == tokens("abcd", END)
-    assert example.labels[at : at + 5] == [*tokens("abcd"), IGNORE]
-    assert example.labels[-3:] == tokens("xy", END)
+def test_a_cut_answer_ends_the_dialogue() -> None:
+    turns = [Turn("q", "ab"), Turn("r", "abcdef"), Turn("s", "xy"), Turn("t", "z")]
+    example = conversation().example(turns, max_answer_tokens=4)
+    parts = [
+        (tokens(START, "user\nq", END, "\n", START, "assistant\n"), False),
+        (tokens("ab", END), True),
+        (tokens("\n", START, "user\nr", END, "\n", START, "assistant\n", *NO_THOUGHT), False),
+        (tokens("abcd"), True),
+    ]
+    assert example.ids == [token for part, _ in parts for token in part]
+    assert example.labels == labels(*parts)
+    assert (example.cut, example.dropped) == (True, 2)
+
+
+def test_a_question_that_looks_like_a_mark_is_text() -> None:
+    """The answers' places are found by marks of that form."""
+    example = conversation().example([Turn("answer-0-of-2", "one"), Turn("b?", "two")], max_answer_tokens=99)
+    parts = [
+        (tokens(START, "user\nanswer-0-of-2", END, "\n", START, "assistant\n"), False),
+        (tokens("one", END), True),
+        (tokens("\n", START, "user\nb?", END, "\n", START, "assistant\n", *NO_THOUGHT), False),
+        (tokens("two", END), True),
+    ]
+    assert example.ids == [token for part, _ in parts for token in part]
+    assert example.labels == labels(*parts)
 
 
 def test_the_instruction_depends_on_seed_and_key_alone() -> None:

@@ -352,3 +352,16 @@ def test_any_flipped_bit_is_read_or_refused(tmp_path: Path) -> None:
             shard = Shard(path)
             for row in range(shard.rows):
                 shard.caption(row), shard.url(row), shard.id(row)
+
+
+def test_a_shard_from_before_there_were_dialogues_holds_captions(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.h5", rows=2)
+    with h5py.File(path, "r+") as file:
+        del file.attrs["text"], file.attrs["images"]
+    shard = Shard(path)
+    assert (shard.conversations, shard.local) == (False, False)
+    assert shard.turns(1) == ((None, shard.caption(1)),)
+    with h5py.File(path, "r+") as file:
+        file.attrs["text"] = "poem"
+    with pytest.raises(LlavaError, match=r"damaged shard .* text poem"):
+        Shard(path)

@@ -1,0 +1,33 @@
+"""Images of rows that were extracted before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from extract.sources.find import sources_of
+from llava_core.fetch import Fetched, FetchLimits, fetch_all
+from llava_core.shards import Shard
+
+
+class ImagesAgain:
+    """Local images are read from `data`, the others downloaded. Raises LlavaError as `sources_of` does."""
+
+    def __init__(self, shards: Sequence[Shard], data: str | None, images: Path | None) -> None:
+        shards = list(dict.fromkeys(shards))
+        sources = zip(shards, sources_of(shards, data, images), strict=True)
+        self._local = {shard: source.read().images for shard, source in sources if source is not None}
+
+    def load(
+        self, rows: Sequence[tuple[Shard, int]], limits: FetchLimits, done: Callable[[], object]
+    ) -> list[Fetched]:
+        """In the order of `rows`; `done` is called after each."""
+        found: list[Fetched | None] = []
+        for shard, row in rows:
+            store = self._local.get(shard)
+            found.append(store.load(row, limits.max_bytes) if store else None)
+            if found[-1]:
+                done()
+        missing = [shard.url(row) for (shard, row), image in zip(rows, found, strict=True) if image is None]
+        downloads = iter(fetch_all(missing, limits, done))
+        return [image or next(downloads) for image in found]

@@ -1,0 +1,28 @@
+"""A dialogue about one image as text: what a shard of conversations keeps in place of a caption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+Turns = tuple[tuple[str | None, str], ...]
+"""Questions and their answers; a question None is to be drawn from the pool of instructions."""
+
+
+def turns_to_text(turns: Sequence[tuple[str | None, str]]) -> str:
+    """Compact JSON: [["question","answer"],[null,"answer"]]."""
+    return json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
+
+
+def turns_from_text(text: str) -> Turns:
+    """Raises ValueError for anything that `turns_to_text` has not written."""
+    turns = json.loads(text)
+    if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
+        raise ValueError("not a list of [question, answer]")
+    return tuple((question, answer) for question, answer in turns)
+
+
+def _is_turn(turn: object) -> bool:
+    if not isinstance(turn, list) or len(turn) != 2:
+        return False
+    return isinstance(turn[0], str | None) and isinstance(turn[1], str)
