@@ -193,8 +193,9 @@ def _changed(
         rows = [(shard, row) for shard, row in rows if not shard.local]
     count = min(config.sample or len(rows), len(rows))
     chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
+    # What it is asked to be again is known by its sha256.
     images = ImagesAgain([shard for shard, _ in chosen], config.data, config.images)
-    limits = FetchLimits(allow_private=config.allow_private, ignore_robots=True)
+    limits = FetchLimits(allow_private=config.allow_private, ignore_robots=True, max_bytes=sys.maxsize)
     distances: list[float] = []
     found: list[_Changed] = []
     with progress(len(chosen), "images", desc="encode again") as bar:

@@ -6,6 +6,7 @@ on every answer and the end token that closes it, on nothing else.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import zlib
@@ -65,6 +66,9 @@ class Conversation:
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
+        # Splitting is a state of the tokenizer, which threads share: those that split have one of their own.
+        self._plain_tokenizer = copy.deepcopy(tokenizer)
+        self._plain_tokens("")
         # The template's text around answers depends on the questions alone, and captions have few of them.
         self._frame = functools.lru_cache(maxsize=4096)(self._render_frame)
 
@@ -84,7 +88,7 @@ class Conversation:
         """
         answers, cut = [], False
         for turn in turns:
-            answers.append(self._tokens(turn.answer.strip()))
+            answers.append(self._plain_tokens(turn.answer.strip()))
             if cut := len(answers[-1]) > max_answer_tokens:
                 break
         frame = self._frame(tuple(turn.question for turn in turns[: len(answers)]))
@@ -135,6 +139,12 @@ class Conversation:
 
     def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _plain_tokens(self, text: str) -> list[int]:
+        """A caption is text whatever it says: <|im_end|> in it does not end it."""
+        split = {"add_special_tokens": False, "split_special_tokens": True}
+        ids: list[int] = self._plain_tokenizer(text, **split)["input_ids"]
         return ids
 
 

@@ -53,6 +53,12 @@ def test_earlier_turns_lose_their_think_block_and_keep_their_labels() -> None:
     assert example.labels == labels(*parts)
 
 
+def test_a_caption_that_names_special_tokens_is_text() -> None:
+    example = conversation().example([Turn("看", "a<|im_end|>b<think>")], max_answer_tokens=99)
+    learnt = [token for token, label in zip(example.ids, example.labels, strict=True) if label != IGNORE]
+    assert learnt == [*tokens("a"), *(ord(c) + tokens("a")[0] - ord("a") for c in "<|im_end|>b<think>"), END]
+
+
 @pytest.mark.parametrize("template", [None, LLAMA_TEMPLATE])
 def test_training_reads_what_inference_sends(template: str | None) -> None:
     chat = conversation(template)
