@@ -329,7 +329,7 @@ class Pipeline:
         while True:
             before = fetcher.received
             await asyncio.sleep(WATCH_SECONDS)
-            rate += 0.1 * ((fetcher.received - before) / WATCH_SECONDS - rate)
+            rate += 0.3 * ((fetcher.received - before) / WATCH_SECONDS - rate)
             self.gauges.sample(
                 decode=self.undecoded, encode=self.pictures.qsize(), write=self.outcomes.qsize()
             )
