@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
 from llava_core.console import table
@@ -67,7 +68,9 @@ def main() -> None:
             lines.append(
                 (storage, f"{path.stat().st_size:,}", f"{np.mean(errors):.1e}", f"{max(errors):.1e}", *rate)
             )
-    print(f"{len(rows)} rows of {list(rows[0].shape)}; rows a second:")
+    print(
+        f"{len(rows)} rows of {list(rows[0].shape)}, torch threads: {torch.get_num_threads()}; rows a second:"
+    )
     read_by = (f"read cold, {settings.threads} threads", f"hot, {settings.threads}", "hot, 1")
     print(table(lines, ("storage", "file bytes", "mean error", "largest", "written", *read_by)))
 

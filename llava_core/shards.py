@@ -8,6 +8,7 @@ format is described in features/README.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import uuid
@@ -118,7 +119,7 @@ class Layout:
         """Bytes that the features of a row take in the file."""
         return row_bytes(self.storage, self.tokens, self.width)
 
-    @property
+    @functools.cached_property
     def parts(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Datasets that hold the features: number type, and shape of one row's share."""
         return parts_of(self.storage, self.tokens, self.width)
