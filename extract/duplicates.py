@@ -95,8 +95,9 @@ class Duplicates:
         number = len(self._paths)
         self._paths.append(shard.path)
         self._images.add(shard.sha256[rows, :8].copy().view("<u8")[:, 0], number, rows)
-        urls = {row: url for row in rows.tolist() if is_address(url := shard.url(row))}
-        self._urls.add(np.array([_short(url) for url in urls.values()], np.uint64), number, np.array([*urls]))
+        all_urls = shard.urls()
+        urls = {row: _short(url) for row in rows.tolist() if is_address(url := all_urls[row])}
+        self._urls.add(np.array([*urls.values()], np.uint64), number, np.array([*urls]))
         if opened is not None:
             for row in range(shard.rows):
                 for key in self._keys.pop((opened, row), ()):

@@ -142,7 +142,7 @@ def _open(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> 
 def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> Filling:
     images = source.read().images if source else None
     writer = ShardWriter(shard.path, retry=chosen)
-    urls = [shard.url(row) for row in range(shard.rows)]
+    urls = shard.urls()
     captions = [shard.caption(row) or None for row in range(shard.rows)]
     return Filling(writer, urls, captions, images)
 

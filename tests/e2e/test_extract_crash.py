@@ -20,9 +20,16 @@ from tests.e2e.commands import run, start
 from tests.e2e.pictures import asked, good, write_parquet
 
 
+def writes(pid: int, out: Path) -> bool:
+    """Whether that process has begun to fill a shard: it holds a lock, and says so in its file."""
+    with contextlib.suppress(FileNotFoundError):  # released since it was listed
+        return any(f"process {pid} " in path.read_text() for path in out.glob("*.lock"))
+    return False
+
+
 @pytest.mark.parametrize(
     ("kills", "shards", "rows", "longest"),
-    [(8, 3, 60, 0.9), pytest.param(50, 5, 1000, 2.0, marks=pytest.mark.slow)],
+    [(8, 3, 400, 0.5), pytest.param(50, 5, 2000, 0.8, marks=pytest.mark.slow)],
 )
 def test_rows_killed_at_any_moment_end_up_exactly_once(
     base: str, vision: Path, tmp_path: Path, kills: int, shards: int, rows: int, longest: float
@@ -35,7 +42,7 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
     command = ("extract", "run", *flags, "--thumbnails", "--out", tmp_path / "killed")
     while killed < kills:
         process = start(*command)
-        while not (tmp_path / "killed").exists() and process.poll() is None:
+        while not writes(process.pid, tmp_path / "killed") and process.poll() is None:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, longest))
         if process.poll() is not None:
@@ -43,7 +50,8 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         killed += 1
-    assert killed >= kills / 4
+    assert killed >= kills / 2  # a fast machine may be done before
+    print(f"{killed} kills")
     run(*command)
     run("extract", "run", *flags, "--out", tmp_path / "undisturbed")
     left = sorted(p.name for p in (tmp_path / "killed").glob("*.h5*"))
