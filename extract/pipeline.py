@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import torch
 
 from extract.config import Encoding
 from llava_core.console import say
+from llava_core.device import cpu_cores
 from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
 from llava_core.preprocess import ImageError
@@ -118,7 +118,7 @@ class Pipeline:
         self.outcomes: asyncio.Queue[tuple[Filling, RowRecord] | None] = asyncio.Queue(4 * WRITE_ROWS)
         try:
             with (
-                ThreadPoolExecutor(os.cpu_count(), "decode") as self.decoders,
+                ThreadPoolExecutor(self.config.decoders or cpu_cores(), "decode") as self.decoders,
                 ThreadPoolExecutor(1, "encode") as self.encoder,
                 ThreadPoolExecutor(1, "disk") as self.disk,
             ):

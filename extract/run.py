@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from extract.config import Encoding, RetryConfig, RunConfig
 from extract.pipeline import Filling, Pipeline
+from extract.share import share_of
 from extract.source import Source, find_sources
 from extract.summary import outcome_table, summarise, write_statistics
 from llava_core.console import human_bytes, progress, say, table
@@ -21,25 +24,37 @@ from llava_core.shards import FEATURE_TYPE, Shard, ShardHeader, open_shards
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
+T = TypeVar("T")
+Flags = TypeVar("Flags", bound=Encoding)
+
 TOO_MANY_FAILED = 3
 """Exit code when more than --max-failed of the rows have failed."""
 
 
 def run(config: RunConfig) -> JsonDict:
     """Fill a shard for every parquet file that has none; returns the figures of the summary."""
-    sources = find_sources(config.data, config.limit)
-    tower = _tower(config)
+    sources, config = _part(find_sources(config.data, config.limit), "files", config)
+    if not sources:
+        return _nothing(config)
+    if config.ray is not None and not config.dry_run:
+        from extract.cluster import fill_on_ray  # its workers use this module
+
+        started = time.monotonic()
+        figures = fill_on_ray(config, sources)
+        return conclude(config, figures, time.monotonic() - started)
+    tower = open_tower(config)
+    say(describe(tower))
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
     if config.dry_run:
         return _plan(config, sources, tower)
-    todo = [source for source in sources if not _is_done(paths[source], source, tower)]
+    todo = [source for source in sources if not is_done(paths[source], source, tower)]
     say(
         f"{sum(source.rows for source in sources):,} rows in {len(sources)} files; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
-    opened = [functools.partial(_open, paths[source], source, tower) for source in todo]
-    seconds = _fill(config, tower, opened, rows=sum(source.rows for source in todo))
-    return _conclude(config, list(paths.values()), seconds)
+    opened = [functools.partial(open_filling, paths[source], source, tower) for source in todo]
+    seconds = fill(config, tower, opened, rows=sum(source.rows for source in todo))
+    return conclude(config, summarise([Shard(path) for path in paths.values()]), seconds)
 
 
 def retry_failed(config: RetryConfig) -> JsonDict:
@@ -49,29 +64,48 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     ]
     if Status.PENDING in chosen or Status.OK in chosen:
         raise LlavaError("--status", expected="failures", got=", ".join(config.status), exit_code=2)
-    shards = open_shards(config.out)
-    tower = _tower(config)
+    shards, config = _part(open_shards(config.out), "shards", config)
+    if not shards:
+        return _nothing(config)
+    tower = open_tower(config)
+    say(describe(tower))
     _require_same(shards[0].path, shards[0], tower)
     counts = {shard.path: sum(int((shard.status == status).sum()) for status in chosen) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{sum(counts.values()):,} failed rows in {len(todo)} of {len(shards)} shards to try again")
     opened = [functools.partial(_reopen, shard, chosen) for shard in todo]
-    seconds = _fill(config, tower, opened, rows=sum(shard.rows for shard in todo))
-    return _conclude(config, [shard.path for shard in shards], seconds)
+    seconds = fill(config, tower, opened, rows=sum(shard.rows for shard in todo))
+    return conclude(config, summarise([Shard(shard.path) for shard in shards]), seconds)
 
 
-def _tower(config: Encoding) -> VisionTower:
-    tower = open_vision_tower(
+def _part(things: Sequence[T], noun: str, config: Flags) -> tuple[list[T], Flags]:
+    """What of the files is this worker's, and the flags with its part of the limits."""
+    share = share_of(os.environ)
+    part = share.take(things)
+    if share.of > 1:
+        say(f"worker {share.index + 1} of {share.of}: {len(part)} of {len(things)} {noun}")
+    return part, share.limits(config)
+
+
+def _nothing(config: Encoding) -> JsonDict:
+    say("no file is left for this worker; done")
+    return {**summarise([]), "seconds": 0.0, "out": str(config.out)}
+
+
+def open_tower(config: Encoding) -> VisionTower:
+    return open_vision_tower(
         config.vision, pick_device(config.device), layer=config.layer, decode=config.decode
     )
-    say(
+
+
+def describe(tower: VisionTower) -> str:
+    return (
         f"frozen: {tower.encoder['model_id']} on {tower.device} in {tower.encoder['dtype']}, "
         f"[{tower.tokens}, {tower.width}] an image; fingerprint {tower.fingerprint[:12]}"
     )
-    return tower
 
 
-def _is_done(path: Path, source: Source, tower: VisionTower) -> bool:
+def is_done(path: Path, source: Source, tower: VisionTower) -> bool:
     """Whether the shard is finished. Raises LlavaError if it is one of another encoder or other rows."""
     if not is_finished(path):
         return False
@@ -97,7 +131,7 @@ def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
         )
 
 
-def _open(path: Path, source: Source, tower: VisionTower) -> Filling:
+def open_filling(path: Path, source: Source, tower: VisionTower) -> Filling:
     rows = source.read()
     header = ShardHeader(
         encoder=tower.encoder,
@@ -119,8 +153,14 @@ def _reopen(shard: Shard, chosen: Sequence[Status]) -> Filling:
     return Filling(writer, urls, captions)
 
 
-def _fill(config: Encoding, tower: VisionTower, shards: Sequence[Callable[[], Filling]], rows: int) -> float:
-    """Returns the seconds it took."""
+def fill(
+    config: Encoding,
+    tower: VisionTower,
+    shards: Sequence[Callable[[], Filling]],
+    rows: int,
+    counter: Callable[[int, str], Any] = progress,
+) -> float:
+    """Returns the seconds it took; `counter` makes the bar that counts the rows."""
     started = time.monotonic()
 
     def finished(filling: Filling) -> None:
@@ -130,13 +170,12 @@ def _fill(config: Encoding, tower: VisionTower, shards: Sequence[Callable[[], Fi
         say(f"{shard.path}: {shard.rows:,} rows, {failed:,} failed")
 
     if shards:
-        with progress(rows, "rows") as bar:
+        with counter(rows, "rows") as bar:
             Pipeline(tower, config, bar, finished).run(shards)
     return time.monotonic() - started
 
 
-def _conclude(config: Encoding, paths: Sequence[Path], seconds: float) -> JsonDict:
-    figures = summarise([Shard(path) for path in paths])
+def conclude(config: Encoding, figures: JsonDict, seconds: float) -> JsonDict:
     share = figures["failed"] / figures["rows"]
     print(outcome_table(figures))
     if figures["failed_hosts"]:

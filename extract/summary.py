@@ -20,7 +20,7 @@ from llava_core.status import Status
 TOP_HOSTS = 5
 
 
-def summarise(shards: Sequence[Shard]) -> JsonDict:
+def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> JsonDict:
     """rows, ok, failed, by_status {label: rows}, failed_hosts {host: rows}, image_bytes."""
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
     hosts: collections.Counter[str] = collections.Counter()
@@ -33,7 +33,7 @@ def summarise(shards: Sequence[Shard]) -> JsonDict:
         "ok": counts[Status.OK],
         "failed": rows - counts[Status.OK],
         "by_status": {Status(code).label: n for code, n in counts.most_common()},
-        "failed_hosts": dict(hosts.most_common(TOP_HOSTS)),
+        "failed_hosts": dict(hosts.most_common(hosts_shown)),
         "image_bytes": sum(int(shard.nbytes.sum(dtype=np.int64)) for shard in shards),
     }
 
