@@ -49,10 +49,8 @@ class Plan:
     """GPUs of each: 1 or 0."""
 
     def __str__(self) -> str:
-        each = f"{self.cpus} CPU {'core' if self.cpus == 1 else 'cores'}" + (
-            " and a GPU" if self.gpus else ""
-        )
-        return f"{self.workers} {'worker' if self.workers == 1 else 'workers'}, {each} each"
+        each = f"{self.cpus} CPU core{'' if self.cpus == 1 else 's'}" + (" and a GPU" if self.gpus else "")
+        return f"{self.workers} worker{'' if self.workers == 1 else 's'} of {each}"
 
 
 def fill_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
@@ -95,14 +93,15 @@ def connected(address: str) -> Iterator[Any]:
             host, _, port = address.rpartition(":")
             if host and port.isdecimal():  # Ray itself would try for a minute and then end this process
                 socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-            extra = {"include_dashboard": False} if address == "local" else {}
-            ray.init(address=address, logging_level="ERROR", log_to_driver=False, **extra)
-        except (OSError, ValueError, RuntimeError) as error:
+            elif address != "auto":  # `local` would start a cluster, and leave a token in the home folder
+                raise ValueError("no port")
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise LlavaError(
                 f"no Ray cluster at {address}",
-                expected="auto, local or HOST:6379",
+                expected="auto or HOST:6379",
                 got=first_line(error),
-                do="start one with `ray start --head`, and run this on one of its nodes",
+                do="run `ray start --head`, and this on one of its nodes, with its RAY_AUTH_TOKEN if any",
             ) from None
         finally:
             signal.signal(signal.SIGTERM, ours)

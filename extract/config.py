@@ -71,7 +71,7 @@ class RunConfig(Encoding):
     limit: int | None = None
     """Take only the first so many rows of all files together."""
     ray: str | None = None
-    """Spread the files over this Ray cluster: auto, HOST:6379, or local for all GPUs of this machine."""
+    """Spread the files over this Ray cluster, of which this machine is a node: auto, or HOST:6379."""
     ray_workers: int | None = None
     """Workers on it; without it, one for each GPU, or for every 4 CPU cores."""
     dry_run: bool = False

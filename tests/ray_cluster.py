@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.e2e.commands import ENVIRONMENT
+
+ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+"""Of our cluster alone: nobody else reaches it, and no token of the home folder matters."""
 
 
 class Node:
@@ -26,7 +30,7 @@ class Node:
         own = ("--node-ip-address=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats", "--block")
         self.process = subprocess.Popen(
             [str(ray), "start", *flags, *size, *own],
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **ACCESS},
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,

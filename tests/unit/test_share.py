@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ import pytest
 from extract.cluster import Plan, connected, merged, plan_workers
 from extract.config import RunConfig
 from extract.share import Share, share_of
+from extract.source import find_sources
 from extract.worker import Trouble, Worker, code_digest
 from llava_core.device import cpu_cores, local_gpu
 from llava_core.errors import LlavaError
+from llava_core.lock import Held, Lock
+from tests.e2e.test_extract import write_parquet
+from tests.small_vision import write_vision_folder
 
 
 def slurm(**values: object) -> dict[str, str]:
@@ -162,9 +167,23 @@ def test_a_worker_of_other_code_takes_no_part(tmp_path: Path) -> None:
     assert "no vision folder" in same.text
 
 
+def test_a_worker_waits_for_the_lock_of_one_that_died(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["http://127.0.0.1/1.jpg"])
+    config = RunConfig(data="", out=tmp_path, vision=write_vision_folder(tmp_path / "vision"))
+    worker, [source] = Worker(config, ""), find_sources(str(tmp_path / "a.parquet"))
+    lock = Lock(tmp_path / "a.h5")
+    with pytest.raises(Held, match=f"by process {os.getpid()} on"):
+        worker._begin(tmp_path / "a.h5", source, wait=0)
+    threading.Timer(0.5, lock.release).start()
+    filling = worker._begin(tmp_path / "a.h5", source, wait=60)
+    assert filling is not None
+    assert filling.pending == [0]
+    filling.close()
+
+
 def test_without_ray_or_a_cluster_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    for address in ("127.0.0.1:9", "nonsense"):
+    for address in ("127.0.0.1:9", "nonsense", "local"):
         with pytest.raises(LlavaError, match=f"no Ray cluster at {address}"), connected(address):
             pass
     assert signal.getsignal(signal.SIGTERM) == before
