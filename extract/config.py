@@ -32,6 +32,8 @@ class Encoding(Options):
     """draft decodes large JPEGs at a reduced scale, 3 times as fast, within 0.3/255; exact in full."""
     batch_size: int = 64
     """Images per forward pass."""
+    decoders: int | None = None
+    """Threads that decode images; without it, one for each CPU core of this process."""
 
     concurrency: int = 64
     """Downloads at a time."""
@@ -59,8 +61,8 @@ class Encoding(Options):
     """Share of failed rows above which the command ends with exit code 3."""
 
     def __post_init__(self) -> None:
-        self.require_above_zero("batch_size", "concurrency", "per_host", "host_rate", "bytes_in_flight")
-        self.require_above_zero("timeout", "max_bytes", "max_pixels")
+        self.require_above_zero("batch_size", "decoders", "concurrency", "per_host", "host_rate")
+        self.require_above_zero("bytes_in_flight", "timeout", "max_bytes", "max_pixels")
         if self.patience < 0:
             raise LlavaError("--patience", expected="0 or more", got=self.patience, exit_code=2)
         if self.retries < 0:
@@ -85,12 +87,18 @@ class RunConfig(Encoding):
     about 1 %. Training reads both, also side by side."""
     thumbnails: bool = False
     """Keep a small JPEG of each picture in its shard, 4 KiB a row, to look at later."""
+    ray: str | None = None
+    """Spread the files over this Ray cluster, of which this machine is a node: auto, or HOST:6379."""
+    ray_workers: int | None = None
+    """Workers on it; without it, one for each GPU, or for every 4 CPU cores."""
     dry_run: bool = False
     """Print rows and bytes, and touch nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_above_zero("limit")
+        self.require_above_zero("limit", "ray_workers")
+        if self.ray_workers is not None and self.ray is None:
+            raise LlavaError("--ray-workers", do="say with --ray which cluster", exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

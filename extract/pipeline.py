@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import os
 import signal
 import threading
 import time
@@ -29,6 +28,7 @@ from extract.filling import Filling
 from extract.gauges import Gauges
 from extract.hostqueues import HostQueues
 from llava_core.console import say
+from llava_core.device import cpu_cores
 from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
 from llava_core.preprocess import ImageError
@@ -84,7 +84,8 @@ class Pipeline:
             patience=config.patience,
         )
         self.duplicates = Duplicates()
-        self.gauges = Gauges(decode=os.cpu_count() or 1, encode=1, write=1)
+        self.threads = config.decoders or cpu_cores()
+        self.gauges = Gauges(decode=self.threads, encode=1, write=1)
         self.failed = self.undecoded = 0
         self.open: list[Filling] = []
         self.broken: LlavaError | OSError | None = None
@@ -117,7 +118,7 @@ class Pipeline:
         """Set when a row has been taken or a shard has been finished."""
         try:
             with (
-                ThreadPoolExecutor(os.cpu_count(), "decode") as self.decoders,
+                ThreadPoolExecutor(self.threads, "decode") as self.decoders,
                 ThreadPoolExecutor(1, "encode") as self.encoder,
                 ThreadPoolExecutor(1, "disk") as self.disk,
             ):

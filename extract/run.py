@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from extract.config import Encoding, RetryConfig, RunConfig
 from extract.filling import Filling
 from extract.pipeline import Pipeline
+from extract.share import share_of
 from extract.sources.base import Source
 from extract.sources.find import find_sources, sources_of
 from extract.summary import outcome_table, summarise, write_statistics
-from llava_core.console import human_bytes, progress, say, table
+from llava_core.console import counted, human_bytes, progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, first_difference
@@ -23,27 +26,39 @@ from llava_core.shards import Layout, Shard, ShardHeader, disk_bytes, open_shard
 from llava_core.status import Failure, Status
 from llava_core.vision import VisionTower, open_vision_tower
 
+T = TypeVar("T")
+Flags = TypeVar("Flags", bound=Encoding)
+
 TOO_MANY_FAILED = 3
 """Exit code when more than --max-failed of the rows have failed."""
 
 
 def run(config: RunConfig) -> JsonDict:
     """Fill a shard for every source that has none; returns the figures of the summary."""
-    sources = find_sources(config.data, config.images, config.limit)
+    sources, config = _part(find_sources(config.data, config.images, config.limit), "sources", config)
+    if not sources:
+        return _nothing(config)
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
     _require_other_names(paths)
-    tower = _tower(config)
+    if config.ray is not None and not config.dry_run:
+        from extract.cluster import fill_on_ray  # its workers use this module
+
+        started = time.monotonic()
+        figures = fill_on_ray(config, sources)
+        return conclude(config, figures, {"seconds": round(time.monotonic() - started, 2)})
+    tower = open_tower(config)
+    say(describe(tower))
     if config.dry_run:
         return _plan(config, sources, tower)
-    todo = [source for source in sources if not _is_done(paths[source], source, tower, config)]
+    todo = [source for source in sources if not is_done(paths[source], source, tower, config)]
     say(
-        f"{sum(source.rows for source in sources):,} rows in {len(sources)} sources; "
+        f"{sum(source.rows for source in sources):,} rows in {counted(len(sources), 'source')}; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
-    opened = [functools.partial(_open, paths[source], source, tower, config) for source in todo]
+    opened = [functools.partial(open_filling, paths[source], source, tower, config) for source in todo]
     finished = [Shard(paths[source]) for source in sources if source not in todo]
-    speed = _fill(config, tower, opened, finished, rows=sum(source.rows for source in todo))
-    return _conclude(config, list(paths.values()), speed)
+    speed = fill(config, tower, opened, finished, rows=sum(source.rows for source in todo))
+    return conclude(config, summarise([Shard(path) for path in paths.values()]), speed)
 
 
 def retry_failed(config: RetryConfig) -> JsonDict:
@@ -51,8 +66,11 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     chosen = [Failure.parse(name) for name in config.status] or [
         Failure(status) for status in Status if status.failed and status is not Status.BAD_CAPTION
     ]
-    shards = open_shards(config.out)
-    tower = _tower(config)
+    shards, config = _part(open_shards(config.out), "shards", config)
+    if not shards:
+        return _nothing(config)
+    tower = open_tower(config)
+    say(describe(tower))
     _require_same(shards[0].path, shards[0], tower)
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
@@ -61,8 +79,8 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     opened = [
         functools.partial(_reopen, shard, chosen, source) for shard, source in zip(todo, sources, strict=True)
     ]
-    speed = _fill(config, tower, opened, shards, rows=sum(shard.rows for shard in todo))
-    return _conclude(config, [shard.path for shard in shards], speed)
+    speed = fill(config, tower, opened, shards, rows=sum(shard.rows for shard in todo))
+    return conclude(config, summarise([Shard(shard.path) for shard in shards]), speed)
 
 
 def _require_other_names(paths: dict[Source, Path]) -> None:
@@ -74,18 +92,34 @@ def _require_other_names(paths: dict[Source, Path]) -> None:
             )
 
 
-def _tower(config: Encoding) -> VisionTower:
-    tower = open_vision_tower(
+def _part(things: Sequence[T], noun: str, config: Flags) -> tuple[list[T], Flags]:
+    """What of the files is this worker's, and the flags with its part of the limits."""
+    share = share_of(os.environ)
+    part = share.take(things)
+    if share.of > 1:
+        say(f"worker {share.index + 1} of {share.of}: {len(part)} of {len(things)} {noun}")
+    return part, share.limits(config)
+
+
+def _nothing(config: Encoding) -> JsonDict:
+    say("no file is left for this worker; done")
+    return {**summarise([]), "seconds": 0.0, "out": str(config.out)}
+
+
+def open_tower(config: Encoding) -> VisionTower:
+    return open_vision_tower(
         config.vision, pick_device(config.device), layer=config.layer, decode=config.decode
     )
-    say(
+
+
+def describe(tower: VisionTower) -> str:
+    return (
         f"frozen: {tower.encoder['model_id']} on {tower.device} in {tower.encoder['dtype']}, "
         f"[{tower.tokens}, {tower.width}] an image; fingerprint {tower.fingerprint[:12]}"
     )
-    return tower
 
 
-def _is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
+def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
     """Whether the shard is finished. Raises LlavaError if it is one of another encoder or other rows."""
     if not is_finished(path):
         return False
@@ -118,7 +152,7 @@ def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
         )
 
 
-def _open(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
+def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
     rows = source.read()
     header = ShardHeader(
         encoder=tower.encoder,
@@ -147,32 +181,36 @@ def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> F
     return Filling(writer, urls, captions, images)
 
 
-def _fill(
+def fill(
     config: Encoding,
     tower: VisionTower,
     shards: Sequence[Callable[[], Filling]],
     finished: Sequence[Shard],
     rows: int,
+    counter: Callable[[int, str], Any] = progress,
 ) -> JsonDict:
-    """Returns the figures of its speed: seconds, and, if there was something to do, what bounded it."""
+    """Returns the figures of its speed: seconds, and, if there was something to do, what bounded it.
+
+    `finished` may hold what the rows show already; `counter` makes the bar that counts them.
+    """
     started = time.monotonic()
     if not shards:
         return {"seconds": 0.0}
 
-    def conclude(shard: Shard, seconds: float) -> None:
+    def announce(shard: Shard, seconds: float) -> None:
         write_statistics(shard, seconds)
         say(f"{shard.path}: {shard.rows:,} rows, {int((shard.status != Status.OK).sum()):,} failed")
 
-    with progress(rows, "rows") as bar:
-        pipeline = Pipeline(tower, config, bar, conclude)
+    with counter(rows, "rows") as bar:
+        pipeline = Pipeline(tower, config, bar, announce)
         for shard in finished:
             pipeline.duplicates.finished(shard)
         pipeline.run(shards)
     return {"seconds": round(time.monotonic() - started, 2), **pipeline.gauges.figures()}
 
 
-def _conclude(config: Encoding, paths: Sequence[Path], speed: JsonDict) -> JsonDict:
-    figures = summarise([Shard(path) for path in paths])
+def conclude(config: Encoding, figures: JsonDict, speed: JsonDict) -> JsonDict:
+    """Print the summary; returns its figures."""
     share = figures["failed"] / figures["rows"]
     print(outcome_table(figures))
     if figures["failed_hosts"]:

@@ -23,7 +23,7 @@ BY_CODE = (Status.HTTP_4XX, Status.HTTP_5XX)
 """Outcomes that are told apart by their HTTP status code."""
 
 
-def summarise(shards: Sequence[Shard]) -> JsonDict:
+def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> JsonDict:
     """rows, ok, failed, by_status {label: rows}, by_http {label: {code: rows}} of failures that have a code,
     failed_hosts {host: rows}, image_bytes."""
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
@@ -39,7 +39,7 @@ def summarise(shards: Sequence[Shard]) -> JsonDict:
         "failed": rows - counts[Status.OK],
         "by_status": {Status(code).label: n for code, n in counts.most_common()},
         "by_http": {status.label: codes for status in BY_CODE if (codes := _codes(shards, status))},
-        "failed_hosts": dict(hosts.most_common(TOP_HOSTS)),
+        "failed_hosts": dict(hosts.most_common(hosts_shown)),
         "image_bytes": sum(int(shard.nbytes.sum(dtype=np.int64)) for shard in shards),
     }
 

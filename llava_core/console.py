@@ -65,3 +65,8 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+def counted(n: int, noun: str) -> str:
+    """1, 'source' -> '1 source'; 2000 -> '2,000 sources'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch
 
 from llava_core.errors import LlavaError
@@ -13,7 +16,27 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise LlavaError("--device cuda", got="no GPU that this torch can use", do="use --device cpu")
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        return torch.device("cuda", local_gpu(os.environ, torch.cuda.device_count()))
     return torch.device(name)
+
+
+def local_gpu(environment: Mapping[str, str], visible: int) -> int:
+    """Which of several visible GPUs is this worker's: LOCAL_RANK (torchrun) or SLURM_LOCALID, else the first.
+
+    More workers than GPUs share them. Raises LlavaError (wrong usage) for anything but a number from 0 on.
+    """
+    name = "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
+    value = environment.get(name) or "0"
+    if not value.isdecimal():
+        raise LlavaError(name, expected="a whole number from 0 on", got=value, exit_code=2)
+    return int(value) % visible
+
+
+def cpu_cores(environment: Mapping[str, str] = os.environ) -> int:
+    """CPU cores for this process: those it may run on, among the LOCAL_WORLD_SIZE workers of torchrun."""
+    beside = environment.get("LOCAL_WORLD_SIZE", "")
+    return max(1, len(os.sched_getaffinity(0)) // max(1, int(beside) if beside.isdecimal() else 1))
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

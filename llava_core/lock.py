@@ -12,10 +12,14 @@ from types import TracebackType
 from llava_core.errors import LlavaError
 
 
+class Held(LlavaError):
+    """Another process writes it."""
+
+
 class Lock:
     """Keeps other processes from writing `what`, by a lock on the file `what`.lock, which says who holds it.
 
-    The kernel drops it when its holder dies. Raises LlavaError, naming the holder, if there is one.
+    The kernel drops it when its holder dies. Raises Held, naming the holder, if there is one.
     """
 
     def __init__(self, what: Path) -> None:
@@ -28,9 +32,7 @@ class Lock:
             except BlockingIOError:
                 holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
                 os.close(self.descriptor)
-                raise LlavaError(
-                    f"{what} is being written", got=holder, do="wait for it, or stop it"
-                ) from None
+                raise Held(f"{what} is being written", got=holder, do="wait for it, or stop it") from None
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(self.descriptor).st_ino == path.stat().st_ino:
                     break

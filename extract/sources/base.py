@@ -53,6 +53,10 @@ class Source(abc.ABC):
         """name, rows and sha256: what a shard remembers of what it was made from."""
         return {"name": self.path.name, "rows": self.rows, "sha256": sha256_files([self.path])}
 
+    def anywhere(self) -> Source:
+        """The same by absolute paths, for a process in another folder."""
+        return dataclasses.replace(self, path=self.path.absolute(), images=self.images.absolute())
+
     def first(self, rows: int) -> Source:
         """The same, cut to so many rows."""
         return dataclasses.replace(self, rows=rows)

@@ -35,12 +35,12 @@ class Ended:
         return errors[0]
 
 
-def start(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """`python -m extract run ...` in its own process group."""
+def start(*arguments: object, cwd: Path | None = None, **environment: object) -> subprocess.Popen[str]:
+    """`python -m extract run ...` in its own process group, with these variables besides ours."""
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=cwd or ROOT,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **{name: str(value) for name, value in environment.items()}},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -49,9 +49,9 @@ def start(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: object, code: int = 0, cwd: Path | None = None) -> Ended:
+def run(*arguments: object, code: int = 0, cwd: Path | None = None, **environment: object) -> Ended:
     """Run to the end; asserts the exit code."""
-    process = start(*arguments, cwd=cwd)
+    process = start(*arguments, cwd=cwd, **environment)
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return Ended(process.returncode, out, err)

@@ -1,0 +1,296 @@
+"""`extract run --ray`: the files handed one at a time to workers on the nodes of a Ray cluster.
+
+A worker opens the vision tower once and keeps it. When it dies, alone or with its node, another continues the
+shard by the crash protocol: the folders lie on a file system that all nodes share. Ray starts dead workers
+again but retries none of their calls: it would ask the same worker only, whose node may never come back.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from extract.config import RunConfig
+from extract.share import Share
+from extract.sources.base import Source
+from extract.summary import TOP_HOSTS
+from extract.worker import Ready, Tally, Trouble, Worker, code_digest
+from llava_core.console import progress, say
+from llava_core.errors import LlavaError, first_line
+from llava_core.fingerprint import JsonDict
+
+CPUS_PER_WORKER = 4
+"""Where there is no GPU, and no smaller node."""
+MOST_TRIES = 5
+"""Workers that may die over one file before it counts as the cause."""
+RESTART_SECONDS = 2.0
+"""Between two calls to a worker that Ray is starting again."""
+LOCK_SECONDS = 180.0
+"""Longest wait for the lock of a worker that died: NFS gives it back after its lease."""
+REPORT_AFTER = 60.0
+"""Seconds without any worker until we say so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to ask Ray for."""
+
+    workers: int
+    cpus: int
+    """CPU cores of each."""
+    gpus: int
+    """GPUs of each: 1 or 0."""
+
+    def __str__(self) -> str:
+        each = f"{self.cpus} CPU core{'' if self.cpus == 1 else 's'}" + (" and a GPU" if self.gpus else "")
+        return f"{self.workers} worker{'' if self.workers == 1 else 's'} of {each}"
+
+
+def fill_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
+    """Fill a shard for every source; returns the figures of all, merged, as `summarise` gives them.
+
+    Raises LlavaError after the other files are done if some could not be finished, or if no worker can work.
+    Ctrl-C ends the workers' work at once; what they have written stays.
+    """
+    assert config.ray is not None
+    with connected(config.ray) as ray:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        sources = [source.anywhere() for source in sources]
+        plan = plan_workers(nodes, config.device, config.ray_workers, len(sources))
+        say(f"Ray at {config.ray}: {plan}")
+        with progress(sum(source.rows for source in sources), "rows") as bar:
+            dispatch = Dispatch(ray, plan, config, sources, bar)
+            try:
+                dispatch.run()
+            finally:
+                dispatch.stop()
+    if dispatch.errors:
+        raise _summed_up(dispatch.errors, len(sources))
+    return merged(dispatch.figures)
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected. Raises LlavaError if it is not installed or nothing answers."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise LlavaError(
+            "--ray needs the extra cluster", do="pip install 'llava-align[cluster]' on every node"
+        ) from None
+    ours = signal.getsignal(signal.SIGTERM)
+    # Ray tells on standard output, which is ours, of every worker that dies.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            host, _, port = address.rpartition(":")
+            if host and port.isdecimal():  # Ray itself would try for a minute and then end this process
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            elif address != "auto":  # `local` would start a cluster, and leave a token in the home folder
+                raise ValueError("no port")
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise LlavaError(
+                f"no Ray cluster at {address}",
+                expected="auto or HOST:6379",
+                got=first_line(error),
+                do="run `ray start --head`, and this on one of its nodes, with its RAY_AUTH_TOKEN if any",
+            ) from None
+        finally:
+            signal.signal(signal.SIGTERM, ours)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def plan_workers(nodes: Sequence[Mapping[str, float]], device: str, workers: int | None, files: int) -> Plan:
+    """One worker for each GPU, or, without any, for every CPUS_PER_WORKER cores; `nodes` are their resources.
+
+    Raises LlavaError if the cluster has not what the flags ask for.
+    """
+    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1 and device != "cpu"]
+    if device == "cuda" and not with_gpu:
+        raise LlavaError("--device cuda", got="a Ray cluster without a GPU", do="use --device cpu")
+    if with_gpu:
+        most = sum(int(node["GPU"]) for node in with_gpu)
+        cpus = int(min(node.get("CPU", 0) // node["GPU"] for node in with_gpu))
+    else:
+        cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+        if not cores:
+            raise LlavaError("the Ray cluster has no CPU core to give", do="see `ray status`")
+        fitting = {each: sum(core // each for core in cores) for each in range(1, max(cores) + 1)}
+        most = fitting[1]
+        if workers is None:
+            cpus = min(CPUS_PER_WORKER, *cores)
+            workers = fitting[cpus]
+        else:
+            cpus = max((each for each, fit in fitting.items() if fit >= workers), default=1)
+    if workers is not None and workers > most:
+        raise LlavaError(
+            "--ray-workers",
+            expected=f"at most {most}, the {'GPUs' if with_gpu else 'CPU cores'} of the Ray cluster",
+            got=workers,
+            exit_code=2,
+        )
+    return Plan(min(workers or most, files), cpus, 1 if with_gpu else 0)
+
+
+def merged(all_figures: Sequence[JsonDict]) -> JsonDict:
+    """The figures of some shards as if they had been summed up together."""
+    total: JsonDict = {}
+    for figures in all_figures:
+        total = _sum(total, figures)
+    total["failed_hosts"] = dict(list(total["failed_hosts"].items())[:TOP_HOSTS])
+    return total
+
+
+def _sum(a: JsonDict, b: JsonDict) -> JsonDict:
+    """Numbers by key, the largest first; dicts of numbers likewise."""
+    both: JsonDict = {}
+    for key in {**a, **b}:
+        of_a, of_b = a.get(key), b.get(key)
+        if isinstance(of_a, dict) or isinstance(of_b, dict):
+            both[key] = _sum(of_a or {}, of_b or {})
+        else:
+            both[key] = (of_a or 0) + (of_b or 0)
+    if any(isinstance(value, dict) for value in both.values()):
+        return both
+    return dict(sorted(both.items(), key=lambda item: -item[1]))
+
+
+def _summed_up(errors: Mapping[Source, str], files: int) -> LlavaError:
+    *others, last = [
+        text if source.path.name in text else f"{source.path.name}: {text}" for source, text in errors.items()
+    ]
+    for text in others:
+        say(text)
+    if not others:
+        return LlavaError(last)
+    return LlavaError(f"{len(errors)} of {files} files could not be finished; the last: {last}")
+
+
+class Dispatch:
+    """Hands every file to a worker, and to another if that one dies."""
+
+    def __init__(self, ray: Any, plan: Plan, config: RunConfig, sources: Sequence[Source], bar: Any) -> None:
+        self.ray, self.plan, self.bar, self.files = ray, plan, bar, len(sources)
+        self.todo = collections.deque(sources)
+        self.calls: dict[Any, tuple[Any, Source | None]] = {}
+        """Calls under way: the worker, and its file; None while it opens the tower."""
+        self.idle: list[Any] = []
+        self.away: list[tuple[float, Any]] = []
+        """Dead workers, and when to call them again."""
+        self.tries: collections.Counter[Source] = collections.Counter()
+        self.figures: list[JsonDict] = []
+        self.errors: dict[Source, str] = {}
+        self.fingerprint: str | None = None
+        self.trouble = ""
+        """Why the last worker that cannot work cannot."""
+        self.heard = time.monotonic()
+        """When a worker was last known to live."""
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self.tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+        actor = ray.remote(Worker).options(
+            num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_restarts=-1
+        )
+        config = dataclasses.replace(
+            Share(of=plan.workers).limits(config),
+            out=config.out.absolute(),
+            vision=config.vision.absolute(),
+            device="cuda" if plan.gpus else "cpu",
+            decoders=config.decoders or max(1, plan.cpus),
+        )
+        self.workers = [actor.remote(config, code_digest()) for _ in range(plan.workers)]
+        self.calls.update((worker.ready.remote(), (worker, None)) for worker in self.workers)
+
+    def run(self) -> None:
+        """Until every file has its figures or its error. Raises LlavaError if no worker is left."""
+        while len(self.figures) + len(self.errors) < self.files:
+            self._hand_out()
+            if not self.calls and not self.away:
+                raise LlavaError(self.trouble)
+            if self.calls:
+                ended, _ = self.ray.wait(list(self.calls), timeout=1)
+                for call in ended:
+                    self._take(call, *self.calls.pop(call))
+            else:
+                time.sleep(1)
+            self._tell()
+
+    def stop(self) -> None:
+        """End all workers, whatever they do."""
+        for worker in self.workers:
+            self.ray.kill(worker)
+        if self.calls:  # until they are gone and with them their locks
+            self.ray.wait(list(self.calls), num_returns=len(self.calls), timeout=5)
+
+    def _hand_out(self) -> None:
+        now = time.monotonic()
+        due = [worker for at, worker in self.away if at <= now]
+        self.away = [(at, worker) for at, worker in self.away if at > now]
+        self.calls.update((worker.ready.remote(), (worker, None)) for worker in due)
+        while self.idle and self.todo:
+            worker, source = self.idle.pop(), self.todo.popleft()
+            wait = LOCK_SECONDS if self.tries[source] else 0.0
+            self.calls[worker.fill.remote(source, self.tally, wait)] = worker, source
+
+    def _take(self, call: Any, worker: Any, source: Source | None) -> None:
+        errors = self.ray.exceptions
+        try:
+            answer = self.ray.get(call)
+        except errors.ActorDiedError as error:  # for good: it could not even start
+            answer = Trouble(str(error).strip().split("\n")[-1])
+        except (errors.RayActorError, errors.TaskCancelledError):
+            self.away.append((time.monotonic() + RESTART_SECONDS, worker))
+            if source is not None:
+                say(f"{source.path.name}: its worker died; another continues it")
+                self._again(source, f"{MOST_TRIES} workers died over it")
+            return
+        self.heard = time.monotonic()
+        if isinstance(answer, Ready) and answer.fingerprint != (self.fingerprint or answer.fingerprint):
+            answer = Trouble(f"{answer.host} has another encoder in the same folder")
+        if isinstance(answer, Trouble) and not answer.of_file:
+            say(f"a worker is left out: {answer.text}")
+            self.trouble = answer.text
+            self.ray.kill(worker)
+            if source is not None:
+                self._again(source, answer.text)
+            return
+        self.idle.append(worker)
+        if isinstance(answer, Ready) and self.fingerprint is None:
+            self.fingerprint = answer.fingerprint
+            say(answer.frozen)
+        elif isinstance(answer, Trouble):
+            assert source is not None
+            self.errors[source] = answer.text
+        elif not isinstance(answer, Ready):
+            self.figures.append(answer)
+
+    def _again(self, source: Source, why: str) -> None:
+        self.tries[source] += 1
+        if self.tries[source] < MOST_TRIES:
+            self.todo.appendleft(source)
+        else:
+            self.errors[source] = why
+
+    def _tell(self) -> None:
+        rows, lines = self.ray.get(self.tally.news.remote())
+        for line in lines:
+            say(line)
+        self.bar.update(rows - self.bar.n)
+        working = self.idle or any(source is not None for _, source in self.calls.values())
+        if working:
+            self.heard = time.monotonic()
+        elif time.monotonic() - self.heard > REPORT_AFTER:
+            say(f"no worker is running; waiting for the Ray cluster to start one ({self.plan})")
+            self.heard = float("inf")

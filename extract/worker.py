@@ -1,0 +1,172 @@
+"""What runs on the nodes of a Ray cluster for `extract.cluster`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from extract.config import RunConfig
+from extract.filling import Filling
+from extract.run import describe, fill, is_done, open_filling, open_tower
+from extract.sources.base import Source
+from extract.summary import summarise
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict, sha256_files
+from llava_core.lock import Held
+from llava_core.shard_writer import FinishedMeanwhile
+from llava_core.shards import Shard
+from llava_core.vision import VisionTower
+
+TELL_SECONDS = 1.0
+"""Between two reports of the rows done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A worker whose tower is open."""
+
+    host: str
+    fingerprint: str
+    frozen: str
+    """The tower in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """Why a worker could not do what it was asked to."""
+
+    text: str
+    of_file: bool = False
+    """The file's own fault; else the worker's, and another may do better."""
+
+
+class Tally:
+    """An actor beside the driver, to whom the workers tell how they get on."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+        self.lines: list[str] = []
+
+    def count(self, name: str, rows: int) -> None:
+        """So many rows of this file are done."""
+        self.rows[name] = rows
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def news(self) -> tuple[int, list[str]]:
+        """Rows done in all, and the lines said since the last time."""
+        lines, self.lines = self.lines, []
+        return sum(self.rows.values()), lines
+
+
+class Worker:
+    """An actor that fills one shard after the other."""
+
+    def __init__(self, config: RunConfig, code: str) -> None:
+        self.config, self.code = config, code
+        self.host = socket.gethostname()
+
+    @functools.cached_property
+    def tower(self) -> VisionTower:
+        torch.set_num_threads(self.config.decoders or 1)
+        return open_tower(self.config)
+
+    def ready(self) -> Ready | Trouble:
+        """Open the tower."""
+        if code_digest() != self.code:
+            return Trouble(f"{self.host} has another version of llava-align; install the same on every node")
+        try:
+            return Ready(self.host, self.tower.fingerprint, describe(self.tower))
+        except (LlavaError, OSError) as error:
+            return Trouble(f"{self.host}: {error}")
+
+    def fill(self, source: Source, tally: Any, wait: float) -> JsonDict | Trouble:
+        """Finish the shard of `source`; returns its figures.
+
+        `wait`: seconds to wait for the lock of a worker that died over it.
+        """
+        path = self.config.out / f"{source.stem}.h5"
+        rows = Rows(tally, source.stem)
+        with contextlib.redirect_stderr(Lines(tally, self.host)):
+            try:
+                filling = self._begin(path, source, wait)
+            except (LlavaError, OSError) as error:
+                return Trouble(str(error), of_file=True)
+            if filling is None:
+                rows.update(source.rows)
+            else:
+                try:
+                    fill(self.config, self.tower, [lambda: filling], [], source.rows, lambda *_: rows)
+                except (LlavaError, OSError) as error:
+                    return Trouble(f"{self.host}: {error}")
+            rows.tell()
+        return summarise([Shard(path)], hosts_shown=None)
+
+    def _begin(self, path: Path, source: Source, wait: float) -> Filling | None:
+        """The shard, locked; None if it is finished."""
+        until = time.monotonic() + wait
+        while not is_done(path, source, self.tower, self.config):
+            try:
+                return open_filling(path, source, self.tower, self.config)
+            except FinishedMeanwhile:
+                continue
+            except Held:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1)
+        return None
+
+
+class Rows:
+    """Stands for a progress bar and tells the driver of it."""
+
+    def __init__(self, tally: Any, name: str) -> None:
+        self.tally, self.name, self.n, self.told = tally, name, 0, 0.0
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        if time.monotonic() - self.told > TELL_SECONDS:
+            self.tell()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """The driver's bar shows rows only."""
+
+    def tell(self) -> None:
+        self.told = time.monotonic()
+        self.tally.count.remote(self.name, self.n)
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Lines(io.TextIOBase):
+    """Standard error, each line of which the driver shows with our host's name."""
+
+    def __init__(self, tally: Any, host: str) -> None:
+        self.tally, self.host, self.rest = tally, host, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in filter(str.strip, lines):
+            self.tally.say.remote(f"{self.host}: {line}")
+        return len(text)
+
+
+def code_digest() -> str:
+    """Of the code that decides what is written: the same on every node that works together."""
+    root = Path(__file__).parents[1]
+    return sha256_files(
+        sorted(path for name in ("extract", "llava_core") for path in (root / name).rglob("*.py"))
+    )

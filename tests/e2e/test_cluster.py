@@ -1,0 +1,180 @@
+"""`extract run` by several workers: by shares of the files, and on a Ray cluster that loses a node."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from llava_core.journal import HEADER_BYTES, RECORD
+from llava_core.shards import Shard, open_shards
+from llava_core.status import Status
+from tests.e2e.commands import run, start
+from tests.e2e.pictures import features_are_right, picture, write_parquet
+from tests.ray_cluster import ACCESS, Node, ray_cluster
+from tests.servers import answer, serving
+from tests.small_vision import write_vision_folder
+
+asked: collections.Counter[str] = collections.Counter()
+
+
+async def image(request: web.Request) -> web.Response:
+    name = request.match_info["name"]
+    asked[name] += 1
+    await asyncio.sleep(0.05)
+    return web.Response(body=picture(int(name.split(".")[0])))
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[str]:
+    with serving({"/{name:\\d+.jpg}": image, "/gone": answer(status=404)}) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vision_folder(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, Node, Node]]:
+    with ray_cluster() as started:
+        yield started
+    assert not started[1].processes() | started[2].processes()
+
+
+def good(base: str, rows: int, first: int = 0) -> list[str]:
+    return [f"{base}/{i}.jpg" for i in range(first, first + rows)]
+
+
+@contextlib.contextmanager
+def started(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command that does not outlive the test, whatever happens."""
+    process = start(*arguments, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def half_done(out: Path, by: Node) -> bool:
+    """Whether a shard that this node writes has rows on disk and lacks others."""
+    for lock in out.glob("*.lock"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            holder = int(lock.read_text().split()[2])
+            journal = lock.with_suffix(".journal").stat().st_size
+            if journal >= HEADER_BYTES + 100 * RECORD.itemsize and holder in by.processes():
+                return True
+    return False
+
+
+def wait_for_half(out: Path, process: subprocess.Popen[str], by: Node) -> None:
+    until = time.monotonic() + 200
+    while not half_done(out, by):
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_a_node_dies_and_every_row_is_there_once(
+    cluster: tuple[str, Node, Node], base: str, vision: Path, tmp_path: Path
+) -> None:
+    address, _, other = cluster
+    for part in range(4):
+        urls = [*good(base, 300, 300 * part), f"{base}/gone"]
+        write_parquet(tmp_path / f"data/{part}.parquet", urls)
+    asked.clear()
+    flags = ("--data", "data", "--out", "out", "--vision", vision, "--allow-private", "--ray", address,
+             "--concurrency", 8, "--batch-size", 8, "--json")  # fmt: skip
+    with started("extract", "run", *flags, cwd=tmp_path, **ACCESS) as process:
+        wait_for_half(tmp_path / "out", process, other)
+        other.kill()
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "2 workers of 1 CPU core" in err
+    assert err.count("frozen: ") == 1
+    assert err.count("its worker died; another continues it") == 1
+    ours = ("Ray at", "frozen: ", "no worker is running", "0.parquet: ", "1.parquet: ", "most failures")
+    assert all(line.startswith(ours) or line.endswith(".h5: 301 rows, 1 failed") for line in err.splitlines())
+    assert out.startswith("outcome")  # and not Ray's remarks
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["by_status"] == {"ok": 1200, "http 4xx": 4}
+    assert summary["failed_hosts"] == {"127.0.0.1": 4}
+    shards = open_shards(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"{n}.{s}" for n in range(4) for s in ("h5", "json")
+    ]
+    for part, shard in enumerate(shards):
+        assert [shard.url(row) for row in range(300)] == good(base, 300, 300 * part)
+        assert shard.status.tolist() == [Status.OK] * 300 + [Status.HTTP_4XX]
+        features_are_right(shard, vision)
+    # The rows of the journal, 128 or more, were not asked for again.
+    assert 1200 <= asked.total() <= 1200 + 172
+
+
+def test_an_interrupt_ends_the_workers_and_one_bad_file_stops_no_other(
+    cluster: tuple[str, Node, Node], base: str, vision: Path, tmp_path: Path
+) -> None:
+    address, head, _ = cluster
+    write_parquet(tmp_path / "data/a.parquet", good(base, 400))
+    command = (
+        "extract", "run", "--data", tmp_path / "data", "--out", tmp_path / "out", "--vision", vision,
+        "--allow-private", "--ray", address, "--concurrency", 8,
+    )  # fmt: skip
+    with started(*command, **ACCESS) as process:
+        wait_for_half(tmp_path / "out", process, head)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert "Traceback" not in err
+
+    write_parquet(tmp_path / "data/b.parquet", good(base, 500))
+    data = bytearray((tmp_path / "data/b.parquet").read_bytes())
+    data[4:400] = bytes(396)  # its pages, not its footer
+    (tmp_path / "data/b.parquet").write_bytes(data)
+    write_parquet(tmp_path / "data/c.parquet", good(base, 5))
+    asked.clear()
+    line = run(*command, code=1, **ACCESS).one_line()
+    assert "damaged parquet file" in line
+    assert "b.parquet" in line
+    assert Shard(tmp_path / "out/a.h5").status.tolist() == [Status.OK] * 400
+    assert Shard(tmp_path / "out/c.h5").status.tolist() == [Status.OK] * 5
+    assert asked.total() <= 400 - 128 + 5
+
+
+def test_workers_share_the_files(base: str, vision: Path, tmp_path: Path) -> None:
+    for name in "abcde":
+        write_parquet(tmp_path / f"data/{name}.parquet", good(base, 4))
+    flags = ("--data", "data", "--out", "out", "--vision", vision, "--allow-private", "--limit", 10, "--json")
+    task = {"SLURM_ARRAY_TASK_ID": 4, "SLURM_ARRAY_TASK_MIN": 1, "SLURM_ARRAY_TASK_COUNT": 4}
+    variables = (
+        {"RANK": 0, "WORLD_SIZE": 2},
+        {"RANK": 1, "WORLD_SIZE": 2},
+        task,
+        {"RANK": 2, "WORLD_SIZE": 2},
+    )
+    with contextlib.ExitStack() as stack:
+        workers = [
+            stack.enter_context(started("extract", "run", *flags, cwd=tmp_path, **each)) for each in variables
+        ]
+        ended = [worker.communicate(timeout=240) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0, 2], ended
+    told = ("worker 1 of 2: 2 of 3 sources", "worker 2 of 2: 1 of 3 sources", "worker 4 of 4: 0 of 3 sources")
+    for line, (_, err) in zip(told, ended, strict=False):
+        assert line in err
+    assert [json.loads(out.splitlines()[-1])["ok"] for out, _ in ended[:3]] == [6, 4, 0]
+    assert ended[3][1].startswith("error: RANK and WORLD_SIZE make no sense; expected RANK from 0 to")
+    rows = [Shard(tmp_path / f"out/{name}.h5").rows for name in "abc"]
+    assert rows == [4, 4, 2]
