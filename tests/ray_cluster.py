@@ -13,10 +13,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.e2e.commands import ENVIRONMENT
 
-ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+ACCESS: dict[str, Any] = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 """Of our cluster alone: nobody else reaches it, and no token of the home folder matters."""
 
 
