@@ -194,9 +194,9 @@ tags: [llava, projector, image-to-text]
 ---
 # Projector between {config["encoder"].get("model_id")} and {config["language_model"]["id"]}
 
-A {projector["kind"]} projector ({parameters:,} parameters), {projector["in_width"]} to
-{projector["out_width"]} wide, of visual tokens: {projector["visual_tokens"]}. Trained on cached features
-of the frozen vision encoder, to caption loss through the frozen language model.
+A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {projector["in_width"]} to
+{projector["out_width"]} wide, of {parameters:,} parameters, trained on cached features of the frozen vision
+encoder, to caption loss through the frozen language model.
 
 | figure | value |
 | --- | --- |

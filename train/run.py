@@ -108,8 +108,8 @@ class Trainer:
         say(
             f"frozen: {llm.identity['id']} ({parameter_count(llm.model):,} parameters); trained: "
             f"{config.projector} projector {shards[0].width}→{llm.hidden} "
-            f"({parameter_count(self.projector):,} parameters) of {config.visual_tokens} visual tokens "
-            f"({self.samples.tokens}→{self.visual})"
+            f"({parameter_count(self.projector):,} parameters); "
+            f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
         )
         say(
             f"{len(self.samples)} samples, features {self.samples.place}; "

@@ -67,7 +67,7 @@ def test_every_kind_learns_and_answers(
 ) -> None:
     train_run(short(world, tmp_path / "run", projector=kind, visual_tokens=visual_tokens))
     said = capfd.readouterr().err
-    assert f"of {visual_tokens} visual tokens (17→{TOKENS_OUT[visual_tokens]})" in said
+    assert f"visual tokens: {visual_tokens} (17→{TOKENS_OUT[visual_tokens]})" in said
     held_out = curve(tmp_path / "run", "eval_loss")
     assert held_out[6] < 0.99 * held_out[0]
     image = world / "set/0.jpg"
