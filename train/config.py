@@ -9,7 +9,8 @@ from typing import Literal
 
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
-from train.resident import Residence
+
+Residence = Literal["auto", "ram", "gpu", "disk"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,8 +10,8 @@ import torch
 from llava_core.console import human_bytes
 from llava_core.errors import LlavaError
 from llava_core.memory import free_memory
+from train.config import Residence
 
-Residence = Literal["auto", "ram", "gpu", "disk"]
 AUTO_SHARE = 0.5
 """Of the free memory of a device, the most that `auto` takes."""
 CPU = torch.device("cpu")
