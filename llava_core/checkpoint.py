@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, first_difference
-from llava_core.projector import build_projector, parameter_count
+from llava_core.projector import Projector, build_projector, parameter_count
 
 CHECKPOINT_VERSION = 1
 
@@ -70,7 +70,7 @@ class Checkpoint:
     """A loaded checkpoint: the projector in eval mode on the CPU, fp32, and where it belongs."""
 
     folder: Path
-    projector: torch.nn.Module
+    projector: Projector
     provenance: Provenance
     training: JsonDict
     """The run's flags."""
@@ -79,26 +79,25 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: Path,
-    projector: torch.nn.Module,
-    kind: str,
-    sizes: tuple[int, int],
+    projector: Projector,
     provenance: Provenance,
     training: JsonDict,
     metrics: JsonDict,
     state: dict[str, Any],
 ) -> None:
-    """Write the folder under a temporary name, flush it, rename it; `sizes` are the (in, out) widths."""
+    """Write the folder under a temporary name, flush it, rename it."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     config = {
         "format": "llava-projector",
         "version": CHECKPOINT_VERSION,
-        "projector": {"kind": kind, "in_width": sizes[0], "out_width": sizes[1]},
+        "projector": projector.config,
         **dataclasses.asdict(provenance),
     }
     weights = {
-        name: tensor.detach().float().cpu().contiguous() for name, tensor in projector.state_dict().items()
+        name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in projector.map.state_dict().items()
     }
     save_file(weights, partial / "model.safetensors")
     _write(partial / "config.json", json.dumps(config, ensure_ascii=False, indent=2))
@@ -132,7 +131,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 got=f"{config.get('format')} version {config.get('version')}",
             )
         projector = build_projector(**config["projector"])
-        projector.load_state_dict(load_file(folder / "model.safetensors"))
+        projector.map.load_state_dict(load_file(folder / "model.safetensors"))
         provenance = Provenance(**{f.name: config[f.name] for f in dataclasses.fields(Provenance)})
         training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -195,9 +194,9 @@ tags: [llava, projector, image-to-text]
 ---
 # Projector between {config["encoder"].get("model_id")} and {config["language_model"]["id"]}
 
-A {projector["kind"]} projector, {projector["in_width"]} to {projector["out_width"]} wide ({parameters:,}
-parameters), trained on cached features of the frozen vision encoder, to caption loss through the frozen
-language model.
+A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {projector["in_width"]} to
+{projector["out_width"]} wide, of {parameters:,} parameters, trained on cached features of the frozen vision
+encoder, to caption loss through the frozen language model.
 
 | figure | value |
 | --- | --- |

@@ -10,6 +10,8 @@ from typing import Literal
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
 
+Residence = Literal["auto", "ram", "gpu", "disk"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
@@ -26,6 +28,9 @@ class RunConfig(Options):
 
     projector: Literal["linear", "mlp"] = "linear"
     """Kind of projector; mlp is linear, GELU, linear."""
+    visual_tokens: Literal["all", "patches", "pool", "shuffle"] = "all"
+    """Which visual tokens it is given: all, the patches without CLS, the mean of each 2x2 patches, or those
+    four side by side in one token; of 197 these leave 197, 196, 49 and 49."""
     lr: float = 2e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.0
@@ -61,6 +66,9 @@ class RunConfig(Options):
     """Also report metrics there; wandb stays offline unless a key is set."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    resident: Residence = "auto"
+    """Where features stay once they are read; auto takes the GPU or else the RAM for what is read more than
+    once, if that takes at most half of what is free there, or else leaves them on disk."""
     resume: bool = False
     """Fail unless OUT holds a run to continue."""
     dry_run: bool = False

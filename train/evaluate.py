@@ -12,6 +12,7 @@ from llava_core.conversation import Conversation
 from llava_core.device import pick_device
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
+from llava_core.projector import Projector
 from llava_core.shards import open_shards
 from train.config import EvalConfig
 from train.objective import prepare, summed_loss
@@ -22,7 +23,7 @@ from train.samples import Samples
 @torch.no_grad()
 def evaluate(
     llm: LanguageModel,
-    projector: torch.nn.Module,
+    projector: Projector,
     samples: Samples,
     batch_size: int,
     micro_tokens: int,
@@ -33,17 +34,18 @@ def evaluate(
     right one: 0 means that the answers ignore the picture. It is None for a single sample.
     """
     n, shuffle = len(samples), len(samples) > 1
+    visual = projector.tokens_out(samples.tokens)
     right, shuffled, tokens = 0.0, 0.0, 0
     with progress(n, "samples", desc="evaluate", leave=False) as bar:
         for start in range(0, n, batch_size):
             indices = list(range(start, min(start + batch_size, n)))
             batch = samples.batch(indices, epoch=0)
-            for pack in packs(batch, micro_tokens):
+            for pack in packs(batch, visual, micro_tokens):
                 right += float(summed_loss(llm, projector, pack.to(llm.device)))
                 tokens += len(pack.targets)
             if shuffle:
                 others = samples.batch(indices, epoch=0, images=[(i + 1) % n for i in indices])
-                for pack in packs(others, micro_tokens):
+                for pack in packs(others, visual, micro_tokens):
                     shuffled += float(summed_loss(llm, projector, pack.to(llm.device)))
             bar.update(len(indices))
     loss = right / tokens

@@ -14,12 +14,14 @@ THREADS = 2
 
 
 def prefetch(samples: Samples, schedule: Schedule, start: int, pin: bool) -> Generator[Batch, None, None]:
-    """Batches of the steps from `start` to the end, in order, in pinned memory if `pin`."""
+    """Batches of the steps from `start` to the end, in order; with `pin` features on the CPU are pinned."""
 
     def load(step: int) -> Batch:
         epoch, indices = schedule.at(step)
         batch = samples.batch(indices, epoch)
-        return Batch(batch.features.pin_memory(), batch.examples) if pin else batch
+        if pin and not batch.features.is_cuda:
+            batch = Batch(batch.features.pin_memory(), batch.examples)
+        return batch
 
     steps = iter(range(start, schedule.steps))
     with ThreadPoolExecutor(THREADS, "loader") as pool:

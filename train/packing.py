@@ -20,7 +20,7 @@ ATTENTION = "llava_packed"
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Samples as one row of N tokens, each sample `[T visual tokens][text]`."""
+    """Samples as one row of N tokens, each sample `[V visual tokens][text]`."""
 
     features: torch.Tensor
     """fp16 [samples, T, D]."""
@@ -29,7 +29,7 @@ class Pack:
     positions: torch.Tensor
     """[N] position in the own sample."""
     visual: torch.Tensor
-    """[samples * T] indices of the visual tokens."""
+    """[samples * V] indices of the visual tokens, as many as the projector makes of T."""
     predicting: torch.Tensor
     """[A] indices of the tokens whose next token is to be learnt."""
     targets: torch.Tensor
@@ -46,12 +46,11 @@ class Pack:
         return dataclasses.replace(self, **moved)
 
 
-def packs(batch: Batch, micro_tokens: int) -> Iterator[Pack]:
-    """Cut a batch into packs of at most `micro_tokens` tokens, in order.
+def packs(batch: Batch, visual: int, micro_tokens: int) -> Iterator[Pack]:
+    """Cut a batch into packs of at most `micro_tokens` tokens, `visual` of each sample's visual, in order.
 
     Raises LlavaError if one sample alone is longer.
     """
-    visual = batch.features.shape[1]
     start = tokens = 0
     for end, example in enumerate(batch.examples):
         length = visual + len(example.ids)
@@ -59,15 +58,14 @@ def packs(batch: Batch, micro_tokens: int) -> Iterator[Pack]:
             raise LlavaError("a sample has too many tokens", expected=f"at most {micro_tokens}", got=length,
                              do="raise --micro-tokens or lower --max-text-tokens")  # fmt: skip
         if tokens + length > micro_tokens:
-            yield pack(batch.features[start:end], batch.examples[start:end])
+            yield pack(batch.features[start:end], visual, batch.examples[start:end])
             start, tokens = end, 0
         tokens += length
-    yield pack(batch.features[start:], batch.examples[start:])
+    yield pack(batch.features[start:], visual, batch.examples[start:])
 
 
-def pack(features: torch.Tensor, examples: Sequence[Example]) -> Pack:
-    """Lay samples end to end: features [samples, T, D] and the words of each."""
-    visual = features.shape[1]
+def pack(features: torch.Tensor, visual: int, examples: Sequence[Example]) -> Pack:
+    """Lay samples end to end: features [samples, T, D] that become `visual` tokens, and the words of each."""
     lengths = [visual + len(example.ids) for example in examples]
     ids, labels = [], []
     for example in examples:

@@ -18,7 +18,7 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.lock import Lock
-from llava_core.projector import build_projector, match_scale, parameter_count
+from llava_core.projector import Projector, build_projector, match_scale, parameter_count
 from llava_core.shards import Shard, open_shards, require_same_fingerprint
 from train.config import RunConfig
 from train.evaluate import evaluate
@@ -26,6 +26,7 @@ from train.loader import prefetch
 from train.objective import prepare, summed_loss
 from train.packing import packs
 from train.report import Report
+from train.resident import pick_residence
 from train.runfolder import RunFolder
 from train.samples import Batch, Samples, Schedule, usable_rows
 
@@ -38,6 +39,7 @@ def run(config: RunConfig) -> JsonDict:
     shards = open_shards(config.features)
     held_out = open_shards(config.eval_features) if config.eval_features else []
     require_same_fingerprint([*shards, *held_out])
+    projector_of(config, shards[0], hidden=1).tokens_out(shards[0].tokens)  # before the wait for a model
     if config.dry_run:
         return plan(config, shards)
     folder = RunFolder(config.out, config)
@@ -49,6 +51,11 @@ def run(config: RunConfig) -> JsonDict:
         llm = load_language_model(config.llm, device)
         prepare(llm)
         return Trainer(config, folder, llm, shards, held_out).train()
+
+
+def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
+    """A new projector of features such as the shard's to so wide embeddings."""
+    return build_projector(config.projector, shard.width, hidden, config.visual_tokens)
 
 
 class Trainer:
@@ -71,7 +78,6 @@ class Trainer:
         self.schedule = Schedule(
             len(self.samples), config.batch_size, config.epochs, config.max_steps, config.seed
         )
-        self.sizes = (shards[0].width, llm.hidden)
         self.provenance = Provenance(
             fingerprint=shards[0].fingerprint,
             encoder=shards[0].encoder,
@@ -79,7 +85,8 @@ class Trainer:
             language_model=llm.identity,
             conversation=CONVERSATION_FORMAT,
         )
-        self.projector = self._initial_projector().to(llm.device)
+        self.projector = self._initial_projector(shards[0]).to(llm.device)
+        self.visual = self.projector.tokens_out(self.samples.tokens)
         self.optimizer = torch.optim.AdamW(
             self.projector.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
@@ -97,13 +104,16 @@ class Trainer:
             self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
             self.cut, self.dropped = state["cut"], state["dropped"]
             torch.set_rng_state(state["rng"])
+        self._keep_features()
         say(
             f"frozen: {llm.identity['id']} ({parameter_count(llm.model):,} parameters); trained: "
-            f"{config.projector} projector {self.sizes[0]}→{self.sizes[1]} "
-            f"({parameter_count(self.projector):,} parameters)"
+            f"{config.projector} projector {shards[0].width}→{llm.hidden} "
+            f"({parameter_count(self.projector):,} parameters); "
+            f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
         )
         say(
-            f"{len(self.samples)} samples, {self.schedule.steps} steps of {config.batch_size} on {llm.device}"
+            f"{len(self.samples)} samples, features {self.samples.place}; "
+            f"{self.schedule.steps} steps of {config.batch_size} on {llm.device}"
             + (f", continued at step {self.step}" if self.step else "")
         )
 
@@ -154,7 +164,7 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         answers = sum(sum(label >= 0 for label in example.labels) for example in batch.examples)
         total, tokens = torch.zeros((), device=self.llm.device), 0
-        for pack in packs(batch, self.config.micro_tokens):
+        for pack in packs(batch, self.visual, self.config.micro_tokens):
             loss = summed_loss(self.llm, self.projector, pack.to(self.llm.device)) / answers
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -200,7 +210,7 @@ class Trainer:
             "rows": self.rows,
             "rng": torch.get_rng_state(),
         }
-        self.folder.save(self.step, self.projector, self.sizes, self.provenance, self.figures, state, best)
+        self.folder.save(self.step, self.projector, self.provenance, self.figures, state, best)
 
     def require_finite(self, loss: float) -> None:
         if math.isfinite(loss):
@@ -214,12 +224,24 @@ class Trainer:
             do="begin again in another --out with a lower --lr",
         )
 
-    def _initial_projector(self) -> torch.nn.Module:
+    def _initial_projector(self, shard: Shard) -> Projector:
         torch.manual_seed(self.config.seed)
-        projector = build_projector(self.config.projector, *self.sizes)
-        some = self.samples.batch(range(min(SCALE_SAMPLES, len(self.samples))), epoch=0)
-        match_scale(projector, some.features.float(), self.llm.embedding_rms)
+        projector = projector_of(self.config, shard, self.llm.hidden)
+        some = self.samples.read(range(min(SCALE_SAMPLES, len(self.samples))))
+        match_scale(projector, some.float(), self.llm.embedding_rms)
         return projector
+
+    def _keep_features(self) -> None:
+        """Keep features where --resident says; auto has no use for what is read only once."""
+        repeated = self.schedule.steps > self.schedule.steps_per_epoch
+        kept = [self.samples] if repeated or self.config.resident != "auto" else []
+        if self.held_out:
+            kept.append(self.held_out)
+        needed = sum(samples.feature_bytes for samples in kept)
+        place = pick_residence(self.config.resident, needed, self.llm.device)
+        if place:
+            for samples in kept:
+                samples.keep(place)
 
 
 class Meter:
@@ -284,7 +306,7 @@ def plan(config: RunConfig, shards: list[Shard]) -> JsonDict:
         "shards": len(shards),
         "samples": len(usable),
         "steps": schedule.steps,
-        "visual_tokens": shards[0].tokens,
+        "visual_tokens": projector_of(config, shards[0], hidden=1).tokens_out(shards[0].tokens),
         "feature_bytes_per_epoch": sum(shards[shard].layout.row_bytes for shard, _ in usable),
     }
     shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]

@@ -14,17 +14,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.projector import Projector
 from train.config import RunConfig
 
 FREE_KEYS = {
     *("json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"),
-    "micro_tokens",
+    *("micro_tokens", "resident"),
 }
 """Flags that may differ when a run continues: they do not change what is learnt."""
 
@@ -41,13 +41,15 @@ class RunFolder:
             raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
 
     def _require_same_flags(self) -> None:
-        before = load_checkpoint(self.path / "last").training
-        differing = [k for k in self.training if k not in FREE_KEYS and before.get(k) != self.training[k]]
+        defaults = {field.name: _plain(field.default) for field in dataclasses.fields(RunConfig)}
+        # A flag that is newer than the run had its default's effect.
+        before = {**defaults, **load_checkpoint(self.path / "last").training}
+        differing = [k for k in self.training if k not in FREE_KEYS and before[k] != self.training[k]]
         if differing:
             key = differing[0]
             raise LlavaError(
                 f"{self.path} holds a run with another --{key.replace('_', '-')}",
-                expected=before.get(key),
+                expected=before[key],
                 got=self.training[key],
                 do="choose another --out, or delete that folder",
             )
@@ -92,8 +94,7 @@ class RunFolder:
     def save(
         self,
         step: int,
-        projector: torch.nn.Module,
-        sizes: tuple[int, int],
+        projector: Projector,
         provenance: Provenance,
         figures: JsonDict,
         state: dict[str, Any],
@@ -101,9 +102,7 @@ class RunFolder:
     ) -> None:
         folder = self.path / f"step-{step:08d}"
         metrics = {"step": step, **figures}
-        save_checkpoint(
-            folder, projector, self.config.projector, sizes, provenance, self.training, metrics, state
-        )
+        save_checkpoint(folder, projector, provenance, self.training, metrics, state)
         if best:  # before `last`, whose state says that this loss has been reached
             point_to(self.path / "best", folder)
         point_to(self.path / "last", folder)

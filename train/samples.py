@@ -16,11 +16,12 @@ from llava_core.conversation import Conversation, Example, Turn, pick_instructio
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard
 from llava_core.status import Status
+from train.resident import Kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Samples as read: features fp16 [samples, T, D] on the CPU, and the words of each."""
+    """Features fp16 [samples, T, D], on the CPU or where they are kept, and the words of each."""
 
     features: torch.Tensor
     examples: list[Example]
@@ -36,6 +37,7 @@ class Samples:
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
         self.seed = seed
+        self.kept: Kept | None = None
         self.rows = usable_rows(self.shards, limit)
         if not self.rows:
             raise LlavaError(
@@ -48,6 +50,21 @@ class Samples:
         return len(self.rows)
 
     @property
+    def tokens(self) -> int:
+        """Visual tokens of a sample as the encoder gave them."""
+        return self.shards[0].tokens
+
+    @property
+    def place(self) -> str:
+        """Where features are read from, once they have been read."""
+        return "from disk" if self.kept is None else f"kept on {self.kept.features.device}"
+
+    @property
+    def feature_bytes(self) -> int:
+        """Of every sample, as fp16."""
+        return len(self) * self.tokens * self.shards[0].width * 2
+
+    @property
     def identity(self) -> str:
         """sha256, in hex, over which rows of which shards these are."""
         used = [(shard.path.name, shard.layout.uid) for shard in self.shards]
@@ -55,13 +72,22 @@ class Samples:
 
     def batch(self, indices: Sequence[int], epoch: int, images: Sequence[int] | None = None) -> Batch:
         """The samples at `indices`; `images`, as long, takes the features from other samples instead."""
-        first = self.shards[0]
-        features = torch.empty(len(indices), first.tokens, first.width, dtype=torch.float16)
+        pictures = indices if images is None else images
+        features = self.read(pictures) if self.kept is None else self.kept.take(pictures, self.read)
+        return Batch(features, [self.example(index, epoch) for index in indices])
+
+    def keep(self, device: torch.device) -> None:
+        """Keep features on `device` from when they are first read."""
+        self.kept = Kept((len(self), self.tokens, self.shards[0].width), device)
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        """Features of the samples at `indices` from disk: fp16 [samples, T, D] on the CPU."""
+        features = torch.empty(len(indices), self.tokens, self.shards[0].width, dtype=torch.float16)
         rows = features.numpy()
-        for k, index in enumerate(indices if images is None else images):
+        for k, index in enumerate(indices):
             shard, row = self.rows[index]
             self.shards[shard].read_into(row, rows[k])
-        return Batch(features, [self.example(index, epoch) for index in indices])
+        return features
 
     def example(self, index: int, epoch: int) -> Example:
         """Words of one sample; what is drawn from the pool is a pure function of (seed, epoch, row, turn)."""

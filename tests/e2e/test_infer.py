@@ -61,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     # Far larger than a trained one's, so that pictures make a difference to a random model.
     match_scale(projector, torch.randn(64, tower.width), 4 * llm.embedding_rms)
     provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), llm.identity)
-    save_checkpoint(root / "run/last", projector, "linear", (tower.width, llm.hidden), provenance, {}, {}, {})
+    save_checkpoint(root / "run/last", projector, provenance, {}, {}, {})
     images = []
     for seed in range(5):
         path = root / f"{seed}.png"

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import fingerprint
-from llava_core.projector import build_projector
+from llava_core.projector import PROJECTORS, VISUAL_TOKENS, build_projector
 
 ENCODER = {"model_id": "clip", "weights_sha256": "a" * 64, "layer": None, "tokens": 5, "width": 6}
 PREPROCESS = {"size": 32, "filter": "bicubic"}
@@ -17,17 +19,17 @@ LANGUAGE = {"id": "qwen", "weights_sha256": "b" * 64, "hidden": 8}
 PROVENANCE = Provenance(fingerprint(ENCODER, PREPROCESS), ENCODER, PREPROCESS, LANGUAGE)
 
 
-def save(folder: Path, kind: str = "mlp", step: int = 1) -> torch.nn.Module:
+def save(folder: Path, kind: str = "mlp", step: int = 1, visual_tokens: str = "all") -> torch.nn.Module:
     torch.manual_seed(step)
-    projector = build_projector(kind, 6, 8)
+    projector = build_projector(kind, 6, 8, visual_tokens)
     state = {"step": step, "rng": torch.get_rng_state()}
-    save_checkpoint(folder, projector, kind, (6, 8), PROVENANCE, {"lr": 0.1}, {"eval_loss": 2.5}, state)
+    save_checkpoint(folder, projector, PROVENANCE, {"lr": 0.1}, {"eval_loss": 2.5}, state)
     return projector
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_round_trip(tmp_path: Path, kind: str) -> None:
-    projector = save(tmp_path / "c", kind)
+@pytest.mark.parametrize(("kind", "visual_tokens"), list(itertools.product(PROJECTORS, VISUAL_TOKENS)))
+def test_round_trip(tmp_path: Path, kind: str, visual_tokens: str) -> None:
+    projector = save(tmp_path / "c", kind, visual_tokens=visual_tokens).requires_grad_(False)
     loaded = load_checkpoint(tmp_path / "c")
     x = torch.randn(3, 5, 6)
     assert torch.equal(loaded.projector(x), projector(x))
@@ -38,6 +40,16 @@ def test_round_trip(tmp_path: Path, kind: str) -> None:
     card = (tmp_path / "c/README.md").read_text(encoding="utf-8")
     assert PROVENANCE.fingerprint in card
     assert "| eval_loss | 2.5 |" in card
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_tokens(tmp_path: Path) -> None:
+    projector = save(tmp_path / "c", "linear")
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    assert config["projector"].pop("visual_tokens") == "all"
+    (tmp_path / "c/config.json").write_text(json.dumps(config))
+    assert set(load_file(tmp_path / "c/model.safetensors")) == {"weight", "bias"}
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(load_checkpoint(tmp_path / "c").projector(x), projector(x))
 
 
 def test_an_older_checkpoint_is_replaced_whole(tmp_path: Path) -> None:

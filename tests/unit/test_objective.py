@@ -65,7 +65,7 @@ def test_packed_equals_per_sample(llm: LanguageModel, micro_tokens: int, forward
     expected = gradients(projector)
 
     prepare(llm)
-    split = list(packs(batch, micro_tokens))
+    split = list(packs(batch, VISUAL, micro_tokens))
     assert len(split) == forwards
     total = sum(summed_loss(llm, projector, p) for p in split)
     assert isinstance(total, torch.Tensor)
@@ -97,7 +97,7 @@ def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_the_model_takes_no_gradients(llm: LanguageModel) -> None:
     prepare(llm)
     batch, projector = a_batch(llm), a_projector(llm)
-    summed_loss(llm, projector, pack(batch.features, batch.examples)).backward()  # type: ignore[no-untyped-call]
+    summed_loss(llm, projector, pack(batch.features, VISUAL, batch.examples)).backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None and not p.requires_grad for p in llm.model.parameters())
     assert not llm.model.training
 
@@ -120,7 +120,7 @@ def test_pack_lays_samples_end_to_end() -> None:
     features = torch.zeros(2, 2, 3)
     first = Example([7, 8, 9], [IGNORE, 8, 9], cut=False)
     second = Example([6, 5], [IGNORE, 5], cut=False)
-    laid = pack(features, [first, second])
+    laid = pack(features, 2, [first, second])
     assert laid.ids.tolist() == [0, 0, 7, 8, 9, 0, 0, 6, 5]
     assert laid.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
     assert laid.visual.tolist() == [0, 1, 5, 6]
@@ -131,4 +131,4 @@ def test_pack_lays_samples_end_to_end() -> None:
 
 def test_a_sample_over_the_budget_is_named(llm: LanguageModel) -> None:
     with pytest.raises(LlavaError, match="--micro-tokens"):
-        list(packs(a_batch(llm), micro_tokens=30))
+        list(packs(a_batch(llm), VISUAL, micro_tokens=30))

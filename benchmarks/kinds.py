@@ -1,0 +1,88 @@
+"""Every kind of projector side by side on the demo's features: python -m benchmarks.kinds --demo demo-out
+
+DEMO is a folder that `python -m llava demo` has filled. For each kind: `train run` on its features, `infer
+batch` on its held-out pictures, and the share of attributes that the answers name rightly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from llava.demo import MODELS, QUESTION
+from llava.world.captions import accuracy
+from llava.world.scene import Scene, random_scene
+from llava_core.checkpoint import load_checkpoint
+from llava_core.console import table
+from llava_core.projector import PROJECTORS, VISUAL_TOKENS, parameter_count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", type=Path, default=Path("demo-out"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=300)
+    given = parser.parse_args()
+    pictures = sorted((given.demo / "pictures/held-out").glob("*.jpg"))
+    rng = random.Random("held-out/0")  # as the demo draws them
+    scenes = [random_scene(rng) for _ in pictures]
+    lines = [json.dumps({"image": str(path.resolve()), "prompt": QUESTION}) + "\n" for path in pictures]
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    rows = [
+        measure(given.demo, given.out, kind, visual_tokens, given.steps, scenes)
+        for visual_tokens, kind in itertools.product(VISUAL_TOKENS, PROJECTORS)
+    ]
+    header = ("kind", "parameters", "samples/s", "CPU s", "data wait", "loss", "gap",
+              "shape", "colour", "place", "all")  # fmt: skip
+    print(table(rows, header))
+
+
+def measure(
+    demo: Path, out: Path, kind: str, visual_tokens: str, steps: int, scenes: list[Scene]
+) -> tuple[object, ...]:
+    run = out / f"{visual_tokens}-{kind}"
+    before = _cpu_seconds()
+    _run("train", "run", "--features", demo / "features/train", "--eval-features", demo / "features/held-out",
+         "--llm", MODELS / "llm", "--out", run, "--projector", kind, "--visual-tokens", visual_tokens,
+         "--max-steps", steps, "--epochs", 99, "--eval-every", steps, "--device", "cpu")  # fmt: skip
+    seconds = _cpu_seconds() - before
+    _run("infer", "batch", "--checkpoint", run / "last", "--vision", MODELS / "vision", "--llm",
+         MODELS / "llm", "--batch-size", 64, "--device", "cpu",
+         "--input", out / "questions.jsonl", "--output", run / "answers.jsonl")  # fmt: skip
+    answers = [json.loads(line)["answer"] for line in (run / "answers.jsonl").read_text("utf-8").splitlines()]
+    right = accuracy(scenes, answers)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [line for line in metrics if "samples_per_s" in line]
+    card = json.loads((run / "last/metrics.json").read_text())
+    return (
+        f"{visual_tokens}, {kind}",
+        f"{parameter_count(load_checkpoint(run / 'last').projector):,}",
+        f"{statistics.median(line['samples_per_s'] for line in rates):.0f}",
+        f"{seconds:.0f}",
+        f"{statistics.median(line['data_wait'] for line in rates):.2%}",
+        f"{card['eval_loss']:.3f}",
+        f"{card['eval_grounding_gap']:.3f}",
+        *(f"{right[attribute]:.1%}" for attribute in ("shape", "colour", "place", "all")),
+    )
+
+
+def _cpu_seconds() -> float:
+    """User and system time of the commands so far: what a busy machine distorts least."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _run(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True)
+
+
+if __name__ == "__main__":
+    main()

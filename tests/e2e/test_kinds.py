@@ -1,0 +1,163 @@
+"""Every kind of projector from one cache, and features wherever they stay: train, resume, ask, batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from extract.config import RunConfig as ExtractConfig
+from extract.run import run as extract_run
+from infer.config import AskConfig
+from infer.engine import Engine, Sampling, open_engine
+from infer.session import Session
+from llava_core.checkpoint import load_checkpoint
+from llava_core.errors import LlavaError
+from llava_core.projector import PROJECTORS, VISUAL_TOKENS
+from tests.e2e.commands import run, start
+from tests.e2e.test_train import config, curve, flags_of, weights
+from tests.local_data import write_parquet, write_pictures
+from tests.small_models import write_language_model
+from tests.small_shards import write_shard
+from tests.small_vision import VISION, write_vision_folder
+from train.run import run as train_run
+
+NAMES = [f"{i}.jpg" for i in range(8)]
+TOKENS_OUT = {"all": 17, "patches": 16, "pool": 4, "shuffle": 4}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures as a shard of a 4x4 grid behind a class token, and a small language model."""
+    root = tmp_path_factory.mktemp("kinds")
+    vision = write_vision_folder(root / "vision", vision={**VISION, "vision_patch_size": 8})
+    write_pictures(root / "set", NAMES)
+    captions = [f"图 {i}" * (1 + i % 3) for i in range(8)]
+    write_parquet(root / "set/data.parquet", image=NAMES, caption=captions)
+    extract_run(
+        ExtractConfig(data=str(root / "set/data.parquet"), out=root / "features", vision=vision, device="cpu")
+    )
+    write_language_model(root / "llm")
+    return root
+
+
+def short(world: Path, out: Path, **flags: Any) -> Any:
+    return config(world, out, eval_features=world / "features", epochs=3, **flags)
+
+
+def opened(world: Path, checkpoint: Path) -> Engine:
+    models = AskConfig(
+        checkpoint=checkpoint, vision=world / "vision", llm=world / "llm", image="", device="cpu"
+    )
+    return open_engine(models)
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+@pytest.mark.parametrize("visual_tokens", VISUAL_TOKENS)
+def test_every_kind_learns_and_answers(
+    world: Path, tmp_path: Path, kind: str, visual_tokens: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_run(short(world, tmp_path / "run", projector=kind, visual_tokens=visual_tokens))
+    said = capfd.readouterr().err
+    assert f"visual tokens: {visual_tokens} (17→{TOKENS_OUT[visual_tokens]})" in said
+    held_out = curve(tmp_path / "run", "eval_loss")
+    assert held_out[6] < 0.99 * held_out[0]
+    image = world / "set/0.jpg"
+    engine = opened(world, tmp_path / "run/last")
+    trained = load_checkpoint(tmp_path / "run/last")
+    assert trained.projector.config["visual_tokens"] == visual_tokens
+    assert engine.see([image.read_bytes()]).shape == (1, TOKENS_OUT[visual_tokens], 32)
+
+
+def test_killed_asked_and_batched(world: Path, tmp_path: Path) -> None:
+    """The commands with the kind that changes most, features in RAM."""
+    given = dataclasses.replace(short(world, tmp_path / "cut"), epochs=30, projector="mlp")
+    given = dataclasses.replace(given, visual_tokens="shuffle", resident="ram")
+    process = start("train", "run", *flags_of(given))
+    while not (tmp_path / "cut/step-00000020").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "cut/summary.json").exists()
+    run("train", "run", *flags_of(dataclasses.replace(given, resident="disk")), "--resume")
+    train_run(dataclasses.replace(given, out=tmp_path / "whole"))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+    models = ("--checkpoint", tmp_path / "cut/last", "--vision", world / "vision", "--llm", world / "llm")
+    flags = (*models, "--device", "cpu", "--max-tokens", 8)
+    asked = run("infer", "ask", *flags, "--image", world / "set/3.jpg", "--prompt", "看", "--json").summary
+    question = json.dumps({"image": str(world / "set/3.jpg"), "prompt": "看"})
+    (tmp_path / "q.jsonl").write_text(f"{question}\n" * 3)
+    run("infer", "batch", *flags, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl")
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert answers == [asked["answer"]] * 3
+
+
+def test_a_dialogue_about_fewer_tokens(world: Path, tmp_path: Path) -> None:
+    """A second turn goes on from the cache, whose visual tokens are those after the projector."""
+    train_run(short(world, tmp_path / "run", visual_tokens="pool", max_steps=2))
+    engine = opened(world, tmp_path / "run/last")
+    twice, anew = (Session(engine, Sampling(max_tokens=6)) for _ in range(2))
+    for session in (twice, anew):
+        session.show(str(world / "set/1.jpg"))
+    "".join(twice.ask("看"))
+    anew.messages = list(twice.messages)
+    assert "".join(twice.ask("再看")) == "".join(anew.ask("再看"))
+    assert twice.prefilled < anew.prefilled
+
+
+def test_results_are_the_same_wherever_features_stay(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "features/a.h5", rows=9, failed=[3])
+    write_shard(tmp_path / "features/b.h5", rows=8, seed=1, storage="int8")
+    write_shard(tmp_path / "held-out/c.h5", rows=6, seed=2)
+    write_language_model(tmp_path / "llm")
+    for resident, place in (("disk", "from disk"), ("ram", "kept on cpu"), ("auto", "kept on cpu")):
+        train_run(config(tmp_path, tmp_path / resident, resident=resident, epochs=3))
+        assert f"features {place};" in capfd.readouterr().err
+    train_run(config(tmp_path, tmp_path / "once", epochs=1, max_steps=1))
+    assert "features from disk;" in capfd.readouterr().err
+    for resident in ("ram", "auto"):
+        assert curve(tmp_path / resident) == curve(tmp_path / "disk")
+        assert curve(tmp_path / resident, "eval_loss") == curve(tmp_path / "disk", "eval_loss")
+        mine, theirs = (load_file(tmp_path / run / "last/model.safetensors") for run in (resident, "disk"))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_what_cannot_be_is_one_line_before_the_model_is_loaded(world: Path, tmp_path: Path) -> None:
+    nowhere = {"llm": tmp_path / "nowhere", "eval_features": None}
+    odd = write_vision_folder(
+        tmp_path / "odd", vision={**VISION, "image_resolution": 24, "vision_patch_size": 8}
+    )
+    data = ExtractConfig(
+        data=str(world / "set/data.parquet"), out=tmp_path / "features", vision=odd, device="cpu"
+    )
+    extract_run(data)
+    with pytest.raises(LlavaError, match="a grid of 3x3 patches cannot be halved"):
+        train_run(config(tmp_path, tmp_path / "run", visual_tokens="pool", **nowhere))
+    figures = train_run(short(world, tmp_path / "run", visual_tokens="shuffle", dry_run=True))
+    assert figures["visual_tokens"] == 4
+
+
+def test_a_run_from_before_a_flag_existed_goes_on(world: Path, tmp_path: Path) -> None:
+    given = short(world, tmp_path / "run")
+    train_run(given)
+    (tmp_path / "run/summary.json").unlink()
+    path = (tmp_path / "run/last").resolve() / "training_config.yaml"
+    lines = [line for line in path.read_text().splitlines() if "visual_tokens" not in line]
+    path.write_text("\n".join(lines))
+    with pytest.raises(LlavaError, match="another --visual-tokens; expected all; got pool"):
+        train_run(dataclasses.replace(given, visual_tokens="pool"))
+    train_run(given)
