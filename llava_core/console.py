@@ -65,3 +65,12 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """90 -> '1.5 min'."""
+    for unit, length in (("s", 60), ("min", 60), ("h", 48)):
+        if seconds < length:
+            return f"{seconds:.3g} {unit}"
+        seconds /= 60 if unit != "h" else 24
+    return f"{seconds:.1f} days"
