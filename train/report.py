@@ -68,7 +68,7 @@ class WeightsAndBiases:
         except ImportError:
             raise LlavaError("--report-to wandb", do="pip install 'llava-align[wandb]'") from None
         mode = os.environ.get("WANDB_MODE", "online")
-        if mode == "online" and not _has_key():
+        if mode == "online" and not has_key():
             mode = "offline"
         options: Any = {"mode": mode}
         self.table: Any = wandb.Table
@@ -112,7 +112,7 @@ def _shown(row: JsonDict) -> str:
     return "  \n".join(f"**{name}** {value}" for name, value in row.items())
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether Weights & Biases would log in without asking: by the environment, or after `wandb login`."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:

@@ -21,11 +21,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.shard_writer import ShardWriter
-from tests.e2e.commands import run, start
+from tests.e2e.commands import ENVIRONMENT, run, start
 from tests.small_models import write_language_model
 from tests.small_shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig, RunConfig
 from train.evaluate import run as evaluate_run
+from train.report import has_key
 from train.run import run as train_run
 
 GOLDEN = Path(__file__).parents[1] / "golden/loss_curve.json"
@@ -223,11 +224,32 @@ def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
 def test_wandb_stays_offline_without_a_key(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    """Even if told to be online, where it would ask for the key; and it gets all that metrics.jsonl gets."""
+    monkeypatch.delitem(ENVIRONMENT, "WANDB_API_KEY", raising=False)
+    monkeypatch.setitem(ENVIRONMENT, "NETRC", str(tmp_path / "none"))
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_MODE", "online")
     ended = run(
         "train", "run", *flags_of(config(world, tmp_path / "run", max_steps=2)), "--report-to", "wandb"
     )
-    assert list((tmp_path / "run/wandb").glob("offline-run-*")), ended.err
+    (log,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    content = log.read_bytes()
+    for name in ("mfu", "memory_bytes", "eval_grounding_gap", "eval_captions"):
+        assert name.encode() in content, ended.err
+
+
+def test_a_key_is_one_that_wandb_finds_without_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    assert has_key()
 
 
 def test_bad_input_is_one_clear_line(world: Path, whole: Path, tmp_path: Path) -> None:
