@@ -11,10 +11,11 @@ from typing import BinaryIO
 import torch
 
 from infer.config import BatchConfig
-from infer.engine import Engine, Sampling, not_an_image, open_engine, read_images, sampling_of
+from infer.engine import Engine, not_an_image, open_engine, read_images, sampling_of
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.generate import Sampling
 from llava_core.lock import Lock
 from llava_core.preprocess import ImageError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,20 +15,11 @@ from llava_core.conversation import Conversation
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fetch import FetchLimits, fetch_all
+from llava_core.generate import Sampling, generate
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import ImageError
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when to stop."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 class Engine:
@@ -48,63 +38,18 @@ class Engine:
         visual: torch.Tensor = self.projector(features.to(self.llm.device))
         return visual.to(self.llm.dtype)
 
-    @torch.inference_mode()
     def generate(
         self, embedded: torch.Tensor, sampling: Sampling, cache: DynamicCache | None = None
     ) -> Iterator[list[int | None]]:
-        """Inputs [B, L, hidden] after what `cache` holds -> each step's token of every sequence.
-
-        None stands for a sequence that has ended; end tokens are not given out. Stops when all have ended, at
-        `max_tokens`, or when the model's context is full.
-        """
-        cache = DynamicCache() if cache is None else cache
-        generator = torch.Generator(self.llm.device).manual_seed(sampling.seed)
-        room = self.context - cache.get_seq_length() - embedded.shape[1]
-        if room <= 0:
-            raise LlavaError(
-                "the conversation no longer fits the language model's context",
-                expected=f"at most {self.context} tokens",
-                got=self.context - room,
-                do="begin anew with `clear`",
-            )
-        ended = [False] * len(embedded)
-        for _ in range(min(sampling.max_tokens, room)):
-            out = self.llm.model(
-                inputs_embeds=embedded, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            chosen = choose(out.logits[:, -1].float(), sampling, generator)
-            tokens: list[int] = chosen.tolist()
-            ended = [done or token in self.llm.eos_ids for done, token in zip(ended, tokens, strict=True)]
-            if all(ended):
-                return
-            yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
-            embedded = self.llm.embed(chosen[:, None])
-
-    @property
-    def context(self) -> int:
-        """Most tokens the language model was made for."""
-        return int(getattr(self.llm.model.config, "max_position_embeddings", 1 << 30))
+        """`llava_core.generate` with this language model."""
+        return generate(self.llm, embedded, sampling, cache)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Token ids -> embeddings [1, L, hidden]."""
         return self.llm.embed(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device)[None])
 
     def text(self, ids: Sequence[int]) -> str:
-        decoded: str = self.llm.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return decoded
-
-
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Logits [B, V] -> tokens [B]: the likeliest, or drawn from the nucleus `top_p` (arXiv:1904.09751)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(-1, drawn).squeeze(-1)
+        return self.conversation.text(ids)
 
 
 def open_engine(config: Models) -> Engine:

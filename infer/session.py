@@ -7,7 +7,8 @@ from collections.abc import Generator
 import torch
 from transformers import DynamicCache
 
-from infer.engine import Engine, Sampling, not_an_image, read_image
+from infer.engine import Engine, not_an_image, read_image
+from llava_core.generate import Sampling
 from llava_core.preprocess import ImageError
 
 

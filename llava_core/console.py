@@ -70,3 +70,12 @@ def human_bytes(n: float) -> str:
 def counted(n: int, noun: str) -> str:
     """1, 'source' -> '1 source'; 2000 -> '2,000 sources'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def human_seconds(seconds: float) -> str:
+    """90 -> '1.5 min'."""
+    for unit, length in (("s", 60), ("min", 60), ("h", 48)):
+        if seconds < length:
+            return f"{seconds:.3g} {unit}"
+        seconds /= 60 if unit != "h" else 24
+    return f"{seconds:.1f} days"

@@ -79,6 +79,13 @@ class Conversation:
         """
         return self._tokens(self._render(messages, add_generation_prompt=True))
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What generated ids say, without special tokens."""
+        decoded: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
     def example(self, turns: Sequence[Turn], max_answer_tokens: int) -> Example:
         """Ids and labels of a dialogue; it ends after its last end token, or where an answer is cut.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llava_core.device import default_dtype
@@ -118,13 +119,44 @@ def load_language_model(
     )
 
 
+def outline_language_model(folder: Path) -> LanguageModel:
+    """The model in `folder` on the meta device: sizes and tokenizer, no weights and nothing of their values.
+
+    Raises LlavaError if transformers knows no such model or tokenizer.
+    """
+    if not folder.is_dir():
+        raise _no_folder(folder)
+    gguf = sorted(folder.glob("*.gguf"))
+    where = {"gguf_file": gguf[0].name} if gguf and not (folder / "config.json").exists() else {}
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, **where)
+            model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    except Exception as error:  # as above
+        raise LlavaError(
+            f"cannot read the language model's shape in {folder}",
+            expected="config.json and tokenizer of a causal model that transformers loads",
+            got=first_line(error),
+        ) from None
+    identity = {
+        "id": folder.resolve().name,
+        "architecture": type(model).__name__,
+        "hidden": model.get_input_embeddings().weight.shape[1],
+    }
+    return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(model, tokenizer))
+
+
+def _no_folder(folder: Path) -> LlavaError:
+    do = "give --llm a folder; README.md shows how to download one"
+    return LlavaError(f"no language model folder {folder}", do=do)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: every shard of the first format present."""
     if not folder.is_dir():
-        raise LlavaError(
-            f"no language model folder {folder}",
-            do="give --llm a folder; README.md shows how to download one",
-        )
+        raise _no_folder(folder)
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
         if files := sorted(folder.glob(pattern)):
             return files

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from llava_core import cli
-from train.config import EvalConfig, RunConfig
+from train.config import EvalConfig, PlanConfig, RunConfig
 
 COMMANDS = {
     "run": cli.Command(RunConfig, "train.run:run"),
+    "plan": cli.Command(PlanConfig, "train.plan:run"),
     "eval": cli.Command(EvalConfig, "train.evaluate:run"),
 }
 

@@ -56,6 +56,8 @@ class RunConfig(Options):
     """Evaluate on the held-out shards every so many steps, and before the first and after the last."""
     eval_samples: int = 512
     """Use the first so many held-out rows for that."""
+    eval_captions: int = 4
+    """Show what the model says of the first so many of them at each evaluation; 0 for none."""
     save_every: int = 500
     """Write a checkpoint every so many steps, and at the end."""
     keep: int = 2
@@ -72,19 +74,26 @@ class RunConfig(Options):
     resume: bool = False
     """Fail unless OUT holds a run to continue."""
     dry_run: bool = False
-    """Print samples, steps and bytes, and touch nothing."""
+    """Only print what `train plan` prints."""
 
     def __post_init__(self) -> None:
         self.require_above_zero(
             *("lr", "batch_size", "epochs", "max_steps", "max_samples", "max_text_tokens", "micro_tokens"),
             *("eval_every", "eval_samples", "save_every", "keep", "log_every"),
         )
+        if self.eval_captions < 0:
+            raise LlavaError("--eval-captions", expected="0 or more", got=self.eval_captions, exit_code=2)
         if not 0 <= self.weight_decay < math.inf:
             raise LlavaError("--weight-decay", expected="0 or more", got=self.weight_decay, exit_code=2)
         if self.seed < 0:
             raise LlavaError("--seed", expected="0 or more", got=self.seed, exit_code=2)
         if not 0 <= self.warmup < 1:
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+    """Steps, memory and time of `run` with the same flags, before any weights are loaded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

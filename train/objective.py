@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,18 @@ def prepare(llm: LanguageModel) -> None:
     distance = float((packed - expected).norm() / expected.norm())
     if not distance < (1e-4 if llm.dtype == torch.float32 else 3e-2):
         raise _unfit(llm, f"packed logits {distance:.1%} away from those of samples alone")
+
+
+@contextmanager
+def own_attention(llm: LanguageModel) -> Iterator[None]:
+    """The model as transformers made it, for a while: generating needs a cache, unknown to packs."""
+    config = llm.model.config
+    packed = config._attn_implementation
+    config._attn_implementation = "sdpa" if getattr(llm.model, "_supports_sdpa", False) else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = packed
 
 
 def _unfit(llm: LanguageModel, got: str) -> LlavaError:

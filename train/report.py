@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import netrc
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
 
 class Sink(Protocol):
+    """Takes metrics: numbers, and lists of rows of text (`eval_captions`)."""
+
     def log(self, step: int, metrics: JsonDict) -> None: ...
     def close(self) -> None: ...
 
@@ -48,6 +52,8 @@ class TensorBoard:
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
+            elif isinstance(value, list):
+                self.writer.add_text(name, "\n\n".join(map(_shown, value)), step)
 
     def close(self) -> None:
         self.writer.close()
@@ -61,14 +67,23 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise LlavaError("--report-to wandb", do="pip install 'llava-align[wandb]'") from None
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = os.environ.get("WANDB_MODE", "online")
+        if mode == "online" and not has_key():
+            mode = "offline"
         options: Any = {"mode": mode}
+        self.table: Any = wandb.Table
         self.run: Any = wandb.init(
             project="llava-align", name=folder.name, dir=folder, config=training, **options
         )
 
     def log(self, step: int, metrics: JsonDict) -> None:
-        self.run.log(metrics, step=step)
+        self.run.log({name: self._value(value) for name, value in metrics.items()}, step=step)
+
+    def _value(self, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        columns = list(value[0])
+        return self.table(columns=columns, data=[[row[column] for column in columns] for row in value])
 
     def close(self) -> None:
         self.run.finish()
@@ -91,6 +106,20 @@ class Report:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+
+
+def _shown(row: JsonDict) -> str:
+    return "  \n".join(f"**{name}** {value}" for name, value in row.items())
+
+
+def has_key() -> bool:
+    """Whether Weights & Biases would log in without asking: by the environment, or after `wandb login`."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        stored = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        stored = None
+    return bool(os.environ.get("WANDB_API_KEY") or stored)
 
 
 def _step(line: str) -> float:

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from llava_core.checkpoint import Provenance
-from llava_core.console import human_bytes, progress, say, table
+from llava_core.console import progress, say, table
 from llava_core.conversation import CONVERSATION_FORMAT, Conversation
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.lock import Lock
-from llava_core.projector import Projector, build_projector, match_scale, parameter_count
+from llava_core.projector import Projector, match_scale, parameter_count
 from llava_core.shards import Shard, open_shards, require_same_fingerprint
+from train.captions import captions
 from train.config import RunConfig
 from train.evaluate import evaluate
 from train.loader import prefetch
+from train.meter import Meter, peak_memory, progress_line
 from train.objective import prepare, summed_loss
 from train.packing import packs
+from train.plan import outcome_line, predict, projector_of
+from train.plan import run as plan
 from train.report import Report
 from train.resident import pick_residence
 from train.runfolder import RunFolder
-from train.samples import Batch, Samples, Schedule, usable_rows
+from train.samples import Batch, Samples, Schedule
 
 SCALE_SAMPLES = 64
 """Samples whose features set the scale of the initial projector."""
@@ -36,26 +39,22 @@ SCALE_SAMPLES = 64
 
 def run(config: RunConfig) -> JsonDict:
     """Train a projector, or continue the run that OUT holds; returns the figures of the last checkpoint."""
+    if config.dry_run:
+        return plan(config)
     shards = open_shards(config.features)
     held_out = open_shards(config.eval_features) if config.eval_features else []
     require_same_fingerprint([*shards, *held_out])
     projector_of(config, shards[0], hidden=1).tokens_out(shards[0].tokens)  # before the wait for a model
-    if config.dry_run:
-        return plan(config, shards)
     folder = RunFolder(config.out, config)
     if (finished := folder.finished()) is not None:
         say(f"{config.out} is finished; nothing to do")
         return finished
     with Lock(config.out):
         device = pick_device(config.device)
+        resident = peak_memory(device)
         llm = load_language_model(config.llm, device)
         prepare(llm)
-        return Trainer(config, folder, llm, shards, held_out).train()
-
-
-def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
-    """A new projector of features such as the shard's to so wide embeddings."""
-    return build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+        return Trainer(config, folder, llm, shards, held_out, resident).train()
 
 
 class Trainer:
@@ -68,6 +67,7 @@ class Trainer:
         llm: LanguageModel,
         shards: list[Shard],
         held_out: list[Shard],
+        resident: int,
     ) -> None:
         self.config, self.folder, self.llm = config, folder, llm
         conversation = Conversation(llm.tokenizer, llm.eos_ids)
@@ -78,6 +78,7 @@ class Trainer:
         self.schedule = Schedule(
             len(self.samples), config.batch_size, config.epochs, config.max_steps, config.seed
         )
+        self.prediction = predict(config, self.samples, llm.model, llm.device, resident)
         self.provenance = Provenance(
             fingerprint=shards[0].fingerprint,
             encoder=shards[0].encoder,
@@ -122,14 +123,14 @@ class Trainer:
         self.folder.begin()
         report = Report(config.out, config.report_to, self.folder.training, self.step)
         batches = prefetch(self.samples, schedule, self.step, pin=self.llm.device.type == "cuda")
-        meter = Meter()
+        meter = Meter(self.llm.device, self.prediction.matmul_rate)
         try:
             with stop_request() as stop, progress(schedule.steps, "steps", initial=self.step) as bar:
                 if self.step == 0:
                     self.evaluate(report)
                 for batch in meter.waiting(batches):
                     loss, tokens = self.train_step(batch)
-                    meter.count(len(batch.examples), tokens)
+                    meter.count(len(batch.examples), tokens, self.operations(batch))
                     self.cut += sum(example.cut for example in batch.examples)
                     self.dropped += sum(example.dropped for example in batch.examples)
                     self.require_finite(loss)
@@ -137,7 +138,7 @@ class Trainer:
                     if self.step % config.log_every == 0 or done:
                         metrics = {"loss": loss, "lr": self.learning_rate(self.step - 1), **meter.rates()}
                         report.log(self.step, metrics)
-                        bar.set_postfix_str(f"loss {loss:.3f} {metrics['samples_per_s']:.0f} samples/s")
+                        bar.set_postfix_str(progress_line(metrics))
                     bar.update()
                     better = (self.step % config.eval_every == 0 or done) and self.evaluate(report)
                     if self.step % config.save_every == 0 or done or stop or better:
@@ -151,10 +152,13 @@ class Trainer:
             report.close()
         summary = {**self.figures, "out": str(config.out), "steps": schedule.steps}
         summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped}
+        summary |= (outcome := self.prediction.compared(meter))
         self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {config.max_text_tokens} tokens" if self.cut else ""
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         say(f"finished {schedule.steps} steps{cut}")
+        if outcome:
+            say(outcome_line(outcome))
         print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in self.figures.items() if v is not None]))
         return summary
 
@@ -174,6 +178,12 @@ class Trainer:
         self.step += 1
         return float(total), tokens
 
+    def operations(self, batch: Batch) -> int:
+        """Needed operations of a step over this batch."""
+        lengths = [self.visual + len(example.ids) for example in batch.examples]
+        answers = sum(sum(label >= 0 for label in example.labels) for example in batch.examples)
+        return self.prediction.work.operations(lengths, self.visual * len(lengths), answers)
+
     def learning_rate(self, step: int) -> float:
         """Rate of the step with this number, from 0: linear warm-up, then a cosine to 0."""
         warmup = round(self.config.warmup * self.schedule.steps)
@@ -190,11 +200,16 @@ class Trainer:
         figures = evaluate(self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens)
         self.figures = {f"eval_{name}": figures[name] for name in ("loss", "perplexity", "grounding_gap")}
         self.figures["eval_step"] = self.step
-        report.log(self.step, self.figures)
+        lines: list[JsonDict] = []
+        if config.eval_captions:
+            lines = captions(self.llm, self.projector, self.held_out, config.eval_captions)
+        report.log(self.step, self.figures | ({"eval_captions": lines} if lines else {}))
         say(
             f"step {self.step}: held-out loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
             + (f", grounding gap {gap:.4f}" if (gap := figures["grounding_gap"]) is not None else "")
         )
+        for line in lines[:2]:
+            say(f"  {line['row']}: {line['generated']}")
         better: bool = figures["loss"] < self.best
         self.best = min(self.best, figures["loss"])
         return better
@@ -244,41 +259,6 @@ class Trainer:
                 samples.keep(place)
 
 
-class Meter:
-    """Rates since the last restart, and the time spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.started, self.samples, self.tokens, self.waited = time.perf_counter(), 0, 0, 0.0
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with the wait for each counted."""
-        while True:
-            before = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self.waited += time.perf_counter() - before
-            yield batch
-
-    def count(self, samples: int, tokens: int) -> None:
-        self.samples += samples
-        self.tokens += tokens
-
-    def rates(self) -> JsonDict:
-        """Samples and tokens per second, and the share of time spent waiting for data."""
-        seconds = time.perf_counter() - self.started
-        rates = {
-            "samples_per_s": round(self.samples / seconds, 2),
-            "tokens_per_s": round(self.tokens / seconds, 1),
-            "data_wait": round(self.waited / seconds, 5),
-        }
-        self.restart()
-        return rates
-
-
 @contextmanager
 def stop_request() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM instead of raising, so that a step is never torn; a second one raises."""
@@ -296,19 +276,3 @@ def stop_request() -> Iterator[list[int]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-def plan(config: RunConfig, shards: list[Shard]) -> JsonDict:
-    """What the run would do, from the shards alone."""
-    usable = usable_rows(shards, config.max_samples)
-    schedule = Schedule(len(usable), config.batch_size, config.epochs, config.max_steps, config.seed)
-    figures = {
-        "shards": len(shards),
-        "samples": len(usable),
-        "steps": schedule.steps,
-        "visual_tokens": projector_of(config, shards[0], hidden=1).tokens_out(shards[0].tokens),
-        "feature_bytes_per_epoch": sum(shards[shard].layout.row_bytes for shard, _ in usable),
-    }
-    shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]
-    print(table(list(zip((key.replace("_", " ") for key in figures), shown, strict=True))))
-    return figures

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from infer.config import AskConfig
-from infer.engine import Engine, Sampling, choose, open_engine
+from infer.engine import Engine, open_engine
 from infer.session import Session
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.errors import LlavaError
+from llava_core.generate import Sampling, choose
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector, match_scale
 from llava_core.vision import open_vision_tower

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
 from infer.config import AskConfig
-from infer.engine import Engine, Sampling, open_engine
+from infer.engine import Engine, open_engine
 from infer.session import Session
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
+from llava_core.generate import Sampling
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS
 from tests.e2e.commands import run, start
 from tests.e2e.test_train import config, curve, flags_of, weights

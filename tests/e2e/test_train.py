@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,15 +16,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.shard_writer import ShardWriter
-from tests.e2e.commands import run, start
+from tests.e2e.commands import ENVIRONMENT, run, start
 from tests.small_models import write_language_model
 from tests.small_shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig, RunConfig
 from train.evaluate import run as evaluate_run
+from train.report import has_key
 from train.run import run as train_run
 
 GOLDEN = Path(__file__).parents[1] / "golden/loss_curve.json"
@@ -90,6 +93,8 @@ def test_a_run_learns_and_leaves_a_whole_checkpoint(world: Path, whole: Path) ->
     losses, held_out = curve(whole), curve(whole, "eval_loss")
     assert list(losses) == list(range(1, 25))
     assert list(held_out) == [0, 10, 20, 24]
+    spoken = curve(whole, "eval_captions")
+    assert [len(lines) for lines in spoken.values()] == [4, 4, 4, 4]  # type: ignore[arg-type]
     assert held_out[24] < 0.95 * held_out[0]
     rates = curve(whole, "lr")
     assert max(rates.values()) == rates[2] == 0.02
@@ -184,19 +189,67 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "llm").mkdir()
+    for path in (world / "llm").iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, tmp_path / "llm")
+    given = config(world, tmp_path / "run", max_steps=4)
+    ended = run("train", "plan", *flags_of(dataclasses.replace(given, llm=tmp_path / "llm")), "--json")
+    planned = ended.summary
+    assert (planned["samples"], planned["steps"]) == (48, 4)
+    assert "matmul rate of this machine, measured" in ended.out
+    assert not (tmp_path / "run").exists()
+    ended = run("train", "run", *flags_of(given), "--json")
+    assert ended.summary["planned_memory_bytes"] == pytest.approx(sum(planned["memory"].values()), rel=0.1)
+    assert ended.summary["steps_per_s"] > 0
+    assert "planned" in ended.err
+    last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-2]
+    assert 0 < last["mfu"] < 1
+    assert last["memory_bytes"] > 1e8
+
+
 def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
     train_run(config(world, tmp_path / "run", max_steps=3, report_to=("tensorboard",)))
-    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    told = {name for line in lines for name, value in line.items() if isinstance(value, (int, float))}
+    assert {"loss", "mfu", "eval_loss", "memory_bytes"} <= told
+    assert set(events.Tags()["scalars"]) == told - {"step"}
+    spoken = events.Tensors("eval_captions/text_summary")
+    assert [event.step for event in spoken] == [0, 3]
+    assert lines[0]["eval_captions"][0]["written"] in spoken[0].tensor_proto.string_val[0].decode()
 
 
 def test_wandb_stays_offline_without_a_key(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    """Even if told to be online, where it would ask for the key; and it gets all that metrics.jsonl gets."""
+    monkeypatch.delitem(ENVIRONMENT, "WANDB_API_KEY", raising=False)
+    monkeypatch.setitem(ENVIRONMENT, "NETRC", str(tmp_path / "none"))
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_MODE", "online")
     ended = run(
         "train", "run", *flags_of(config(world, tmp_path / "run", max_steps=2)), "--report-to", "wandb"
     )
-    assert list((tmp_path / "run/wandb").glob("offline-run-*")), ended.err
+    (log,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    content = log.read_bytes()
+    for name in ("mfu", "memory_bytes", "eval_grounding_gap", "eval_captions"):
+        assert name.encode() in content, ended.err
+
+
+def test_a_key_is_one_that_wandb_finds_without_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    assert has_key()
 
 
 def test_bad_input_is_one_clear_line(world: Path, whole: Path, tmp_path: Path) -> None:

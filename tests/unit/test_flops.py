@@ -1,0 +1,71 @@
+"""The formula of needed operations against what torch counts, on tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_core.language import LanguageModel, load_language_model, outline_language_model
+from llava_core.projector import build_projector
+from tests.small_models import write_language_model
+from tests.unit.test_objective import VISUAL, WIDTH, a_batch, reference_loss
+from train.flops import Work, matmul_rate
+from train.objective import prepare, summed_loss
+from train.packing import Pack, pack
+
+
+@pytest.fixture(params=["linear", "mlp"])
+def projector(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return build_projector(request.param, WIDTH, 32)
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> LanguageModel:
+    return load_language_model(write_language_model(tmp_path / "llm"))
+
+
+def needed(work: Work, pack: Pack) -> int:
+    return work.operations(pack.lengths, len(pack.lengths) * VISUAL, len(pack.targets))
+
+
+def test_the_step_makes_the_needed_operations_and_no_others(
+    llm: LanguageModel, projector: torch.nn.Module
+) -> None:
+    """Exactly, but for attention, which torch does not count on a CPU."""
+    prepare(llm)
+    batch = a_batch(llm)
+    packed = pack(batch.features, batch.features.shape[1], batch.examples)
+    with FlopCounterMode(display=False) as counter:
+        summed_loss(llm, projector, packed).backward()  # type: ignore[no-untyped-call]
+    work = Work.of(llm.model, projector)
+    attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
+    assert counter.get_total_flops() == needed(work, packed) - attention
+
+
+def test_attention_is_half_of_what_the_eager_one_does(llm: LanguageModel) -> None:
+    """Eager attention computes every score and masks those of the future; all else is counted as above."""
+    projector = build_projector("linear", WIDTH, 32)
+    batch = a_batch(llm)
+    packed = pack(batch.features, batch.features.shape[1], batch.examples)
+    with FlopCounterMode(display=False) as counter:
+        reference_loss(llm, projector, batch).backward()  # type: ignore[no-untyped-call]
+    work = Work.of(llm.model, projector)
+    attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
+    needless_logits = 4 * work.head * (len(packed.ids) - len(packed.targets))
+    expected = needed(work, packed) + attention + needless_logits
+    assert counter.get_total_flops() == expected
+
+
+def test_the_outline_has_the_same_sizes(llm: LanguageModel, tmp_path: Path) -> None:
+    projector = build_projector("linear", WIDTH, 32)
+    outline = outline_language_model(tmp_path / "llm")
+    assert outline.device.type == "meta"
+    assert Work.of(outline.model, projector) == Work.of(llm.model, projector)
+    assert outline.eos_ids == llm.eos_ids
+
+
+def test_the_matmul_rate_is_that_of_some_machine() -> None:
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, 0.05) < 1e15

@@ -1,0 +1,47 @@
+"""What the model says of a few fixed held-out pictures, to be read beside the loss."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from llava_core.conversation import INSTRUCTIONS
+from llava_core.fingerprint import JsonDict
+from llava_core.generate import Sampling, generate
+from llava_core.language import LanguageModel
+from train.objective import own_attention
+from train.samples import Samples
+
+GREEDY = Sampling(max_tokens=48)
+
+
+@torch.inference_mode()
+def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, count: int) -> list[JsonDict]:
+    """The first `count` samples as {"row", "question", "written", "generated"}, in their order.
+
+    `written` is the row's own answer to its first question. Prompts of one length are read together.
+    """
+    lines: list[JsonDict] = []
+    for s, row in samples.rows[:count]:
+        shard = samples.shards[s]
+        question, answer = shard.turns(row)[0]
+        lines.append(
+            {"row": f"{shard.path.name}:{row}", "question": question or INSTRUCTIONS[0], "written": answer}
+        )
+    conversation = samples.conversation
+    prompts = [conversation.prompt([{"role": "user", "content": line["question"]}]) for line in lines]
+    order = sorted(range(len(lines)), key=lambda i: len(prompts[i]))
+    with own_attention(llm):
+        for _, group in itertools.groupby(order, key=lambda i: len(prompts[i])):
+            indices = list(group)
+            visual = projector(samples.batch(indices, epoch=0).features.float().to(llm.device)).to(llm.dtype)
+            text = llm.embed(torch.tensor([prompts[i] for i in indices], device=llm.device))
+            said: list[list[int]] = [[] for _ in indices]
+            for step in generate(llm, torch.cat([visual, text], dim=1), GREEDY):
+                for tokens, token in zip(said, step, strict=True):
+                    if token is not None:
+                        tokens.append(token)
+            for index, tokens in zip(indices, said, strict=True):
+                lines[index]["generated"] = conversation.text(tokens).strip()
+    return lines

@@ -1,0 +1,73 @@
+"""The operations that aligning needs, by which a machine's use is judged, and what the machine can do.
+
+Of the frozen blocks: forward and the gradients of activations, of real tokens alone; 2 operations per weight
+and token each, and causal attention. Of the vocabulary head the same, where an answer token is predicted. Of
+the projector also the gradients of its weights. Norms, rotations and activation functions are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The sizes on which the needed operations depend."""
+
+    blocks: int
+    """Weights in the matrices of all blocks."""
+    attention: int
+    """Layers times width of the queries of all heads."""
+    head: int
+    """Weights of the vocabulary head."""
+    projector: int
+    """Operations per visual token, forward and backward."""
+
+    @staticmethod
+    def of(model: Any, projector: nn.Module) -> Work:
+        """From a transformers model, which may be on the meta device, and the projector."""
+        config = model.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = [module for module in model.base_model.modules() if not isinstance(module, nn.Embedding)]
+        matrices = [p.numel() for m in layers for p in m.parameters(recurse=False) if p.ndim == 2]
+        linear = [m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)]
+        return Work(
+            blocks=sum(matrices),
+            attention=config.num_hidden_layers * heads * width,
+            head=model.get_output_embeddings().weight.numel(),
+            projector=6 * sum(linear) - 2 * linear[0],  # the features take no gradient
+        )
+
+    def operations(self, lengths: Sequence[int], visual: int, answers: int) -> int:
+        """Of a training step over samples of so many tokens, with so many visual and answer tokens in all."""
+        # Causal attention: two products of L²/2 scores forward, four backward, 2 operations each.
+        attention = 6 * self.attention * sum(length * length for length in lengths)
+        matrices = 4 * (self.blocks * sum(lengths) + self.head * answers)
+        return matrices + attention + self.projector * visual
+
+
+@functools.lru_cache(maxsize=4)
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations per second of large matrix products, the best of several for about so many seconds."""
+    size = 8192 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
+
+    def timed() -> float:
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        return time.perf_counter() - began
+
+    timed()
+    end, best = time.perf_counter() + seconds, float("inf")
+    while time.perf_counter() < end:
+        best = min(best, timed())
+    return 2 * size**3 / best

@@ -1,0 +1,78 @@
+"""How fast a run is, what it waits for and what it holds: measured each step, told at intervals."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from llava_core.console import human_bytes
+from llava_core.fingerprint import JsonDict
+from train.samples import Batch
+
+
+class Meter:
+    """Rates since the last restart. `rate` is what the machine does at most, in operations per second."""
+
+    def __init__(self, device: torch.device, rate: float) -> None:
+        self.device, self.rate = device, rate
+        self.steps, self.seconds = 0, 0.0
+        """Of training alone, evaluations and checkpoints left out, up to the last `rates`."""
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited = time.perf_counter(), 0.0
+        self.counted, self.samples, self.tokens, self.operations = 0, 0, 0, 0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with the wait for each counted."""
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - before
+            yield batch
+
+    def count(self, samples: int, tokens: int, operations: int) -> None:
+        """One step of so many samples, tokens and needed operations."""
+        self.counted += 1
+        self.samples += samples
+        self.tokens += tokens
+        self.operations += operations
+
+    def rates(self) -> JsonDict:
+        """Samples and tokens per second, model FLOPs utilisation, share of time that data was waited for,
+        and the most bytes held so far."""
+        seconds = time.perf_counter() - self.started
+        self.steps += self.counted
+        self.seconds += seconds
+        rates = {
+            "samples_per_s": round(self.samples / seconds, 2),
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "mfu": round(self.operations / seconds / self.rate, 4),
+            "data_wait": round(self.waited / seconds, 5),
+            "memory_bytes": peak_memory(self.device),
+        }
+        self.restart()
+        return rates
+
+
+def progress_line(metrics: JsonDict) -> str:
+    """Beside the bar, which tells steps and the time left."""
+    return (
+        f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['samples_per_s']:.0f} samples/s, "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
+        f"waits {metrics['data_wait']:.1%}, {human_bytes(metrics['memory_bytes'])}"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of tensors on a GPU; resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

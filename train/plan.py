@@ -1,0 +1,193 @@
+"""`train plan`: what a run will take on this machine, before any weights are loaded; and what it took."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from llava_core.console import human_bytes, human_seconds, table
+from llava_core.conversation import Conversation
+from llava_core.device import default_dtype, pick_device
+from llava_core.fingerprint import JsonDict
+from llava_core.language import outline_language_model
+from llava_core.projector import Projector, build_projector, parameter_count
+from llava_core.shards import Shard, open_shards, require_same_fingerprint
+from train.config import RunConfig
+from train.flops import Work, matmul_rate
+from train.loader import AHEAD
+from train.meter import Meter, peak_memory
+from train.objective import CHUNK_LOGITS
+from train.samples import Samples, Schedule
+
+LOOKED_AT = 256
+"""Samples, spread over all, whose words are counted."""
+EFFICIENCY = {"cuda": 0.4, "cpu": 0.45}
+"""Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones."""
+
+
+COUNTS = (
+    *("shards", "samples", "steps", "frozen_parameters", "trained_parameters", "visual_tokens"),
+    *("tokens_per_step", "answer_tokens_per_step"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Of a run. Time is a guess within a factor of 2, memory within a third."""
+
+    samples: int
+    steps: int
+    frozen_parameters: int
+    trained_parameters: int
+    visual_tokens: int
+    """Of a sample, as the language model sees them."""
+    tokens_per_step: float
+    """Visual ones included."""
+    answer_tokens_per_step: float
+    operations_per_step: float
+    matmul_rate: float
+    """Operations per second, measured."""
+    efficiency: float
+    """Assumed share of that rate."""
+    memory: dict[str, int]
+    """What holds how many bytes at the peak; on a CPU the process itself is among it."""
+    seconds: float
+    """Steps and evaluations."""
+    work: Work
+
+    @property
+    def steps_per_s(self) -> float:
+        return self.matmul_rate * self.efficiency / self.operations_per_step
+
+    def compared(self, meter: Meter) -> JsonDict:
+        """Beside what happened in this process; empty if it made no step."""
+        if not meter.steps:
+            return {}
+        return {
+            "steps_per_s": meter.steps / meter.seconds,
+            "planned_steps_per_s": self.steps_per_s,
+            "memory_bytes": peak_memory(meter.device),
+            "planned_memory_bytes": sum(self.memory.values()),
+        }
+
+
+def run(config: RunConfig) -> JsonDict:
+    """`train plan`, and `train run --dry-run`: print and return the figures of a Prediction."""
+    shards = open_shards(config.features)
+    held_out = open_shards(config.eval_features) if config.eval_features else []
+    require_same_fingerprint([*shards, *held_out])
+    device = pick_device(config.device)
+    resident = peak_memory(device)
+    llm = outline_language_model(config.llm)
+    conversation = Conversation(llm.tokenizer, llm.eos_ids)
+    samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, config.seed)
+    predicted = predict(config, samples, llm.model, device, resident, measure_for=2.0)
+    figures = {key: value for key, value in vars(predicted).items() if key != "work"}
+    figures |= {
+        "shards": len(shards),
+        "visual_tokens": predicted.visual_tokens,
+        "feature_bytes_per_epoch": sum(shards[shard].layout.row_bytes for shard, _ in samples.rows),
+    }
+    _print(predicted, figures)
+    return figures
+
+
+def predict(
+    config: RunConfig,
+    samples: Samples,
+    model: Any,
+    device: torch.device,
+    resident: int,
+    measure_for: float = 0.3,
+) -> Prediction:
+    """For a transformers model, which may be on the meta device, in a process that held `resident` bytes
+    before it was loaded; measures the machine's matmul rate for so many seconds."""
+    first, dtype = samples.shards[0], default_dtype(device)
+    schedule = Schedule(len(samples), config.batch_size, config.epochs, config.max_steps, config.seed)
+    batch = min(config.batch_size, len(samples))
+    looked_at = range(0, len(samples), max(1, len(samples) // LOOKED_AT))
+    examples = [samples.example(index, epoch=0) for index in looked_at]
+    projector = projector_of(config, first, model.get_input_embeddings().weight.shape[1])
+    visual = projector.tokens_out(first.tokens)
+    lengths = [visual + len(example.ids) for example in examples]
+    answers = sum(sum(label >= 0 for label in example.labels) for example in examples)
+    work, per_step = Work.of(model, projector), batch / len(examples)
+    operations = work.operations(lengths, visual * len(examples), answers) * per_step
+    rate, efficiency = matmul_rate(device, dtype, measure_for), EFFICIENCY[device.type]
+    evaluations = 0
+    if config.eval_features:
+        evaluations = 1 + -(-schedule.steps // config.eval_every)
+    # An evaluation takes two forward passes a sample, about what training on it takes.
+    evaluated = evaluations * config.eval_samples / batch
+    tokens = min(config.micro_tokens, sum(lengths) * per_step)
+    head_rows = min(CHUNK_LOGITS // model.config.vocab_size, answers * per_step * tokens / sum(lengths))
+    return Prediction(
+        samples=len(samples),
+        steps=schedule.steps,
+        frozen_parameters=parameter_count(model),
+        trained_parameters=parameter_count(projector),
+        visual_tokens=visual,
+        tokens_per_step=sum(lengths) * per_step,
+        answer_tokens_per_step=answers * per_step,
+        operations_per_step=operations,
+        matmul_rate=rate,
+        efficiency=efficiency,
+        memory={
+            **({"process": resident} if device.type == "cpu" else {}),
+            "language_model": parameter_count(model) * dtype.itemsize,
+            "activations": round(tokens * activation_bytes(model.config, dtype)),
+            # In fp32 as logits and as probabilities, and once more in the model's own type.
+            "logits": round(head_rows * model.config.vocab_size * (8 + dtype.itemsize)),
+            "projector_and_optimizer": parameter_count(projector) * 16,
+            "features_read_ahead": (AHEAD + 1) * batch * first.tokens * first.width * 2,
+        },
+        seconds=(schedule.steps + evaluated) * operations / (rate * efficiency),
+        work=work,
+    )
+
+
+def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
+    """A new projector of features such as the shard's to so wide embeddings."""
+    return build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+
+
+def activation_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes per token that the blocks keep for the backward pass, their weights taking no gradient.
+
+    Norms keep their input in fp32; attention its queries, keys, values and output; SwiGLU three of its width.
+    """
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries, keys = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+    norms = 2 * config.hidden_size + queries + keys
+    kept = 2 * queries + 2 * keys + 3 * config.intermediate_size
+    return int(config.num_hidden_layers * (4 * norms + dtype.itemsize * kept))
+
+
+def outcome_line(outcome: JsonDict) -> str:
+    """What `Prediction.compared` returned, for the log."""
+    return (
+        f"planned {outcome['planned_steps_per_s']:.2f} steps/s and "
+        f"{human_bytes(outcome['planned_memory_bytes'])}, was {outcome['steps_per_s']:.2f} steps/s "
+        f"({outcome['steps_per_s'] / outcome['planned_steps_per_s']:.0%}) and "
+        f"{human_bytes(outcome['memory_bytes'])} "
+        f"({outcome['memory_bytes'] / outcome['planned_memory_bytes']:.0%})"
+    )
+
+
+def _print(predicted: Prediction, figures: JsonDict) -> None:
+    total = sum(predicted.memory.values())
+    rows = [(key.replace("_", " "), f"{figures[key]:,.0f}") for key in COUNTS]
+    rows += [("feature bytes per epoch", human_bytes(figures["feature_bytes_per_epoch"]))]
+    rows += [(f"memory: {key.replace('_', ' ')}", human_bytes(n)) for key, n in predicted.memory.items()]
+    rows += [
+        ("memory in all, within about a third", human_bytes(total)),
+        ("needed operations per step", f"{predicted.operations_per_step:.3g}"),
+        ("matmul rate of this machine, measured", f"{predicted.matmul_rate / 1e12:.3g} TFLOP/s"),
+        ("share of it that is assumed", f"{predicted.efficiency:.0%}"),
+        ("steps per second", f"{predicted.steps_per_s:.3g}"),
+        ("time, within about a factor of 2", human_seconds(predicted.seconds)),
+    ]
+    print(table(rows))
