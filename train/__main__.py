@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from llava_core import cli
+from llava_core.console import silence
 from train.config import EvalConfig, RunConfig
 
 COMMANDS = {
@@ -12,6 +15,8 @@ COMMANDS = {
 
 
 def main() -> None:
+    if os.environ.get("RANK", "0") != "0":  # torchrun's; rank 0 speaks for all
+        silence()
     cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from llava_core.checkpoint import Provenance
 from llava_core.console import human_bytes, progress, say, table
-from llava_core.conversation import CONVERSATION_FORMAT, Conversation
-from llava_core.device import pick_device
+from llava_core.conversation import CONVERSATION_FORMAT, Conversation, Example
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
@@ -25,6 +26,7 @@ from train.evaluate import evaluate
 from train.loader import prefetch
 from train.objective import prepare, summed_loss
 from train.packing import packs
+from train.parallel import World, joined
 from train.report import Report
 from train.runfolder import RunFolder
 from train.samples import Batch, Samples, Schedule, usable_rows
@@ -35,20 +37,37 @@ SCALE_SAMPLES = 64
 
 def run(config: RunConfig) -> JsonDict:
     """Train a projector, or continue the run that OUT holds; returns the figures of the last checkpoint."""
-    shards = open_shards(config.features)
-    held_out = open_shards(config.eval_features) if config.eval_features else []
-    require_same_fingerprint([*shards, *held_out])
-    if config.dry_run:
-        return plan(config, shards)
-    folder = RunFolder(config.out, config)
-    if (finished := folder.finished()) is not None:
-        say(f"{config.out} is finished; nothing to do")
-        return finished
-    with Lock(config.out):
-        device = pick_device(config.device)
-        llm = load_language_model(config.llm, device)
-        prepare(llm)
-        return Trainer(config, folder, llm, shards, held_out).train()
+    with joined() as world, ExitStack() as stack:
+        with world.together():
+            shards = open_shards(config.features)
+            held_out = open_shards(config.eval_features) if config.eval_features else []
+            require_same_fingerprint([*shards, *held_out])
+            if config.dry_run:
+                return plan(config, shards)
+            folder = RunFolder(config.out, config)
+            if (finished := folder.finished()) is not None:
+                say(f"{config.out} is finished; nothing to do")
+                return finished
+            if world.main:
+                stack.enter_context(Lock(config.out))
+            device = world.device(config.device)
+            llm = load_language_model(config.llm, device)
+            prepare(llm)
+            trainer = Trainer(config, folder, llm, shards, held_out, world)
+        return trainer.train()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What all ranks did in one step."""
+
+    loss: float
+    """Mean over its answer tokens."""
+    samples: int
+    tokens: int
+    """What the language model saw, visual tokens included."""
+    stopping: bool
+    """A rank has been asked to stop."""
 
 
 class Trainer:
@@ -61,8 +80,9 @@ class Trainer:
         llm: LanguageModel,
         shards: list[Shard],
         held_out: list[Shard],
+        world: World,
     ) -> None:
-        self.config, self.folder, self.llm = config, folder, llm
+        self.config, self.folder, self.llm, self.world = config, folder, llm, world
         conversation = Conversation(llm.tokenizer, llm.eos_ids)
         self.samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, config.seed)
         self.held_out = held_out and Samples(
@@ -91,12 +111,8 @@ class Trainer:
         self.rows = {"samples": self.samples.identity}
         if self.held_out:
             self.rows["held_out"] = self.held_out.identity
-        if state := folder.resume(self.provenance, self.rows):
-            self.projector.load_state_dict(state["projector"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
-            self.cut, self.dropped = state["cut"], state["dropped"]
-            torch.set_rng_state(state["rng"])
+        if world.main and (state := folder.resume(self.provenance, self.rows)):
+            self.restore(state)
         say(
             f"frozen: {llm.identity['id']} ({parameter_count(llm.model):,} parameters); trained: "
             f"{config.projector} projector {self.sizes[0]}→{self.sizes[1]} "
@@ -104,65 +120,90 @@ class Trainer:
         )
         say(
             f"{len(self.samples)} samples, {self.schedule.steps} steps of {config.batch_size} on {llm.device}"
+            + (f" in {world.size} processes" if world.size > 1 else "")
             + (f", continued at step {self.step}" if self.step else "")
         )
 
     def train(self) -> JsonDict:
-        config, schedule = self.config, self.schedule
-        self.folder.begin()
-        report = Report(config.out, config.report_to, self.folder.training, self.step)
-        batches = prefetch(self.samples, schedule, self.step, pin=self.llm.device.type == "cuda")
+        config, schedule, world = self.config, self.schedule, self.world
+        if world.size > 1:
+            self.follow_main()
+        with world.together():
+            if world.main:
+                self.folder.begin()
+            report = Report(config.out, config.report_to, self.folder.training, self.step, world.main)
+        ahead = prefetch(self.samples, schedule, self.step, self.llm.device.type == "cuda", world)
         meter = Meter()
+        batches = meter.waiting(ahead)
         try:
             with stop_request() as stop, progress(schedule.steps, "steps", initial=self.step) as bar:
                 if self.step == 0:
                     self.evaluate(report)
-                for batch in meter.waiting(batches):
-                    loss, tokens = self.train_step(batch)
-                    meter.count(len(batch.examples), tokens)
-                    self.cut += sum(example.cut for example in batch.examples)
-                    self.dropped += sum(example.dropped for example in batch.examples)
-                    self.require_finite(loss)
+                while self.step < schedule.steps:
+                    step = self.train_step(batches, bool(stop))
+                    meter.count(step.samples, step.tokens)
+                    self.require_finite(step.loss)
                     done = self.step == schedule.steps
                     if self.step % config.log_every == 0 or done:
-                        metrics = {"loss": loss, "lr": self.learning_rate(self.step - 1), **meter.rates()}
+                        lr = self.learning_rate(self.step - 1)
+                        metrics = {"loss": step.loss, "lr": lr, **meter.rates()}
                         report.log(self.step, metrics)
-                        bar.set_postfix_str(f"loss {loss:.3f} {metrics['samples_per_s']:.0f} samples/s")
+                        bar.set_postfix_str(f"loss {step.loss:.3f} {metrics['samples_per_s']:.0f} samples/s")
                     bar.update()
                     better = (self.step % config.eval_every == 0 or done) and self.evaluate(report)
-                    if self.step % config.save_every == 0 or done or stop or better:
+                    if self.step % config.save_every == 0 or done or step.stopping or better:
                         self.save(better)
-                    if stop:
-                        raise KeyboardInterrupt
+                    if step.stopping:
+                        world.end(KeyboardInterrupt())
                     if self.step % config.eval_every == 0 or self.step % config.save_every == 0:
                         meter.restart()  # rates are those of training alone
         finally:
-            batches.close()
+            ahead.close()
             report.close()
         summary = {**self.figures, "out": str(config.out), "steps": schedule.steps}
         summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped}
-        self.folder.finish(summary)
+        if world.main:
+            self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {config.max_text_tokens} tokens" if self.cut else ""
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         say(f"finished {schedule.steps} steps{cut}")
         print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in self.figures.items() if v is not None]))
         return summary
 
-    def train_step(self, batch: Batch) -> tuple[float, int]:
-        """One optimizer step; returns the mean loss per answer token and the tokens the model saw."""
+    def train_step(self, batches: Iterator[Batch], stop: bool) -> Step:
+        """One optimizer step, on this rank's next batch and on those of the other ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        answers = sum(sum(label >= 0 for label in example.labels) for example in batch.examples)
-        total, tokens = torch.zeros((), device=self.llm.device), 0
-        for pack in packs(batch, self.config.micro_tokens):
-            loss = summed_loss(self.llm, self.projector, pack.to(self.llm.device)) / answers
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            tokens += len(pack.ids)
+        total, tokens, answers = torch.zeros((), device=self.llm.device), 0, 0
+        examples: list[Example] = []
+        error = None
+        try:
+            batch = next(batches)
+            examples = batch.examples
+            answers = sum(sum(label >= 0 for label in example.labels) for example in examples)
+            for pack in packs(batch, self.config.micro_tokens):
+                loss = summed_loss(self.llm, self.projector, pack.to(self.llm.device)) / answers
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+                tokens += len(pack.ids)
+        except (LlavaError, OSError) as caught:
+            error = caught  # for the others to learn, too
+        means = [total]
+        for parameter in self.projector.parameters():
+            if parameter.grad is None:  # no sample here in this step
+                parameter.grad = torch.zeros_like(parameter)
+            means.append(parameter.grad)
+        counts = (len(examples), tokens, sum(e.cut for e in examples), sum(e.dropped for e in examples))
+        sums = self.world.exchange(means, answers, (*counts, stop, error is not None))
+        samples, tokens, cut, dropped, stopping, failed = map(int, sums)
+        if failed:
+            self.world.end(error)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return float(total), tokens
+        self.cut += cut
+        self.dropped += dropped
+        return Step(float(total), samples, tokens, bool(stopping))
 
     def learning_rate(self, step: int) -> float:
         """Rate of the step with this number, from 0: linear warm-up, then a cosine to 0."""
@@ -177,7 +218,9 @@ class Trainer:
         if not self.held_out:
             return False
         config = self.config
-        figures = evaluate(self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens)
+        figures = evaluate(
+            self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens, self.world
+        )
         self.figures = {f"eval_{name}": figures[name] for name in ("loss", "perplexity", "grounding_gap")}
         self.figures["eval_step"] = self.step
         report.log(self.step, self.figures)
@@ -189,8 +232,9 @@ class Trainer:
         self.best = min(self.best, figures["loss"])
         return better
 
-    def save(self, best: bool) -> None:
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a run continues from, beside the projector's weights."""
+        return {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
@@ -200,7 +244,28 @@ class Trainer:
             "rows": self.rows,
             "rng": torch.get_rng_state(),
         }
-        self.folder.save(self.step, self.projector, self.sizes, self.provenance, self.figures, state, best)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with the `projector` in it."""
+        self.projector.load_state_dict(state["projector"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
+        self.cut, self.dropped = state["cut"], state["dropped"]
+        torch.set_rng_state(state["rng"])
+
+    def follow_main(self) -> None:
+        """Go on from the main rank's state: it alone reads checkpoints, and no weight may differ by a bit."""
+        state = self.world.from_main({**self.state(), "projector": self.projector.state_dict()})
+        with self.world.together():
+            if state["rows"] != self.rows:
+                raise LlavaError("the processes see different shards", do="give all of them the same files")
+            self.restore(state)
+
+    def save(self, best: bool) -> None:
+        with self.world.together():
+            if self.world.main:
+                described = (self.sizes, self.provenance, self.figures)
+                self.folder.save(self.step, self.projector, *described, self.state(), best)
 
     def require_finite(self, loss: float) -> None:
         if math.isfinite(loss):
@@ -208,11 +273,12 @@ class Trainer:
         _, indices = self.schedule.at(self.step - 1)
         picked = [self.samples.rows[index] for index in indices]
         rows = [f"{self.samples.shards[shard].path.name}:{row}" for shard, row in picked]
-        raise LlavaError(
+        error = LlavaError(
             f"the loss is {loss} at step {self.step}, learning rate {self.learning_rate(self.step - 1):.2e}",
             got=f"rows {', '.join(rows)}",
             do="begin again in another --out with a lower --lr",
         )
+        self.world.end(error)
 
     def _initial_projector(self) -> torch.nn.Module:
         torch.manual_seed(self.config.seed)
@@ -273,7 +339,8 @@ def stop_request() -> Iterator[list[int]]:
         yield received
     finally:
         for signum, handler in previous.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) is receive:  # or World.end has seen to it
+                signal.signal(signum, handler)
 
 
 def plan(config: RunConfig, shards: list[Shard]) -> JsonDict:
