@@ -2,7 +2,7 @@
 
 Every rank takes a part of each step's samples, and one exchange per step sums gradients, loss and counts.
 DistributedDataParallel would do the same and hide the exchange behind the backward pass; but the projector's
-gradient is the last thing that pass yields, so there is nothing to hide it behind. And a rank without samples,
+gradient is the last thing that pass yields, so there is nothing to hide it behind. Ranks without a sample,
 gradient accumulation, and a stop of all ranks at once need no special case here.
 """
 
@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -139,7 +142,12 @@ class World:
             errors = [None] * self.size
             with _others():
                 dist.all_gather_object(errors, error)
-        raise next(error for error in errors if error is not None)
+        first = next(error for error in errors if error is not None)
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows as the cause
+            line = str(first) or "interrupted"
+            cause = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+            Path(path).write_text(json.dumps({"message": cause}))
+        raise first
 
 
 @contextlib.contextmanager
