@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 from llava_core import cli
 from llava_core.console import silence
@@ -15,9 +17,16 @@ COMMANDS = {
 
 
 def main() -> None:
-    if os.environ.get("RANK", "0") != "0":  # torchrun's; rank 0 speaks for all
+    spoken_for = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK") != "0"
+    if spoken_for:  # torchrun started several of us, and rank 0 speaks
         silence()
-    cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
+    try:
+        cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
+    except SystemExit as leaving:
+        if spoken_for and leaving.code == 2:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(1)  # torchrun ends all as soon as one has ended, and rank 0 may have yet to speak
+        raise
 
 
 if __name__ == "__main__":

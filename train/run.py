@@ -140,7 +140,7 @@ class Trainer:
                 if self.step == 0:
                     self.evaluate(report)
                 while self.step < schedule.steps:
-                    step = self.train_step(batches, bool(stop))
+                    step = self.train_step(batches, stop)
                     meter.count(step.samples, step.tokens)
                     self.require_finite(step.loss)
                     done = self.step == schedule.steps
@@ -170,7 +170,7 @@ class Trainer:
         print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in self.figures.items() if v is not None]))
         return summary
 
-    def train_step(self, batches: Iterator[Batch], stop: bool) -> Step:
+    def train_step(self, batches: Iterator[Batch], stop: list[int]) -> Step:
         """One optimizer step, on this rank's next batch and on those of the other ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
@@ -194,7 +194,7 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
             means.append(parameter.grad)
         counts = (len(examples), tokens, sum(e.cut for e in examples), sum(e.dropped for e in examples))
-        sums = self.world.exchange(means, answers, (*counts, stop, error is not None))
+        sums = self.world.exchange(means, answers, (*counts, bool(stop), error is not None))
         samples, tokens, cut, dropped, stopping, failed = map(int, sums)
         if failed:
             self.world.end(error)
