@@ -49,6 +49,7 @@ from train.config import RunConfig
 from train.loader import prefetch
 from train.meter import peak_memory
 from train.objective import own_attention, prepare
+from train.parallel import World
 from train.run import Trainer
 from train.runfolder import RunFolder
 from train.samples import Samples
@@ -117,7 +118,9 @@ def compare(settings: Settings, folder: Path) -> None:
     )
     model = load_language_model(llm, device)
     prepare(model)
-    trainer = Trainer(config, RunFolder(config.out, config), model, open_shards(config.features), [], 0)
+    trainer = Trainer(
+        config, RunFolder(config.out, config), model, open_shards(config.features), [], World(), 0
+    )
     with serving(drawn, settings.latency) as base:
         urls = [f"{base}/{i}" for i in range(settings.samples)]
         bench = Bench(settings, tower, trainer, copy.deepcopy(trainer.projector.state_dict()))
@@ -141,7 +144,7 @@ def compare(settings: Settings, folder: Path) -> None:
 def report(settings: Settings, bench: Bench, passes: dict[str, list[Pass]]) -> None:
     trainer = bench.trainer
     batches = [bench.samples.batch([i], epoch=0) for i in range(settings.samples)]
-    operations = sum(trainer.operations(batch) for batch in batches)
+    operations = sum(trainer.operations(batch.examples) for batch in batches)
     tokens = sum(batch.features.shape[1] + len(batch.examples[0].ids) for batch in batches)
     rate, rows = trainer.prediction.matmul_rate, []
     median = {kind: statistics.median(p.seconds for p in some) for kind, some in passes.items()}
@@ -189,10 +192,10 @@ class Bench:
         device = trainer.llm.device
         reset_peak(device)
         began = time.perf_counter()
-        batches = prefetch(self.samples, trainer.schedule, 0, pin=device.type == "cuda")
+        batches = prefetch(self.samples, trainer.schedule, 0, device.type == "cuda", World())
         for batch, waited in timed(batches):
             waiting += waited
-            losses.append(trainer.train_step(batch)[0])
+            losses.append(trainer.train_step(iter([batch]), []).loss)
             if len(losses) == steps:
                 break
         batches.close()

@@ -5,7 +5,9 @@ Results go to standard output; everything here but `table` goes to standard erro
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,12 @@ from tqdm import tqdm
 def say(line: str) -> None:
     """Print one log line without tearing a progress bar that is being drawn."""
     tqdm.write(line, file=sys.stderr)
+
+
+def silence() -> None:
+    """Say nothing more in this process, for another says the same; faults of ours keep their traceback."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
 def progress(

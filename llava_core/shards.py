@@ -355,6 +355,11 @@ class Shard:
     def caption(self, row: int) -> str:
         return self._text("caption", row)
 
+    def caption_bytes(self, row: int) -> int:
+        """Length of its caption, or dialogue, as stored; reads nothing."""
+        ends = self._ends["caption"]
+        return int(ends[row + 1] - ends[row])
+
     def turns(self, row: int) -> Turns:
         """Questions and answers; a caption is the answer to a question that is still to be drawn, None."""
         text = self.caption(row)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 from llava_core import cli
+from llava_core.console import silence
 from train.config import EvalConfig, PlanConfig, RunConfig
 
 COMMANDS = {
@@ -13,7 +18,16 @@ COMMANDS = {
 
 
 def main() -> None:
-    cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
+    spoken_for = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK") != "0"
+    if spoken_for:  # torchrun started several of us, and rank 0 speaks
+        silence()
+    try:
+        cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
+    except SystemExit as leaving:
+        if spoken_for and leaving.code == 2:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(1)  # torchrun ends all as soon as one has ended, and rank 0 may have yet to speak
+        raise
 
 
 if __name__ == "__main__":

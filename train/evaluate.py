@@ -9,7 +9,6 @@ import torch
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import progress, say, table
 from llava_core.conversation import Conversation
-from llava_core.device import pick_device
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import Projector
@@ -17,6 +16,7 @@ from llava_core.shards import open_shards
 from train.config import EvalConfig
 from train.objective import prepare, summed_loss
 from train.packing import packs
+from train.parallel import World, joined
 from train.samples import Samples
 
 
@@ -27,6 +27,7 @@ def evaluate(
     samples: Samples,
     batch_size: int,
     micro_tokens: int,
+    world: World,
 ) -> JsonDict:
     """Held-out `loss` (nats per answer token), `perplexity`, `loss_shuffled`, `grounding_gap`.
 
@@ -36,8 +37,9 @@ def evaluate(
     n, shuffle = len(samples), len(samples) > 1
     visual = projector.tokens_out(samples.tokens)
     right, shuffled, tokens = 0.0, 0.0, 0
-    with progress(n, "samples", desc="evaluate", leave=False) as bar:
-        for start in range(0, n, batch_size):
+    starts = world.part(range(0, n, batch_size))
+    with world.together(), progress(n, "samples", desc="evaluate", leave=False) as bar:
+        for start in starts:
             indices = list(range(start, min(start + batch_size, n)))
             batch = samples.batch(indices, epoch=0)
             for pack in packs(batch, visual, micro_tokens):
@@ -47,7 +49,8 @@ def evaluate(
                 others = samples.batch(indices, epoch=0, images=[(i + 1) % n for i in indices])
                 for pack in packs(others, visual, micro_tokens):
                     shuffled += float(summed_loss(llm, projector, pack.to(llm.device)))
-            bar.update(len(indices))
+            bar.update(len(indices) * world.size)
+    right, shuffled, tokens = *world.sum(right, shuffled), int(world.sum(tokens)[0])
     loss = right / tokens
     return {
         "loss": loss,
@@ -61,21 +64,27 @@ def evaluate(
 
 def run(config: EvalConfig) -> JsonDict:
     """`train eval`: print and return the figures of `evaluate`."""
+    with joined() as world:
+        with world.together():
+            llm, projector, samples = _load(config, world)
+        figures = evaluate(llm, projector, samples, config.batch_size, config.micro_tokens, world)
+    print(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
+    return figures
+
+
+def _load(config: EvalConfig, world: World) -> tuple[LanguageModel, Projector, Samples]:
     checkpoint = load_checkpoint(config.checkpoint)
     shards = open_shards(config.features)
     first = shards[0]
     checkpoint.provenance.require_encoder(first.fingerprint, first.encoder, first.preprocess)
-    device = pick_device(config.device)
+    device = world.device(config.device)
     llm = load_language_model(config.llm, device)
     checkpoint.provenance.require_language_model(llm.identity)
     prepare(llm)
     conversation = Conversation(llm.tokenizer, llm.eos_ids)
     samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, seed=0)
     say(f"{len(samples)} held-out samples of {config.features}")
-    projector = checkpoint.projector.to(device)
-    figures = evaluate(llm, projector, samples, config.batch_size, config.micro_tokens)
-    print(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
-    return figures
+    return llm, checkpoint.projector.to(device), samples
 
 
 def _shown(value: object) -> str:

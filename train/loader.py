@@ -6,6 +6,7 @@ import collections
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from train.parallel import World
 from train.samples import Batch, Samples, Schedule
 
 AHEAD = 4
@@ -13,12 +14,14 @@ AHEAD = 4
 THREADS = 2
 
 
-def prefetch(samples: Samples, schedule: Schedule, start: int, pin: bool) -> Generator[Batch, None, None]:
-    """Batches of the steps from `start` to the end, in order; with `pin` features on the CPU are pinned."""
+def prefetch(
+    samples: Samples, schedule: Schedule, start: int, pin: bool, world: World
+) -> Generator[Batch, None, None]:
+    """This rank's part of the steps from `start` to the end, in order; `pin` pins features on the CPU."""
 
     def load(step: int) -> Batch:
         epoch, indices = schedule.at(step)
-        batch = samples.batch(indices, epoch)
+        batch = samples.batch(world.part(indices, samples.text_bytes), epoch)
         if pin and not batch.features.is_cuda:
             batch = Batch(batch.features.pin_memory(), batch.examples)
         return batch

@@ -51,6 +51,8 @@ def packs(batch: Batch, visual: int, micro_tokens: int) -> Iterator[Pack]:
 
     Raises LlavaError if one sample alone is longer.
     """
+    if not batch.examples:  # a rank without a sample in this step
+        return
     start = tokens = 0
     for end, example in enumerate(batch.examples):
         length = visual + len(example.ids)

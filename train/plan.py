@@ -48,7 +48,7 @@ class Prediction:
     answer_tokens_per_step: float
     operations_per_step: float
     matmul_rate: float
-    """Operations per second, measured."""
+    """Operations per second, measured, of all processes."""
     efficiency: float
     """Assumed share of that rate."""
     memory: dict[str, int]
@@ -100,10 +100,12 @@ def predict(
     model: Any,
     device: torch.device,
     resident: int,
+    processes: int = 1,
     measure_for: float = 0.3,
 ) -> Prediction:
     """For a transformers model, which may be on the meta device, in a process that held `resident` bytes
-    before it was loaded; measures the machine's matmul rate for so many seconds."""
+    before it was loaded; measures the machine's matmul rate for so many seconds. `processes` train together,
+    each on a device of its own."""
     first, dtype = samples.shards[0], default_dtype(device)
     schedule = Schedule(len(samples), config.batch_size, config.epochs, config.max_steps, config.seed)
     batch = min(config.batch_size, len(samples))
@@ -115,7 +117,7 @@ def predict(
     answers = sum(sum(label >= 0 for label in example.labels) for example in examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
     operations = work.operations(lengths, visual * len(examples), answers) * per_step
-    rate, efficiency = matmul_rate(device, dtype, measure_for), EFFICIENCY[device.type]
+    rate, efficiency = matmul_rate(device, dtype, measure_for) * processes, EFFICIENCY[device.type]
     evaluations = 0
     if config.eval_features:
         evaluations = 1 + -(-schedule.steps // config.eval_every)

@@ -90,10 +90,15 @@ class WeightsAndBiases:
 
 
 class Report:
-    """Sends metrics to every sink asked for."""
+    """Sends metrics to every sink asked for; to none unless `main`."""
 
-    def __init__(self, out: Path, report_to: Sequence[str], training: JsonDict, resume_step: int) -> None:
-        self.sinks: list[Sink] = [JsonLines(out / "metrics.jsonl", resume_step)]
+    def __init__(
+        self, out: Path, report_to: Sequence[str], training: JsonDict, resume_step: int, main: bool
+    ) -> None:
+        self.sinks: list[Sink] = []
+        if not main:
+            return
+        self.sinks.append(JsonLines(out / "metrics.jsonl", resume_step))
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoard(out / "tensorboard"))
         if "wandb" in report_to:

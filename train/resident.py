@@ -41,8 +41,12 @@ class Kept:
         return torch.stack([self.features[index] for index in indices])
 
 
-def pick_residence(asked: Residence, needed: int, device: torch.device) -> torch.device | None:
+def pick_residence(
+    asked: Residence, needed: int, device: torch.device, processes: int = 1
+) -> torch.device | None:
     """The device to keep so many bytes of features on; None leaves them on disk.
+
+    Each of the `processes` has its own GPU, and may share the RAM with the others.
 
     Raises LlavaError if what is asked for cannot be had.
     """
@@ -53,7 +57,7 @@ def pick_residence(asked: Residence, needed: int, device: torch.device) -> torch
         raise LlavaError("--resident gpu", expected="a run on a GPU", got=f"one on {device}")
     share = AUTO_SHARE if asked == "auto" else 1
     for place in places:
-        if needed <= share * (free := free_memory(place)):
+        if needed * (processes if place == CPU else 1) <= share * (free := free_memory(place)):
             return place
     if asked == "auto":
         return None

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from llava_core.checkpoint import Provenance
 from llava_core.console import progress, say, table
-from llava_core.conversation import CONVERSATION_FORMAT, Conversation
-from llava_core.device import pick_device
+from llava_core.conversation import CONVERSATION_FORMAT, Conversation, Example
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
@@ -26,6 +27,7 @@ from train.loader import prefetch
 from train.meter import Meter, peak_memory, progress_line
 from train.objective import prepare, summed_loss
 from train.packing import packs
+from train.parallel import World, joined
 from train.plan import outcome_line, predict, projector_of
 from train.plan import run as plan
 from train.report import Report
@@ -41,20 +43,39 @@ def run(config: RunConfig) -> JsonDict:
     """Train a projector, or continue the run that OUT holds; returns the figures of the last checkpoint."""
     if config.dry_run:
         return plan(config)
-    shards = open_shards(config.features)
-    held_out = open_shards(config.eval_features) if config.eval_features else []
-    require_same_fingerprint([*shards, *held_out])
-    projector_of(config, shards[0], hidden=1).tokens_out(shards[0].tokens)  # before the wait for a model
-    folder = RunFolder(config.out, config)
-    if (finished := folder.finished()) is not None:
-        say(f"{config.out} is finished; nothing to do")
-        return finished
-    with Lock(config.out):
-        device = pick_device(config.device)
-        resident = peak_memory(device)
-        llm = load_language_model(config.llm, device)
-        prepare(llm)
-        return Trainer(config, folder, llm, shards, held_out, resident).train()
+    with joined() as world, ExitStack() as stack:
+        with world.together():
+            shards = open_shards(config.features)
+            held_out = open_shards(config.eval_features) if config.eval_features else []
+            require_same_fingerprint([*shards, *held_out])
+            projector_of(config, shards[0], hidden=1).tokens_out(shards[0].tokens)  # before a model is loaded
+            folder = RunFolder(config.out, config)
+            if (finished := folder.finished()) is not None:
+                say(f"{config.out} is finished; nothing to do")
+                return finished
+            if world.main:
+                stack.enter_context(Lock(config.out))
+            device = world.device(config.device)
+            resident = peak_memory(device)
+            llm = load_language_model(config.llm, device)
+            prepare(llm)
+            trainer = Trainer(config, folder, llm, shards, held_out, world, resident)
+        return trainer.train()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What all ranks did in one step."""
+
+    loss: float
+    """Mean over its answer tokens."""
+    samples: int
+    tokens: int
+    """What the language model saw, visual tokens included."""
+    operations: int
+    """That were needed (train.flops)."""
+    stopping: bool
+    """A rank has been asked to stop."""
 
 
 class Trainer:
@@ -67,9 +88,10 @@ class Trainer:
         llm: LanguageModel,
         shards: list[Shard],
         held_out: list[Shard],
+        world: World,
         resident: int,
     ) -> None:
-        self.config, self.folder, self.llm = config, folder, llm
+        self.config, self.folder, self.llm, self.world = config, folder, llm, world
         conversation = Conversation(llm.tokenizer, llm.eos_ids)
         self.samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, config.seed)
         self.held_out = held_out and Samples(
@@ -78,7 +100,7 @@ class Trainer:
         self.schedule = Schedule(
             len(self.samples), config.batch_size, config.epochs, config.max_steps, config.seed
         )
-        self.prediction = predict(config, self.samples, llm.model, llm.device, resident)
+        self.prediction = predict(config, self.samples, llm.model, llm.device, resident, world.size)
         self.provenance = Provenance(
             fingerprint=shards[0].fingerprint,
             encoder=shards[0].encoder,
@@ -99,12 +121,8 @@ class Trainer:
         self.rows = {"samples": self.samples.identity}
         if self.held_out:
             self.rows["held_out"] = self.held_out.identity
-        if state := folder.resume(self.provenance, self.rows):
-            self.projector.load_state_dict(state["projector"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
-            self.cut, self.dropped = state["cut"], state["dropped"]
-            torch.set_rng_state(state["rng"])
+        if world.main and (state := folder.resume(self.provenance, self.rows)):
+            self.restore(state)
         self._keep_features()
         say(
             f"frozen: {llm.identity['id']} ({parameter_count(llm.model):,} parameters); trained: "
@@ -115,45 +133,51 @@ class Trainer:
         say(
             f"{len(self.samples)} samples, features {self.samples.place}; "
             f"{self.schedule.steps} steps of {config.batch_size} on {llm.device}"
+            + (f" in {world.size} processes" if world.size > 1 else "")
             + (f", continued at step {self.step}" if self.step else "")
         )
 
     def train(self) -> JsonDict:
-        config, schedule = self.config, self.schedule
-        self.folder.begin()
-        report = Report(config.out, config.report_to, self.folder.training, self.step)
-        batches = prefetch(self.samples, schedule, self.step, pin=self.llm.device.type == "cuda")
+        config, schedule, world = self.config, self.schedule, self.world
+        if world.size > 1:
+            self.follow_main()
+        with world.together():
+            if world.main:
+                self.folder.begin()
+            report = Report(config.out, config.report_to, self.folder.training, self.step, world.main)
+        ahead = prefetch(self.samples, schedule, self.step, self.llm.device.type == "cuda", world)
         meter = Meter(self.llm.device, self.prediction.matmul_rate)
+        batches = meter.waiting(ahead)
         try:
             with stop_request() as stop, progress(schedule.steps, "steps", initial=self.step) as bar:
                 if self.step == 0:
                     self.evaluate(report)
-                for batch in meter.waiting(batches):
-                    loss, tokens = self.train_step(batch)
-                    meter.count(len(batch.examples), tokens, self.operations(batch))
-                    self.cut += sum(example.cut for example in batch.examples)
-                    self.dropped += sum(example.dropped for example in batch.examples)
-                    self.require_finite(loss)
+                while self.step < schedule.steps:
+                    step = self.train_step(batches, stop)
+                    meter.count(step.samples, step.tokens, step.operations)
+                    self.require_finite(step.loss)
                     done = self.step == schedule.steps
                     if self.step % config.log_every == 0 or done:
-                        metrics = {"loss": loss, "lr": self.learning_rate(self.step - 1), **meter.rates()}
+                        lr = self.learning_rate(self.step - 1)
+                        metrics = {"loss": step.loss, "lr": lr, **meter.rates()}
                         report.log(self.step, metrics)
                         bar.set_postfix_str(progress_line(metrics))
                     bar.update()
                     better = (self.step % config.eval_every == 0 or done) and self.evaluate(report)
-                    if self.step % config.save_every == 0 or done or stop or better:
+                    if self.step % config.save_every == 0 or done or step.stopping or better:
                         self.save(better)
-                    if stop:
-                        raise KeyboardInterrupt
+                    if step.stopping:
+                        world.end(KeyboardInterrupt())
                     if self.step % config.eval_every == 0 or self.step % config.save_every == 0:
                         meter.restart()  # rates are those of training alone
         finally:
-            batches.close()
+            ahead.close()
             report.close()
         summary = {**self.figures, "out": str(config.out), "steps": schedule.steps}
         summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped}
         summary |= (outcome := self.prediction.compared(meter))
-        self.folder.finish(summary)
+        if world.main:
+            self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {config.max_text_tokens} tokens" if self.cut else ""
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         say(f"finished {schedule.steps} steps{cut}")
@@ -162,26 +186,46 @@ class Trainer:
         print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in self.figures.items() if v is not None]))
         return summary
 
-    def train_step(self, batch: Batch) -> tuple[float, int]:
-        """One optimizer step; returns the mean loss per answer token and the tokens the model saw."""
+    def train_step(self, batches: Iterator[Batch], stop: list[int]) -> Step:
+        """One optimizer step, on this rank's next batch and on those of the other ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        answers = sum(sum(label >= 0 for label in example.labels) for example in batch.examples)
-        total, tokens = torch.zeros((), device=self.llm.device), 0
-        for pack in packs(batch, self.visual, self.config.micro_tokens):
-            loss = summed_loss(self.llm, self.projector, pack.to(self.llm.device)) / answers
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            tokens += len(pack.ids)
+        total, answers = torch.zeros((), device=self.llm.device), 0
+        examples: list[Example] = []
+        error = None
+        try:
+            batch = next(batches)
+            examples = batch.examples
+            answers = sum(sum(label >= 0 for label in example.labels) for example in examples)
+            for pack in packs(batch, self.visual, self.config.micro_tokens):
+                loss = summed_loss(self.llm, self.projector, pack.to(self.llm.device)) / answers
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        except (LlavaError, OSError) as caught:
+            error = caught  # for the others to learn, too
+        means = [total]
+        for parameter in self.projector.parameters():
+            if parameter.grad is None:  # no sample here in this step
+                parameter.grad = torch.zeros_like(parameter)
+            means.append(parameter.grad)
+        tokens = sum(self.visual + len(example.ids) for example in examples)
+        cut, dropped = sum(e.cut for e in examples), sum(e.dropped for e in examples)
+        counts = (len(examples), tokens, self.operations(examples), cut, dropped)
+        sums = self.world.exchange(means, answers, (*counts, bool(stop), error is not None))
+        samples, tokens, operations, cut, dropped, stopping, failed = map(int, sums)
+        if failed:
+            self.world.end(error)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return float(total), tokens
+        self.cut += cut
+        self.dropped += dropped
+        return Step(float(total), samples, tokens, operations, bool(stopping))
 
-    def operations(self, batch: Batch) -> int:
-        """Needed operations of a step over this batch."""
-        lengths = [self.visual + len(example.ids) for example in batch.examples]
-        answers = sum(sum(label >= 0 for label in example.labels) for example in batch.examples)
+    def operations(self, examples: Sequence[Example]) -> int:
+        """Needed of a step over these samples."""
+        lengths = [self.visual + len(example.ids) for example in examples]
+        answers = sum(sum(label >= 0 for label in example.labels) for example in examples)
         return self.prediction.work.operations(lengths, self.visual * len(lengths), answers)
 
     def learning_rate(self, step: int) -> float:
@@ -197,12 +241,15 @@ class Trainer:
         if not self.held_out:
             return False
         config = self.config
-        figures = evaluate(self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens)
+        figures = evaluate(
+            self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens, self.world
+        )
         self.figures = {f"eval_{name}": figures[name] for name in ("loss", "perplexity", "grounding_gap")}
         self.figures["eval_step"] = self.step
         lines: list[JsonDict] = []
-        if config.eval_captions:
-            lines = captions(self.llm, self.projector, self.held_out, config.eval_captions)
+        with self.world.together():
+            if config.eval_captions and self.world.main:
+                lines = captions(self.llm, self.projector, self.held_out, config.eval_captions)
         report.log(self.step, self.figures | ({"eval_captions": lines} if lines else {}))
         say(
             f"step {self.step}: held-out loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}"
@@ -214,8 +261,9 @@ class Trainer:
         self.best = min(self.best, figures["loss"])
         return better
 
-    def save(self, best: bool) -> None:
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a run continues from, beside the projector's weights."""
+        return {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
@@ -225,7 +273,28 @@ class Trainer:
             "rows": self.rows,
             "rng": torch.get_rng_state(),
         }
-        self.folder.save(self.step, self.projector, self.provenance, self.figures, state, best)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with the `projector` in it."""
+        self.projector.load_state_dict(state["projector"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
+        self.cut, self.dropped = state["cut"], state["dropped"]
+        torch.set_rng_state(state["rng"])
+
+    def follow_main(self) -> None:
+        """Go on from the main rank's state: it alone reads checkpoints, and no weight may differ by a bit."""
+        state = self.world.from_main({**self.state(), "projector": self.projector.state_dict()})
+        with self.world.together():
+            if state["rows"] != self.rows:
+                raise LlavaError("the processes see different shards", do="give all of them the same files")
+            self.restore(state)
+
+    def save(self, best: bool) -> None:
+        with self.world.together():
+            if self.world.main:
+                described = (self.provenance, self.figures, self.state())
+                self.folder.save(self.step, self.projector, *described, best)
 
     def require_finite(self, loss: float) -> None:
         if math.isfinite(loss):
@@ -233,11 +302,12 @@ class Trainer:
         _, indices = self.schedule.at(self.step - 1)
         picked = [self.samples.rows[index] for index in indices]
         rows = [f"{self.samples.shards[shard].path.name}:{row}" for shard, row in picked]
-        raise LlavaError(
+        error = LlavaError(
             f"the loss is {loss} at step {self.step}, learning rate {self.learning_rate(self.step - 1):.2e}",
             got=f"rows {', '.join(rows)}",
             do="begin again in another --out with a lower --lr",
         )
+        self.world.end(error)
 
     def _initial_projector(self, shard: Shard) -> Projector:
         torch.manual_seed(self.config.seed)
@@ -253,7 +323,7 @@ class Trainer:
         if self.held_out:
             kept.append(self.held_out)
         needed = sum(samples.feature_bytes for samples in kept)
-        place = pick_residence(self.config.resident, needed, self.llm.device)
+        place = pick_residence(self.config.resident, needed, self.llm.device, self.world.size)
         if place:
             for samples in kept:
                 samples.keep(place)
@@ -275,4 +345,5 @@ def stop_request() -> Iterator[list[int]]:
         yield received
     finally:
         for signum, handler in previous.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) is receive:  # or World.end has seen to it
+                signal.signal(signum, handler)

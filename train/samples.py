@@ -89,6 +89,11 @@ class Samples:
             self.shards[shard].read_into(row, rows[k])
         return features
 
+    def text_bytes(self, index: int) -> int:
+        """Bytes of one sample's words: about in proportion to its tokens, and known without reading them."""
+        shard, row = self.rows[index]
+        return self.shards[shard].caption_bytes(row)
+
     def example(self, index: int, epoch: int) -> Example:
         """Words of one sample; what is drawn from the pool is a pure function of (seed, epoch, row, turn)."""
         s, row = self.rows[index]

@@ -1,0 +1,126 @@
+"""`torchrun ... -m train run`: as many processes as one likes, and always the curve of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_core.shard_writer import ShardWriter
+from tests.e2e.commands import Ended, start
+from tests.e2e.test_train import config, curve, flags_of, weights, write_world
+from tests.small_shards import header, outcome
+from train.config import RunConfig
+from train.parallel import World
+from train.run import run as train_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def torchrun(processes: int, given: RunConfig) -> subprocess.Popen[str]:
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    return start(*launcher, "-m", "train", "run", *flags_of(given))
+
+
+def ended(process: subprocess.Popen[str], code: int) -> Ended:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    assert "/train/" not in err, err  # in no traceback; torchrun shows its own whenever a process fails
+    return Ended(process.returncode, out, err)
+
+
+def ranks(process: subprocess.Popen[str], out: Path) -> list[int]:
+    """Process numbers of a run once it writes checkpoints, the main rank first."""
+    while not list(out.glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    main = int(out.with_name(out.name + ".lock").read_text().split()[2])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [main, *(int(child) for child in children if int(child) != main)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for key in ("loss", "eval_loss"):
+        assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-6), key
+    assert curve(other, "eval_grounding_gap") == pytest.approx(curve(one, "eval_grounding_gap"), abs=1e-5)
+    expected, got = weights(one), weights(other)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size"),
+    [
+        pytest.param(2, 5, id="two processes, a last step of three samples"),
+        pytest.param(4, 3, id="four processes, three samples a step", marks=pytest.mark.slow),
+    ],
+)
+def test_many_processes_give_the_curve_of_one(
+    world: Path, tmp_path: Path, processes: int, batch_size: int
+) -> None:
+    given = config(world, tmp_path / "many", batch_size=batch_size)
+    err = ended(torchrun(processes, given), code=0).err
+    assert err.count("finished") == err.count("frozen: ") == 1, err
+    assert not (tmp_path / "many.lock").exists()
+    train_run(dataclasses.replace(given, out=tmp_path / "one"))
+    assert_same_run(tmp_path / "one", tmp_path / "many")
+
+
+def test_a_stop_on_one_rank_stops_all_and_one_process_continues(world: Path, tmp_path: Path) -> None:
+    given = config(world, tmp_path / "many", epochs=40)
+    process = torchrun(2, given)
+    os.kill(ranks(process, given.out)[1], signal.SIGTERM)
+    err = ended(process, code=1).err  # torchrun's own
+    assert err.count("interrupted; the same command continues") == 1, err
+    assert err.count("exitcode  : 130") == 2, err
+    last = (given.out / "last").resolve().name
+    assert last == f"step-{max(curve(given.out)):08d}"
+    assert last != "step-00000480"
+    train_run(given)
+    train_run(dataclasses.replace(given, out=tmp_path / "one"))
+    assert_same_run(tmp_path / "one", given.out)
+
+
+@pytest.mark.slow
+def test_killed_with_two_processes_continued_with_four(world: Path, tmp_path: Path) -> None:
+    given = config(world, tmp_path / "many", epochs=40)
+    process = torchrun(2, given)
+    os.kill(ranks(process, given.out)[1], signal.SIGKILL)
+    assert "error: another process of this run has ended" in ended(process, code=1).err
+    assert not (given.out / "summary.json").exists()
+    assert "continued at step" in ended(torchrun(4, given), code=0).err
+    train_run(dataclasses.replace(given, out=tmp_path / "one"))
+    assert_same_run(tmp_path / "one", given.out)
+
+
+def test_what_one_rank_cannot_do_ends_all_with_one_line(world: Path, tmp_path: Path) -> None:
+    """One sample is too long for --micro-tokens, and only one rank meets it."""
+    with ShardWriter(tmp_path / "long/d.h5", header([*["short"] * 11, "long" * 20])) as writer:
+        writer.write([outcome(row) for row in range(12)])
+        writer.finish()
+    given = config(world, tmp_path / "run", features=tmp_path / "long", eval_features=None, micro_tokens=100)
+    err = ended(torchrun(2, given), code=1).err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert errors[0].startswith("error: a sample has too many tokens"), err
+    assert "  traceback : a sample has too many tokens" in err, err
+
+
+def test_parts_are_whole_even_and_level() -> None:
+    costs = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    parts = [World(rank, 4).part(range(11), costs.__getitem__) for rank in range(4)]
+    assert sorted(itertools.chain(*parts)) == list(range(11))
+    assert sorted(map(len, parts)) == [2, 3, 3, 3]
+    assert [sum(costs[i] for i in part) for part in parts] == [14, 10, 10, 10]
+    assert [World(rank, 4).part([7]) for rank in range(4)] == [[7], [], [], []]
+    assert World().part([3, 1, 2], lambda item: item) == [3, 1, 2]
