@@ -164,7 +164,7 @@ def activation_bytes(config: Any, dtype: torch.dtype) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     queries, keys = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
     norms = 2 * config.hidden_size + queries + keys
-    kept = 2 * queries + 2 * keys + 3 * config.intermediate_size
+    kept = 2 * queries + 2 * keys + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     return int(config.num_hidden_layers * (4 * norms + dtype.itemsize * kept))
 
 
