@@ -38,7 +38,8 @@ class Kept:
                 self.features[index] = row
             self.present[missing] = True
         # Whole rows one by one: indexing with a tensor moves single numbers, four times as slowly.
-        return torch.stack([self.features[index] for index in indices])
+        rows = [self.features[index] for index in indices]
+        return torch.stack(rows) if rows else self.features[:0]  # a rank without a sample in this step
 
 
 def pick_residence(

@@ -28,6 +28,7 @@ def test_a_row_is_read_once_and_copies_are_given_out() -> None:
     kept.take([0, 3], read).zero_()
     assert torch.equal(kept.take([3, 0], read), stored[[3, 0]])
     assert asked == [[2, 0], [3]]
+    assert kept.take([], read).shape == (0, 3, 2)
 
 
 def test_where_features_stay() -> None:
