@@ -40,8 +40,8 @@ from llava_core.vision import VisionTower
 
 OPEN_SHARDS = 4
 """Shards that are filled at a time, so that one straggler keeps nobody waiting."""
-ROWS_PER_SLOT = 4
-"""Rows on their way, from their download to the encoder, for each download at a time."""
+WAITING_ROWS = 2048
+"""Rows that wait for their host, for a slot or between two attempts, besides those under way."""
 FULL_BATCH_WAIT = 0.05
 """Seconds a picture waits for others to fill its batch."""
 WRITE_ROWS = 128
@@ -50,6 +50,15 @@ WRITE_SECONDS = 5.0
 """Longest time an outcome waits for that."""
 WATCH_SECONDS = 0.5
 """Between two looks at the stages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """A row whose image file has come, or why it has not."""
+
+    filling: Filling
+    row: int
+    fetched: Fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Pipeline:
         self.duplicates = Duplicates()
         self.threads = config.decoders or cpu_cores()
         self.gauges = Gauges(decode=self.threads, encode=1, write=1)
-        self.failed = self.undecoded = 0
+        self.failed = 0
         self.open: list[Filling] = []
         self.broken: LlavaError | OSError | None = None
         """Why a shard could not be opened."""
@@ -112,6 +121,8 @@ class Pipeline:
                 loop.add_signal_handler(signum, this.cancel)
         # Rows that wait between two attempts, or for their outcome to be believed, do not keep the host idle.
         self.rows: HostQueues[Place] = HostQueues(2 * self.config.per_host)
+        self.bodies: asyncio.Queue[Body | None] = asyncio.Queue(4 * self.config.concurrency)
+        self.loads = asyncio.Semaphore(self.threads)
         self.pictures: asyncio.Queue[Picture | None] = asyncio.Queue(2 * self.config.batch_size)
         self.outcomes: asyncio.Queue[tuple[Filling, RowRecord] | None] = asyncio.Queue(4 * WRITE_ROWS)
         self.taken = asyncio.Event()
@@ -123,8 +134,15 @@ class Pipeline:
                 ThreadPoolExecutor(1, "disk") as self.disk,
             ):
                 async with Fetcher(self.limits) as self.fetcher, in_background(self._watch()):
-                    stages = (self._feed(shards), self._download_all(), self._encode_all(), self._write_all())
-                    await together(stages)
+                    await together(
+                        [
+                            self._feed(shards),
+                            self._download_all(),
+                            self._decode_all(),
+                            self._encode_all(),
+                            self._write_all(),
+                        ]
+                    )
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 say("stopping; what is encoded is kept")
@@ -175,10 +193,19 @@ class Pipeline:
             host, place = filling.host(row), (filling, row)
             if filling.captions[row] is None:
                 await self.outcomes.put((filling, RowRecord(row, Status.BAD_CAPTION)))
-            elif host is not None and (twin := self.duplicates.claim(filling.urls[row], place)):
+            elif host is not None and (twin := self._twin(filling.urls[row], place)):
                 await self._follow(twin, filling, RowRecord(row, Status.PENDING))
             else:
                 self.rows.put(host, place)
+
+    def _twin(self, key: str | bytes, place: Place) -> First | Known | None:
+        """The row that shows the same and has all that this one's shard keeps."""
+        twin = self.duplicates.claim(key, place)
+        if twin is not None and place[0].writer.layout.thumbnails:
+            layout = twin.shard.layout if isinstance(twin, Known) else twin.place[0].writer.layout
+            if not layout.thumbnails:
+                return None
+        return twin
 
     async def _follow(self, twin: First | Known, filling: Filling, record: RowRecord) -> None:
         """Give a row the outcome of the one that shows the same, now or when it comes."""
@@ -191,11 +218,10 @@ class Pipeline:
     # ---- pictures
 
     async def _download_all(self) -> None:
-        await together(self._download() for _ in range(ROWS_PER_SLOT * self.config.concurrency))
-        await self.pictures.put(None)
+        await together(self._download() for _ in range(self.config.concurrency + WAITING_ROWS))
+        await self.bodies.put(None)
 
     async def _download(self) -> None:
-        loop = asyncio.get_running_loop()
         while (taken := await self.rows.get()) is not None:
             self.taken.set()
             host, (filling, row) = taken
@@ -203,11 +229,19 @@ class Pipeline:
                 fetched = await self._load(filling, row) or await self.fetcher.fetch(filling.urls[row])
             finally:
                 self.rows.done(host)
-            self.undecoded += 1
+            await self.bodies.put(Body(filling, row, fetched))
+
+    async def _decode_all(self) -> None:
+        await together(self._decode_one_by_one() for _ in range(2 * self.threads))
+        await self.pictures.put(None)
+
+    async def _decode_one_by_one(self) -> None:
+        loop = asyncio.get_running_loop()
+        while (body := await self.bodies.get()) is not None:
+            filling, row, fetched = body.filling, body.row, body.fetched
             try:
                 decoded = await loop.run_in_executor(self.decoders, self._decode, filling, row, fetched)
             finally:
-                self.undecoded -= 1
                 self.fetcher.release(fetched)
             if isinstance(decoded, Picture):
                 await self.pictures.put(decoded)
@@ -216,15 +250,18 @@ class Pipeline:
             else:
                 twin, record = decoded
                 await self._follow(twin, filling, record)
+        await self.bodies.put(None)  # for the next of us
 
     async def _load(self, filling: Filling, row: int) -> Fetched | None:
         """An image that needs no network; None for one at an address."""
         if filling.images is None:
             return None
-        await self.fetcher.memory.room()
-        load, limit = filling.images.load, self.config.max_bytes
-        if loaded := await asyncio.get_running_loop().run_in_executor(self.decoders, load, row, limit):
-            self.fetcher.memory.hold(len(loaded.body))
+        loop, memory, limit = asyncio.get_running_loop(), self.fetcher.memory, self.config.max_bytes
+        async with self.loads:
+            await memory.room()
+            loaded = await loop.run_in_executor(self.decoders, filling.images.load, row, limit)
+            if loaded:
+                memory.hold(len(loaded.body))
         return loaded
 
     def _decode(
@@ -236,7 +273,7 @@ class Pipeline:
             return record
         with self.gauges["decode"].work():
             record.sha256 = hashlib.sha256(fetched.body).digest()
-            if twin := self.duplicates.claim(record.sha256, (filling, row)):
+            if twin := self._twin(record.sha256, (filling, row)):
                 return twin, record
             try:
                 decoded = self.tower.preprocess.decode_image(fetched.body, self.config.max_pixels)
@@ -332,7 +369,7 @@ class Pipeline:
             await asyncio.sleep(WATCH_SECONDS)
             rate += 0.3 * ((fetcher.received - before) / WATCH_SECONDS - rate)
             self.gauges.sample(
-                decode=self.undecoded, encode=self.pictures.qsize(), write=self.outcomes.qsize()
+                decode=self.bodies.qsize(), encode=self.pictures.qsize(), write=self.outcomes.qsize()
             )
             parts = [f"{rate / 1e6:.1f} MB/s", f"{fetcher.in_flight} in flight", f"{self.gauges.now}-bound"]
             if self.failed:

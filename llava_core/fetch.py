@@ -28,7 +28,9 @@ USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
 SLOW_AFTER = 5.0
 """Seconds of a body after which `min_rate` is asked for."""
 LONGEST_PAUSE = 30.0
-"""Most seconds between two attempts, whatever Retry-After says."""
+"""Most seconds between two attempts of our own accord."""
+LONGEST_RETRY_AFTER = 120.0
+"""Most seconds for which a host is left in peace when it asks for it."""
 CHUNK = 1 << 16
 RETRIED_4XX = (408, 425, 429)
 DISALLOWED = {"noai", "noimageai", "noindex", "noimageindex"}
@@ -144,15 +146,14 @@ class Fetcher:
     async def _attempts(self, url: yarl.URL, host: str) -> Fetched:
         turns = self._hosts[host]
         for attempt in range(1, self.limits.retries + 2):
-            async with turns.turn(), self._slots:
-                await self.memory.room()
+            async with turns.turn(self._slots, self.memory):
                 if closed := self._health.closed((host, url.port)):
                     return Fetched(closed, attempts=attempt - 1, detail="its host answers nobody")
                 began = time.monotonic()
                 fetched = dataclasses.replace(await self._attempt(url), attempts=attempt)
             await self._health.record((host, url.port), fetched.status, began)
             if fetched.retry_after:
-                turns.pause(min(LONGEST_PAUSE, fetched.retry_after))
+                turns.pause(min(LONGEST_RETRY_AFTER, fetched.retry_after))
             again = fetched.status.transient or fetched.http in RETRIED_4XX
             if not again or attempt > self.limits.retries:
                 break

@@ -13,19 +13,24 @@ class HostTurns:
     """Requests to one host: so many at a time, so many a second, and none while it asks for peace."""
 
     def __init__(self, at_a_time: int, per_second: float | None) -> None:
-        self._slots = asyncio.Semaphore(at_a_time)
+        self._at_a_time = asyncio.Semaphore(at_a_time)
         self._interval = 1 / per_second if per_second else 0.0
         self._free = 0.0
         """When (of time.monotonic) the next request may begin."""
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Around one request."""
-        async with self._slots:
-            while (wait := self._free - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            self._free = time.monotonic() + self._interval
-            yield
+    async def turn(self, slots: asyncio.Semaphore, memory: ByteBudget) -> AsyncIterator[None]:
+        """Around one request, which also takes one of `slots`, and begins while there is room in `memory`."""
+        async with self._at_a_time:
+            while True:  # the host may have asked for peace while we waited for the others
+                while (wait := self._free - time.monotonic()) > 0:
+                    await asyncio.sleep(wait)
+                async with slots:
+                    await memory.room()
+                    if self._free <= time.monotonic():
+                        self._free = time.monotonic() + self._interval
+                        yield
+                        return
 
     def pause(self, seconds: float) -> None:
         """Begin no request for so long: what Retry-After asks for."""

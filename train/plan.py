@@ -14,6 +14,7 @@ from llava_core.fingerprint import JsonDict
 from llava_core.language import outline_language_model
 from llava_core.projector import Projector, build_projector, parameter_count
 from llava_core.shards import Shard, open_shards, require_same_fingerprint
+from llava_core.status import Status
 from train.config import RunConfig
 from train.flops import Work, matmul_rate
 from train.loader import AHEAD
@@ -83,7 +84,8 @@ def run(config: RunConfig) -> JsonDict:
     llm = outline_language_model(config.llm)
     conversation = Conversation(llm.tokenizer, llm.eos_ids)
     samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, config.seed)
-    predicted = predict(config, samples, llm.model, device, resident, measure_for=2.0)
+    rows = sum(int((shard.status == Status.OK).sum()) for shard in held_out)
+    predicted = predict(config, samples, llm.model, device, resident, rows, measure_for=2.0)
     figures = {key: value for key, value in vars(predicted).items() if key != "work"}
     figures |= {
         "shards": len(shards),
@@ -100,12 +102,13 @@ def predict(
     model: Any,
     device: torch.device,
     resident: int,
+    held_out: int = 0,
     processes: int = 1,
     measure_for: float = 0.3,
 ) -> Prediction:
     """For a transformers model, which may be on the meta device, in a process that held `resident` bytes
     before it was loaded; measures the machine's matmul rate for so many seconds. `processes` train together,
-    each on a device of its own."""
+    each on a device of its own; an evaluation takes `held_out` rows at most."""
     first, dtype = samples.shards[0], default_dtype(device)
     schedule = Schedule(len(samples), config.batch_size, config.epochs, config.max_steps, config.seed)
     batch = min(config.batch_size, len(samples))
@@ -122,7 +125,7 @@ def predict(
     if config.eval_features:
         evaluations = 1 + -(-schedule.steps // config.eval_every)
     # An evaluation takes two forward passes a sample, about what training on it takes.
-    evaluated = evaluations * config.eval_samples / batch
+    evaluated = evaluations * min(config.eval_samples, held_out) / batch
     tokens = min(config.micro_tokens, sum(lengths) * per_step)
     head_rows = min(CHUNK_LOGITS // model.config.vocab_size, answers * per_step * tokens / sum(lengths))
     return Prediction(

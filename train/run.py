@@ -100,7 +100,10 @@ class Trainer:
         self.schedule = Schedule(
             len(self.samples), config.batch_size, config.epochs, config.max_steps, config.seed
         )
-        self.prediction = predict(config, self.samples, llm.model, llm.device, resident, world.size)
+        evaluated = len(self.held_out) if self.held_out else 0
+        self.prediction = predict(
+            config, self.samples, llm.model, llm.device, resident, evaluated, world.size
+        )
         self.provenance = Provenance(
             fingerprint=shards[0].fingerprint,
             encoder=shards[0].encoder,
@@ -152,6 +155,7 @@ class Trainer:
             with stop_request() as stop, progress(schedule.steps, "steps", initial=self.step) as bar:
                 if self.step == 0:
                     self.evaluate(report)
+                    self.best = math.inf  # no checkpoint is that good: there is none yet
                 while self.step < schedule.steps:
                     step = self.train_step(batches, stop)
                     meter.count(step.samples, step.tokens, step.operations)

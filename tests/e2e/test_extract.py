@@ -125,6 +125,10 @@ def test_what_shows_the_same_is_fetched_once_and_encoded_once(vision: Path, tmp_
         features_are_right(Shard(tmp_path / "out/c.h5"), vision)
         assert Shard(tmp_path / "out/c.h5").read(1).tobytes() == b.read(5).tobytes()
 
+        write_parquet(tmp_path / "data/d.parquet", [f"{base}/6.jpg"])
+        run("extract", "run", "--data", tmp_path / "data", *flags, "--thumbnails")
+        assert Shard(tmp_path / "out/d.h5").thumbnail(0)  # which the shards before it have not
+
 
 def test_cap_seg_in_all_its_forms(base: str, vision: Path, tmp_path: Path) -> None:
     texts = [

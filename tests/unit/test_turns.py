@@ -14,7 +14,7 @@ def test_requests_to_a_host_keep_their_distance() -> None:
         turns, began = HostTurns(at_a_time=8, per_second=50), list[float]()
 
         async def ask() -> None:
-            async with turns.turn():
+            async with turns.turn(asyncio.Semaphore(8), ByteBudget()):
                 began.append(time.monotonic())
 
         await asyncio.gather(*(ask() for _ in range(8)))
@@ -31,10 +31,33 @@ def test_a_pause_holds_for_all_who_wait() -> None:
         turns.pause(0.1)  # a shorter one takes nothing back
 
         async def ask() -> float:
-            async with turns.turn():
+            async with turns.turn(asyncio.Semaphore(8), ByteBudget()):
                 return time.monotonic() - asked
 
         return min(await asyncio.gather(*(ask() for _ in range(4))))
+
+    assert asyncio.run(run()) >= 0.3
+
+
+def test_a_pause_holds_for_those_who_wait_for_a_slot_or_memory() -> None:
+    async def run() -> float:
+        turns, slots, memory, asked = (
+            HostTurns(4, None),
+            asyncio.Semaphore(1),
+            ByteBudget(1),
+            time.monotonic(),
+        )
+
+        async def ask() -> float:
+            async with turns.turn(slots, memory):
+                return time.monotonic() - asked
+
+        memory.hold(1)
+        waiting = [asyncio.create_task(ask()) for _ in range(3)]  # one in the slot, two before it
+        await asyncio.sleep(0.01)
+        turns.pause(0.3)
+        memory.release(1)
+        return min(await asyncio.gather(*waiting))
 
     assert asyncio.run(run()) >= 0.3
 
