@@ -31,9 +31,10 @@ from llava_core.console import say
 from llava_core.device import cpu_cores
 from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched, Fetcher, FetchLimits
+from llava_core.layout import THUMBNAIL_BYTES
 from llava_core.preprocess import ImageError
 from llava_core.shard_writer import FinishedMeanwhile, RowRecord
-from llava_core.shards import THUMBNAIL_BYTES, Shard
+from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.tasks import in_background, time_limit, together
 from llava_core.vision import VisionTower

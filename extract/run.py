@@ -21,8 +21,9 @@ from llava_core.console import counted, human_bytes, progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.layout import Layout, disk_bytes
 from llava_core.shard_writer import ShardWriter, is_finished, part_of, require_storage
-from llava_core.shards import Layout, Shard, ShardHeader, disk_bytes, open_shards
+from llava_core.shards import Shard, ShardHeader, open_shards
 from llava_core.status import Failure, Status
 from llava_core.vision import VisionTower, open_vision_tower
 

@@ -23,16 +23,9 @@ from llava_core.console import human_bytes
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
+from llava_core.layout import THUMBNAIL_BYTES, Layout
 from llava_core.lock import Lock
-from llava_core.shards import (
-    COLUMNS,
-    THUMBNAIL_BYTES,
-    Layout,
-    Shard,
-    ShardHeader,
-    create_file,
-    read_layout,
-)
+from llava_core.shards import COLUMNS, Shard, ShardHeader, create_file, read_layout
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, Storage, checksum, pack
 

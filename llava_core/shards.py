@@ -8,7 +8,6 @@ format is described in features/README.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -25,14 +24,12 @@ from llava_core.console import say
 from llava_core.dialogue import Turns, turns_from_text
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, first_difference
+from llava_core.layout import THUMBNAIL_BYTES, Layout, disk_bytes
 from llava_core.status import Failure, Status
-from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, dequantise, parts_of, row_bytes
+from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, parts_of
 
 FORMAT, FORMAT_VERSION = "llava-features", 1
 ALIGNMENT = 4096
-THUMBNAIL_BYTES = 4096
-"""Of a row's slot in `thumbnails`: a JPEG, then zeros."""
-
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "status": ("|u1", ()),
     "crc32": ("<u4", ()),
@@ -81,77 +78,6 @@ class ShardHeader:
     def disk_bytes(self) -> int:
         """Of the file when it is full, its text and columns aside."""
         return self.rows * disk_bytes(self.storage, self.tokens, self.width, self.thumbnails)
-
-
-def disk_bytes(storage: Storage, tokens: int, width: int, thumbnails: bool) -> int:
-    """What one row takes of the disk, its text and columns aside."""
-    return row_bytes(storage, tokens, width) + thumbnails * THUMBNAIL_BYTES
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What the file says of itself, and the byte offset of each dataset in it."""
-
-    path: Path
-    """Where it was read, for errors."""
-    rows: int
-    tokens: int
-    width: int
-    offsets: dict[str, int]
-    sizes: dict[str, int]
-    """Bytes of each dataset."""
-    encoder: JsonDict
-    preprocess: JsonDict
-    fingerprint: str
-    source: JsonDict
-    uid: str
-    storage: Storage
-    text: str
-    """caption or conversation: what `caption_*` holds."""
-    images: str
-    """address or local."""
-
-    @property
-    def thumbnails(self) -> bool:
-        return "thumbnails" in self.offsets
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that the features of a row take in the file."""
-        return row_bytes(self.storage, self.tokens, self.width)
-
-    @functools.cached_property
-    def parts(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Datasets that hold the features: number type, and shape of one row's share."""
-        return parts_of(self.storage, self.tokens, self.width)
-
-    def read_into(self, descriptor: int, row: int, out: np.ndarray) -> None:
-        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]."""
-        if self.storage == "float16":
-            self._read(descriptor, "features", row, out)
-        else:
-            quantised, scales = self.read_parts(descriptor, row)
-            dequantise(quantised, scales, out)
-
-    def read_parts(self, descriptor: int, row: int) -> tuple[np.ndarray, ...]:
-        """Features of `row` as they lie on disk: the row's share of each of `parts`."""
-        arrays = tuple(np.empty(shape, dtype) for dtype, shape in self.parts.values())
-        for name, array in zip(self.parts, arrays, strict=True):
-            self._read(descriptor, name, row, array)
-        return arrays
-
-    def read_thumbnail(self, descriptor: int, row: int) -> bytes | None:
-        """The JPEG of a row that is ok, None if there is none; of another row, anything."""
-        if not self.thumbnails:
-            return None
-        slot = np.empty(THUMBNAIL_BYTES, np.uint8)
-        self._read(descriptor, "thumbnails", row, slot)
-        return slot.tobytes().rstrip(b"\0") or None
-
-    def _read(self, descriptor: int, name: str, row: int, out: np.ndarray) -> None:
-        read = os.preadv(descriptor, [out.data.cast("B")], self.offsets[name] + row * out.nbytes)
-        if read != out.nbytes:
-            raise LlavaError(f"truncated shard {self.path}", expected=f"{out.nbytes} bytes", got=read)
 
 
 def create_file(path: Path, header: ShardHeader) -> None:

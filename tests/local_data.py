@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-
-def picture(seed: int) -> bytes:
-    """A JPEG of 80 × 60 pixels, another for each seed."""
-    rng = np.random.default_rng(seed)
-    buffer = io.BytesIO()
-    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60))
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+from tests.e2e.pictures import picture
 
 
 def write_pictures(folder: Path, names: Sequence[str]) -> list[bytes]:

@@ -22,7 +22,8 @@ from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.vision import open_vision_tower
 from tests.e2e.commands import run
-from tests.local_data import llava, picture, write_json, write_parquet, write_pictures
+from tests.e2e.pictures import picture
+from tests.local_data import llava, write_json, write_parquet, write_pictures
 from tests.servers import answer, serving
 from tests.small_models import write_language_model
 from tests.small_vision import write_vision_folder

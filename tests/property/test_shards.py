@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from llava_core.dialogue import turns_to_text
 from llava_core.journal import HEADER_BYTES, RECORD
+from llava_core.layout import THUMBNAIL_BYTES
 from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal_of
-from llava_core.shards import THUMBNAIL_BYTES, Shard
+from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.storage import STORAGES, Storage, dequantise, quantise
 from tests.small_shards import TOKENS, WIDTH, features_of, header
