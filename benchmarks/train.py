@@ -40,19 +40,19 @@ from llava.world.scene import random_scene
 from llava_core.console import human_bytes, table
 from llava_core.conversation import IGNORE, Example
 from llava_core.device import pick_device
-from llava_core.language import load_language_model
 from llava_core.shard_writer import RowRecord, ShardWriter
-from llava_core.shards import open_shards
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 from train.config import RunConfig
 from train.loader import prefetch
+from train.member import Member
 from train.meter import peak_memory
-from train.objective import own_attention, prepare
+from train.objective import own_attention
 from train.parallel import World
 from train.run import Trainer
 from train.runfolder import RunFolder
 from train.samples import Samples
+from train.shared import Shared
 
 SENTENCES = {"small": 1, "reference": 6}
 """Captions of the demo's world that make one caption: the reference's have about 130 tokens."""
@@ -116,14 +116,11 @@ def compare(settings: Settings, folder: Path) -> None:
         batch_size=settings.batch_size,
         device=settings.device,
     )
-    model = load_language_model(llm, device)
-    prepare(model)
-    trainer = Trainer(
-        config, RunFolder(config.out, config), model, open_shards(config.features), [], World(), 0
-    )
+    shared = Shared(config, World())
+    member = Member(config, RunFolder(config.out, config), shared)
     with serving(drawn, settings.latency) as base:
         urls = [f"{base}/{i}" for i in range(settings.samples)]
-        bench = Bench(settings, tower, trainer, copy.deepcopy(trainer.projector.state_dict()))
+        bench = Bench(settings, tower, member, copy.deepcopy(member.projector.state_dict()))
         kinds: dict[str, Callable[[int], Pass]] = {
             "(a) course, HTTP": lambda steps: bench.course(Pictures(urls, bench.samples, tower), steps),
             "(b) course, local JPEGs": lambda steps: bench.course(
@@ -137,16 +134,16 @@ def compare(settings: Settings, folder: Path) -> None:
         passes: dict[str, list[Pass]] = {kind: [] for kind in kinds}
         for _ in range(settings.repeat):
             for kind, measure in kinds.items():
-                passes[kind].append(measure(trainer.schedule.steps))
+                passes[kind].append(measure(member.schedule.steps))
     report(settings, bench, passes)
 
 
 def report(settings: Settings, bench: Bench, passes: dict[str, list[Pass]]) -> None:
-    trainer = bench.trainer
+    member = bench.member
     batches = [bench.samples.batch([i], epoch=0) for i in range(settings.samples)]
-    operations = sum(trainer.operations(batch.examples) for batch in batches)
+    operations = sum(member.operations(batch.examples) for batch in batches)
     tokens = sum(batch.features.shape[1] + len(batch.examples[0].ids) for batch in batches)
-    rate, rows = trainer.prediction.matmul_rate, []
+    rate, rows = member.prediction.matmul_rate, []
     median = {kind: statistics.median(p.seconds for p in some) for kind, some in passes.items()}
     for kind, some in passes.items():
         whole = sum(p.seconds for p in some)
@@ -178,24 +175,25 @@ class Bench:
 
     settings: Settings
     tower: VisionTower
-    trainer: Trainer
+    member: Member
     initial: dict[str, torch.Tensor]
 
     @property
     def samples(self) -> Samples:
-        return self.trainer.samples
+        return self.member.samples
 
     def ours(self, steps: int) -> Pass:
-        trainer, waiting, losses = self.trainer, 0.0, []
-        trainer.step = 0
-        trainer.projector.load_state_dict(self.initial)
-        device = trainer.llm.device
+        member, waiting, losses = self.member, 0.0, []
+        trainer = Trainer({0: member}, member.shared)
+        member.step = 0
+        member.projector.load_state_dict(self.initial)
+        device = member.llm.device
         reset_peak(device)
         began = time.perf_counter()
-        batches = prefetch(self.samples, trainer.schedule, 0, device.type == "cuda", World())
+        batches = prefetch(self.samples, member.schedule, 0, device.type == "cuda", World())
         for batch, waited in timed(batches):
             waiting += waited
-            losses.append(trainer.train_step(iter([batch]), []).loss)
+            losses += trainer.train_step([member], iter([batch]), []).losses
             if len(losses) == steps:
                 break
         batches.close()
@@ -203,10 +201,10 @@ class Bench:
 
     def course(self, dataset: Dataset[Any], steps: int) -> Pass:
         """Batches padded to their longest; the loss of transformers over every logit."""
-        llm, schedule = self.trainer.llm, self.trainer.schedule
-        projector = copy.deepcopy(self.trainer.projector)
+        llm, schedule = self.member.llm, self.member.schedule
+        projector = copy.deepcopy(self.member.projector)
         projector.load_state_dict(self.initial)
-        optimizer = torch.optim.AdamW(projector.parameters(), lr=self.trainer.config.lr, weight_decay=0)
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=self.member.config.lr, weight_decay=0)
         loader = DataLoader(
             dataset,
             batch_sampler=[schedule.at(step)[1] for step in range(steps)],

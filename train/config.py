@@ -12,6 +12,9 @@ from llava_core.errors import LlavaError
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
 
+MOST_LR = 1000
+"""A slip of the finger beyond it; far beyond it torch's numbers overflow."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
@@ -81,6 +84,8 @@ class RunConfig(Options):
             *("lr", "batch_size", "epochs", "max_steps", "max_samples", "max_text_tokens", "micro_tokens"),
             *("eval_every", "eval_samples", "save_every", "keep", "log_every"),
         )
+        if self.lr > MOST_LR:
+            raise LlavaError("--lr", expected=f"up to {MOST_LR}", got=self.lr, exit_code=2)
         if self.eval_captions < 0:
             raise LlavaError("--eval-captions", expected="0 or more", got=self.eval_captions, exit_code=2)
         if not 0 <= self.weight_decay < math.inf:

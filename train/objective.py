@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,12 +65,30 @@ def summed_loss(llm: LanguageModel, projector: torch.nn.Module, pack: Pack) -> t
 
     Divide by the answer tokens of the whole step, so that splitting a step into packs changes nothing.
     """
-    projected = projector(pack.features.float()).flatten(0, 1)
-    embedded = llm.embed(pack.ids).index_copy(0, pack.visual, projected.to(llm.dtype))
+    (loss,) = summed_losses(llm, [(projector, pack)])
+    return loss
+
+
+def summed_losses(llm: LanguageModel, parts: Sequence[tuple[torch.nn.Module, Pack]]) -> list[torch.Tensor]:
+    """`summed_loss` of each projector on its pack, in one pass of all packs through the language model.
+
+    No sample sees another, so a projector's gradient is what it would be alone.
+    """
+    rows = []
+    for projector, pack in parts:
+        projected = projector(pack.features.float()).flatten(0, 1)
+        rows.append(llm.embed(pack.ids).index_copy(0, pack.visual, projected.to(llm.dtype)))
+    packs = [pack for _, pack in parts]
     hidden = llm.model.base_model(
-        inputs_embeds=embedded[None], position_ids=pack.positions[None], use_cache=False, lengths=pack.lengths
+        inputs_embeds=torch.cat(rows)[None],
+        position_ids=torch.cat([pack.positions for pack in packs])[None],
+        use_cache=False,
+        lengths=[length for pack in packs for length in pack.lengths],
     ).last_hidden_state[0]
-    return head_loss(hidden[pack.predicting], llm.head, pack.targets)
+    hiddens = hidden.split([len(row) for row in rows])
+    return [
+        head_loss(h[pack.predicting], llm.head, pack.targets) for h, pack in zip(hiddens, packs, strict=True)
+    ]
 
 
 def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -51,19 +51,44 @@ def packs(batch: Batch, visual: int, micro_tokens: int) -> Iterator[Pack]:
 
     Raises LlavaError if one sample alone is longer.
     """
-    if not batch.examples:  # a rank without a sample in this step
-        return
+    for ((_, laid),) in side_by_side(batch, [visual], micro_tokens):
+        yield laid
+
+
+def side_by_side(batch: Batch, visual: Sequence[int], micro_tokens: int) -> Iterator[list[tuple[int, Pack]]]:
+    """A batch as several projectors see it, cut for passes of at most `micro_tokens` tokens.
+
+    Projector k makes `visual[k]` tokens of each sample. Yields, for each pass, the packs (k, pack) in it, on
+    the device of the features. Raises LlavaError if one sample alone is longer.
+    """
+    n = len(batch.examples)
+    laid: dict[tuple[int, int, int], Pack] = {}  # projectors of one kind share their packs
+    lengths = [v + len(example.ids) for v in visual for example in batch.examples]
+    for start, end in cut(lengths, micro_tokens):
+        together = []
+        for k in range(start // n, (end - 1) // n + 1):
+            first, last = max(start - k * n, 0), min(end - k * n, n)
+            key = (visual[k], first, last)
+            if key not in laid:
+                some = pack(batch.features[first:last], visual[k], batch.examples[first:last])
+                laid[key] = some.to(batch.features.device)
+            together.append((k, laid[key]))
+        yield together
+
+
+def cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of as many consecutive items as `most` tokens hold, and so on to the last."""
     start = tokens = 0
-    for end, example in enumerate(batch.examples):
-        length = visual + len(example.ids)
-        if length > micro_tokens:
-            raise LlavaError("a sample has too many tokens", expected=f"at most {micro_tokens}", got=length,
+    for end, length in enumerate(lengths):
+        if length > most:
+            raise LlavaError("a sample has too many tokens", expected=f"at most {most}", got=length,
                              do="raise --micro-tokens or lower --max-text-tokens")  # fmt: skip
-        if tokens + length > micro_tokens:
-            yield pack(batch.features[start:end], visual, batch.examples[start:end])
+        if tokens + length > most:
+            yield start, end
             start, tokens = end, 0
         tokens += length
-    yield pack(batch.features[start:], visual, batch.examples[start:])
+    if start < len(lengths):  # a rank may have no sample in a step
+        yield start, len(lengths)
 
 
 def pack(features: torch.Tensor, visual: int, examples: Sequence[Example]) -> Pack:

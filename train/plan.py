@@ -110,7 +110,7 @@ def predict(
     before it was loaded; measures the machine's matmul rate for so many seconds. `processes` train together,
     each on a device of its own; an evaluation takes `held_out` rows at most."""
     first, dtype = samples.shards[0], default_dtype(device)
-    schedule = Schedule(len(samples), config.batch_size, config.epochs, config.max_steps, config.seed)
+    schedule = Schedule.of(config, len(samples))
     batch = min(config.batch_size, len(samples))
     looked_at = range(0, len(samples), max(1, len(samples) // LOOKED_AT))
     examples = [samples.example(index, epoch=0) for index in looked_at]

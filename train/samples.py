@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ from llava_core.conversation import Conversation, Example, Turn, pick_instructio
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard
 from llava_core.status import Status
+from train.config import RunConfig
 from train.resident import Kept
 
 
@@ -25,6 +27,9 @@ class Batch:
 
     features: torch.Tensor
     examples: list[Example]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.features.to(device, non_blocking=True), self.examples)
 
 
 class Samples:
@@ -76,6 +81,12 @@ class Samples:
         features = self.read(pictures) if self.kept is None else self.kept.take(pictures, self.read)
         return Batch(features, [self.example(index, epoch) for index in indices])
 
+    def worded(self, max_text_tokens: int, seed: int) -> Samples:
+        """The same rows, and the features kept of them, with another budget and other instructions."""
+        samples = copy.copy(self)
+        samples.max_text_tokens, samples.seed = max_text_tokens, seed
+        return samples
+
     def keep(self, device: torch.device) -> None:
         """Keep features on `device` from when they are first read."""
         self.kept = Kept((len(self), self.tokens, self.shards[0].width), device)
@@ -126,6 +137,10 @@ class Schedule:
     epochs: int
     max_steps: int | None
     seed: int
+
+    @staticmethod
+    def of(config: RunConfig, samples: int) -> Schedule:
+        return Schedule(samples, config.batch_size, config.epochs, config.max_steps, config.seed)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,0 +1,103 @@
+"""Several projectors in one pass through the language model: each learns what it would learn alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from tests.e2e.test_train import config, curve, weights, write_world
+from train.config import RunConfig
+from train.parallel import World
+from train.run import run, train
+from train.shared import Shared
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def members(world: Path, out: Path) -> list[RunConfig]:
+    """They differ in all that may differ, the number of visual tokens included."""
+    return [
+        config(world, out / "linear"),
+        config(world, out / "mlp", projector="mlp", lr=1e-3),
+        config(world, out / "patches", visual_tokens="pool", warmup=0.5, weight_decay=0.1),
+    ]
+
+
+@pytest.mark.parametrize("micro_tokens", [16_384, 360])
+def test_each_curve_is_that_of_the_lone_run(world: Path, tmp_path: Path, micro_tokens: int) -> None:
+    configs = [
+        dataclasses.replace(c, micro_tokens=micro_tokens) for c in members(world, tmp_path / "together")
+    ]
+    outcomes = train(configs, Shared(configs[0], World()))
+    for alone, outcome in zip(members(world, tmp_path / "alone"), outcomes, strict=True):
+        assert isinstance(outcome, dict)
+        summary = run(alone)
+        assert outcome["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
+        assert curve(Path(outcome["out"])) == pytest.approx(curve(alone.out), rel=1e-5)
+
+
+def test_one_that_diverges_leaves_the_others_alone(world: Path, tmp_path: Path) -> None:
+    configs = [config(world, tmp_path / "good"), config(world, tmp_path / "bad", lr=1e3, weight_decay=1e6)]
+    good, bad = train(configs, Shared(configs[0], World()))
+    assert isinstance(good, dict)
+    assert isinstance(bad, LlavaError)
+    assert "learning rate" in str(bad)
+    alone = run(config(world, tmp_path / "alone"))
+    assert good["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+
+
+def test_one_that_is_behind_catches_up(world: Path, tmp_path: Path) -> None:
+    """As after a kill between the checkpoints of two members."""
+    configs = members(world, tmp_path / "whole")[:2]
+    whole = train(configs, Shared(configs[0], World()))
+    configs = [dataclasses.replace(c, out=tmp_path / "torn" / c.out.name) for c in configs]
+    ahead = Shared(configs[0], World())
+
+    def stop(index: int, step: int, figures: JsonDict) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(configs[:1], ahead, stop)
+    assert (configs[0].out / "last").exists()
+    assert not configs[1].out.exists()
+    torn = train(configs, Shared(configs[0], World()))
+    for left, right in zip(whole, torn, strict=True):
+        assert isinstance(left, dict)
+        assert isinstance(right, dict)
+        assert left["eval_loss"] == pytest.approx(right["eval_loss"], rel=1e-5)
+        for name, expected in weights(Path(left["out"])).items():
+            torch.testing.assert_close(weights(Path(right["out"]))[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_watch_ends_a_run(world: Path, tmp_path: Path) -> None:
+    configs = [config(world, tmp_path / name, lr=lr) for name, lr in (("a", 1e-3), ("b", 2e-3))]
+    seen: list[tuple[int, int]] = []
+
+    def watch(index: int, step: int, figures: JsonDict) -> bool:
+        seen.append((index, step))
+        assert math.isfinite(figures["eval_loss"])
+        return index == 0
+
+    kept, pruned = train(configs, Shared(configs[0], World()), watch)
+    assert isinstance(kept, dict)
+    assert isinstance(pruned, dict)
+    assert "pruned" not in kept
+    assert pruned["pruned"] == pruned["steps"] < kept["steps"]
+    assert [index for index, _ in seen].count(1) == 1
+    assert (configs[1].out / "last").exists()
+
+
+def test_runs_of_other_samples_are_refused(world: Path, tmp_path: Path) -> None:
+    configs = [config(world, tmp_path / "a"), config(world, tmp_path / "b", seed=1)]
+    _, other = train(configs, Shared(configs[0], World()))
+    assert isinstance(other, LlavaError)
+    assert "--seed" in str(other)

@@ -1,0 +1,216 @@
+"""One projector in training: its flags, its folder, its optimizer and how far it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from llava_core.console import say
+from llava_core.conversation import IGNORE, Example
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from llava_core.projector import Projector, match_scale, parameter_count
+from llava_core.shards import Shard
+from train.captions import captions
+from train.config import RunConfig
+from train.evaluate import evaluate
+from train.plan import predict, projector_of
+from train.report import Report
+from train.runfolder import RunFolder
+from train.samples import Schedule
+from train.shared import Shared
+
+SCALE_SAMPLES = 64
+"""Samples whose features set the scale of the initial projector."""
+
+
+class Member:
+    """A run's own parts and state. Raises LlavaError if its folder holds what it cannot continue."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, shared: Shared, title: str = "") -> None:
+        self.config, self.folder, self.shared = config, folder, shared
+        self.llm, self.world = shared.llm, shared.world
+        self.title = title
+        """Before its lines in the log, where several runs train together."""
+        shared.keep_features(config)
+        self.samples, self.held_out = shared.samples(config)
+        self.schedule = Schedule.of(config, len(self.samples))
+        self.prediction = predict(
+            config,
+            self.samples,
+            self.llm.model,
+            self.llm.device,
+            shared.resident,
+            len(self.held_out) if self.held_out else 0,
+            self.world.size,
+        )
+        self.projector = self._initial_projector(shared.shards[0]).to(self.llm.device)
+        self.visual = self.projector.tokens_out(self.samples.tokens)
+        """Visual tokens of a sample, as the language model sees them."""
+        self.optimizer = torch.optim.AdamW(
+            self.projector.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.step = 0
+        self.figures: JsonDict = {}
+        self.best = math.inf
+        self.cut = self.dropped = 0
+        """Answers cut so far, and turns left out after them."""
+        self.rows = {"samples": self.samples.identity}
+        if self.held_out:
+            self.rows["held_out"] = self.held_out.identity
+        if self.world.main and (state := folder.resume(shared.provenance, self.rows)):
+            self.restore(state)
+        say(
+            f"{title}frozen: {self.llm.identity['id']} ({parameter_count(self.llm.model):,} parameters); "
+            f"trained: {config.projector} projector {shared.shards[0].width}→{self.llm.hidden} "
+            f"({parameter_count(self.projector):,} parameters); "
+            f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
+        )
+        say(
+            f"{title}{len(self.samples)} samples, features {self.samples.place}; "
+            f"{self.schedule.steps} steps of {config.batch_size} on {self.llm.device}"
+            + (f" in {self.world.size} processes" if self.world.size > 1 else "")
+            + (f", continued at step {self.step}" if self.step else "")
+        )
+
+    def begin(self) -> None:
+        """Open its folder's files; every rank goes on from the main one's state."""
+        config, world = self.config, self.world
+        if world.size > 1:
+            self.follow_main()
+        with world.together():
+            if world.main:
+                self.folder.begin()
+            self.report = Report(config.out, config.report_to, self.folder.training, self.step, world.main)
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.schedule.steps
+
+    def due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and after the last, is to be done now."""
+        return self.step % every == 0 or self.done
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.projector.parameters())
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of the step with this number, from 0: linear warm-up, then a cosine to 0."""
+        warmup = round(self.config.warmup * self.schedule.steps)
+        if step < warmup:
+            return self.config.lr * (step + 1) / warmup
+        share = (step - warmup) / max(1, self.schedule.steps - warmup)
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+    def update(self) -> None:
+        """The optimizer's step, with the gradients that the parameters hold."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def operations(self, examples: Sequence[Example]) -> int:
+        """Needed of a step over these samples."""
+        lengths = [self.visual + len(example.ids) for example in examples]
+        return self.prediction.work.operations(lengths, self.visual * len(lengths), answer_tokens(examples))
+
+    def evaluate(self) -> bool:
+        """Measure the held-out rows; True if no earlier loss was lower."""
+        if not self.held_out:
+            return False
+        config = self.config
+        figures = evaluate(
+            self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens, self.world
+        )
+        self.figures = {f"eval_{name}": figures[name] for name in ("loss", "perplexity", "grounding_gap")}
+        self.figures["eval_step"] = self.step
+        lines: list[JsonDict] = []
+        with self.world.together():
+            if config.eval_captions and self.world.main:
+                lines = captions(self.llm, self.projector, self.held_out, config.eval_captions)
+        self.report.log(self.step, self.figures | ({"eval_captions": lines} if lines else {}))
+        gap = figures["grounding_gap"]
+        say(
+            f"{self.title}step {self.step}: held-out loss {figures['loss']:.4f}, "
+            f"perplexity {figures['perplexity']:.2f}"
+            + (f", grounding gap {gap:.4f}" if gap is not None else "")
+        )
+        for line in lines[:2]:
+            say(f"  {line['row']}: {line['generated']}")
+        better: bool = figures["loss"] < self.best
+        # Before the first step there is no checkpoint, so none is that good.
+        self.best = min(self.best, figures["loss"]) if self.step else math.inf
+        return better
+
+    def state(self) -> dict[str, Any]:
+        """What a run continues from, beside the projector's weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "figures": self.figures,
+            "cut": self.cut,
+            "dropped": self.dropped,
+            "rows": self.rows,
+            "rng": torch.get_rng_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with the `projector` in it."""
+        self.projector.load_state_dict(state["projector"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
+        self.cut, self.dropped = state["cut"], state["dropped"]
+        torch.set_rng_state(state["rng"])
+
+    def follow_main(self) -> None:
+        """Go on from the main rank's state: it alone reads checkpoints, and no weight may differ by a bit."""
+        state = self.world.from_main({**self.state(), "projector": self.projector.state_dict()})
+        with self.world.together():
+            if state["rows"] != self.rows:
+                raise LlavaError("the processes see different shards", do="give all of them the same files")
+            self.restore(state)
+
+    def save(self, best: bool) -> None:
+        with self.world.together():
+            if self.world.main:
+                described = (self.shared.provenance, self.figures, self.state())
+                self.folder.save(self.step, self.projector, *described, best)
+
+    def finish(self, more: JsonDict) -> JsonDict:
+        """Write and return the summary: the figures of the last evaluation, and `more`."""
+        summary = {**self.figures, "out": str(self.config.out), "steps": self.step}
+        summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped, **more}
+        if self.world.main:
+            self.folder.finish(summary)
+        cut = f"; {self.cut} captions were cut at {self.config.max_text_tokens} tokens" if self.cut else ""
+        cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
+        say(f"{self.title}finished {self.step} steps{cut}")
+        return summary
+
+    def diverged(self, loss: float) -> LlavaError:
+        """Why it cannot go on after the step it has made."""
+        _, indices = self.schedule.at(self.step - 1)
+        picked = [self.samples.rows[index] for index in indices]
+        rows = [f"{self.samples.shards[shard].path.name}:{row}" for shard, row in picked]
+        return LlavaError(
+            f"the loss is {loss} at step {self.step}, learning rate {self.learning_rate(self.step - 1):.2e}",
+            got=f"rows {', '.join(rows)}",
+            do="begin again in another --out with a lower --lr",
+        )
+
+    def _initial_projector(self, shard: Shard) -> Projector:
+        torch.manual_seed(self.config.seed)
+        projector = projector_of(self.config, shard, self.llm.hidden)
+        some = self.samples.read(range(min(SCALE_SAMPLES, len(self.samples))))
+        match_scale(projector, some.float(), self.llm.embedding_rms)
+        return projector
+
+
+def answer_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of these samples that are to be learnt."""
+    return sum(sum(label != IGNORE for label in example.labels) for example in examples)
