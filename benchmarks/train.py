@@ -47,8 +47,8 @@ from train.config import RunConfig
 from train.loader import prefetch
 from train.member import Member
 from train.meter import peak_memory
-from train.objective import own_attention
 from train.parallel import World
+from train.prepare import own_attention
 from train.run import Trainer
 from train.runfolder import RunFolder
 from train.samples import Samples

@@ -10,7 +10,7 @@ from llava_core.conversation import INSTRUCTIONS
 from llava_core.fingerprint import JsonDict
 from llava_core.generate import Sampling, generate
 from llava_core.language import LanguageModel
-from train.objective import own_attention
+from train.prepare import own_attention
 from train.samples import Samples
 
 GREEDY = Sampling(max_tokens=48)

@@ -12,6 +12,8 @@ from llava_core.errors import LlavaError
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
 
+Compile = Literal["auto", "on", "off"]
+
 MOST_LR = 1000
 """A slip of the finger beyond it; far beyond it torch's numbers overflow."""
 
@@ -74,6 +76,8 @@ class RunConfig(Options):
     resident: Residence = "auto"
     """Where features stay once they are read; auto takes the GPU or else the RAM for what is read more than
     once, if that takes at most half of what is free there, or else leaves them on disk."""
+    compile: Compile = "auto"
+    """Compile the language model's blocks with torch.compile; auto does so on a GPU."""
     resume: bool = False
     """Fail unless OUT holds a run to continue."""
     dry_run: bool = False

@@ -14,10 +14,11 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import Projector
 from llava_core.shards import open_shards
 from train.config import EvalConfig
-from train.objective import prepare, summed_loss
-from train.packing import packs
+from train.objective import summed_losses
+from train.packing import Packing
 from train.parallel import World, joined
-from train.samples import Samples
+from train.prepare import prepare
+from train.samples import Samples, answer_tokens
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def evaluate(
     projector: Projector,
     samples: Samples,
     batch_size: int,
-    micro_tokens: int,
+    packing: Packing,
     world: World,
 ) -> JsonDict:
     """Held-out `loss` (nats per answer token), `perplexity`, `loss_shuffled`, `grounding_gap`.
@@ -42,13 +43,13 @@ def evaluate(
         for start in starts:
             indices = list(range(start, min(start + batch_size, n)))
             batch = samples.batch(indices, epoch=0)
-            for pack in packs(batch, visual, micro_tokens):
-                right += float(summed_loss(llm, projector, pack.to(llm.device)))
-                tokens += len(pack.targets)
+            for row in packing.rows(batch.to(llm.device), [visual]):
+                right += float(*summed_losses(llm, [projector], row))
+            tokens += answer_tokens(batch.examples)
             if shuffle:
                 others = samples.batch(indices, epoch=0, images=[(i + 1) % n for i in indices])
-                for pack in packs(others, visual, micro_tokens):
-                    shuffled += float(summed_loss(llm, projector, pack.to(llm.device)))
+                for row in packing.rows(others.to(llm.device), [visual]):
+                    shuffled += float(*summed_losses(llm, [projector], row))
             bar.update(len(indices) * world.size)
     right, shuffled, tokens = *world.sum(right, shuffled), int(world.sum(tokens)[0])
     loss = right / tokens
@@ -67,7 +68,8 @@ def run(config: EvalConfig) -> JsonDict:
     with joined() as world:
         with world.together():
             llm, projector, samples = _load(config, world)
-        figures = evaluate(llm, projector, samples, config.batch_size, config.micro_tokens, world)
+        packing = Packing(config.micro_tokens)
+        figures = evaluate(llm, projector, samples, config.batch_size, packing, world)
     print(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
     return figures
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_core.console import say
-from llava_core.conversation import IGNORE, Example
+from llava_core.conversation import Example
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.projector import Projector, match_scale, parameter_count
@@ -17,10 +17,11 @@ from llava_core.shards import Shard
 from train.captions import captions
 from train.config import RunConfig
 from train.evaluate import evaluate
+from train.packing import Packing
 from train.plan import predict, projector_of
 from train.report import Report
 from train.runfolder import RunFolder
-from train.samples import Schedule
+from train.samples import Schedule, answer_tokens
 from train.shared import Shared
 
 SCALE_SAMPLES = 64
@@ -118,14 +119,12 @@ class Member:
         lengths = [self.visual + len(example.ids) for example in examples]
         return self.prediction.work.operations(lengths, self.visual * len(lengths), answer_tokens(examples))
 
-    def evaluate(self) -> bool:
+    def evaluate(self, packing: Packing) -> bool:
         """Measure the held-out rows; True if no earlier loss was lower."""
         if not self.held_out:
             return False
         config = self.config
-        figures = evaluate(
-            self.llm, self.projector, self.held_out, config.batch_size, config.micro_tokens, self.world
-        )
+        figures = evaluate(self.llm, self.projector, self.held_out, config.batch_size, packing, self.world)
         self.figures = {f"eval_{name}": figures[name] for name in ("loss", "perplexity", "grounding_gap")}
         self.figures["eval_step"] = self.step
         lines: list[JsonDict] = []
@@ -209,8 +208,3 @@ class Member:
         some = self.samples.read(range(min(SCALE_SAMPLES, len(self.samples))))
         match_scale(projector, some.float(), self.llm.embedding_rms)
         return projector
-
-
-def answer_tokens(examples: Sequence[Example]) -> int:
-    """Tokens of these samples that are to be learnt."""
-    return sum(sum(label != IGNORE for label in example.labels) for example in examples)

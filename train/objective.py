@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llava_core.errors import LlavaError, first_line
 from llava_core.language import LanguageModel
-from train.packing import ATTENTION, Pack
+from train.packing import Pack, Packing, Row
 
 CHUNK_LOGITS = 1 << 25
 """Most logits that exist at once: 128 MiB in fp32."""
-
-
-@torch.no_grad()
-def prepare(llm: LanguageModel) -> None:
-    """Let the language model take packs.
-
-    Raises LlavaError unless packed samples give the logits that they give alone: a head of more than one
-    matrix, layers other than attention, or attention of its own kind would make the loss silently wrong.
-    """
-    lengths = [9, 5]
-    ids = torch.arange(sum(lengths), device=llm.device)[None]
-    alone = [llm.model(part, use_cache=False).logits[0] for part in torch.split(ids, lengths, 1)]
-    llm.model.config._attn_implementation = ATTENTION
-    positions = torch.cat([torch.arange(length, device=llm.device) for length in lengths])[None]
-    try:
-        out = llm.model.base_model(ids, position_ids=positions, use_cache=False, lengths=lengths)
-        packed = (out.last_hidden_state[0] @ llm.head.T).float()
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise _unfit(llm, first_line(error)) from None
-    expected = torch.cat(alone).float()
-    distance = float((packed - expected).norm() / expected.norm())
-    if not distance < (1e-4 if llm.dtype == torch.float32 else 3e-2):
-        raise _unfit(llm, f"packed logits {distance:.1%} away from those of samples alone")
-
-
-@contextmanager
-def own_attention(llm: LanguageModel) -> Iterator[None]:
-    """The model as transformers made it, for a while: generating needs a cache, unknown to packs."""
-    config = llm.model.config
-    packed = config._attn_implementation
-    config._attn_implementation = "sdpa" if getattr(llm.model, "_supports_sdpa", False) else "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = packed
-
-
-def _unfit(llm: LanguageModel, got: str) -> LlavaError:
-    return LlavaError(
-        f"this trainer cannot pack samples for a {llm.identity['architecture']}",
-        expected="plain causal attention and a plain vocabulary head, as in Qwen3 or Llama",
-        got=got,
-    )
 
 
 def summed_loss(llm: LanguageModel, projector: torch.nn.Module, pack: Pack) -> torch.Tensor:
@@ -65,30 +20,38 @@ def summed_loss(llm: LanguageModel, projector: torch.nn.Module, pack: Pack) -> t
 
     Divide by the answer tokens of the whole step, so that splitting a step into packs changes nothing.
     """
-    (loss,) = summed_losses(llm, [(projector, pack)])
+    (loss,) = summed_losses(llm, [projector], Packing(sum(pack.lengths)).row([(0, pack)]))
     return loss
 
 
-def summed_losses(llm: LanguageModel, parts: Sequence[tuple[torch.nn.Module, Pack]]) -> list[torch.Tensor]:
-    """`summed_loss` of each projector on its pack, in one pass of all packs through the language model.
+def summed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> list[torch.Tensor]:
+    """`summed_loss` of each pack in a row, by its own projector, in one pass through the language model.
 
     No sample sees another, so a projector's gradient is what it would be alone.
     """
-    rows = []
-    for projector, pack in parts:
-        projected = projector(pack.features.float()).flatten(0, 1)
-        rows.append(llm.embed(pack.ids).index_copy(0, pack.visual, projected.to(llm.dtype)))
-    packs = [pack for _, pack in parts]
-    hidden = llm.model.base_model(
-        inputs_embeds=torch.cat(rows)[None],
-        position_ids=torch.cat([pack.positions for pack in packs])[None],
-        use_cache=False,
-        lengths=[length for pack in packs for length in pack.lengths],
-    ).last_hidden_state[0]
-    hiddens = hidden.split([len(row) for row in rows])
+    parts = []
+    for k, pack in row.packs:
+        projected = projectors[k](pack.features.float()).flatten(0, 1)
+        parts.append(llm.embed(pack.ids).index_copy(0, pack.visual, projected.to(llm.dtype)))
+    padding = llm.embed(row.starts.new_zeros(row.padding))
+    hidden = read(llm, torch.cat([*parts, padding]), row).split([*map(len, parts), row.padding])  # type: ignore[no-untyped-call]
     return [
-        head_loss(h[pack.predicting], llm.head, pack.targets) for h, pack in zip(hiddens, packs, strict=True)
+        head_loss(own[pack.predicting], llm.head, pack.targets)
+        for own, (_, pack) in zip(hidden, row.packs, strict=False)
     ]
+
+
+def read(llm: LanguageModel, embedded: torch.Tensor, row: Row) -> torch.Tensor:
+    """Embeddings of a row [N, hidden] -> what the last block makes of them, normed, [N, hidden]."""
+    out = llm.model.base_model(
+        inputs_embeds=embedded[None],
+        position_ids=row.positions[None],
+        use_cache=False,
+        starts=row.starts,
+        longest=row.longest,
+    )
+    hidden: torch.Tensor = out.last_hidden_state[0]
+    return hidden
 
 
 def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,26 +1,26 @@
-"""Samples laid end to end in one row of tokens, and attention that keeps them apart."""
+"""Samples laid end to end in rows of tokens, each row one pass through the language model."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface
 
 from llava_core.conversation import IGNORE, Example
 from llava_core.errors import LlavaError
 from train.samples import Batch
 
-ATTENTION = "llava_packed"
-"""Name of `packed_attention` in transformers' attention interface."""
+SAMPLES_UNIT = 32
+LONGEST_UNIT = 128
+"""For a compiled model, samples in a row and tokens of the longest are rounded up to multiples of these."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Samples as one row of N tokens, each sample `[V visual tokens][text]`."""
+    """Samples as one projector sees them, end to end in N tokens, each sample `[V visual tokens][text]`."""
 
     features: torch.Tensor
     """fp16 [samples, T, D]."""
@@ -46,34 +46,63 @@ class Pack:
         return dataclasses.replace(self, **moved)
 
 
-def packs(batch: Batch, visual: int, micro_tokens: int) -> Iterator[Pack]:
-    """Cut a batch into packs of at most `micro_tokens` tokens, `visual` of each sample's visual, in order.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What goes through the language model in one pass: packs end to end, and padding after them."""
 
-    Raises LlavaError if one sample alone is longer.
-    """
-    for ((_, laid),) in side_by_side(batch, [visual], micro_tokens):
-        yield laid
+    packs: list[tuple[int, Pack]]
+    """(which projector, its pack)."""
+    padding: int
+    """Tokens after the packs: a sample of their own, which no other sees."""
+    positions: torch.Tensor
+    """[N] position in the own sample."""
+    starts: torch.Tensor
+    """int32 [samples + 1]: where samples begin, and N; more N may follow, for samples of no token."""
+    longest: int
+    """Tokens of the longest sample, or more."""
 
 
-def side_by_side(batch: Batch, visual: Sequence[int], micro_tokens: int) -> Iterator[list[tuple[int, Pack]]]:
-    """A batch as several projectors see it, cut for passes of at most `micro_tokens` tokens.
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How batches are cut and laid out for passes through the language model."""
 
-    Projector k makes `visual[k]` tokens of each sample. Yields, for each pass, the packs (k, pack) in it, on
-    the device of the features. Raises LlavaError if one sample alone is longer.
-    """
-    n = len(batch.examples)
-    laid: dict[tuple[int, int, int], Pack] = {}  # projectors of one kind share their packs
-    lengths = [v + len(example.ids) for v in visual for example in batch.examples]
-    for start, end in cut(lengths, micro_tokens):
-        together = []
-        for k in range(start // n, (end - 1) // n + 1):
-            first, last = max(start - k * n, 0), min(end - k * n, n)
-            key = (visual[k], first, last)
-            if key not in laid:
-                some = pack(batch.features[first:last], visual[k], batch.examples[first:last])
-                laid[key] = some.to(batch.features.device)
-            together.append((k, laid[key]))
-        yield together
+    micro_tokens: int
+    """Most tokens in one pass, padding left out."""
+    unit: int = 1
+    """Rows are padded to a multiple of so many tokens: few shapes, so that a compiled model needs to be
+    compiled few times. 1 pads nothing."""
+
+    def rows(self, batch: Batch, visual: Sequence[int]) -> Iterator[Row]:
+        """A batch as several projectors see it: projector k makes `visual[k]` tokens of each sample.
+
+        Rows are on the device of the features. Raises LlavaError if one sample alone is longer than a row.
+        """
+        n, device = len(batch.examples), batch.features.device
+        laid: dict[tuple[int, int, int], Pack] = {}  # projectors of one kind share their packs
+        lengths = [v + len(example.ids) for v in visual for example in batch.examples]
+        for start, end in cut(lengths, self.micro_tokens):
+            packs = []
+            for k in range(start // n, (end - 1) // n + 1):
+                first, last = max(start - k * n, 0), min(end - k * n, n)
+                key = (visual[k], first, last)
+                if key not in laid:
+                    some = pack(batch.features[first:last], visual[k], batch.examples[first:last])
+                    laid[key] = some.to(device)
+                packs.append((k, laid[key]))
+            yield self.row(packs)
+
+    def row(self, packs: list[tuple[int, Pack]]) -> Row:
+        device = packs[0][1].ids.device
+        lengths = [length for _, laid in packs for length in laid.lengths]
+        padding = -sum(lengths) % self.unit
+        samples = [*lengths, padding] if padding else lengths
+        starts, longest = [0, *itertools.accumulate(samples)], max(samples)
+        if self.unit > 1:
+            starts += starts[-1:] * (-len(starts) % SAMPLES_UNIT)
+            longest += -longest % LONGEST_UNIT
+        positions = [*(laid.positions for _, laid in packs), torch.arange(padding, device=device)]
+        moved = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+        return Row(packs, padding, torch.cat(positions), moved, longest)
 
 
 def cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
@@ -111,37 +140,3 @@ def pack(features: torch.Tensor, visual: int, examples: Sequence[Example]) -> Pa
         targets=following[predicting],
         lengths=lengths,
     )
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    *,
-    lengths: list[int],
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **unused: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each sample: [1, heads, N, head] -> [1, N, heads, head].
-
-    One SDPA call per sample, so no mask and no score between samples ever exists.
-    """
-    if sliding_window is not None and sliding_window < max(lengths):
-        raise LlavaError("this language model's sliding window is shorter than a sample",
-                         expected=f"at least {max(lengths)} tokens", got=sliding_window)  # fmt: skip
-    if softcap is not None or s_aux is not None:
-        raise ValueError("attention with a soft cap or sinks")
-    samples = zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
-    attended = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in samples
-    ]
-    return torch.cat(attended, 2).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, packed_attention)

@@ -20,7 +20,7 @@ from train.flops import Work, matmul_rate
 from train.loader import AHEAD
 from train.meter import Meter, peak_memory
 from train.objective import CHUNK_LOGITS
-from train.samples import Samples, Schedule
+from train.samples import Samples, Schedule, answer_tokens
 
 LOOKED_AT = 256
 """Samples, spread over all, whose words are counted."""
@@ -117,7 +117,7 @@ def predict(
     projector = projector_of(config, first, model.get_input_embeddings().weight.shape[1])
     visual = projector.tokens_out(first.tokens)
     lengths = [visual + len(example.ids) for example in examples]
-    answers = sum(sum(label >= 0 for label in example.labels) for example in examples)
+    answers = answer_tokens(examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
     operations = work.operations(lengths, visual * len(examples), answers) * per_step
     rate, efficiency = matmul_rate(device, dtype, measure_for) * processes, EFFICIENCY[device.type]

@@ -17,16 +17,20 @@ from llava_core.fingerprint import JsonDict
 from llava_core.lock import Lock
 from train.config import RunConfig
 from train.loader import prefetch
-from train.member import Member, answer_tokens
+from train.member import Member
 from train.meter import Meter, progress_line
 from train.objective import summed_losses
-from train.packing import side_by_side
+from train.packing import Packing
 from train.parallel import joined
 from train.plan import outcome_line, projector_of
 from train.plan import run as plan
+from train.prepare import compilations
 from train.runfolder import RunFolder
-from train.samples import Batch
+from train.samples import Batch, answer_tokens
 from train.shared import Shared
+
+SHAPES = 24
+"""Rows are padded to whole parts of a usual step, so many in all, if the model is compiled for each shape."""
 
 Watch = Callable[[int, int, JsonDict], bool]
 """(which run, its step, its figures) after each evaluation; False ends that run there."""
@@ -105,6 +109,9 @@ class Trainer:
         self.outcomes: dict[int, JsonDict | LlavaError] = {}
         one = next(iter(members.values()))
         self.config, self.samples, self.schedule = one.config, one.samples, one.schedule
+        tokens = sum(member.prediction.tokens_per_step for member in members.values())
+        unit = max(1, round(tokens / SHAPES)) if shared.compiled else 1
+        self.packing = Packing(self.config.micro_tokens, unit)
         self.meter = Meter(self.llm.device, one.prediction.matmul_rate)
 
     def train(self) -> dict[int, JsonDict | LlavaError]:
@@ -119,7 +126,7 @@ class Trainer:
             with stop_request() as stop, progress(self.schedule.steps, "steps", initial=start) as bar:
                 for member in self.members.values():
                     if member.step == 0:
-                        member.evaluate()
+                        member.evaluate(self.packing)
                 self.meter.restart()
                 while self.going:
                     now = min(member.step for member in self.going.values())
@@ -138,9 +145,10 @@ class Trainer:
                         if member.due(member.config.log_every):
                             rates = rates or self.meter.rates()
                             metrics = {"loss": loss, "lr": member.learning_rate(now), **rates}
+                            metrics |= {"compilations": compilations()} if self.shared.compiled else {}
                             member.report.log(member.step, metrics)
                             bar.set_postfix_str(progress_line(metrics))
-                        better = member.due(member.config.eval_every) and member.evaluate()
+                        better = member.due(member.config.eval_every) and member.evaluate(self.packing)
                         if better or step.stopping or member.due(member.config.save_every):
                             member.save(better)
                         if member.due(member.config.eval_every):
@@ -168,11 +176,11 @@ class Trainer:
             batch = next(batches)
             examples, answers = batch.examples, answer_tokens(batch.examples)
             visual = [member.visual for member in members]
-            for packs in side_by_side(batch.to(device), visual, self.config.micro_tokens):
-                parts = [(members[k].projector, pack) for k, pack in packs]
-                losses = [loss / answers for loss in summed_losses(self.llm, parts)]
+            projectors = [member.projector for member in members]
+            for row in self.packing.rows(batch.to(device), visual):
+                losses = [loss / answers for loss in summed_losses(self.llm, projectors, row)]
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-                for (k, _), loss in zip(packs, losses, strict=True):
+                for (k, _), loss in zip(row.packs, losses, strict=True):
                     totals[k] += loss.detach()
         except (LlavaError, OSError) as caught:
             error = caught  # for the others to learn, too

@@ -24,7 +24,7 @@ from train.config import RunConfig
 
 FREE_KEYS = {
     *("json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"),
-    *("micro_tokens", "resident", "eval_captions"),
+    *("micro_tokens", "resident", "eval_captions", "compile"),
 }
 """Flags that may differ when a run continues: they do not change what is learnt."""
 

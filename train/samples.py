@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llava_core.conversation import Conversation, Example, Turn, pick_instruction
+from llava_core.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard
 from llava_core.status import Status
@@ -126,6 +126,11 @@ def usable_rows(shards: Sequence[Shard], limit: int) -> list[tuple[int, int]]:
         if shard.caption(row).strip()
     )
     return list(itertools.islice(usable, limit))
+
+
+def answer_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of these samples that are to be learnt."""
+    return sum(sum(label != IGNORE for label in example.labels) for example in examples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.shards import open_shards, require_same_fingerprint
 from train.config import RunConfig
 from train.meter import peak_memory
-from train.objective import prepare
 from train.parallel import World
+from train.prepare import prepare
 from train.resident import pick_residence
 from train.samples import Samples, Schedule
 
@@ -33,6 +33,8 @@ class Shared:
         self.shards = open_shards(config.features)
         self.held_out_shards = open_shards(config.eval_features) if config.eval_features else []
         require_same_fingerprint([*self.shards, *self.held_out_shards])
+        self.compiled = False
+        """Whether the language model is."""
         self._samples: dict[tuple[bool, int], Samples] = {}
 
     @functools.cached_property
@@ -44,7 +46,7 @@ class Shared:
         """Ready to take packs."""
         self.resident  # noqa: B018 (measured before there is a model)
         llm = load_language_model(self.config.llm, self.device)
-        prepare(llm)
+        self.compiled = prepare(llm, self.config.compile)
         return llm
 
     @functools.cached_property

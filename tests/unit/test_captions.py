@@ -13,8 +13,9 @@ from llava_core.shards import open_shards
 from tests.small_models import write_language_model
 from tests.small_shards import WIDTH, write_shard
 from train.captions import GREEDY, captions
-from train.objective import prepare, summed_loss
+from train.objective import summed_loss
 from train.packing import pack
+from train.prepare import prepare
 from train.samples import Samples
 
 

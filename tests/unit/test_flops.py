@@ -13,8 +13,9 @@ from llava_core.projector import build_projector
 from tests.small_models import write_language_model
 from tests.unit.test_objective import VISUAL, WIDTH, a_batch, reference_loss
 from train.flops import Work, matmul_rate
-from train.objective import prepare, summed_loss
+from train.objective import summed_loss
 from train.packing import Pack, pack
+from train.prepare import prepare
 
 
 @pytest.fixture(params=["linear", "mlp"])

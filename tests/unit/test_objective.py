@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,9 @@ from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from tests.small_models import byte_tokenizer, write_language_model
-from train.objective import head_loss, prepare, summed_loss
-from train.packing import pack, packs
+from train.objective import head_loss, summed_loss, summed_losses
+from train.packing import Packing, pack
+from train.prepare import compilations, own_attention, prepare
 from train.samples import Batch
 
 VISUAL, WIDTH = 5, 12
@@ -57,22 +62,67 @@ def gradients(projector: torch.nn.Module) -> torch.Tensor:
     return grads
 
 
-@pytest.mark.parametrize(("micro_tokens", "forwards"), [(10_000, 1), (100, 3)])
-def test_packed_equals_per_sample(llm: LanguageModel, micro_tokens: int, forwards: int) -> None:
+@pytest.mark.parametrize(
+    ("packing", "forwards"), [(Packing(10_000), 1), (Packing(100), 3), (Packing(100, unit=64), 3)]
+)
+def test_packed_equals_per_sample(llm: LanguageModel, packing: Packing, forwards: int) -> None:
     batch, projector = a_batch(llm), a_projector(llm)
     reference = reference_loss(llm, projector, batch)
     reference.backward()  # type: ignore[no-untyped-call]
     expected = gradients(projector)
 
     prepare(llm)
-    split = list(packs(batch, VISUAL, micro_tokens))
-    assert len(split) == forwards
-    total = sum(summed_loss(llm, projector, p) for p in split)
+    rows = list(packing.rows(batch, [VISUAL]))
+    assert len(rows) == forwards
+    assert all(len(row.positions) % packing.unit == 0 for row in rows)
+    total = sum(loss for row in rows for loss in summed_losses(llm, [projector], row))
     assert isinstance(total, torch.Tensor)
     total.backward()  # type: ignore[no-untyped-call]
 
     torch.testing.assert_close(total, reference, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(projector), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of torch.compile: the first makes the same graphs for the same shapes as the second, without code."""
+    if request.param == "inductor" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a compiler")
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend=request.param))
+    return str(request.param)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> None:
+    """Batches of many lengths, and two sizes, with gradients and without."""
+    batch, projector = a_batch(llm), a_projector(llm)
+    batches = [
+        Batch(batch.features[order], [batch.examples[i] for i in order])
+        for order in ([0, 1, 2], [1, 0, 1], [3, 2, 1], [2, 3, 0], [3, 3, 3], [0], [3])
+    ]
+
+    def losses(unit: int) -> torch.Tensor:
+        summed = []
+        for some in batches:
+            (row,) = Packing(10_000, unit).rows(some, [VISUAL])
+            (loss,) = summed_losses(llm, [projector], row)
+            loss.backward()  # type: ignore[no-untyped-call]
+            summed.append(loss.detach())
+        return torch.stack(summed)
+
+    prepare(llm)
+    expected, wanted = losses(unit=1), gradients(projector)
+    before = compilations()
+    assert prepare(llm, "on")
+    torch.testing.assert_close(losses(unit=128), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients(projector), wanted, rtol=1e-4, atol=5e-5)
+    # One for the model's check and one for each shape: all blocks share what is compiled for one.
+    shapes = {len(next(Packing(10_000, 128).rows(some, [VISUAL])).positions) for some in batches}
+    assert 1 < len(shapes) < len(batches)
+    assert compilations() - before == 1 + len(shapes)
+    with own_attention(llm):
+        llm.model(torch.arange(5)[None], use_cache=True)
+    assert compilations() - before == 1 + len(shapes)
 
 
 def test_a_model_that_cannot_be_packed_is_refused(
@@ -131,4 +181,21 @@ def test_pack_lays_samples_end_to_end() -> None:
 
 def test_a_sample_over_the_budget_is_named(llm: LanguageModel) -> None:
     with pytest.raises(LlavaError, match="--micro-tokens"):
-        list(packs(a_batch(llm), VISUAL, micro_tokens=30))
+        list(Packing(30).rows(a_batch(llm), [VISUAL]))
+
+
+def peak_of_head_loss(answers: int) -> int:
+    """Bytes resident at most in a process that takes the loss and gradient of so many answer tokens."""
+    script = f"""
+import resource, torch
+from train.objective import head_loss
+hidden, head = torch.randn({answers}, 8, requires_grad=True), torch.randn(65_536, 8)
+head_loss(hidden, head, torch.randint(0, 65_536, ({answers},))).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
+
+
+def test_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
+    """Logits of 6,144 tokens would take 1.6 GB; there are never more than those of 512."""
+    assert peak_of_head_loss(512 + 6144) - peak_of_head_loss(512) < 100e6
