@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from llava.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
@@ -69,7 +69,11 @@ def _any(words: Iterable[str]) -> str:
 _CLAUSE = re.compile(f"{_any(PLACES)}[^，。]*?{_any(SIZES)}的?{_any(COLOURS)}的?{_any(SHAPES)}")
 
 
-def score(scene: Scene, text: str) -> dict[str, tuple[int, int]]:
+Parse = Callable[[str], list[Thing]]
+"""How a language's captions are read: `parse`, or that of llava.world.english."""
+
+
+def score(scene: Scene, text: str, parse: Parse = parse) -> dict[str, tuple[int, int]]:
     """Attributes of the scene's objects that the text names rightly: attribute -> (right, asked).
 
     Objects named and objects there are paired so that most attributes agree, each at most once. Everything
@@ -90,11 +94,11 @@ def score(scene: Scene, text: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def accuracy(scenes: Sequence[Scene], texts: Sequence[str]) -> dict[str, float]:
+def accuracy(scenes: Sequence[Scene], texts: Sequence[str], parse: Parse = parse) -> dict[str, float]:
     """Share of attributes named rightly, for each attribute and as `all`, over pictures and their texts."""
     totals = {name: [0, 0] for name in ATTRIBUTES}
     for scene, text in zip(scenes, texts, strict=True):
-        for name, (right, asked) in score(scene, text).items():
+        for name, (right, asked) in score(scene, text, parse).items():
             totals[name][0] += right
             totals[name][1] += asked
     shares = {name: right / asked for name, (right, asked) in totals.items()}

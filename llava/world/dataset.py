@@ -34,15 +34,9 @@ def write_split(
     the addresses of as many rows, spread over the first file, instead of their own pictures'.
     """
     rng = random.Random(f"{name}/{seed}")
-    pictures, parquet = folder / "pictures" / name, folder / "data" / name
-    pictures.mkdir(parents=True)
+    parquet = folder / "data" / name
     parquet.mkdir(parents=True)
-    scenes = [random_scene(rng) for _ in range(rows)]
-    paths = []
-    for row, scene in enumerate(scenes):
-        path = pictures / f"{row:05d}.jpg"
-        path.write_bytes(jpeg(render(scene, rng)))
-        paths.append(path)
+    paths, scenes = draw(folder / "pictures" / name, rows, rng)
     urls = [f"{base_url}/{name}/{path.name}" for path in paths]
     for k, path_of_trouble in enumerate(odd):
         urls[(2 * k + 1) * rows // (2 * len(odd) * files)] = f"{base_url}{path_of_trouble}"
@@ -52,6 +46,16 @@ def write_split(
         table = pa.table({"url": urls[part], "cap_seg": _cap_seg(captions[part], as_struct=file % 2 == 0)})
         pq.write_table(table, parquet / f"{name}-{file:05d}.parquet")
     return Split(parquet, paths, scenes)
+
+
+def draw(folder: Path, rows: int, rng: random.Random) -> tuple[list[Path], list[Scene]]:
+    """Draw so many random scenes into the folder; returns the pictures and what they show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = [random_scene(rng) for _ in range(rows)]
+    paths = [folder / f"{row:05d}.jpg" for row in range(rows)]
+    for path, scene in zip(paths, scenes, strict=True):
+        path.write_bytes(jpeg(render(scene, rng)))
+    return paths, scenes
 
 
 def _cap_seg(captions: list[str], as_struct: bool) -> pa.Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from llava.world import english
 from llava.world.captions import accuracy, caption, chance, parse, parse_background, short_caption
 from llava.world.dataset import write_split
 from llava.world.render import SIDE, render
@@ -36,6 +37,25 @@ def test_captions_say_exactly_what_is_there() -> None:
             assert tuple(parse(text)) == scene.things
             assert parse_background(text) == scene.background
         assert len(short_caption(scene, rng)) <= CONTEXT - 2
+
+
+def test_english_captions_say_exactly_what_is_there() -> None:
+    scene = Scene((Thing("左侧", "大", "红色", "圆形"), Thing("右下角", "小", "橙色", "菱形")), "白色")
+    text = "A big red circle on the left, a small orange diamond at the bottom right."
+    assert english.caption(scene) == text
+    some = scenes(300)
+    assert all(tuple(english.parse(english.caption(scene))) == scene.things for scene in some)
+    things = {thing for scene in some for thing in scene.things}
+    assert len({english.phrase(thing) for thing in things}) == len(things)
+    assert (
+        english.parse("A red circle on the left, a small blue circle, a big blue star at the topmost.") == []
+    )
+    assert accuracy([scene], [text.replace("red", "green")], english.parse) == {
+        "shape": 1,
+        "colour": 0.5,
+        "place": 1,
+        "all": 5 / 6,
+    }
 
 
 def test_the_judge() -> None:

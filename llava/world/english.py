@@ -1,0 +1,81 @@
+"""The small world in English, for language models that others have made: one short sentence, and its inverse.
+
+The background goes unsaid: tokens are dear where the model is real.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.world.scene import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+
+QUESTION = "Describe the picture."
+
+_ENGLISH = {
+    "size": dict(zip(SIZES, ("big", "small"), strict=True)),
+    "colour": dict(
+        zip(COLOURS, ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black"), strict=True)
+    ),
+    "shape": dict(zip(SHAPES, ("circle", "square", "triangle", "star", "cross", "diamond"), strict=True)),
+    "place": dict(
+        zip(
+            PLACES,
+            (
+                *("at the top left", "at the top", "at the top right"),
+                *("on the left", "in the middle", "on the right"),
+                *("at the bottom left", "at the bottom", "at the bottom right"),
+            ),
+            strict=True,
+        )
+    ),
+}
+"""Attributes in the order in which they are said; words of llava.world.scene -> English."""
+
+
+def caption(scene: Scene) -> str:
+    """Such as "A big red circle on the left, a small blue star in the middle."; objects in reading order."""
+    return ", ".join(map(phrase, scene.things)).capitalize() + "."
+
+
+def phrase(thing: Thing) -> str:
+    return " ".join(("a", *(words[getattr(thing, name)] for name, words in _ENGLISH.items())))
+
+
+def parse(text: str) -> list[Thing]:
+    """The objects that a caption names; clauses that lack an attribute are passed over."""
+    return [
+        Thing(**{name: _OURS[name][word] for name, word in found.groupdict().items()})
+        for found in _CLAUSE.finditer(text)
+    ]
+
+
+def write_json(path: Path, pictures: Sequence[Path], scenes: Sequence[Scene]) -> None:
+    """Pictures and their captions as LLaVA's JSON, each the answer to QUESTION.
+
+    The JSON lies in a folder above the pictures.
+    """
+    rows = [
+        {
+            "id": picture.stem,
+            "image": str(picture.relative_to(path.parent)),
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{QUESTION}"},
+                {"from": "gpt", "value": caption(scene)},
+            ],
+        }
+        for picture, scene in zip(pictures, scenes, strict=True)
+    ]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+_OURS = {name: {english: ours for ours, english in words.items()} for name, words in _ENGLISH.items()}
+
+
+def _any(name: str) -> str:
+    return f"(?P<{name}>" + "|".join(sorted(_OURS[name], key=len, reverse=True)) + ")"
+
+
+_CLAUSE = re.compile(" ".join(map(_any, _ENGLISH)) + r"\b")
