@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterator
 
 from infer.config import ChatConfig
-from infer.engine import open_engine, sampling_of
+from infer.engine import open_engine
 from infer.session import Session
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.sampling import sampling_of
 
 HELP = "/image PATH or a URL shows an image, clear forgets the dialogue, exit leaves; Ctrl-C stops an answer"
 

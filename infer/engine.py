@@ -15,9 +15,10 @@ from llava_core.conversation import Conversation
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fetch import FetchLimits, fetch_all
-from llava_core.generate import Sampling, generate
+from llava_core.generate import generate
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import ImageError
+from llava_core.sampling import Sampling
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -64,10 +65,6 @@ def open_engine(config: Models) -> Engine:
     trained.require_language_model(llm.identity)
     say(f"{tower.encoder['model_id']} → {checkpoint.folder} → {llm.identity['id']} on {device}")
     return Engine(tower, checkpoint.projector, llm)
-
-
-def sampling_of(config: Models) -> Sampling:
-    return Sampling(config.max_tokens, config.temperature, config.top_p, config.seed)
 
 
 def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | LlavaError]:

@@ -8,8 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from infer.engine import Engine, not_an_image, read_image
-from llava_core.generate import Sampling
 from llava_core.preprocess import ImageError
+from llava_core.sampling import Sampling
+from llava_core.spoken import Spoken
 
 
 class Session:
@@ -41,20 +42,17 @@ class Session:
         """The answer in pieces as it comes. What has come when the caller stops is what is remembered."""
         messages = [*self.messages, {"role": "user", "content": question}]
         ids = self.engine.conversation.prompt(messages)
-        answer: list[int] = []
-        shown, whole = "", False
+        spoken, whole = Spoken(self.engine.text, self.sampling.stop), False
         try:
             for (token,) in self.engine.generate(self._unread(ids), self.sampling, self.cache):
                 assert token is not None
-                answer.append(token)
-                text = self.engine.text(answer)
-                # A character may take several tokens; half of one decodes to U+FFFD.
-                if not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
-                    shown = text
+                if piece := spoken.add(token):
+                    yield piece
+                if spoken.stopped:
+                    break
             whole = True
-            if rest := self.engine.text(answer)[len(shown) :]:
-                yield rest
+            if piece := spoken.end():
+                yield piece
         except GeneratorExit:
             whole = True
             raise
@@ -62,14 +60,11 @@ class Session:
             if whole:
                 visual = 0 if self.visual is None else self.visual.shape[1]
                 # The last token is given out before the model reads it.
-                self.cached = [*ids, *answer][: max(0, self.cache.get_seq_length() - visual)]
+                self.cached = [*ids, *spoken.tokens][: max(0, self.cache.get_seq_length() - visual)]
             else:  # torn within a forward pass: some layers have read more than others
                 self.cache, self.cached = DynamicCache(), []
-            if answer:
-                self.messages = [
-                    *messages,
-                    {"role": "assistant", "content": self.engine.text(answer).strip()},
-                ]
+            if spoken.tokens:
+                self.messages = [*messages, {"role": "assistant", "content": spoken.text.strip()}]
 
     def _unread(self, ids: list[int]) -> torch.Tensor:
         """Embeddings of what the cache does not hold yet; what it holds beyond the common start is dropped.

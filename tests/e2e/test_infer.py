@@ -19,9 +19,9 @@ from infer.engine import Engine, open_engine
 from infer.session import Session
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.errors import LlavaError
-from llava_core.generate import Sampling, choose
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector, match_scale
+from llava_core.sampling import Sampling
 from llava_core.vision import open_vision_tower
 from tests.e2e.commands import ENVIRONMENT, ROOT, run
 from tests.servers import answer, serving
@@ -152,16 +152,6 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(engine: Engin
 def test_a_full_context_is_said(engine: Engine) -> None:
     with pytest.raises(LlavaError, match="no longer fits"):
         said(Session(engine, SHORT), "长" * 400)
-
-
-def test_sampling() -> None:
-    logits = torch.tensor([[0.0, 3.0, 2.9, -9.0]]).expand(400, -1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(choose(logits, Sampling(), generator).tolist()) == {1}
-    nucleus = choose(logits, Sampling(temperature=1.0, top_p=0.9), generator).tolist()
-    assert set(nucleus) == {1, 2}
-    assert 0.4 < nucleus.count(1) / 400 < 0.65
-    assert 0 in choose(logits, Sampling(temperature=2.0), generator).tolist()
 
 
 def test_ask_by_path_and_by_address(world: World) -> None:

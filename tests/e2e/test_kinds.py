@@ -21,8 +21,8 @@ from infer.engine import Engine, open_engine
 from infer.session import Session
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
-from llava_core.generate import Sampling
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS
+from llava_core.sampling import Sampling
 from tests.e2e.commands import run, start
 from tests.e2e.test_train import config, curve, flags_of, weights
 from tests.local_data import write_parquet, write_pictures
