@@ -41,10 +41,12 @@ class AskConfig(Models):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatConfig(Models):
-    """Talk about images: `/image PATH|URL` or a bare URL shows one, `clear` forgets, `exit` leaves."""
+    """Talk about images at the terminal, or over a pipe: a question a line; `/help` lists the commands."""
 
     image: str | None = None
     """Path or URL of the image to begin with."""
+    lang: Literal["auto", "zh", "en"] = "auto"
+    """Language of remarks and help; auto: that of the locale."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ def test_a_dialogue_about_fewer_tokens(world: Path, tmp_path: Path) -> None:
     "".join(twice.ask("看"))
     anew.messages = list(twice.messages)
     assert "".join(twice.ask("再看")) == "".join(anew.ask("再看"))
-    assert twice.prefilled < anew.prefilled
+    assert twice.figures.prefilled < anew.figures.prefilled
 
 
 def test_results_are_the_same_wherever_features_stay(
