@@ -10,6 +10,8 @@ from infer.config import ChatConfig
 from infer.engine import is_url, open_engine
 from infer.session import Session
 from llava_core.chat import Chat, unquoted
+from llava_core.compiled import CompiledStep
+from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.phrases import Phrases, pick_language
@@ -24,6 +26,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 def run(config: ChatConfig) -> JsonDict:
     session = Session(open_engine(config), sampling_of(config))
+    if config.compile:
+        say("compiling the step for one token")
+        session.compiled = CompiledStep(session.llm)
+        session.compiled.warm_up()
     chat = ImageChat(session, Phrases(pick_language(config.lang)))
     if config.image:
         chat.image(config.image)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from transformers import DynamicCache
 
+from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
 from llava_core.sampling import Sampling
@@ -14,12 +16,17 @@ from llava_core.sampling import Sampling
 
 @torch.inference_mode()
 def generate(
-    llm: LanguageModel, embedded: torch.Tensor, sampling: Sampling, cache: DynamicCache | None = None
-) -> Iterator[list[int | None]]:
+    llm: LanguageModel,
+    embedded: torch.Tensor,
+    sampling: Sampling,
+    cache: DynamicCache | None = None,
+    compiled: CompiledStep | None = None,
+) -> Generator[list[int | None], None, None]:
     """Inputs [B, L, hidden] after what `cache` holds -> each step's token of every sequence.
 
     None stands for a sequence that has ended; end tokens are not given out. Stops when all have ended, at
     `max_tokens`, or when the model's context is full; stop texts are for whoever turns tokens into text.
+    Once closed, `cache` holds what was read. A single sequence may be read by `compiled`.
     """
     cache = DynamicCache() if cache is None else cache
     generator = torch.Generator(llm.device).manual_seed(sampling.seed)
@@ -32,18 +39,40 @@ def generate(
             got=context - room,
             do="begin anew with `clear`",
         )
+    limit = min(sampling.max_tokens, room)
     ended = [False] * len(embedded)
     said = torch.empty(len(embedded), 0, dtype=torch.long, device=llm.device)
-    for _ in range(min(sampling.max_tokens, room)):
+    with reading(llm, cache, compiled, context - room + limit) as read:
+        for _ in range(limit):
+            chosen = choose(read(embedded).float(), sampling, generator, said)
+            tokens: list[int] = chosen.tolist()
+            ended = [done or token in llm.eos_ids for done, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                return
+            yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
+            said = torch.cat([said, chosen[:, None]], dim=1)
+            embedded = llm.embed(chosen[:, None])
+
+
+@contextlib.contextmanager
+def reading(
+    llm: LanguageModel, cache: DynamicCache, compiled: CompiledStep | None, length: int
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """A function that reads inputs [B, L, hidden] after `cache` and gives the last one's logits [B, V]."""
+
+    def read(embedded: torch.Tensor) -> torch.Tensor:
         out = llm.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        chosen = choose(out.logits[:, -1].float(), sampling, generator, said)
-        tokens: list[int] = chosen.tolist()
-        ended = [done or token in llm.eos_ids for done, token in zip(ended, tokens, strict=True)]
-        if all(ended):
-            return
-        yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
-        said = torch.cat([said, chosen[:, None]], dim=1)
-        embedded = llm.embed(chosen[:, None])
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    if compiled is None:
+        yield read
+        return
+    compiled.begin(cache, length)
+    try:
+        yield compiled.read
+    finally:
+        compiled.end()
 
 
 def choose(

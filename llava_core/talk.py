@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Generator
@@ -9,6 +10,7 @@ from collections.abc import Generator
 import torch
 from transformers import DynamicCache
 
+from llava_core.compiled import CompiledStep
 from llava_core.conversation import Conversation
 from llava_core.errors import LlavaError
 from llava_core.generate import generate
@@ -43,6 +45,8 @@ class Talk:
 
     def __init__(self, llm: LanguageModel, conversation: Conversation, sampling: Sampling) -> None:
         self.llm, self.conversation, self.sampling = llm, conversation, sampling
+        self.compiled: CompiledStep | None = None
+        """Reads the answers' tokens, if set."""
         self.figures = Figures()
         """Of the last answer."""
         self.begin(self.nothing())
@@ -90,19 +94,18 @@ class Talk:
         try:
             embedded = self._unread(ids)
             self.figures = figures = Figures(self.cache.get_seq_length(), embedded.shape[1])
-            for (token,) in generate(self.llm, embedded, sampling, self.cache):
-                assert token is not None
-                now = time.perf_counter()
-                first = first if spoken.tokens else now
-                figures.tokens, figures.first_s, figures.rest_s = (
-                    figures.tokens + 1,
-                    first - began,
-                    now - first,
-                )
-                if piece := spoken.add(token):
-                    yield piece
-                if spoken.stopped:
-                    break
+            steps = generate(self.llm, embedded, sampling, self.cache, self.compiled)
+            with contextlib.closing(steps):
+                for (token,) in steps:
+                    assert token is not None
+                    now = time.perf_counter()
+                    first = first if spoken.tokens else now
+                    figures.tokens, figures.first_s = figures.tokens + 1, first - began
+                    figures.rest_s = now - first
+                    if piece := spoken.add(token):
+                        yield piece
+                    if spoken.stopped:
+                        break
             whole = True
             if piece := spoken.end():
                 yield piece

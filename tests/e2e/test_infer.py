@@ -14,6 +14,7 @@ import torch
 from infer.config import AskConfig
 from infer.engine import Engine, open_engine
 from infer.session import Session
+from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 from tests.e2e.commands import run
@@ -141,6 +142,33 @@ def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(engine: Engine, w
     session.sampling = SHORT
     messages = [*session.messages, {"role": "user", "content": "再"}]
     assert said(session, "再") == reference(engine, world.images[0], messages, SHORT)
+
+
+@pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
+def test_compiled_steps_say_the_same_and_leave_the_same_cache(
+    engine: Engine, world: World, stance: str
+) -> None:
+    """A cache of fixed size, a stop in the middle of an answer, and a session that goes on after it."""
+    with torch.compiler.set_stance(stance):
+        _compare_compiled(engine, world)
+
+
+def _compare_compiled(engine: Engine, world: World) -> None:
+    plain, fast = Session(engine, SHORT), Session(engine, SHORT)
+    fast.compiled = CompiledStep(engine.llm)
+    for session in (plain, fast):
+        session.show(str(world.images[0]))
+    assert said(fast, "图中有什么？") == said(plain, "图中有什么？")
+    for session in (plain, fast):
+        pieces = session.ask("颜色？")
+        next(pieces)
+        pieces.close()
+    assert fast.messages == plain.messages
+    for key in ("keys", "values"):
+        for ours, theirs in zip(fast.cache.layers, plain.cache.layers, strict=True):
+            assert torch.allclose(getattr(ours, key), getattr(theirs, key), atol=1e-5)
+    assert said(fast, "What else?") == said(plain, "What else?")
+    assert fast.figures.prefilled == plain.figures.prefilled
 
 
 def test_a_full_context_is_said(engine: Engine) -> None:
