@@ -1,4 +1,4 @@
-"""A dialogue of several turns, ours beside transformers' `generate`: python -m benchmarks.infer --demo demo-out
+"""A dialogue, ours beside transformers' plain `generate`: python -m benchmarks.infer --demo demo-out
 
 DEMO is a folder that `python -m llava demo` has filled. Both get the same embeddings of the same history,
 greedily; plain `generate` reads all of it in every turn. With --smollm2 FOLDER the language model is that one

@@ -13,17 +13,17 @@ from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
 
 LEAST_LENGTH = 1024
-"""Tokens of the smallest cache; longer ones double, for each length is compiled anew."""
+"""Tokens that fit into a cache at first; the next is at least twice as long, for each is compiled anew."""
 
 
 class CompiledStep:
     """Reads in place of the model: between `begin` and `end` first the prompt, then token by token."""
 
-    def __init__(self, llm: LanguageModel) -> None:
+    def __init__(self, llm: LanguageModel, length: int = LEAST_LENGTH) -> None:
         """Raises LlavaError if this transformers has no fixed cache that counts for itself (5 has)."""
         self._llm = llm
-        self._fixed = self._of_length(LEAST_LENGTH)
-        if not hasattr(self._fixed.layers[0], "cumulative_length"):
+        self._grow(length)
+        if not hasattr(next(iter(getattr(self._fixed, "layers", [])), None), "cumulative_length"):
             raise LlavaError("--compile needs a newer transformers", do="pip install --upgrade transformers")
         mode = "reduce-overhead" if llm.device.type == "cuda" else "default"
         self._step = torch.compile(llm.model.forward, dynamic=False, mode=mode)
@@ -32,15 +32,15 @@ class CompiledStep:
     def warm_up(self) -> None:
         """Compile now, so that the first answer need not wait."""
         token = self._llm.embed(torch.zeros(1, 1, dtype=torch.long, device=self._llm.device))
-        self.begin(DynamicCache(), LEAST_LENGTH)
+        self.begin(DynamicCache(), self._length)
         for _ in range(4):  # the prompt, and on a GPU a graph is recorded in the second step
             self.read(token)
 
     def begin(self, cache: DynamicCache, length: int) -> None:
         """Go on after what `cache` holds, up to `length` tokens in all."""
         self._cache, self._started = cache, False
-        while self._fixed.get_max_length() < length:
-            self._fixed = self._of_length(2 * self._fixed.get_max_length())
+        if length > self._length:
+            self._grow(max(length, 2 * self._length))
 
     def read(self, embedded: torch.Tensor) -> torch.Tensor:
         """Inputs [1, L, hidden] -> logits [1, V], valid until the next call; L is 1 after the first call."""
@@ -64,5 +64,6 @@ class CompiledStep:
                 self._cache.update(layer.keys[:, :, new], layer.values[:, :, new], index)
             self._started = False
 
-    def _of_length(self, length: int) -> StaticCache:
-        return StaticCache(config=self._llm.model.config, max_cache_len=length)
+    def _grow(self, length: int) -> None:
+        self._length = length
+        self._fixed = StaticCache(config=self._llm.model.config, max_cache_len=length, max_batch_size=1)

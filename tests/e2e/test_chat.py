@@ -56,8 +56,10 @@ def test_over_a_pipe(world: World, engine: Engine, tmp_path: Path) -> None:
             "/set max-tokens=5 stop='#' stop='$'",
             f"/load {file}", "三", "/stats", "/help", "Exit", "never read",
         ]  # fmt: skip
+        settings = tmp_path / "chat.yaml"
+        settings.write_text("max_tokens: 12\nlang: en\nstop: ['never said', '也不']\n", encoding="utf-8")
         ended = subprocess.run(
-            chat(world, "--max-tokens", 12, "--lang", "en", "--json"),
+            chat(world, "-c", settings, "--json"),
             input="\n".join(lines),
             capture_output=True,
             text=True,
