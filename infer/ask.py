@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from infer.config import AskConfig
-from infer.engine import open_engine, sampling_of
+from infer.engine import open_engine
 from infer.session import Session
 from llava_core.fingerprint import JsonDict
+from llava_core.sampling import sampling_of
 
 
 def run(config: AskConfig) -> JsonDict:

@@ -11,13 +11,14 @@ from typing import BinaryIO
 import torch
 
 from infer.config import BatchConfig
-from infer.engine import Engine, not_an_image, open_engine, read_images, sampling_of
+from infer.engine import Engine, not_an_image, open_engine, read_images
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
-from llava_core.generate import Sampling
 from llava_core.lock import Lock
 from llava_core.preprocess import ImageError
+from llava_core.sampling import Sampling, sampling_of
+from llava_core.spoken import Spoken
 
 
 def run(config: BatchConfig) -> JsonDict:
@@ -115,13 +116,14 @@ def answers(
         for indices, visual in _seen(engine, list(group), images, lines):
             ids = torch.tensor([prompts[i] for i in indices], device=engine.llm.device)
             embedded = torch.cat([visual, engine.llm.embed(ids)], dim=1)
-            said: list[list[int]] = [[] for _ in indices]
+            said = [Spoken(engine.text, sampling.stop) for _ in indices]
             for step in engine.generate(embedded, sampling):
                 for k, token in enumerate(step):
                     if token is not None:
-                        said[k].append(token)
-            for index, tokens in zip(indices, said, strict=True):
-                lines[index]["answer"] = engine.text(tokens).strip()
+                        said[k].add(token)
+            for index, spoken in zip(indices, said, strict=True):
+                spoken.end()
+                lines[index]["answer"] = spoken.text.strip()
     return lines
 
 

@@ -1,71 +1,81 @@
-"""`infer chat`: a dialogue at the terminal, or over a pipe."""
+"""`infer chat`: a dialogue about images at the terminal, or over a pipe."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 from infer.config import ChatConfig
-from infer.engine import open_engine, sampling_of
+from infer.engine import is_url, open_engine
 from infer.session import Session
+from llava_core.chat import Chat, unquoted
+from llava_core.compiled import CompiledStep
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.phrases import Phrases, pick_language
+from llava_core.preprocess import Decoded
+from llava_core.sampling import sampling_of
+from llava_core.savedchat import SavedChat
+from llava_core.terminal import PREVIEW_COLUMNS
 
-HELP = "/image PATH or a URL shows an image, clear forgets the dialogue, exit leaves; Ctrl-C stops an answer"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Of files that are shown when nothing but their path is typed."""
 
 
 def run(config: ChatConfig) -> JsonDict:
     session = Session(open_engine(config), sampling_of(config))
+    if config.compile:
+        say("compiling the step for one token")
+        session.compiled = CompiledStep(session.llm)
+        session.compiled.warm_up()
+    chat = ImageChat(session, Phrases(pick_language(config.lang)))
     if config.image:
-        session.show(config.image)
-    say(HELP)
-    turns = 0
-    for line in typed():
-        word = line.removeprefix("/").lower()
-        if word in ("exit", "quit"):
-            break
-        if word == "clear":
-            session.clear()
-            say("forgotten")
-        elif line == "/help":
-            say(HELP)
-        elif line.startswith(("http://", "https://", "/image ")):
-            show(session, line.removeprefix("/image ").strip().strip("'\""))
+        chat.image(config.image)
+    else:
+        chat.say("welcome image")
+    return {"turns": chat.run()}
+
+
+class ImageChat(Chat):
+    """A chat whose talk is a Session."""
+
+    def __init__(self, session: Session, phrases: Phrases) -> None:
+        self.session = session
+        super().__init__(session, phrases)
+
+    def make_commands(self) -> dict[str, Callable[[str], None]]:
+        return {"/image": self.image, **super().make_commands()}
+
+    def obey(self, line: str) -> None:
+        if image := bare_image(line):
+            self.image(image)
         else:
-            answer(session, line)
-            turns += 1
-    return {"turns": turns}
+            super().obey(line)
+
+    def image(self, rest: str) -> None:
+        """A failed image leaves the dialogue as it was."""
+        if not rest:
+            raise LlavaError("/image needs an image", do="write /image PATH or /image URL")
+        image = unquoted(rest)
+        self._picture(self.session.show(image))
+        self.say("shown", image=image)
+
+    def saved(self) -> SavedChat:
+        return self.session.saved()
+
+    def resume(self, chat: SavedChat) -> None:
+        self._picture(self.session.load(chat))
+
+    def _picture(self, decoded: Decoded | None) -> None:
+        if decoded is not None:
+            self.terminal.picture(self.session.engine.tower.preprocess.preview(decoded, side=PREVIEW_COLUMNS))
 
 
-def show(session: Session, image: str) -> None:
-    """A failed image leaves the dialogue as it was."""
-    try:
-        session.show(image)
-        say(f"now about {image}")
-    except LlavaError as error:
-        say(f"error: {error}")
-
-
-def answer(session: Session, question: str) -> None:
-    pieces = session.ask(question)
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.close()
-        say("(stopped)")
-    except LlavaError as error:
-        say(f"error: {error}")
-    print(flush=True)
-
-
-def typed() -> Iterator[str]:
-    """Lines without the empty ones, until the end of input or Ctrl-C."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line:
-            yield line
+def bare_image(line: str) -> str | None:
+    """The image that the whole line is: an address, or the path of an image file, quoted or not."""
+    if is_url(line):
+        return line if len(line.split()) == 1 else None
+    path = os.path.expanduser(unquoted(line))
+    return path if Path(path).suffix.lower() in SUFFIXES and os.path.isfile(path) else None

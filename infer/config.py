@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
 from llava_core.cli import Options
-from llava_core.errors import LlavaError
+from llava_core.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Models(Options):
-    """Flags of every command that answers."""
+class Folders(Options):
+    """What answers, and where."""
 
     checkpoint: Path
     """Folder of a projector, such as RUN/best."""
@@ -24,21 +23,10 @@ class Models(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
-    max_tokens: int = 256
-    """Longest answer, in tokens."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; higher is more varied."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that share this much of the probability."""
-    seed: int = 0
-    """Seed of the sampling."""
 
-    def __post_init__(self) -> None:
-        self.require_above_zero("max_tokens")
-        if not 0 <= self.temperature < math.inf:
-            raise LlavaError("--temperature", expected="0 or more", got=self.temperature, exit_code=2)
-        if not 0 < self.top_p <= 1:
-            raise LlavaError("--top-p", expected="above 0, up to 1", got=self.top_p, exit_code=2)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models(Sampling, Folders):
+    """Flags of every command that answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +41,14 @@ class AskConfig(Models):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatConfig(Models):
-    """Talk about images: `/image PATH|URL` or a bare URL shows one, `clear` forgets, `exit` leaves."""
+    """Talk about images at the terminal, or over a pipe: a question a line; `/help` lists the commands."""
 
     image: str | None = None
     """Path or URL of the image to begin with."""
+    compile: bool = False
+    """Compile the step for one token: faster answers, after a minute at the start."""
+    lang: Literal["auto", "zh", "en"] = "auto"
+    """Language of remarks and help; auto: that of the locale."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

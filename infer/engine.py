@@ -15,9 +15,10 @@ from llava_core.conversation import Conversation
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fetch import FetchLimits, fetch_all
-from llava_core.generate import Sampling, generate
+from llava_core.generate import generate
 from llava_core.language import LanguageModel, load_language_model
-from llava_core.preprocess import ImageError
+from llava_core.preprocess import Decoded, ImageError
+from llava_core.sampling import Sampling
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -29,12 +30,20 @@ class Engine:
         self.tower, self.projector, self.llm = tower, projector.to(llm.device), llm
         self.conversation = Conversation(llm.tokenizer, llm.eos_ids)
 
-    @torch.inference_mode()
     def see(self, images: Sequence[bytes]) -> torch.Tensor:
         """Encoded image files -> visual tokens [images, T, hidden]. Raises ImageError."""
-        pixels = [self.tower.preprocess.decode_image(image).pixels for image in images]
+        return self.look([self.decode(image) for image in images])
+
+    def decode(self, image: bytes) -> Decoded:
+        """An encoded image file -> the pixels that the encoder takes. Raises ImageError."""
+        return self.tower.preprocess.decode_image(image)
+
+    @torch.inference_mode()
+    def look(self, images: Sequence[Decoded]) -> torch.Tensor:
+        """Pixels -> visual tokens [images, T, hidden]."""
+        pixels = torch.stack([torch.from_numpy(image.pixels) for image in images])
         # Through fp16, as the features the projector was trained on.
-        features = self.tower.encode(torch.stack([torch.from_numpy(p) for p in pixels])).half().float()
+        features = self.tower.encode(pixels).half().float()
         visual: torch.Tensor = self.projector(features.to(self.llm.device))
         return visual.to(self.llm.dtype)
 
@@ -66,18 +75,19 @@ def open_engine(config: Models) -> Engine:
     return Engine(tower, checkpoint.projector, llm)
 
 
-def sampling_of(config: Models) -> Sampling:
-    return Sampling(config.max_tokens, config.temperature, config.top_p, config.seed)
+def is_url(image: str) -> bool:
+    """Else it is a path."""
+    return image.startswith(("http://", "https://"))
 
 
 def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | LlavaError]:
     """The files at URLs or at paths relative to `folder`; in place of one that cannot be had, the reason."""
-    urls = [image for image in images if image.startswith(("http://", "https://"))]
+    urls = [image for image in images if is_url(image)]
     # The addresses were typed by the person at the terminal, so their own network is theirs to ask.
     fetched = iter(fetch_all(urls, FetchLimits(allow_private=True, retries=1)) if urls else ())
     files: list[bytes | LlavaError] = []
     for image in images:
-        if image.startswith(("http://", "https://")):
+        if is_url(image):
             answer = next(fetched)
             got = f"{answer.status.label} ({answer.detail})"
             ok = answer.status is Status.OK

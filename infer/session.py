@@ -1,91 +1,49 @@
-"""A dialogue about at most one image. What the language model has read once stays in its cache."""
+"""A dialogue about at most one image: shown, saved to a file, and loaded from one."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from pathlib import Path
 
-import torch
-from transformers import DynamicCache
+from infer.engine import Engine, is_url, not_an_image, read_image
+from llava_core.preprocess import Decoded, ImageError
+from llava_core.sampling import Sampling
+from llava_core.savedchat import SavedChat
+from llava_core.talk import Talk
 
-from infer.engine import Engine, not_an_image, read_image
-from llava_core.generate import Sampling
-from llava_core.preprocess import ImageError
 
-
-class Session:
+class Session(Talk):
     """Turns of one dialogue; `show` begins another one about a new image."""
 
     def __init__(self, engine: Engine, sampling: Sampling) -> None:
-        self.engine, self.sampling = engine, sampling
-        self.visual: torch.Tensor | None = None
-        self.clear()
+        super().__init__(engine.llm, engine.conversation, sampling)
+        self.engine = engine
+        self.image: str | None = None
+        """Path or URL of what is shown."""
 
-    def clear(self) -> None:
-        """Forget the turns; the image stays."""
-        self.messages: list[dict[str, str]] = []
-        self.cache = DynamicCache()
-        self.cached: list[int] = []
-        self.prefilled = 0
-        """Tokens the model had to read for the last question, visual ones included."""
-
-    def show(self, image: str) -> None:
+    def show(self, image: str) -> Decoded:
         """Begin a dialogue about the image at a path or URL. Raises LlavaError and then changes nothing."""
         try:
-            visual = self.engine.see([read_image(image)])
+            decoded = self.engine.decode(read_image(image))
         except ImageError as error:
             raise not_an_image(image, error) from None
-        self.visual = visual
-        self.clear()
+        self.begin(self.engine.look([decoded]))
+        self.image = image
+        return decoded
 
-    def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer in pieces as it comes. What has come when the caller stops is what is remembered."""
-        messages = [*self.messages, {"role": "user", "content": question}]
-        ids = self.engine.conversation.prompt(messages)
-        answer: list[int] = []
-        shown, whole = "", False
-        try:
-            for (token,) in self.engine.generate(self._unread(ids), self.sampling, self.cache):
-                assert token is not None
-                answer.append(token)
-                text = self.engine.text(answer)
-                # A character may take several tokens; half of one decodes to U+FFFD.
-                if not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
-                    shown = text
-            whole = True
-            if rest := self.engine.text(answer)[len(shown) :]:
-                yield rest
-        except GeneratorExit:
-            whole = True
-            raise
-        finally:
-            if whole:
-                visual = 0 if self.visual is None else self.visual.shape[1]
-                # The last token is given out before the model reads it.
-                self.cached = [*ids, *answer][: max(0, self.cache.get_seq_length() - visual)]
-            else:  # torn within a forward pass: some layers have read more than others
-                self.cache, self.cached = DynamicCache(), []
-            if answer:
-                self.messages = [
-                    *messages,
-                    {"role": "assistant", "content": self.engine.text(answer).strip()},
-                ]
+    def saved(self) -> SavedChat:
+        """A path is saved in full, so that it is found from any folder."""
+        image = self.image
+        if image is not None and not is_url(image):
+            image = str(Path(image).expanduser().resolve())
+        return SavedChat(image, self.messages)
 
-    def _unread(self, ids: list[int]) -> torch.Tensor:
-        """Embeddings of what the cache does not hold yet; what it holds beyond the common start is dropped.
-
-        Templates change what they said before (Qwen3's drops the think block of earlier answers), so the
-        new prompt need not continue the old one.
-        """
-        same = 0
-        while same < min(len(self.cached), len(ids) - 1) and self.cached[same] == ids[same]:
-            same += 1
-        visual = self.engine.embed([]) if self.visual is None else self.visual
-        if self.cache.get_seq_length() == 0:
-            embedded = torch.cat([visual, self.engine.embed(ids)], dim=1)
+    def load(self, chat: SavedChat) -> Decoded | None:
+        """Go on with a saved dialogue. Raises LlavaError, and changes nothing, if its image is gone."""
+        decoded = None
+        if chat.image is None:
+            self.begin(self.nothing())
+            self.image = None
         else:
-            if surplus := self.cache.get_seq_length() - visual.shape[1] - same:
-                self.cache.crop(-surplus)  # below zero: how many to drop
-            embedded = self.engine.embed(ids[same:])
-        self.prefilled = embedded.shape[1]
-        return embedded
+            decoded = self.show(chat.image)
+        self.messages = [*chat.messages]
+        return decoded

@@ -7,7 +7,6 @@ takes it. The function is named by a string and imported only once the flags are
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import io
 import json
@@ -23,7 +22,7 @@ import tyro
 import yaml
 
 from llava_core.console import say
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, nearest
 
 INTERRUPTED = 130
 
@@ -141,9 +140,7 @@ def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise LlavaError(f"unknown key {key!r} in {path}", do=hint, exit_code=2)
+            raise LlavaError(f"unknown key {key!r} in {path}", do=nearest(name, list(known)), exit_code=2)
         if value is not None:
             settings[name] = value
     return settings

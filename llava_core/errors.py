@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class LlavaError(Exception):
     """A fault the user can mend, said in one line: what, what was expected, what came, what to do.
@@ -27,6 +30,12 @@ class LlavaError(Exception):
             parts.append(do)
         super().__init__("; ".join(parts).replace("\n", " "))
         self.exit_code = exit_code
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What to say to whoever typed a name that is none of `known`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def first_line(error: BaseException) -> str:

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from transformers import DynamicCache
 
+from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when to stop."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+from llava_core.sampling import Sampling
 
 
 @torch.inference_mode()
 def generate(
-    llm: LanguageModel, embedded: torch.Tensor, sampling: Sampling, cache: DynamicCache | None = None
-) -> Iterator[list[int | None]]:
+    llm: LanguageModel,
+    embedded: torch.Tensor,
+    sampling: Sampling,
+    cache: DynamicCache | None = None,
+    compiled: CompiledStep | None = None,
+) -> Generator[list[int | None], None, None]:
     """Inputs [B, L, hidden] after what `cache` holds -> each step's token of every sequence.
 
     None stands for a sequence that has ended; end tokens are not given out. Stops when all have ended, at
-    `max_tokens`, or when the model's context is full.
+    `max_tokens`, or when the model's context is full; stop texts are for whoever turns tokens into text.
+    Once closed, `cache` holds what was read. A single sequence may be read by `compiled`.
     """
     cache = DynamicCache() if cache is None else cache
     generator = torch.Generator(llm.device).manual_seed(sampling.seed)
@@ -42,23 +39,59 @@ def generate(
             got=context - room,
             do="begin anew with `clear`",
         )
+    limit = min(sampling.max_tokens, room)
     ended = [False] * len(embedded)
-    for _ in range(min(sampling.max_tokens, room)):
+    said = torch.empty(len(embedded), 0, dtype=torch.long, device=llm.device)
+    with reading(llm, cache, compiled, context - room + limit) as read:
+        for _ in range(limit):
+            chosen = choose(read(embedded).float(), sampling, generator, said)
+            tokens: list[int] = chosen.tolist()
+            ended = [done or token in llm.eos_ids for done, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                return
+            yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
+            said = torch.cat([said, chosen[:, None]], dim=1)
+            embedded = llm.embed(chosen[:, None])
+
+
+@contextlib.contextmanager
+def reading(
+    llm: LanguageModel, cache: DynamicCache, compiled: CompiledStep | None, length: int
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """A function that reads inputs [B, L, hidden] after `cache` and gives the last one's logits [B, V]."""
+
+    def read(embedded: torch.Tensor) -> torch.Tensor:
         out = llm.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        chosen = choose(out.logits[:, -1].float(), sampling, generator)
-        tokens: list[int] = chosen.tolist()
-        ended = [done or token in llm.eos_ids for done, token in zip(ended, tokens, strict=True)]
-        if all(ended):
-            return
-        yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
-        embedded = llm.embed(chosen[:, None])
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    if compiled is None:
+        yield read
+        return
+    compiled.begin(cache, length)
+    try:
+        yield compiled.read
+    finally:
+        compiled.end()
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Logits [B, V] -> tokens [B]: the likeliest, or drawn from the nucleus `top_p` (arXiv:1904.09751)."""
+def choose(
+    logits: torch.Tensor, sampling: Sampling, generator: torch.Generator, said: torch.Tensor
+) -> torch.Tensor:
+    """Logits [B, V] and the answers' tokens so far [B, n] -> the next tokens [B].
+
+    The likeliest, or drawn from the `top_k` likeliest and of these from the nucleus `top_p`
+    (arXiv:1904.09751), after the penalty on tokens of the answer (arXiv:1909.05858).
+    """
+    if sampling.repetition_penalty != 1:
+        penalty, again = sampling.repetition_penalty, logits.gather(-1, said)
+        logits = logits.scatter(-1, said, torch.where(again > 0, again / penalty, again * penalty))
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
+    logits = logits / sampling.temperature
+    few = 0 < sampling.top_k < logits.shape[-1]
+    ranked, order = logits.topk(sampling.top_k) if few else logits.sort(-1, descending=True)
+    probabilities = ranked.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)

@@ -118,18 +118,25 @@ class Preprocess:
 
         At most 128 pixels long, never enlarged, smaller or coarser until it takes no more than `max_bytes`.
         """
-        image = Image.fromarray(decoded.pixels)
-        height, width = decoded.orig_hw if self.crop == "squash" else (1, 1)
         for side in THUMBNAIL_SIDES:
-            scale = min(side, self.size) / max(height, width)
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            small = image.resize(size, Image.Resampling.BICUBIC)
+            small = self._small(decoded, side)
             for quality in THUMBNAIL_QUALITIES:
                 buffer = io.BytesIO()
                 small.save(buffer, "JPEG", quality=quality)
                 if buffer.tell() <= max_bytes:
                     return buffer.getvalue()
         raise AssertionError(f"no JPEG of {THUMBNAIL_SIDES[-1]} pixels takes {max_bytes} bytes")
+
+    def preview(self, decoded: Decoded, side: int) -> np.ndarray:
+        """What the encoder sees in the aspect ratio it had, uint8 [h, w, 3], h and w at most `side`."""
+        return np.asarray(self._small(decoded, side))
+
+    def _small(self, decoded: Decoded, side: int) -> Image.Image:
+        """Never enlarged."""
+        height, width = decoded.orig_hw if self.crop == "squash" else (1, 1)
+        scale = min(side, self.size) / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return Image.fromarray(decoded.pixels).resize(size, Image.Resampling.BICUBIC)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [B, S, S, 3] -> fp32 [B, 3, S, S] on the same device."""

@@ -53,4 +53,7 @@ fi
 if [ "$extras" = dev ] && ! command -v chromium google-chrome >/dev/null; then
     debian --no-install-recommends chromium || echo "no Chromium: tests of pages in a browser are skipped" >&2
 fi
+if [ "$extras" = dev ] && ! command -v tmux >/dev/null; then
+    debian tmux || echo "no tmux: the test of the chat in a terminal is skipped" >&2
+fi
 echo "$wanted" >"$installed"

@@ -8,8 +8,9 @@ import torch
 
 from llava_core.conversation import INSTRUCTIONS
 from llava_core.fingerprint import JsonDict
-from llava_core.generate import Sampling, generate
+from llava_core.generate import generate
 from llava_core.language import LanguageModel
+from llava_core.sampling import Sampling
 from train.prepare import own_attention
 from train.samples import Samples
 

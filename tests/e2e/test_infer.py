@@ -5,71 +5,31 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from infer.config import AskConfig
 from infer.engine import Engine, open_engine
 from infer.session import Session
-from llava_core.checkpoint import Provenance, save_checkpoint
+from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
-from llava_core.generate import Sampling, choose
-from llava_core.language import load_language_model
-from llava_core.projector import build_projector, match_scale
-from llava_core.vision import open_vision_tower
-from tests.e2e.commands import ENVIRONMENT, ROOT, run
+from llava_core.sampling import Sampling
+from llava_core.savedchat import SavedChat, read_chat, write_chat
+from tests.e2e.commands import run
 from tests.servers import answer, serving
 from tests.small_models import write_language_model
 from tests.small_vision import write_vision_folder
+from tests.small_world import World, write_world
 
 SHORT = Sampling(max_tokens=12)
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    vision: Path
-    llm: Path
-    checkpoint: Path
-    images: list[Path]
-
-    @property
-    def flags(self) -> tuple[object, ...]:
-        return (
-            "--checkpoint",
-            self.checkpoint,
-            "--vision",
-            self.vision,
-            "--llm",
-            self.llm,
-            "--device",
-            "cpu",
-        )
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    vision, llm_folder = write_vision_folder(root / "vision"), write_language_model(root / "llm")
-    tower, llm = open_vision_tower(vision), load_language_model(llm_folder)
-    torch.manual_seed(0)
-    projector = build_projector("linear", tower.width, llm.hidden)
-    # Far larger than a trained one's, so that pictures make a difference to a random model.
-    match_scale(projector, torch.randn(64, tower.width), 4 * llm.embedding_rms)
-    provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), llm.identity)
-    save_checkpoint(root / "run/last", projector, provenance, {}, {}, {})
-    images = []
-    for seed in range(5):
-        path = root / f"{seed}.png"
-        pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((40, 30)).save(path)
-        images.append(path)
-    return World(vision, llm_folder, root / "run/last", images)
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +73,12 @@ def test_a_second_turn_reads_only_what_is_new(engine: Engine, world: World) -> N
     session = Session(engine, SHORT)
     session.show(str(world.images[0]))
     said(session, "一个很长很长很长很长的问题")
-    first = session.prefilled
+    first = session.figures.prefilled
     said(session, "短")
     whole = engine.tower.tokens + len(engine.conversation.prompt(session.messages[:-1]))
     assert first > engine.tower.tokens
     # Before the first answer this template put a think block that it now drops, so reading begins there.
-    assert session.prefilled < whole - engine.tower.tokens - 40
+    assert session.figures.prefilled < whole - engine.tower.tokens - 40
 
 
 def test_the_picture_matters_and_clear_forgets_only_the_turns(engine: Engine, world: World) -> None:
@@ -149,19 +109,100 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(engine: Engin
     assert said(session, "再") == reference(engine, world.images[1], messages, SHORT)
 
 
+def test_clear_and_retry_read_almost_nothing_again(engine: Engine, world: World) -> None:
+    session = Session(engine, dataclasses.replace(SHORT, temperature=1.5))
+    session.show(str(world.images[0]))
+    first = said(session, "看")
+    read = session.figures.prefilled
+    assert session.figures.cached == 0
+    session.clear()
+    assert said(session, "看") == first
+    assert (session.figures.prefilled, session.figures.cached) == (1, read - 1)
+    again = "".join(session.retry())
+    assert again != first
+    assert session.figures.prefilled == 1
+    assert session.messages == [
+        {"role": "user", "content": "看"},
+        {"role": "assistant", "content": again.strip()},
+    ]
+    other = Session(engine, dataclasses.replace(session.sampling, seed=session.sampling.seed + 1))
+    other.show(str(world.images[0]))
+    assert said(other, "看") == again
+    with pytest.raises(LlavaError, match="no answer yet"):
+        Session(engine, SHORT).retry()
+
+
+def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(engine: Engine, world: World) -> None:
+    session = Session(engine, SHORT)
+    session.show(str(world.images[0]))
+    whole = said(session, "看")
+    stop = whole[2:4]
+    session.clear()
+    session.sampling = dataclasses.replace(SHORT, stop=(stop,))
+    assert said(session, "看") == whole[: whole.index(stop)]
+    session.sampling = SHORT
+    messages = [*session.messages, {"role": "user", "content": "再"}]
+    assert said(session, "再") == reference(engine, world.images[0], messages, SHORT)
+
+
+@pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
+def test_compiled_steps_say_the_same_and_leave_the_same_cache(
+    engine: Engine, world: World, stance: str
+) -> None:
+    """A cache of fixed size, a stop in the middle of an answer, and a session that goes on after it."""
+    with torch.compiler.set_stance(stance):
+        _compare_compiled(engine, world)
+
+
+def _compare_compiled(engine: Engine, world: World) -> None:
+    plain, fast = Session(engine, SHORT), Session(engine, SHORT)
+    try:
+        fast.compiled = CompiledStep(engine.llm, length=60)  # too short for the second turn
+    except LlavaError as error:
+        pytest.skip(str(error))
+    for session in (plain, fast):
+        session.show(str(world.images[0]))
+    assert said(fast, "图中有什么？") == said(plain, "图中有什么？")
+    for session in (plain, fast):
+        pieces = session.ask("颜色？")
+        next(pieces)
+        pieces.close()
+    assert fast.messages == plain.messages
+    for key in ("keys", "values"):
+        for ours, theirs in zip(fast.cache.layers, plain.cache.layers, strict=True):
+            assert torch.allclose(getattr(ours, key), getattr(theirs, key), atol=1e-5)
+    assert said(fast, "What else?") == said(plain, "What else?")
+    assert fast.figures.prefilled == plain.figures.prefilled
+
+
+def test_a_saved_dialogue_goes_on(
+    engine: Engine, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, other = Session(engine, SHORT), Session(engine, SHORT)
+    monkeypatch.chdir(world.images[0].parent)
+    session.show(world.images[0].name)
+    said(session, "看")
+    write_chat(tmp_path / "chat.json", session.saved())
+    monkeypatch.chdir(tmp_path)
+    other.load(read_chat(tmp_path / "chat.json"))
+    with pytest.raises(LlavaError, match="no image file"):
+        other.load(SavedChat("gone.png", []))
+    assert said(other, "再") == said(session, "再")
+    other.load(SavedChat(None, session.messages))
+    messages = [*session.messages, {"role": "user", "content": "什么？"}]
+    assert said(other, "什么？") == reference(engine, None, messages, SHORT)
+
+
 def test_a_full_context_is_said(engine: Engine) -> None:
     with pytest.raises(LlavaError, match="no longer fits"):
         said(Session(engine, SHORT), "长" * 400)
-
-
-def test_sampling() -> None:
-    logits = torch.tensor([[0.0, 3.0, 2.9, -9.0]]).expand(400, -1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(choose(logits, Sampling(), generator).tolist()) == {1}
-    nucleus = choose(logits, Sampling(temperature=1.0, top_p=0.9), generator).tolist()
-    assert set(nucleus) == {1, 2}
-    assert 0.4 < nucleus.count(1) / 400 < 0.65
-    assert 0 in choose(logits, Sampling(temperature=2.0), generator).tolist()
+    session = Session(engine, SHORT)
+    first = said(session, "看")
+    with pytest.raises(LlavaError, match="no longer fits"):
+        said(session, "长" * 400)
+    messages = [*session.messages, {"role": "user", "content": "再"}]
+    assert messages[1]["content"] == first.strip()
+    assert said(session, "再") == reference(engine, None, messages, SHORT)
 
 
 def test_ask_by_path_and_by_address(world: World) -> None:
@@ -198,36 +239,6 @@ def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
         "infer", "ask", *world.flags[2:], "--image", text, "--checkpoint", world.checkpoint.parent, code=1
     )
     assert f"give {world.checkpoint}" in hint.one_line()
-
-
-def test_chat_over_a_pipe(world: World, engine: Engine) -> None:
-    lines = [
-        f"/image '{world.images[0]}'",
-        "看",
-        "/image nowhere.png",
-        "再看",
-        "clear",
-        "看",
-        "exit",
-        "never read",
-    ]
-    command = [sys.executable, "-m", "infer", "chat", *map(str, world.flags), "--max-tokens", "12", "--json"]
-    ended = subprocess.run(
-        command,
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        timeout=120,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "error: no image file nowhere.png" in ended.stderr
-    session = Session(engine, SHORT)
-    session.show(str(world.images[0]))
-    expected = [said(session, "看"), said(session, "再看")]
-    assert ended.stdout.startswith("\n".join([*expected, expected[0]]))
-    assert json.loads(ended.stdout.splitlines()[-1]) == {"turns": 3}
 
 
 def test_batch_equals_ask_and_continues(world: World, engine: Engine, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from infer.engine import Engine, open_engine
 from infer.session import Session
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
-from llava_core.generate import Sampling
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS
+from llava_core.sampling import Sampling
 from tests.e2e.commands import run, start
 from tests.e2e.test_train import config, curve, flags_of, weights
 from tests.local_data import write_parquet, write_pictures
@@ -115,7 +115,7 @@ def test_a_dialogue_about_fewer_tokens(world: Path, tmp_path: Path) -> None:
     "".join(twice.ask("看"))
     anew.messages = list(twice.messages)
     assert "".join(twice.ask("再看")) == "".join(anew.ask("再看"))
-    assert twice.prefilled < anew.prefilled
+    assert twice.figures.prefilled < anew.figures.prefilled
 
 
 def test_results_are_the_same_wherever_features_stay(

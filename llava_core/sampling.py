@@ -1,0 +1,49 @@
+"""How an answer is drawn, and where it ends: the flags of whatever answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from llava_core.errors import LlavaError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Greedy by default."""
+
+    max_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; higher is more varied."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that share this much of the probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that the answer already has less likely."""
+    seed: int = 0
+    """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+
+    def __post_init__(self) -> None:
+        """Raises LlavaError (wrong usage) for a number out of its range."""
+        _require(self.max_tokens > 0, "max_tokens", "a number above 0", self.max_tokens)
+        _require(0 <= self.temperature < math.inf, "temperature", "0 or more", self.temperature)
+        _require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
+        penalty = self.repetition_penalty
+        _require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
+        _require(-(1 << 63) <= self.seed < 1 << 63, "seed", "a whole number of 64 bits", self.seed)
+        _require(all(self.stop), "stop", "texts that are not empty", list(self.stop))
+
+
+def sampling_of(flags: Sampling) -> Sampling:
+    """The sampling alone, of flags that have it among others."""
+    return Sampling(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Sampling)})
+
+
+def _require(fits: bool, name: str, expected: str, got: object) -> None:
+    if not fits:
+        raise LlavaError(name, expected=expected, got=got, exit_code=2)

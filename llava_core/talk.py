@@ -1,0 +1,141 @@
+"""A dialogue with a language model, after an image or without. What it has read once stays in its cache."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Generator
+
+import torch
+from transformers import DynamicCache
+
+from llava_core.compiled import CompiledStep
+from llava_core.conversation import Conversation
+from llava_core.errors import LlavaError
+from llava_core.generate import generate
+from llava_core.language import LanguageModel
+from llava_core.sampling import Sampling
+from llava_core.spoken import Spoken
+
+
+@dataclasses.dataclass
+class Figures:
+    """What one answer took."""
+
+    cached: int = 0
+    """Tokens that the model had read before, visual ones included."""
+    prefilled: int = 0
+    """Tokens that it had to read for the question, visual ones included."""
+    tokens: int = 0
+    """Tokens of the answer."""
+    first_s: float = 0.0
+    """Seconds from the question to the first token."""
+    rest_s: float = 0.0
+    """Seconds from the first token to the last."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first token; 0 for an answer of one."""
+        return (self.tokens - 1) / self.rest_s if self.tokens > 1 else 0.0
+
+
+class Talk:
+    """Turns of one dialogue; `begin` starts another one about new visual tokens."""
+
+    def __init__(self, llm: LanguageModel, conversation: Conversation, sampling: Sampling) -> None:
+        self.llm, self.conversation, self.sampling = llm, conversation, sampling
+        self.compiled: CompiledStep | None = None
+        """Reads the answers' tokens, if set."""
+        self.figures = Figures()
+        """Of the last answer."""
+        self.begin(self.nothing())
+
+    def nothing(self) -> torch.Tensor:
+        """The visual tokens of a dialogue without an image, [1, 0, hidden]."""
+        return torch.empty(1, 0, self.llm.hidden, dtype=self.llm.dtype, device=self.llm.device)
+
+    def begin(self, visual: torch.Tensor) -> None:
+        """Forget everything; from now on the dialogue follows visual tokens [1, T, hidden]."""
+        self.visual = visual
+        self._forget()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the turns; the image stays, in the cache as well."""
+        self.messages: list[dict[str, str]] = []
+        self._retries = 0
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer in pieces as it comes. What has come when the caller stops is what is remembered.
+
+        Raises LlavaError, and remembers nothing, if the dialogue no longer fits the model's context.
+        """
+        self._retries = 0
+        return self._answer([*self.messages, {"role": "user", "content": question}])
+
+    def retry(self) -> Generator[str, None, None]:
+        """Another answer, of another seed, in place of the last one. Raises LlavaError if there is none."""
+        if not self.messages:
+            raise LlavaError("there is no answer yet", do="ask something first")
+        self._retries += 1
+        return self._answer(self.messages[:-1])
+
+    def _forget(self) -> None:
+        self.cache = DynamicCache()
+        self.cached: list[int] = []
+        """Text tokens in the cache, after the visual ones."""
+
+    def _answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
+        began = first = time.perf_counter()
+        ids = self.conversation.prompt(messages)
+        spoken, whole = Spoken(self.conversation.text, self.sampling.stop), False
+        sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
+        try:
+            embedded = self._unread(ids)
+            self.figures = figures = Figures(self.cache.get_seq_length(), embedded.shape[1])
+            steps = generate(self.llm, embedded, sampling, self.cache, self.compiled)
+            with contextlib.closing(steps):
+                for (token,) in steps:
+                    assert token is not None
+                    now = time.perf_counter()
+                    first = first if spoken.tokens else now
+                    figures.tokens, figures.first_s = figures.tokens + 1, first - began
+                    figures.rest_s = now - first
+                    if piece := spoken.add(token):
+                        yield piece
+                    if spoken.stopped:
+                        break
+            whole = True
+            if piece := spoken.end():
+                yield piece
+        except (GeneratorExit, LlavaError):
+            whole = True
+            raise
+        finally:
+            if whole:
+                # The last token is given out before the model reads it.
+                known = max(0, self.cache.get_seq_length() - self.visual.shape[1])
+                self.cached = [*ids, *spoken.tokens][:known]
+            else:  # torn within a forward pass: some layers have read more than others
+                self._forget()
+            if spoken.tokens:
+                self.messages = [*messages, {"role": "assistant", "content": spoken.text.strip()}]
+
+    def _unread(self, ids: list[int]) -> torch.Tensor:
+        """Embeddings of what the cache does not hold yet; what it holds beyond the common start is dropped.
+
+        Templates change what they said before (Qwen3's drops the think block of earlier answers), so the
+        new prompt need not continue the old one.
+        """
+        same = 0
+        while same < min(len(self.cached), len(ids) - 1) and self.cached[same] == ids[same]:
+            same += 1
+        if self.cache.get_seq_length() == 0:
+            return torch.cat([self.visual, self._embed(ids)], dim=1)
+        if surplus := self.cache.get_seq_length() - self.visual.shape[1] - same:
+            self.cache.crop(-surplus)  # below zero: how many to drop
+        return self._embed(ids[same:])
+
+    def _embed(self, ids: list[int]) -> torch.Tensor:
+        return self.llm.embed(torch.tensor(ids, dtype=torch.long, device=self.llm.device)[None])

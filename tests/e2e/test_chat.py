@@ -1,0 +1,179 @@
+"""`infer chat`: over a pipe, and typed at a real terminal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infer.config import ChatConfig
+from infer.engine import Engine, open_engine
+from infer.session import Session
+from llava_core.sampling import Sampling
+from tests.e2e.commands import ENVIRONMENT, ROOT
+from tests.servers import answer, serving
+from tests.small_world import World, write_world
+from tests.tmux import terminal
+
+SHORT = Sampling(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def engine(world: World) -> Engine:
+    return open_engine(ChatConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm))
+
+
+def chat(world: World, *flags: object) -> list[str]:
+    return [sys.executable, "-m", "infer", "chat", *map(str, (*world.flags, *flags))]
+
+
+def said(session: Session, question: str) -> str:
+    return "".join(session.ask(question))
+
+
+def test_over_a_pipe(world: World, engine: Engine, tmp_path: Path) -> None:
+    """Answers on standard output and nothing else; whatever fails leaves the dialogue as it was."""
+    spaced = tmp_path / "ein Bild.png"
+    spaced.write_bytes(world.images[1].read_bytes())
+    file, thesis = tmp_path / "a.json", tmp_path / "thesis.json"
+    thesis.write_text('{"title": "years of work"}')
+    with serving({"/a.png": answer(world.images[2].read_bytes())}) as base:
+        lines = [
+            f"/image '{world.images[0]}'", "看", "/image nowhere.png", "/image", "再看", f"/save {file}",
+            "clear", "看", f"'{spaced}'", "看",
+            f"{base}/a.png", f"{base}/gone.png", "一\\", "二", "/imagine",
+            f"/save {thesis}", f"/load {thesis}",
+            "/set temperatur=1", "/set max-tokens=none", "/set top_p=7",
+            "/set max-tokens=5 stop='#' stop='$'",
+            f"/load {file}", "三", "/stats", "/help", "Exit", "never read",
+        ]  # fmt: skip
+        settings = tmp_path / "chat.yaml"
+        settings.write_text("max_tokens: 12\nlang: en\nstop: ['never said', '也不']\n", encoding="utf-8")
+        ended = subprocess.run(
+            chat(world, "-c", settings, "--json"),
+            input="\n".join(lines),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**ENVIRONMENT, "FORCE_COLOR": "", "COLORTERM": "truecolor", "TERM": "xterm-256color"},
+            timeout=120,
+        )
+    assert ended.returncode == 0, ended.stderr
+    session = Session(engine, SHORT)
+    session.show(str(world.images[0]))
+    first, second = said(session, "看"), said(session, "再看")
+    saved = session.messages
+    session.show(str(spaced))
+    third = said(session, "看")
+    session.show(str(world.images[2]))
+    fourth = said(session, "一\n二")
+    session.show(str(world.images[0]))
+    session.messages, session.sampling = saved, Sampling(max_tokens=5, stop=("#", "$"))
+    fifth = said(session, "三")
+    answers = [first, second, first, third, fourth, fifth]
+    assert ended.stdout == "".join(f"{text}\n" for text in answers) + '{"turns": 6}\n'
+    assert json.loads(file.read_text(encoding="utf-8"))["messages"] == saved
+    assert thesis.read_text() == '{"title": "years of work"}'
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    for error, expected in zip(
+        errors,
+        [
+            "no image file nowhere.png",
+            "/image needs an image; write /image PATH or /image URL",
+            "cannot fetch the image; got http 4xx",
+            "no command /imagine; did you mean '/image'?",
+            "thesis.json is no saved chat",
+            "thesis.json is no saved chat",
+            "no setting temperatur; did you mean 'temperature'?",
+            "max_tokens; expected a whole number; got 'none'",
+            "top_p; expected above 0, up to 1; got 7",
+        ],
+        strict=True,
+    ):
+        assert expected in error
+    assert "\x1b" not in ended.stdout + ended.stderr
+    assert "prefilled tokens" in ended.stderr
+    assert "Alt+Enter" in ended.stderr
+
+
+def test_at_a_terminal(world: World, engine: Engine, tmp_path: Path) -> None:
+    """A person types, in Chinese surroundings: prompt, preview, history, several lines, Ctrl-C."""
+    state = {"XDG_STATE_HOME": str(tmp_path / "state"), "LC_ALL": "zh_CN.UTF-8"}
+    command = chat(world, "--max-tokens", 900, "--repetition-penalty", 1.1)
+    with terminal(command, tmp_path / "tmux", **state) as tmux:
+        tmux.until("/help 列出命令")
+        tmux.type("/im")
+        tmux.keys("Tab")
+        tmux.until("> /image")
+        tmux.enter(f" '{world.images[0]}'")
+        tmux.until("现在看的是")
+        assert "▀" * 32 in tmux.screen()
+        pixels = engine.tower.preprocess.preview(engine.decode(world.images[0].read_bytes()), 32)
+        upper, lower = pixels[0, 0].tolist(), pixels[1, 0].tolist()
+        colours = ";".join(map(str, (38, 2, *upper))), ";".join(map(str, (48, 2, *lower)))
+        assert all(colour in tmux.screen(colours=True) for colour in colours)
+
+        tmux.type("一")
+        tmux.keys("M-Enter")
+        tmux.enter("二\\")
+        tmux.until("  二")
+        tmux.enter("三")
+        screen = tmux.until("  三")
+        while tmux.screen() == screen:  # until the answer has begun
+            pass
+        tmux.keys("C-c")
+        tmux.until("（已停止）")
+
+        tmux.enter("/set max-tokens=4")
+        tmux.until("max_tokens=4 ")
+        tmux.enter("nowhere.png")
+        tmux.until("词元/秒")
+        tmux.enter("/stats")
+        tmux.until("对话轮数")
+        assert tmux.screen().rsplit("对话轮数")[1].split()[0] == "2"
+        tmux.keys("Up", "Up", "Enter")
+        tmux.until("词元/秒", times=2)
+        tmux.keys("C-c")
+        tmux.gone()
+        assert "Traceback" not in tmux.screen()
+    history = tmp_path / "state/llava-align/history"
+    assert history.stat().st_mode & 0o77 == 0
+    assert "+一\n+二\n+三\n" in history.read_text(encoding="utf-8")
+
+    with terminal([*command, "--lang", "en", "--max-tokens", 3], tmp_path / "tmux2", **state) as tmux:
+        tmux.until("/help lists the commands")
+        tmux.keys("Up")
+        tmux.until("> nowhere.png")
+        tmux.keys("Enter")
+        tmux.until("from the cache")
+        tmux.keys("C-d")
+        tmux.gone()
+
+
+def test_whoever_is_told_to_end_ends_within_an_answer(world: World) -> None:
+    process = subprocess.Popen(
+        chat(world, "--max-tokens", 900, "--repetition-penalty", 1.1),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("看\n看\n".encode())
+    process.stdin.flush()
+    process.stdout.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err

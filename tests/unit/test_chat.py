@@ -1,0 +1,131 @@
+"""What is typed in a chat, and what it is taken for."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.color import Color
+
+from infer.chat import bare_image
+from llava_core.chat import changed, unquoted
+from llava_core.errors import LlavaError
+from llava_core.phrases import PHRASES, pick_language
+from llava_core.sampling import Sampling
+from llava_core.savedchat import SavedChat, read_chat, write_chat
+from llava_core.terminal import half_blocks
+
+
+@pytest.mark.parametrize(
+    ("dropped", "path"),
+    [
+        ("'/home/a b/it.png'", "/home/a b/it.png"),
+        ('"/home/a b/it.png"', "/home/a b/it.png"),
+        (r"/home/a\ b/it.png", "/home/a b/it.png"),
+        ("file:///home/a%20b/%E7%8C%AB.png", "/home/a b/猫.png"),
+        ("/home/a b/it's.png", "/home/a b/it's.png"),
+        ("/home/a b/it.png", "/home/a b/it.png"),
+        ("", ""),
+    ],
+)
+def test_a_path_however_a_terminal_pastes_it(dropped: str, path: str) -> None:
+    assert unquoted(dropped) == path
+
+
+def test_a_line_is_an_image_only_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "a cat.PNG"
+    picture.touch()
+    (tmp_path / "cat").touch()
+    monkeypatch.chdir(tmp_path)
+    assert bare_image(f"'{picture}'") == str(picture)
+    assert bare_image(str(picture)) == str(picture)
+    assert bare_image("a cat.PNG") == "a cat.PNG"
+    assert bare_image("https://example.org/a.png?x=1") == "https://example.org/a.png?x=1"
+    for question in ("cat", "a dog.png", "https://example.org/a.png what is it?", "图" * 5000, "a\0b.png"):
+        assert bare_image(question) is None
+
+
+def test_named_settings() -> None:
+    sampling = changed(Sampling(seed=3), "temperature=0.7 top-p=.9 --max_tokens=7 stop='a b' stop=。")
+    assert sampling == Sampling(seed=3, temperature=0.7, top_p=0.9, max_tokens=7, stop=("a b", "。"))
+    assert changed(sampling, "stop=").stop == ()
+    for typed, complaint in {
+        "temprature=1": "no setting temprature; did you mean 'temperature'?",
+        "replace=1": "no setting replace; ",
+        "temperature 1": "temperature; expected a number; got ''",
+        "seed=1.5": "seed; expected a whole number; got '1.5'",
+        "top_k=-1": "top_k; expected 0 or more; got -1",
+        "stop='": "cannot read stop='; ",
+    }.items():
+        with pytest.raises(LlavaError) as refused:
+            changed(sampling, typed)
+        assert str(refused.value).startswith(complaint)
+
+
+@settings(max_examples=30)
+@given(
+    st.none() | st.text(max_size=9),
+    st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), max_size=3),
+)
+def test_a_saved_chat_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, image: str | None, turns: list[tuple[str, str]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "chat.json"
+    roles = ("user", "assistant")
+    messages = [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]
+    write_chat(path, SavedChat(image, messages))
+    assert read_chat(path) == SavedChat(image, messages)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other"},
+        {"image": 3},
+        {"messages": None},
+        {"messages": [{"role": "user", "content": "?"}]},
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": 3}]},
+        {"messages": [{"role": "assistant", "content": "?"}, {"role": "user", "content": "?"}]},
+        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": ""}]},
+        {"messages": ["user", "assistant"]},
+    ],
+)
+def test_what_is_no_saved_chat_stays_as_it_is(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "chat.json"
+    write_chat(path, SavedChat(None, []))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = path.read_bytes()
+    for refused in (lambda: read_chat(path), lambda: write_chat(path, SavedChat(None, []))):
+        with pytest.raises(LlavaError, match=r"chat\.json is no saved chat"):
+            refused()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_two_rows_of_pixels_make_a_line() -> None:
+    pixels = np.arange(5 * 3 * 3, dtype=np.uint8).reshape(5, 3, 3)
+    text = half_blocks(pixels)
+    assert text.plain == "▀▀▀\n▀▀▀"
+    style = text.spans[4].style  # second line, second column
+    assert not isinstance(style, str)
+    assert style.color == Color.from_rgb(*pixels[2, 1].tolist())
+    assert style.bgcolor == Color.from_rgb(*pixels[3, 1].tolist())
+
+
+def test_both_languages_say_the_same() -> None:
+    for phrases in PHRASES.values():
+        chinese, english = ({part[1] for part in string.Formatter().parse(p)} - {None} for p in phrases)
+        assert chinese == english
+
+
+def test_the_locale_picks_the_language() -> None:
+    assert pick_language("auto", {"LANG": "zh_CN.UTF-8"}) == "zh"
+    assert pick_language("auto", {"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}) == "en"
+    assert pick_language("auto", {"LC_ALL": "", "LANG": "zh_TW"}) == "zh"
+    assert pick_language("auto", {}) == "en"
+    assert pick_language("zh", {"LANG": "en_GB.UTF-8"}) == "zh"

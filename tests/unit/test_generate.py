@@ -1,0 +1,91 @@
+"""How tokens are chosen: as transformers' own processors would, so that known names mean what they mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llava_core.errors import LlavaError
+from llava_core.generate import choose
+from llava_core.sampling import Sampling
+
+DRAWS = 20_000
+
+
+def shares(logits: torch.Tensor, sampling: Sampling, said: list[int]) -> torch.Tensor:
+    """How often each token of [V] is chosen."""
+    generator = torch.Generator().manual_seed(0)
+    many = torch.tensor(said, dtype=torch.long).expand(DRAWS, -1)
+    chosen = choose(logits.expand(DRAWS, -1), sampling, generator, many)
+    return chosen.bincount(minlength=len(logits)) / DRAWS
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.7, top_p=0.8),
+        Sampling(temperature=1.3, top_k=4),
+        Sampling(temperature=1.3, top_k=4, top_p=0.7),
+        Sampling(temperature=1.0, top_k=99, repetition_penalty=1.5),
+        Sampling(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=0.6),
+    ],
+)
+def test_draws_as_transformers_does(sampling: Sampling) -> None:
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(1)) * 2
+    said = [0, 3, 3, 7]
+    steps = [
+        RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+        TemperatureLogitsWarper(sampling.temperature),
+        *([TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []),
+        TopPLogitsWarper(sampling.top_p),
+    ]
+    expected = LogitsProcessorList(steps)(torch.tensor([said]), logits[None].clone())[0].softmax(-1)
+    drawn = shares(logits, sampling, said)
+    assert set(drawn.nonzero().flatten().tolist()) == set(expected.nonzero().flatten().tolist())
+    assert torch.allclose(drawn, expected, atol=0.015)
+
+
+def test_greedy_takes_the_likeliest_and_the_penalty_counts() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.9, -9.0]])
+    none = torch.empty(1, 0, dtype=torch.long)
+    generator = torch.Generator()
+    assert choose(logits, Sampling(), generator, none).tolist() == [1]
+    assert choose(logits, Sampling(repetition_penalty=1.2), generator, torch.tensor([[1]])).tolist() == [2]
+    assert logits.tolist() == [[0.0, 3.0, pytest.approx(2.9), -9.0]]
+
+
+def test_a_seed_gives_the_same_draws() -> None:
+    logits, none = torch.zeros(50, 30), torch.empty(50, 0, dtype=torch.long)
+    first, again, other = (
+        choose(logits, Sampling(temperature=1.0), torch.Generator().manual_seed(seed), none).tolist()
+        for seed in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"seed": 1 << 70},
+        {"stop": ("",)},
+    ],
+)
+def test_numbers_out_of_range_are_refused(flag: dict[str, object]) -> None:
+    (name,) = flag
+    with pytest.raises(LlavaError, match=f"^{name}; expected .*; got ") as refused:
+        Sampling(**flag)  # type: ignore[arg-type]
+    assert refused.value.exit_code == 2
