@@ -14,9 +14,9 @@ from aiohttp import web
 
 from infer import openai_api as api
 from infer.config import ServeConfig
-from infer.metrics import Metrics
 from infer.openai_api import ApiError
 from infer.pictures import Pictures
+from infer.prometheus import Metrics
 from infer.slots import STOPPING, Batcher, Job, Picture, Piece
 from llava_core.console import say
 from llava_core.fetch import Fetcher
@@ -54,8 +54,6 @@ class Completions:
             return response
         except ApiError as error:
             status = error.status
-            raise
-        except ConnectionError:
             raise
         except Exception:
             status = 500
@@ -175,32 +173,37 @@ class Completions:
 async def _stream(
     request: web.Request, shapes: api.Shapes, pieces: AsyncIterator[Piece], job: Job
 ) -> tuple[web.StreamResponse, int]:
-    """Server-sent events; what goes wrong from now on is told in one of them."""
+    """Server-sent events; what goes wrong from now on is told in one of them. The status is for metrics."""
     status = 200
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-    await response.prepare(request)
 
     async def send(content: bytes) -> None:
         try:
             async with time_limit(STALLED):
                 await response.write(content)
         except asyncio.TimeoutError:
-            raise ConnectionResetError("the client takes nothing") from None
+            if request.transport:
+                request.transport.abort()
+            raise ConnectionResetError from None
 
-    await send(api.event(shapes.chunk({"role": "assistant", "content": ""})))
     try:
-        async for piece in pieces:
-            if piece.text:
-                await send(api.event(shapes.chunk({"content": piece.text})))
-            if piece.finish:
-                await send(api.event(shapes.chunk({}, piece.finish)))
-        if shapes.include_usage:
-            await send(api.event(shapes.usage_chunk(_usage(job))))
-    except ApiError as error:
-        status = error.status
-        await send(api.event(error.to_json()))
-    await send(api.DONE)
-    await response.write_eof()
+        await response.prepare(request)
+        await send(api.event(shapes.chunk({"role": "assistant", "content": ""})))
+        try:
+            async for piece in pieces:
+                if piece.text:
+                    await send(api.event(shapes.chunk({"content": piece.text})))
+                if piece.finish:
+                    await send(api.event(shapes.chunk({}, piece.finish)))
+            if shapes.include_usage:
+                await send(api.event(shapes.usage_chunk(_usage(job))))
+        except ApiError as error:
+            status = error.status
+            await send(api.event(error.to_json()))
+        await send(api.DONE)
+        await response.write_eof()
+    except ConnectionError:
+        status = LEFT
     return response, status
 
 

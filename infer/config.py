@@ -74,7 +74,7 @@ class BatchConfig(Models):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(Models):
-    """An OpenAI-compatible server with a page. A request may say itself how to sample; flags say it otherwise."""
+    """An OpenAI-compatible server with a page. Sampling flags are for requests that say nothing of it."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""

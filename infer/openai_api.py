@@ -6,7 +6,6 @@ https://platform.openai.com/docs/api-reference/chat. Fields that are not named h
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import json
 import time
@@ -164,7 +163,7 @@ def read_data_url(url: str, max_bytes: int) -> bytes:
         raise ApiError(413, f"an image may have {max_bytes:,} bytes", param="messages")
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise ApiError(400, "the image's data URL holds no base64", param="messages") from None
 
 

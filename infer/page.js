@@ -5,22 +5,23 @@ const WORDS = {
   en: {
     anew: "New chat", drop: "Drop a picture here", how: "or paste it, or press to choose a file", choose: "Choose a picture",
     dialogue: "Dialogue", question: "Ask about the picture", send: "Send", stop: "Stop", copy: "Copy", copied: "Copied",
-    again: "Again", key: "API key", first: "Describe this image in detail.", stopped: "stopped", cut: "cut: longest answer reached",
+    key: "API key", first: "Describe this image in detail.", stopped: "stopped", cut: "cut: longest answer reached",
     unread: "This file is no picture that can be read here.", askKey: "This server asks for an API key: enter it, then send again.",
-    offline: "The server does not answer.", broken: "The answer broke off.", tokens: (n, s) => `${n} tokens, ${s} s`,
-    picture: "The picture of this dialogue; press to choose another and begin anew",
+    offline: "The server does not answer.", broken: "The answer broke off.", tokens: (n) => `${n} tokens`,
+    picture: "The picture of this dialogue", another: "Choose another picture, for a new chat",
   },
   zh: {
     anew: "新对话", drop: "把图片拖到这里", how: "或粘贴，或点击选择文件", choose: "选择图片",
     dialogue: "对话", question: "就图片提问", send: "发送", stop: "停止", copy: "复制", copied: "已复制",
-    again: "重答", key: "API 密钥", first: "请描述这张图片。", stopped: "已停止", cut: "已截断：达到最大长度",
+    key: "API 密钥", first: "请描述这张图片。", stopped: "已停止", cut: "已截断：达到最大长度",
     unread: "这个文件不是能读取的图片。", askKey: "服务器需要 API 密钥：填写后再次发送。",
-    offline: "服务器没有应答。", broken: "回答中断了。", tokens: (n, s) => `${n} 个 token，${s} 秒`,
-    picture: "本次对话的图片；点击换一张并重新开始",
+    offline: "服务器没有应答。", broken: "回答中断了。", tokens: (n) => `${n} 个 token`,
+    picture: "本次对话的图片", another: "换一张图片，开始新对话",
   },
 };
 const LARGEST_SIDE = 1024; // of a picture that is sent; encoders see a few hundred pixels
 const SENT_AS_IT_IS = 400_000; // bytes of a file that needs no smaller copy
+const READ_THERE = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp"];
 
 const at = (id) => document.getElementById(id);
 const picked = store(() => localStorage), kept = store(() => sessionStorage);
@@ -41,7 +42,7 @@ const say = (name) => WORDS[language][name];
 function translate() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
-  for (const element of document.querySelectorAll("[data-label]")) element.ariaLabel = say(element.dataset.label);
+  for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", say(element.dataset.label));
   for (const element of document.querySelectorAll("[data-hint]")) element.placeholder = say(element.dataset.hint);
   at("language").textContent = language === "zh" ? "English" : "中文";
   at("language").lang = language === "zh" ? "en" : "zh-CN";
@@ -53,12 +54,16 @@ function draw() {
   at("invitation").hidden = Boolean(chat.image);
   at("choose").classList.toggle("full", Boolean(chat.image));
   if (chat.image) at("shown").src = chat.image;
-  at("shown").alt = at("choose").ariaLabel = say(chat.image ? "picture" : "choose");
+  at("shown").alt = say("picture");
+  at("choose").setAttribute("aria-label", say(chat.image ? "another" : "choose"));
   at("turns").replaceChildren(...chat.turns.map(drawTurn));
   at("stop").hidden = !running;
   at("send").hidden = Boolean(running);
-  kept.set("chat", chat);
+  at("turns").setAttribute("aria-busy", String(Boolean(running))); // read out once it is whole
+  keep();
 }
+
+const keep = () => kept.set("chat", chat);
 
 function drawTurn(turn, index) {
   const item = document.createElement("li"), words = document.createElement("div");
@@ -72,16 +77,15 @@ function drawTurn(turn, index) {
     const under = document.createElement("div"), note = document.createElement("span");
     under.className = "under";
     note.textContent = noteOf(turn);
-    under.append(button("copy", (self) => copy(turn.content, self)), ...(last ? [button("again", again)] : []), note);
+    under.append(button("copy", (self) => copy(turn.content, self)), note);
     item.append(under);
   }
   return item;
 }
 
 function noteOf({ note }) {
-  if (!note) return "";
-  const end = note.end ? `${say(note.end)}; ` : "";
-  return end + say("tokens")(note.tokens, note.seconds);
+  const tokens = note.tokens ? say("tokens")(note.tokens) : "";
+  return [note.end && say(note.end), tokens, `${note.seconds} s`].filter(Boolean).join(" · ");
 }
 
 function button(name, pressed) {
@@ -127,11 +131,11 @@ function begin(image) {
   draw();
 }
 
-// A data URL of the file itself, or of a smaller copy if it is large.
+// A data URL of the file itself, or of a copy if it is large or of a kind that only browsers read.
 async function read(file) {
   const bitmap = await createImageBitmap(file);
   const scale = LARGEST_SIDE / Math.max(bitmap.width, bitmap.height);
-  if (scale >= 1 && file.size <= SENT_AS_IT_IS) return dataUrl(file);
+  if (scale >= 1 && file.size <= SENT_AS_IT_IS && READ_THERE.includes(file.type)) return dataUrl(file);
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * Math.min(1, scale)));
   canvas.height = Math.max(1, Math.round(bitmap.height * Math.min(1, scale)));
@@ -191,11 +195,10 @@ async function answer() {
   if (mine !== running) return;
   running = null;
   turn.note.seconds = ((performance.now() - began) / 1000).toFixed(1);
-  if (!turn.note.tokens) delete turn.note.tokens;
   if (!turn.content) forgetQuestion();
   draw();
   scroll(false);
-  at("question").focus();
+  if (at("key-row").hidden) at("question").focus();
 }
 
 // A question that got no answer goes back to where it was typed.
@@ -215,7 +218,10 @@ async function ask(path, options = {}) {
   } catch (error) {
     throw error.name === "AbortError" ? error : new Error(say("offline"));
   }
-  if (response.ok) return response;
+  if (response.ok) {
+    at("key-row").hidden = true;
+    return response;
+  }
   if (response.status === 401) {
     at("key-row").hidden = false;
     at("key").focus();
@@ -241,12 +247,6 @@ async function* events(body) {
       yield event;
     }
   }
-}
-
-function again() {
-  if (running) return;
-  chat.turns.pop();
-  answer();
 }
 
 function send() {
@@ -304,6 +304,8 @@ document.addEventListener("drop", (event) => {
   document.body.classList.remove("over");
   if (event.dataTransfer.files[0]) show(event.dataTransfer.files[0]);
 });
+
+addEventListener("pagehide", keep);
 
 // An answer that was coming when the page was left is as long as it had become.
 if (chat.turns.at(-1)?.role === "assistant" && !chat.turns.at(-1).content) chat.turns.splice(-2);

@@ -18,8 +18,8 @@ from infer.completions import Completions
 from infer.config import ServeConfig
 from infer.engine import Engine, open_engine
 from infer.guard import check_key, check_origin, is_loopback
-from infer.metrics import Metrics
 from infer.openai_api import ApiError
+from infer.prometheus import Metrics
 from infer.slots import Batcher
 from llava_core.console import say
 from llava_core.errors import LlavaError
@@ -146,8 +146,6 @@ class Server:
             return await handler(request)
         except ApiError as error:
             return _failed(error)
-        except ConnectionError:  # the client left; aiohttp knows what to do
-            raise
         except web.HTTPException as error:
             return _failed(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
         except Exception as error:
