@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 import uuid
@@ -44,7 +45,7 @@ class Completions:
         self.inside = 0
         """How many they are."""
         self._batcher, self._fetcher = batcher, fetcher
-        self._pictures = Pictures(batcher)
+        self._pictures, self._seeds = Pictures(batcher), itertools.count(config.seed)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         began, status = time.monotonic(), LEFT
@@ -117,8 +118,8 @@ class Completions:
 
     async def _job(self, request: web.Request, tell: Callable[[Piece], None]) -> tuple[Job, api.ChatRequest]:
         """What a request asks for; its image, which may be large, is let go."""
-        seed = self.config.seed + self.metrics.requests.total()  # where nobody gives one, no two are alike
-        defaults = dataclasses.replace(sampling_of(self.config), seed=seed)
+        # Where nobody gives a seed, no two requests have the same.
+        defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
         try:
             ids = self._batcher.engine.conversation.prompt(asked.messages)
