@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from infer.config import AskConfig, BatchConfig, ChatConfig
+from infer.config import AskConfig, BatchConfig, ChatConfig, ServeConfig
 from llava_core import cli
 
 COMMANDS = {
     "ask": cli.Command(AskConfig, "infer.ask:run"),
     "chat": cli.Command(ChatConfig, "infer.chat:run"),
     "batch": cli.Command(BatchConfig, "infer.batch:run"),
+    "serve": cli.Command(ServeConfig, "infer.serve:run"),
 }
 
 

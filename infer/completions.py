@@ -1,0 +1,216 @@
+"""`POST /v1/chat/completions`: from a request to its answer, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from aiohttp import web
+
+from infer import openai_api as api
+from infer.config import ServeConfig
+from infer.openai_api import ApiError
+from infer.pictures import Pictures
+from infer.prometheus import Metrics
+from infer.slots import STOPPING, Batcher, Job, Picture, Piece
+from llava_core.console import say
+from llava_core.fetch import Fetcher
+from llava_core.fingerprint import JsonDict
+from llava_core.preprocess import ImageError
+from llava_core.sampling import sampling_of
+from llava_core.status import Status
+from llava_core.tasks import time_limit
+
+SLOW_BODY = 60.0
+"""Seconds in which a request's body must have come."""
+STALLED = 60.0
+"""Seconds after which a client that takes nothing of its stream is left."""
+LEFT = 499
+"""Status in the metrics of a request whose client left."""
+
+
+class Completions:
+    """The requests that are here, each from the first byte of its body to the last of its answer."""
+
+    def __init__(
+        self, config: ServeConfig, model: str, batcher: Batcher, fetcher: Fetcher, metrics: Metrics
+    ) -> None:
+        self.config, self.model, self.metrics = config, model, metrics
+        self.inside = 0
+        """How many they are."""
+        self._batcher, self._fetcher = batcher, fetcher
+        self._pictures, self._seeds = Pictures(batcher), itertools.count(config.seed)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        began, status = time.monotonic(), LEFT
+        try:
+            with self._place():
+                response, status = await self._answer(request, began)
+            return response
+        except ApiError as error:
+            status = error.status
+            raise
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self.metrics.requests[status] += 1
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Room for one request more, taken before its body is read, so that memory is bounded."""
+        if self.inside >= self.config.slots + self.config.queue:
+            raise ApiError(429, f"{self.inside} requests are here already; try again soon", code="queue_full")
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    async def _answer(self, request: web.Request, began: float) -> tuple[web.StreamResponse, int]:
+        """The response, and the status to count, since a stream may fail after it began with 200."""
+        news: asyncio.Queue[Piece] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(piece: Piece) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, piece)
+
+        job, asked = await self._job(request, tell)
+        self._batcher.submit(job)
+        try:
+            shapes = api.Shapes(f"chatcmpl-{uuid.uuid4().hex}", self.model, asked.include_usage)
+            pieces = self._pieces(news, job, began)
+            if asked.stream:
+                return await _stream(request, shapes, pieces, job)
+            texts, finish = [], ""
+            async for piece in pieces:
+                texts.append(piece.text)
+                finish = piece.finish or ""
+            whole = shapes.whole("".join(texts), finish, _usage(job))
+            return web.json_response(whole, dumps=_json), 200
+        finally:
+            self._batcher.cancel(job)
+
+    async def _pieces(self, news: asyncio.Queue[Piece], job: Job, began: float) -> AsyncIterator[Piece]:
+        """The answer as it comes. Raises ApiError if it ends early."""
+        first = None
+        while True:
+            piece = await news.get()
+            if piece.error:
+                raise ApiError(503 if piece is STOPPING else 500, piece.error)
+            if first is None:
+                first = time.monotonic() - began
+                self.metrics.first_token.add(first)
+            if piece.finish:
+                seconds = time.monotonic() - began
+                self.metrics.add(seconds, job.prompt_tokens, job.reused, job.tokens)
+                tokens = f"{job.prompt_tokens} + {job.tokens} tokens"
+                say(f"{tokens}, first after {first:.2f} s, all in {seconds:.2f} s")
+            yield piece
+            if piece.finish:
+                return
+
+    async def _job(self, request: web.Request, tell: Callable[[Piece], None]) -> tuple[Job, api.ChatRequest]:
+        """What a request asks for; its image, which may be large, is let go."""
+        # Where nobody gives a seed, no two requests have the same.
+        defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
+        asked = api.parse_request(await self._body(request), self.model, defaults)
+        try:
+            ids = self._batcher.engine.conversation.prompt(asked.messages)
+        except Exception as error:  # templates raise errors of their own for what they do not know
+            raise ApiError(
+                400, f"the chat template refuses these messages: {error}", param="messages"
+            ) from None
+        picture = await self._picture(asked.image) if asked.image else None
+        job = Job(ids, picture, asked.sampling, tell)
+        if job.prompt_tokens >= self._batcher.context:
+            message = f"the context is {self._batcher.context} tokens, the messages take {job.prompt_tokens}"
+            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        return job, dataclasses.replace(asked, image=None)
+
+    async def _body(self, request: web.Request) -> bytes:
+        limit = self.config.max_bytes * 4 // 3 + (1 << 20)
+        too_large = ApiError(413, f"a request may have {limit:,} bytes")
+        if (request.content_length or 0) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async with time_limit(SLOW_BODY):
+                async for chunk in request.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body took over {SLOW_BODY:g} s") from None
+        return bytes(body)
+
+    async def _picture(self, url: str) -> Picture:
+        """Raises ApiError for an image that cannot be had or read."""
+        if url.startswith("data:"):
+            image = api.read_data_url(url, self.config.max_bytes)
+        elif self.config.allow_remote_images:
+            fetched = await self._fetcher.fetch(url)
+            self._fetcher.release(fetched)
+            if fetched.status is not Status.OK:
+                message = f"cannot fetch the image: {fetched.status.label} ({fetched.detail})"
+                raise ApiError(400, message, param="messages", code="invalid_image_url")
+            image = fetched.body
+        else:
+            message = "this server fetches no images; send a data URL, or start it with --allow-remote-images"
+            raise ApiError(400, message, param="messages", code="invalid_image_url")
+        try:
+            return await self._pictures.see(image)
+        except ImageError as error:
+            message = f"cannot read the image: {error.status.label} ({error})"
+            raise ApiError(400, message, param="messages", code="invalid_image") from None
+
+
+async def _stream(
+    request: web.Request, shapes: api.Shapes, pieces: AsyncIterator[Piece], job: Job
+) -> tuple[web.StreamResponse, int]:
+    """Server-sent events; what goes wrong from now on is told in one of them. The status is for metrics."""
+    status = 200
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+
+    async def send(content: bytes) -> None:
+        try:
+            async with time_limit(STALLED):
+                await response.write(content)
+        except asyncio.TimeoutError:
+            if request.transport:
+                request.transport.abort()
+            raise ConnectionResetError from None
+
+    try:
+        await response.prepare(request)
+        await send(api.event(shapes.chunk({"role": "assistant", "content": ""})))
+        try:
+            async for piece in pieces:
+                if piece.text:
+                    await send(api.event(shapes.chunk({"content": piece.text})))
+                if piece.finish:
+                    await send(api.event(shapes.chunk({}, piece.finish)))
+            if shapes.include_usage:
+                await send(api.event(shapes.usage_chunk(_usage(job))))
+        except ApiError as error:
+            status = error.status
+            await send(api.event(error.to_json()))
+        await send(api.DONE)
+        await response.write_eof()
+    except ConnectionError:
+        status = LEFT
+    return response, status
+
+
+def _json(content: JsonDict) -> str:
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _usage(job: Job) -> api.Usage:
+    return api.Usage(job.prompt_tokens, job.tokens, job.reused)

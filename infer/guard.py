@@ -1,0 +1,53 @@
+"""Whom the server answers: nobody without the key, and no other site's page in a visitor's browser."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import urllib.parse
+from collections.abc import Collection
+
+from infer.openai_api import ApiError
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server bound to `host` can be reached from its own machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_origin(host: str, origin: str | None, *, loopback: bool, allowed: Collection[str]) -> None:
+    """Raise ApiError (403) unless the headers Host and Origin are those of a client that is meant.
+
+    A browser tells in Origin which site's page asks: that has to be ours, or one that is allowed. A name that
+    was pointed at this machine after its page was loaded (DNS rebinding) makes both headers agree; so a
+    server bound to loopback knows itself by no other names, but those allowed.
+    """
+    sites = {site.partition("://")[2]: site for site in allowed}
+    if loopback and host not in sites and not is_loopback(_name(host)):
+        raise ApiError(403, f"this server is not {host}; name it with --allow-origin", code="forbidden_host")
+    if origin is None or origin in allowed or origin.partition("://")[2] == host:
+        return
+    raise ApiError(403, f"pages of {origin} may not ask; see --allow-origin", code="forbidden_origin")
+
+
+def _name(host: str) -> str:
+    """The header Host without its port; nothing if it is none."""
+    try:
+        return urllib.parse.urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def check_key(authorization: str | None, key: str | None) -> None:
+    """Raise ApiError (401) unless the header is `Bearer KEY`, or there is no key."""
+    if key is None:
+        return
+    given = (authorization or "").removeprefix("Bearer ").strip()
+    if not hmac.compare_digest(given.encode(errors="replace"), key.encode()):
+        message = (
+            "no valid API key in the Authorization header" if given else "this server asks for an API key"
+        )
+        raise ApiError(401, message, code="invalid_api_key")

@@ -1,0 +1,316 @@
+"use strict";
+
+// The page's words. Elements name theirs: data-text, data-label (for screen readers), data-hint (placeholder).
+const WORDS = {
+  en: {
+    anew: "New chat", drop: "Drop a picture here", how: "or paste it, or press to choose a file", choose: "Choose a picture",
+    dialogue: "Dialogue", question: "Ask about the picture", send: "Send", stop: "Stop", copy: "Copy", copied: "Copied",
+    key: "API key", first: "Describe this image in detail.", stopped: "stopped", cut: "cut: longest answer reached",
+    unread: "This file is no picture that can be read here.", askKey: "This server asks for an API key: enter it, then send again.",
+    offline: "The server does not answer.", broken: "The answer broke off.", tokens: (n) => `${n} tokens`,
+    picture: "The picture of this dialogue", another: "Choose another picture, for a new chat",
+  },
+  zh: {
+    anew: "新对话", drop: "把图片拖到这里", how: "或粘贴，或点击选择文件", choose: "选择图片",
+    dialogue: "对话", question: "就图片提问", send: "发送", stop: "停止", copy: "复制", copied: "已复制",
+    key: "API 密钥", first: "请描述这张图片。", stopped: "已停止", cut: "已截断：达到最大长度",
+    unread: "这个文件不是能读取的图片。", askKey: "服务器需要 API 密钥：填写后再次发送。",
+    offline: "服务器没有应答。", broken: "回答中断了。", tokens: (n) => `${n} 个 token`,
+    picture: "本次对话的图片", another: "换一张图片，开始新对话",
+  },
+};
+const LARGEST_SIDE = 1024; // of a picture that is sent; encoders see a few hundred pixels
+const SENT_AS_IT_IS = 400_000; // bytes of a file that needs no smaller copy
+const READ_THERE = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp"];
+
+const at = (id) => document.getElementById(id);
+const picked = store(() => localStorage), kept = store(() => sessionStorage);
+let language = picked.get("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
+let chat = kept.get("chat") || { image: null, turns: [] }; // turns: {role, content, note?}
+let model = null, running = null; // running: AbortController of the answer that comes
+
+// Storage may be switched off or full; the page then forgets when it is reloaded.
+function store(where) {
+  return {
+    get(name) { try { return JSON.parse(where().getItem(name)); } catch { return null; } },
+    set(name, value) { try { where().setItem(name, JSON.stringify(value)); } catch { /* full */ } },
+  };
+}
+
+const say = (name) => WORDS[language][name];
+
+function translate() {
+  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+  for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
+  for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", say(element.dataset.label));
+  for (const element of document.querySelectorAll("[data-hint]")) element.placeholder = say(element.dataset.hint);
+  at("language").textContent = language === "zh" ? "English" : "中文";
+  at("language").lang = language === "zh" ? "en" : "zh-CN";
+  draw();
+}
+
+function draw() {
+  at("shown").hidden = !chat.image;
+  at("invitation").hidden = Boolean(chat.image);
+  at("choose").classList.toggle("full", Boolean(chat.image));
+  if (chat.image) at("shown").src = chat.image;
+  at("shown").alt = say("picture");
+  at("choose").setAttribute("aria-label", say(chat.image ? "another" : "choose"));
+  at("turns").replaceChildren(...chat.turns.map(drawTurn));
+  at("stop").hidden = !running;
+  at("send").hidden = Boolean(running);
+  at("turns").setAttribute("aria-busy", String(Boolean(running))); // read out once it is whole
+  keep();
+}
+
+const keep = () => kept.set("chat", chat);
+
+function drawTurn(turn, index) {
+  const item = document.createElement("li"), words = document.createElement("div");
+  item.className = turn.role;
+  words.className = "words";
+  words.textContent = turn.content;
+  item.append(words);
+  const last = index === chat.turns.length - 1;
+  item.classList.toggle("running", Boolean(running) && last);
+  if (turn.role === "assistant" && !(running && last)) {
+    const under = document.createElement("div"), note = document.createElement("span");
+    under.className = "under";
+    note.textContent = noteOf(turn);
+    under.append(button("copy", (self) => copy(turn.content, self)), note);
+    item.append(under);
+  }
+  return item;
+}
+
+function noteOf({ note }) {
+  const tokens = note.tokens ? say("tokens")(note.tokens) : "";
+  return [note.end && say(note.end), tokens, `${note.seconds} s`].filter(Boolean).join(" · ");
+}
+
+function button(name, pressed) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = say(name);
+  made.addEventListener("click", () => pressed(made));
+  return made;
+}
+
+async function copy(text, self) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch { // no clipboard without https, but for localhost
+    const area = document.body.appendChild(Object.assign(document.createElement("textarea"), { value: text }));
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    self.focus();
+  }
+  self.textContent = say("copied");
+  setTimeout(() => { self.textContent = say("copy"); }, 1500);
+}
+
+// A picture belongs to the whole dialogue, so another one begins a new dialogue.
+async function show(file) {
+  try {
+    const image = await read(file);
+    begin(image);
+    at("question").value ||= say("first");
+    grow();
+    at("question").focus();
+  } catch {
+    complain(say("unread"));
+  }
+}
+
+function begin(image) {
+  running?.abort();
+  running = null;
+  chat = { image, turns: [] };
+  complain("");
+  draw();
+}
+
+// A data URL of the file itself, or of a copy if it is large or of a kind that only browsers read.
+async function read(file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = LARGEST_SIDE / Math.max(bitmap.width, bitmap.height);
+  if (scale >= 1 && file.size <= SENT_AS_IT_IS && READ_THERE.includes(file.type)) return dataUrl(file);
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(bitmap.width * Math.min(1, scale)));
+  canvas.height = Math.max(1, Math.round(bitmap.height * Math.min(1, scale)));
+  const pen = canvas.getContext("2d");
+  pen.fillStyle = "#fff"; // as the server does with what is transparent
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.imageSmoothingQuality = "high";
+  pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.92);
+}
+
+function dataUrl(file) {
+  return new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result);
+    reader.onerror = failed;
+    reader.readAsDataURL(file);
+  });
+}
+
+// What the server is sent: the picture goes with the first question.
+function messages() {
+  return chat.turns.map(({ role, content }, index) => {
+    if (index || !chat.image) return { role, content };
+    return { role, content: [{ type: "image_url", image_url: { url: chat.image } }, { type: "text", text: content }] };
+  });
+}
+
+async function answer() {
+  const mine = running = new AbortController(), began = performance.now();
+  const body = { model, stream: true, stream_options: { include_usage: true }, messages: messages() };
+  const turn = { role: "assistant", content: "", note: { tokens: 0, seconds: 0, end: "" } };
+  chat.turns.push(turn);
+  complain("");
+  draw();
+  scroll(true);
+  try {
+    const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: mine.signal });
+    let finish = null;
+    for await (const event of events(response.body)) {
+      const choice = event.choices[0];
+      if (event.usage) turn.note.tokens = event.usage.completion_tokens;
+      if (choice?.finish_reason) finish = choice.finish_reason;
+      if (choice?.delta.content && mine === running) {
+        turn.content += choice.delta.content;
+        at("turns").lastElementChild.firstElementChild.textContent = turn.content;
+        scroll(false);
+      }
+    }
+    if (!finish) throw new Error(say("broken"));
+    if (finish === "length") turn.note.end = "cut";
+  } catch (error) {
+    if (mine !== running) return; // another dialogue has begun
+    if (mine.signal.aborted) turn.note.end = "stopped";
+    else complain(error.message);
+  }
+  if (mine !== running) return;
+  running = null;
+  turn.note.seconds = ((performance.now() - began) / 1000).toFixed(1);
+  if (!turn.content) forgetQuestion();
+  draw();
+  scroll(false);
+  if (at("key-row").hidden) at("question").focus();
+}
+
+// A question that got no answer goes back to where it was typed.
+function forgetQuestion() {
+  chat.turns.pop();
+  const { content } = chat.turns.pop();
+  at("question").value ||= content;
+  grow();
+}
+
+async function ask(path, options = {}) {
+  const headers = { "Content-Type": "application/json" }, key = kept.get("key");
+  if (key) headers.Authorization = `Bearer ${key}`;
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error(say("offline"));
+  }
+  if (response.ok) {
+    at("key-row").hidden = true;
+    return response;
+  }
+  if (response.status === 401) {
+    at("key-row").hidden = false;
+    at("key").focus();
+    throw new Error(say("askKey"));
+  }
+  const told = await response.json().catch(() => null);
+  throw new Error(told?.error?.message || `HTTP ${response.status}`);
+}
+
+// Server-sent events as objects, up to [DONE]. Throws what the server says went wrong.
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
+      const data = text.slice(0, end).replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+function send() {
+  const content = at("question").value.trim();
+  if (running || !content) return;
+  at("question").value = "";
+  grow();
+  chat.turns.push({ role: "user", content });
+  answer();
+}
+
+const complain = (words) => { at("status").textContent = words; };
+
+// Follows the answer, unless the reader has scrolled up.
+function scroll(always) {
+  const page = document.scrollingElement;
+  if (always || page.scrollHeight - page.scrollTop - page.clientHeight < 160) page.scrollTop = page.scrollHeight;
+}
+
+function grow() {
+  at("question").style.height = "auto";
+  at("question").style.height = `${at("question").scrollHeight + 2}px`;
+}
+
+at("language").addEventListener("click", () => {
+  language = language === "zh" ? "en" : "zh";
+  picked.set("language", language);
+  translate();
+});
+at("anew").addEventListener("click", () => { begin(null); at("choose").focus(); });
+at("choose").addEventListener("click", () => at("file").click());
+at("file").addEventListener("change", () => {
+  if (at("file").files[0]) show(at("file").files[0]);
+  at("file").value = ""; // the same file may be chosen again
+});
+at("key").addEventListener("change", () => kept.set("key", at("key").value.trim()));
+at("stop").addEventListener("click", () => running?.abort());
+at("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+at("question").addEventListener("input", grow);
+at("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { // Enter also ends the choice of a Chinese word
+    event.preventDefault();
+    send();
+  }
+});
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
+  if (file) { event.preventDefault(); show(file); }
+});
+document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("over"); });
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("over"); });
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("over");
+  if (event.dataTransfer.files[0]) show(event.dataTransfer.files[0]);
+});
+
+addEventListener("pagehide", keep);
+
+// An answer that was coming when the page was left is as long as it had become.
+if (chat.turns.at(-1)?.role === "assistant" && !chat.turns.at(-1).content) chat.turns.splice(-2);
+translate();
+fetch("health").then((response) => response.json()).then((health) => {
+  model = health.model;
+  at("model").textContent = document.title = model;
+}).catch(() => complain(say("offline")));

@@ -1,0 +1,195 @@
+"""`infer serve`: an OpenAI-compatible server with a page to talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import signal
+import socket
+import traceback
+from collections.abc import Awaitable, Callable
+from importlib import resources
+
+from aiohttp import web
+
+from infer import openai_api as api
+from infer.completions import Completions
+from infer.config import ServeConfig
+from infer.engine import Engine, open_engine
+from infer.guard import check_key, check_origin, is_loopback
+from infer.openai_api import ApiError
+from infer.prometheus import Metrics
+from infer.slots import Batcher
+from llava_core.console import say
+from llava_core.errors import LlavaError
+from llava_core.fetch import Fetcher, FetchLimits
+from llava_core.fingerprint import JsonDict
+
+PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
+        "/page.js": ("page.js", "text/javascript")}  # fmt: skip
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": POLICY,
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def run(config: ServeConfig) -> JsonDict:
+    """Serve until Ctrl-C or SIGTERM. Raises LlavaError if the port is in use or the models do not fit."""
+    with listening(config.host, config.port) as listener:  # before the models, which take their time
+        server = Server(config, open_engine(config))
+        asyncio.run(server.serve(listener))
+    return server.summary()
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound, but does not yet take connections."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise LlavaError(f"cannot listen on {host}", got=error.strerror or error) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise LlavaError(f"port {port} of {host} is in use", do="choose another --port") from None
+        raise LlavaError(f"cannot listen on {host}:{port}", got=error.strerror or error) from None
+    return listener
+
+
+class Server:
+    """The routes, and what they share."""
+
+    def __init__(self, config: ServeConfig, engine: Engine) -> None:
+        self.config, self.engine = config, engine
+        folder = config.checkpoint.resolve() if config.checkpoint.name in ("", "..") else config.checkpoint
+        self.model = config.model_id or "/".join(folder.absolute().parts[-2:])
+        self.created = int(folder.stat().st_mtime)
+        self.batcher = Batcher(engine, config.slots, config.context)
+        self.metrics = Metrics()
+        limits = FetchLimits(max_bytes=config.max_bytes, retries=1, allow_private=config.allow_private)
+        self.fetcher = Fetcher(limits)
+        self.completions = Completions(config, self.model, self.batcher, self.fetcher, self.metrics)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve on a bound socket until a signal comes."""
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+        async with self.fetcher:
+            await runner.setup()
+            await web.SockSite(runner, listener).start()
+            self._greet(*listener.getsockname()[:2])
+            await stop.wait()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+            say("stopping")
+            await asyncio.to_thread(self.batcher.close)
+            await runner.cleanup()
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self._answering])
+        app.on_response_prepare.append(self._finish_headers)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{id:.+}", self._one_model)
+        app.router.add_post("/v1/chat/completions", self.completions.handle)
+        for path in PAGE:
+            app.router.add_get(path, self._page)
+        return app
+
+    def summary(self) -> JsonDict:
+        metrics = self.metrics
+        answered, all_of_them = metrics.requests[200], metrics.requests.total()
+        say(f"{answered:,} of {all_of_them:,} questions answered, {metrics.completion_tokens:,} tokens said")
+        tokens = {"prompt_tokens": metrics.prompt_tokens, "completion_tokens": metrics.completion_tokens}
+        return {"requests": all_of_them, "answered": answered, **tokens}
+
+    def _greet(self, host: str, port: int) -> None:
+        base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        say(f"{self.model} at {base} (a page) and {base}/v1 (OpenAI's interface); Ctrl-C stops")
+        question = json.dumps({"messages": [{"role": "user", "content": "你好"}]}, ensure_ascii=False)
+        key = "-H 'Authorization: Bearer KEY' " if self.config.api_key else ""
+        say(f"try: curl {base}/v1/chat/completions {key}-d '{question}'")
+        if not is_loopback(host) and not self.config.api_key:
+            say("anybody who reaches this port may use it; --api-key asks for a key")
+
+    # What surrounds every route.
+
+    @web.middleware
+    async def _answering(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Whom to answer; whatever goes wrong gets OpenAI's shape."""
+        try:
+            check_origin(
+                request.headers.get("Host", ""),
+                request.headers.get("Origin"),
+                loopback=is_loopback(self.config.host),
+                allowed=self.config.allow_origin,
+            )
+            if request.method == "OPTIONS" and request.headers.get("Origin") in self.config.allow_origin:
+                return web.Response(status=204)
+            if request.path not in (*PAGE, "/health"):
+                check_key(request.headers.get("Authorization"), self.config.api_key)
+            return await handler(request)
+        except ApiError as error:
+            return _failed(error)
+        except web.HTTPException as error:
+            return _failed(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
+        except Exception as error:
+            traceback.print_exception(error)
+            return _failed(ApiError(500, "a fault of the server; its log says more"))
+
+    async def _finish_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(HEADERS)
+        if (origin := request.headers.get("Origin")) in self.config.allow_origin and origin:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+            response.headers["Vary"] = "Origin"
+
+    # The small routes.
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        name, kind = PAGE[request.path]
+        return web.Response(body=resources.files("infer").joinpath(name).read_bytes(), content_type=kind)
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"status": "ok", "model": self.model})
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        gauges = {
+            "requests_inside": ("Chat requests that are read, waiting or answered.", self.completions.inside),
+            "requests_waiting": ("Chat requests that wait for a slot.", len(self.batcher.waiting)),
+            "slots": ("Answers that can be given at a time.", self.config.slots),
+            "slots_busy": ("Answers that are being given.", self.batcher.busy),
+        }
+        return web.Response(
+            text=self.metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(api.list_json([api.model_json(self.model, self.created)]))
+
+    async def _one_model(self, request: web.Request) -> web.StreamResponse:
+        if (asked := request.match_info["id"]) != self.model:
+            raise ApiError(404, f"no model {asked!r} here", param="model", code="model_not_found")
+        return web.json_response(api.model_json(self.model, self.created))
+
+
+def _failed(error: ApiError) -> web.Response:
+    response = web.json_response(error.to_json(), status=error.status)
+    if error.status == 429:
+        response.headers["Retry-After"] = "1"
+    return response

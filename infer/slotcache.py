@@ -1,0 +1,78 @@
+"""Keys and values of several sequences of unlike length, each in a row of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+GRAIN = 256
+"""Tokens by which the rows grow."""
+
+
+class SlotCache(DynamicCache):  # type: ignore[misc]
+    """A transformers cache in which every sequence stands at the left of its row and has its own length.
+
+    Nothing moves when a sequence begins or ends, and a step writes one token to each row that it is for. Only
+    `update` is transformers' own interface, which has stayed as it is from 4.53 to 5; masks and positions
+    are given to the model outright by `reading`. Rows hold zeros or what an earlier sequence left, never
+    NaN, so what a mask hides counts for nothing.
+    """
+
+    def __init__(self, rows: int, context: int) -> None:
+        super().__init__()
+        self.rows, self.context = rows, context
+        self.room = min(GRAIN, context)
+        """Tokens that each row has memory for; grows up to `context`, never shrinks."""
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def reading(
+        self, rows: Sequence[int], held: Sequence[int], new: int, like: torch.Tensor
+    ) -> dict[str, Any]:
+        """What the model must be told to read `new` tokens after the `held` ones of each of these rows.
+
+        Mask [B, 1, new, longest] and positions [B, new], of the dtype and on the device of `like`.
+        """
+        device, end = like.device, max(held) + new
+        assert end <= self.context
+        self._grow(end)
+        self._at = torch.tensor(rows, device=device)
+        self._end, self._all = end, list(rows) == list(range(self.rows))
+        self._positions = torch.tensor(held, device=device)[:, None] + torch.arange(new, device=device)
+        hidden = torch.arange(end, device=device) > self._positions[..., None]
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=device)
+        return {
+            "past_key_values": self,
+            "position_ids": self._positions,
+            "attention_mask": mask.masked_fill(hidden, torch.finfo(like.dtype).min)[:, None],
+            "use_cache": True,
+        }
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep [B, heads, new, width] of the rows being read; all that these rows hold then."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = (self._empty(key_states), self._empty(value_states))
+        keys, values = self._layers[layer_idx]
+        return self._put(keys, key_states), self._put(values, value_states)
+
+    def _put(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        kept[self._at[:, None], :, self._positions] = new.transpose(1, 2)
+        kept = kept[:, :, : self._end]
+        return kept if self._all else kept.index_select(0, self._at)
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self.rows, like.shape[1], self.room, like.shape[3])
+
+    def _grow(self, length: int) -> None:
+        if length <= self.room:
+            return
+        room = min(self.context, max(2 * self.room, -(-length // GRAIN) * GRAIN))
+        for index, kept in self._layers.items():
+            keys, values = (F.pad(tensor, (0, 0, 0, room - self.room)) for tensor in kept)
+            self._layers[index] = (keys, values)
+        self.room = room

@@ -1,0 +1,167 @@
+"""The page of `infer serve` in a real browser: what a person does, and what the screen shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infer.config import AskConfig
+from infer.engine import open_engine
+from infer.session import Session
+from llava_core.sampling import Sampling
+from tests.devtools import Tab, browsing
+from tests.llava_server import Served, llava_server
+from tests.small_world import World, write_world
+
+LONG = 300
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def served(world: World) -> Iterator[Served]:
+    with llava_server(*world.flags, "--max-tokens", LONG, "--api-key", "geheim") as served:
+        yield served
+        served.stop()
+
+
+@pytest.fixture
+def tab(served: Served, tmp_path: Path) -> Iterator[Tab]:
+    with browsing(tmp_path / "profile") as tab:
+        tab.call("Runtime.enable")
+        tab.screen(900, 800)
+        tab.open(served.base + "/")
+        tab.until("model")
+        yield tab
+
+
+def enter_key(tab: Tab) -> None:
+    """The first question is refused and comes back; with the key it can be sent."""
+    tab.run("at('question').focus()")
+    tab.type("看")
+    tab.key("Enter")
+    tab.until("!running && !at('key-row').hidden && document.activeElement === at('key')")
+    assert tab.run("at('status').textContent") == tab.run("say('askKey')")
+    assert tab.run("[at('question').value, chat.turns.length]") == ["看", 0]
+    tab.type("geheim")
+
+
+def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, world: World) -> None:
+    tab.run("""
+        window.lengths = new Set();
+        new MutationObserver(() => {
+          const words = document.querySelector('.assistant .words');
+          if (words) lengths.add(words.textContent.length);
+        }).observe(at('turns'), { subtree: true, childList: true, characterData: true });
+        0
+    """)
+    tab.drop(world.images[0], 450, 200)
+    tab.until("chat.image && at('shown').complete && at('shown').naturalWidth === 40")
+    assert tab.run("[at('question').value, document.activeElement.id]") == [
+        "Describe this image in detail.",
+        "question",
+    ]
+    tab.run("at('question').value = ''")
+    enter_key(tab)
+    tab.key("Enter")
+    tab.until("!running && chat.turns.length === 2")
+    config = AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image="")
+    session = Session(open_engine(config), Sampling(max_tokens=LONG))
+    session.show(str(world.images[0]))
+    expected = "".join(session.ask("看"))
+    assert tab.run("document.querySelector('.assistant .words').textContent") == expected
+    assert tab.run("lengths.size") > 10
+    assert tab.run("document.querySelector('.under').textContent").startswith(
+        "Copycut: longest answer reached"
+    )
+
+    # The dialogue outlives a reload; the next question is sent with all that came before.
+    tab.open(served.base + "/?again")
+    tab.until("model && at('shown').naturalWidth === 40")
+    assert tab.run("[...document.querySelectorAll('.words')].map((e) => e.textContent)") == ["看", expected]
+    tab.run("at('question').focus()")
+    tab.type("再")
+    tab.key("Enter", shift=True)
+    tab.type("看")
+    assert tab.run("at('question').value") == "再\n看"
+    tab.key("Enter")
+    tab.until("!running && chat.turns.length === 4")
+    assert tab.run("chat.turns[3].content.trim()") == "".join(session.ask("再\n看")).strip()
+
+    # Another picture is another dialogue.
+    tab.drop(world.images[1], 200, 150)
+    tab.until("chat.turns.length === 0 && document.querySelectorAll('.words').length === 0")
+
+
+def test_stop_by_key_and_by_button(tab: Tab) -> None:
+    enter_key(tab)
+    for stop in ("Escape", "button"):
+        tab.run("at('question').value = '说'; at('question').focus()")
+        tab.key("Enter")
+        tab.until("running && chat.turns.at(-1).content.length > 3")
+        if stop == "button":
+            tab.run("at('stop').click()")
+        else:
+            tab.key("Escape")
+        tab.until("!running")
+        assert tab.run("document.querySelector('li:last-child .under').textContent").startswith("Copystopped")
+        assert tab.run("at('stop').hidden && !at('send').hidden")
+    tab.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    tab.run("document.querySelector('li:last-child button').click()")
+    tab.until("document.querySelector('li:last-child button').textContent === 'Copied'")
+    assert tab.run("navigator.clipboard.readText()") == tab.run("chat.turns.at(-1).content")
+
+
+def test_paste_and_large_and_broken_files(tab: Tab, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 2048, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(large)
+    tab.drop(large, 450, 200)
+    tab.until("chat.image && at('shown').naturalWidth === 1024")
+    assert tab.run("chat.image").startswith("data:image/jpeg;base64,")
+    (tmp_path / "no.png").write_text("no picture")
+    tab.drop(tmp_path / "no.png", 450, 200)
+    tab.until("at('status').textContent === say('unread')")
+    assert tab.run("at('shown').naturalWidth") == 1024
+    tab.run("""(async () => {
+        const canvas = new OffscreenCanvas(30, 20);
+        canvas.getContext("2d").fillRect(0, 0, 30, 20);
+        const data = new DataTransfer();
+        data.items.add(new File([await canvas.convertToBlob()], "a.png", { type: "image/png" }));
+        document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, cancelable: true }));
+    })()""")
+    tab.until("at('shown').naturalWidth === 30")
+    assert tab.run("chat.image").startswith("data:image/png;base64,")
+
+
+def test_languages_themes_phone_and_keyboard(tab: Tab) -> None:
+    assert tab.run("[document.documentElement.lang, at('send').textContent]") == ["en", "Send"]
+    tab.run("at('language').focus()")
+    tab.key("Enter")
+    assert tab.run("[document.documentElement.lang, at('send').textContent]") == ["zh-CN", "发送"]
+    assert tab.run("at('question').getAttribute('aria-label')") == "就图片提问"
+    assert tab.run("Object.keys(WORDS.zh).sort()") == tab.run("Object.keys(WORDS.en).sort()")
+
+    paper = []
+    for dark in (False, True):
+        tab.screen(360, 640, dark=dark, mobile=True)
+        assert tab.run("document.documentElement.scrollWidth") == 360
+        paper.append(tab.run("getComputedStyle(document.body).backgroundColor"))
+        for element in ("send", "choose", "anew", "language"):
+            assert tab.run(f"at('{element}').getBoundingClientRect().height") >= 40  # for fingers
+    assert paper[0] != paper[1]
+    reached = []
+    tab.run("at('anew').focus()")
+    for _ in range(4):
+        tab.key("Tab")
+        reached.append(tab.run("document.activeElement.id"))
+    assert reached == ["language", "choose", "question", "send"]
+    named = "[...document.querySelectorAll('button, textarea, input:not([type=file])')]"
+    assert tab.run(f"{named}.every((e) => e.textContent.trim() || e.ariaLabel || e.labels?.length)")

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from infer.openai_api import ApiError, ChatRequest, Shapes, Usage, event, parse_request, read_data_url
+from llava_core.sampling import Sampling
+
+USER = {"role": "user", "content": "看"}
+PNG = "data:image/png;base64,iVBORw0KGgo="
+
+
+def parse(body: bytes | None = None, **fields: Any) -> ChatRequest:
+    content = json.dumps({"messages": [USER], **fields}).encode() if body is None else body
+    return parse_request(content, "run/last", Sampling(max_tokens=9, seed=5))
+
+
+def image(url: str = PNG) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def test_a_bare_request() -> None:
+    assert parse() == ChatRequest([USER], None, Sampling(max_tokens=9, seed=5), False, False)
+
+
+def test_every_field() -> None:
+    asked = parse(
+        model="run/last",
+        messages=[
+            {"role": "developer", "content": "简短。"},
+            {"role": "user", "content": [image(), text("一"), text("二")]},
+            {"role": "assistant", "content": None},
+            {"role": "user", "content": [text("三"), image()]},
+        ],
+        stream=True,
+        stream_options={"include_usage": True},
+        max_tokens=3,
+        max_completion_tokens=4,
+        temperature=1,
+        top_p=0.5,
+        top_k=7,
+        repetition_penalty=1.5,
+        seed=-1,
+        stop=["。", "\n"],
+        n=1,
+        user="me",
+        unknown={"deeply": ["ignored"]},
+    )  # fmt: skip
+    assert asked.messages == [
+        {"role": "system", "content": "简短。"},
+        {"role": "user", "content": "一\n二"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "三"},
+    ]
+    assert asked.image == PNG
+    assert (asked.stream, asked.include_usage) == (True, True)
+    assert asked.sampling == Sampling(
+        max_tokens=4, temperature=1, top_p=0.5, top_k=7, repetition_penalty=1.5, seed=-1, stop=("。", "\n")
+    )
+    assert parse(stop="x", temperature=None, stream_options=None).sampling.stop == ("x",)
+    assert (
+        parse(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": PNG}]}]).image == PNG
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "gpt-4o"}, 404, "model"),
+        ({"n": 2}, 400, "n"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": "hello"}, 400, "messages"),
+        ({"messages": ["hello"]}, 400, "messages[0]"),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "messages[1].role"),
+        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, 400, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "messages[0].content[0].text"),
+        ({"messages": [{"role": "system", "content": [image()]}, USER]}, 400, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [image(), image(PNG + "A")]}]}, 400, "messages"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_completion_tokens": 1.5}, 400, "max_completion_tokens"),
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": float("nan")}, 400, "temperature"),
+        ({"temperature": float("inf")}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"seed": 1 << 70}, 400, "seed"),
+        ({"stop": ""}, 400, "stop"),
+        ({"stop": ["a"] * 17}, 400, "stop"),
+        ({"stop": {"a": 1}}, 400, "stop"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(fields: dict[str, Any], status: int, param: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        parse(**fields)
+    assert (raised.value.status, raised.value.param) == (status, param)
+    assert raised.value.to_json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"a":"' + b"\xff" + b'"}', b"[" * 100_000])
+def test_what_is_no_json(body: bytes) -> None:
+    with pytest.raises(ApiError, match="the body is no JSON") as raised:
+        parse(body)
+    assert raised.value.status == 400
+
+
+def test_data_urls() -> None:
+    data = bytes(range(256)) * 4
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    assert read_data_url(url, len(data)) == data
+    for wrong, status in [
+        (url, 413),
+        ("data:image/png,abc", 400),
+        ("data:image/png;base64", 400),
+        ("data:image/png;base64,?", 400),
+        ("data:image/png;base64,图", 400),
+    ]:
+        with pytest.raises(ApiError) as raised:
+            read_data_url(wrong, 900)
+        assert raised.value.status == status
+
+
+def test_errors_by_status() -> None:
+    kinds = {status: ApiError(status, "x").to_json()["error"]["type"] for status in (401, 403, 413, 429, 500)}
+    assert list(kinds.values()) == [
+        "authentication_error",
+        "permission_error",
+        "invalid_request_error",
+        "rate_limit_error",
+        "server_error",
+    ]
+
+
+def test_shapes() -> None:
+    shapes = Shapes("chatcmpl-1", "m", include_usage=True, created=7)
+    head = {"id": "chatcmpl-1", "created": 7, "model": "m"}
+    usage = {
+        "prompt_tokens": 5,
+        "completion_tokens": 2,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    message = {"role": "assistant", "content": "好", "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    assert shapes.whole("好", "stop", Usage(5, 2, 4)) == {
+        **head, "object": "chat.completion", "choices": [choice], "usage": usage,
+    }  # fmt: skip
+    chunk = {**head, "object": "chat.completion.chunk"}
+    delta = {"index": 0, "delta": {"content": "好"}, "logprobs": None, "finish_reason": None}
+    assert shapes.chunk({"content": "好"}) == {**chunk, "choices": [delta], "usage": None}
+    assert "usage" not in Shapes("i", "m").chunk({})
+    assert shapes.usage_chunk(Usage(5, 2, 4)) == {**chunk, "choices": [], "usage": usage}
+    assert event({"a": "好\n"}) == 'data: {"a": "好\\n"}\n\n'.encode()
