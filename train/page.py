@@ -72,7 +72,8 @@ def _figure(picture: Picture) -> str:
         for svg in (picture.light, picture.dark)
     )
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f"<figure{' class=broad' if picture.broad else ''}><picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{escape(picture.caption)}"></picture>'
         f"<figcaption>{escape(picture.caption)}.</figcaption></figure>"
     )

@@ -1,4 +1,4 @@
-"""The pictures of a sweep: loss against learning rate, parallel coordinates, and every curve.
+"""The pictures of a sweep: loss against learning rate, every curve, and parallel coordinates.
 
 Each is drawn twice: as PNG in the sweep's folder, and as SVG on light and on dark paper for its page.
 """
@@ -43,6 +43,8 @@ class Picture:
     caption: str
     light: str
     dark: str
+    broad: bool
+    """Wants the page's whole width."""
 
 
 def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Picture]:
@@ -51,36 +53,44 @@ def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Picture]:
         return []
     wanted: list[tuple[str, str, Callable[[dict[str, str]], Figure]]] = []
     if "lr" in space.axes:
-        caption = "Held-out loss against learning rate: a dot for each run, a line through the means of seeds"
-        wanted.append(("loss-lr", caption, lambda theme: loss_against_lr(rows, theme)))
-    if len(space.axes) > 1:
-        caption = "A line for each point, from its values to its loss; the best is drawn thick"
-        wanted.append(("parallel", caption, lambda theme: parallel(space, rows, theme)))
+        caption = (
+            "Held-out loss against learning rate: a dot for each run, a cross for one that was pruned, a "
+        )
+        caption += "triangle for one far above; lines through the means of seeds"
+        wanted.append(("loss-lr", caption, lambda theme: loss_against_lr(space, rows)))
     caption = "Held-out loss of every run; a cross where one was pruned"
     wanted.append(("curves", caption, lambda theme: curves(rows, theme)))
+    if len(space.axes) > 1:
+        caption = (
+            "A line for each point, from its values to its loss, dotted if none finished; the best is thick"
+        )
+        wanted.append(("parallel", caption, lambda theme: parallel(space, rows, theme)))
     pictures = []
     for name, caption, figure in wanted:
         light, dark = (_svg(figure, theme) for theme in (LIGHT, DARK))
-        pictures.append(Picture(name, caption, light, dark))
+        pictures.append(Picture(name, caption, light, dark, name == "parallel" and len(space.axes) > 3))
         partial = folder / f"{name}.png.part"
         _save(figure, LIGHT, partial, format="png", dpi=150)
         partial.replace(folder / f"{name}.png")
     return pictures
 
 
-def loss_against_lr(rows: Sequence[Row], theme: dict[str, str]) -> Figure:
-    """One line for each combination of the other values."""
+def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
+    """One colour for each combination of the other values, or of the first keys that make few enough."""
+    known = [row for row in rows if row.loss is not None]
+    others = [key for key in space.axes if key != "lr"]
+    named = [key for key in others if isinstance(space.axes[key], Choices)]
+    while len({_named(row, named) for row in known}) > LEGEND:
+        named.pop()
     lines: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.loss is not None:
-            others = ", ".join(shown(value) for key, value in row.point.items() if key != "lr")
-            lines.setdefault(others, []).append(row)
+    for row in known:
+        lines.setdefault(_named(row, named), []).append(row)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     losses = [record.loss for row in rows for record in row.records if record.loss is not None]
     top = _top(losses)
-    colours = _colours(len(lines))
-    connected = len(rows) > len(lines)  # some learning rates were tried with the same other values
-    for colour, (name, members) in zip(colours, sorted(lines.items()), strict=True):
+    connected = named == others and len(known) > len(lines)  # by learning rates tried with the same others
+    for k, (name, members) in enumerate(sorted(lines.items())):
+        colour = plt.get_cmap("tab10")(k)
         members = sorted(members, key=_lr)
         if connected:
             means = [(_lr(row), row.loss) for row in members if row.state == "finished"]
@@ -104,16 +114,18 @@ def loss_against_lr(rows: Sequence[Row], theme: dict[str, str]) -> Figure:
                         zorder=2,
                     )
         axes.plot([], [], "o-" if connected else "o", color=colour, label=name or "all")
-    if 1 < len(lines) <= LEGEND:
+    if len(lines) > 1:
         figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     rates = [_lr(row) for row in rows]
     if max(rates) / min(rates) > 3:
         axes.set_xscale("log")
+    if isinstance(space.axes["lr"], Choices) and len(set(rates)) <= LABELS:
+        axes.set_xticks(sorted(set(rates)), map(shown, sorted(set(rates))))
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.margins(x=0.08)
     _limit(axes, losses, top)
     axes.set(xlabel="learning rate", ylabel="held-out loss (nats per answer token)")
-    axes.grid(which="both", axis="x", linewidth=0.5)
-    axes.grid(axis="y", linewidth=0.5)
+    axes.grid(linewidth=0.5)
     return figure
 
 
@@ -144,6 +156,8 @@ def parallel(space: Space, rows: Sequence[Row], theme: dict[str, str]) -> Figure
     for k, scale in enumerate(scales):
         axes.axvline(k, color=theme["ink"], linewidth=0.8, zorder=1)
         for height, label in scale.ticks():
+            if k == len(space.axes) and height == 1 and top < max(losses):
+                label = f"≥ {label}"
             axes.annotate(
                 label,
                 (k, height),
@@ -263,6 +277,10 @@ def _at_the_end(record: Record) -> float:
     return math.inf if record.loss is None else record.loss
 
 
+def _named(row: Row, keys: Sequence[str]) -> str:
+    return ", ".join(shown(row.point[key]) for key in keys)
+
+
 def _lr(row: Row) -> float:
     return float(row.point["lr"])
 
@@ -279,12 +297,6 @@ def _limit(axes: Any, losses: Sequence[float], top: float) -> None:
     low = min(losses)
     margin = 0.07 * (top - low) or 0.05 * abs(low) or 1.0
     axes.set_ylim(low - margin, top + margin)
-
-
-def _colours(n: int) -> list[Any]:
-    if n <= LEGEND:
-        return list(plt.get_cmap("tab10").colors[:n])
-    return [plt.get_cmap("viridis")(0.1 + 0.8 * k / (n - 1)) for k in range(n)]
 
 
 def _shade(theme: dict[str, str], share: float) -> Any:

@@ -153,8 +153,8 @@ def run_config(base: RunConfig, point: Point, out: Path) -> RunConfig:
 
 
 def shown(value: object) -> str:
-    """A value as short as it can be said."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value, with four digits of a fraction."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def words(point: Mapping[str, object]) -> str:
