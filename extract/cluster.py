@@ -8,26 +8,21 @@ again but retries none of their calls: it would ask the same worker only, whose 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import os
-import signal
-import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from extract.config import RunConfig
 from extract.share import Share
 from extract.sources.base import Source
 from extract.summary import TOP_HOSTS
-from extract.worker import Ready, Tally, Trouble, Worker, code_digest
+from extract.worker import OUR_CODE, Ready, Trouble, Worker
+from llava_core.cluster import Plan, Tally, code_digest, connected, plan_workers
 from llava_core.console import progress, say
-from llava_core.errors import LlavaError, first_line
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
-CPUS_PER_WORKER = 4
-"""Where there is no GPU, and no smaller node."""
 MOST_TRIES = 5
 """Workers that may die over one file before it counts as the cause."""
 RESTART_SECONDS = 2.0
@@ -36,21 +31,6 @@ LOCK_SECONDS = 180.0
 """Longest wait for the lock of a worker that died: NFS gives it back after its lease."""
 REPORT_AFTER = 60.0
 """Seconds without any worker until we say so."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to ask Ray for."""
-
-    workers: int
-    cpus: int
-    """CPU cores of each."""
-    gpus: int
-    """GPUs of each: 1 or 0."""
-
-    def __str__(self) -> str:
-        each = f"{self.cpus} CPU core{'' if self.cpus == 1 else 's'}" + (" and a GPU" if self.gpus else "")
-        return f"{self.workers} worker{'' if self.workers == 1 else 's'} of {each}"
 
 
 def fill_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
@@ -74,73 +54,6 @@ def fill_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
     if dispatch.errors:
         raise _summed_up(dispatch.errors, len(sources))
     return merged(dispatch.figures)
-
-
-@contextlib.contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected. Raises LlavaError if it is not installed or nothing answers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise LlavaError(
-            "--ray needs the extra cluster", do="pip install 'llava-align[cluster]' on every node"
-        ) from None
-    ours = signal.getsignal(signal.SIGTERM)
-    # Ray tells on standard output, which is ours, of every worker that dies.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            host, _, port = address.rpartition(":")
-            if host and port.isdecimal():  # Ray itself would try for a minute and then end this process
-                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-            elif address != "auto":  # `local` would start a cluster, and leave a token in the home folder
-                raise ValueError("no port")
-            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise LlavaError(
-                f"no Ray cluster at {address}",
-                expected="auto or HOST:6379",
-                got=first_line(error),
-                do="run `ray start --head`, and this on one of its nodes, with its RAY_AUTH_TOKEN if any",
-            ) from None
-        finally:
-            signal.signal(signal.SIGTERM, ours)
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
-
-
-def plan_workers(nodes: Sequence[Mapping[str, float]], device: str, workers: int | None, files: int) -> Plan:
-    """One worker for each GPU, or, without any, for every CPUS_PER_WORKER cores; `nodes` are their resources.
-
-    Raises LlavaError if the cluster has not what the flags ask for.
-    """
-    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1 and device != "cpu"]
-    if device == "cuda" and not with_gpu:
-        raise LlavaError("--device cuda", got="a Ray cluster without a GPU", do="use --device cpu")
-    if with_gpu:
-        most = sum(int(node["GPU"]) for node in with_gpu)
-        cpus = int(min(node.get("CPU", 0) // node["GPU"] for node in with_gpu))
-    else:
-        cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-        if not cores:
-            raise LlavaError("the Ray cluster has no CPU core to give", do="see `ray status`")
-        fitting = {each: sum(core // each for core in cores) for each in range(1, max(cores) + 1)}
-        most = fitting[1]
-        if workers is None:
-            cpus = min(CPUS_PER_WORKER, *cores)
-            workers = fitting[cpus]
-        else:
-            cpus = max((each for each, fit in fitting.items() if fit >= workers), default=1)
-    if workers is not None and workers > most:
-        raise LlavaError(
-            "--ray-workers",
-            expected=f"at most {most}, the {'GPUs' if with_gpu else 'CPU cores'} of the Ray cluster",
-            got=workers,
-            exit_code=2,
-        )
-    return Plan(min(workers or most, files), cpus, 1 if with_gpu else 0)
 
 
 def merged(all_figures: Sequence[JsonDict]) -> JsonDict:
@@ -210,7 +123,7 @@ class Dispatch:
             device="cuda" if plan.gpus else "cpu",
             decoders=config.decoders or max(1, plan.cpus),
         )
-        self.workers = [actor.remote(config, code_digest()) for _ in range(plan.workers)]
+        self.workers = [actor.remote(config, code_digest(*OUR_CODE)) for _ in range(plan.workers)]
         self.calls.update((worker.ready.remote(), (worker, None)) for worker in self.workers)
 
     def run(self) -> None:

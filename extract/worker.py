@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 import socket
 import time
 from pathlib import Path
@@ -18,13 +17,15 @@ from extract.filling import Filling
 from extract.run import describe, fill, is_done, open_filling, open_tower
 from extract.sources.base import Source
 from extract.summary import summarise
+from llava_core.cluster import Lines, code_digest
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict, sha256_files
+from llava_core.fingerprint import JsonDict
 from llava_core.lock import Held
 from llava_core.shard_writer import FinishedMeanwhile
 from llava_core.shards import Shard
 from llava_core.vision import VisionTower
 
+OUR_CODE = ("extract", "llava_core")
 TELL_SECONDS = 1.0
 """Between two reports of the rows done."""
 
@@ -48,26 +49,6 @@ class Trouble:
     """The file's own fault; else the worker's, and another may do better."""
 
 
-class Tally:
-    """An actor beside the driver, to whom the workers tell how they get on."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, int] = {}
-        self.lines: list[str] = []
-
-    def count(self, name: str, rows: int) -> None:
-        """So many rows of this file are done."""
-        self.rows[name] = rows
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def news(self) -> tuple[int, list[str]]:
-        """Rows done in all, and the lines said since the last time."""
-        lines, self.lines = self.lines, []
-        return sum(self.rows.values()), lines
-
-
 class Worker:
     """An actor that fills one shard after the other."""
 
@@ -82,7 +63,7 @@ class Worker:
 
     def ready(self) -> Ready | Trouble:
         """Open the tower."""
-        if code_digest() != self.code:
+        if code_digest(*OUR_CODE) != self.code:
             return Trouble(f"{self.host} has another version of llava-align; install the same on every node")
         try:
             return Ready(self.host, self.tower.fingerprint, describe(self.tower))
@@ -149,24 +130,3 @@ class Rows:
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-class Lines(io.TextIOBase):
-    """Standard error, each line of which the driver shows with our host's name."""
-
-    def __init__(self, tally: Any, host: str) -> None:
-        self.tally, self.host, self.rest = tally, host, ""
-
-    def write(self, text: str) -> int:
-        *lines, self.rest = (self.rest + text).split("\n")
-        for line in filter(str.strip, lines):
-            self.tally.say.remote(f"{self.host}: {line}")
-        return len(text)
-
-
-def code_digest() -> str:
-    """Of the code that decides what is written: the same on every node that works together."""
-    root = Path(__file__).parents[1]
-    return sha256_files(
-        sorted(path for name in ("extract", "llava_core") for path in (root / name).rglob("*.py"))
-    )

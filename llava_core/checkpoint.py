@@ -162,10 +162,10 @@ def _damaged(folder: Path, error: Exception) -> LlavaError:
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to its sibling `target`, replacing it in one step."""
+    """Make `link` a relative symbolic link to `target`, replacing it in one step."""
     partial = link.with_name(link.name + ".part")
     partial.unlink(missing_ok=True)
-    partial.symlink_to(target.name)
+    partial.symlink_to(os.path.relpath(target, link.parent))
     partial.replace(link)
 
 

@@ -8,10 +8,11 @@ import time
 
 from llava_core import cli
 from llava_core.console import silence
-from train.config import EvalConfig, PlanConfig, RunConfig
+from train.config import EvalConfig, PlanConfig, RunConfig, SweepConfig
 
 COMMANDS = {
     "run": cli.Command(RunConfig, "train.run:run"),
+    "sweep": cli.Command(SweepConfig, "train.sweep:run"),
     "plan": cli.Command(PlanConfig, "train.plan:run"),
     "eval": cli.Command(EvalConfig, "train.evaluate:run"),
 }

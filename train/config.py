@@ -106,6 +106,43 @@ class PlanConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(RunConfig):
+    """Many runs, with the language model and the features loaded once; the same command continues.
+
+    Start it several times, or as a SLURM array, with the same flags: the processes share the trials.
+    """
+
+    space: tuple[str, ...]
+    """What varies: lr=5e-4,1e-3 projector=linear,mlp seed=0,1 tries each combination; lr=1e-4..1e-2:log is a
+    range, for --trials. Or one YAML file of such lines (key: [a list], or key: a range)."""
+    out: Path
+    """Folder of the sweep: trials/, results.csv, index.html, `best`."""
+    trials: int | None = None
+    """Draw so many points: of lists at random, with a range where the trials so far look best (TPE). Each is
+    tried with every seed."""
+    prune: Literal["auto", "median", "none"] = "auto"
+    """End a trial whose held-out loss is above the median of the finished ones at that step; auto does so
+    with ranges alone."""
+    together: int = 1
+    """Train so many trials in one pass through the language model, where they differ in nothing but lr,
+    weight decay, warm-up, projector and visual tokens."""
+    ray: str | None = None
+    """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
+    ray_workers: int | None = None
+    """Workers on Ray; by default one per GPU, or per 4 CPU cores where there is none."""
+    export_wandb: Path | None = None
+    """Only write the same sweep there, as YAML for `wandb sweep`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_above_zero("trials", "together", "ray_workers")
+        if self.eval_features is None:
+            raise LlavaError(
+                "--eval-features", expected="held-out shards, by which trials are judged", exit_code=2
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig(Options):
     """Loss, perplexity and grounding gap of a checkpoint on held-out shards."""
 

@@ -76,24 +76,45 @@ class Prediction:
 
 def run(config: RunConfig) -> JsonDict:
     """`train plan`, and `train run --dry-run`: print and return the figures of a Prediction."""
-    shards = open_shards(config.features)
-    held_out = open_shards(config.eval_features) if config.eval_features else []
-    require_same_fingerprint([*shards, *held_out])
-    device = pick_device(config.device)
-    resident = peak_memory(device)
-    llm = outline_language_model(config.llm)
-    conversation = Conversation(llm.tokenizer, llm.eos_ids)
-    samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, config.seed)
-    rows = sum(int((shard.status == Status.OK).sum()) for shard in held_out)
-    predicted = predict(config, samples, llm.model, device, resident, rows, measure_for=2.0)
+    outline = Outline(config)
+    predicted = outline.predict(config)
     figures = {key: value for key, value in vars(predicted).items() if key != "work"}
     figures |= {
-        "shards": len(shards),
+        "shards": len(outline.shards),
         "visual_tokens": predicted.visual_tokens,
-        "feature_bytes_per_epoch": sum(shards[shard].layout.row_bytes for shard, _ in samples.rows),
+        "feature_bytes_per_epoch": sum(
+            outline.shards[shard].layout.row_bytes for shard, _ in outline.samples(config).rows
+        ),
     }
     _print(predicted, figures)
     return figures
+
+
+class Outline:
+    """What can be known of a run, and of others that differ in other flags, before any weights are loaded."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.shards = open_shards(config.features)
+        held_out = open_shards(config.eval_features) if config.eval_features else []
+        require_same_fingerprint([*self.shards, *held_out])
+        self.held_out_rows = sum(int((shard.status == Status.OK).sum()) for shard in held_out)
+        self.device = pick_device(config.device)
+        self.resident = peak_memory(self.device)
+        self.llm = outline_language_model(config.llm)
+        self.conversation = Conversation(self.llm.tokenizer, self.llm.eos_ids)
+        self._samples: dict[int, Samples] = {}
+
+    def samples(self, config: RunConfig) -> Samples:
+        """The rows that the run trains on."""
+        if config.max_samples not in self._samples:
+            self._samples[config.max_samples] = Samples(
+                self.shards, self.conversation, config.max_text_tokens, config.max_samples, config.seed
+            )
+        return self._samples[config.max_samples]
+
+    def predict(self, config: RunConfig) -> Prediction:
+        samples, rows = self.samples(config), self.held_out_rows
+        return predict(config, samples, self.llm.model, self.device, self.resident, rows, measure_for=2.0)
 
 
 def predict(

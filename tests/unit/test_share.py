@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from extract.cluster import Plan, connected, merged, plan_workers
+from extract.cluster import merged
 from extract.config import RunConfig
 from extract.share import Share, share_of
 from extract.sources.find import find_sources
-from extract.worker import Trouble, Worker, code_digest
+from extract.worker import OUR_CODE, Trouble, Worker
+from llava_core.cluster import Plan, code_digest, connected, plan_workers
 from llava_core.device import cpu_cores, local_gpu
 from llava_core.errors import LlavaError
 from llava_core.lock import Held, Lock
@@ -167,7 +168,7 @@ def test_a_worker_of_other_code_takes_no_part(tmp_path: Path) -> None:
     other = Worker(config, "another digest").ready()
     assert isinstance(other, Trouble)
     assert "another version of llava-align" in other.text
-    same = Worker(config, code_digest()).ready()
+    same = Worker(config, code_digest(*OUR_CODE)).ready()
     assert isinstance(same, Trouble)
     assert "no vision folder" in same.text
 

@@ -1,0 +1,278 @@
+"""`train sweep`: killed, shared, pruned, spread over a cluster; and what it writes."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+from llava_core.checkpoint import load_checkpoint
+from llava_core.errors import LlavaError
+from tests.browser import dom_of
+from tests.e2e.commands import ENVIRONMENT, run, start
+from tests.e2e.test_cluster import started
+from tests.e2e.test_train import config, curve, flags_of, weights, write_world
+from tests.ray_cluster import ACCESS, ray_cluster
+from train.config import SweepConfig
+from train.sweep import run as sweep_run
+
+SPACE = ("lr=5e-3,2e-2", "projector=linear,mlp", "weight_decay=0,1e38", "seed=0,1")
+"""The weights of the last decay are not finite for long."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def sweep(world: Path, out: Path, *space: str, **flags: Any) -> SweepConfig:
+    """Of runs of 12 steps, evaluated every 4."""
+    base = config(world, out, epochs=1, eval_every=4, eval_captions=0, log_every=4)
+    return SweepConfig(**{**vars(base), **flags}, space=space)
+
+
+def command(given: SweepConfig) -> list[str]:
+    flags = flags_of(dataclasses.replace(given, space=()))
+    at = flags.index("--space")
+    return ["train", "sweep", *flags[:at], *flags[at + 2 :], "--space", *given.space]
+
+
+def results(out: Path) -> dict[int, dict[str, Any]]:
+    """Trial -> its line."""
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return {line["trial"]: line for line in lines}
+
+
+def steps_of(out: Path) -> list[list[int]]:
+    """The steps at which each trial was evaluated, in order."""
+    return [list(curve(trial, "eval_loss")) for trial in sorted((out / "trials").glob("????"))]
+
+
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    until = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def grid(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweeps") / "grid"
+    figures = sweep_run(sweep(world, out, *SPACE))
+    assert (figures["trials"], figures["finished"], figures["failed"]) == (16, 8, 8)
+    assert figures["planned_seconds"] > 0
+    return out
+
+
+def test_a_trial_that_fails_ends_no_other(grid: Path) -> None:
+    lines = results(grid)
+    assert len(lines) == 16
+    failed = [line for line in lines.values() if line["state"] == "failed"]
+    assert [line["weight_decay"] for line in failed] == [1e38] * 8
+    assert all(line["error"].startswith("the loss is nan at step ") for line in failed)
+    with (grid / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [int(line["trial"]) for line in table] == list(lines)  # in one order
+    assert table[0].keys() == lines[0].keys()
+    finished = [line for line in lines.values() if line["state"] == "finished"]
+    for line in finished:
+        run_of = grid / line["folder"]
+        assert line["eval_loss"] == curve(run_of, "eval_loss")[12]
+        assert load_checkpoint(run_of / "last").training["lr"] == line["lr"]
+    by_point = collections.defaultdict(list)
+    for line in finished:
+        by_point[line["lr"], line["projector"]].append(line["eval_loss"])
+    means = [sum(losses) / 2 for losses in by_point.values()]
+    assert means == sorted(means)
+    assert means[-1] > means[0] + 0.1
+
+
+def test_the_best_is_made_again_by_the_command_that_is_given(
+    world: Path, grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = sweep_run(sweep(world, grid, *SPACE))  # nothing is left to do
+    out, err = capsys.readouterr()
+    assert "frozen" not in err
+    first = next(iter(results(grid).values()))
+    assert again["best"] == {key: first[key] for key in ("trial", "lr", "projector", "weight_decay", "seed")}
+    assert (
+        out.splitlines()[0].split()
+        == "lr projector weight_decay held-out loss spread grounding gap finished time".split()
+    )
+    assert re.match(r"0\.02 +mlp +0 +\d\.\d{4} +\d\.\d{4} +-?\d\.\d{4} +2 of 2", out.splitlines()[2])
+    assert out.splitlines()[-1] == f"the best again: {again['command']}"
+    arguments = shlex.split(again["command"])
+    run(*arguments[2:], cwd=tmp_path)
+    same, best = weights(tmp_path / "runs/best"), weights(grid / first["folder"])
+    assert all(torch.equal(same[name], best[name]) for name in best)
+    assert load_checkpoint(grid / "best").metrics["eval_loss"] == first["eval_loss"]
+
+
+def test_the_page_shows_all_and_asks_for_nothing(grid: Path, tmp_path: Path) -> None:
+    for name in ("loss-lr.png", "parallel.png", "curves.png"):
+        assert (grid / name).read_bytes().startswith(b"\x89PNG")
+    text = (grid / "index.html").read_text()
+    assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:)""", text)
+    dom = dom_of(grid / "index.html", tmp_path)
+    assert dom.count("<picture>") == 3
+    assert dom.count("<tr") == 1 + 8
+    assert dom.count("the loss is nan at step ") == 8
+    assert "python -m train run -c" in dom
+
+
+def test_one_folder_holds_one_sweep(world: Path, grid: Path) -> None:
+    with pytest.raises(LlavaError, match="another --space lr"):
+        sweep_run(sweep(world, grid, "lr=5e-3", *SPACE[1:]))
+    with pytest.raises(LlavaError, match="another --batch-size"):
+        sweep_run(sweep(world, grid, *SPACE, batch_size=8))
+
+
+def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
+    given = sweep(world, tmp_path / "out", "lr=1e-3..1e-1:log", "seed=0,1", trials=3, dry_run=True)
+    assert sweep_run(given)["trials"] == 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage(world: Path, tmp_path: Path) -> None:
+    given = sweep(world, tmp_path / "out", "projector=lineer")
+    line = run(*command(given), code=2).one_line()
+    assert line == "error: --space projector; expected one of linear, mlp; got lineer"
+    with pytest.raises(LlavaError, match="--trials 20") as caught:
+        sweep_run(sweep(world, tmp_path / "out", "lr=1e-3..1e-2"))
+    assert caught.value.exit_code == 2
+    with pytest.raises(LlavaError, match="no sweep to resume"):
+        sweep_run(sweep(world, tmp_path / "out", "lr=1e-3", resume=True))
+    with pytest.raises(LlavaError, match="--eval-features; expected held-out shards"):
+        sweep(world, tmp_path / "out", "lr=1e-3", eval_features=None)
+    with pytest.raises(LlavaError, match="no trial finished; got 1 failures, the last: the loss is nan"):
+        sweep_run(sweep(world, tmp_path / "out", "weight_decay=1e38"))
+
+
+def test_a_sweep_that_was_stopped_and_killed_goes_on(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = sweep(world, tmp_path / "cut", "lr=5e-3,2e-2,4e-2", epochs=5, save_every=4)
+    process = start(*command(given))
+    wait_for(process, tmp_path / "cut/trials/0000/step-00000020")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+
+    process = start(*command(given), "--resume")
+    wait_for(process, tmp_path / "cut/trials/0001/step-00000020")
+    os.killpg(process.pid, signal.SIGKILL)
+    _, err = process.communicate()
+    assert re.search(r"continued at step \d+", err)
+
+    figures = sweep_run(given)
+    err = capfd.readouterr().err
+    assert len(re.findall(r"continued at step \d+", err)) == 1
+    assert "trial 0" not in err
+    assert (figures["finished"], figures["interrupted"]) == (3, 0)
+    sweep_run(dataclasses.replace(given, out=tmp_path / "whole"))
+    for trial in ("0000", "0001", "0002"):
+        cut, whole = tmp_path / "cut/trials" / trial, tmp_path / "whole/trials" / trial
+        assert curve(cut, "eval_loss") == curve(whole, "eval_loss")
+        assert all(torch.equal(weights(cut)[name], tensor) for name, tensor in weights(whole).items())
+
+
+def test_two_processes_share_the_trials(world: Path, tmp_path: Path) -> None:
+    given = sweep(world, tmp_path / "out", "lr=1e-3,5e-3,2e-2,4e-2", "projector=linear,mlp", epochs=4)
+    processes = [start(*command(given), "--json") for _ in range(2)]
+    ended = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    begun = [re.findall(r"^trial (\d+) .*: begins", err, re.MULTILINE) for _, err in ended]
+    assert all(begun), begun
+    assert sorted(map(int, begun[0] + begun[1])) == list(range(8))
+    last = max(json.loads(out.splitlines()[-1])["finished"] for out, _ in ended)
+    assert last == 8
+    assert [line["state"] for line in results(tmp_path / "out").values()] == ["finished"] * 8
+
+
+def test_pruning_saves_the_steps_of_what_is_hopeless(world: Path, tmp_path: Path) -> None:
+    rates = "lr=1e-2,1.5e-2,2e-2,2.5e-2,3e-2,1e-7"
+    figures = sweep_run(sweep(world, tmp_path / "out", rates, prune="median"))
+    assert (figures["finished"], figures["pruned"]) == (5, 1)
+    assert results(tmp_path / "out")[5]["state"] == "pruned"
+    assert steps_of(tmp_path / "out") == [[0, 4, 8, 12]] * 5 + [[0, 4]]
+
+
+def test_ranges_and_trials_that_train_together(world: Path, tmp_path: Path) -> None:
+    given = sweep(
+        world, tmp_path / "out", "lr=1e-3..1e-1:log", "projector=linear,mlp", "seed=0,1", trials=3, together=3
+    )
+    assert sweep_run(given)["finished"] == 6
+    lines = list(results(tmp_path / "out").values())
+    points = collections.Counter((line["lr"], line["projector"]) for line in lines)
+    assert list(points.values()) == [2, 2, 2]
+    assert all(1e-3 <= line["lr"] <= 1e-1 for line in lines)
+    alone = sweep(
+        world,
+        tmp_path / "alone",
+        f"lr={lines[0]['lr']!r}",
+        projector=lines[0]["projector"],
+        seed=lines[0]["seed"],
+    )
+    assert sweep_run(alone)["eval_loss"] == pytest.approx(lines[0]["eval_loss"], rel=1e-4)
+
+
+def test_a_cluster_that_loses_a_node_finishes_the_sweep(world: Path, tmp_path: Path) -> None:
+    given = sweep(world, tmp_path / "out", "lr=5e-3,2e-2", "projector=linear,mlp", epochs=10, save_every=4)
+    with ray_cluster() as (address, _, other):
+        call = (*command(dataclasses.replace(given, ray=address)), "--json")
+        with started(*call, **ACCESS) as process:
+            lost = None
+            while lost is None:  # a trial that runs on the other node, and has something to lose
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.02)
+                for lock in (tmp_path / "out/trials").glob("*/trial.lock"):
+                    holder = re.match(r"by process (\d+)", lock.read_text())
+                    if holder and int(holder[1]) in other.processes() and list(lock.parent.glob("step-*")):
+                        lost = lock.parent.name
+            other.kill()
+            out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "2 workers of 1 CPU core" in err
+    assert "a worker died; another continues its trial" in err
+    assert json.loads(out.splitlines()[-1])["finished"] == 4
+    assert re.search(rf"trial {int(lost)} .*: goes on", err)
+    assert steps_of(tmp_path / "out") == [list(range(0, 121, 4))] * 4
+
+
+def test_weights_and_biases_can_hand_out_the_same_points(world: Path, tmp_path: Path) -> None:
+    given = sweep(world, tmp_path / "out", "lr=1e-3..1e-1:log", "projector=mlp", trials=2)
+    sweep_run(dataclasses.replace(given, export_wandb=tmp_path / "sweep.yaml"))
+    written = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+    assert written["method"] == "bayes"
+    assert written["metric"] == {"name": "eval_loss", "goal": "minimize"}
+    assert written["parameters"] == {
+        "lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-1},
+        "projector": {"values": ["mlp"]},
+    }
+    # As `wandb agent` does with it.
+    drawn = create_sweep_command_args({"args": {"lr": {"value": 0.01}, "projector": {"value": "mlp"}}})
+    filled = {"${env}": ["/usr/bin/env"], "${args}": drawn["args"]}
+    words = [word for part in written["command"] for word in filled.get(part, [part])]
+    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    variables = {**ENVIRONMENT, "WANDB_RUN_ID": "abc", "WANDB_MODE": "offline", "PATH": path}
+    ended = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    trained = load_checkpoint(tmp_path / "out/abc/last").training
+    assert (trained["lr"], trained["projector"]) == (0.01, "mlp")

@@ -1,0 +1,163 @@
+"""Who gets which trial: several processes stand at one study here, as several Study objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from train.config import SweepConfig
+from train.space import Point, Space
+from train.study import MOST_DEATHS, Claim, Study
+
+
+def study(out: Path, *space: str, flags: JsonDict | None = None, **given: object) -> Study:
+    config = SweepConfig(
+        features=Path("f"),
+        llm=Path("l"),
+        eval_features=Path("e"),
+        out=out,
+        space=space,
+        **given,  # type: ignore[arg-type]
+    )
+    return Study(config, Space.of(space, config), flags or {"batch_size": 4})
+
+
+def by_seed(point: Point) -> object:
+    return point.get("seed")
+
+
+def summary(loss: float, step: int = 10, **more: object) -> JsonDict:
+    return {"eval_loss": loss, "eval_step": step, **more}
+
+
+def states(of: Study) -> list[str]:
+    with of.turn:
+        return [record.state for record in of.records()]
+
+
+def test_no_point_is_handed_out_twice(tmp_path: Path) -> None:
+    here, there = (study(tmp_path, "lr=1,2,3", "seed=0,1") for _ in range(2))
+    claims: list[Claim] = []
+    for each in (here, there, there, here, here, there):
+        claims += each.claim(1, by_seed)
+    points = sorted((c.point["seed"], c.point["lr"]) for c in claims)
+    assert points == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
+    assert len({claim.folder for claim in claims}) == 6
+    assert here.claim(1, by_seed) == there.claim(1, by_seed) == []
+    assert states(there) == ["running"] * 6
+    claims[0].ended(summary(1.5))
+    claims[1].failed("because")
+    claims[2].ended(summary(3.0, pruned=10))
+    for claim in claims:
+        claim.lock.release()
+    assert states(here) == ["finished", "failed", "pruned", "interrupted", "interrupted", "interrupted"]
+    assert here.left() == 3
+
+
+def test_what_a_process_left_is_taken_over_first(tmp_path: Path) -> None:
+    here, there = (study(tmp_path, "lr=1,2,3") for _ in range(2))
+    (left,) = here.claim(1, by_seed)
+    left.lock.release()  # as the kernel does when it dies
+    (taken,) = there.claim(1, by_seed)
+    assert (taken.folder, taken.point) == (left.folder, left.point)
+    (other,) = here.claim(1, by_seed)
+    assert other.point == {"lr": 2.0}
+
+
+def test_a_trial_that_kills_its_processes_is_given_up(tmp_path: Path) -> None:
+    for _ in range(MOST_DEATHS):
+        (claim,) = study(tmp_path, "lr=1").claim(1, by_seed)
+        claim.lock.release()
+    assert study(tmp_path, "lr=1").claim(1, by_seed) == []
+    ended = study(tmp_path, "lr=1")
+    with ended.turn:
+        (record,) = ended.records()
+    assert record.state == "failed"
+    assert record.error == "its process died 3 times without an evaluation between"
+
+
+def test_a_trial_that_came_as_far_as_an_evaluation_did_not_kill(tmp_path: Path) -> None:
+    for _ in range(MOST_DEATHS + 2):
+        (claim,) = study(tmp_path, "lr=1").claim(1, by_seed)
+        assert claim.goes_on(5, 2.0)
+        claim.lock.release()
+
+
+def test_groups_are_alike(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1,2,3", "seed=0,1")
+    taken = [[claim.point["seed"] for claim in here.claim(2, by_seed)] for _ in range(4)]
+    assert taken == [[0, 0], [0], [1, 1], [1]]
+
+
+def test_ranges_are_drawn_and_every_point_meets_every_seed(tmp_path: Path) -> None:
+    flags = ("lr=1e-4..1e-2:log", "projector=linear,mlp", "batch_size=2..64", "seed=7,8")
+    here, there = (study(tmp_path, *flags, trials=4) for _ in range(2))
+    claims = [claim for each in (here, there, here, there) for claim in each.claim(3, by_seed)]
+    assert len(claims) == 8
+    assert all(1e-4 <= float(c.point["lr"]) <= 1e-2 and 2 <= int(c.point["batch_size"]) <= 64 for c in claims)
+    by_lr: dict[object, set[object]] = {}
+    for claim in claims:
+        by_lr.setdefault(claim.point["lr"], set()).add(claim.point["seed"])
+    assert list(by_lr.values()) == [{7, 8}] * 4
+    assert there.claim(1, by_seed) == []
+    for claim in claims:
+        claim.lock.release()
+    more = study(tmp_path, *flags, trials=5)
+    assert more.left() == 10
+    for claim in more.claim(8, by_seed):
+        claim.ended(summary(1.0))
+    assert [len(more.claim(9, by_seed)) for _ in range(3)] == [1, 1, 0]
+
+
+def test_the_median_of_five_prunes(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1,2,3,4,5,6,7", prune="median")
+    for k, claim in enumerate(here.claim(5, by_seed)):
+        assert claim.goes_on(4, 1.0 + k)
+        assert claim.goes_on(8, 0.5 + k)
+        claim.ended(summary(0.5 + k, step=8))
+    good, bad = here.claim(2, by_seed)
+    assert good.goes_on(4, 2.9)
+    assert not bad.goes_on(4, 3.1)
+    bad.ended(summary(3.1, step=4, pruned=4))
+    assert states(here) == ["finished"] * 5 + ["running", "pruned"]
+    with here.turn:
+        assert here.records()[-1].loss == 3.1
+
+
+def test_a_grid_is_not_pruned_unless_asked(tmp_path: Path) -> None:
+    assert study(tmp_path / "a", "lr=1,2").pruner is None
+    assert study(tmp_path / "b", "lr=1..2", trials=3).pruner is not None
+    assert study(tmp_path / "c", "lr=1..2", trials=3, prune="none").pruner is None
+
+
+def test_a_loss_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1")
+    (claim,) = here.claim(1, by_seed)
+    claim.ended(summary(float("nan")))
+    with here.turn:
+        assert here.records()[0].error == "the held-out loss is nan"
+
+
+def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    study(tmp_path, "lr=1,2")
+    study(tmp_path, "lr=1,2", prune="median", together=4)
+    with pytest.raises(LlavaError, match=r"another --space lr; expected \[1.0, 2.0\]; got \[1.0, 2.0, 3.0\]"):
+        study(tmp_path, "lr=1,2,3")
+    with pytest.raises(LlavaError, match="another --space seed"):
+        study(tmp_path, "lr=1,2", "seed=1,2")
+    with pytest.raises(LlavaError, match="another --batch-size; expected 4; got 8"):
+        study(tmp_path, "lr=1,2", flags={"batch_size": 8})
+
+
+def test_a_torn_line_of_the_journal_is_dropped(tmp_path: Path) -> None:
+    (claim,) = study(tmp_path, "lr=1,2").claim(1, by_seed)
+    claim.ended(summary(1.0))
+    with (tmp_path / "study.journal").open("ab") as file:
+        file.write(b'{"op_code": 4, "wor')
+    here = study(tmp_path, "lr=1,2")
+    (other,) = here.claim(1, by_seed)
+    other.ended(summary(2.0))
+    assert states(study(tmp_path, "lr=1,2")) == ["finished", "finished"]

@@ -1,0 +1,127 @@
+"""The page of a sweep, index.html: one file that asks nothing of any other."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import string
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from llava_core import __version__
+from llava_core.console import counted, human_seconds
+from train.config import SweepConfig
+from train.plots import Picture
+from train.results import COLUMNS, Row, best_of, decimal, replace
+from train.space import Space, shown, words
+from train.study import Record
+
+
+def write_page(
+    config: SweepConfig, space: Space, rows: Sequence[Row], pictures: Sequence[Picture], command: str | None
+) -> None:
+    """Write OUT/index.html; `command` makes the best run again."""
+    records = [record for row in rows for record in row.records]
+    best, style = best_of(rows), _part("page.css")
+    text = string.Template(_part("page.html")).substitute(
+        title=escape(config.out.name),
+        subtitle=f"A sweep of {escape(', '.join(space.keys))}: {counted(space.size(config.trials), 'trial')}",
+        style=style,
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        totals=_totals(space, rows, records, best),
+        best=_best(best, command),
+        pictures="".join(map(_figure, pictures)) or '<p class="note">No trial was evaluated.</p>',
+        table=_table(space, rows),
+        failures=_failures(records),
+        facts=_facts(config, space),
+        version=__version__,
+    )
+    replace(config.out / "index.html", text)
+
+
+def _part(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _totals(space: Space, rows: Sequence[Row], records: Sequence[Record], best: Record | None) -> str:
+    numbers = {"points": f"{len(rows):,}"}
+    for state in ("finished", "pruned", "failed", "running", "interrupted"):
+        n = sum(record.state == state for record in records)
+        if n or state == "finished":
+            numbers[state] = f"{n:,}"
+    numbers["lowest loss"] = decimal(best.loss if best else None)
+    numbers["of training"] = human_seconds(sum(record.seconds for record in records))
+    return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
+
+
+def _best(best: Record | None, command: str | None) -> str:
+    if best is None or command is None:
+        return ""
+    return (
+        '<section aria-labelledby="best"><h2 id="best">Best</h2>'
+        f'<p class="note">Trial {best.number}, {escape(words(best.point))}. '
+        "Its checkpoint is <code>best</code>, beside this page; this makes it again:</p>"
+        f"<pre>{escape(command)}</pre></section>"
+    )
+
+
+def _figure(picture: Picture) -> str:
+    light, dark = (
+        "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+        for svg in (picture.light, picture.dark)
+    )
+    return (
+        f"<figure{' class=broad' if picture.broad else ''}><picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(picture.caption)}"></picture>'
+        f"<figcaption>{escape(picture.caption)}.</figcaption></figure>"
+    )
+
+
+def _table(space: Space, rows: Sequence[Row]) -> str:
+    heads = "".join(
+        f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in [*space.axes, *COLUMNS]
+    )
+    body = ""
+    for k, row in enumerate(rows):
+        kind = "best" if k == 0 and row.finished else "failed" if row.state == "failed" else ""
+        values = [shown(row.point.get(key, "-")) for key in space.axes]
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in [*values, *row.cells()])
+        body += f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>"
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _failures(records: Sequence[Record]) -> str:
+    failed = [
+        f"<div><dt>Trial {record.number}, {escape(words(record.point))}</dt>"
+        f"<dd>{escape(record.error)}</dd></div>"
+        for record in records
+        if record.error
+    ]
+    if not failed:
+        return ""
+    return (
+        '<section aria-labelledby="failures"><h2 id="failures">Failures</h2>'
+        f'<dl class="failures">{"".join(failed)}</dl></section>'
+    )
+
+
+def _facts(config: SweepConfig, space: Space) -> str:
+    flags = {
+        key: value
+        for key, value in vars(config).items()
+        if key
+        not in {*space.keys, "space", "json", "resume", "dry_run", "export_wandb", "ray", "ray_workers"}
+        and value not in (None, ())
+    }
+    parts = {"Varied": space.plain(), "Common to all": flags}
+    return "".join(f"<div><h3>{name}</h3>{_list(facts)}</div>" for name, facts in parts.items())
+
+
+def _list(facts: Mapping[str, object]) -> str:
+    items = []
+    for name, value in facts.items():
+        text = ", ".join(map(shown, value)) if isinstance(value, list) else shown(value)
+        items.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>")
+    return f'<dl class="facts">{"".join(items)}</dl>'

@@ -1,0 +1,168 @@
+"""What came of a sweep: its table, results.csv and .jsonl, best.yaml, and the checkpoint `best`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_core.checkpoint import point_to
+from llava_core.console import human_seconds, table
+from llava_core.fingerprint import JsonDict
+from train.config import RunConfig
+from train.space import Point, shown
+from train.study import Record, State
+
+ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
+SHOWN = 30
+"""Rows of the table in the terminal."""
+NOT_KEPT = {"out", "json", "resume", "dry_run"}
+"""Flags that best.yaml leaves to the command line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Trials that differ by their seed alone."""
+
+    point: Point
+    """Without the seed."""
+    records: list[Record]
+
+    @property
+    def finished(self) -> list[Record]:
+        return [record for record in self.records if record.state == "finished"]
+
+    @property
+    def state(self) -> State:
+        """The furthest that one of them came."""
+        return min((record.state for record in self.records), key=ORDER.index)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of those that finished, or else of those that came as far as any."""
+        return self._mean(lambda record: record.loss)
+
+    @property
+    def gap(self) -> float | None:
+        """Mean grounding gap, of the same."""
+        return self._mean(lambda record: record.summary.get("eval_grounding_gap"))
+
+    @property
+    def spread(self) -> float | None:
+        """Highest minus lowest loss of those that finished; None for a single one."""
+        losses = [record.loss for record in self.finished if record.loss is not None]
+        return max(losses) - min(losses) if len(losses) > 1 else None
+
+    @property
+    def seconds(self) -> float:
+        return sum(record.seconds for record in self.records)
+
+    def cells(self) -> list[str]:
+        """The columns beside the point's values: `COLUMNS`."""
+        some = [f"{len(self.finished)} of {len(self.records)}", human_seconds(self.seconds)]
+        loss = [] if self.loss is None else [decimal(self.loss)]
+        state = [] if self.state == "finished" else [self.state]
+        return [" ".join([*loss, *state]), decimal(self.spread), decimal(self.gap), *some]
+
+    def _mean(self, figure: Callable[[Record], float | None]) -> float | None:
+        chosen = [figure(record) for record in self.records if record.state == self.state]
+        known = [value for value in chosen if value is not None]
+        return sum(known) / len(known) if known else None
+
+
+COLUMNS = ("held-out loss", "spread", "grounding gap", "finished", "time")
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """The best first; those that did not finish last."""
+    rows: dict[tuple[tuple[str, object], ...], Row] = {}
+    for record in records:
+        point = {key: value for key, value in record.point.items() if key != "seed"}
+        rows.setdefault(tuple(point.items()), Row(point, [])).records.append(record)
+    return sorted(rows.values(), key=_rank)
+
+
+def best_of(rows: Sequence[Row]) -> Record | None:
+    """Of the best row, the trial with the lowest loss; None if none has finished."""
+    finished = rows[0].finished if rows else []
+    return min(finished, key=lambda record: record.loss or 0.0) if finished else None
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """For the terminal."""
+    if not rows:
+        return ""
+    lines = [[*map(shown, row.point.values()), *row.cells()] for row in rows[:SHOWN]]
+    more = len(rows) - len(lines)
+    return table(lines, [*rows[0].point, *COLUMNS]) + (f"\nand {more} more in results.csv" if more else "")
+
+
+def write_results(folder: Path, records: Sequence[Record], keys: Sequence[str]) -> None:
+    """results.csv and results.jsonl, a line for each trial, in the table's order."""
+    lines = [_line(record) for row in rows_of(records) for record in sorted(row.records, key=_rank_of)]
+    text = io.StringIO()
+    fixed = list(_line(Record(0, "failed", {}, folder)))
+    writer = csv.DictWriter(text, [*fixed[:2], *keys, *fixed[2:]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    replace(folder / "results.csv", text.getvalue())
+    replace(folder / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_best(folder: Path, best: Record, run: RunConfig) -> str:
+    """best.yaml and the link `best`; returns the command that makes the same run again."""
+    flags = {field.name: getattr(run, field.name) for field in dataclasses.fields(RunConfig)}
+    kept = {
+        key: _plain(value) for key, value in flags.items() if key not in NOT_KEPT and value not in ((), None)
+    }
+    replace(folder / "best.yaml", yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
+    checkpoint = best.folder / "best"
+    if checkpoint.exists():
+        point_to(folder / "best", checkpoint)
+    return f"python -m train run -c {shlex.quote(str(folder / 'best.yaml'))} --out runs/best"
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _rank(row: Row) -> tuple[int, float]:
+    return ORDER.index(row.state), row.loss if row.loss is not None else 0.0
+
+
+def _rank_of(record: Record) -> tuple[int, float]:
+    return ORDER.index(record.state), record.loss if record.loss is not None else 0.0
+
+
+def _line(record: Record) -> JsonDict:
+    summary = record.summary
+    return {
+        "trial": record.number,
+        "state": record.state,
+        **record.point,
+        "eval_loss": record.loss,
+        "eval_perplexity": summary.get("eval_perplexity"),
+        "eval_grounding_gap": summary.get("eval_grounding_gap"),
+        "steps": summary.get("steps"),
+        "seconds": round(record.seconds, 3),
+        "folder": f"trials/{record.folder.name}",
+        "error": record.error,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

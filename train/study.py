@@ -1,0 +1,310 @@
+"""The trials of a sweep, in an Optuna journal that every process working on it reads and writes.
+
+sweep.yaml        what is varied, and the flags that all trials share
+study.journal     the trials: their values, held-out losses, and how they ended
+trials/0003/      one run each (train.runfolder)
+
+Optuna's own grid sampler may hand one point to two processes. So a trial is claimed here, with `study.lock`
+held: first one that nobody works on any more, then a point that nobody has tried. A process keeps the lock of
+a trial's folder for as long as it works on it, and the kernel drops that lock when the process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import optuna
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
+
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from llava_core.lock import Held, Lock
+from train.config import SweepConfig
+from train.space import Point, Space, words
+
+MOST_DEATHS = 3
+"""Processes that may die over one trial, without an evaluation between, before it counts as the cause."""
+STARTUP = 8
+"""Points drawn at random before the others are a guide."""
+UNPRUNED = 5
+"""Trials that must have finished before any is pruned."""
+
+State = Literal["finished", "pruned", "failed", "running", "interrupted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known of a trial."""
+
+    number: int
+    state: State
+    point: Point
+    folder: Path
+    loss: float | None = None
+    """Held-out loss of its last evaluation, in nats per answer token."""
+    summary: JsonDict = dataclasses.field(default_factory=dict)
+    """Of its run, once it has ended."""
+    seconds: float = 0.0
+    """Its share of the time that its process spent on it."""
+    error: str | None = None
+    """Why it failed."""
+
+
+class Turn(JournalFileOpenLock):
+    """Waits until no other process holds the file's lock; Optuna's own outlives a process that is killed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+    def acquire(self) -> bool:
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Study:
+    """Raises LlavaError if the folder holds a sweep of another space, or with other flags."""
+
+    def __init__(self, config: SweepConfig, space: Space, shared_flags: JsonDict) -> None:
+        self.folder, self.space, self.points = config.out, space, config.trials
+        optuna.logging.disable_default_handler()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.turn = Turn(self.folder / "study.lock")
+        journal = self.folder / "study.journal"
+        with self.turn, _quiet():
+            self._require_same({"space": space.plain(), "flags": shared_flags})
+            _cut_torn_line(journal)
+            backend = JournalFileBackend(str(journal), lock_obj=Turn(self.folder / "journal.lock"))
+            self.study = optuna.create_study(
+                storage=JournalStorage(backend), study_name="sweep", load_if_exists=True
+            )
+        prune = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
+        # The loss before the first step says nothing of a trial.
+        self.pruner = optuna.pruners.MedianPruner(UNPRUNED, n_warmup_steps=1) if prune else None
+
+    def claim(self, most: int, alike: Callable[[Point], object]) -> list[Claim]:
+        """Up to `most` trials that nobody works on, `alike` if there is a choice; none if all are taken."""
+        claims: list[Claim] = []
+        with self.turn, _quiet():
+            for found in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if len(claims) < most and (claim := self._claimed(found)):
+                    claims.append(claim)
+            while len(claims) < most:
+                kind = alike(claims[0].point) if claims else None
+                fixed = next((p for p in self._free() if not claims or alike(p) == kind), None)
+                if fixed is None:
+                    fixed = {"seed": self.space.seeds[0]} if self.space.seeds else {}
+                    if not self._may_draw() or (claims and not fixed.items() <= claims[0].point.items()):
+                        break
+                claim = self._claimed(self._new(fixed), taken_over=False)
+                assert claim is not None
+                claims.append(claim)
+        return claims
+
+    def records(self) -> list[Record]:
+        """Every trial so far, in the order in which they began; call it while holding `turn`."""
+        with _quiet():
+            return [self._record(found) for found in self._trials() if found.state != TrialState.WAITING]
+
+    def left(self) -> int:
+        """Trials that have not ended, those that have not begun among them."""
+        return self.space.size(self.points) - sum(found.state.is_finished() for found in self._trials())
+
+    def _trials(self) -> list[optuna.trial.FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _free(self) -> Iterator[Point]:
+        """Points that are known and that nobody has begun."""
+        begun = [found.params for found in self._trials()]
+        if self.space.is_grid:
+            known = self.space.grid(self.points)
+        else:
+            drawn = ({key: point[key] for key in self.space.axes} for point in begun)
+            known = self.space.seeded([dict(items) for items in {tuple(point.items()): 0 for point in drawn}])
+        taken = {frozenset(point.items()) for point in begun}
+        return (point for point in known if frozenset(point.items()) not in taken)
+
+    def _may_draw(self) -> bool:
+        first = self.space.seeds[:1]
+        drawn = sum(not first or found.params.get("seed") in first for found in self._trials())
+        return self.points is not None and not self.space.is_grid and drawn < self.points
+
+    def _new(self, fixed: Point) -> optuna.trial.FrozenTrial:
+        """A trial with these values, and others drawn."""
+        # Several processes draw, and draw again after a restart: a seed of one's own would repeat itself.
+        seed = len(self._trials())
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=STARTUP, constant_liar=True
+        )
+        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # left by a kill here
+            self.study.enqueue_trial(dict(fixed))
+        trial = self.study.ask()
+        self.space.suggest(trial)
+        return self._trials()[trial.number]
+
+    def _claimed(self, found: optuna.trial.FrozenTrial, taken_over: bool = True) -> Claim | None:
+        """The trial, with its folder locked; None if another process works on it, or it is given up."""
+        folder = self._folder(found)
+        try:
+            lock = Lock(folder / "trial")
+        except Held:
+            return None
+        trial = optuna.trial.Trial(self.study, found._trial_id)
+        claim = Claim(self, trial, self.space.suggest(trial), folder, lock, taken_over)
+        deaths = found.user_attrs.get("deaths", 0)
+        if deaths >= MOST_DEATHS:
+            claim.failed(f"its process died {deaths} times without an evaluation between")
+            lock.release()
+            return None
+        trial.set_user_attr("deaths", deaths + 1)  # unless it says otherwise
+        return claim
+
+    def _folder(self, found: optuna.trial.FrozenTrial) -> Path:
+        return self.folder / f"trials/{found.number:04d}"
+
+    def _record(self, found: optuna.trial.FrozenTrial) -> Record:
+        known = found.user_attrs
+        last = found.last_step
+        loss = found.value if last is None else found.intermediate_values[last]
+        states: dict[TrialState, State] = {
+            TrialState.COMPLETE: "finished",
+            TrialState.PRUNED: "pruned",
+            TrialState.FAIL: "failed",
+        }
+        folder = self._folder(found)
+        state = states.get(found.state) or ("running" if _is_locked(folder / "trial") else "interrupted")
+        return Record(
+            found.number,
+            state,
+            {key: found.params[key] for key in self.space.keys if key in found.params},
+            folder,
+            None if state == "failed" else loss,
+            known.get("summary", {}),
+            known.get("seconds", 0.0),
+            known.get("error"),
+        )
+
+    def _require_same(self, contents: JsonDict) -> None:
+        path = self.folder / "sweep.yaml"
+        if not path.exists():
+            partial = path.with_name("sweep.yaml.part")
+            partial.write_text(yaml.safe_dump(contents, allow_unicode=True, sort_keys=False), "utf-8")
+            partial.replace(path)
+            return
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for part, prefix in (("space", "--space "), ("flags", "--")):
+            for key in {**before[part], **contents[part]}:
+                old, new = before[part].get(key), contents[part].get(key)
+                if old != new:
+                    raise LlavaError(
+                        f"{self.folder} holds a sweep with another {prefix}{key.replace('_', '-')}",
+                        expected=old,
+                        got=new,
+                        do="choose another --out: what is drawn next, and the table, are of one space",
+                    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A trial that this process works on, until it is released."""
+
+    study: Study
+    trial: optuna.trial.Trial
+    point: Point
+    folder: Path
+    lock: Lock
+    taken_over: bool
+    """Another process began it."""
+
+    @property
+    def title(self) -> str:
+        return f"trial {self.trial.number} ({words(self.point)})"
+
+    def goes_on(self, step: int, loss: float) -> bool:
+        """Note an evaluation; False if the trial is to be pruned."""
+        with _quiet():
+            self.trial.report(loss, step)
+            self.alive()
+            if self.study.pruner is None:
+                return True
+            found = self.study.study.get_trials(deepcopy=False)[self.trial.number]
+            return not self.study.pruner.prune(self.study.study, found)
+
+    def alive(self) -> None:
+        """The process has not died over it: it came as far as an evaluation, or was told to stop."""
+        if self.trial.user_attrs.get("deaths"):
+            self.trial.set_user_attr("deaths", 0)
+
+    def spent(self, seconds: float) -> None:
+        """Add to the time that it took."""
+        self.trial.set_user_attr("seconds", self.trial.user_attrs.get("seconds", 0.0) + seconds)
+
+    def ended(self, summary: JsonDict) -> None:
+        """Its run has ended, pruned or not."""
+        loss = summary["eval_loss"]
+        if not math.isfinite(loss):
+            self.failed(f"the held-out loss is {loss}")
+            return
+        self.trial.set_user_attr("summary", summary)
+        pruned = "pruned" in summary
+        with _quiet():
+            self.trial.report(loss, summary["eval_step"])
+            state = TrialState.PRUNED if pruned else TrialState.COMPLETE
+            self.study.study.tell(self.trial, None if pruned else loss, state=state)
+
+    def failed(self, error: str) -> None:
+        with _quiet():
+            self.trial.set_user_attr("error", error)
+            self.study.study.tell(self.trial, state=TrialState.FAIL)
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def _is_locked(what: Path) -> bool:
+    if not what.with_name(what.name + ".lock").exists():
+        return False
+    try:
+        with Lock(what):
+            return False
+    except Held:
+        return True
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Drop the end of a line that a machine which lost its power left unfinished."""
+    with contextlib.suppress(FileNotFoundError), journal.open("rb+") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna warns of what is meant here, such as a report that is repeated after a resume."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

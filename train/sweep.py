@@ -1,0 +1,81 @@
+"""`train sweep`: many runs that share the language model and the features, by one process or by several."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from llava_core.console import counted, human_seconds, say
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from train.config import SweepConfig
+from train.plan import Outline
+from train.space import Space, run_config
+
+COSTLESS = ("lr", "weight_decay", "warmup", "seed")
+"""Keys that change nothing about a run's time."""
+
+
+def run(config: SweepConfig) -> JsonDict:
+    """Run every trial that is left, and write what came of all of them."""
+    paths: dict[str, Any] = {
+        name: path.absolute() for name, path in vars(config).items() if isinstance(path, Path)
+    }
+    config = dataclasses.replace(config, **paths)
+    space = Space.of(config.space, config)
+    if not space.is_grid and config.trials is None:
+        raise LlavaError("a range has no last point", do="say how many to draw: --trials 20", exit_code=2)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        do = "start the command once for each GPU (CUDA_VISIBLE_DEVICES=0, 1, ...): they share the trials"
+        raise LlavaError("a sweep wants no torchrun", do=do, exit_code=2)
+    if config.export_wandb:
+        from train.wandb_sweep import export  # most sweeps have no use for it
+
+        return export(config, space, config.export_wandb)
+    _require_extra()
+    if config.resume and not (config.out / "sweep.yaml").exists():
+        raise LlavaError(f"no sweep to resume in {config.out}", do="leave out --resume, or mend --out")
+    planned = plan(config, space)
+    if config.dry_run:
+        return planned
+    from train.trials import conclude, open_study, work  # need the extra
+
+    open_study(config, space)  # or refuse, before anything is loaded
+    if config.ray:
+        from train.cluster import work_on_ray  # few sweeps have a cluster
+
+        work_on_ray(config, space)
+    else:
+        work(config, space)
+    return planned | conclude(config, space)
+
+
+def plan(config: SweepConfig, space: Space) -> JsonDict:
+    """Print and return how many trials there are, and how long they take one after the other."""
+    trials, outline = space.size(config.trials), Outline(config)
+    kinds: dict[Hashable, float] = {}
+    seconds = []
+    for point in space.typical():
+        kind = tuple((key, value) for key, value in point.items() if key not in COSTLESS)
+        if kind not in kinds:
+            kinds[kind] = outline.predict(run_config(config, point, config.out)).seconds
+        seconds.append(kinds[kind])
+    predicted = trials * sum(seconds) / len(seconds)
+    points = trials // max(1, len(space.seeds))
+    say(
+        f"{counted(trials, 'trial')}: {counted(points, 'point')} of {', '.join(space.axes) or 'one'}"
+        + (f", each with {counted(len(space.seeds), 'seed')}" if space.seeds else "")
+        + f"; one after the other {human_seconds(predicted)} here, within about a factor of 2"
+    )
+    return {"trials": trials, "points": points, "planned_seconds": predicted}
+
+
+def _require_extra() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise LlavaError(f"train sweep needs {error.name}", do="pip install 'llava-align[sweep]'") from None

@@ -1,0 +1,128 @@
+"""The trials of a sweep, run: claim some, train them, say and write what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Sequence
+
+import torch
+
+from llava_core.console import counted, say
+from llava_core.errors import LlavaError, first_line
+from llava_core.fingerprint import JsonDict
+from train.config import SweepConfig
+from train.page import write_page
+from train.parallel import World
+from train.plots import draw
+from train.results import best_of, rows_of, text_table, write_best, write_results
+from train.run import MEMBER_KEYS, train
+from train.runfolder import FREE_KEYS, RunFolder
+from train.shared import Shared
+from train.space import Point, Space, run_config
+from train.study import Claim, Study
+
+
+def open_study(config: SweepConfig, space: Space) -> Study:
+    """The study in OUT. Raises LlavaError if that folder holds another."""
+    own = run_config(config, {}, config.out)
+    flags = {
+        key: value
+        for key, value in RunFolder(config.out, own).training.items()
+        if key not in FREE_KEYS and key not in space.keys
+    }
+    return Study(config, space, flags)
+
+
+def work(config: SweepConfig, space: Space) -> None:
+    """Run trials until none is left that nobody works on; other processes may do the same."""
+    study, shared = open_study(config, space), None
+    while claims := study.claim(config.together, alike):
+        with contextlib.ExitStack() as stack:
+            for claim in claims:
+                stack.enter_context(claim)
+            shared = shared or Shared(config, World(), again=True)
+            kinds = {alike(claim.point) for claim in claims}
+            for kind in sorted(kinds):
+                run_claims(config, shared, [claim for claim in claims if alike(claim.point) == kind])
+        with study.turn:
+            write_results(config.out, study.records(), space.keys)
+
+
+def alike(point: Point) -> str:
+    """Equal for runs that may train together."""
+    return str({key: value for key, value in point.items() if key not in MEMBER_KEYS})
+
+
+def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> None:
+    """Train these together; tell the study how each ended."""
+    for claim in claims:
+        say(f"{claim.title}: {'goes on' if claim.taken_over else 'begins'}")
+    configs = [run_config(config, claim.point, claim.folder) for claim in claims]
+
+    def watch(index: int, step: int, figures: JsonDict) -> bool:
+        return claims[index].goes_on(step, figures["eval_loss"])
+
+    began = time.monotonic()
+    outcomes: list[JsonDict | LlavaError] = []
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the sweep's table holds the same figures
+            outcomes = train(configs, shared, watch)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        if len(claims) == 1:
+            outcomes = [LlavaError(first_line(error))]
+    except KeyboardInterrupt:
+        for claim in claims:
+            claim.alive()
+        raise
+    finally:
+        for claim in claims:
+            claim.spent((time.monotonic() - began) / len(claims))
+    if not outcomes:
+        say(f"{counted(len(claims), 'trial')} together need too much memory; now one by one")
+        for claim in claims:
+            run_claims(config, shared, [claim])
+    for claim, outcome in zip(claims, outcomes, strict=False):
+        if isinstance(outcome, LlavaError):
+            claim.failed(str(outcome))
+            say(f"{claim.title}: failed: {outcome}")
+            continue
+        claim.ended(outcome)
+        pruned = f", pruned at step {outcome['pruned']}" if "pruned" in outcome else ""
+        say(f"{claim.title}: held-out loss {outcome['eval_loss']:.4f}{pruned}")
+
+
+def conclude(config: SweepConfig, space: Space) -> JsonDict:
+    """Write the table, the pictures and the page; print the table and how to make the best run again."""
+    study = open_study(config, space)
+    with study.turn:  # one process at a time
+        records = study.records()
+        rows = rows_of(records)
+        write_results(config.out, records, space.keys)
+        best = best_of(rows)
+        command = write_best(config.out, best, run_config(config, best.point, best.folder)) if best else None
+        write_page(config, space, rows, draw(config.out, space, rows), command)
+    print(text_table(rows))
+    states = [record.state for record in records]
+    figures: JsonDict = {
+        state: states.count(state) for state in ("finished", "pruned", "failed", "running", "interrupted")
+    }
+    if running := figures["running"]:
+        say(f"{counted(running, 'trial')} still run in other processes; the last to end completes the table")
+    if best is None or command is None:
+        errors = [record.error for record in records if record.error]
+        if errors and not running:
+            raise LlavaError("no trial finished", got=f"{len(errors)} failures, the last: {errors[-1]}")
+        return figures
+    print(f"\nthe best again: {command}")
+    say(f"{config.out / 'index.html'} shows all; {config.out / 'best'} is the best checkpoint")
+    gap = best.summary.get("eval_grounding_gap")
+    return {
+        **figures,
+        "best": {"trial": best.number, **best.point},
+        "eval_loss": best.loss,
+        "eval_grounding_gap": gap,
+        "command": command,
+    }
