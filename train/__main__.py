@@ -9,10 +9,11 @@ import time
 from llava_core import cli
 from llava_core.console import silence
 from train.config import EvalConfig, PlanConfig, RunConfig
+from train.recipe import RECIPES
 
 COMMANDS = {
-    "run": cli.Command(RunConfig, "train.run:run"),
-    "plan": cli.Command(PlanConfig, "train.plan:run"),
+    "run": cli.Command(RunConfig, "train.run:run", RECIPES),
+    "plan": cli.Command(PlanConfig, "train.plan:run", RECIPES),
     "eval": cli.Command(EvalConfig, "train.evaluate:run"),
 }
 
