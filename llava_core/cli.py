@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +50,8 @@ class Command:
 
     config: type[Options]
     target: str
+    recipes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Values of several flags by the name that `--recipe` gives them."""
 
 
 def main(
@@ -80,7 +82,7 @@ def main(
 def _run(prog: str, description: str, commands: Mapping[str, Command], argv: list[str]) -> int:
     name = argv[0] if argv and argv[0] in commands else None
     if name is not None:
-        argv = [name, *_with_file(commands[name].config, argv[1:])]
+        argv = [name, *_with_settings(commands[name], argv[1:])]
     config = tyro.extras.subcommand_cli_from_dict(
         {name: command.config for name, command in commands.items()},
         prog=prog,
@@ -100,17 +102,35 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _with_file(config: type[Options], argv: list[str]) -> list[str]:
-    """Replace `-c FILE` by the flags the file holds, less those typed."""
-    if "-c" not in argv:
+def _with_settings(command: Command, argv: list[str]) -> list[str]:
+    """Replace `-c FILE` and `--recipe NAME` by their flags: those typed win, then those of the file."""
+    argv = _expanded(argv, "-c", "run.yaml", lambda path: read_settings(Path(path), command.config))
+    if not command.recipes:
         return argv
-    at = argv.index("-c")
+    return _expanded(argv, "--recipe", next(iter(command.recipes)), lambda name: _recipe(command, name))
+
+
+def _recipe(command: Command, name: str) -> Mapping[str, Any]:
+    if name not in command.recipes:
+        expected = " or ".join(command.recipes)
+        raise LlavaError(f"unknown --recipe {name!r}", expected=expected, exit_code=2)
+    return command.recipes[name]
+
+
+def _expanded(
+    argv: list[str], option: str, example: str, settings: Callable[[str], Mapping[str, Any]]
+) -> list[str]:
+    """Put the flags in `settings` of its value in the place of `option`, less those in `argv`."""
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{option}=") else [arg])]
+    if option not in argv:
+        return argv
+    at = argv.index(option)
     if at + 1 == len(argv):
-        raise LlavaError("-c needs a file", do="write -c run.yaml", exit_code=2)
-    path, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
+        raise LlavaError(f"{option} needs a value", do=f"write {option} {example}", exit_code=2)
+    named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
     flags: list[str] = []
-    for key, value in read_settings(Path(path), config).items():
+    for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
         if flag not in typed and flag.replace("--", "--no-", 1) not in typed:
             flags += _flag(flag, value)

@@ -9,11 +9,12 @@ import time
 from llava_core import cli
 from llava_core.console import silence
 from train.config import EvalConfig, PlanConfig, RunConfig, SweepConfig
+from train.recipe import RECIPES
 
 COMMANDS = {
-    "run": cli.Command(RunConfig, "train.run:run"),
-    "sweep": cli.Command(SweepConfig, "train.sweep:run"),
-    "plan": cli.Command(PlanConfig, "train.plan:run"),
+    "run": cli.Command(RunConfig, "train.run:run", RECIPES),
+    "sweep": cli.Command(SweepConfig, "train.sweep:run", RECIPES),
+    "plan": cli.Command(PlanConfig, "train.plan:run", RECIPES),
     "eval": cli.Command(EvalConfig, "train.evaluate:run"),
 }
 

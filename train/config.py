@@ -20,7 +20,10 @@ MOST_LR = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
-    """Train a projector on cached features. The same command continues a run that was interrupted."""
+    """Train a projector on cached features. The same command continues a run that was interrupted.
+
+    `--recipe course|fast` sets several flags at once; those of a file win over it, and those typed over both.
+    """
 
     features: Path
     """Folder of feature shards to train on (what `extract run --out` wrote)."""
@@ -36,10 +39,15 @@ class RunConfig(Options):
     visual_tokens: Literal["all", "patches", "pool", "shuffle"] = "all"
     """Which visual tokens it is given: all, the patches without CLS, the mean of each 2x2 patches, or those
     four side by side in one token; of 197 these leave 197, 196, 49 and 49."""
+    start: Literal["scale", "torch", "captions"] = "scale"
+    """The projector before the first step: random at the scale of the model's embeddings, torch's default, or
+    solved so that each visual token says what captions say beside such features."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What takes the steps; muon's --lr is the length of a step as a share of the weights', such as 0.1."""
     lr: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of the optimizer."""
     warmup: float = 0.03
     """Share of the steps in which the rate rises; after them it falls to 0 along a cosine."""
     batch_size: int = 16

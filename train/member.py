@@ -12,20 +12,18 @@ from llava_core.console import say
 from llava_core.conversation import Example
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
-from llava_core.projector import Projector, match_scale, parameter_count
-from llava_core.shards import Shard
+from llava_core.projector import parameter_count
 from train.captions import captions
 from train.config import RunConfig
 from train.evaluate import evaluate
+from train.optimizer import build_optimizer, learning_rate
 from train.packing import Packing
-from train.plan import predict, projector_of
+from train.plan import predict
 from train.report import Report
 from train.runfolder import RunFolder
 from train.samples import Schedule, answer_tokens
 from train.shared import Shared
-
-SCALE_SAMPLES = 64
-"""Samples whose features set the scale of the initial projector."""
+from train.start import initial_projector
 
 
 class Member:
@@ -48,12 +46,10 @@ class Member:
             len(self.held_out) if self.held_out else 0,
             self.world.size,
         )
-        self.projector = self._initial_projector(shared.shards[0]).to(self.llm.device)
+        self.projector = initial_projector(config, self.samples, self.llm)
         self.visual = self.projector.tokens_out(self.samples.tokens)
         """Visual tokens of a sample, as the language model sees them."""
-        self.optimizer = torch.optim.AdamW(
-            self.projector.parameters(), lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.optimizer = build_optimizer(config, self.projector)
         self.step = 0
         self.figures: JsonDict = {}
         self.best = math.inf
@@ -99,12 +95,7 @@ class Member:
         return list(self.projector.parameters())
 
     def learning_rate(self, step: int) -> float:
-        """Rate of the step with this number, from 0: linear warm-up, then a cosine to 0."""
-        warmup = round(self.config.warmup * self.schedule.steps)
-        if step < warmup:
-            return self.config.lr * (step + 1) / warmup
-        share = (step - warmup) / max(1, self.schedule.steps - warmup)
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * share))
+        return learning_rate(self.config, step, self.schedule.steps)
 
     def update(self) -> None:
         """The optimizer's step, with the gradients that the parameters hold."""
@@ -201,10 +192,3 @@ class Member:
             got=f"rows {', '.join(rows)}",
             do="begin again in another --out with a lower --lr",
         )
-
-    def _initial_projector(self, shard: Shard) -> Projector:
-        torch.manual_seed(self.config.seed)
-        projector = projector_of(self.config, shard, self.llm.hidden)
-        some = self.samples.read(range(min(SCALE_SAMPLES, len(self.samples))))
-        match_scale(projector, some.float(), self.llm.embedding_rms)
-        return projector

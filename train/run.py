@@ -241,7 +241,10 @@ def require_same_steps(first: RunConfig, other: RunConfig) -> None:
 
 
 MEMBER_KEYS = frozenset(
-    ("out", "projector", "visual_tokens", "lr", "weight_decay", "warmup", "keep", "eval_captions", "json")
+    (
+        *("out", "projector", "visual_tokens", "start", "optimizer", "lr", "weight_decay", "warmup"),
+        *("keep", "eval_captions", "json"),
+    )
 )
 """Flags in which runs that train together may differ."""
 

@@ -43,7 +43,11 @@ def target(flags: Flags) -> dict[str, Any]:
     return {"rate": flags.rate, "names": flags.names}
 
 
-COMMANDS = {"go": Command(Flags, f"{__name__}:target"), "other": Command(Options, f"{__name__}:target")}
+RECIPES: dict[str, dict[str, Any]] = {"calm": {"rate": 0.1, "names": ["tea", "cake"]}, "wild": {"rate": 9.0}}
+COMMANDS = {
+    "go": Command(Flags, f"{__name__}:target", RECIPES),
+    "other": Command(Options, f"{__name__}:target"),
+}
 
 
 def ended(*argv: str) -> int:
@@ -88,6 +92,31 @@ def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
     assert ended("-c", str(tmp_path / "none.yaml")) == 2
     assert ended("-c") == 2
+
+
+def test_a_recipe_yields_to_a_file_and_both_to_what_is_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def summary(*argv: str) -> dict[str, Any]:
+        assert ended("--json", *argv) == 0
+        figures: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return figures
+
+    assert summary("--recipe", "calm") == {"rate": 0.1, "names": ["tea", "cake"]}
+    assert summary("--recipe=wild") == {"rate": 9.0, "names": []}
+    path = tmp_path / "run.yaml"
+    path.write_text("rate: 0.2\n")
+    assert summary("-c", str(path), "--recipe", "calm") == {"rate": 0.2, "names": ["tea", "cake"]}
+    assert summary("--recipe", "calm", "-c", str(path), "--rate", "0.3", "--names", "x") == {
+        "rate": 0.3,
+        "names": ["x"],
+    }
+    assert ended("--recipe", "none") == 2
+    assert "unknown --recipe 'none'; expected calm or wild" in capsys.readouterr().err
+    assert ended("--recipe") == 2
+    with pytest.raises(SystemExit) as caught:  # a command without recipes knows no such flag
+        cli.main("tool", "A tool.", COMMANDS, ["other", "--recipe", "calm"])
+    assert caught.value.code == 2
 
 
 def test_unknown_flags_are_wrong_usage() -> None:

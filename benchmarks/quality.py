@@ -1,0 +1,228 @@
+"""How few steps reach the loss of the course's recipe: python -m benchmarks.quality
+
+    --features DIR --eval-features DIR --llm DIR    # the demo's, in demo-out, if not given
+
+The target is the held-out loss of `--recipe course` after one epoch (or --steps). Every other row trains
+for a share of these steps, its schedule ending there: its loss is that of a finished run. Each row is run
+with several seeds (of initialisation, order and questions); the table gives the median and the range.
+Seconds are CPU time, which neighbours distort least, and include solving or measuring before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from llava.demo import MODELS
+from llava_core.projector import Projector
+from train import start
+from train.config import RunConfig
+from train.evaluate import evaluate
+from train.objective import summed_loss
+from train.optimizer import build_optimizer, learning_rate
+from train.packing import packs
+from train.parallel import World, joined
+from train.recipe import RECIPES
+from train.samples import Samples, Schedule
+from train.shared import Shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    features: Path = Path("demo-out/features/train")
+    eval_features: Path = Path("demo-out/features/held-out")
+    llm: Path = MODELS / "llm"
+    steps: int | None = None
+    """Of the course's run; one epoch if not given."""
+    max_samples: int = 100_000
+    eval_samples: int = 256
+    seeds: int = 3
+    rows: tuple[str, ...] = ()
+    """Only rows whose names begin so."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    share: int
+    """One so many-th of the course's steps."""
+    flags: dict[str, Any]
+    """Of `train run`."""
+    loudness: float = start.LOUDNESS
+    momentum: float | None = None
+    """Of Muon, other than its own."""
+    whiten: bool = False
+    """Train on features of mean 0 and covariance 1, and fold that into the weights at the end."""
+    short_first: bool = False
+    """Take the samples of the run in the order of their captions' lengths."""
+
+
+COURSE, FAST = RECIPES["course"], RECIPES["fast"]
+ROWS = (
+    Row("course", 1, COURSE),
+    Row("course, 1/5", 5, COURSE),
+    Row("default", 1, {}),
+    Row("default, 1/5", 5, {}),
+    Row("fast", 1, FAST),
+    Row("fast, 1/5", 5, FAST),
+    Row("fast, 1/6", 6, FAST),
+    Row("fast, 1/10", 10, FAST),
+    Row("only captions, 1/5", 5, {**COURSE, "start": "captions"}),
+    Row("only muon, 1/5", 5, {**FAST, "start": "scale"}),
+    Row("only whitened, 1/5", 5, COURSE, whiten=True),
+    Row("fast, whitened, 1/5", 5, FAST, whiten=True),
+    Row("fast, loudness 1, 1/5", 5, FAST, loudness=1.0),
+    Row("fast, momentum 0.95, 1/5", 5, FAST, momentum=0.95),
+    Row("fast, lr 0.05, 1/5", 5, {**FAST, "lr": 0.05}),
+    Row("fast, short first, 1/5", 5, FAST, short_first=True),
+    Row("fast, batch 8, 2/5", 5, {**FAST, "batch_size": 8}),
+    Row("fast, batch 32, 1/10", 5, {**FAST, "batch_size": 32}),
+    Row("mlp, course", 1, {**COURSE, "projector": "mlp"}),
+    Row("mlp, fast, 1/5", 5, {**FAST, "projector": "mlp"}),
+    Row("pool, course", 1, {**COURSE, "visual_tokens": "pool"}),
+    Row("pool, fast, 1/5", 5, {**FAST, "visual_tokens": "pool"}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    loss: float
+    steps: int
+    seconds: float
+
+
+def main() -> None:
+    given = tyro.cli(Settings, description=__doc__)
+    rows = [row for row in ROWS if not given.rows or row.name.startswith(given.rows)]
+    config = RunConfig(
+        features=given.features,
+        eval_features=given.eval_features,
+        llm=given.llm,
+        out=Path("unused"),
+        max_samples=given.max_samples,
+        eval_samples=given.eval_samples,
+        device=given.device,
+        resident="ram",
+    )
+    with joined() as world:
+        shared = Shared(config, world, again=True)
+        print(line("", "", "steps", "loss", "", "CPU s"), flush=True)
+        target: float | None = None
+        for row in rows:
+            flags = dataclasses.replace(config, **row.flags)
+            outcomes = [
+                race(row, dataclasses.replace(flags, seed=seed), shared, world, given.steps)
+                for seed in range(given.seeds)
+            ]
+            losses = [outcome.loss for outcome in outcomes]
+            loss = statistics.median(losses)
+            target = loss if row.name == "course" else target
+            print(
+                line(
+                    row.name,
+                    "reached" if target is not None and loss <= target else "",
+                    str(outcomes[0].steps),
+                    f"{loss:.4f}",
+                    f"{min(losses):.4f}–{max(losses):.4f}",
+                    f"{statistics.median(outcome.seconds for outcome in outcomes):.1f}",
+                ),
+                flush=True,
+            )
+
+
+def line(name: str, reached: str, steps: str, loss: str, losses: str, seconds: str) -> str:
+    return f"{name:26} {steps:>6} {loss:>8} {losses:15} {seconds:>7} {reached}".rstrip()
+
+
+def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps: int | None) -> Outcome:
+    """Train as `row` says; the loss of the finished projector."""
+    shared.keep_features(config)
+    samples, held_out = shared.samples(config)
+    assert held_out is not None
+    course = course_steps or -(-len(samples) // int(COURSE["batch_size"]))
+    steps = round(course / row.share * COURSE["batch_size"] / config.batch_size)
+    order = Schedule(len(samples), config.batch_size, 1 + steps, steps, config.seed)
+    taken = [order.at(step) for step in range(steps)]
+    if row.short_first:
+        taken = short_first(taken, samples)
+    samples.batch(taken[0][1], 0)  # what is loaded once is not counted
+    began = time.process_time()
+    start.LOUDNESS = row.loudness
+    projector = start.initial_projector(config, samples, shared.llm)
+    model: torch.nn.Module = projector
+    if row.whiten:
+        model = Whitened(projector, samples, shared.device)
+    visual = projector.tokens_out(samples.tokens)
+    optimizer = build_optimizer(config, projector)
+    if row.momentum is not None:
+        optimizer.param_groups[0]["momentum"] = row.momentum
+    for step, (epoch, indices) in enumerate(taken):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, steps)
+        batch = samples.batch(indices, epoch)
+        answers = sum(label >= 0 for example in batch.examples for label in example.labels)
+        for pack in packs(batch, visual, config.micro_tokens):
+            loss = summed_loss(shared.llm, model, pack.to(shared.device)) / answers
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    if isinstance(model, Whitened):
+        model.fold()
+    seconds = time.process_time() - began
+    figures = evaluate(shared.llm, projector, held_out, 32, config.micro_tokens, world)
+    return Outcome(figures["loss"], steps, seconds)
+
+
+def short_first(taken: list[tuple[int, list[int]]], samples: Samples) -> list[tuple[int, list[int]]]:
+    """The same samples, the shortest captions in the first steps."""
+    size = len(taken[0][1])
+    flat = sorted((index for _, indices in taken for index in indices), key=samples.text_bytes)
+    return [(0, flat[k : k + size]) for k in range(0, len(flat), size)]
+
+
+class Whitened(torch.nn.Module):
+    """A projector whose first linear layer sees whitened features (ZCA), until `fold` undoes it.
+
+    Before and after, the function is the same; between, steps are taken in the whitened coordinates.
+    """
+
+    def __init__(self, projector: Projector, samples: Samples, device: torch.device) -> None:
+        super().__init__()
+        self.projector = projector
+        self.layer = next(m for m in projector.modules() if isinstance(m, torch.nn.Linear))
+        moments = start.Moments()
+        for index in range(0, min(512, len(samples)), 32):
+            features = samples.read(range(index, min(index + 32, len(samples)))).to(device).float()
+            seen = start.layer_input(projector, self.layer, features)
+            moments.add(seen, seen.new_zeros(len(seen), 1))
+        covariance = moments.covariance
+        covariance.diagonal().add_(0.01 * covariance.diagonal().mean())
+        values, vectors = torch.linalg.eigh(covariance)
+        self.mean = moments.x_mean
+        self.matrix = ((vectors * values.rsqrt()) @ vectors.T).float()
+        self._set(self.layer.weight @ ((vectors * values.sqrt()) @ vectors.T).float(), self.mean)
+
+    def _set(self, weight: torch.Tensor, mean: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.layer.bias.add_(self.layer.weight @ mean)
+            self.layer.weight.copy_(weight)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        whitened = (self.projector.select(features) - self.mean) @ self.matrix
+        projected: torch.Tensor = self.projector.map(whitened)
+        return projected
+
+    def fold(self) -> None:
+        """Let the plain projector compute what this did."""
+        self._set(self.layer.weight @ self.matrix, -self.matrix @ self.mean)
+
+
+if __name__ == "__main__":
+    main()

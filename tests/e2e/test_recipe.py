@@ -1,0 +1,55 @@
+"""`train run --recipe`: which flags it stands for, and that what it adds continues exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.e2e.commands import run, start
+from tests.e2e.test_train import config, curve, flags_of, weights, write_world
+from train.config import RunConfig
+from train.recipe import RECIPES
+from train.run import run as train_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def test_recipes_hold_flags_that_exist() -> None:
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    for flags in RECIPES.values():
+        assert set(flags) <= fields
+        RunConfig(features=Path(), llm=Path(), out=Path(), **flags)
+
+
+def test_fast_with_a_rate_of_ones_own_continues_bit_for_bit(world: Path, tmp_path: Path) -> None:
+    typed = config(world, tmp_path / "cut", epochs=20)  # with a --lr, a --batch-size and more
+    process = start("train", "run", *flags_of(typed), "--recipe", "fast")
+    while not (tmp_path / "cut/step-00000030").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    # The folder holds the flags themselves: the same ones, given one by one, continue it.
+    meant = dataclasses.replace(typed, start="captions", optimizer="muon")
+    held = yaml.safe_load((tmp_path / "cut/training_config.yaml").read_text())
+    assert (held["start"], held["optimizer"], held["lr"], held["batch_size"]) == ("captions", "muon", 0.02, 4)
+    train_run(dataclasses.replace(meant, resume=True))
+    train_run(dataclasses.replace(meant, out=tmp_path / "whole"))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_unknown_recipes(world: Path, tmp_path: Path) -> None:
+    ended = run("train", "run", *flags_of(config(world, tmp_path / "run")), "--recipe=slow", code=2)
+    assert ended.one_line() == "error: unknown --recipe 'slow'; expected course or fast"

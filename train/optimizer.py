@@ -1,0 +1,78 @@
+"""How weights are changed: AdamW or Muon, and the rate of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llava_core.projector import Projector
+from train.config import RunConfig
+
+MOMENTUM = 0.6
+"""Of Muon; the usual 0.95 looks back further than a short run is long."""
+
+
+def build_optimizer(config: RunConfig, projector: Projector) -> torch.optim.Optimizer:
+    if config.optimizer == "muon":
+        return Muon(projector.parameters(), config.lr, config.weight_decay)
+    return torch.optim.AdamW(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: RunConfig, step: int, steps: int) -> float:
+    """Rate of the step with this number, from 0, of so many: linear warm-up, then a cosine to 0."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are all made alike (Keller Jordan, kellerjordan.github.io/posts/muon).
+
+    `lr` is the length of a step as a share of the parameter's norm before the first one (of 1, if that was
+    0): the same rate fits language models with large and with small embeddings. A vector counts as a
+    matrix of one column, so its step is its momentum at that length.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = MOMENTUM) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._step(parameter, group)
+
+    def _step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        if parameter.grad is None:
+            return
+        state = self.state[parameter]
+        if not state:
+            norm = parameter.norm()
+            state["size"] = torch.where(norm > 0, norm, 1.0)
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+        ahead = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+        direction = orthogonal(ahead.reshape(len(ahead), -1)).reshape_as(parameter)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(direction * (group["lr"] * state["size"] / direction.norm().clamp(min=1e-7)))
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """U V of the singular value decomposition U S V, with singular values of 0.7 to 1.2 instead of 1.
+
+    Newton-Schulz iteration of degree 5 with Keller Jordan's coefficients, which are steep at 0.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    if len(matrix) > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    x: torch.Tensor = matrix / matrix.norm().clamp(min=1e-30)
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x

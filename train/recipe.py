@@ -1,0 +1,20 @@
+"""Named sets of flags: `--recipe fast` stands for these, and a flag that is given besides wins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "course": {
+        "start": "torch",
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.0,
+        "warmup": 0.03,
+        "batch_size": 16,
+        "epochs": 1,
+    },
+    "fast": {"start": "captions", "optimizer": "muon", "lr": 0.1, "warmup": 0.03, "batch_size": 16},
+}
+"""course: what the course project trains with. fast: its held-out loss in a fifth of the steps
+(benchmarks/RESULTS.md, Time to quality); give it `--max-steps`."""

@@ -1,0 +1,124 @@
+"""Where training starts: the initial projector, at random or solved from captions before the first step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llava_core.language import LanguageModel
+from llava_core.projector import Projector, match_scale
+from train.config import RunConfig
+from train.plan import projector_of
+from train.samples import Samples
+
+SCALE_SAMPLES = 64
+"""Samples whose features set the scale of a random projector."""
+CAPTION_SAMPLES = 2048
+"""Most samples that a projector is solved from."""
+READ_SAMPLES = 32
+"""Of those, how many are in memory at a time."""
+RIDGE = 1e-3
+"""Share of the mean variance of a feature that is added to each."""
+LOUDNESS = 2.0
+"""What a visual token says of its picture, relative to a word's embedding: both are RMS per number."""
+
+
+def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -> Projector:
+    """The projector before the first step, on the language model's device, as --start says."""
+    torch.manual_seed(config.seed)
+    projector = projector_of(config, samples.shards[0], llm.hidden)
+    if config.start == "scale":
+        some = samples.read(range(min(SCALE_SAMPLES, len(samples))))
+        match_scale(projector, some.float(), llm.embedding_rms)
+    projector.to(llm.device)
+    if config.start == "captions":
+        solve_captions(projector, samples, llm)
+    return projector
+
+
+@torch.no_grad()
+def solve_captions(projector: Projector, samples: Samples, llm: LanguageModel) -> None:
+    """Set the last linear layer so that each visual token says what captions say beside such features.
+
+    Ridge regression, in one pass and without the language model's blocks: from the layer's input at every
+    visual token to the mean embedding of the picture's answer tokens. Most of a caption cannot be told from
+    one patch, so the fit is faint; it is scaled up to the words' own RMS, times LOUDNESS, about its mean.
+    """
+    layer = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
+    moments = Moments()
+    n = min(CAPTION_SAMPLES, len(samples))
+    indices = [k * len(samples) // n for k in range(n)]  # rows may be in an order: take some of all
+    for start in range(0, n, READ_SAMPLES):
+        part = indices[start : start + READ_SAMPLES]
+        said = torch.stack([caption_embedding(samples, index, llm) for index in part])
+        moments.add(layer_input(projector, layer, samples.read(part).to(llm.device).float()), said)
+    weight = moments.ridge(RIDGE)
+    weight *= LOUDNESS * llm.embedding_rms / moments.spread(weight)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(moments.y_mean - weight @ moments.x_mean)
+
+
+def caption_embedding(samples: Samples, index: int, llm: LanguageModel) -> torch.Tensor:
+    """Mean embedding of a sample's answer tokens: [hidden], fp32."""
+    labels = torch.tensor(samples.example(index, epoch=0).labels, device=llm.device)
+    return llm.embed(labels[labels >= 0]).float().mean(0)
+
+
+def layer_input(projector: Projector, layer: nn.Linear, features: torch.Tensor) -> torch.Tensor:
+    """What reaches `layer`, one of the projector's, for features [N, T, D]: [N, visual tokens, layer's]."""
+    caught: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    projector(features)
+    hook.remove()
+    return caught[0]
+
+
+class Moments:
+    """Means and covariances of pairs (x, y), added up batch by batch in fp64."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.origin = torch.zeros(())
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """More pairs: x [N, T, D], and y [N, H] beside each of the T."""
+        tokens, width = x.shape[-2:]
+        if not self.n:
+            self.origin = x.mean((0, 1))  # a large mean would drown small variances in rounding
+            self.y_origin = y.mean(0)
+            self.x, self.y = x.new_zeros(width).double(), y.new_zeros(y.shape[-1]).double()
+            self.xx = x.new_zeros(width, width).double()
+            self.xy = x.new_zeros(width, y.shape[-1]).double()
+        x, y = x - self.origin, y - self.y_origin
+        sums, flat = x.sum(-2), x.flatten(0, 1)
+        self.n += len(flat)
+        self.x += sums.sum(0)
+        self.y += y.sum(0) * tokens
+        self.xx += flat.T @ flat
+        self.xy += sums.T @ y
+
+    @property
+    def x_mean(self) -> torch.Tensor:
+        return self.origin + (self.x / self.n).float()
+
+    @property
+    def y_mean(self) -> torch.Tensor:
+        return self.y_origin + (self.y / self.n).float()
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Of x: [D, D], fp64."""
+        return self.xx / self.n - torch.outer(self.x, self.x) / self.n**2
+
+    def ridge(self, share: float) -> torch.Tensor:
+        """W [H, D] of the least |y - W x|² + a |W|² about the means, a being `share` of x's mean variance."""
+        covariance = self.covariance
+        crossed = self.xy / self.n - torch.outer(self.x, self.y) / self.n**2
+        covariance.diagonal().add_(share * covariance.diagonal().mean())
+        solved: torch.Tensor = torch.linalg.solve(covariance, crossed)
+        return solved.T.float()
+
+    def spread(self, weight: torch.Tensor) -> float:
+        """RMS per number of W x about its mean."""
+        w = weight.double()
+        return float(((w @ self.covariance) * w).sum().div(len(w)).sqrt())
