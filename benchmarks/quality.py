@@ -24,12 +24,12 @@ from llava_core.projector import Projector
 from train import start
 from train.config import RunConfig
 from train.evaluate import evaluate
-from train.objective import summed_loss
+from train.objective import summed_losses
 from train.optimizer import build_optimizer, learning_rate
-from train.packing import packs
+from train.packing import Packing
 from train.parallel import World, joined
 from train.recipe import RECIPES
-from train.samples import Samples, Schedule
+from train.samples import Samples, Schedule, answer_tokens
 from train.shared import Shared
 
 
@@ -159,7 +159,7 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
     model: torch.nn.Module = projector
     if row.whiten:
         model = Whitened(projector, samples, shared.device)
-    visual = projector.tokens_out(samples.tokens)
+    visual, packing = projector.tokens_out(samples.tokens), Packing(config.micro_tokens)
     optimizer = build_optimizer(config, projector)
     if row.momentum is not None:
         optimizer.param_groups[0]["momentum"] = row.momentum
@@ -167,16 +167,16 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps)
         batch = samples.batch(indices, epoch)
-        answers = sum(label >= 0 for example in batch.examples for label in example.labels)
-        for pack in packs(batch, visual, config.micro_tokens):
-            loss = summed_loss(shared.llm, model, pack.to(shared.device)) / answers
-            loss.backward()  # type: ignore[no-untyped-call]
+        answers = answer_tokens(batch.examples)
+        for laid in packing.rows(batch.to(shared.device), [visual]):
+            (loss,) = summed_losses(shared.llm, [model], laid)
+            (loss / answers).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     if isinstance(model, Whitened):
         model.fold()
     seconds = time.process_time() - began
-    figures = evaluate(shared.llm, projector, held_out, 32, config.micro_tokens, world)
+    figures = evaluate(shared.llm, projector, held_out, 32, packing, world)
     return Outcome(figures["loss"], steps, seconds)
 
 
