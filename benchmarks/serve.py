@@ -1,8 +1,8 @@
 """`infer serve` under load: python -m benchmarks.serve --checkpoint DIR --vision DIR --llm DIR --images DIR
 
 Starts the server in a process of its own. For a minute, so many clients ask without a pause, each about a
-picture drawn at random, streamed; then one client alone does the same. Counts what was lost, and measures time
-to the first text and to the end, tokens a second, and the server's memory.
+picture drawn at random, streamed; then one client alone does the same. Counts what was lost, and measures
+time to the first text and to the end, tokens a second, and the server's memory.
 """
 
 from __future__ import annotations

@@ -80,8 +80,7 @@ def question(text: str, url: str | None = None) -> Any:
 
 def asked(session: Session, text: str, image: Path | None = None) -> str:
     """What `infer ask` says."""
-    session.visual = None
-    session.clear()
+    session.begin(session.nothing())
     if image:
         session.show(str(image))
     return "".join(session.ask(text))
@@ -122,7 +121,7 @@ def test_the_openai_client(served: Served, world: World, session: Session) -> No
     whole = client.chat.completions.create(model=model.id, messages=messages)
     assert whole.choices[0].message.content == asked(session, "图中有什么？", world.images[0])
     assert whole.usage is not None
-    assert whole.usage.prompt_tokens == session.prefilled
+    assert whole.usage.prompt_tokens == session.figures.prefilled
     assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", TOKENS)
 
     stream = client.chat.completions.create(
@@ -185,7 +184,8 @@ def test_errors_reach_the_openai_client_as_its_own(served: Served, world: World,
 def test_the_llm_command(served: Served, world: World, session: Session, tmp_path: Path) -> None:
     settings = {"model_id": "mine", "model_name": "run/last", "api_base": f"{served.base}/v1", "vision": True}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([settings]))
-    environment = {**ENVIRONMENT, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    alone = {"LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": "", "OPENAI_API_KEY": "none"}
+    environment = {**ENVIRONMENT, **alone}
 
     def llm(*arguments: str) -> str:
         command = [sys.executable, "-m", "llm", "prompt", "-m", "mine", *arguments]

@@ -103,7 +103,7 @@ def test_a_dialogue_reads_only_what_is_new(engine: Engine, world: World, batcher
         asked = Asked(batcher, messages, world.images[0])
         assert asked.answer().strip() == "".join(session.ask(question)).strip()
         other.answer()
-        assert asked.job.prompt_tokens - asked.job.reused == session.prefilled
+        assert asked.job.prompt_tokens - asked.job.reused == session.figures.prefilled
         assert (asked.job.reused > 0) == (turn > 0)
     same = Asked(batcher, messages, world.images[0])
     another = Asked(batcher, messages, world.images[2])
