@@ -122,7 +122,7 @@ class Completions:
         defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
         try:
-            ids = self._batcher.engine.conversation.prompt(asked.messages)
+            ids = await asyncio.to_thread(self._batcher.engine.conversation.prompt, asked.messages)
         except Exception as error:  # templates raise errors of their own for what they do not know
             raise ApiError(
                 400, f"the chat template refuses these messages: {error}", param="messages"

@@ -80,7 +80,7 @@ class ServeConfig(Models):
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 8000
     """Port to listen on; 0: any free one."""
-    api_key: str | None = dataclasses.field(default_factory=lambda: os.environ.get("LLAVA_API_KEY"))
+    api_key: str | None = dataclasses.field(default_factory=lambda: os.environ.get("LLAVA_API_KEY") or None)
     """Key that clients must send; the variable LLAVA_API_KEY hides it from `ps`."""
     model_id: str | None = None
     """Name of the model for clients; by default the last two folders of the checkpoint, such as RUN/best."""
@@ -102,6 +102,8 @@ class ServeConfig(Models):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_above_zero("slots", "context", "max_bytes")
+        if self.api_key == "":
+            raise LlavaError("--api-key", expected="a key", got="nothing", exit_code=2)
         if self.queue < 0:
             raise LlavaError("--queue", expected="0 or more", got=self.queue, exit_code=2)
         if not 0 <= self.port < 1 << 16:

@@ -73,6 +73,6 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
             return
         room = min(self.context, max(2 * self.room, -(-length // GRAIN) * GRAIN))
         for index, kept in self._layers.items():
-            keys, values = (F.pad(tensor, (0, 0, 0, room - self.room)) for tensor in kept)
+            keys, values = (F.pad(tensor, (0, 0, 0, room - tensor.shape[2])) for tensor in kept)
             self._layers[index] = (keys, values)
         self.room = room

@@ -184,8 +184,8 @@ def test_errors_reach_the_openai_client_as_its_own(served: Served, world: World,
 def test_the_llm_command(served: Served, world: World, session: Session, tmp_path: Path) -> None:
     settings = {"model_id": "mine", "model_name": "run/last", "api_base": f"{served.base}/v1", "vision": True}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([settings]))
-    own = {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none", "LLM_LOAD_PLUGINS": ""}
-    environment = {**ENVIRONMENT, **own}  # no plugin that happens to be installed
+    alone = {"LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": "", "OPENAI_API_KEY": "none"}
+    environment = {**ENVIRONMENT, **alone}
 
     def llm(*arguments: str) -> str:
         command = [sys.executable, "-m", "llm", "prompt", "-m", "mine", *arguments]
