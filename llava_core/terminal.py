@@ -39,7 +39,7 @@ class Terminal:
 
     def say(self, text: str, style: str = "") -> None:
         """A remark, on standard error."""
-        self._console.print(text, style=style)
+        self._console.print(_harmless(text) if self.live else text, style=style)
 
     def answer(self, pieces: Generator[str, None, None]) -> bool:
         """Print an answer as it comes; False if Ctrl-C stopped it."""
@@ -80,5 +80,5 @@ def half_blocks(pixels: np.ndarray) -> Text:
 
 
 def _harmless(piece: str) -> str:
-    """Without control characters: a model may say anything, an escape sequence too."""
+    """Without control characters: a model, or a host, may say anything, an escape sequence too."""
     return "".join(c for c in piece if c.isprintable() or c in "\n\t")

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.color import Color
 
 from infer.chat import bare_image
 from llava_core.chat import changed, unquoted
 from llava_core.errors import LlavaError
 from llava_core.phrases import PHRASES, pick_language
+from llava_core.prompt import history
 from llava_core.sampling import Sampling
 from llava_core.savedchat import SavedChat, read_chat, write_chat
 from llava_core.terminal import half_blocks
@@ -48,6 +50,12 @@ def test_a_line_is_an_image_only_as_a_whole(tmp_path: Path, monkeypatch: pytest.
     assert bare_image("https://example.org/a.png?x=1") == "https://example.org/a.png?x=1"
     for question in ("cat", "a dog.png", "https://example.org/a.png what is it?", "图" * 5000, "a\0b.png"):
         assert bare_image(question) is None
+
+
+def test_without_a_folder_for_it_history_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert isinstance(history({"XDG_STATE_HOME": str(tmp_path / "file")}), InMemoryHistory)
+    assert isinstance(history({"XDG_STATE_HOME": str(tmp_path / "new")}), FileHistory)
 
 
 def test_named_settings() -> None:
