@@ -53,7 +53,7 @@ def solve_captions(projector: Projector, samples: Samples, llm: LanguageModel) -
         said = torch.stack([caption_embedding(samples, index, llm) for index in part])
         moments.add(layer_input(projector, layer, samples.read(part).to(llm.device).float()), said)
     weight = moments.ridge(RIDGE)
-    weight *= LOUDNESS * llm.embedding_rms / moments.spread(weight)
+    weight *= LOUDNESS * llm.embedding_rms / max(moments.spread(weight), 1e-12)  # 0 if all captions are one
     layer.weight.copy_(weight)
     layer.bias.copy_(moments.y_mean - weight @ moments.x_mean)
 

@@ -81,6 +81,15 @@ def test_captions_are_what_visual_tokens_say(kind: str, samples: Samples, llm: L
     assert projected == pytest.approx(loud + y.mean(0), rel=1e-2, abs=2e-3)
 
 
+def test_a_single_caption_is_said_by_every_token(
+    samples: Samples, llm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "CAPTION_SAMPLES", 1)
+    projector = start.initial_projector(config(start="captions"), samples, llm)
+    assert not projector.map.weight.any()  # type: ignore[union-attr, operator]
+    assert torch.allclose(projector.map.bias, start.caption_embedding(samples, 0, llm), atol=1e-6)  # type: ignore[arg-type]
+
+
 def test_the_courses_start_is_torchs_own(samples: Samples, llm: LanguageModel) -> None:
     projector = start.initial_projector(config(start="torch", seed=3), samples, llm)
     torch.manual_seed(3)
