@@ -49,7 +49,7 @@ class ChatConfig(Models):
     image: str | None = None
     """Path or URL of the image to begin with."""
     compile: bool = False
-    """Compile the step for one token: faster answers, after a minute at the start."""
+    """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
     lang: Literal["auto", "zh", "en"] = "auto"
     """Language of remarks and help; auto: that of the locale."""
 
