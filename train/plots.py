@@ -120,7 +120,8 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
     if max(rates) / min(rates) > 3:
         axes.set_xscale("log")
     if isinstance(space.axes["lr"], Choices) and len(set(rates)) <= LABELS:
-        axes.set_xticks(sorted(set(rates)), map(shown, sorted(set(rates))))
+        ticks = sorted(set(rates))
+        axes.set_xticks(ticks, [shown(rate) for rate in ticks])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.margins(x=0.08)
     _limit(axes, losses, top)
