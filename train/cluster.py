@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from llava_core.cluster import Lines, Plan, Tally, code_digest, connected, plan_workers
-from llava_core.console import progress, say
+from llava_core.console import counted, progress, say
 from llava_core.errors import LlavaError
 from train.config import SweepConfig
 from train.space import Space
@@ -31,53 +32,88 @@ STOP_SECONDS = 60.0
 
 
 def work_on_ray(config: SweepConfig, space: Space) -> None:
-    """Until every trial has ended. Raises LlavaError if no worker can work."""
+    """Until every trial has ended. Raises LlavaError if no worker can work; Ctrl-C lets each save."""
     assert config.ray is not None
     study = open_study(config, space)
     with connected(config.ray) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        left = study.left()
-        groups = -(-left // config.together)
-        plan = plan_workers(nodes, config.device, config.ray_workers, max(1, groups))
+        groups = max(1, -(-study.left() // config.together))
+        plan = plan_workers(nodes, config.device, config.ray_workers, groups)
         say(f"Ray at {config.ray}: {plan}")
+        trials = space.size(config.trials)
+        with progress(trials, "trials") as bar:
+            crew = Crew(ray, plan, config, space)
+            try:
+                while left := study.left():
+                    crew.attend(left)
+                    bar.update(trials - left - bar.n)
+                bar.update(trials - bar.n)
+            finally:
+                crew.stop()
+
+
+class Crew:
+    """The workers; one that dies is replaced."""
+
+    def __init__(self, ray: Any, plan: Plan, config: SweepConfig, space: Space) -> None:
+        self.ray = ray
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-        tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
-        start = _starter(ray, plan, config, space, tally)
-        calls = [start() for _ in range(plan.workers)]
-        deaths, moved = 0, time.monotonic()
-        with progress(space.size(config.trials), "trials") as bar:
-            try:
-                while calls or left:
-                    if not calls:  # a lock that nobody holds is not yet free, or all have been stopped
-                        if time.monotonic() - moved > LOCK_SECONDS:
-                            break
-                        time.sleep(1)
-                        calls.append(start())
-                    ended, calls = ray.wait(calls, timeout=1)
-                    for call in ended:
-                        trouble = _outcome(ray, call)
-                        if trouble is not None:
-                            deaths += 1
-                            say(trouble.text)
-                            if trouble.fatal and not calls:
-                                raise LlavaError(trouble.text)
-                            if not trouble.fatal and deaths <= MOST_DEATHS:
-                                calls.append(start())
-                    _, lines = ray.get(tally.news.remote())
-                    for line in lines:
-                        say(line)
-                    now = study.left()
-                    if now < left:
-                        deaths, moved = 0, time.monotonic()
-                    left = now
-                    bar.update(space.size(config.trials) - left - bar.n)
-            finally:
-                for call in calls:
-                    ray.cancel(call)
-                if calls:
-                    ray.wait(calls, num_returns=len(calls), timeout=STOP_SECONDS)
+        self.tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+        task = ray.remote(work_here).options(
+            num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_retries=0
+        )
+        config = dataclasses.replace(config, device="cuda" if plan.gpus else "cpu")
+        job = (config, space, self.tally, code_digest(*OUR_CODE), max(1, plan.cpus))
+        self.start: Callable[[], Any] = lambda: task.remote(*job)
+        self.calls = [self.start() for _ in range(plan.workers)]
+        self.deaths, self.left, self.moved = 0, 0, time.monotonic()
+
+    def attend(self, left: int) -> None:
+        """Wait a second, pass on what the workers say, and replace those that died; so many trials are left.
+
+        Raises LlavaError if nobody is there to run them.
+        """
+        if left != self.left:
+            self.deaths, self.left, self.moved = 0, left, time.monotonic()
+        if not self.calls:  # what a dead worker held may not be free yet
+            if self.deaths > MOST_DEATHS or time.monotonic() - self.moved > LOCK_SECONDS:
+                raise LlavaError(
+                    f"{counted(left, 'trial')} could not be run", do="look at the workers' nodes"
+                )
+            time.sleep(1)
+            self.calls.append(self.start())
+        ended, self.calls = self.ray.wait(self.calls, timeout=1)
+        troubles = [trouble for call in ended if (trouble := self._trouble(call))]
+        self._tell()
+        for trouble in troubles:
+            if trouble.fatal and not self.calls:
+                raise LlavaError(trouble.text)
+            say(trouble.text)
+            self.deaths += 1
+            if not trouble.fatal and self.deaths <= MOST_DEATHS:
+                self.calls.append(self.start())
+
+    def stop(self) -> None:
+        """End the workers; those at work save first."""
+        for call in self.calls:
+            self.ray.cancel(call)
+        if self.calls:
+            self.ray.wait(self.calls, num_returns=len(self.calls), timeout=STOP_SECONDS)
+        self._tell()
+
+    def _tell(self) -> None:
+        for line in self.ray.get(self.tally.news.remote())[1]:
+            say(line)
+
+    def _trouble(self, call: Any) -> Trouble | None:
+        errors = self.ray.exceptions
+        try:
+            trouble: Trouble | None = self.ray.get(call)
+            return trouble
+        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError):
+            return Trouble("a worker died; another continues its trial", fatal=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +138,3 @@ def work_here(config: SweepConfig, space: Space, tally: Any, code: str, threads:
         except (LlavaError, OSError) as error:
             return Trouble(f"{host}: {error}", fatal=True)
     return None
-
-
-def _starter(ray: Any, plan: Plan, config: SweepConfig, space: Space, tally: Any) -> Any:
-    """A function that starts one worker."""
-    task = ray.remote(work_here).options(
-        num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_retries=0
-    )
-    config = dataclasses.replace(config, device="cuda" if plan.gpus else "cpu")
-    return lambda: task.remote(config, space, tally, code_digest(*OUR_CODE), max(1, plan.cpus))
-
-
-def _outcome(ray: Any, call: Any) -> Trouble | None:
-    try:
-        trouble: Trouble | None = ray.get(call)
-        return trouble
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError):
-        return Trouble("a worker died; another continues its trial", fatal=False)

@@ -140,6 +140,10 @@ class SweepConfig(RunConfig):
     """Workers on Ray; by default one per GPU, or per 4 CPU cores where there is none."""
     export_wandb: Path | None = None
     """Only write the same sweep there, as YAML for `wandb sweep`."""
+    resume: bool = False
+    """Fail unless OUT holds a sweep to continue."""
+    dry_run: bool = False
+    """Only print how many trials there are, and how long they take."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,11 +67,11 @@ def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Picture]:
         wanted.append(("parallel", caption, lambda theme: parallel(space, rows, theme)))
     pictures = []
     for name, caption, figure in wanted:
-        light, dark = (_svg(figure, theme) for theme in (LIGHT, DARK))
-        pictures.append(Picture(name, caption, light, dark, name == "parallel" and len(space.axes) > 3))
         partial = folder / f"{name}.png.part"
-        _save(figure, LIGHT, partial, format="png", dpi=150)
+        light, dark = _svg(figure, LIGHT, png=partial), _svg(figure, DARK)
         partial.replace(folder / f"{name}.png")
+        broad = name == "parallel" and len(space.axes) > 3
+        pictures.append(Picture(name, caption, light, dark, broad))
     return pictures
 
 
@@ -120,7 +120,8 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
     if max(rates) / min(rates) > 3:
         axes.set_xscale("log")
     if isinstance(space.axes["lr"], Choices) and len(set(rates)) <= LABELS:
-        axes.set_xticks(sorted(set(rates)), map(shown, sorted(set(rates))))
+        ticks = sorted(set(rates))
+        axes.set_xticks(ticks, [shown(rate) for rate in ticks])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.margins(x=0.08)
     _limit(axes, losses, top)
@@ -304,13 +305,8 @@ def _shade(theme: dict[str, str], share: float) -> Any:
     return plt.get_cmap("viridis")(low + (high - low) * share)
 
 
-def _svg(figure: Callable[[dict[str, str]], Figure], theme: dict[str, str]) -> str:
-    text = io.StringIO()
-    _save(figure, theme, text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return text.getvalue()
-
-
-def _save(figure: Callable[[dict[str, str]], Figure], theme: dict[str, str], to: Any, **how: Any) -> None:
+def _svg(figure: Callable[[dict[str, str]], Figure], theme: dict[str, str], png: Path | None = None) -> str:
+    """Draw it on such paper; as a PNG, too, if a path is given."""
     ink, line, paper = theme["ink"], theme["line"], theme["paper"]
     settings = {
         **{f"{part}.color": ink for part in ("text", "xtick", "ytick")},
@@ -324,7 +320,11 @@ def _save(figure: Callable[[dict[str, str]], Figure], theme: dict[str, str], to:
         "axes.spines.right": False,
         "svg.hashsalt": "sweep",
     }
+    text = io.StringIO()
     with matplotlib.rc_context(settings):
         made = figure(theme)
-        made.savefig(to, **how)
+        if png:
+            made.savefig(png, format="png", dpi=150)
+        made.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(made)
+    return text.getvalue()

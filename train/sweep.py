@@ -43,7 +43,9 @@ def run(config: SweepConfig) -> JsonDict:
         return planned
     from train.trials import conclude, open_study, work  # need the extra
 
-    open_study(config, space)  # or refuse, before anything is loaded
+    left = open_study(config, space).left()  # or refuse, before anything is loaded
+    if left < planned["trials"]:
+        say(f"{counted(left, 'trial')} left")
     if config.ray:
         from train.cluster import work_on_ray  # few sweeps have a cluster
 

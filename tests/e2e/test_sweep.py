@@ -238,6 +238,13 @@ def test_a_cluster_that_loses_a_node_finishes_the_sweep(world: Path, tmp_path: P
     with ray_cluster() as (address, _, other):
         call = (*command(dataclasses.replace(given, ray=address)), "--json")
         with started(*call, **ACCESS) as process:
+            wait_for(process, tmp_path / "out/trials/0000/step-00000008")
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=120)
+        assert process.returncode == 130, err
+        assert err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+        assert "stopping after this step" in err
+        with started(*call, **ACCESS) as process:
             lost = None
             while lost is None:  # a trial that runs on the other node, and has something to lose
                 assert process.poll() is None, process.communicate()

@@ -128,7 +128,7 @@ def test_unknown_flags_are_wrong_usage() -> None:
     ("module", "commands"),
     [
         ("extract", ["run", "retry-failed", "verify", "inspect"]),
-        ("train", ["run", "eval"]),
+        ("train", ["run", "sweep", "plan", "eval"]),
         ("infer", ["ask", "chat", "batch"]),
         ("llava", ["demo"]),
     ],

@@ -1,0 +1,114 @@
+"""The table of a sweep, and its pictures for few trials and for many."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from train.config import SweepConfig
+from train.page import write_page
+from train.plots import draw
+from train.results import best_of, rows_of, text_table
+from train.space import Point, Space
+from train.study import Record, State
+
+
+def record(
+    number: int, point: Point, loss: float | None, state: State = "finished", **more: object
+) -> Record:
+    return Record(number, state, point, Path(f"trials/{number:04d}"), loss, **more)  # type: ignore[arg-type]
+
+
+def test_seeds_are_one_row_with_their_mean_and_spread() -> None:
+    rows = rows_of(
+        [
+            record(0, {"lr": 0.1, "seed": 0}, 2.0, summary={"eval_grounding_gap": 0.5}, seconds=30.0),
+            record(1, {"lr": 0.2, "seed": 0}, 1.0),
+            record(2, {"lr": 0.3, "seed": 0}, 0.5, "pruned"),
+            record(3, {"lr": 0.1, "seed": 1}, 1.5, summary={"eval_grounding_gap": 0.7}, seconds=31.0),
+            record(4, {"lr": 0.2, "seed": 1}, 3.0),
+            record(5, {"lr": 0.4, "seed": 0}, None, "failed", error="because"),
+            record(6, {"lr": 0.4, "seed": 1}, None, "failed", error="because"),
+            record(7, {"lr": 0.5, "seed": 0}, 9.0),
+            record(8, {"lr": 0.5, "seed": 1}, None, "failed", error="because"),
+        ]
+    )
+    lines = [line.split() for line in text_table(rows).splitlines()]
+    assert lines[0] == ["lr", "held-out", "loss", "spread", "grounding", "gap", "finished", "time"]
+    assert lines[2:] == [
+        ["0.1", "1.7500", "0.5000", "0.6000", "2", "of", "2", "1.02", "min"],
+        ["0.2", "2.0000", "2.0000", "-", "2", "of", "2", "0", "s"],
+        ["0.5", "9.0000", "-", "-", "1", "of", "2", "0", "s"],
+        ["0.3", "0.5000", "pruned", "-", "-", "0", "of", "1", "0", "s"],
+        ["0.4", "failed", "-", "-", "0", "of", "2", "0", "s"],
+    ]
+    best = best_of(rows)
+    assert best is not None
+    assert best.number == 3  # the better one of the best row, not the best of all
+
+
+def test_a_sweep_of_nothing_finished_has_no_best() -> None:
+    assert best_of([]) is None
+    assert text_table([]) == ""
+    assert best_of(rows_of([record(0, {"lr": 1.0}, 2.0, "pruned")])) is None
+
+
+WIDE = (
+    "lr=1e-4..1e-2:log",
+    "projector=linear,mlp",
+    "visual_tokens=all,patches,pool,shuffle",
+    "batch_size=8..64",
+)
+
+
+@pytest.mark.parametrize(
+    ("space", "trials", "pictures"),
+    [
+        (["seed=0,1"], 2, ["curves"]),
+        (["projector=mlp"], 1, ["curves"]),
+        (["lr=1e-3,2e-3"], 2, ["loss-lr", "curves"]),
+        (["lr=1e-3", "projector=linear,mlp"], 2, ["loss-lr", "curves", "parallel"]),
+        (WIDE, 50, ["loss-lr", "curves", "parallel"]),
+    ],
+)
+def test_few_trials_and_many_are_drawn(
+    tmp_path: Path, space: list[str], trials: int, pictures: list[str]
+) -> None:
+    config = SweepConfig(
+        features=Path("f"),
+        llm=Path("l"),
+        eval_features=Path("e"),
+        out=tmp_path,
+        space=tuple(space),
+        trials=trials,
+    )
+    varied, records = Space.of(space, config), []
+    points = list(varied.grid()) if varied.is_grid else [wide(k) for k in range(trials)]
+    for number, point in enumerate(points):
+        folder = tmp_path / f"trials/{number:04d}"
+        folder.mkdir(parents=True)
+        loss = 2 + math.sin(number) if number % 9 else 80.0
+        lines = [{"step": step, "eval_loss": loss + 5 / (1 + step)} for step in (0, 100, 200)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+        state: State = "pruned" if number % 7 == 6 else "finished"
+        records.append(Record(number, state, point, folder, loss))
+    drawn = draw(tmp_path, varied, rows_of(records))
+    assert [picture.name for picture in drawn] == pictures
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == sorted(pictures)
+    for picture in drawn:
+        assert "#e9e6df" in picture.dark
+        assert "#e9e6df" not in picture.light
+    write_page(config, varied, rows_of(records), drawn, command=None)
+    assert (tmp_path / "index.html").read_text().count("<tr") == 1 + len(rows_of(records))
+
+
+def wide(k: int) -> Point:
+    return {
+        "lr": 10 ** (-4 + 2 * k / 49),
+        "projector": ("linear", "mlp")[k % 2],
+        "visual_tokens": ("all", "patches", "pool", "shuffle")[k % 4],
+        "batch_size": 8 + k,
+    }
