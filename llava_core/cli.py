@@ -129,11 +129,14 @@ def _expanded(
         raise LlavaError(f"{option} needs a value", do=f"write {option} {example}", exit_code=2)
     named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
+    types = {field.name: field.type for field in dataclasses.fields(config)}
     flags: list[str] = []
     for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
         if flag not in typed and flag.replace("--", "--no-", 1) not in typed:
-            flags += _flag(flag, value)
+            again = "UseAppendAction" in str(types[key.replace("-", "_")])
+            for each in value if again and isinstance(value, list) else [value]:
+                flags += _flag(flag, each)
     return flags + rest
 
 
