@@ -176,7 +176,7 @@ class LensConfig(Models):
     other: str | None = None
     """Path or URL of the image to compare with; by default a blank one of the same mean colour."""
     layer: int | None = None
-    """Block whose output the logit lens reads, from 1; by default the middle one."""
+    """Block whose output the logit lens reads, from 1; by default the one at half of the depth."""
     top: int = 5
     """Words shown for each part of the image."""
 
