@@ -105,7 +105,7 @@ def look(engine: Engine, config: LensConfig) -> Seen:
         blank, other = _pixels(engine, config.other), config.other
     turn = Turn(config.prompt, caption)
     pieces, loss = losses(engine, visual[0], turn)
-    _, other_loss = losses(engine, engine.look(np.array(blank)[None])[0], turn)
+    _, other_loss = losses(engine, engine.project(engine.tower.encode(np.array(blank)[None]))[0], turn)
     return Seen(config.image, pixels, side, panels, other, pieces, loss, other_loss)
 
 
