@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infer.config import AskConfig, BatchConfig, ChatConfig, ServeConfig
+from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, ScoreConfig, ServeConfig
 from llava_core import cli
 
 COMMANDS = {
@@ -10,6 +10,8 @@ COMMANDS = {
     "chat": cli.Command(ChatConfig, "infer.chat:run"),
     "batch": cli.Command(BatchConfig, "infer.batch:run"),
     "serve": cli.Command(ServeConfig, "infer.serve:run"),
+    "score": cli.Command(ScoreConfig, "infer.score:run"),
+    "lens": cli.Command(LensConfig, "infer.lens:run"),
 }
 
 

@@ -1,20 +1,49 @@
-"""`infer ask`: one question, one answer."""
+"""`infer ask`: one question about an image, or the same about each of several."""
 
 from __future__ import annotations
+
+import dataclasses
+import sys
 
 from infer.config import AskConfig
 from infer.engine import open_engine
 from infer.session import Session
+from llava_core.console import say
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.sampling import sampling_of
 
 
 def run(config: AskConfig) -> JsonDict:
+    """Print the bare answer, or, of several images, `IMAGE: ANSWER` each, less those that cannot be read.
+
+    Raises LlavaError if the only image cannot be read.
+    """
+    prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
     session = Session(open_engine(config), sampling_of(config))
-    session.show(config.image)
+    if len(config.image) == 1:
+        return {"image": config.image[0], "prompt": prompt, **ask(session, config.image[0], prompt)}
+    answers: list[JsonDict] = []
+    for image in config.image:
+        try:
+            answers.append({"image": image, **ask(session, image, prompt, before=f"{image}: ")})
+        except LlavaError as error:
+            say(f"error: {error}")
+            answers.append({"image": image, "error": str(error)})
+    return {"prompt": prompt, "answers": answers, "exit_code": int(any("error" in line for line in answers))}
+
+
+def ask(session: Session, image: str, prompt: str, before: str = "") -> JsonDict:
+    """Print the answer as it comes, after `before`; returns it with what it took."""
+    if image == "-":
+        session.show_file("standard input", sys.stdin.buffer.read())
+    else:
+        session.show(image)
+    print(before, end="", flush=True)
     pieces = []
-    for piece in session.ask(config.prompt):
+    for piece in session.ask(prompt):
         print(piece, end="", flush=True)
         pieces.append(piece)
-    print()
-    return {"image": config.image, "prompt": config.prompt, "answer": "".join(pieces).strip()}
+    print(flush=True)
+    figures = {**dataclasses.asdict(session.figures), "tokens_per_s": session.figures.tokens_per_s}
+    return {"answer": "".join(pieces).strip(), **figures}

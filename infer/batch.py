@@ -1,67 +1,71 @@
-"""`infer batch`: a JSONL file of questions to one of answers, line by line in the same order."""
+"""`infer batch`: many questions to a JSONL file of answers, line by line in the same order."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import torch
 
 from infer.config import BatchConfig
-from infer.engine import Engine, not_an_image, open_engine, read_images
+from infer.engine import Speaker, open_engine, open_speaker
+from infer.lines import to_line
+from infer.questions import Looked, live, questions_of, read_questions, stored
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import Lock
-from llava_core.preprocess import ImageError
 from llava_core.sampling import Sampling, sampling_of
+from llava_core.shards import open_shards
 from llava_core.spoken import Spoken
+
+WINDOW = 32
+"""Batches of questions among which prompts of one length are looked for."""
 
 
 def run(config: BatchConfig) -> JsonDict:
-    """Answer the lines that OUTPUT does not hold yet.
+    """Answer the questions that OUTPUT does not hold yet.
 
     Raises LlavaError for a line that is no question, or if OUTPUT holds anything but answers to these.
     """
-    questions = read_questions(config.input, config.prompt)
+    questions, open_models = asked(config)
     with Lock(config.output), config.output.open("a+b") as file:
         done = continued(file, questions, config)
         failed = sum("error" in line for line in done)
         todo = questions[len(done) :]
         if todo:
-            engine = open_engine(config)
+            speaker, look = open_models()
             with progress(len(questions), "questions", len(done)) as bar:
-                for start in range(0, len(todo), config.batch_size):
-                    part = todo[start : start + config.batch_size]
-                    for line in answers(engine, part, config.input.parent, sampling_of(config)):
-                        file.write(_line({**line, "checkpoint": str(config.checkpoint)}))
-                        failed += "error" in line
+                for line in answers(speaker, todo, look, sampling_of(config), config.batch_size):
+                    file.write(to_line({**line, "checkpoint": str(config.checkpoint)}))
                     file.flush()
-                    bar.update(len(part))
+                    failed += "error" in line
+                    bar.update()
     say(f"{len(questions)} questions, {failed} without an answer")
     return {"questions": len(questions), "failed": failed, "output": str(config.output)}
 
 
-def read_questions(path: Path, prompt: str) -> list[JsonDict]:
-    questions = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    except UnicodeDecodeError:
-        raise LlavaError(f"{path} is no text file", expected="JSON lines in UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            question = {"prompt": prompt, **json.loads(line)}
-            _line(question)
-        except (ValueError, TypeError):  # UnicodeEncodeError, for half a character, among them
-            question = {}
-        if not isinstance(question.get("image"), str) or not isinstance(question.get("prompt"), str):
-            wanted = '{"image": PATH or URL, "prompt": TEXT}'
-            raise LlavaError(f"line {number} of {path} is no question", expected=wanted, got=line[:80])
-        questions.append(question)
-    return questions
+def asked(config: BatchConfig) -> tuple[list[JsonDict], Callable[[], tuple[Speaker, Looked]]]:
+    """The questions, and what loads the models and looks at their pictures."""
+    if config.features is not None:
+        shards = open_shards(config.features)
+
+        def open_stored() -> tuple[Speaker, Looked]:
+            speaker = open_speaker(config, shards[0])
+            return speaker, stored(speaker, shards)
+
+        return questions_of(shards, config.prompt), open_stored
+    assert config.input is not None
+    folder = config.input.parent
+
+    def open_live() -> tuple[Speaker, Looked]:
+        engine = open_engine(config)
+        return engine, live(engine, folder)
+
+    return read_questions(config.input, config.prompt), open_live
 
 
 def continued(file: BinaryIO, questions: Sequence[JsonDict], config: BatchConfig) -> list[JsonDict]:
@@ -82,63 +86,81 @@ def continued(file: BinaryIO, questions: Sequence[JsonDict], config: BatchConfig
         ours = False
     if ours and torn:
         ours = len(done) < len(questions)
-        following = _line(questions[len(done)])[:-2] if ours else b""
+        following = to_line(questions[len(done)])[:-2] if ours else b""
         ours = ours and (torn.startswith(following) or following.startswith(torn))
     if not ours:
         raise LlavaError(
             f"{config.output} holds something else",
-            expected=f"answers of {config.checkpoint} to {config.input}",
+            expected=f"answers of {config.checkpoint} to {config.input or config.features}",
             do="choose another --output",
         )
     file.truncate(sum(len(line) + 1 for line in whole))
     return done
 
 
-def _line(content: JsonDict) -> bytes:
-    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
-
-
 def answers(
-    engine: Engine, questions: Sequence[JsonDict], folder: Path, sampling: Sampling
+    speaker: Speaker, questions: Sequence[JsonDict], look: Looked, sampling: Sampling, size: int
+) -> Iterator[JsonDict]:
+    """The questions with `answer` or `error`, in their order, each as soon as those before it are done."""
+
+    @functools.lru_cache(maxsize=65536)
+    def prompt(text: str) -> list[int]:
+        return speaker.conversation.prompt([{"role": "user", "content": text}])
+
+    done: dict[int, JsonDict] = {}
+    given = 0
+    lengths = (len(prompt(question["prompt"])) for question in questions)
+    for together in alike(lengths, size, WINDOW * size):
+        part = [questions[index] for index in together]
+        ids = [prompt(question["prompt"]) for question in part]
+        for index, outcome in zip(together, outcomes(speaker, look(part), ids, sampling), strict=True):
+            done[index] = {**questions[index], **outcome}
+        while given in done:
+            yield done.pop(given)
+            given += 1
+
+
+def alike(lengths: Iterable[int], size: int, window: int) -> Iterator[list[int]]:
+    """Up to `size` indices of one length at a time, so that nothing is padded.
+
+    The first index left is always among them, and the others come from the `window` that begins with it:
+    results may be given out in order all along, and no more than a window's wait for their turn.
+    """
+    rest, upto = enumerate(lengths), 0
+    ahead: list[tuple[int, int]] = []
+    while True:
+        first = ahead[0][0] if ahead else upto
+        ahead += itertools.islice(rest, first + window - upto)
+        upto = first + window
+        if not ahead:
+            return
+        together = [index for index, length in ahead if length == ahead[0][1]][:size]
+        yield together
+        taken = set(together)
+        ahead = [pair for pair in ahead if pair[0] not in taken]
+
+
+def outcomes(
+    speaker: Speaker, seen: Sequence[torch.Tensor | LlavaError], ids: Sequence[list[int]], sampling: Sampling
 ) -> list[JsonDict]:
-    """The questions with `answer` or `error`, in their order."""
-    images = read_images([question["image"] for question in questions], folder)
-    prompts = [engine.conversation.prompt([{"role": "user", "content": q["prompt"]}]) for q in questions]
-    lines: list[JsonDict] = [dict(question) for question in questions]
-    for index, image in enumerate(images):
-        if isinstance(image, LlavaError):
-            lines[index]["error"] = str(image)
-    # Prompts of one length go together, so nothing is ever padded.
-    shown = sorted(
-        (i for i, image in enumerate(images) if isinstance(image, bytes)), key=lambda i: len(prompts[i])
-    )
-    for _, group in itertools.groupby(shown, key=lambda i: len(prompts[i])):
-        for indices, visual in _seen(engine, list(group), images, lines):
-            ids = torch.tensor([prompts[i] for i in indices], device=engine.llm.device)
-            embedded = torch.cat([visual, engine.llm.embed(ids)], dim=1)
-            said = [Spoken(engine.text, sampling.stop) for _ in indices]
-            for step in engine.generate(embedded, sampling):
-                for k, token in enumerate(step):
-                    if token is not None:
-                        said[k].add(token)
-            for index, spoken in zip(indices, said, strict=True):
-                spoken.end()
-                lines[index]["answer"] = spoken.text.strip()
-    return lines
-
-
-def _seen(
-    engine: Engine, indices: list[int], images: Sequence[bytes | LlavaError], lines: list[JsonDict]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The images of `indices` as visual tokens; those that cannot be decoded get their `error`."""
-    good, visual = [], []
-    for index in indices:
-        image = images[index]
-        assert isinstance(image, bytes)
-        try:
-            visual.append(engine.see([image]))
-            good.append(index)
-        except ImageError as error:
-            lines[index]["error"] = str(not_an_image(lines[index]["image"], error))
-    if good:
-        yield good, torch.cat(visual)
+    """Pictures, and prompts of one length -> {"answer": TEXT} or {"error": TEXT} of each."""
+    results = [{"error": str(visual)} if isinstance(visual, LlavaError) else {} for visual in seen]
+    shown = [k for k, visual in enumerate(seen) if isinstance(visual, torch.Tensor)]
+    if not shown:
+        return results
+    visual = torch.stack([visual for visual in seen if isinstance(visual, torch.Tensor)])
+    asked = torch.tensor([ids[k] for k in shown], device=speaker.llm.device)
+    said = [Spoken(speaker.text, sampling.stop) for _ in shown]
+    try:
+        for step in speaker.generate(torch.cat([visual, speaker.llm.embed(asked)], dim=1), sampling):
+            for spoken, token in zip(said, step, strict=True):
+                if token is not None:
+                    spoken.add(token)
+            if all(spoken.stopped for spoken in said):
+                break
+    except LlavaError as error:  # a prompt too long for the model
+        return [{"error": str(error)} for _ in results]
+    for k, spoken in zip(shown, said, strict=True):
+        spoken.end()
+        results[k]["answer"] = spoken.text.strip()
+    return results

@@ -8,23 +8,31 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Folders(Options):
-    """What answers, and where."""
+class Aligned(Options):
+    """A projector, the language model it was trained for, and where to compute."""
 
     checkpoint: Path
     """Folder of a projector, such as RUN/best."""
-    vision: Path
-    """Folder of the vision encoder it was trained for."""
     llm: Path
     """Folder of the language model it was trained for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folders(Aligned):
+    """What answers about live images."""
+
+    vision: Path
+    """Folder of the vision encoder it was trained for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +42,19 @@ class Models(Sampling, Folders):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AskConfig(Models):
-    """One question about one image; the answer goes to standard output as it comes."""
+    """One question about an image, or about each of several; answers go to standard output as they come."""
 
-    image: str
-    """Path or URL of the image."""
+    image: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """Path or URL of an image, or - for standard input; may be given again, and each is asked about."""
     prompt: str = "请描述这张图片。"
-    """The question."""
+    """The question; - reads it from standard input."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.image:
+            raise LlavaError("--image is missing", do="give the path or URL of an image", exit_code=2)
+        if [*self.image, self.prompt].count("-") > 1:
+            raise LlavaError("--image and --prompt", expected="at most one -", exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +70,19 @@ class ChatConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchConfig(Models):
-    """Answer a JSONL file: {"image": PATH or URL, "prompt": TEXT} a line. The same command continues."""
+class BatchConfig(Sampling, Aligned):
+    """Answer a JSONL file of questions about images, or caption feature shards; it continues by itself."""
 
-    input: Path
-    """File of questions; paths in it are relative to its folder, `prompt` may be left out."""
+    input: Path | None = None
+    """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, `prompt` may be
+    left out, and other keys are kept."""
+    features: Path | None = None
+    """Folder of feature shards, or one of them, to ask about in place of images: every row once."""
+    vision: Path | None = None
+    """Folder of the vision encoder it was trained for; --features does without."""
     output: Path
-    """File of the same lines with `checkpoint` and `answer`, or `error` where an image cannot be read."""
+    """File of the same lines with `checkpoint` and `answer`, or `error` where there is none; a row of a shard
+    gives `shard`, `row`, `id` and its own `caption`."""
     prompt: str = "请描述这张图片。"
     """The question of lines that have none."""
     batch_size: int = 16
@@ -70,6 +91,10 @@ class BatchConfig(Models):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_above_zero("batch_size")
+        if (self.input is None) == (self.features is None):
+            raise LlavaError("give either --input or --features", exit_code=2)
+        if self.input is not None and self.vision is None:
+            raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,3 +137,51 @@ class ServeConfig(Models):
             if not re.fullmatch(r"https?://[^/\s]+", origin):
                 expected = "https://HOST or http://HOST:PORT"
                 raise LlavaError("--allow-origin", expected=expected, got=origin, exit_code=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(Options):
+    """How near answers come to captions (BLEU, ROUGE-L, CIDEr-D) and to the pictures (CLIPScore)."""
+
+    input: Path
+    """JSONL file with an answer and one or more references a line, such as the output of `infer batch`."""
+    answer: str = "answer"
+    """Key of the answer."""
+    reference: str = "caption"
+    """Key of the reference: a text, or a list of them."""
+    tokenizer: Literal["auto", "char", "jieba", "space"] = "auto"
+    """What counts as a word; auto is char for Chinese references and space for others. Scores of different
+    tokenizers do not compare."""
+    vision: Path | None = None
+    """Folder of Chinese-CLIP with its text tower: adds CLIPScore, which needs no reference. It hears the
+    first 52 tokens of a text."""
+    features: Path | None = None
+    """Folder of the shards whose `shard` and `row` the lines name, in place of images."""
+    images: Path | None = None
+    """Folder that relative `image` paths start from; the input's own by default."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LensConfig(Models):
+    """Which words the language model finds in each part of an image, and what the image tells a caption."""
+
+    image: str
+    """Path or URL of the image."""
+    out: Path = Path("lens")
+    """Writes OUT.png and OUT.html."""
+    prompt: str = "请描述这张图片。"
+    """The question."""
+    caption: str | None = None
+    """The text whose loss is shown word by word; the model's own answer by default."""
+    other: str | None = None
+    """Path or URL of the image to compare with; by default a blank one of the same mean colour."""
+    layer: int | None = None
+    """Block whose output the logit lens reads, from 1; by default the one at half of the depth."""
+    top: int = 5
+    """Words shown for each part of the image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_above_zero("top")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
-from infer.config import Models
-from llava_core.checkpoint import load_checkpoint
+from infer.config import Aligned, BatchConfig, Models
+from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.console import say
 from llava_core.conversation import Conversation
 from llava_core.device import pick_device
@@ -19,32 +20,23 @@ from llava_core.generate import generate
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import Decoded, ImageError
 from llava_core.sampling import Sampling
+from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
 
-class Engine:
-    """The three models, checked against each other."""
+class Speaker:
+    """Projector and language model: features to words."""
 
-    def __init__(self, tower: VisionTower, projector: torch.nn.Module, llm: LanguageModel) -> None:
-        self.tower, self.projector, self.llm = tower, projector.to(llm.device), llm
+    def __init__(self, projector: torch.nn.Module, llm: LanguageModel) -> None:
+        self.projector, self.llm = projector.to(llm.device), llm
         self.conversation = Conversation(llm.tokenizer, llm.eos_ids)
 
-    def see(self, images: Sequence[bytes]) -> torch.Tensor:
-        """Encoded image files -> visual tokens [images, T, hidden]. Raises ImageError."""
-        return self.look([self.decode(image) for image in images])
-
-    def decode(self, image: bytes) -> Decoded:
-        """An encoded image file -> the pixels that the encoder takes. Raises ImageError."""
-        return self.tower.preprocess.decode_image(image)
-
     @torch.inference_mode()
-    def look(self, images: Sequence[Decoded]) -> torch.Tensor:
-        """Pixels -> visual tokens [images, T, hidden]."""
-        pixels = torch.stack([torch.from_numpy(image.pixels) for image in images])
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [images, tokens, width] -> visual tokens [images, T, hidden]."""
         # Through fp16, as the features the projector was trained on.
-        features = self.tower.encode(pixels).half().float()
-        visual: torch.Tensor = self.projector(features.to(self.llm.device))
+        visual: torch.Tensor = self.projector(features.half().float().to(self.llm.device))
         return visual.to(self.llm.dtype)
 
     def generate(
@@ -61,23 +53,58 @@ class Engine:
         return self.conversation.text(ids)
 
 
-def open_engine(config: Models) -> Engine:
+class Engine(Speaker):
+    """All three models, checked against each other."""
+
+    def __init__(self, tower: VisionTower, projector: torch.nn.Module, llm: LanguageModel) -> None:
+        super().__init__(projector, llm)
+        self.tower = tower
+
+    def see(self, images: Sequence[bytes]) -> torch.Tensor:
+        """Encoded image files -> visual tokens [images, T, hidden]. Raises ImageError."""
+        return self.look([self.decode(image) for image in images])
+
+    def decode(self, image: bytes) -> Decoded:
+        """An encoded image file -> the pixels that the encoder takes. Raises ImageError."""
+        return self.tower.preprocess.decode_image(image)
+
+    def look(self, images: Sequence[Decoded]) -> torch.Tensor:
+        """Pixels -> visual tokens [images, T, hidden]."""
+        return self.project(self.tower.encode(np.stack([image.pixels for image in images])))
+
+
+def open_engine(config: Models | BatchConfig) -> Engine:
     """Load the three models. Raises LlavaError if the projector was trained for others."""
-    checkpoint = load_checkpoint(config.checkpoint)
-    device = pick_device(config.device)
+    assert config.vision is not None
+    checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
     trained = checkpoint.provenance
     layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
     tower = open_vision_tower(config.vision, device, layer=layer, decode=decode)
     trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
-    llm = load_language_model(config.llm, device)
-    trained.require_language_model(llm.identity)
-    say(f"{tower.encoder['model_id']} → {checkpoint.folder} → {llm.identity['id']} on {device}")
+    llm = _language_model(config, checkpoint, str(tower.encoder["model_id"]), device)
     return Engine(tower, checkpoint.projector, llm)
 
 
 def is_url(image: str) -> bool:
     """Else it is a path."""
     return image.startswith(("http://", "https://"))
+
+
+def open_speaker(config: Aligned, shard: Shard) -> Speaker:
+    """Load what speaks of a shard's features. Raises LlavaError if the projector was trained on others."""
+    checkpoint = load_checkpoint(config.checkpoint)
+    checkpoint.provenance.require_encoder(shard.fingerprint, shard.encoder, shard.preprocess)
+    llm = _language_model(config, checkpoint, str(shard.path.parent), pick_device(config.device))
+    return Speaker(checkpoint.projector, llm)
+
+
+def _language_model(
+    config: Aligned, checkpoint: Checkpoint, source: str, device: torch.device
+) -> LanguageModel:
+    llm = load_language_model(config.llm, device)
+    checkpoint.provenance.require_language_model(llm.identity)
+    say(f"{source} → {checkpoint.folder} → {llm.identity['id']} on {device}")
+    return llm
 
 
 def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | LlavaError]:

@@ -22,12 +22,16 @@ class Session(Talk):
 
     def show(self, image: str) -> Decoded:
         """Begin a dialogue about the image at a path or URL. Raises LlavaError and then changes nothing."""
+        return self.show_file(image, read_image(image))
+
+    def show_file(self, name: str, data: bytes) -> Decoded:
+        """As `show`, with the content of an image file and what to call it."""
         try:
-            decoded = self.engine.decode(read_image(image))
+            decoded = self.engine.decode(data)
         except ImageError as error:
-            raise not_an_image(image, error) from None
+            raise not_an_image(name, error) from None
         self.begin(self.engine.look([decoded]))
-        self.image = image
+        self.image = name
         return decoded
 
     def saved(self) -> SavedChat:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from llava.world.captions import parse, parse_background, score
 from llava.world.render import SIDE, render
 from llava.world.scene import Scene
 from llava_core.fingerprint import JsonDict
+from llava_core.fonts import chinese_font
 from llava_core.preprocess import Preprocess
 
 matplotlib.use("Agg")
@@ -20,8 +21,6 @@ import matplotlib.pyplot as plt
 
 COLUMNS, ROWS = 3, 4
 MARGIN, TEXT_LINES, TEXT_SIZE = 16, 4, 15
-CHINESE_FONTS = ("wqy-microhei.ttc", "wqy-zenhei.ttc", "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf",
-                 "DroidSansFallbackFull.ttf", "PingFang.ttc", "msyh.ttc", "simhei.ttf")  # fmt: skip
 
 
 def loss_curve(metrics: Sequence[JsonDict], path: Path) -> None:
@@ -45,7 +44,7 @@ def contact_sheet(
 
     Words need a Chinese font on this machine; without one they are left out.
     """
-    font = _chinese_font()
+    font = chinese_font(TEXT_SIZE)
     text_height = TEXT_LINES * (TEXT_SIZE + 5) if font else 0
     cell = (2 * SIDE + MARGIN, SIDE + text_height)
     size = (MARGIN + COLUMNS * (cell[0] + MARGIN), MARGIN + ROWS * (cell[1] + MARGIN))
@@ -70,12 +69,3 @@ def contact_sheet(
             lines = [answer[start : start + wide] for start in range(0, len(answer), wide)][:TEXT_LINES]
             draw.multiline_text((x, y + SIDE + 6), "\n".join(lines), "black", font, spacing=5)
     sheet.save(path)
-
-
-def _chinese_font() -> ImageFont.FreeTypeFont | None:
-    for name in CHINESE_FONTS:
-        try:
-            return ImageFont.truetype(name, TEXT_SIZE)
-        except OSError:
-            continue
-    return None

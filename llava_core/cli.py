@@ -104,10 +104,13 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 def _with_settings(command: Command, argv: list[str]) -> list[str]:
     """Replace `-c FILE` and `--recipe NAME` by their flags: those typed win, then those of the file."""
-    argv = _expanded(argv, "-c", "run.yaml", lambda path: read_settings(Path(path), command.config))
+    config = command.config
+    argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), config))
     if not command.recipes:
         return argv
-    return _expanded(argv, "--recipe", next(iter(command.recipes)), lambda name: _recipe(command, name))
+    return _expanded(
+        argv, config, "--recipe", next(iter(command.recipes)), lambda name: _recipe(command, name)
+    )
 
 
 def _recipe(command: Command, name: str) -> Mapping[str, Any]:
@@ -118,7 +121,11 @@ def _recipe(command: Command, name: str) -> Mapping[str, Any]:
 
 
 def _expanded(
-    argv: list[str], option: str, example: str, settings: Callable[[str], Mapping[str, Any]]
+    argv: list[str],
+    config: type[Options],
+    option: str,
+    example: str,
+    settings: Callable[[str], Mapping[str, Any]],
 ) -> list[str]:
     """Put the flags in `settings` of its value in the place of `option`, less those in `argv`."""
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{option}=") else [arg])]
@@ -129,11 +136,14 @@ def _expanded(
         raise LlavaError(f"{option} needs a value", do=f"write {option} {example}", exit_code=2)
     named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
+    types = {field.name: field.type for field in dataclasses.fields(config)}
     flags: list[str] = []
     for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
         if flag not in typed and flag.replace("--", "--no-", 1) not in typed:
-            flags += _flag(flag, value)
+            again = "UseAppendAction" in str(types[key.replace("-", "_")])
+            for each in value if again and isinstance(value, list) else [value]:
+                flags += _flag(flag, each)
     return flags + rest
 
 

@@ -88,6 +88,12 @@ class VisionTower:
         return F.normalize(clip.encode_image(moved).float(), dim=-1)
 
     @torch.inference_mode()
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [B, T, D] as `encode` gives them after the last layer norm -> embeddings as above."""
+        clip, _ = self._both_towers()
+        return F.normalize(clip.embed_tokens(features.to(self.device, self.dtype)).float(), dim=-1)
+
+    @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts -> L2-normalised embeddings [texts, P]; a text longer than 52 tokens is cut."""
         clip, tokenizer = self._both_towers()

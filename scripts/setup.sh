@@ -40,8 +40,8 @@ echo "installing into .venv (once; a few minutes)" >&2
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 pip install -q -c constraints.txt -e ".[$extras]"
 if [ "$extras" = dev ]; then
-    # The reference that our vision tower is compared with; its own dependencies (torchvision, lmdb) are not used.
-    pip install -q --no-deps cn-clip==1.6.0
+    # What our vision tower and scores are compared with; their own dependencies (torchvision, lmdb) are not used.
+    pip install -q --no-deps cn-clip==1.6.0 pycocoevalcap==1.2
 fi
 chinese_fonts() {
     find -L /usr/share/fonts ~/.fonts ~/.local/share/fonts ~/Library/Fonts \

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.lens import measure
 from tests.e2e.commands import ENVIRONMENT, ROOT, run
 
 
@@ -39,6 +40,9 @@ def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
     assert figures["loss_after"] < 0.2 * figures["loss_before"]
     for command in ("extract run", "train run", "train eval", "infer ask", "infer batch"):
         assert f"$ python -m {command} " in ended.stdout
+    words = measure(tmp_path / "out", pictures=24)
+    assert words["trained, input embeddings"]["shape or colour"] > 0.8
+    assert words["random, input embeddings"]["shape or colour"] < 0.3
     for name in ("loss.png", "answers.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert min(picture.size) > 400

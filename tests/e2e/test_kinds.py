@@ -56,7 +56,7 @@ def short(world: Path, out: Path, **flags: Any) -> Any:
 
 def opened(world: Path, checkpoint: Path) -> Engine:
     models = AskConfig(
-        checkpoint=checkpoint, vision=world / "vision", llm=world / "llm", image="", device="cpu"
+        checkpoint=checkpoint, vision=world / "vision", llm=world / "llm", image=("",), device="cpu"
     )
     return open_engine(models)
 

@@ -61,7 +61,7 @@ def strict(world: World) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def session(world: World) -> Session:
-    config = AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image="")
+    config = AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=("",))
     return Session(open_engine(config), Sampling(max_tokens=TOKENS))
 
 

@@ -72,7 +72,7 @@ def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, 
     enter_key(tab)
     tab.key("Enter")
     tab.until("!running && chat.turns.length === 2")
-    config = AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image="")
+    config = AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=("",))
     session = Session(open_engine(config), Sampling(max_tokens=LONG))
     session.show(str(world.images[0]))
     expected = "".join(session.ask("看"))

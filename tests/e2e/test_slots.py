@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def engine(world: World) -> Engine:
     image = str(world.images[0])
     return open_engine(
-        AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=image)
+        AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=(image,))
     )
 
 

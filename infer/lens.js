@@ -1,0 +1,60 @@
+"use strict";
+const content = JSON.parse(document.getElementById("content").textContent);
+const image = document.getElementById("image").src;
+const readings = [...new Set(content.panels.map((panel) => panel.reading))];
+
+function make(tag, className, text) {
+  const element = document.createElement(tag);
+  element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+const spelt = (words) => words.map(([word, score]) => `${word} ${score.toFixed(2)}`).join("   ");
+
+function drawn(panel) {
+  const figure = make("section", "panel");
+  figure.append(make("h2", "", panel.projector));
+  const grid = make("div", "grid");
+  grid.style.backgroundImage = `url(${image})`;
+  grid.style.gridTemplate = `repeat(${content.side}, 1fr) / repeat(${content.side}, 1fr)`;
+  grid.style.setProperty("--size", `clamp(7px, ${16 / content.side}rem, 15px)`);
+  const rest = panel.classWords.length ? `class token: ${spelt(panel.classWords)}` : "";
+  const more = make("p", "more", rest);
+  panel.words.forEach((words, k) => {
+    const patch = make("div", "patch", words[0][0]);
+    patch.tabIndex = 0;
+    patch.title = spelt(words);
+    const where = `row ${Math.floor(k / content.side) + 1}, column ${(k % content.side) + 1}: `;
+    for (const event of ["mouseenter", "focus"]) patch.addEventListener(event, () => (more.textContent = where + spelt(words)));
+    for (const event of ["mouseleave", "blur"]) patch.addEventListener(event, () => (more.textContent = rest));
+    grid.append(patch);
+  });
+  figure.append(grid, more);
+  return figure;
+}
+
+function show(reading) {
+  document.getElementById("panels").replaceChildren(...content.panels.filter((panel) => panel.reading === reading).map(drawn));
+  for (const button of document.querySelectorAll("#readings button")) {
+    button.setAttribute("aria-pressed", String(button.textContent === reading));
+  }
+}
+
+for (const reading of readings) {
+  const button = make("button", "", reading);
+  button.addEventListener("click", () => show(reading));
+  document.getElementById("readings").append(button);
+}
+for (const [text, loss, other] of content.pieces) {
+  const share = Math.min(1, Math.max(0, (other - loss) / 4));
+  const piece = make("span", share > 0.5 ? "piece strong" : "piece", text || "(end)");
+  piece.style.backgroundColor = `rgba(var(--gain), ${share})`;
+  piece.title = `${(other - loss).toFixed(2)} = ${other.toFixed(2)} − ${loss.toFixed(2)}`;
+  piece.tabIndex = 0;
+  for (const event of ["mouseenter", "focus"]) {
+    piece.addEventListener(event, () => (document.getElementById("piece").textContent = `${text || "(end)"}: ${piece.title}`));
+  }
+  document.getElementById("pieces").append(piece);
+}
+show(readings[0]);

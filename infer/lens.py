@@ -1,0 +1,122 @@
+"""`infer lens`: the words a language model finds in each part of an image, and what it tells a caption.
+
+A random projector of the same kind and scale says which words would be found if nothing had been learnt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from infer.config import LensConfig
+from infer.engine import Engine, not_an_image, open_engine, read_image
+from infer.lens_words import Vocabulary, Words, logit_lens, losses, nearest, random_projector
+from infer.session import Session
+from llava_core.console import say, table
+from llava_core.conversation import Turn
+from llava_core.fingerprint import JsonDict
+from llava_core.preprocess import ImageError
+from llava_core.projector import grid_side
+from llava_core.sampling import sampling_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What one projector's visual tokens say in one reading."""
+
+    projector: str
+    reading: str
+    words: list[Words]
+    """Of each patch, row by row."""
+    class_words: Words
+    """Of the class token; none if the projector drops it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """All that picture and page show."""
+
+    image: str
+    pixels: np.ndarray
+    """uint8 [S, S, 3], as the encoder saw them."""
+    side: int
+    """Patches along a side."""
+    panels: list[Panel]
+    other: str
+    pieces: list[str]
+    """The caption in whole characters, and its end, which is empty."""
+    loss: list[float]
+    """Of each piece, in nats, with the image."""
+    other_loss: list[float]
+    """With the other one."""
+
+
+def run(config: LensConfig) -> JsonDict:
+    """Write OUT.png and OUT.html; print and return the losses. Raises LlavaError for an image or layer."""
+    from infer.lens_page import write_page
+    from infer.lens_picture import draw
+
+    seen = look(open_engine(config), config)
+    picture, page = (config.out.with_name(config.out.name + ending) for ending in (".png", ".html"))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(seen).save(picture)
+    write_page(page, seen)
+    gains = [other - loss for loss, other in zip(seen.loss, seen.other_loss, strict=True)]
+    rows = zip([*seen.pieces[:-1], "(end)"], seen.loss, seen.other_loss, gains, strict=True)
+    cells = [(piece, f"{a:.2f}", f"{b:.2f}", f"{gain:+.2f}") for piece, a, b, gain in rows]
+    print(table(cells, ("caption", "loss", f"with {seen.other}", "the image tells")))
+    say(f"{picture}  words over the image\n{page}  the same, with more words under the pointer")
+    return {
+        "image": config.image,
+        "caption": "".join(seen.pieces),
+        "loss": sum(seen.loss),
+        "other": seen.other,
+        "other_loss": sum(seen.other_loss),
+        "png": str(picture),
+        "html": str(page),
+    }
+
+
+def look(engine: Engine, config: LensConfig) -> Seen:
+    """The words of every patch, and the caption's losses with the image and with the other one."""
+    pixels = _pixels(engine, config.image)
+    features = engine.tower.encode(pixels[None])
+    visual = engine.project(features)
+    tokens = visual.shape[1]
+    side = grid_side(tokens)
+    layer = config.layer or max(1, engine.llm.model.config.num_hidden_layers // 2)
+    vocabulary, panels = Vocabulary(engine), []
+    random = random_projector(engine.projector, features, config.seed)
+    kinds = {"trained projector": visual[0], "random projector": random(features.to(engine.llm.device))[0]}
+    for reading in ("nearest input embeddings", f"logit lens after block {layer}"):
+        for projector, found in kinds.items():
+            found = found.to(engine.llm.dtype)
+            near = "nearest" in reading
+            scores = nearest(engine.llm, found) if near else logit_lens(engine.llm, found, layer)
+            words = vocabulary.top(scores, config.top)
+            class_words = words[0] if tokens > side**2 else []
+            panels.append(Panel(projector, reading, words[tokens - side**2 :], class_words))
+    caption = config.caption if config.caption is not None else _answer(engine, visual, config)
+    if config.other is None:
+        blank, other = np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape), "a blank image"
+    else:
+        blank, other = _pixels(engine, config.other), config.other
+    turn = Turn(config.prompt, caption)
+    pieces, loss = losses(engine, visual[0], turn)
+    _, other_loss = losses(engine, engine.project(engine.tower.encode(np.array(blank)[None]))[0], turn)
+    return Seen(config.image, pixels, side, panels, other, pieces, loss, other_loss)
+
+
+def _answer(engine: Engine, visual: torch.Tensor, config: LensConfig) -> str:
+    session = Session(engine, sampling_of(config))
+    session.visual = visual
+    return "".join(session.ask(config.prompt)).strip()
+
+
+def _pixels(engine: Engine, image: str) -> np.ndarray:
+    try:
+        return engine.tower.preprocess.decode_image(read_image(image)).pixels
+    except ImageError as error:
+        raise not_an_image(image, error) from None

@@ -1,0 +1,93 @@
+"""What `infer lens` draws: the nearest word over each patch, by projector and reading, and the caption."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from infer.lens import Panel, Seen
+from llava_core.console import say
+from llava_core.fonts import chinese_font
+
+MARGIN, CELL, LEAST = 20, 54, 420
+"""Pixels: between panels, of a patch at least, and of a panel's side at least."""
+LINES = 3
+"""Words in each patch, the nearest largest."""
+INK, GREY, LINE, PAPER, GAIN = (20, 20, 25), (90, 90, 100), (170, 170, 180), (255, 255, 255), (255, 176, 32)
+MOST = 4.0
+"""Nats at which a piece of the caption has its full colour."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def draw(seen: Seen) -> Image.Image:
+    """The trained projector to the left, the random one to the right; a reading each row; the caption below.
+
+    Words need a Chinese font on this machine; without one they are left to the page.
+    """
+    font, small = chinese_font(17), chinese_font(13)
+    if font is None or small is None:
+        say("no Chinese font on this machine: the picture goes without words, the page has them")
+    cell = max(CELL, math.ceil(LEAST / seen.side))
+    panel = cell * seen.side
+    width, title = 3 * MARGIN + 2 * panel, 52
+    rows = (len(seen.panels) + 1) // 2
+    sheet = Image.new("RGB", (width, MARGIN + rows * (title + panel + MARGIN) + 400), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pale = Image.blend(Image.fromarray(seen.pixels), Image.new("RGB", seen.pixels.shape[1::-1], PAPER), 0.45)
+    pale = pale.resize((panel, panel), Image.Resampling.BICUBIC)
+    for k, shown in enumerate(seen.panels):
+        x, y = MARGIN + k % 2 * (panel + MARGIN), MARGIN + k // 2 * (title + panel + MARGIN)
+        sheet.paste(pale, (x, y + title))
+        if font and small:
+            _words(pen, (x, y), shown, seen.side, cell, font, small)
+    bottom = MARGIN + rows * (title + panel + MARGIN)
+    if font and small:
+        bottom = _caption(pen, seen, bottom, width, font, small)
+    return sheet.crop((0, 0, width, bottom))
+
+
+def _words(
+    pen: ImageDraw.ImageDraw, at: tuple[int, int], shown: Panel, side: int, cell: int, font: Font, small: Font
+) -> None:
+    x, y = at
+    pen.text((x, y), f"{shown.projector}: {shown.reading}", INK, font)
+    if shown.class_words:
+        pen.text((x, y + 28), "class token: " + "  ".join(word for word, _ in shown.class_words), INK, small)
+    for k, words in enumerate(shown.words):
+        left, top = x + k % side * cell, y + 52 + k // side * cell
+        pen.rectangle((left, top, left + cell, top + cell), outline=LINE)
+        for line, (word, _) in enumerate(words[:LINES]):
+            used, ink = (small, GREY) if line else (font, INK)
+            middle = (left + cell / 2, top + cell / 2 + (line - 1) * 17 - 1)
+            text = _fitting(pen, word, used, cell - 4)
+            pen.text(middle, text, ink, used, anchor="mm", stroke_width=2, stroke_fill=PAPER)
+
+
+def _fitting(pen: ImageDraw.ImageDraw, word: str, font: Font, width: int) -> str:
+    text = word
+    while len(word) > 1 and pen.textlength(text, font) > width:
+        word = word[:-1]
+        text = word + "…"
+    return text
+
+
+def _caption(pen: ImageDraw.ImageDraw, seen: Seen, y: int, width: int, font: Font, small: Font) -> int:
+    """The caption's pieces, the more coloured the more the image tells of them; returns where it ends."""
+    pen.text((MARGIN, y), f"caption: nats of loss that the image saves against {seen.other}", INK, font)
+    x, y = MARGIN, y + 34
+    for piece, loss, other in zip(seen.pieces, seen.loss, seen.other_loss, strict=True):
+        text, gain = piece.replace("\n", " ") or "(end)", other - loss
+        told = f"{gain:+.1f}" if abs(gain) >= 0.05 else ""
+        wide = int(max(pen.textlength(text, font), pen.textlength(told, small))) + 8
+        if x + wide > width - MARGIN:
+            x, y = MARGIN, y + 54
+        share = min(1.0, max(0.0, gain / MOST))
+        fill = tuple(int(np.interp(share, (0, 1), (255, full))) for full in GAIN)
+        pen.rectangle((x, y, x + wide - 2, y + 46), fill=fill)
+        pen.text((x + 3, y + 3), text, INK, font)
+        pen.text((x + 3, y + 27), told, INK, small)
+        x += wide
+    return y + 54 + MARGIN

@@ -1,0 +1,112 @@
+"""What a language model reads in visual tokens, and what they tell it about a caption.
+
+Two readings of every visual token: the vocabulary's words whose input embeddings are nearest to it, and the
+words that the language model's head makes of it after some blocks (the logit lens, nostalgebraist 2020). A
+random projector of the same kind and scale says what the words would be if nothing had been learnt.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from infer.engine import Speaker
+from llava_core.conversation import IGNORE, Turn
+from llava_core.errors import LlavaError
+from llava_core.language import LanguageModel
+from llava_core.projector import match_scale
+
+Words = list[tuple[str, float]]
+"""Words and how near they are, the nearest first."""
+
+
+class Vocabulary:
+    """The words of a language model that can be shown: whole characters, neither special nor blank."""
+
+    def __init__(self, speaker: Speaker) -> None:
+        texts = [speaker.text([token]).strip() for token in range(len(speaker.llm.embedding.weight))]
+        shown = [
+            token for token, text in enumerate(texts) if text and text.isprintable() and "\ufffd" not in text
+        ]
+        self.words = [texts[token] for token in shown]
+        self.ids = torch.tensor(shown, device=speaker.llm.device)
+
+    def top(self, scores: torch.Tensor, count: int) -> list[Words]:
+        """Scores [T, whole vocabulary] -> the best words of each row, each word once."""
+        best = scores[:, self.ids].float().topk(min(2 * count, len(self.words)))
+        rows = []
+        for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            named: dict[str, float] = {}
+            for value, place in zip(values, places, strict=True):
+                named.setdefault(self.words[place], value)  # " a" and "a" look alike
+            rows.append(list(named.items())[:count])
+        return rows
+
+
+@torch.inference_mode()
+def nearest(llm: LanguageModel, visual: torch.Tensor) -> torch.Tensor:
+    """Visual tokens [T, hidden] -> their cosines to the input embeddings [T, vocabulary]."""
+    return F.normalize(visual.float(), dim=-1) @ F.normalize(llm.embedding.weight.float(), dim=-1).T
+
+
+@torch.inference_mode()
+def logit_lens(llm: LanguageModel, visual: torch.Tensor, layer: int) -> torch.Tensor:
+    """Visual tokens [T, hidden] -> probabilities [T, vocabulary] by the head, after `layer` blocks.
+
+    The tokens come first and the model looks back only, so no question changes this. Raises LlavaError for a
+    layer that there is not, or a model whose last norm has another name.
+    """
+    blocks = llm.model.config.num_hidden_layers
+    if not 1 <= layer <= blocks:
+        raise LlavaError("--layer", expected=f"1 to {blocks}", got=layer, exit_code=2)
+    norm = getattr(llm.model.model, "norm", None)
+    if norm is None:
+        raise LlavaError(f"the logit lens does not know the last norm of {llm.identity['architecture']}")
+    out = llm.model(inputs_embeds=visual[None], output_hidden_states=True, use_cache=False, logits_to_keep=1)
+    hidden = out.hidden_states[layer][0]
+    if layer < blocks:  # transformers gives the last one after the norm
+        hidden = norm(hidden)
+    return F.linear(hidden, llm.head).float().softmax(-1)
+
+
+@torch.inference_mode()
+def losses(speaker: Speaker, visual: torch.Tensor, turn: Turn) -> tuple[list[str], list[float]]:
+    """Pieces of the answer that are whole characters, and the loss of each in nats, its end among them.
+
+    `visual` is [T, hidden].
+    """
+    example = speaker.conversation.example([turn], max_answer_tokens=1 << 30)
+    embedded = torch.cat([visual[None], speaker.embed(example.ids)], dim=1)
+    start = next(k for k, label in enumerate(example.labels) if label != IGNORE)
+    answer = example.labels[start:]
+    logits = speaker.llm.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+    before = len(visual) + start - 1
+    targets = torch.tensor(answer, device=logits.device)
+    each = F.cross_entropy(logits[before : before + len(answer)], targets, reduction="none").tolist()
+    pieces: list[str] = []
+    summed: list[float] = []
+    first = 0
+    for last in range(1, len(answer)):
+        text = speaker.text(answer[first:last])
+        if not text.endswith("\ufffd"):
+            pieces.append(text)
+            summed.append(sum(each[first:last]))
+            first = last
+    return [*pieces, ""], [*summed, sum(each[first:])]
+
+
+@torch.no_grad()
+def random_projector(trained: torch.nn.Module, features: torch.Tensor, seed: int) -> torch.nn.Module:
+    """One of the same kind and sizes that has learnt nothing; its tokens for `features` are as large."""
+    projector = copy.deepcopy(trained)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in projector.cpu().modules():
+            if isinstance(module, torch.nn.Linear):
+                module.reset_parameters()
+    features = features.float()
+    target = float(trained(features.to(next(trained.parameters()).device)).pow(2).mean().sqrt())
+    match_scale(projector, features.cpu(), target)
+    return projector.to(next(trained.parameters()).device)

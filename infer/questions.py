@@ -1,0 +1,86 @@
+"""What `infer batch` is asked: lines of a JSONL file about images, or rows of feature shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from infer.engine import Engine, Speaker, not_an_image, read_images
+from infer.lines import read_lines
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from llava_core.preprocess import ImageError
+from llava_core.shards import Shard
+from llava_core.status import Status
+
+OURS = ("answer", "error", "checkpoint")
+"""Keys that the output adds."""
+
+Looked = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaError]]
+"""Questions -> the visual tokens [T, hidden] of each, or why there are none."""
+
+
+def read_questions(path: Path, prompt: str) -> list[JsonDict]:
+    """Raises LlavaError naming the first line that is no question, or has a key that the output adds."""
+    questions = [{"prompt": prompt, **line} for line in read_lines(path)]
+    for number, question in enumerate(questions, 1):
+        if not isinstance(question.get("image"), str) or not isinstance(question["prompt"], str):
+            wanted = '{"image": PATH or URL, "prompt": TEXT}'
+            got = ", ".join(question)
+            raise LlavaError(f"line {number} of {path} is no question", expected=wanted, got=f"keys {got}")
+        if taken := [key for key in OURS if key in question]:
+            do = f"rename it, since the output has {', '.join(OURS)} of its own"
+            raise LlavaError(f"line {number} of {path} has the key {taken[0]!r}", do=do)
+    return questions
+
+
+def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
+    """One for each row that has features; of a dialogue, its first question and answer."""
+    questions = []
+    for shard in shards:
+        for row in np.flatnonzero(shard.status == Status.OK).tolist():
+            asked, caption = next(iter(shard.turns(row)), (None, ""))
+            known = {"id": shard.id(row), "prompt": asked or prompt, "caption": caption}
+            texts = {key: text for key, text in known.items() if text}
+            questions.append({"shard": shard.path.name, "row": row, **texts})
+    return questions
+
+
+def live(engine: Engine, folder: Path) -> Looked:
+    """Images at URLs, or at paths from `folder`."""
+
+    def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
+        decoded, seen = [], list[LlavaError | None]()
+        files = read_images([question["image"] for question in questions], folder)
+        for question, file in zip(questions, files, strict=True):
+            fault = file if isinstance(file, LlavaError) else None
+            if not isinstance(file, LlavaError):
+                try:
+                    decoded.append(engine.decode(file))
+                except ImageError as error:
+                    fault = not_an_image(question["image"], error)
+            seen.append(fault)
+        visual = iter(engine.look(decoded) if decoded else ())
+        return [next(visual) if fault is None else fault for fault in seen]
+
+    return look
+
+
+def stored(speaker: Speaker, shards: Sequence[Shard]) -> Looked:
+    """Rows of shards; one whose features no longer have their checksum is a fault of its own."""
+    by_name = {shard.path.name: shard for shard in shards}
+
+    def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
+        seen: list[torch.Tensor | LlavaError] = []
+        for question in questions:
+            shard, row = by_name[question["shard"]], question["row"]
+            if shard.check(row):
+                seen.append(speaker.project(torch.from_numpy(shard.read(row))[None])[0])
+            else:
+                seen.append(LlavaError(f"row {row} of {shard.path} is damaged", do="see `extract verify`"))
+        return seen
+
+    return look

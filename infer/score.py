@@ -1,0 +1,171 @@
+"""`infer score`: how near the answers of a JSONL file come to its captions, and to the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from infer.config import ScoreConfig
+from infer.engine import not_an_image, read_images
+from infer.lines import read_lines
+from infer.metrics import bleu, cider_d, rouge_l
+from infer.words import open_tokenizer
+from llava_core.console import progress, table
+from llava_core.device import pick_device
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from llava_core.preprocess import ImageError
+from llava_core.shards import Shard, open_shards
+from llava_core.vision import VisionTower, open_vision_tower
+
+CLIP_WEIGHT = 2.5
+"""CLIPScore is this times the cosine, 0 for one below 0 (arXiv:2104.08718)."""
+TOGETHER = 32
+"""Pictures, or texts, encoded at a time."""
+
+
+def run(config: ScoreConfig) -> JsonDict:
+    """Print a table and return its figures. Raises LlavaError if there is nothing to compare."""
+    lines = read_lines(config.input)
+    answered = [line for line in lines if config.answer in line or "error" not in line]
+    answers = [_text(line, config.answer, config.input) for line in answered]
+    if not answers:
+        raise LlavaError(f"{config.input} holds no answers", got=f"{len(lines)} lines with an error")
+    figures: JsonDict = {"lines": len(lines), "unanswered": len(lines) - len(answers)}
+    if any(config.reference in line for line in answered) or config.vision is None:
+        references = [_references(line, config.reference, config.input) for line in answered]
+        figures |= compare(answers, references, config.tokenizer)
+    else:
+        references = []
+    if config.vision is not None:
+        figures |= look(answered, answers, references, config)
+    print(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
+    return figures
+
+
+def compare(answers: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str) -> JsonDict:
+    """BLEU, ROUGE-L, CIDEr-D, and the tokenizer they were counted with."""
+    split, record = open_tokenizer(tokenizer, (text for texts in references for text in texts))
+    words = [split(answer) for answer in answers]
+    known = [[split(text) for text in texts] for texts in references]
+    scores = {f"bleu_{n}": score for n, score in enumerate(bleu(words, known), 1)}
+    return {"tokenizer": record, **scores, "rouge_l": rouge_l(words, known), "cider_d": cider_d(words, known)}
+
+
+def look(
+    lines: Sequence[JsonDict],
+    answers: Sequence[str],
+    references: Sequence[Sequence[str]],
+    config: ScoreConfig,
+) -> JsonDict:
+    """CLIPScore of the answers, and, to read it by, of each next line's answer and of the captions."""
+    assert config.vision is not None
+    shards = open_shards(config.features) if config.features else []
+    layer, decode = None, "draft"
+    if shards:
+        layer, decode = shards[0].encoder.get("layer"), shards[0].preprocess.get("decode", "draft")
+    if layer is not None:
+        raise LlavaError(
+            f"{config.features} lacks what CLIPScore needs",
+            expected="tokens after the last layer norm",
+            got=f"those of layer {layer}",
+            do="score live images: leave --features out",
+        )
+    tower = open_vision_tower(config.vision, pick_device(config.device), decode=decode, text=True)
+    if shards and shards[0].fingerprint != tower.fingerprint:
+        raise LlavaError(
+            f"{config.features} holds features of another encoder",
+            expected=f"{tower.encoder['model_id']} ({tower.fingerprint[:12]})",
+            got=f"{shards[0].encoder.get('model_id')} ({shards[0].fingerprint[:12]})",
+        )
+    folder = config.images or config.input.parent
+    with progress(len(lines), "pictures") as bar:
+        parts = []
+        for start in range(0, len(lines), TOGETHER):
+            part = lines[start : start + TOGETHER]
+            parts.append(_stored(tower, shards, part) if shards else _live(tower, part, folder))
+            bar.update(len(part))
+    pictures = torch.cat(parts)
+    said = _embed(tower, answers)
+    figures = {
+        "clip": tower.encoder["model_id"],
+        "clipscore": _clipscore(pictures, said),
+        "clipscore_of_the_next_answer": _clipscore(pictures, said.roll(-1, 0)),
+    }
+    if references:
+        figures["clipscore_of_captions"] = _clipscore(
+            pictures, _embed(tower, [texts[0] for texts in references])
+        )
+    return figures
+
+
+def _clipscore(pictures: torch.Tensor, texts: torch.Tensor) -> float:
+    """Mean over rows of L2-normalised embeddings [N, P]."""
+    return CLIP_WEIGHT * float((pictures * texts).sum(-1).clamp(min=0).mean())
+
+
+def _embed(tower: VisionTower, texts: Sequence[str]) -> torch.Tensor:
+    parts = [tower.encode_text(texts[k : k + TOGETHER]) for k in range(0, len(texts), TOGETHER)]
+    return torch.cat(parts)
+
+
+def _live(tower: VisionTower, lines: Sequence[JsonDict], folder: Path) -> torch.Tensor:
+    """Embeddings of the images that the lines name. Raises LlavaError for one that cannot be read."""
+    names = [line.get("image") for line in lines]
+    if not all(isinstance(name, str) for name in names):
+        raise LlavaError("a line names no `image`", do="give --features, if these are rows of shards")
+    pixels = []
+    for name, file in zip(names, read_images([str(name) for name in names], folder), strict=True):
+        if isinstance(file, LlavaError):
+            raise file
+        try:
+            pixels.append(torch.from_numpy(tower.preprocess.decode_image(file).pixels))
+        except ImageError as error:
+            raise not_an_image(str(name), error) from None
+    return tower.encode_image_embedding(torch.stack(pixels))
+
+
+def _stored(tower: VisionTower, shards: Sequence[Shard], lines: Sequence[JsonDict]) -> torch.Tensor:
+    """Embeddings of the rows that the lines name, from their features."""
+    by_name = {shard.path.name: shard for shard in shards}
+    features = []
+    for line in lines:
+        shard, row = by_name.get(str(line.get("shard"))), line.get("row")
+        if shard is None or not isinstance(row, int) or not 0 <= row < shard.rows:
+            raise LlavaError(
+                "a line names no row of --features",
+                expected='"shard" and "row", as `infer batch --features` writes them',
+                got=f"shard {line.get('shard')}, row {row}",
+            )
+        features.append(torch.from_numpy(shard.read(row)))
+    return tower.embed_features(torch.stack(features))
+
+
+def _text(line: JsonDict, key: str, path: Path) -> str:
+    text = line.get(key)
+    if not isinstance(text, str):
+        has = ", ".join(line)
+        raise LlavaError(f"a line of {path} has no text under {key!r}", got=f"a line with {has}")
+    return text
+
+
+def _references(line: JsonDict, key: str, path: Path) -> list[str]:
+    texts = line.get(key)
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise LlavaError(
+            f"a line of {path} has no reference under {key!r}",
+            expected="a text, or a list of them",
+            got=f"a line with {', '.join(line)}",
+            do="name the captions' key with --reference",
+        )
+    return texts
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{value['name']} {value['version']}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,57 @@
+"""`infer lens`: its picture, and its page in a browser."""
+
+from __future__ import annotations
+
+from html import unescape
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from infer.config import LensConfig
+from infer.engine import open_engine
+from infer.lens import look
+from tests.browser import dom_of
+from tests.e2e.commands import run
+from tests.small_features import models
+from tests.small_world import write_world
+
+
+def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    caption = "红</script><b>圆"
+    flags = [*world.flags, "--image", world.images[0], "--caption", caption]
+    summary = run("infer", "lens", *flags, "--out", tmp_path / "new/lens", "--top", 3, "--json").summary
+    config = LensConfig(
+        **models(world),
+        image=str(world.images[0]),
+        caption=caption,
+        top=3,
+        other=str(world.images[1]),
+    )
+    seen = look(open_engine(config), config)
+    assert [(panel.projector, panel.reading) for panel in seen.panels] == [
+        ("trained projector", "nearest input embeddings"),
+        ("random projector", "nearest input embeddings"),
+        ("trained projector", "logit lens after block 1"),
+        ("random projector", "logit lens after block 1"),
+    ]
+    for panel in seen.panels:
+        assert [len(words) for words in (*panel.words, panel.class_words)] == [3] * 5
+    assert seen.panels[0].words != seen.panels[1].words
+    assert "".join(seen.pieces) == caption
+    assert (summary["caption"], summary["loss"]) == (caption, pytest.approx(sum(seen.loss), rel=1e-4))
+    assert (summary["other"], seen.other) == ("a blank image", str(world.images[1]))
+    assert summary["other_loss"] != summary["loss"] != sum(seen.other_loss)
+
+    with Image.open(summary["png"]) as picture:
+        assert min(picture.size) > 800
+        assert len(picture.getcolors(1 << 24)) > 50
+    dom = unescape(dom_of(Path(summary["html"]), tmp_path / "profile"))
+    shown = dom.split('<div id="panels">')[1]
+    for panel in seen.panels[:2]:
+        for words in panel.words:
+            assert f'title="{"   ".join(f"{word} {score:.2f}" for word, score in words)}"' in shown
+    assert shown.count('class="patch"') == 8
+    assert "<b>" not in dom  # no caption becomes markup
+    assert shown.count('class="piece') == len(seen.pieces)

@@ -1,0 +1,44 @@
+"""Which questions `infer batch` answers together, and which lines it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infer.batch import alike
+from infer.questions import read_questions
+from llava_core.errors import LlavaError
+
+
+def test_alike_looks_ahead_for_prompts_of_one_length() -> None:
+    assert list(alike([7, 9, 7, 9, 7, 8], size=2, window=6)) == [[0, 2], [1, 3], [4], [5]]
+    assert list(alike([7, 9, 7, 9, 7, 8], size=2, window=3)) == [[0, 2], [1, 3], [4], [5]]
+    assert list(alike([7, 9, 7], size=2, window=2)) == [[0], [1], [2]]
+    assert list(alike([7] * 5, size=2, window=2)) == [[0, 1], [2, 3], [4]]
+
+
+@given(st.lists(st.integers(1, 4), max_size=60), st.integers(1, 5), st.integers(1, 12))
+def test_alike_is_a_partition_that_keeps_near_the_front(lengths: list[int], size: int, window: int) -> None:
+    left = list(range(len(lengths)))
+    for together in alike(iter(lengths), size, window):
+        assert together[0] == left[0]
+        assert together == sorted(set(together) & set(left))
+        assert len({lengths[index] for index in together}) == 1
+        assert len(together) <= size
+        assert together[-1] < left[0] + window
+        left = [index for index in left if index not in together]
+    assert not left
+
+
+def test_a_line_with_a_key_of_the_output_is_refused_before_anything_is_answered(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    lines = [{"image": "a.png", "prompt": "看", "caption": "红"}, {"image": "b.png", "answer": "old"}]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(LlavaError, match=r"line 2 of .*q.jsonl has the key 'answer'; rename it"):
+        read_questions(path, "看")
+    path.write_text(json.dumps(lines[0]))
+    assert read_questions(path, "?") == [lines[0]]
