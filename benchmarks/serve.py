@@ -72,7 +72,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--prompt", default="请描述这张图片。")
     given = parser.parse_args()
     command = [sys.executable, "-m", "infer", "serve", "--port", "0", "--slots", str(given.slots)]

@@ -15,10 +15,11 @@ from aiohttp import web
 
 from infer import openai_api as api
 from infer.config import ServeConfig
+from infer.jobs import STOPPING, Job, Picture, Piece
 from infer.openai_api import ApiError
 from infer.pictures import Pictures
 from infer.prometheus import Metrics
-from infer.slots import STOPPING, Batcher, Job, Picture, Piece
+from infer.slots import Batcher
 from llava_core.console import say
 from llava_core.fetch import Fetcher
 from llava_core.fingerprint import JsonDict

@@ -109,7 +109,7 @@ class ServeConfig(Models):
     """Key that clients must send; the variable LLAVA_API_KEY hides it from `ps`."""
     model_id: str | None = None
     """Name of the model for clients; by default the last two folders of the checkpoint, such as RUN/best."""
-    slots: int = 8
+    slots: int = 16
     """Answers given at a time; others wait."""
     queue: int = 64
     """Requests that may wait; one more gets status 429."""

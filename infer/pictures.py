@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from infer.slots import Batcher, Picture
+from infer.jobs import Picture
+from infer.slots import Batcher
 
 KEPT = 64
 """Pictures; a visual prefix of the reference takes 0.8 MB in fp32."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from llava_core.errors import LlavaError
+
 GRAIN = 256
 """Tokens by which the rows grow."""
 
@@ -76,3 +78,20 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
             keys, values = (F.pad(tensor, (0, 0, 0, room - tensor.shape[2])) for tensor in kept)
             self._layers[index] = (keys, values)
         self.room = room
+
+
+def longest_context(config: Any) -> int:
+    """Tokens that the model can read at a time. Raises LlavaError for one whose memory is of another kind."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise LlavaError(
+            "serve cannot batch this language model",
+            expected="layers of attention",
+            got=", ".join(sorted(kinds)),
+            do="use `infer chat`",
+        )
+    context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    window = getattr(config, "sliding_window", None)
+    if window and (not kinds or "sliding_attention" in kinds):
+        context = min(context, int(window))  # up to there a window hides nothing
+    return context

@@ -14,69 +14,20 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from infer.engine import Engine
-from infer.slotcache import SlotCache
-from llava_core.errors import LlavaError, first_line
+from infer.jobs import STOPPING, Job, Piece
+from infer.slotcache import SlotCache, longest_context
+from llava_core.errors import first_line
 from llava_core.generate import choose
-from llava_core.sampling import Sampling
 from llava_core.spoken import Spoken
 
-Finish = Literal["stop", "length"]
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """Visual tokens [1, T, hidden], and the name by which the same picture is known again."""
-
-    key: bytes
-    visual: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """News of an answer; the last has `finish` or `error`."""
-
-    text: str
-    finish: Finish | None = None
-    error: str | None = None
-
-
-STOPPING = Piece("", error="the server is stopping")
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One question."""
-
-    ids: list[int]
-    """The prompt, without the picture."""
-    picture: Picture | None
-    sampling: Sampling
-    tell: Callable[[Piece], None]
-    """Called from the batcher's thread; must not block."""
-    cancelled: bool = False
-    """Nobody wants to hear more of it."""
-    reused: int = 0
-    """Tokens of the prompt that were in the cache already."""
-    tokens: int = 0
-    """Tokens said so far."""
-
-    def hear(self, piece: Piece) -> None:
-        if not self.cancelled:
-            self.tell(piece)
-
-    @property
-    def visual_tokens(self) -> int:
-        return 0 if self.picture is None else self.picture.visual.shape[1]
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.visual_tokens + len(self.ids)
+READ_AT_ONCE = 2048
+"""Tokens of several prompts that are read in one pass; a single prompt may be longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +130,13 @@ class Batcher:
         with torch.inference_mode():
             while True:
                 self._let_go()
-                job = self._next()
+                begun = self._admit()
                 if self._closed:
                     return
                 if self._calls:
                     _settle(*self._calls.popleft())
-                if job is not None:
-                    self._begin(job)
+                if begun:
+                    self._begin(begun)
                 if active := [slot for slot in self.slots if slot.answer]:
                     self._step(active)
 
@@ -194,37 +145,49 @@ class Batcher:
             if slot.answer and slot.answer.job.cancelled:
                 slot.answer, slot.used = None, time.monotonic()
 
-    def _next(self) -> Job | None:
-        """The job whose turn it is, if a slot is free; waits for one where there is nothing else to do.
+    def _admit(self) -> list[Slot]:
+        """Slots that the next jobs got, if any are free; waits where there is nothing else to do.
 
-        One at a time, so that reading a prompt delays those who are being answered by no more than that.
+        Jobs of which equally many tokens are to be read begin together, as far as READ_AT_ONCE allows:
+        reading delays those who are being answered.
         """
+        begun: list[Slot] = []
+        alike = 0
         with self._wake:
-            while not self._closed:
-                if self.waiting and self.busy < len(self.slots):
-                    return self.waiting.popleft()
-                if self.busy or self._calls:
-                    return None
+            while not (self._closed or self.waiting or self._calls or self.busy):
                 self._wake.wait()
-            return None
+            while self.waiting and (free := [slot for slot in self.slots if slot.answer is None]):
+                job = self.waiting[0]
+                # The slot that holds most of the prompt already, else the one idle for longest.
+                slot = max(free, key=lambda slot: (slot.shares(job), -slot.used))
+                new = job.prompt_tokens - slot.shares(job)
+                if begun and (new != alike or (len(begun) + 1) * new > READ_AT_ONCE):
+                    break
+                alike, job.reused = new, slot.shares(job)
+                generator = torch.Generator(self.llm.device).manual_seed(job.sampling.seed)
+                slot.answer = Answer(job, Spoken(self.engine.text, job.sampling.stop), generator)
+                begun.append(slot)
+                self.waiting.popleft()
+        return begun
 
-    def _begin(self, job: Job) -> None:
-        """Read the prompt into the free slot that holds most of it already, else the one idle for longest."""
-        free = [slot for slot in self.slots if slot.answer is None]
-        slot = max(free, key=lambda slot: (slot.shares(job), -slot.used))
-        job.reused = slot.shares(job)
-        generator = torch.Generator(self.llm.device).manual_seed(job.sampling.seed)
-        slot.answer = Answer(job, Spoken(self.engine.text, job.sampling.stop), generator)
+    def _begin(self, slots: Sequence[Slot]) -> None:
+        """Read the prompts, from where the slots' rows go on with them, and say the first tokens."""
+        jobs = [slot.answer.job for slot in slots if slot.answer]
         try:
-            embedded = self.engine.embed(job.ids)
-            if job.picture:
-                embedded = torch.cat([job.picture.visual, embedded], dim=1)
-            logits = self._read([slot], [job.reused], embedded[:, job.reused :])
-            slot.key, slot.visual_tokens = job.picture.key if job.picture else None, job.visual_tokens
-            slot.ids = list(job.ids)
-            self._say([slot], logits)
+            logits = self._read(slots, [job.reused for job in jobs], torch.cat([*map(self._unread, jobs)]))
+            for slot, job in zip(slots, jobs, strict=True):
+                slot.key, slot.visual_tokens = job.picture.key if job.picture else None, job.visual_tokens
+                slot.ids = list(job.ids)
+            self._say(slots, logits)
         except Exception as error:
-            self._fail([slot], _fault(error))
+            self._fail(slots, _fault(error))
+
+    def _unread(self, job: Job) -> torch.Tensor:
+        """Embeddings [1, new, hidden] of the prompt from `reused` on."""
+        embedded = self.engine.embed(job.ids)
+        if job.picture:
+            embedded = torch.cat([job.picture.visual, embedded], dim=1)
+        return embedded[:, job.reused :]
 
     def _step(self, active: Sequence[Slot]) -> None:
         """One token more of every answer."""
@@ -277,23 +240,6 @@ class Batcher:
                 slot.answer.job.hear(Piece("", error=error))
             slot.answer = None
             slot.forget()
-
-
-def longest_context(config: Any) -> int:
-    """Tokens that the model can read at a time. Raises LlavaError for one whose memory is of another kind."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise LlavaError(
-            "serve cannot batch this language model",
-            expected="layers of attention",
-            got=", ".join(sorted(kinds)),
-            do="use `infer chat`",
-        )
-    context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-    window = getattr(config, "sliding_window", None)
-    if window and (not kinds or "sliding_attention" in kinds):
-        context = min(context, int(window))  # up to there a window hides nothing
-    return context
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

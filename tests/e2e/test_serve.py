@@ -42,8 +42,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def served(world: World) -> Iterator[Served]:
-    """With the defaults."""
-    with llava_server(*world.flags, "--max-tokens", TOKENS, "--json") as served:
+    """With four slots, and the defaults otherwise."""
+    with llava_server(*world.flags, "--slots", 4, "--max-tokens", TOKENS, "--json") as served:
         yield served
         summary = json.loads(served.stop(signal.SIGINT).splitlines()[-1])
         assert summary["requests"] >= summary["answered"] > 0

@@ -10,8 +10,10 @@ import pytest
 
 from infer.config import AskConfig
 from infer.engine import Engine, open_engine
+from infer.jobs import Job, Picture, Piece
 from infer.session import Session
-from infer.slots import Batcher, Job, Picture, Piece, longest_context
+from infer.slotcache import longest_context
+from infer.slots import Batcher
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 from tests.small_world import World, write_world
