@@ -132,8 +132,8 @@ class SweepConfig(RunConfig):
     """End a trial whose held-out loss is above the median of the finished ones at that step; auto does so
     with ranges alone."""
     together: int = 1
-    """Train so many trials in one pass through the language model, where they differ in nothing but lr,
-    weight decay, warm-up, projector and visual tokens."""
+    """Train so many trials in one pass through the language model, where they differ in nothing but the
+    projector and its optimizer."""
     ray: str | None = None
     """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
     ray_workers: int | None = None
