@@ -21,6 +21,9 @@ from llava_core.projector import match_scale
 Words = list[tuple[str, float]]
 """Words and how near they are, the nearest first."""
 
+CONTROL = 0x1E45
+"""Added to the seed of a random projector: the trained one began at that of its run."""
+
 
 class Vocabulary:
     """The words of a language model that can be shown: whole characters, neither special nor blank."""
@@ -102,7 +105,7 @@ def random_projector(trained: torch.nn.Module, features: torch.Tensor, seed: int
     """One of the same kind and sizes that has learnt nothing; its tokens for `features` are as large."""
     projector = copy.deepcopy(trained)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(CONTROL + seed)
         for module in projector.cpu().modules():
             if isinstance(module, torch.nn.Linear):
                 module.reset_parameters()

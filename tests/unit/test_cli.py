@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
 from llava_core import cli
 from llava_core.cli import Command, Options
@@ -27,6 +28,18 @@ class Flags(Options):
     """Some words."""
     fail: str = ""
     """How to end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repeated(Options):
+    """A command with a flag that is given again and again."""
+
+    name: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """A word."""
+
+
+def repeated(flags: Repeated) -> dict[str, Any]:
+    return {"name": flags.name}
 
 
 def target(flags: Flags) -> dict[str, Any]:
@@ -92,6 +105,21 @@ def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
     assert ended("-c", str(tmp_path / "none.yaml")) == 2
     assert ended("-c") == 2
+
+
+def test_a_flag_given_again_is_a_list_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {"go": Command(Repeated, f"{__name__}:repeated"), "other": COMMANDS["other"]}
+    path = tmp_path / "run.yaml"
+    for words, names in (
+        (["--name", "a", "--name", "-"], ["a", "-"]),
+        (["-c", str(path)], ["x", "y z"]),
+        (["-c", str(path), "--name", "typed"], ["typed"]),
+    ):
+        path.write_text("name: [x, y z]\n")
+        with pytest.raises(SystemExit) as caught:
+            cli.main("tool", "A tool.", commands, ["go", "--json", *words])
+        assert caught.value.code == 0
+        assert json.loads(capsys.readouterr().out) == {"name": names}
 
 
 def test_a_recipe_yields_to_a_file_and_both_to_what_is_typed(
