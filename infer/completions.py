@@ -47,6 +47,8 @@ class Completions:
         """How many they are."""
         self._batcher, self._fetcher = batcher, fetcher
         self._pictures, self._seeds = Pictures(batcher), itertools.count(config.seed)
+        # Characters; more surely exceed the context. Tokenizing 5 million to refuse them took 2 min and 3 GB.
+        self._most_text = batcher.context * max(map(len, batcher.llm.tokenizer.get_vocab()))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         began, status = time.monotonic(), LEFT
@@ -122,6 +124,8 @@ class Completions:
         # Where nobody gives a seed, no two requests have the same.
         defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
+        if (characters := sum(len(message["content"]) for message in asked.messages)) > self._most_text:
+            raise self._too_long(f"{characters:,} characters")
         try:
             ids = await asyncio.to_thread(self._batcher.engine.conversation.prompt, asked.messages)
         except Exception as error:  # templates raise errors of their own for what they do not know
@@ -131,9 +135,12 @@ class Completions:
         picture = await self._picture(asked.image) if asked.image else None
         job = Job(ids, picture, asked.sampling, tell)
         if job.prompt_tokens >= self._batcher.context:
-            message = f"the context is {self._batcher.context} tokens, the messages take {job.prompt_tokens}"
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+            raise self._too_long(f"{job.prompt_tokens:,} tokens")
         return job, dataclasses.replace(asked, image=None)
+
+    def _too_long(self, messages: str) -> ApiError:
+        message = f"the context is {self._batcher.context:,} tokens, the messages have {messages}"
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
 
     async def _body(self, request: web.Request) -> bytes:
         limit = self.config.max_bytes * 4 // 3 + (1 << 20)

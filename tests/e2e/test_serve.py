@@ -178,7 +178,8 @@ def test_errors_reach_the_openai_client_as_its_own(served: Served, world: World,
     assert "one image in each conversation" in refused(two).message
     long = refused([question("长" * 400)])
     assert (long.code, long.status_code) == ("context_length_exceeded", 400)
-    assert "the context is 1024 tokens" in long.message
+    assert "the context is 1,024 tokens, the messages have 1,2" in long.message
+    assert "the messages have 20,000 characters" in refused([question("长" * 20_000)]).message
 
 
 def test_the_llm_command(served: Served, world: World, session: Session, tmp_path: Path) -> None:
