@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from llava.config import DemoConfig
+from llava.config import ChatLlmConfig, DemoConfig
 from llava_core import cli
 
-COMMANDS = {"demo": cli.Command(DemoConfig, "llava.demo:run")}
+COMMANDS = {
+    "demo": cli.Command(DemoConfig, "llava.demo:run"),
+    "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
+}
 
 
 def main() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from llava_core.cli import Options
+from llava_core.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,3 +27,22 @@ class DemoConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("rows", "held_out", "steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatLlmConfig(Sampling, Options):
+    """Talk to the bare language model at the terminal, or over a pipe: no image, no projector."""
+
+    llm: Path
+    """Folder of the language model."""
+    system: str = ""
+    """What the model is told before the first turn; nothing by default."""
+    thinking: bool = False
+    """Let it think before it answers, if its chat template has that switch. Qwen3 then wants
+    --temperature 0.6 --top-p 0.95 --top-k 20: the likeliest thoughts go in circles."""
+    max_tokens: int = 2048
+    """Longest answer, in tokens, with the thoughts before it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    lang: Literal["auto", "zh", "en"] = "auto"
+    """Language of remarks and help; auto: that of the locale."""

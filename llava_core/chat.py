@@ -126,7 +126,9 @@ class Chat:
         return SavedChat(None, self.talk.messages)
 
     def resume(self, chat: SavedChat) -> None:
-        """Go on with `chat`."""
+        """Go on with `chat`. Raises LlavaError for one about an image."""
+        if chat.image is not None:
+            raise LlavaError(f"this dialogue is about {chat.image}", do="go on with it in `infer chat`")
         self.talk.begin(self.talk.nothing())
         self.talk.messages = [*chat.messages]
 

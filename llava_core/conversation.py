@@ -61,7 +61,10 @@ class Example:
 
 
 class Conversation:
-    """Builds prompts and training examples with one tokenizer's chat template (thinking switched off)."""
+    """Builds prompts and training examples with one tokenizer's chat template.
+
+    Thinking is switched off, but for prompts that ask for it.
+    """
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         self.tokenizer = tokenizer
@@ -72,12 +75,17 @@ class Conversation:
         # The template's text around answers depends on the questions alone, and captions have few of them.
         self._frame = functools.lru_cache(maxsize=4096)(self._render_frame)
 
-    def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a chat that waits for the assistant's next answer.
+    @property
+    def can_think(self) -> bool:
+        """Whether the template has Qwen3's switch for thinking."""
+        return "enable_thinking" in str(self.tokenizer.chat_template)
+
+    def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> list[int]:
+        """Token ids of a chat that waits for the assistant's next answer, or for its thoughts before that.
 
         `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
         """
-        return self._tokens(self._render(messages, add_generation_prompt=True))
+        return self._tokens(self._render(messages, add_generation_prompt=True, thinking=thinking))
 
     def text(self, ids: Sequence[int]) -> str:
         """What generated ids say, without special tokens."""
@@ -135,12 +143,14 @@ class Conversation:
         pieces[-1] = pieces[-1][:1]
         return pieces
 
-    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, thinking: bool = False
+    ) -> str:
         text: str = self.tokenizer.apply_chat_template(
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
+            enable_thinking=thinking,
         )
         return text
 

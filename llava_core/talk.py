@@ -47,6 +47,10 @@ class Talk:
         self.llm, self.conversation, self.sampling = llm, conversation, sampling
         self.compiled: CompiledStep | None = None
         """Reads the answers' tokens, if set."""
+        self.system = ""
+        """What the model is told before the first turn; nothing if empty."""
+        self.thinking = False
+        """Whether it thinks before it answers."""
         self.figures = Figures()
         """Of the last answer."""
         self.begin(self.nothing())
@@ -88,7 +92,8 @@ class Talk:
 
     def _answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
         began = first = time.perf_counter()
-        ids = self.conversation.prompt(messages)
+        told = [{"role": "system", "content": self.system}] if self.system else []
+        ids = self.conversation.prompt([*told, *messages], self.thinking)
         spoken, whole = Spoken(self.conversation.text, self.sampling.stop), False
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:

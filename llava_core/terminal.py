@@ -17,6 +17,7 @@ from rich.text import Text
 from llava_core.prompt import Prompt
 
 PREVIEW_COLUMNS = 32
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Terminal:
@@ -42,21 +43,32 @@ class Terminal:
         self._console.print(_harmless(text) if self.live else text, style=style)
 
     def answer(self, pieces: Generator[str, None, None]) -> bool:
-        """Print an answer as it comes; False if Ctrl-C stopped it."""
+        """Print an answer as it comes, thoughts dim; False if Ctrl-C stopped it."""
         try:
             for piece in pieces:
-                print(_harmless(piece) if self.live else piece, end="", flush=True)
+                print(self._shown(piece), end="", flush=True)
         except KeyboardInterrupt:
             pieces.close()
             return False
         finally:
-            print(flush=True)
+            print(PLAIN if self._coloured else "", flush=True)
         return True
 
     def picture(self, pixels: np.ndarray) -> None:
         """Show uint8 [h, w, 3] in half-blocks, if there is a person and the terminal has colour."""
-        if self.live and self._console.color_system:
+        if self._coloured:
             self._console.print(half_blocks(pixels))
+
+    @property
+    def _coloured(self) -> bool:
+        return self.live and self._console.color_system is not None
+
+    def _shown(self, piece: str) -> str:
+        if self.live:
+            piece = _harmless(piece)
+        if self._coloured:  # a tag is one token, so it is never torn between pieces
+            piece = piece.replace("<think>", f"{DIM}<think>").replace("</think>", f"</think>{PLAIN}")
+        return piece
 
     def _read(self) -> str:
         if self._prompt:

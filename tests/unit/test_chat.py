@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.color import Color
+from rich.console import Console
 
 from infer.chat import bare_image
 from llava_core.chat import changed, unquoted
@@ -20,7 +21,7 @@ from llava_core.phrases import PHRASES, pick_language
 from llava_core.prompt import history
 from llava_core.sampling import Sampling
 from llava_core.savedchat import SavedChat, read_chat, write_chat
-from llava_core.terminal import half_blocks
+from llava_core.terminal import Terminal, half_blocks
 
 
 @pytest.mark.parametrize(
@@ -137,3 +138,15 @@ def test_the_locale_picks_the_language() -> None:
     assert pick_language("auto", {"LC_ALL": "", "LANG": "zh_TW"}) == "zh"
     assert pick_language("auto", {}) == "en"
     assert pick_language("zh", {"LANG": "en_GB.UTF-8"}) == "zh"
+
+
+def test_thoughts_are_dim_where_there_is_colour(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    pieces = ["<think>", "\nhm", "\n</think>", "\n\nyes"]
+    assert terminal.answer(piece for piece in pieces)
+    assert capsys.readouterr().out == "".join(pieces) + "\n"
+    terminal.live = True
+    terminal._console = Console(force_terminal=True, color_system="standard", stderr=True)
+    assert terminal.answer(piece for piece in pieces)
+    dim, plain = "\x1b[2m", "\x1b[0m"
+    assert capsys.readouterr().out == f"{dim}<think>\nhm\n</think>{plain}\n\nyes{plain}\n"

@@ -1,0 +1,73 @@
+"""`llava chat-llm` beside transformers' own template and generation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llava import chat_llm
+from llava.config import ChatLlmConfig
+from llava_core.errors import LlavaError
+from llava_core.savedchat import SavedChat, write_chat
+from tests.e2e.commands import ENVIRONMENT, ROOT
+from tests.small_models import LLAMA_TEMPLATE, write_language_model
+
+LENGTH = 9
+
+
+def said(model: Any, tokenizer: Any, messages: list[dict[str, str]], thinking: bool) -> str:
+    """The likeliest answer; it joins `messages`."""
+    prompt = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        new = model.generate(ids, max_new_tokens=LENGTH, do_sample=False, attention_mask=torch.ones_like(ids))
+    text: str = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+    messages.append({"role": "assistant", "content": text.strip()})
+    return text
+
+
+def test_over_a_pipe_with_system_prompt_and_thoughts(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "llm")
+    write_chat(tmp_path / "about.json", SavedChat("a.png", []))
+    lines = ["看", "/think", "看", "/system be brief", "why?", "/system", "/load " + str(tmp_path / "about.json"),
+             "clear", "why?", "/image a.png"]  # fmt: skip
+    flags = ["--llm", folder, "--device", "cpu", "--system", "红", "--thinking", "--max-tokens", LENGTH]
+    ended = subprocess.run(
+        [sys.executable, "-m", "llava", "chat-llm", *map(str, flags), "--lang", "en", "--json"],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    told = {"role": "system", "content": "红"}
+    messages = [told, {"role": "user", "content": "看"}]
+    answers = [said(model, tokenizer, messages, thinking=True)]
+    messages.append({"role": "user", "content": "看"})
+    answers.append(said(model, tokenizer, messages, thinking=False))
+    told["content"] = "be brief"
+    messages.append({"role": "user", "content": "why?"})
+    answers.append(said(model, tokenizer, messages, thinking=False))
+    answers.append(said(model, tokenizer, [{"role": "user", "content": "why?"}], thinking=False))
+    assert len(set(answers)) == 4, "each setting makes a difference"
+    assert ended.stdout == "".join(f"{text}\n" for text in answers) + '{"turns": 4}\n'
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: this dialogue is about a.png; go on with it in `infer chat`"
+    assert errors[1].startswith("error: no command /image; known: /clear, ")
+
+
+def test_a_template_without_the_switch_is_refused(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "llm", template=LLAMA_TEMPLATE)
+    with pytest.raises(LlavaError, match="has no switch for thinking"):
+        chat_llm.run(ChatLlmConfig(llm=folder, device="cpu", thinking=True))
