@@ -37,7 +37,8 @@ def said(model: Any, tokenizer: Any, messages: list[dict[str, str]], thinking: b
 def test_over_a_pipe_with_system_prompt_and_thoughts(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "llm")
     write_chat(tmp_path / "about.json", SavedChat("a.png", []))
-    lines = ["看", "/think", "看", "/system be brief", "why?", "/system", "/load " + str(tmp_path / "about.json"),
+    about = f"/load {tmp_path / 'about.json'}"
+    lines = ["看", "/think", "看", "/system be brief", "why?", "/system", about,
              "clear", "why?", "/image a.png"]  # fmt: skip
     flags = ["--llm", folder, "--device", "cpu", "--system", "红", "--thinking", "--max-tokens", LENGTH]
     ended = subprocess.run(
