@@ -57,7 +57,7 @@ def test_a_projector_learns_and_answers(smollm2: Path, tmp_path: Path) -> None:
         "--max-steps", 32, "--eval-samples", 8, "--eval-captions", 0)  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert losses[-1] < 0.98 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]  # 0.84: it has learnt some of how such a caption sounds
     models = ("--checkpoint", tmp_path / "run/last", "--vision", VISION, "--llm", smollm2)
     asked = run("infer", "ask", *models, "--image", pictures[0], "--prompt", english.QUESTION,
                 "--max-tokens", 12, "--json")  # fmt: skip
