@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from llava.config import DemoConfig
+from llava.config import DemoConfig, DownloadConfig
 from llava_core import cli
 
-COMMANDS = {"demo": cli.Command(DemoConfig, "llava.demo:run")}
+COMMANDS = {
+    "demo": cli.Command(DemoConfig, "llava.demo:run"),
+    "download": cli.Command(DownloadConfig, "llava.download:run"),
+}
 
 
 def main() -> None:
