@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from llava.config import ChatLlmConfig, DemoConfig
+from llava.config import ChatLlmConfig, DemoConfig, DownloadConfig
 from llava_core import cli
 
 COMMANDS = {
     "demo": cli.Command(DemoConfig, "llava.demo:run"),
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
+    "download": cli.Command(DownloadConfig, "llava.download:run"),
 }
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from llava_core.cli import Options
 from llava_core.sampling import Sampling
 
@@ -46,3 +48,20 @@ class ChatLlmConfig(Sampling, Options):
     """Where to compute."""
     lang: Literal["auto", "zh", "en"] = "auto"
     """Language of remarks and help; auto: that of the locale."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DownloadConfig(Options):
+    """The models and data that README.md uses, from ModelScope; the same command continues.
+
+    MODELSCOPE_ENDPOINT, or MODELSCOPE_DOMAIN for an older modelscope, names a mirror.
+    """
+
+    what: tyro.conf.Positional[Literal["models", "train", "eval"]]
+    """Chinese-CLIP and Qwen3, pairs to train on, or pairs to evaluate on."""
+    out: Path = Path()
+    """Folder in which models/ and the folders of the data are made."""
+    include: str | None = None
+    """Only the files whose path matches, such as 'data/train-00000*'."""
+    dry_run: bool = False
+    """Print files and bytes, and touch nothing."""

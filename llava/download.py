@@ -1,0 +1,183 @@
+"""`llava download`: the models and the data of the real thing, through ModelScope's own client.
+
+What the client already has it keeps, and files cut short it continues, so the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import logging
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.config import DownloadConfig
+from llava_core.console import counted, human_bytes, say, table
+from llava_core.errors import LlavaError, first_line
+from llava_core.fingerprint import JsonDict
+
+PAGE = 100
+"""Files in one answer about a data set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """A repository on ModelScope, or some of its files."""
+
+    kind: str
+    """model or dataset"""
+    repository: str
+    folder: str
+    """Where it lands."""
+    pattern: str = "*"
+
+
+DATA = "Tongyi-DataEngine/SA1B-Dense-Caption"
+DOWNLOADS = {
+    "models": (
+        Download("model", "iic/multi-modal_clip-vit-base-patch16_zh", "models/clip"),
+        Download("model", "Qwen/Qwen3-0.6B", "models/qwen3"),
+    ),
+    "train": (Download("dataset", DATA, "sa1b", "data/train-000*"),),
+    "eval": (Download("dataset", DATA, "sa1b-eval", "data/train-0010*"),),
+}
+EXTRACT = "python -m extract run --vision {out}/models/clip"
+NEXT = {
+    "models": "python -m llava download train --out {out}",
+    "train": f"{EXTRACT} --data {{out}}/sa1b --limit 100000 --out features/train",
+    "eval": f"{EXTRACT} --data {{out}}/sa1b-eval --limit 2000 --out features/eval",
+}
+
+
+def run(config: DownloadConfig) -> JsonDict:
+    """Say what it takes, download it, and say what to type next; returns folders and bytes."""
+    downloads = DOWNLOADS[config.what]
+    if config.include:
+        downloads = tuple(dataclasses.replace(each, pattern=config.include) for each in downloads)
+    client = _client()
+    say(f"asking {client.endpoint} what there is")
+    sizes = [_sizes(client, download) for download in downloads]
+    folders = [config.out / download.folder for download in downloads]
+    missing = [_missing(folder, of) for folder, of in zip(folders, sizes, strict=True)]
+    free = shutil.disk_usage(_existing(config.out)).free
+    rows = [
+        (f"{d.repository} {d.pattern}", folder, counted(len(of), "file"), human_bytes(sum(of.values())),
+         human_bytes(left))
+        for d, folder, of, left in zip(downloads, folders, sizes, missing, strict=True)
+    ]  # fmt: skip
+    print(table(rows, ("from ModelScope", "to", "files", "bytes", "still to come")))
+    print(f"free on that disk: {human_bytes(free)}", flush=True)
+    if sum(missing) > free:
+        raise LlavaError(
+            f"too little space in {config.out}",
+            expected=f"{human_bytes(sum(missing))} free",
+            got=human_bytes(free),
+            do="choose another --out, or some of the files with --include",
+        )
+    summary = {"folders": [str(folder) for folder in folders], "bytes": sum(map(_total, sizes))}
+    if config.dry_run:
+        return {**summary, "missing": sum(missing)}
+    for download, folder in zip(downloads, folders, strict=True):
+        _download(client, download, folder)
+    for folder, of in zip(folders, sizes, strict=True):
+        if left := _missing(folder, of):
+            raise LlavaError(f"{folder} lacks {human_bytes(left)}", do="the same command continues")
+    summary["next"] = NEXT[config.what].format(out=shlex.quote(str(config.out)))
+    print(f"\nnext:  {summary['next']}")
+    return {**summary, "missing": 0}
+
+
+def _client() -> Any:
+    """modelscope's HubApi, which speaks of faults only. Raises LlavaError without the package."""
+    try:
+        from modelscope.hub.api import HubApi
+    except ImportError:
+        raise LlavaError(
+            "downloading needs ModelScope's client", do="pip install 'llava-align[modelscope]'"
+        ) from None
+    for name in ("modelscope", "modelscope_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return HubApi()
+
+
+def _sizes(client: Any, download: Download) -> dict[str, int]:
+    """Bytes of every file that matches, by its path in the repository."""
+    try:
+        if download.kind == "model":
+            files = client.get_model_files(download.repository, recursive=True)
+        else:
+            files = [file for page in _pages(client, download.repository) for file in page]
+    except Exception as error:  # the client's versions raise OSError, RuntimeError and kinds of their own
+        raise _failed(client, download, error) from None
+    sizes = {
+        str(file["Path"]): int(file["Size"] or 0)
+        for file in files
+        if file.get("Type") != "tree" and fnmatch.fnmatch(file["Path"], download.pattern)
+    }
+    if not sizes:
+        what = f"no file of {download.repository} is called {download.pattern}"
+        raise LlavaError(what, do="mend --include")
+    return sizes
+
+
+def _pages(client: Any, repository: str) -> Iterator[Sequence[JsonDict]]:
+    owner, name = repository.split("/")
+    number = 1
+    while True:
+        where = {"root_path": "/", "recursive": True, "page_number": number, "page_size": PAGE}
+        if hasattr(client, "get_dataset_files"):
+            files = client.get_dataset_files(repository, revision="master", **where)
+        else:  # an older modelscope
+            answer = client.list_repo_tree(dataset_name=name, namespace=owner, revision="master", **where)
+            files = answer["Data"]["Files"]
+        yield files
+        if len(files) < PAGE:
+            return
+        number += 1
+
+
+def _download(client: Any, download: Download, folder: Path) -> None:
+    from modelscope.hub.snapshot_download import dataset_snapshot_download, snapshot_download
+
+    fetch = snapshot_download if download.kind == "model" else dataset_snapshot_download
+    try:
+        fetch(download.repository, local_dir=str(folder), allow_patterns=[download.pattern])
+    except Exception as error:
+        raise _failed(client, download, error) from None
+
+
+def _failed(client: Any, download: Download, error: Exception) -> LlavaError:
+    return LlavaError(
+        f"cannot download {download.repository} from {client.endpoint}",
+        got=_reason(error),
+        do="check the network, or name a mirror in MODELSCOPE_ENDPOINT; the same command continues",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong at the bottom of it: requests tells the whole story of a failed connection."""
+    text = first_line(error)
+    return text.rsplit(": ", 1)[-1].strip("'\")") if "(Caused by " in text else text
+
+
+def _missing(folder: Path, sizes: dict[str, int]) -> int:
+    """Bytes of the files that are not there, or not whole."""
+    paths = {name: folder / name for name in sizes}
+    return sum(
+        size
+        for name, size in sizes.items()
+        if not paths[name].is_file() or paths[name].stat().st_size != size
+    )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _total(sizes: dict[str, int]) -> int:
+    return sum(sizes.values())
