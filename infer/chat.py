@@ -7,21 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infer.config import ChatConfig
-from infer.engine import is_url, open_engine
+from infer.engine import open_engine
 from infer.session import Session
 from llava_core.chat import Chat, unquoted
 from llava_core.compiled import CompiledStep
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.images import SUFFIXES, is_url
 from llava_core.phrases import Phrases, pick_language
 from llava_core.preprocess import Decoded
 from llava_core.sampling import sampling_of
 from llava_core.savedchat import SavedChat
 from llava_core.terminal import PREVIEW_COLUMNS
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Of files that are shown when nothing but their path is typed."""
 
 
 def run(config: ChatConfig) -> JsonDict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +13,11 @@ from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.console import say
 from llava_core.conversation import Conversation
 from llava_core.device import pick_device
-from llava_core.errors import LlavaError
-from llava_core.fetch import FetchLimits, fetch_all
 from llava_core.generate import generate
 from llava_core.language import LanguageModel, load_language_model
-from llava_core.preprocess import Decoded, ImageError
+from llava_core.preprocess import Decoded
 from llava_core.sampling import Sampling
 from llava_core.shards import Shard
-from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
 
@@ -85,11 +81,6 @@ def open_engine(config: Models | BatchConfig) -> Engine:
     return Engine(tower, checkpoint.projector, llm)
 
 
-def is_url(image: str) -> bool:
-    """Else it is a path."""
-    return image.startswith(("http://", "https://"))
-
-
 def open_speaker(config: Aligned, shard: Shard) -> Speaker:
     """Load what speaks of a shard's features. Raises LlavaError if the projector was trained on others."""
     checkpoint = load_checkpoint(config.checkpoint)
@@ -105,39 +96,3 @@ def _language_model(
     checkpoint.provenance.require_language_model(llm.identity)
     say(f"{source} → {checkpoint.folder} → {llm.identity['id']} on {device}")
     return llm
-
-
-def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | LlavaError]:
-    """The files at URLs or at paths relative to `folder`; in place of one that cannot be had, the reason."""
-    urls = [image for image in images if is_url(image)]
-    # The addresses were typed by the person at the terminal, so their own network is theirs to ask.
-    fetched = iter(fetch_all(urls, FetchLimits(allow_private=True, retries=1)) if urls else ())
-    files: list[bytes | LlavaError] = []
-    for image in images:
-        if is_url(image):
-            answer = next(fetched)
-            got = f"{answer.status.label} ({answer.detail})"
-            ok = answer.status is Status.OK
-            files.append(answer.body if ok else LlavaError("cannot fetch the image", got=got))
-            continue
-        try:
-            files.append((folder / Path(image).expanduser()).read_bytes())
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~nobody
-            do = "give the path or the http(s) address of an image"
-            files.append(LlavaError(f"no image file {folder / image}", do=do))
-    return files
-
-
-def read_image(image: str) -> bytes:
-    """The file at a URL or path. Raises LlavaError if there is none."""
-    (file,) = read_images([image])
-    if isinstance(file, LlavaError):
-        raise file
-    return file
-
-
-def not_an_image(image: str, error: ImageError) -> LlavaError:
-    """What to say of a file that cannot be shown."""
-    return LlavaError(
-        f"cannot read {image} as an image: {error.status.label}", got=error, do="give another image"
-    )

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from infer.config import LensConfig
-from infer.engine import Engine, not_an_image, open_engine, read_image
+from infer.engine import Engine, open_engine
 from infer.lens_words import Vocabulary, Words, logit_lens, losses, nearest, random_projector
 from infer.session import Session
 from llava_core.console import say, table
 from llava_core.conversation import Turn
 from llava_core.fingerprint import JsonDict
+from llava_core.images import not_an_image, read_image
 from llava_core.preprocess import ImageError
 from llava_core.projector import grid_side
 from llava_core.sampling import sampling_of

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infer.engine import Engine, Speaker, not_an_image, read_images
+from infer.engine import Engine, Speaker
 from infer.lines import read_lines
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.images import not_an_image, read_images
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard
 from llava_core.status import Status

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from infer.config import ScoreConfig
-from infer.engine import not_an_image, read_images
 from infer.lines import read_lines
 from infer.metrics import bleu, cider_d, rouge_l
 from infer.words import open_tokenizer
@@ -16,14 +15,14 @@ from llava_core.console import progress, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.images import not_an_image, read_images
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard, open_shards
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.vision import VisionTower
 
 CLIP_WEIGHT = 2.5
 """CLIPScore is this times the cosine, 0 for one below 0 (arXiv:2104.08718)."""
-TOGETHER = 32
-"""Pictures, or texts, encoded at a time."""
 
 
 def run(config: ScoreConfig) -> JsonDict:
@@ -63,23 +62,7 @@ def look(
     """CLIPScore of the answers, and, to read it by, of each next line's answer and of the captions."""
     assert config.vision is not None
     shards = open_shards(config.features) if config.features else []
-    layer, decode = None, "draft"
-    if shards:
-        layer, decode = shards[0].encoder.get("layer"), shards[0].preprocess.get("decode", "draft")
-    if layer is not None:
-        raise LlavaError(
-            f"{config.features} lacks what CLIPScore needs",
-            expected="tokens after the last layer norm",
-            got=f"those of layer {layer}",
-            do="score live images: leave --features out",
-        )
-    tower = open_vision_tower(config.vision, pick_device(config.device), decode=decode, text=True)
-    if shards and shards[0].fingerprint != tower.fingerprint:
-        raise LlavaError(
-            f"{config.features} holds features of another encoder",
-            expected=f"{tower.encoder['model_id']} ({tower.fingerprint[:12]})",
-            got=f"{shards[0].encoder.get('model_id')} ({shards[0].fingerprint[:12]})",
-        )
+    tower = open_both_towers(config.vision, pick_device(config.device), shards)
     folder = config.images or config.input.parent
     with progress(len(lines), "pictures") as bar:
         parts = []
@@ -88,7 +71,7 @@ def look(
             parts.append(_stored(tower, shards, part) if shards else _live(tower, part, folder))
             bar.update(len(part))
     pictures = torch.cat(parts)
-    said = _embed(tower, answers)
+    said = embed_texts(tower, answers)
     figures = {
         "clip": tower.encoder["model_id"],
         "clipscore": _clipscore(pictures, said),
@@ -96,7 +79,7 @@ def look(
     }
     if references:
         figures["clipscore_of_captions"] = _clipscore(
-            pictures, _embed(tower, [texts[0] for texts in references])
+            pictures, embed_texts(tower, [texts[0] for texts in references])
         )
     return figures
 
@@ -104,11 +87,6 @@ def look(
 def _clipscore(pictures: torch.Tensor, texts: torch.Tensor) -> float:
     """Mean over rows of L2-normalised embeddings [N, P]."""
     return CLIP_WEIGHT * float((pictures * texts).sum(-1).clamp(min=0).mean())
-
-
-def _embed(tower: VisionTower, texts: Sequence[str]) -> torch.Tensor:
-    parts = [tower.encode_text(texts[k : k + TOGETHER]) for k in range(0, len(texts), TOGETHER)]
-    return torch.cat(parts)
 
 
 def _live(tower: VisionTower, lines: Sequence[JsonDict], folder: Path) -> torch.Tensor:
@@ -139,7 +117,7 @@ def _stored(tower: VisionTower, shards: Sequence[Shard], lines: Sequence[JsonDic
                 expected='"shard" and "row", as `infer batch --features` writes them',
                 got=f"shard {line.get('shard')}, row {row}",
             )
-        features.append(torch.from_numpy(shard.read(row)))
+        features.append(torch.from_numpy(shard.read_first(row)))
     return tower.embed_features(torch.stack(features))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infer.engine import Engine, is_url, not_an_image, read_image
+from infer.engine import Engine
+from llava_core.images import is_url, not_an_image, read_image
 from llava_core.preprocess import Decoded, ImageError
 from llava_core.sampling import Sampling
 from llava_core.savedchat import SavedChat

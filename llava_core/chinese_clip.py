@@ -27,6 +27,7 @@ class TextTokenizer:
 
     def __init__(self, vocab: Path) -> None:
         self.pieces = BertWordPieceTokenizer(str(vocab), lowercase=True)
+        self.pieces._tokenizer.encode_special_tokens = True  # a text that says [SEP] does not end there
         self.pieces.enable_truncation(CONTEXT)
         self.pieces.enable_padding(length=CONTEXT, pad_id=PAD)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
-from llava_core.storage import Storage, dequantise, parts_of, row_bytes
+from llava_core.storage import FEATURE_TYPE, Storage, dequantise, parts_of, row_bytes
 
 THUMBNAIL_BYTES = 4096
 """Of a row's slot in `thumbnails`: a JPEG, then zeros."""
@@ -68,6 +68,18 @@ class Layout:
             quantised, scales = self.read_parts(descriptor, row)
             dequantise(quantised, scales, out)
 
+    def read_first(self, descriptor: int, row: int) -> np.ndarray:
+        """The first token of `row`, such as CLS, without the others: fp16 [1, D]."""
+        dtype, shape = self.parts["features"]
+        first = np.empty((1, self.width), dtype)
+        self._read(descriptor, "features", row, first, apart=int(np.prod(shape)) * dtype.itemsize)
+        if self.storage == "float16":
+            return first
+        scales, out = np.empty(self.width, FEATURE_TYPE), np.empty((1, self.width), FEATURE_TYPE)
+        self._read(descriptor, "scales", row, scales)
+        dequantise(first, scales, out)
+        return out
+
     def read_parts(self, descriptor: int, row: int) -> tuple[np.ndarray, ...]:
         """Features of `row` as they lie on disk: the row's share of each of `parts`."""
         arrays = tuple(np.empty(shape, dtype) for dtype, shape in self.parts.values())
@@ -83,7 +95,9 @@ class Layout:
         self._read(descriptor, "thumbnails", row, slot)
         return slot.tobytes().rstrip(b"\0") or None
 
-    def _read(self, descriptor: int, name: str, row: int, out: np.ndarray) -> None:
-        read = os.preadv(descriptor, [out.data.cast("B")], self.offsets[name] + row * out.nbytes)
+    def _read(self, descriptor: int, name: str, row: int, out: np.ndarray, apart: int | None = None) -> None:
+        """`row` of a dataset into `out`; rows lie `apart` bytes apart, or as many as `out` takes."""
+        start = self.offsets[name] + row * (apart or out.nbytes)
+        read = os.preadv(descriptor, [out.data.cast("B")], start)
         if read != out.nbytes:
             raise LlavaError(f"truncated shard {self.path}", expected=f"{out.nbytes} bytes", got=read)

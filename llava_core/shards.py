@@ -257,6 +257,10 @@ class Shard:
         self.read_into(row, out)
         return out
 
+    def read_first(self, row: int) -> np.ndarray:
+        """The first token of `row`, such as CLS: fp16 [1, D], without reading the others."""
+        return self.layout.read_first(self._descriptor(), row)
+
     def failed(self, failures: Iterable[Failure]) -> np.ndarray:
         """Which rows ended in one of these ways, bool [N]."""
         mask = np.zeros(self.rows, bool)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,26 @@ def write_vision_folder(
     weights: dict[str, torch.Tensor] | None = None,
     vision: dict[str, Any] = VISION,
     seed: int = 0,
+    text: dict[str, Any] = TEXT,
+    vocab: Sequence[str] = VOCAB,
 ) -> Path:
     """A Chinese-CLIP folder as ModelScope publishes it: fp16, under `state_dict`, prefixed names."""
     folder.mkdir(parents=True, exist_ok=True)
     if weights is None:
         torch.manual_seed(seed)
-        weights = ChineseClip(vision, TEXT).state_dict()
+        weights = ChineseClip(vision, text).state_dict()
     published = {f"module.clip_model.{name}": value.half() for name, value in weights.items()}
     torch.save({"epoch": 1, "state_dict": published}, folder / "pytorch_model.bin")
     (folder / "vision_model_config.json").write_text(json.dumps(vision))
-    (folder / "text_model_config.json").write_text(json.dumps(TEXT))
-    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    (folder / "text_model_config.json").write_text(json.dumps(text))
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     return folder
 
 
-def published_clip(vision: dict[str, Any] = VISION, seed: int = 0) -> Any:
+def published_clip(vision: dict[str, Any] = VISION, seed: int = 0, text: dict[str, Any] = TEXT) -> Any:
     """cn-clip's own model with every weight random, rounded to fp16's values, in eval mode."""
     torch.manual_seed(seed)
-    model = _cn_clip_model().CLIP(**vision, **TEXT).eval()
+    model = _cn_clip_model().CLIP(**vision, **text).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = 0.02 * torch.randn_like(parameter)
@@ -67,12 +70,33 @@ def published_clip(vision: dict[str, Any] = VISION, seed: int = 0) -> Any:
     return model
 
 
-def _cn_clip_model() -> Any:
-    """The module cn_clip.clip.model without its package's __init__, which asks for torchvision."""
+def published_vocabulary() -> list[str]:
+    """The word pieces of Chinese-CLIP's vocab.txt, as cn-clip brings them."""
+    return (_cn_clip() / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+
+
+def published_tokens(texts: Sequence[str], length: int) -> torch.Tensor:
+    """What cn-clip's `tokenize` gives, which itself lies in a module that asks for torchvision."""
+    _cn_clip_model()
+    sys.modules.setdefault("six", types.SimpleNamespace(PY2=False, PY3=True))  # type: ignore[arg-type]
+    split = importlib.import_module("cn_clip.clip.bert_tokenizer").FullTokenizer()
+    ids = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        words = ["[CLS]", *split.tokenize(text)[: length - 2], "[SEP]"]
+        row[: len(words)] = torch.tensor(split.convert_tokens_to_ids(words))
+    return ids
+
+
+def _cn_clip() -> Path:
     spec = importlib.util.find_spec("cn_clip")
     assert spec is not None, "pip install --no-deps cn-clip"
     assert spec.submodule_search_locations is not None
-    folder = Path(spec.submodule_search_locations[0]) / "clip"
+    return Path(spec.submodule_search_locations[0]) / "clip"
+
+
+def _cn_clip_model() -> Any:
+    """The module cn_clip.clip.model without its package's __init__, which asks for torchvision."""
+    folder = _cn_clip()
     if "cn_clip.clip" not in sys.modules:
         package: Any = types.ModuleType("cn_clip.clip")
         package.__path__ = [str(folder)]

@@ -6,12 +6,13 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from extract.sources import folder, llava_json
+from extract.sources import llava_json
 from extract.sources.base import Source
 from extract.sources.folder import Folder
 from extract.sources.llava_json import LlavaJson
 from extract.sources.parquet import Parquet
 from llava_core.errors import LlavaError
+from llava_core.images import SUFFIXES
 from llava_core.shards import Shard
 
 
@@ -106,6 +107,6 @@ def _source(path: Path, images: Path | None) -> Source:
 def _nothing(what: str) -> LlavaError:
     return LlavaError(
         what,
-        expected=f"parquet or LLaVA JSON files, or images ({' '.join(folder.SUFFIXES)}) with captions",
+        expected=f"parquet or LLaVA JSON files, or images ({' '.join(SUFFIXES)}) with captions",
         do="mend --data, or download the data as README.md shows",
     )

@@ -14,9 +14,7 @@ from extract.sources.base import Rows, Source, captions_of
 from extract.sources.files import Files
 from llava_core.console import say
 from llava_core.fingerprint import JsonDict
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Of images, in any case."""
+from llava_core.images import SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)

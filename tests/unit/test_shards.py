@@ -26,6 +26,7 @@ from llava_core.shard_writer import (
 )
 from llava_core.shards import FORMAT_VERSION, Shard, open_shards
 from llava_core.status import Failure, Status
+from llava_core.storage import STORAGES, Storage
 from tests.small_shards import TOKENS, WIDTH, features_of, header, outcome, write_shard
 
 
@@ -365,3 +366,10 @@ def test_a_shard_from_before_there_were_dialogues_holds_captions(tmp_path: Path)
         file.attrs["text"] = "poem"
     with pytest.raises(LlavaError, match=r"damaged shard .* text poem"):
         Shard(path)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_first_token_alone_is_the_first_of_all(tmp_path: Path, storage: Storage) -> None:
+    shard = Shard(write_shard(tmp_path / "part.h5", 4, storage=storage))
+    for row in range(4):
+        assert np.array_equal(shard.read_first(row), shard.read(row)[:1])

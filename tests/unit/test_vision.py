@@ -23,7 +23,15 @@ from transformers import (
 from llava_core.chinese_clip import CONTEXT
 from llava_core.errors import LlavaError
 from llava_core.vision import open_vision_tower
-from tests.small_vision import VISION, VOCAB, published_clip, write_vision_folder
+from tests.small_vision import (
+    TEXT,
+    VISION,
+    VOCAB,
+    published_clip,
+    published_tokens,
+    published_vocabulary,
+    write_vision_folder,
+)
 
 VIT_B_16 = {
     "embed_dim": 512,
@@ -31,6 +39,16 @@ VIT_B_16 = {
     "vision_layers": 12,
     "vision_width": 768,
     "vision_patch_size": 16,
+}
+
+ROBERTA_BASE = {
+    **TEXT,
+    "vocab_size": 21128,
+    "text_hidden_size": 768,
+    "text_intermediate_size": 3072,
+    "text_max_position_embeddings": 512,
+    "text_num_attention_heads": 12,
+    "text_num_hidden_layers": 12,
 }
 
 
@@ -77,6 +95,22 @@ def test_both_embeddings_equal_the_published_code(tmp_path: Path) -> None:
     torch.testing.assert_close(tower.encode_text(["红色的圆", "AB 猫"]), text, rtol=1e-5, atol=1e-5)
     with pytest.raises(LlavaError, match="opened with its text tower"):
         open_vision_tower(folder).encode_text(["红"])
+
+
+@torch.no_grad()
+def test_texts_of_the_reference_shape_equal_the_published_code(tmp_path: Path) -> None:
+    """Word pieces of the real vocabulary and the real text tower's shape, beside a small image tower."""
+    vision = {**VISION, "embed_dim": 512}
+    clip, vocab = published_clip(vision, text=ROBERTA_BASE), published_vocabulary()
+    tower = open_vision_tower(
+        write_vision_folder(tmp_path, clip.state_dict(), vision, text=ROBERTA_BASE, vocab=vocab), text=True
+    )
+    texts = ["一只橘猫躺在沙发上。", "Two DOGS, naïve 2024年", "長" * 80, "  ", "🐱 𠮷野家 [SEP] a​b"]
+    ids = published_tokens(texts, CONTEXT)
+    assert tower._tokenizer is not None
+    assert torch.equal(tower._tokenizer(texts), ids)
+    expected = F.normalize(clip.encode_text(ids), dim=-1)
+    torch.testing.assert_close(tower.encode_text(texts), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

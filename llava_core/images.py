@@ -1,0 +1,55 @@
+"""Image files by path or address: what was typed, to bytes, or to the reason why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_core.errors import LlavaError
+from llava_core.fetch import FetchLimits, fetch_all
+from llava_core.preprocess import ImageError
+from llava_core.status import Status
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Of image files, in any case."""
+
+
+def is_url(image: str) -> bool:
+    """Else it is a path."""
+    return image.startswith(("http://", "https://"))
+
+
+def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | LlavaError]:
+    """The files at URLs or at paths relative to `folder`; in place of one that cannot be had, the reason."""
+    urls = [image for image in images if is_url(image)]
+    # The addresses were typed by the person at the terminal, so their own network is theirs to ask.
+    fetched = iter(fetch_all(urls, FetchLimits(allow_private=True, retries=1)) if urls else ())
+    files: list[bytes | LlavaError] = []
+    for image in images:
+        if is_url(image):
+            answer = next(fetched)
+            got = f"{answer.status.label} ({answer.detail})"
+            ok = answer.status is Status.OK
+            files.append(answer.body if ok else LlavaError("cannot fetch the image", got=got))
+            continue
+        try:
+            files.append((folder / Path(image).expanduser()).read_bytes())
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~nobody
+            do = "give the path or the http(s) address of an image"
+            files.append(LlavaError(f"no image file {folder / image}", do=do))
+    return files
+
+
+def read_image(image: str) -> bytes:
+    """The file at a URL or path. Raises LlavaError if there is none."""
+    (file,) = read_images([image])
+    if isinstance(file, LlavaError):
+        raise file
+    return file
+
+
+def not_an_image(image: str, error: ImageError) -> LlavaError:
+    """What to say of a file that cannot be shown."""
+    return LlavaError(
+        f"cannot read {image} as an image: {error.status.label}", got=error, do="give another image"
+    )

@@ -1,0 +1,46 @@
+"""Chinese-CLIP's two towers together: pictures and texts as vectors whose cosine says how well they match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llava_core.errors import LlavaError
+from llava_core.shards import Shard
+from llava_core.vision import VisionTower, open_vision_tower
+
+TOGETHER = 32
+"""Pictures, or texts, encoded at a time."""
+
+
+def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard] = ()) -> VisionTower:
+    """The encoder in `vision` with its text tower, decoding as those of `shards`, if any, were.
+
+    Raises LlavaError if the features of these shards are of another encoder, or of a layer before the last.
+    """
+    if not shards:
+        return open_vision_tower(vision, device, text=True)
+    first, folder = shards[0], shards[0].path.parent
+    if (layer := first.encoder.get("layer")) is not None:
+        raise LlavaError(
+            f"{folder} lacks what the text tower is compared with",
+            expected="tokens after the last layer norm",
+            got=f"those of layer {layer}",
+            do="use the images: leave --features out",
+        )
+    tower = open_vision_tower(vision, device, decode=first.preprocess.get("decode", "draft"), text=True)
+    if first.fingerprint != tower.fingerprint:
+        raise LlavaError(
+            f"{folder} holds features of another encoder",
+            expected=f"{tower.encoder['model_id']} ({tower.fingerprint[:12]})",
+            got=f"{first.encoder.get('model_id')} ({first.fingerprint[:12]})",
+        )
+    return tower
+
+
+def embed_texts(tower: VisionTower, texts: Sequence[str]) -> torch.Tensor:
+    """L2-normalised embeddings [texts, P]."""
+    parts = [tower.encode_text(texts[k : k + TOGETHER]) for k in range(0, len(texts), TOGETHER)]
+    return torch.cat(parts)
