@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from llava_core.cli import Options
+from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 
 
@@ -29,6 +30,33 @@ class DemoConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("rows", "held_out", "steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatchConfig(Options):
+    """Which images of a folder, or rows of feature shards, Chinese-CLIP finds nearest to a text."""
+
+    vision: Path
+    """Folder of Chinese-CLIP with its text tower."""
+    images: Path | None = None
+    """Folder of images, with those below it."""
+    features: Path | None = None
+    """Folder of feature shards, or one of them, in place of images: nothing is encoded again."""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The text, up to 52 tokens; may be given again. Without one, texts are read a line at a time."""
+    top: int = 5
+    """Images shown for each text."""
+    out: Path = Path("match.png")
+    """The bar chart; without --text, that of the latest text."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        self.require_above_zero("top")
+        if (self.images is None) == (self.features is None):
+            raise LlavaError("give either --images or --features", exit_code=2)
+        if not all(text.strip() for text in self.text):
+            raise LlavaError("--text", expected="a text", got="nothing", exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

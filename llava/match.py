@@ -1,0 +1,153 @@
+"""`llava match`: the images nearest to a text, by the cosine of Chinese-CLIP's two towers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llava.config import MatchConfig
+from llava.match_chart import draw
+from llava_core.console import counted, progress, say, table
+from llava_core.device import pick_device
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from llava_core.images import SUFFIXES
+from llava_core.preprocess import ImageError
+from llava_core.shards import Shard, open_shards
+from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.status import Status
+from llava_core.terminal import Terminal
+from llava_core.vision import VisionTower
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An image that may match: a file, or a row of a shard."""
+
+    name: str
+    """Its path from the folder, or `part.h5 row 3`."""
+    file: Path | None = None
+    shard: Shard | None = None
+    row: int = 0
+
+    def read(self) -> bytes | None:
+        """The image file, or the thumbnail of a row; None if the shard keeps none."""
+        if self.file is not None:
+            return self.file.read_bytes()
+        return self.shard.thumbnail(self.row) if self.shard else None
+
+    @property
+    def caption(self) -> str:
+        """Of a row; an image file has none."""
+        return next((answer for _, answer in self.shard.turns(self.row)), "") if self.shard else ""
+
+    def to_json(self) -> JsonDict:
+        if self.shard is None:
+            return {"image": self.name}
+        known = {"id": self.shard.id(self.row), "caption": self.caption}
+        return {"shard": self.shard.path.name, "row": self.row, **{k: v for k, v in known.items() if v}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A text and the images nearest to it, with their cosines, the nearest first."""
+
+    text: str
+    best: list[tuple[Candidate, float]]
+
+    def to_json(self) -> JsonDict:
+        return {"text": self.text, "matches": [{**c.to_json(), "cosine": cosine} for c, cosine in self.best]}
+
+
+def run(config: MatchConfig) -> JsonDict:
+    """Print a table for each text and draw the chart. Raises LlavaError if there is nothing to match."""
+    shards = open_shards(config.features) if config.features else []
+    tower = open_both_towers(config.vision, pick_device(config.device), shards)
+    if config.images is not None:
+        candidates, embeddings = encode(tower, config.images)
+    else:
+        candidates, embeddings = recall(tower, shards)
+    say(f"{counted(len(candidates), 'image')} by {tower.encoder['model_id']} on {tower.device}")
+    typed = Terminal()
+    if not config.text and typed.live:
+        say("A text and Enter: the nearest images. Ctrl-D ends.")
+    found: list[Match] = []
+    for text in config.text or typed.lines():
+        cosines = (embeddings @ embed_texts(tower, [text])[0]).cpu()
+        best = cosines.topk(min(config.top, len(candidates)))
+        ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        found.append(Match(text, [(candidates[k], cosine) for k, cosine in ranked]))
+        rows = [(c.name, f"{cosine:.3f}", c.caption[:30]) for c, cosine in found[-1].best]
+        print(f"{text}\n{table(rows)}", flush=True)
+        if not config.text:
+            chart(tower, found[-1:], config.out)
+    if config.text:
+        chart(tower, found, config.out)
+    figures: JsonDict = {"clip": tower.encoder["model_id"], "images": len(candidates)}
+    return {**figures, "texts": [match.to_json() for match in found], "png": str(config.out)}
+
+
+def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Tensor]:
+    """The images of a folder and their embeddings [N, P]; those that cannot be read are said and left out."""
+    if not folder.is_dir():
+        raise LlavaError(f"no folder {folder}", do="give --images a folder of images")
+    candidates, parts = [], []
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    with progress(len(paths), "images") as bar:
+        for start in range(0, len(paths), TOGETHER):
+            pixels = []
+            for path in paths[start : start + TOGETHER]:
+                try:
+                    pixels.append(tower.preprocess.decode_image(path.read_bytes()).pixels)
+                    candidates.append(Candidate(str(path.relative_to(folder)), path))
+                except (ImageError, OSError) as error:
+                    status = error.status.label if isinstance(error, ImageError) else "not readable"
+                    say(f"{path} is left out: {status} ({error})")
+                bar.update()
+            if pixels:
+                parts.append(tower.encode_image_embedding(np.stack(pixels)))
+    if not parts:
+        raise LlavaError(f"no images in {folder}", expected=" ".join(SUFFIXES))
+    return candidates, torch.cat(parts)
+
+
+def recall(tower: VisionTower, shards: Sequence[Shard]) -> tuple[list[Candidate], torch.Tensor]:
+    """The rows of shards that have features, and their embeddings [N, P], from CLS alone."""
+    candidates = [
+        Candidate(f"{shard.path.name} row {row}", shard=shard, row=row)
+        for shard in shards
+        for row in np.flatnonzero(shard.status == Status.OK).tolist()
+    ]
+    if not candidates:
+        raise LlavaError(f"no features in {shards[0].path.parent}", do="see `extract inspect`")
+    parts = []
+    with progress(len(candidates), "rows") as bar:
+        for start in range(0, len(candidates), 1024):
+            rows = candidates[start : start + 1024]
+            tokens = np.stack([c.shard.read_first(c.row) for c in rows if c.shard])
+            parts.append(tower.embed_features(torch.from_numpy(tokens)))
+            bar.update(len(rows))
+    return candidates, torch.cat(parts)
+
+
+def chart(tower: VisionTower, found: Iterable[Match], path: Path) -> None:
+    """Draw the matches, each image in the aspect ratio it had."""
+
+    def picture(candidate: Candidate, side: int) -> np.ndarray | None:
+        data = candidate.read()
+        if data is None:
+            return None
+        return tower.preprocess.preview(tower.preprocess.decode_image(data), side)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(
+        [
+            (match.text, [(c.caption or c.name, cosine, picture(c, 64)) for c, cosine in match.best])
+            for match in found
+        ]
+    ).save(path)
+    say(f"{path}  the nearest images as bars")

@@ -1,0 +1,61 @@
+"""The bar chart of `llava match`: for each text, the images nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from llava_core.console import say
+from llava_core.fonts import chinese_font
+
+WIDE, MARGIN, LINE, PICTURE = 760, 16, 72, 64
+"""Pixels: of the chart, around it, of a bar with its label, and of a picture."""
+BAR = WIDE - 3 * MARGIN - PICTURE - 70
+INK, GREY, BLUE, PALE, PAPER = (20, 20, 25), (90, 90, 100), (47, 111, 183), (232, 238, 245), (255, 255, 255)
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Bar = tuple[str, float, np.ndarray | None]
+"""Label, cosine, and the picture as uint8 [h, w, 3]."""
+
+
+def draw(blocks: Sequence[tuple[str, Sequence[Bar]]]) -> Image.Image:
+    """Texts, each with its bars from cosine 0 (and below) to the chart's highest.
+
+    Chinese needs a font on this machine; without one it is drawn as boxes, and said.
+    """
+    title: Font = chinese_font(20) or ImageFont.load_default(20)
+    small: Font = chinese_font(15) or ImageFont.load_default(15)
+    if chinese_font(20) is None:
+        say("no Chinese font on this machine: install one, such as Debian's fonts-wqy-microhei")
+    full = max([cosine for _, bars in blocks for _, cosine, _ in bars] + [1e-6])
+    height = MARGIN + sum(40 + LINE * len(bars) + MARGIN for _, bars in blocks)
+    sheet = Image.new("RGB", (WIDE, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    y = MARGIN
+    for text, bars in blocks:
+        pen.text((MARGIN, y), fitting(pen, text, title, WIDE - 2 * MARGIN), INK, title)
+        y += 40
+        for label, cosine, picture in bars:
+            if picture is not None:
+                sheet.paste(Image.fromarray(picture), (MARGIN, y))
+            x = 2 * MARGIN + PICTURE
+            pen.text((x, y + 4), fitting(pen, label, small, BAR), GREY, small)
+            pen.rectangle((x, y + 30, x + BAR, y + 52), PALE)
+            if cosine > 0:
+                pen.rectangle((x, y + 30, x + round(BAR * cosine / full), y + 52), BLUE)
+            pen.text((x + BAR + 8, y + 31), f"{cosine:.3f}", INK, small)
+            y += LINE
+        y += MARGIN
+    return sheet
+
+
+def fitting(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
+    """One line of `text`, its end cut off where it is wider than `width` pixels."""
+    line = " ".join(text.split())
+    text = line
+    while len(line) > 1 and pen.textlength(text, font) > width:
+        line = line[:-1]
+        text = line + "…"
+    return text

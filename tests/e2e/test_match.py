@@ -1,0 +1,113 @@
+"""`llava match`: the world's Chinese-CLIP finds drawn pictures by their captions."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava import match
+from llava.config import MatchConfig
+from llava.match_chart import draw
+from llava.world.captions import short_caption
+from llava.world.render import render
+from llava.world.scene import random_scene
+from llava_core.errors import LlavaError
+from llava_core.fonts import chinese_font
+from tests.e2e.commands import ENVIRONMENT, ROOT, run
+
+VISION = ROOT / "llava/world/models/vision"
+
+
+def test_images_and_their_features_are_found_by_their_captions(tmp_path: Path) -> None:
+    rng, texts, folder = random.Random(3), [], tmp_path / "图片"
+    (folder / "more").mkdir(parents=True)
+    names = [*(f"图{k}.png" for k in range(6)), "more/a.PNG", "more/b.jpg"]
+    for name in names:
+        scene = random_scene(rng)
+        render(scene, rng).save(folder / name)
+        texts.append(short_caption(scene, rng))
+        (folder / name).with_suffix(".txt").write_text(texts[-1], encoding="utf-8")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff?")
+
+    flags = ["--vision", VISION, "--images", folder, "--device", "cpu", "--top", 3, "--json"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "llava", "match", *map(str, flags), "--out", str(tmp_path / "new/typed.png")],
+        input="\n".join(texts),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "broken.jpg is left out: " in ended.stderr
+    live = json.loads(ended.stdout.splitlines()[-1])
+    assert live["images"] == 8
+    assert [found["text"] for found in live["texts"]] == texts
+    assert [found["matches"][0]["image"] for found in live["texts"]] == names
+    for found in live["texts"]:
+        cosines = [one["cosine"] for one in found["matches"]]
+        assert len(cosines) == 3
+        assert cosines == sorted(cosines, reverse=True)
+    assert f"{texts[0]}\n{names[0]}" in ended.stdout
+
+    run("extract", "run", "--data", folder, "--out", tmp_path / "features", "--vision", VISION,
+        "--device", "cpu", "--dtype", "int8", "--thumbnails", "--max-failed", 1)  # fmt: skip
+    config = MatchConfig(
+        vision=VISION,
+        features=tmp_path / "features",
+        text=tuple(texts),
+        device="cpu",
+        out=tmp_path / "all.png",
+    )
+    stored = match.run(config)
+    for live_found, found in zip(live["texts"], stored["texts"], strict=True):
+        best = found["matches"][0]
+        assert best["caption"] == found["text"]
+        assert best["cosine"] == pytest.approx(live_found["matches"][0]["cosine"], abs=5e-3)
+    with Image.open(stored["png"]) as whole, Image.open(live["png"]) as last:
+        assert (whole.width, last.width) == (760, 760)
+        assert whole.height > 8 * 5 * 64 > last.height > 3 * 64
+        assert len(whole.convert("RGB").getcolors(1 << 24) or []) > 100  # the thumbnails
+
+
+@pytest.mark.skipif(chinese_font(20) is None, reason="no Chinese font here; scripts/setup.sh installs one")
+def test_chinese_labels_are_characters_and_not_boxes() -> None:
+    red, blue, same = (
+        np.asarray(draw([(t, [("图", 0.5, None)])])) for t in ("红色圆形", "蓝色方块", "红色圆形")
+    )
+    assert red.shape == blue.shape
+    assert (red != blue).any()
+    assert (red == same).all()
+
+
+def test_without_a_chinese_font_it_says_so(tmp_path: Path) -> None:
+    code = 'from llava.match_chart import draw; print(draw([("红", [("a.png", -0.1, None)])]).size)'
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "XDG_DATA_DIRS": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)},
+        check=True,
+    )
+    assert ended.stdout == "(760, 144)\n"
+    assert ended.stderr.startswith("no Chinese font on this machine: install one")
+
+
+def test_what_cannot_be_matched(tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="either --images or --features"):
+        MatchConfig(vision=VISION)
+    with pytest.raises(LlavaError, match="--text; expected a text"):
+        MatchConfig(vision=VISION, images=tmp_path, text=(" ",))
+    with pytest.raises(LlavaError, match="no images in"):
+        match.run(MatchConfig(vision=VISION, images=tmp_path, text=("红",), device="cpu"))
+    with pytest.raises(LlavaError, match="no folder"):
+        match.run(MatchConfig(vision=VISION, images=tmp_path / "none", text=("红",), device="cpu"))
