@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from infer.config import ChatConfig
 from infer.engine import open_engine
 from infer.session import Session
-from llava.demo import MODELS
+from llava.config import MODELS
 from llava_core.compiled import CompiledStep
 from llava_core.console import say, table
 from llava_core.conversation import INSTRUCTIONS, Conversation

@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava.demo import MODELS, QUESTION
+from llava.config import MODELS
+from llava.demo import QUESTION
 from llava.world.captions import accuracy
 from llava.world.scene import Scene, random_scene
 from llava_core.checkpoint import load_checkpoint

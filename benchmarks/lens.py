@@ -17,7 +17,8 @@ import tyro
 from infer.config import Aligned
 from infer.engine import Speaker, open_speaker
 from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
-from llava.demo import MODELS, QUESTION
+from llava.config import MODELS
+from llava.demo import QUESTION
 from llava.world.captions import parse
 from llava.world.scene import PLACES, Thing
 from llava_core.console import table

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from llava.demo import MODELS
+from llava.config import MODELS
 from llava_core.projector import Projector
 from train import start
 from train.config import RunConfig

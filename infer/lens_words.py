@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from infer.engine import Speaker
-from llava_core.conversation import IGNORE, Turn
+from llava_core.answers import answer_logits
+from llava_core.conversation import Turn
 from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
 from llava_core.projector import match_scale
@@ -81,13 +82,8 @@ def losses(speaker: Speaker, visual: torch.Tensor, turn: Turn) -> tuple[list[str
     `visual` is [T, hidden].
     """
     example = speaker.conversation.example([turn], max_answer_tokens=1 << 30)
-    embedded = torch.cat([visual[None], speaker.embed(example.ids)], dim=1)
-    start = next(k for k, label in enumerate(example.labels) if label != IGNORE)
-    answer = example.labels[start:]
-    logits = speaker.llm.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
-    before = len(visual) + start - 1
-    targets = torch.tensor(answer, device=logits.device)
-    each = F.cross_entropy(logits[before : before + len(answer)], targets, reduction="none").tolist()
+    logits, targets = answer_logits(speaker.llm, visual, example)
+    each, answer = F.cross_entropy(logits, targets, reduction="none").tolist(), targets.tolist()
     pieces: list[str] = []
     summed: list[float] = []
     first = 0

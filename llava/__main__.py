@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from llava.config import ChatLlmConfig, DemoConfig, DownloadConfig, MatchConfig
+from llava.config import ChatLlmConfig, DemoConfig, DownloadConfig, MatchConfig, TraceConfig
 from llava_core import cli
 
 COMMANDS = {
     "demo": cli.Command(DemoConfig, "llava.demo:run"),
+    "trace": cli.Command(TraceConfig, "llava.trace:run"),
     "match": cli.Command(MatchConfig, "llava.match:run"),
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
     "download": cli.Command(DownloadConfig, "llava.download:run"),

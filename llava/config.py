@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,9 @@ import tyro
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
+
+MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
+"""Folder of the built-in models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,36 @@ class DemoConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("rows", "held_out", "steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceConfig(Options):
+    """One sample from image file to loss, with the numbers of every stage; by default one of the demo's."""
+
+    image: str | None = None
+    """Path or URL of the image; by default one is drawn."""
+    caption: str | None = None
+    """What the language model is to say of it; that of a drawn image is known."""
+    prompt: str = "请描述这张图片。"
+    """The question before the caption."""
+    checkpoint: Path | None = None
+    """Folder of a projector, such as RUN/best; without one, a linear projector with random weights whose
+    tokens are as large as the words' embeddings, where training starts."""
+    vision: Path = MODELS / "vision"
+    """Folder of the vision encoder; by default the demo's."""
+    llm: Path = MODELS / "llm"
+    """Folder of the language model; by default the demo's."""
+    max_text_tokens: int = 128
+    """Budget of the caption in tokens; a longer one is cut and teaches no end token."""
+    seed: int = 0
+    """Seed of the random projector and of the drawn image."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        self.require_above_zero("max_text_tokens")
+        if (self.image is None) != (self.caption is None):
+            raise LlavaError("--image and --caption", expected="both or neither", exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llava.config import DemoConfig
+from llava.config import MODELS, DemoConfig
 from llava.world.captions import accuracy, chance
 from llava.world.dataset import Split, write_split
 from llava.world.server import TROUBLES, serve
@@ -26,7 +26,6 @@ from llava_core.console import table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
-MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
 QUESTION = "请描述这张图片。"
 MARK = ".llava-demo"
 BATCH_SIZE = 16

@@ -158,7 +158,7 @@ def test_unknown_flags_are_wrong_usage() -> None:
         ("extract", ["run", "retry-failed", "verify", "inspect"]),
         ("train", ["run", "sweep", "plan", "eval"]),
         ("infer", ["ask", "chat", "batch"]),
-        ("llava", ["demo", "match", "chat-llm"]),
+        ("llava", ["demo", "trace", "match", "chat-llm"]),
     ],
 )
 def test_help_of_every_command(module: str, commands: list[str]) -> None:
