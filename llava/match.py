@@ -88,7 +88,11 @@ def run(config: MatchConfig) -> JsonDict:
     if config.text:
         chart(tower, found, config.out)
     figures: JsonDict = {"clip": tower.encoder["model_id"], "images": len(candidates)}
-    return {**figures, "texts": [match.to_json() for match in found], "png": str(config.out) if found else None}
+    return {
+        **figures,
+        "texts": [match.to_json() for match in found],
+        "png": str(config.out) if found else None,
+    }
 
 
 def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Tensor]:

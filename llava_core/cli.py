@@ -105,12 +105,27 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 def _with_settings(command: Command, argv: list[str]) -> list[str]:
     """Replace `-c FILE` and `--recipe NAME` by their flags: those typed win, then those of the file."""
     config = command.config
+    _require_once(config, argv)
     argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), config))
     if not command.recipes:
         return argv
     return _expanded(
         argv, config, "--recipe", next(iter(command.recipes)), lambda name: _recipe(command, name)
     )
+
+
+def _require_once(config: type[Options], argv: list[str]) -> None:
+    """Of a flag that is typed twice, the first would be forgotten without a word."""
+    names = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
+    again = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config) if _repeats(field)}
+    for name in names:
+        if names.count(name) > 1 and name not in again:
+            raise LlavaError(f"{name} is given twice", do="give it once, with all its values", exit_code=2)
+
+
+def _repeats(field: dataclasses.Field[Any]) -> bool:
+    """Whether a flag may be given again and again."""
+    return "UseAppendAction" in str(field.type)
 
 
 def _recipe(command: Command, name: str) -> Mapping[str, Any]:
@@ -136,12 +151,12 @@ def _expanded(
         raise LlavaError(f"{option} needs a value", do=f"write {option} {example}", exit_code=2)
     named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
-    types = {field.name: field.type for field in dataclasses.fields(config)}
+    fields = {field.name: field for field in dataclasses.fields(config)}
     flags: list[str] = []
     for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
         if flag not in typed and flag.replace("--", "--no-", 1) not in typed:
-            again = "UseAppendAction" in str(types[key.replace("-", "_")])
+            again = _repeats(fields[key.replace("-", "_")])
             for each in value if again and isinstance(value, list) else [value]:
                 flags += _flag(flag, each)
     return flags + rest

@@ -27,9 +27,10 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = []
         if path.exists() and resume_step:
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            lines = path.read_text(encoding="utf-8").split("\n")
+            kept = [line for line in lines if _step(line) <= resume_step]
         partial = path.with_name(path.name + ".part")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 

@@ -140,8 +140,10 @@ def decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _rank(row: Row) -> tuple[int, float]:
-    return ORDER.index(row.state), row.loss if row.loss is not None else 0.0
+def _rank(row: Row) -> tuple[int, bool, float]:
+    """A mean over the seeds that were not pruned flatters: points whose trials all finished come first."""
+    partly = len(row.finished) < len(row.records)
+    return ORDER.index(row.state), partly, row.loss if row.loss is not None else 0.0
 
 
 def _rank_of(record: Record) -> tuple[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -111,6 +111,9 @@ class Trainer:
         self.config, self.samples, self.schedule = one.config, one.samples, one.schedule
         tokens = sum(member.prediction.tokens_per_step for member in members.values())
         unit = max(1, round(tokens / SHAPES)) if shared.compiled else 1
+        if shared.compiled and unit != shared.unit:  # what is compiled is for rows of other lengths
+            torch._dynamo.reset()
+            shared.unit = unit
         self.packing = Packing(self.config.micro_tokens, unit)
         self.meter = Meter(self.llm.device, one.prediction.matmul_rate)
 
@@ -118,9 +121,8 @@ class Trainer:
         """To the end of each; returns summaries and errors by the members' keys."""
         for member in self.members.values():
             member.begin()
-        start = min(member.step for member in self.members.values())
-        pin = self.llm.device.type == "cuda"
-        ahead = prefetch(self.samples, self.schedule, start, pin, self.world)
+        start = read = min(member.step for member in self.members.values())
+        ahead = self.prefetch(start)
         batches = self.meter.waiting(ahead)
         try:
             with stop_request() as stop, progress(self.schedule.steps, "steps", initial=start) as bar:
@@ -133,8 +135,13 @@ class Trainer:
                     if now == self.schedule.steps:  # killed after its last step, before its summary
                         self.finish()
                         break
+                    if now != read:  # who was behind has ended, and the others are further
+                        ahead.close()
+                        ahead, read = self.prefetch(now), now
+                        batches = self.meter.waiting(ahead)
                     active = {key: m for key, m in self.going.items() if m.step == now}
                     step = self.train_step(list(active.values()), batches, stop)
+                    read += 1
                     self.meter.count(step.samples, step.tokens, step.operations)
                     rates: JsonDict = {}
                     for (key, member), loss in zip(active.items(), step.losses, strict=True):
@@ -149,6 +156,11 @@ class Trainer:
                             member.report.log(member.step, metrics)
                             bar.set_postfix_str(progress_line(metrics))
                         better = member.due(member.config.eval_every) and member.evaluate(self.packing)
+                        measured = member.figures.get("eval_loss", 0.0)
+                        if not math.isfinite(measured):
+                            self.outcomes[key] = member.diverged(measured)
+                            self.going.pop(key)
+                            continue
                         if better or step.stopping or member.due(member.config.save_every):
                             member.save(better)
                         if member.due(member.config.eval_every):
@@ -165,6 +177,10 @@ class Trainer:
             for member in self.members.values():
                 member.report.close()
         return self.outcomes
+
+    def prefetch(self, step: int) -> Generator[Batch, None, None]:
+        """This rank's batches from that step on."""
+        return prefetch(self.samples, self.schedule, step, self.llm.device.type == "cuda", self.world)
 
     def train_step(self, members: list[Member], batches: Iterator[Batch], stop: list[int]) -> Step:
         """One optimizer step of each, on this rank's next batch and on those of the other ranks."""

@@ -35,6 +35,8 @@ class Shared:
         require_same_fingerprint([*self.shards, *self.held_out_shards])
         self.compiled = False
         """Whether the language model is."""
+        self.unit = 0
+        """Of the rows that it is compiled for (train.packing)."""
         self._samples: dict[tuple[bool, int], Samples] = {}
 
     @functools.cached_property

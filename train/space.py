@@ -198,8 +198,10 @@ def _axis(key: str, given: Sequence[str], base: RunConfig) -> Choices | Range:
         raise LlavaError(f"unknown key {key!r} in --space", do=nearest(key, known), exit_code=2)
     kind = typing.get_type_hints(RunConfig)[key]
     given = [word.strip() for word in given]
+    if not given:
+        raise LlavaError(f"--space {key}", expected="values", got="an empty list", exit_code=2)
     if len(given) == 1 and ".." in given[0]:
-        ends, _, scale = given[0].partition(":")
+        ends, _, scale = given[0].replace("...", "..").partition(":")
         low, high = (_value(key, word, kind, base) for word in ends.split("..", 1))
         if isinstance(low, str) or isinstance(high, str) or scale not in ("", "log") or not low < high:
             raise LlavaError(

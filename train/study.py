@@ -34,7 +34,7 @@ from train.config import SweepConfig
 from train.space import Point, Space, words
 
 MOST_DEATHS = 3
-"""Processes that may die over one trial, without an evaluation between, before it counts as the cause."""
+"""Processes that may die over one trial, without a checkpoint between, before it counts as the cause."""
 STARTUP = 8
 """Points drawn at random before the others are a guide."""
 UNPRUNED = 5
@@ -94,7 +94,8 @@ class Study:
         journal = self.folder / "study.journal"
         with self.turn, _quiet():
             self._require_same({"space": space.plain(), "flags": shared_flags})
-            _cut_torn_line(journal)
+            with Turn(self.folder / "journal.lock"):
+                _cut_torn_line(journal)
             backend = JournalFileBackend(str(journal), lock_obj=Turn(self.folder / "journal.lock"))
             self.study = optuna.create_study(
                 storage=JournalStorage(backend), study_name="sweep", load_if_exists=True
@@ -129,7 +130,8 @@ class Study:
 
     def left(self) -> int:
         """Trials that have not ended, those that have not begun among them."""
-        return self.space.size(self.points) - sum(found.state.is_finished() for found in self._trials())
+        done = sum(found.state.is_finished() for found in self._trials())
+        return max(0, self.space.size(self.points) - done)  # --trials may be fewer than before
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -172,12 +174,14 @@ class Study:
             return None
         trial = optuna.trial.Trial(self.study, found._trial_id)
         claim = Claim(self, trial, self.space.suggest(trial), folder, lock, taken_over)
-        deaths = found.user_attrs.get("deaths", 0)
+        reached = os.path.basename(os.path.realpath(folder / "last"))
+        deaths = found.user_attrs.get("deaths", 0) if found.user_attrs.get("reached") == reached else 0
         if deaths >= MOST_DEATHS:
-            claim.failed(f"its process died {deaths} times without an evaluation between")
+            claim.failed(f"its process died {deaths} times without a checkpoint between")
             lock.release()
             return None
         trial.set_user_attr("deaths", deaths + 1)  # unless it says otherwise
+        trial.set_user_attr("reached", reached)
         return claim
 
     def _folder(self, found: optuna.trial.FrozenTrial) -> Path:
@@ -208,6 +212,8 @@ class Study:
     def _require_same(self, contents: JsonDict) -> None:
         path = self.folder / "sweep.yaml"
         if not path.exists():
+            if (self.folder / "training_config.yaml").exists():
+                raise LlavaError(f"{self.folder} holds a run", do="choose another --out")
             partial = path.with_name("sweep.yaml.part")
             partial.write_text(yaml.safe_dump(contents, allow_unicode=True, sort_keys=False), "utf-8")
             partial.replace(path)
@@ -299,7 +305,8 @@ def _cut_torn_line(journal: Path) -> None:
     """Drop the end of a line that a machine which lost its power left unfinished."""
     with contextlib.suppress(FileNotFoundError), journal.open("rb+") as file:
         text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
+        if not text.endswith(b"\n"):
+            file.truncate(text.rfind(b"\n") + 1)
 
 
 @contextlib.contextmanager

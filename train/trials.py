@@ -42,12 +42,24 @@ def work(config: SweepConfig, space: Space) -> None:
         with contextlib.ExitStack() as stack:
             for claim in claims:
                 stack.enter_context(claim)
-            shared = shared or Shared(config, World(), again=True)
+            shared = shared or opened(config, claims)
             kinds = {alike(claim.point) for claim in claims}
             for kind in sorted(kinds):
                 run_claims(config, shared, [claim for claim in claims if alike(claim.point) == kind])
         with study.turn:
             write_results(config.out, study.records(), space.keys)
+
+
+def opened(config: SweepConfig, claims: Sequence[Claim]) -> Shared:
+    """What all trials share, loaded; a fault in it is none of theirs."""
+    try:
+        shared = Shared(config, World(), again=True)
+        shared.keep_features(config)
+    except LlavaError:
+        for claim in claims:
+            claim.alive()
+        raise
+    return shared
 
 
 def alike(point: Point) -> str:
@@ -66,13 +78,16 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
 
     began = time.monotonic()
     outcomes: list[JsonDict | LlavaError] = []
+    reason = ""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the sweep's table holds the same figures
             outcomes = train(configs, shared, watch)
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        if len(claims) == 1:
-            outcomes = [LlavaError(first_line(error))]
+    except (LlavaError, RuntimeError) as error:  # the GPU's memory, among others
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        failed = error if isinstance(error, LlavaError) else LlavaError(first_line(error))
+        outcomes = [failed] if len(claims) == 1 else []
+        reason = str(failed)
     except KeyboardInterrupt:
         for claim in claims:
             claim.alive()
@@ -81,7 +96,7 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
         for claim in claims:
             claim.spent((time.monotonic() - began) / len(claims))
     if not outcomes:
-        say(f"{counted(len(claims), 'trial')} together need too much memory; now one by one")
+        say(f"{counted(len(claims), 'trial')} cannot train together ({reason}); now one by one")
         for claim in claims:
             run_claims(config, shared, [claim])
     for claim, outcome in zip(claims, outcomes, strict=False):

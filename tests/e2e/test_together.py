@@ -101,3 +101,19 @@ def test_runs_of_other_samples_are_refused(world: Path, tmp_path: Path) -> None:
     _, other = train(configs, Shared(configs[0], World()))
     assert isinstance(other, LlavaError)
     assert "--seed" in str(other)
+
+
+def test_who_is_behind_and_diverges_leaves_the_others_their_own_batches(world: Path, tmp_path: Path) -> None:
+    """The one that was killed before its checkpoint begins anew and fails before it has caught up."""
+    good = config(world, tmp_path / "good")
+    bad = config(world, tmp_path / "bad", lr=1e3, weight_decay=1e6)
+
+    def stop(index: int, step: int, figures: JsonDict) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train([good], Shared(good, World()), stop)
+    assert isinstance(train([good, bad], Shared(good, World()))[1], LlavaError)
+    whole = config(world, tmp_path / "whole")
+    train([whole], Shared(whole, World()))
+    assert curve(good.out) == curve(whole.out)

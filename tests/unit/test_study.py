@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Timeout
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
 from train.space import Point, Space
-from train.study import MOST_DEATHS, Claim, Study
+from train.study import MOST_DEATHS, Claim, Study, Turn
 
 
 def study(out: Path, *space: str, flags: JsonDict | None = None, **given: object) -> Study:
@@ -76,7 +78,7 @@ def test_a_trial_that_kills_its_processes_is_given_up(tmp_path: Path) -> None:
     with ended.turn:
         (record,) = ended.records()
     assert record.state == "failed"
-    assert record.error == "its process died 3 times without an evaluation between"
+    assert record.error == "its process died 3 times without a checkpoint between"
 
 
 def test_a_trial_that_came_as_far_as_an_evaluation_did_not_kill(tmp_path: Path) -> None:
@@ -161,3 +163,31 @@ def test_a_torn_line_of_the_journal_is_dropped(tmp_path: Path) -> None:
     (other,) = here.claim(1, by_seed)
     other.ended(summary(2.0))
     assert states(study(tmp_path, "lr=1,2")) == ["finished", "finished"]
+
+
+def test_a_trial_that_made_a_checkpoint_did_not_kill(tmp_path: Path) -> None:
+    one = study(tmp_path, "lr=1,2")
+    for death in range(MOST_DEATHS + 2):
+        (claim,) = one.claim(1, by_seed)
+        assert claim.point == {"lr": 1}
+        (claim.folder / f"step-{death}").mkdir()
+        last = claim.folder / "last"
+        last.unlink(missing_ok=True)
+        last.symlink_to(f"step-{death}")
+        claim.lock.release()
+
+
+def test_opening_a_study_waits_for_who_writes_in_its_journal(tmp_path: Path) -> None:
+    """Half a line is torn only if nobody is writing it."""
+    study(tmp_path, "lr=1,2")
+    journal = tmp_path / "study.journal"
+    before = journal.read_bytes()
+    with ThreadPoolExecutor(1) as pool:
+        with Turn(tmp_path / "journal.lock"):
+            journal.write_bytes(before + b'{"half": ')
+            opened = pool.submit(study, tmp_path, "lr=1,2")
+            with pytest.raises(Timeout):
+                opened.result(timeout=0.5)
+            assert journal.read_bytes() == before + b'{"half": '
+            journal.write_bytes(before)
+        assert opened.result(timeout=60).left() == 2
