@@ -88,15 +88,25 @@ def run(config: MatchConfig) -> JsonDict:
     if config.text:
         chart(tower, found, config.out)
     figures: JsonDict = {"clip": tower.encoder["model_id"], "images": len(candidates)}
-    return {**figures, "texts": [match.to_json() for match in found], "png": str(config.out) if found else None}
+    return {
+        **figures,
+        "texts": [match.to_json() for match in found],
+        "png": str(config.out) if found else None,
+    }
 
 
 def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Tensor]:
-    """The images of a folder and their embeddings [N, P]; those that cannot be read are said and left out."""
+    """The images of a folder that can be read and are not hidden, and their embeddings [N, P]."""
     if not folder.is_dir():
         raise LlavaError(f"no folder {folder}", do="give --images a folder of images")
     candidates, parts = [], []
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     with progress(len(paths), "images") as bar:
         for start in range(0, len(paths), TOGETHER):
             pixels = []
