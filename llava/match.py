@@ -96,11 +96,17 @@ def run(config: MatchConfig) -> JsonDict:
 
 
 def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Tensor]:
-    """The images of a folder and their embeddings [N, P]; those that cannot be read are said and left out."""
+    """The images of a folder that can be read and are not hidden, and their embeddings [N, P]."""
     if not folder.is_dir():
         raise LlavaError(f"no folder {folder}", do="give --images a folder of images")
     candidates, parts = [], []
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     with progress(len(paths), "images") as bar:
         for start in range(0, len(paths), TOGETHER):
             pixels = []

@@ -34,6 +34,8 @@ def test_images_and_their_features_are_found_by_their_captions(tmp_path: Path) -
         render(scene, rng).save(folder / name)
         texts.append(short_caption(scene, rng))
         (folder / name).with_suffix(".txt").write_text(texts[-1], encoding="utf-8")
+    (folder / ".trash").mkdir()
+    render(random_scene(rng), rng).save(folder / ".trash/hidden.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff?")
 
     flags = ["--vision", VISION, "--images", folder, "--device", "cpu", "--top", 3, "--json"]
