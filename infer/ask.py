@@ -20,6 +20,8 @@ def run(config: AskConfig) -> JsonDict:
     Raises LlavaError if the only image cannot be read.
     """
     prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
+    if prompt != prompt.encode(errors="replace").decode():
+        raise LlavaError("--prompt", expected="text in UTF-8", got=ascii(prompt), exit_code=2)
     session = Session(open_engine(config), sampling_of(config))
     if len(config.image) == 1:
         return {"image": config.image[0], "prompt": prompt, **ask(session, config.image[0], prompt)}

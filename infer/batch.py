@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -33,14 +34,16 @@ def run(config: BatchConfig) -> JsonDict:
     """
     questions, open_models = asked(config)
     with Lock(config.output), config.output.open("a+b") as file:
-        done = continued(file, questions, config)
+        made = {"checkpoint": str(config.checkpoint), "sampling": dataclasses.asdict(sampling_of(config))}
+        made = json.loads(json.dumps(made))  # as it is read back: lists for tuples
+        done = continued(file, questions, made, config)
         failed = sum("error" in line for line in done)
         todo = questions[len(done) :]
         if todo:
             speaker, look = open_models()
             with progress(len(questions), "questions", len(done)) as bar:
                 for line in answers(speaker, todo, look, sampling_of(config), config.batch_size):
-                    file.write(to_line({**line, "checkpoint": str(config.checkpoint)}))
+                    file.write(to_line({**line, **made}))
                     file.flush()
                     failed += "error" in line
                     bar.update()
@@ -68,8 +71,10 @@ def asked(config: BatchConfig) -> tuple[list[JsonDict], Callable[[], tuple[Speak
     return read_questions(config.input, config.prompt), open_live
 
 
-def continued(file: BinaryIO, questions: Sequence[JsonDict], config: BatchConfig) -> list[JsonDict]:
-    """The answers of an earlier, interrupted run; its torn last line is cut off.
+def continued(
+    file: BinaryIO, questions: Sequence[JsonDict], made: JsonDict, config: BatchConfig
+) -> list[JsonDict]:
+    """The answers of an earlier, interrupted run, `made` alike; its torn last line is cut off.
 
     Raises LlavaError, and leaves the file alone, if it holds anything else.
     """
@@ -79,7 +84,7 @@ def continued(file: BinaryIO, questions: Sequence[JsonDict], config: BatchConfig
     try:
         done = [json.loads(line) for line in whole]
         ours = len(done) <= len(questions) and all(
-            line["checkpoint"] == str(config.checkpoint) and question.items() <= line.items()
+            made.items() <= line.items() and question.items() <= line.items()
             for line, question in zip(done, questions, strict=False)
         )
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -91,7 +96,7 @@ def continued(file: BinaryIO, questions: Sequence[JsonDict], config: BatchConfig
     if not ours:
         raise LlavaError(
             f"{config.output} holds something else",
-            expected=f"answers of {config.checkpoint} to {config.input or config.features}",
+            expected=f"answers of {config.checkpoint} to {config.input or config.features}, sampled alike",
             do="choose another --output",
         )
     file.truncate(sum(len(line) + 1 for line in whole))

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import aiohttp
 from aiohttp import web
 
 from infer import openai_api as api
@@ -126,6 +127,8 @@ class Completions:
         asked = api.parse_request(await self._body(request), self.model, defaults)
         if (characters := sum(len(message["content"]) for message in asked.messages)) > self._most_text:
             raise self._too_long(f"{characters:,} characters")
+        if len(asked.messages) >= self._batcher.context:  # a template gives each at least a token
+            raise self._too_long(f"{len(asked.messages):,} of them")
         try:
             ids = await asyncio.to_thread(self._batcher.engine.conversation.prompt, asked.messages)
         except Exception as error:  # templates raise errors of their own for what they do not know
@@ -154,6 +157,8 @@ class Completions:
                     body += chunk
                     if len(body) > limit:
                         raise too_large
+        except aiohttp.ClientPayloadError as error:
+            raise ApiError(400, f"the body is damaged: {error}") from None
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body took over {SLOW_BODY:g} s") from None
         return bytes(body)

@@ -81,8 +81,8 @@ class BatchConfig(Sampling, Aligned):
     vision: Path | None = None
     """Folder of the vision encoder it was trained for; --features does without."""
     output: Path
-    """File of the same lines with `checkpoint` and `answer`, or `error` where there is none; a row of a shard
-    gives `shard`, `row`, `id` and its own `caption`."""
+    """File of the same lines with `checkpoint`, `sampling` and `answer`, or `error` where there is none; a
+    row of a shard gives `shard`, `row`, `id` and its own `caption`."""
     prompt: str = "请描述这张图片。"
     """The question of lines that have none."""
     batch_size: int = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import urllib.parse
 from collections.abc import Collection
 
@@ -45,7 +46,7 @@ def check_key(authorization: str | None, key: str | None) -> None:
     """Raise ApiError (401) unless the header is `Bearer KEY`, or there is no key."""
     if key is None:
         return
-    given = (authorization or "").removeprefix("Bearer ").strip()
+    given = re.sub("^bearer ", "", authorization or "", flags=re.IGNORECASE).strip()
     if not hmac.compare_digest(given.encode(errors="replace"), key.encode()):
         message = (
             "no valid API key in the Authorization header" if given else "this server asks for an API key"

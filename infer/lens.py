@@ -87,7 +87,8 @@ def look(engine: Engine, config: LensConfig) -> Seen:
     visual = engine.project(features)
     tokens = visual.shape[1]
     side = grid_side(tokens)
-    layer = config.layer or max(1, engine.llm.model.config.num_hidden_layers // 2)
+    blocks = engine.llm.model.config.num_hidden_layers
+    layer = max(1, blocks // 2) if config.layer is None else config.layer
     vocabulary, panels = Vocabulary(engine), []
     random = random_projector(engine.projector, features, config.seed)
     kinds = {"trained projector": visual[0], "random projector": random(features.to(engine.llm.device))[0]}

@@ -20,7 +20,7 @@ def read_lines(path: Path) -> list[JsonDict]:
         try:
             content = json.loads(line)
             to_line(content)
-        except ValueError:  # UnicodeEncodeError, for half a character, among them
+        except (ValueError, RecursionError):  # UnicodeEncodeError, for half a character, among them
             content = None
         if not isinstance(content, dict):
             raise LlavaError(f"line {number} of {path} is no JSON object", got=line[:80])

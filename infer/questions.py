@@ -17,7 +17,7 @@ from llava_core.preprocess import ImageError
 from llava_core.shards import Shard
 from llava_core.status import Status
 
-OURS = ("answer", "error", "checkpoint")
+OURS = ("answer", "error", "checkpoint", "sampling")
 """Keys that the output adds."""
 
 Looked = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaError]]

@@ -216,7 +216,11 @@ class Batcher:
             sampling = answer.job.sampling
             if sampling.temperature or sampling.repetition_penalty != 1:
                 said = torch.tensor([answer.spoken.tokens], dtype=torch.long, device=logits.device)
-                token = int(choose(row[None], sampling, answer.generator, said))
+                try:
+                    token = int(choose(row[None], sampling, answer.generator, said))
+                except RuntimeError as error:  # of this answer alone
+                    self._fail([slot], _fault(error))
+                    continue
             piece = self._add(answer.job, answer.spoken, token)
             if piece.finish:
                 slot.answer, slot.used = None, time.monotonic()

@@ -186,9 +186,9 @@ def words(text: str) -> list[str]:
 
 def unquoted(text: str) -> str:
     """A path as terminals paste a file that is dragged in: in quotes, with backslashes, or as file://."""
-    if text.startswith("file://"):
-        return unquote(urlsplit(text).path)
     try:
+        if text.startswith("file://"):
+            return unquote(urlsplit(text).path)
         (path,) = shlex.split(text)
     except ValueError:  # several words, or an apostrophe: a path that was typed as it is
         return text

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
-from llava_core.sampling import Sampling
+from llava_core.sampling import LEAST_HEAT, Sampling
 
 
 @torch.inference_mode()
@@ -88,11 +88,13 @@ def choose(
         logits = logits.scatter(-1, said, torch.where(again > 0, again / penalty, again * penalty))
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    logits = logits / max(sampling.temperature, LEAST_HEAT)
     few = 0 < sampling.top_k < logits.shape[-1]
     ranked, order = logits.topk(sampling.top_k) if few else logits.sort(-1, descending=True)
     probabilities = ranked.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    beyond = before >= sampling.top_p
+    beyond[..., 0] = False  # a nucleus is never empty
+    probabilities = probabilities.masked_fill(beyond, 0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return order.gather(-1, drawn).squeeze(-1)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from llava_core.errors import LlavaError
+
+MOST_HEAT = 100
+PENALTIES = (0.01, 100)
+"""Beyond these, and below LEAST_HEAT, logits in fp32 are no numbers any more."""
+LEAST_HEAT = 1e-3
+"""A temperature between 0 and this is as cold as this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +35,12 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises LlavaError (wrong usage) for a number out of its range."""
         _require(self.max_tokens > 0, "max_tokens", "a number above 0", self.max_tokens)
-        _require(0 <= self.temperature < math.inf, "temperature", "0 or more", self.temperature)
+        _require(0 <= self.temperature <= MOST_HEAT, "temperature", f"0 to {MOST_HEAT}", self.temperature)
         _require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
-        penalty = self.repetition_penalty
-        _require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
+        low, high = PENALTIES
+        fits = low <= self.repetition_penalty <= high
+        _require(fits, "repetition_penalty", f"{low} to {high}", self.repetition_penalty)
         _require(-(1 << 63) <= self.seed < 1 << 63, "seed", "a whole number of 64 bits", self.seed)
         _require(all(self.stop), "stop", "texts that are not empty", list(self.stop))
 

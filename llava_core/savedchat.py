@@ -41,7 +41,13 @@ def read_chat(path: Path) -> SavedChat:
         json.dumps(content, ensure_ascii=False).encode()  # half a character is no text
         if not isinstance(chat.image, str | None) or not _in_turns(chat.messages):
             raise ValueError
-    except (ValueError, TypeError, KeyError, IndexError):  # UnicodeDecodeError and JSONDecodeError among them
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RecursionError,
+    ):  # UnicodeDecodeError and JSONDecodeError among them
         raise LlavaError(f"{path} is no saved chat", expected=f"a file of /save ({FORMAT})") from None
     return chat
 

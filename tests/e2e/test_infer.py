@@ -322,6 +322,9 @@ def test_batch_writes_into_no_file_but_its_own(world: World, tmp_path: Path) -> 
     assert out.read_bytes() == before
     source.write_text(json.dumps({"image": str(world.images[1]), "prompt": "看"}) + "\n")
     assert "holds something else" in run(*command, out, code=1).one_line()
+    other = run(*command, out, "--temperature", 0.5, code=1).one_line()
+    assert "sampled alike" in other
+    assert out.read_bytes() == before
     source.write_text('{"image": "a.png", "prompt": "\\ud83d"}\n')
     assert "line 1 of" in run(*command, tmp_path / "b.jsonl", code=1).one_line()
     assert "--batch-size" in run(*command, out, "--batch-size", -1, code=2).one_line()

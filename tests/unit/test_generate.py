@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -89,3 +91,20 @@ def test_numbers_out_of_range_are_refused(flag: dict[str, object]) -> None:
     with pytest.raises(LlavaError, match=f"^{name}; expected .*; got ") as refused:
         Sampling(**flag)  # type: ignore[arg-type]
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1.0, "top_p": 1e-46},
+        {"temperature": 100.0, "repetition_penalty": 0.01},
+        {"temperature": 1e-9, "repetition_penalty": 100.0},
+    ],
+)
+def test_no_flag_makes_numbers_that_are_none(flags: dict[str, Any]) -> None:
+    logits, sampling = torch.tensor([[30.0, -30.0, 25.0, 0.0]]), Sampling(**flags)
+    for said in ([], [0], [1, 1]):
+        tokens = torch.tensor([said], dtype=torch.long)
+        (token,) = choose(logits, sampling, torch.Generator(), tokens)
+        assert 0 <= token < 4
