@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from extract.config import InspectConfig, RetryConfig, RunConfig, VerifyConfig
+from extract.config import ExamplesConfig, InspectConfig, RetryConfig, RunConfig, VerifyConfig
 from llava_core import cli
 
 COMMANDS = {
@@ -10,6 +10,7 @@ COMMANDS = {
     "retry-failed": cli.Command(RetryConfig, "extract.run:retry_failed"),
     "verify": cli.Command(VerifyConfig, "extract.verify:run"),
     "inspect": cli.Command(InspectConfig, "extract.inspect:run"),
+    "examples": cli.Command(ExamplesConfig, "extract.examples:run"),
 }
 
 

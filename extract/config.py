@@ -152,3 +152,25 @@ class InspectConfig(Options):
 
     def __post_init__(self) -> None:
         require_count(self.sample)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExamplesConfig(Options):
+    """Save the first pictures of a data set with their captions, 0000.jpg and 0000.txt and so on.
+
+    Rows without a caption, or whose picture cannot be had, are passed over. The folder is --data in its turn.
+    """
+
+    data: str
+    """As for `run`."""
+    out: Path
+    """Folder for them; it must be empty or new."""
+    count: int = 16
+    """Pictures to save."""
+    images: Path | None = None
+    """Folder of the images, as for `run`."""
+    allow_private: bool = False
+    """Let image addresses lead to this machine or a private network."""
+
+    def __post_init__(self) -> None:
+        self.require_above_zero("count")

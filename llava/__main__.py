@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from llava.config import ChatLlmConfig, DemoConfig, DownloadConfig, MatchConfig, TraceConfig
+from llava.config import (
+    ChatLlmConfig,
+    DemoConfig,
+    DoctorConfig,
+    DownloadConfig,
+    MatchConfig,
+    TraceConfig,
+)
 from llava_core import cli
 
 COMMANDS = {
@@ -10,6 +17,7 @@ COMMANDS = {
     "trace": cli.Command(TraceConfig, "llava.trace:run"),
     "match": cli.Command(MatchConfig, "llava.match:run"),
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
+    "doctor": cli.Command(DoctorConfig, "llava.doctor:run"),
     "download": cli.Command(DownloadConfig, "llava.download:run"),
 }
 

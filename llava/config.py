@@ -127,3 +127,20 @@ class DownloadConfig(Options):
     """Only the files whose path matches, such as 'data/train-00000*'."""
     dry_run: bool = False
     """Print files and bytes, and touch nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Options):
+    """What this machine has, what each command lacks, and a measured self-test of some ten seconds.
+
+    Ends with exit code 1 if the demo cannot run here.
+    """
+
+    folder: Path = Path()
+    """Folder on the disk to look at: where features are to lie."""
+    test: bool = True
+    """Measure matrix products, disk, encoding and training."""
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise LlavaError("--folder", expected="a folder", got=self.folder, exit_code=2)

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from llava.commands import run_command
 from llava.config import MODELS, DemoConfig
 from llava.world.captions import accuracy, chance
 from llava.world.dataset import Split, write_split
@@ -80,7 +77,7 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
 
     def command(phase: str, *arguments: object) -> JsonDict:
         began = time.monotonic()
-        summary = _run(*arguments, "--json")
+        summary = run_command(*arguments)
         seconds[phase] = seconds.get(phase, 0) + time.monotonic() - began
         return summary
 
@@ -117,28 +114,6 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
         for label, n in summary["by_status"].items():
             by_status[label] = by_status.get(label, 0) + n
     return {"rows": by_status, "grounding_gap": evaluated["grounding_gap"], "seconds": seconds}
-
-
-def _run(*arguments: object) -> JsonDict:
-    """Echo and run `python -m ...`; returns the summary of its last line. Raises LlavaError if it fails."""
-    words = [str(argument) for argument in arguments]
-    print(f"\n$ python -m {shlex.join(words)}", flush=True)
-    command, environment = [sys.executable, "-m", *words], {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        summary: JsonDict = {}
-        try:
-            for line in process.stdout:
-                if line.startswith("{"):  # what --json adds, for us
-                    summary = json.loads(line)
-                else:
-                    print(line, end="", flush=True)
-        except BaseException:  # a child that outlives us would go on writing
-            process.terminate()
-            raise
-    if process.returncode:
-        raise LlavaError(f"`python -m {words[0]} {words[1]}` ended with exit code {process.returncode}")
-    return summary
 
 
 def _clear(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The operations that aligning needs, by which a machine's use is judged, and what the machine can do.
+"""The operations that aligning needs, by which a machine's use is judged.
 
 Of the frozen blocks: forward and the gradients of activations, of real tokens alone; 2 operations per weight
 and token each, and causal attention. Of the vocabulary head the same, where an answer token is predicted. Of
@@ -8,12 +8,9 @@ the projector also the gradients of its weights. Norms, rotations and activation
 from __future__ import annotations
 
 import dataclasses
-import functools
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -52,22 +49,3 @@ class Work:
         attention = 6 * self.attention * sum(length * length for length in lengths)
         matrices = 4 * (self.blocks * sum(lengths) + self.head * answers)
         return matrices + attention + self.projector * visual
-
-
-@functools.lru_cache(maxsize=4)
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations per second of large matrix products, the best of several for about so many seconds."""
-    size = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
-
-    def timed() -> float:
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        return time.perf_counter() - began
-
-    timed()
-    end, best = time.perf_counter() + seconds, float("inf")
-    while time.perf_counter() < end:
-        best = min(best, timed())
-    return 2 * size**3 / best

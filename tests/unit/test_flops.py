@@ -9,10 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_core.language import LanguageModel, load_language_model, outline_language_model
+from llava_core.matmul import matmul_rate
 from llava_core.projector import build_projector
 from tests.small_models import write_language_model
 from tests.unit.test_objective import VISUAL, WIDTH, a_batch, reference_loss
-from train.flops import Work, matmul_rate
+from train.flops import Work
 from train.objective import summed_loss
 from train.packing import Pack, pack
 from train.prepare import prepare

@@ -1,0 +1,45 @@
+"""The commands of the phases, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+
+
+def run_command(*arguments: object, echo: bool = True) -> JsonDict:
+    """Run `python -m ... --json`; returns its summary. Raises LlavaError if it fails.
+
+    With `echo` the command and what it says are shown, else an error says the last line of that.
+    """
+    words = [str(argument) for argument in arguments]
+    if echo:
+        print(f"\n$ python -m {shlex.join([*words, '--json'])}", flush=True)
+    command, environment = [sys.executable, "-m", *words, "--json"], {**os.environ, "PYTHONUNBUFFERED": "1"}
+    errors = None if echo else subprocess.STDOUT
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        summary: JsonDict = {}
+        said = ""
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):  # what --json adds, for us
+                    summary = json.loads(line)
+                elif echo:
+                    print(line, end="", flush=True)
+                else:
+                    said = line.strip() or said
+        except BaseException:  # a child that outlives us would go on writing
+            process.terminate()
+            raise
+    if process.returncode:
+        what = f"`python -m {words[0]} {words[1]}` ended with exit code {process.returncode}"
+        raise LlavaError(what, got=said or None)
+    return summary

@@ -1,0 +1,237 @@
+"""`llava doctor`: what this machine has, what is missing for each command, and what it can do.
+
+torch is imported only once it is known to be there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from llava import flash_attention
+from llava.config import DoctorConfig
+from llava_core.console import human_bytes, say, table
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+
+PACKAGE = "llava-align"
+SPARED = ("modelscope", "wandb")
+"""Packages that are installed by default, without which only one command, or one flag, does not work."""
+EXTRAS = {
+    "llava demo": "plots",
+    "llava download": "modelscope",
+    "train sweep, over ranges": "sweep",
+    "train run --report-to wandb": "wandb",
+    "train run --report-to tensorboard": "tensorboard",
+    "extract run --ray, train sweep --ray": "ray",
+    "language models as GGUF": "gguf",
+    "infer score, words by jieba": "score",
+}
+"""What needs more than the packages that all commands share, and the extra that has it."""
+VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"),
+    *("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "MODELSCOPE_CACHE", "MODELSCOPE_API_TOKEN"),
+    *("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    *("WANDB_MODE", "WANDB_BASE_URL", "WANDB_API_KEY", "LLAVA_API_KEY"),
+)
+"""Those that change what a command does."""
+SECRET = re.compile("KEY|TOKEN")
+
+
+def run(config: DoctorConfig) -> JsonDict:
+    """Print a table for each section; exit code 1 if the demo cannot run here."""
+    packages, missing = _packages()
+    report: JsonDict = {"machine": _machine(config.folder), "packages": packages}
+    torch = "torch" not in missing
+    if torch:
+        report["torch"] = _torch()
+        report["flash-attn"] = {"advice": flash_attention.advice(_place())}
+    commands = _commands(missing)
+    report |= {
+        "commands": commands,
+        "caches": _caches(os.environ),
+        "environment": environment(os.environ),
+    }
+    for title, rows in report.items():
+        _print(title, rows)
+    needed = [*missing, *({"plots"} if commands["llava demo"] != "ready" else ())]
+    report["missing"] = needed
+    if needed:
+        say(f"missing: {', '.join(needed)}; pip install '{PACKAGE}[plots]'")
+        return {**report, "exit_code": 1}
+    if config.test:
+        say("measuring for some seconds")
+        try:
+            report["self-test"] = _self_test(config.folder)
+        except (LlavaError, OSError) as error:
+            say(f"the self-test failed: {error}")
+            return {**report, "exit_code": 1}
+    print("\nthe demo can run here: python -m llava demo")
+    return report
+
+
+def _machine(folder: Path) -> JsonDict:
+    from llava_core import __version__
+
+    free = shutil.disk_usage(folder)
+    return {
+        PACKAGE: __version__,
+        "Python": f"{platform.python_version()}, {sys.executable}",
+        "platform": platform.platform(),
+        "CPU cores": len(os.sched_getaffinity(0)),
+        "disk": f"{human_bytes(free.free)} free of {human_bytes(free.total)}",
+        "C compiler, for --compile": shutil.which("cc") or shutil.which("gcc") or "none",
+    }
+
+
+def _torch() -> JsonDict:
+    import torch
+
+    from llava_core.memory import free_ram
+
+    found = {
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda or "none: this torch is for CPUs",
+        "free RAM": human_bytes(free_ram()),
+    }
+    if torch.version.cuda and not torch.cuda.is_available():
+        found["GPU"] = "none that this torch can use: see nvidia-smi, and the driver's CUDA version"
+    for index in range(torch.cuda.device_count()):
+        gpu, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+        found[f"GPU {index}"] = (
+            f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {human_bytes(free)} free of {human_bytes(total)}"
+        )
+    return found
+
+
+def _place() -> flash_attention.Place:
+    import torch
+
+    return flash_attention.Place(
+        python=sys.version_info[:2],
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cxx11_abi=torch.compiled_with_cxx11_abi(),
+        platform=sysconfig.get_platform().replace("-", "_"),
+    )
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """Packages that all commands share, or that an extra adds, as the installed project declares them."""
+    try:
+        declared = importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise LlavaError(f"{PACKAGE} is not installed", do="pip install -c constraints.txt -e .") from None
+    wanted: list[Requirement] = []
+    for requirement in map(Requirement, declared):
+        marker = requirement.marker
+        always = marker is None or marker.evaluate({"extra": ""})
+        if always if not extra else marker and not always and marker.evaluate({"extra": extra}):
+            nested = [r for name in requirement.extras for r in requirements(name)]
+            wanted += nested if requirement.name == PACKAGE else [requirement]
+    return wanted
+
+
+def installed(requirement: Requirement) -> str | None:
+    """Version of the package, whether it is the one wanted or not."""
+    try:
+        return importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def met(requirement: Requirement) -> bool:
+    version = installed(requirement)
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+def state(requirement: Requirement) -> str:
+    """The installed version, and whether it will do."""
+    version = installed(requirement)
+    if version is None:
+        return "missing"
+    return version if met(requirement) else f"{version}: too old or new"
+
+
+def _packages() -> tuple[JsonDict, list[str]]:
+    """State of the packages that all commands share, and those without which no command works."""
+    states = {str(r).split(";")[0]: state(r) for r in requirements()}
+    return states, [r.name for r in requirements() if not met(r) and r.name not in SPARED]
+
+
+def _commands(missing: list[str]) -> JsonDict:
+    """What each command lacks."""
+    commands = {"extract, train, infer": f"lack {', '.join(missing)}" if missing else "ready"}
+    for command, extra in EXTRAS.items():
+        wanted = requirements(extra)
+        lacking = [r.name for r in wanted if not met(r)]
+        if lacking:
+            commands[command] = f"lacks {', '.join(lacking)}: pip install '{PACKAGE}[{extra}]'"
+        elif wanted:
+            commands[command] = commands["extract, train, infer"]
+        else:
+            commands[command] = f"an older {PACKAGE} is installed: pip install -c constraints.txt -e ."
+    return commands
+
+
+def _caches(variables: Mapping[str, str]) -> JsonDict:
+    """Folders in which other tools keep what was downloaded or compiled, and their sizes."""
+    home = Path("~/.cache").expanduser()
+    user = Path.home().name
+    folders = {
+        "ModelScope": variables.get("MODELSCOPE_CACHE") or home / "modelscope",
+        "Hugging Face": variables.get("HF_HOME") or home / "huggingface",
+        "torch.compile": variables.get("TORCHINDUCTOR_CACHE_DIR")
+        or Path(tempfile.gettempdir()) / f"torchinductor_{user}",
+    }
+    return {name: f"{human_bytes(_bytes_in(Path(folder)))} in {folder}" for name, folder in folders.items()}
+
+
+def _bytes_in(folder: Path) -> int:
+    paths = (Path(at) / name for at, _, names in os.walk(folder) for name in names)
+    return sum(path.lstat().st_size for path in paths)
+
+
+def environment(variables: Mapping[str, str]) -> JsonDict:
+    """Those of VARIABLES that are set; of secrets, and of passwords in addresses, only that they are."""
+    return {
+        name: "(set)" if SECRET.search(name) else re.sub("//[^/@]*@", "//…@", variables[name])
+        for name in VARIABLES
+        if variables.get(name)
+    }
+
+
+def _self_test(folder: Path) -> JsonDict:
+    """Measure and print."""
+    from llava.selftest import measure
+
+    rates = measure(folder)
+    _print(
+        "self-test",
+        {
+            f"matrix products on {rates['device']}": f"{rates['matmul_per_s'] / 1e12:.3g} TFLOP/s",
+            "rows of features from disk, at random": f"{human_bytes(rates['disk_bytes_per_s'])}/s",
+            "encode, the demo's pictures": f"{rates['encoded_per_s']:,.0f} images/s",
+            "train on the demo's world": f"{rates['trained_per_s']:,.1f} samples/s",
+        },
+    )
+    return rates
+
+
+def _print(title: str, rows: Mapping[str, Any]) -> None:
+    """Left-aligned throughout, since most values are words."""
+    wide = max(map(len, rows), default=0)
+    lines = [f"{name:{wide}}  {value}" for name, value in rows.items()]
+    print(f"\n{title}\n" + table([[line] for line in lines]), flush=True)

@@ -1,0 +1,91 @@
+"""What this machine does in a few seconds: matrix products, reading from disk, encoding, training."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from llava.commands import run_command
+from llava.config import MODELS
+from llava.world.captions import caption
+from llava.world.dataset import draw
+from llava_core.device import default_dtype, pick_device
+from llava_core.fingerprint import JsonDict
+from llava_core.matmul import matmul_rate
+from llava_core.vision import open_vision_tower
+
+ROW_BYTES = 302_592
+"""Features of an image of the reference encoder."""
+ROWS = 800
+PICTURES, STEPS, BATCH = 64, 5, 16
+
+
+def measure(folder: Path) -> JsonDict:
+    """Rates by name, in operations, bytes, images and samples per second. Writes 250 MB for a while.
+
+    Raises LlavaError if one of the commands fails.
+    """
+    device = pick_device("auto")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".llava-doctor-") as name:
+        here = Path(name)
+        return {
+            "device": str(device),
+            "matmul_per_s": matmul_rate(device, default_dtype(device), seconds=1.0),
+            "disk_bytes_per_s": _disk_rate(here / "rows"),
+            "encoded_per_s": _encoding_rate(device),
+            "trained_per_s": _training_rate(here),
+        }
+
+
+def _disk_rate(path: Path) -> float:
+    """Bytes per second of rows of features in random order, as training reads them."""
+    row = os.urandom(ROW_BYTES)
+    with path.open("wb") as file:
+        for _ in range(ROWS):
+            file.write(row)
+        file.flush()
+        os.fsync(file.fileno())
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):  # out of the page cache, or it is memory that is measured
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        order = random.Random(0).sample(range(ROWS), ROWS)
+        began = time.perf_counter()
+        for index in order:
+            os.pread(file.fileno(), ROW_BYTES, index * ROW_BYTES)
+        seconds = time.perf_counter() - began
+    path.unlink()
+    return ROWS * ROW_BYTES / seconds
+
+
+def _encoding_rate(device: torch.device) -> float:
+    """Images per second of the built-in world's encoder, in batches of 64, decoding apart."""
+    tower = open_vision_tower(MODELS / "vision", device=device)
+    size = tower.preprocess.size
+    pixels = torch.zeros(PICTURES, size, size, 3, dtype=torch.uint8)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        tower.encode(pixels).cpu()
+        best = min(best, time.perf_counter() - began)
+    return PICTURES / best
+
+
+def _training_rate(folder: Path) -> float:
+    """Samples per second of a short run on the built-in world, through the public commands."""
+    rng = random.Random(0)
+    pictures, scenes = draw(folder / "pictures", PICTURES, rng)
+    for picture, scene in zip(pictures, scenes, strict=True):
+        picture.with_suffix(".txt").write_text(caption(scene, rng), encoding="utf-8")
+    data, features = ("--data", folder / "pictures"), folder / "features"
+    run_command("extract", "run", *data, "--out", features, "--vision", MODELS / "vision", echo=False)
+    trained = run_command(
+        *("train", "run", "--features", features, "--llm", MODELS / "llm", "--out", folder / "run"),
+        *("--batch-size", BATCH, "--max-steps", STEPS, "--epochs", STEPS, "--compile", "off"),
+        echo=False,
+    )
+    return float(trained["steps_per_s"]) * BATCH

@@ -1,0 +1,67 @@
+"""`llava doctor`'s own reckoning: which wheel fits, which package will do, what it tells of variables."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from packaging.requirements import Requirement
+
+from llava.doctor import environment, requirements, state
+from llava.flash_attention import Place, advice, wheel
+
+RENTED = Place((3, 12), "2.7.1+cu126", "12.6", cxx11_abi=True, platform="linux_x86_64")
+RELEASES = "https://github.com/Dao-AILab/flash-attention/releases/download/v2.8.3/"
+
+
+def test_the_wheel_that_fits() -> None:
+    name = "flash_attn-2.8.3+cu12torch2.7cxx11abiTRUE-cp312-cp312-linux_x86_64.whl"
+    assert wheel(RENTED) == RELEASES + name
+    assert advice(RENTED) == f"pip install {RELEASES}{name}"
+    old = dataclasses.replace(RENTED, python=(3, 10), torch="2.6.0+cu124", cuda="12.4", cxx11_abi=False)
+    other = "flash_attn-2.8.3+cu12torch2.6cxx11abiFALSE-cp310-cp310-linux_x86_64.whl"
+    assert wheel(old) == RELEASES + other
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"python": (3, 14)},
+        {"torch": "2.9.1+cu128"},
+        {"cuda": "13.0"},
+        {"cuda": "11.8"},
+        {"platform": "linux_aarch64"},
+    ],
+)
+def test_where_none_was_built(changes: dict[str, object]) -> None:
+    place = dataclasses.replace(RENTED, **changes)  # type: ignore[arg-type]
+    assert wheel(place) is None
+    assert advice(place).startswith("no wheel of 2.8.3 for torch")
+
+
+def test_where_none_is_needed() -> None:
+    assert advice(dataclasses.replace(RENTED, torch="2.7.1+cpu", cuda=None)).startswith("none needed")
+    newer = dataclasses.replace(RENTED, torch="2.10.0+cu128")
+    assert wheel(newer) is None
+    assert advice(newer).startswith("optional: torch 2.10.0+cu128 has its own")
+
+
+def test_requirements_of_all_commands_and_of_extras() -> None:
+    shared = {requirement.name for requirement in requirements()}
+    assert {"torch", "transformers", "h5py"} <= shared
+    assert "matplotlib" not in shared
+    assert [requirement.name for requirement in requirements("plots")] == ["matplotlib"]
+    assert [requirement.name for requirement in requirements("cluster")] == ["ray"]
+    assert not requirements("no-such-extra")
+
+
+def test_a_package_is_there_or_not_or_of_another_version() -> None:
+    assert state(Requirement("numpy>=1"))[0].isdigit()
+    assert state(Requirement("numpy<1")).endswith("too old or new")
+    assert state(Requirement("no-such-package-anywhere>=1")) == "missing"
+
+
+def test_no_secret_is_told() -> None:
+    variables = {"HF_TOKEN": "hf_1", "HTTPS_PROXY": "http://me:pass@proxy:80", "TMPDIR": "/t", "HOME": "/h"}
+    told = environment(variables)
+    assert told == {"HF_TOKEN": "(set)", "HTTPS_PROXY": "http://…@proxy:80", "TMPDIR": "/t"}
