@@ -19,6 +19,7 @@ from llava_core.cluster import Lines, Plan, Tally, code_digest, connected, plan_
 from llava_core.console import counted, progress, say
 from llava_core.errors import LlavaError
 from train.config import SweepConfig
+from train.run import stop_request
 from train.space import Space
 from train.trials import open_study, work
 
@@ -44,9 +45,12 @@ def work_on_ray(config: SweepConfig, space: Space) -> None:
         with progress(trials, "trials") as bar:
             crew = Crew(ray, plan, config, space)
             try:
-                while left := study.left():
-                    crew.attend(left)
-                    bar.update(trials - left - bar.n)
+                with stop_request() as stop:  # an exception raised within Ray may be lost there
+                    while left := study.left():
+                        crew.attend(left)
+                        bar.update(trials - left - bar.n)
+                        if stop:
+                            raise KeyboardInterrupt
                 bar.update(trials - bar.n)
             finally:
                 crew.stop()
