@@ -21,6 +21,7 @@ from train.flops import Work
 from train.loader import AHEAD
 from train.meter import Meter, peak_memory
 from train.objective import CHUNK_LOGITS
+from train.packing import cut
 from train.samples import Samples, Schedule, answer_tokens
 
 LOOKED_AT = 256
@@ -139,6 +140,7 @@ def predict(
     projector = projector_of(config, first, model.get_input_embeddings().weight.shape[1])
     visual = projector.tokens_out(first.tokens)
     lengths = [visual + len(example.ids) for example in examples]
+    list(cut([max(lengths)], config.micro_tokens))  # what the run would refuse
     answers = answer_tokens(examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
     operations = work.operations(lengths, visual * len(examples), answers) * per_step

@@ -26,6 +26,7 @@ from tests.small_models import write_language_model
 from tests.small_shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig, RunConfig
 from train.evaluate import run as evaluate_run
+from train.plan import run as plan_run
 from train.report import has_key
 from train.run import run as train_run
 
@@ -187,6 +188,11 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
     figures = train_run(config(world, tmp_path / "run", dry_run=True))
     assert (figures["samples"], figures["steps"]) == (48, 24)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_refuses_what_the_run_would(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="a sample has too many tokens"):
+        plan_run(config(world, tmp_path / "run", micro_tokens=20))
 
 
 def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_path: Path) -> None:
