@@ -115,11 +115,11 @@ def _with_settings(command: Command, argv: list[str]) -> list[str]:
 
 
 def _require_once(config: type[Options], argv: list[str]) -> None:
-    """Of a flag that is typed twice, the first would be forgotten without a word."""
+    """Of a list that is typed twice, the first would be forgotten; of one value the last wins, as usual."""
     names = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
-    again = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config) if _repeats(field)}
-    for name in names:
-        if names.count(name) > 1 and name not in again:
+    for field in dataclasses.fields(config):
+        name = f"--{field.name.replace('_', '-')}"
+        if names.count(name) > 1 and str(field.type).startswith("tuple"):
             raise LlavaError(f"{name} is given twice", do="give it once, with all its values", exit_code=2)
 
 

@@ -234,11 +234,11 @@ def test_ranges_and_trials_that_train_together(world: Path, tmp_path: Path) -> N
 
 
 def test_a_cluster_that_loses_a_node_finishes_the_sweep(world: Path, tmp_path: Path) -> None:
-    given = sweep(world, tmp_path / "out", "lr=5e-3,2e-2", "projector=linear,mlp", epochs=10, save_every=4)
+    given = sweep(world, tmp_path / "out", "lr=5e-3,2e-2", "projector=linear,mlp", epochs=20, save_every=4)
     with ray_cluster() as (address, _, other):
         call = (*command(dataclasses.replace(given, ray=address)), "--json")
         with started(*call, **ACCESS) as process:
-            wait_for(process, tmp_path / "out/trials/0000/step-00000008")
+            wait_for(process, tmp_path / "out/trials/0000/last")
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=120)
         assert process.returncode == 130, err

@@ -175,3 +175,12 @@ def test_help_loads_nothing_heavy(module: str) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert ended.stdout == "set()\n"
+
+
+def test_a_list_typed_twice_is_refused_and_of_one_value_the_last_wins(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ended("--names", "a", "--names", "b") == 2
+    assert capsys.readouterr().err == "error: --names is given twice; give it once, with all its values\n"
+    assert ended("--rate", "1", "--rate", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rate"] == 2
