@@ -260,7 +260,7 @@ def test_a_cluster_that_loses_a_node_finishes_the_sweep(world: Path, tmp_path: P
     assert "a worker died; another continues its trial" in err
     assert json.loads(out.splitlines()[-1])["finished"] == 4
     assert re.search(rf"trial {int(lost)} .*: goes on", err)
-    assert steps_of(tmp_path / "out") == [list(range(0, 121, 4))] * 4
+    assert steps_of(tmp_path / "out") == [list(range(0, 241, 4))] * 4
 
 
 def test_weights_and_biases_can_hand_out_the_same_points(world: Path, tmp_path: Path) -> None:
