@@ -7,10 +7,8 @@ shown, and the page's own policy lets nothing be fetched and nothing run but the
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
 import json
-import string
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -19,11 +17,11 @@ from extract.charts import bars, outline, share_bar
 from extract.contents import Contents, spread, stored_as
 from extract.histogram import Histogram
 from extract.summary import host_of
-from llava_core import __version__
 from llava_core.console import human_bytes
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard
 from llava_core.status import Status
+from llava_core.webpage import REPORT_STYLE, fill
 
 BINS = 24
 HOSTS, SOURCES = 15, 15
@@ -54,33 +52,20 @@ def choose(shards: Sequence[Shard], sample: int) -> list[tuple[Shard, int]]:
 
 def _page(contents: Contents, sample: int) -> str:
     chosen = choose(contents.shards, sample)
-    style, script = _part("page.css"), _part("page.js")
     shapes = contents.histograms(BINS)
-    return string.Template(_part("page.html")).substitute(
-        title=escape(contents.shards[0].path.resolve().parent.name),
-        subtitle=f"Features by {escape(str(contents.figures['encoder'].get('model_id')))}",
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
-        totals=_totals(contents.figures),
-        outcomes=share_bar(contents.figures["by_status"]) + _outcomes(contents),
-        hosts=_hosts(contents),
-        histograms="".join(_chart(name, shape, contents) for name, shape in shapes.items() if shape),
-        sampled=_sampled(contents, chosen),
-        choices="".join(f"<option>{label}</option>" for label in _labels(chosen)),
-        gallery="".join(_tile(shard, row) for shard, row in chosen),
-        facts=_facts(contents),
-        version=__version__,
-    )
-
-
-def _part(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    parts = {
+        "title": escape(contents.shards[0].path.resolve().parent.name),
+        "subtitle": f"Features by {escape(str(contents.figures['encoder'].get('model_id')))}",
+        "totals": _totals(contents.figures),
+        "outcomes": share_bar(contents.figures["by_status"]) + _outcomes(contents),
+        "hosts": _hosts(contents),
+        "histograms": "".join(_chart(name, shape, contents) for name, shape in shapes.items() if shape),
+        "sampled": _sampled(contents, chosen),
+        "choices": "".join(f"<option>{label}</option>" for label in _labels(chosen)),
+        "gallery": "".join(_tile(shard, row) for shard, row in chosen),
+        "facts": _facts(contents),
+    }
+    return fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE)
 
 
 def _bytes(n: int) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from infer.config import AskConfig
+from infer.engine import Engine, open_engine
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector, match_scale
@@ -35,6 +37,12 @@ class World:
             self.llm,
             "--device",
             "cpu",
+        )
+
+    def engine(self) -> Engine:
+        image = (str(self.images[0]),)
+        return open_engine(
+            AskConfig(checkpoint=self.checkpoint, vision=self.vision, llm=self.llm, image=image)
         )
 
 

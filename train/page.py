@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import string
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from llava_core import __version__
 from llava_core.console import counted, human_seconds
+from llava_core.webpage import REPORT_STYLE, fill
 from train.config import SweepConfig
 from train.plots import Picture
 from train.results import COLUMNS, Row, best_of, decimal, replace
@@ -23,25 +21,20 @@ def write_page(
 ) -> None:
     """Write OUT/index.html; `command` makes the best run again."""
     records = [record for row in rows for record in row.records]
-    best, style = best_of(rows), _part("page.css")
-    text = string.Template(_part("page.html")).substitute(
-        title=escape(config.out.name),
-        subtitle=f"A sweep of {escape(', '.join(space.keys))}: {counted(space.size(config.trials), 'trial')}",
-        style=style,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        totals=_totals(space, rows, records, best),
-        best=_best(best, command),
-        pictures="".join(map(_figure, pictures)) or '<p class="note">No trial was evaluated.</p>',
-        table=_table(space, rows),
-        failures=_failures(records),
-        facts=_facts(config, space),
-        version=__version__,
-    )
-    replace(config.out / "index.html", text)
-
-
-def _part(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    best = best_of(rows)
+    parts = {
+        "title": escape(config.out.name),
+        "subtitle": f"A sweep of {escape(', '.join(space.keys))}: "
+        + counted(space.size(config.trials), "trial"),
+        "totals": _totals(space, rows, records, best),
+        "best": _best(best, command),
+        "pictures": "".join(map(_figure, pictures)) or '<p class="note">No trial was evaluated.</p>',
+        "table": _table(space, rows),
+        "failures": _failures(records),
+        "facts": _facts(config, space),
+    }
+    page = fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE)
+    replace(config.out / "index.html", page)
 
 
 def _totals(space: Space, rows: Sequence[Row], records: Sequence[Record], best: Record | None) -> str:

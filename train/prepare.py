@@ -19,8 +19,8 @@ from train.packing import Packing, pack
 
 LENGTHS = [9, 5]
 """Tokens of the samples by which a model is checked."""
-MOST_SHAPES = 64
-"""Of rows, that a model is compiled for before it gives up compiling."""
+MOST_SHAPES = 1024
+"""Of rows, that a model may be compiled for: more than there are, since torch ends the run at its limit."""
 
 
 def prepare(llm: LanguageModel, compiled: Compile = "off") -> bool:
@@ -61,7 +61,7 @@ def compile_blocks(llm: LanguageModel) -> str:
     blocks = getattr(llm.model.base_model, "layers", None)
     if blocks is None:
         return "no list of blocks in it"
-    torch._dynamo.config.cache_size_limit = MOST_SHAPES
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_SHAPES
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
     return ""

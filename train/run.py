@@ -143,32 +143,16 @@ class Trainer:
                     step = self.train_step(list(active.values()), batches, stop)
                     read += 1
                     self.meter.count(step.samples, step.tokens, step.operations)
-                    rates: JsonDict = {}
+                    due = next(iter(active.values())).due  # what is done when is the same for all
+                    rates = self.meter.rates() if due(self.config.log_every) else {}
                     for (key, member), loss in zip(active.items(), step.losses, strict=True):
-                        if not math.isfinite(loss):
-                            self.outcomes[key] = member.diverged(loss)
-                            self.going.pop(key)
-                            continue
-                        if member.due(member.config.log_every):
-                            rates = rates or self.meter.rates()
-                            metrics = {"loss": loss, "lr": member.learning_rate(now), **rates}
-                            metrics |= {"compilations": compilations()} if self.shared.compiled else {}
-                            member.report.log(member.step, metrics)
-                            bar.set_postfix_str(progress_line(metrics))
-                        better = member.due(member.config.eval_every) and member.evaluate(self.packing)
-                        measured = member.figures.get("eval_loss", 0.0)
-                        if not math.isfinite(measured):
-                            self.outcomes[key] = member.diverged(measured)
-                            self.going.pop(key)
-                            continue
-                        if better or step.stopping or member.due(member.config.save_every):
-                            member.save(better)
-                        if member.due(member.config.eval_every):
-                            self.consult(key, member)
+                        if rates and math.isfinite(loss):
+                            bar.set_postfix_str(progress_line(self.log(member, loss, rates)))
+                        self.tend(key, member, loss, step.stopping)
                     bar.update()
                     if step.stopping:
                         self.world.end(KeyboardInterrupt())
-                    if any(m.due(m.config.eval_every) or m.due(m.config.save_every) for m in active.values()):
+                    if due(self.config.eval_every) or due(self.config.save_every):
                         self.meter.restart()  # rates are those of training alone
                     if now + 1 == self.schedule.steps:
                         self.finish()
@@ -221,27 +205,44 @@ class Trainer:
             member.dropped += dropped
         return Step([float(total) for total in totals], samples, tokens, operations, bool(stopping))
 
-    def consult(self, key: int, member: Member) -> None:
-        """End a member that `watch` sees no use in."""
-        if self.watch and member.figures and not self.watch(key, member.step, member.figures):
-            if not member.done:
+    def log(self, member: Member, loss: float, rates: JsonDict) -> JsonDict:
+        metrics = {"loss": loss, "lr": member.learning_rate(member.step - 1), **rates}
+        metrics |= {"compilations": compilations()} if self.shared.compiled else {}
+        member.report.log(member.step, metrics)
+        return metrics
+
+    def tend(self, key: int, member: Member, loss: float, stopping: bool) -> None:
+        """After a member's step: evaluate and save when it is time, and end it if there is no use in it."""
+        if not math.isfinite(loss):
+            return self.end(key, member.diverged(loss))
+        measured = member.due(self.config.eval_every)
+        better = measured and member.evaluate(self.packing)
+        held_out = member.figures.get("eval_loss", 0.0)
+        if not math.isfinite(held_out):
+            return self.end(key, member.diverged(held_out))
+        if better or stopping or member.due(self.config.save_every):
+            member.save(better)
+        if measured and member.figures and self.watch:
+            wanted = self.watch(key, member.step, member.figures)
+            if not wanted and not member.done:
                 member.save(best=False)
-                self.outcomes[key] = member.finish({"pruned": member.step})
-                self.going.pop(key)
+                self.end(key, member.finish({"pruned": member.step}))
+        return None
+
+    def end(self, key: int, outcome: JsonDict | LlavaError) -> None:
+        self.outcomes[key] = outcome
+        del self.going[key]
 
     def finish(self) -> None:
-        """Of the members that made all steps."""
+        """End the members that made all steps."""
         for key, member in list(self.going.items()):
             if member.done:
                 outcome = member.prediction.compared(self.meter) if len(self.members) == 1 else {}
-                self.outcomes[key] = member.finish(outcome)
-                self.going.pop(key)
+                self.end(key, member.finish(outcome))
                 if outcome:
                     say(outcome_line(outcome))
-                figures = [
-                    (k.replace("_", " "), f"{v:.4f}") for k, v in member.figures.items() if v is not None
-                ]
-                print(table(figures))
+                figures = member.figures.items()
+                print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in figures if v is not None]))
 
 
 def require_same_steps(first: RunConfig, other: RunConfig) -> None:

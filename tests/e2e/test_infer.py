@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from infer.config import AskConfig
-from infer.engine import Engine, open_engine
+from infer.engine import Engine
 from infer.session import Session
 from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
@@ -34,10 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def engine(world: World) -> Engine:
-    image = str(world.images[0])
-    return open_engine(
-        AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=(image,))
-    )
+    return world.engine()
 
 
 def said(session: Session, question: str) -> str:

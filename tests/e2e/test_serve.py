@@ -21,8 +21,6 @@ from typing import Any
 import openai
 import pytest
 
-from infer.config import AskConfig
-from infer.engine import open_engine
 from infer.session import Session
 from llava_core.sampling import Sampling
 from tests.e2e.commands import ENVIRONMENT, run
@@ -61,8 +59,7 @@ def strict(world: World) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def session(world: World) -> Session:
-    config = AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=("",))
-    return Session(open_engine(config), Sampling(max_tokens=TOKENS))
+    return Session(world.engine(), Sampling(max_tokens=TOKENS))
 
 
 def client_of(served: Served, key: str = "none") -> openai.OpenAI:

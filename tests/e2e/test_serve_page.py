@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.config import AskConfig
-from infer.engine import open_engine
 from infer.session import Session
 from llava_core.sampling import Sampling
 from tests.devtools import Tab, browsing
@@ -72,8 +70,7 @@ def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, 
     enter_key(tab)
     tab.key("Enter")
     tab.until("!running && chat.turns.length === 2")
-    config = AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=("",))
-    session = Session(open_engine(config), Sampling(max_tokens=LONG))
+    session = Session(world.engine(), Sampling(max_tokens=LONG))
     session.show(str(world.images[0]))
     expected = "".join(session.ask("看"))
     assert tab.run("document.querySelector('.assistant .words').textContent") == expected

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.config import AskConfig
-from infer.engine import Engine, open_engine
+from infer.engine import Engine
 from infer.jobs import Job, Picture, Piece
 from infer.session import Session
 from infer.slotcache import longest_context
@@ -28,10 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def engine(world: World) -> Engine:
-    image = str(world.images[0])
-    return open_engine(
-        AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=(image,))
-    )
+    return world.engine()
 
 
 @pytest.fixture
