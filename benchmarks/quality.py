@@ -45,6 +45,8 @@ class Settings:
     seeds: int = 3
     rows: tuple[str, ...] = ()
     """Only rows whose names begin so."""
+    visual_tokens: Literal["all", "patches", "pool", "shuffle"] = "all"
+    """Of every row that names none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -62,6 +64,8 @@ class Row:
     """Train on features of mean 0 and covariance 1, and fold that into the weights at the end."""
     short_first: bool = False
     """Take the samples of the run in the order of their captions' lengths."""
+    batches: tuple[int, ...] = ()
+    """Sizes of the steps' batches one after the other, each for an equal share of the run's samples."""
 
 
 COURSE, FAST = RECIPES["course"], RECIPES["fast"]
@@ -80,10 +84,13 @@ ROWS = (
     Row("fast, whitened, 1/5", 5, FAST, whiten=True),
     Row("fast, loudness 1, 1/5", 5, FAST, loudness=1.0),
     Row("fast, momentum 0.95, 1/5", 5, FAST, momentum=0.95),
+    Row("fast, lr 0.05", 1, {**FAST, "lr": 0.05}),
     Row("fast, lr 0.05, 1/5", 5, {**FAST, "lr": 0.05}),
     Row("fast, short first, 1/5", 5, FAST, short_first=True),
     Row("fast, batch 8, 2/5", 5, {**FAST, "batch_size": 8}),
     Row("fast, batch 32, 1/10", 5, {**FAST, "batch_size": 32}),
+    Row("fast, batch 8 to 32, 1/5", 5, FAST, batches=(8, 32)),
+    Row("fast, batch 32 to 8, 1/5", 5, FAST, batches=(32, 8)),
     Row("mlp, course", 1, {**COURSE, "projector": "mlp"}),
     Row("mlp, fast, 1/5", 5, {**FAST, "projector": "mlp"}),
     Row("pool, course", 1, {**COURSE, "visual_tokens": "pool"}),
@@ -108,6 +115,7 @@ def main() -> None:
         out=Path("unused"),
         max_samples=given.max_samples,
         eval_samples=given.eval_samples,
+        visual_tokens=given.visual_tokens,
         device=given.device,
         resident="ram",
     )
@@ -152,6 +160,8 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
     taken = [order.at(step) for step in range(steps)]
     if row.short_first:
         taken = short_first(taken, samples)
+    if row.batches:
+        taken = in_batches(taken, row.batches)
     samples.batch(taken[0][1], 0)  # what is loaded once is not counted
     began = time.process_time()
     start.LOUDNESS = row.loudness
@@ -165,7 +175,7 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
         optimizer.param_groups[0]["momentum"] = row.momentum
     for step, (epoch, indices) in enumerate(taken):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps)
+            group["lr"] = learning_rate(config, step, len(taken))
         batch = samples.batch(indices, epoch)
         answers = answer_tokens(batch.examples)
         for laid in packing.rows(batch.to(shared.device), [visual]):
@@ -177,7 +187,7 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
         model.fold()
     seconds = time.process_time() - began
     figures = evaluate(shared.llm, projector, held_out, 32, packing, world)
-    return Outcome(figures["loss"], steps, seconds)
+    return Outcome(figures["loss"], len(taken), seconds)
 
 
 def short_first(taken: list[tuple[int, list[int]]], samples: Samples) -> list[tuple[int, list[int]]]:
@@ -185,6 +195,18 @@ def short_first(taken: list[tuple[int, list[int]]], samples: Samples) -> list[tu
     size = len(taken[0][1])
     flat = sorted((index for _, indices in taken for index in indices), key=samples.text_bytes)
     return [(0, flat[k : k + size]) for k in range(0, len(flat), size)]
+
+
+def in_batches(taken: list[tuple[int, list[int]]], sizes: tuple[int, ...]) -> list[tuple[int, list[int]]]:
+    """The same samples in the same order, an equal share of them in batches of each size."""
+    flat = [(epoch, index) for epoch, indices in taken for index in indices]
+    share = -(-len(flat) // len(sizes))
+    regrouped = []
+    for part, size in enumerate(sizes):
+        of = flat[part * share : (part + 1) * share]
+        for k in range(0, len(of), size):
+            regrouped.append((of[k][0], [index for _, index in of[k : k + size]]))
+    return regrouped
 
 
 class Whitened(torch.nn.Module):

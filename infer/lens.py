@@ -5,14 +5,15 @@ A random projector of the same kind and scale says which words would be found if
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
 from infer.config import LensConfig
 from infer.engine import Engine, open_engine
-from infer.lens_words import Vocabulary, Words, logit_lens, losses, nearest, random_projector
+from infer.lens_page import write_page
+from infer.lens_picture import draw
+from infer.lens_seen import Panel, Seen
+from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
 from infer.session import Session
 from llava_core.console import say, table
 from llava_core.conversation import Turn
@@ -23,42 +24,8 @@ from llava_core.projector import grid_side
 from llava_core.sampling import sampling_of
 
 
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """What one projector's visual tokens say in one reading."""
-
-    projector: str
-    reading: str
-    words: list[Words]
-    """Of each patch, row by row."""
-    class_words: Words
-    """Of the class token; none if the projector drops it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """All that picture and page show."""
-
-    image: str
-    pixels: np.ndarray
-    """uint8 [S, S, 3], as the encoder saw them."""
-    side: int
-    """Patches along a side."""
-    panels: list[Panel]
-    other: str
-    pieces: list[str]
-    """The caption in whole characters, and its end, which is empty."""
-    loss: list[float]
-    """Of each piece, in nats, with the image."""
-    other_loss: list[float]
-    """With the other one."""
-
-
 def run(config: LensConfig) -> JsonDict:
     """Write OUT.png and OUT.html; print and return the losses. Raises LlavaError for an image or layer."""
-    from infer.lens_page import write_page
-    from infer.lens_picture import draw
-
     seen = look(open_engine(config), config)
     picture, page = (config.out.with_name(config.out.name + ending) for ending in (".png", ".html"))
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from infer.lens import Seen
+from infer.lens_seen import Seen
 from llava_core.webpage import fill
 
 

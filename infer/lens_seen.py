@@ -1,0 +1,40 @@
+"""What `infer lens` finds, and its picture and page show."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from infer.lens_words import Words
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What one projector's visual tokens say in one reading."""
+
+    projector: str
+    reading: str
+    words: list[Words]
+    """Of each patch, row by row."""
+    class_words: Words
+    """Of the class token; none if the projector drops it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """All that picture and page show."""
+
+    image: str
+    pixels: np.ndarray
+    """uint8 [S, S, 3], as the encoder saw them."""
+    side: int
+    """Patches along a side."""
+    panels: list[Panel]
+    other: str
+    pieces: list[str]
+    """The caption in whole characters, and its end, which is empty."""
+    loss: list[float]
+    """Of each piece, in nats, with the image."""
+    other_loss: list[float]
+    """With the other one."""
