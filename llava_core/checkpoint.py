@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.model_card import model_card
 from llava_core.projector import Projector, build_projector, parameter_count
 
 CHECKPOINT_VERSION = 1
@@ -103,7 +104,7 @@ def save_checkpoint(
     _write(partial / "config.json", json.dumps(config, ensure_ascii=False, indent=2))
     _write(partial / "training_config.yaml", yaml.safe_dump(training, allow_unicode=True, sort_keys=False))
     _write(partial / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=2))
-    _write(partial / "README.md", _model_card(config, training, metrics, parameter_count(projector)))
+    _write(partial / "README.md", model_card(config, training, metrics, parameter_count(projector)))
     torch.save(state, partial / "state.pt")
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
@@ -183,30 +184,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _model_card(config: JsonDict, training: JsonDict, metrics: JsonDict, parameters: int) -> str:
-    projector = config["projector"]
-    figures = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
-    return f"""---
-library_name: llava-align
-tags: [llava, projector, image-to-text]
----
-# Projector between {config["encoder"].get("model_id")} and {config["language_model"]["id"]}
-
-A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {projector["in_width"]} to
-{projector["out_width"]} wide, of {parameters:,} parameters, trained on cached features of the frozen vision
-encoder, to caption loss through the frozen language model.
-
-| figure | value |
-| --- | --- |
-{figures}
-
-- encoder fingerprint: `{config["fingerprint"]}`
-- language model weights: `{config["language_model"]["weights_sha256"]}`
-- flags: `training_config.yaml`
-
-Ask it about a picture:
-
-    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt 请描述这张图片。
-"""
