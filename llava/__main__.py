@@ -7,6 +7,7 @@ from llava.config import (
     DemoConfig,
     DoctorConfig,
     DownloadConfig,
+    ImportConfig,
     MatchConfig,
     TraceConfig,
 )
@@ -17,6 +18,7 @@ COMMANDS = {
     "trace": cli.Command(TraceConfig, "llava.trace:run"),
     "match": cli.Command(MatchConfig, "llava.match:run"),
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
+    "import": cli.Command(ImportConfig, "llava.imported:run"),
     "doctor": cli.Command(DoctorConfig, "llava.doctor:run"),
     "download": cli.Command(DownloadConfig, "llava.download:run"),
 }

@@ -130,6 +130,29 @@ class DownloadConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(Options):
+    """A projector of the course (stage1_projection.pt), LLaVA (mm_projector.bin) or nanoVLM, as a checkpoint.
+
+    What its names do not say is assumed, and printed.
+    """
+
+    file: Path
+    """Its weights: .pt, .bin or .safetensors, alone or among those of a whole model."""
+    vision: Path
+    """Folder of the vision encoder it was trained on."""
+    llm: Path
+    """Folder of the language model it was trained for."""
+    out: Path
+    """Folder of the new checkpoint."""
+    visual_tokens: Literal["auto", "all", "patches", "pool", "shuffle"] = "auto"
+    """What it was given; auto: all, but patches for LLaVA and shuffle for nanoVLM."""
+    layer: Literal["auto", "norm"] | int = "auto"
+    """Entry of `hidden_states` it was given, or `norm`: after the final norm; auto: norm, -2 for LLaVA."""
+    decode: Literal["draft", "exact"] = "draft"
+    """How features that it is to be evaluated on were decoded, as in `extract run`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Options):
     """What this machine has, what each command lacks, and a measured self-test of some ten seconds.
 

@@ -7,7 +7,7 @@ Its files:
     training_config.yaml  the flags of the run
     metrics.json          its figures when it was saved
     README.md             model card
-    state.pt              optimizer, step and random state, for resuming
+    state.pt              optimizer, step and random state, for resuming; none if it was imported
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def save_checkpoint(
     provenance: Provenance,
     training: JsonDict,
     metrics: JsonDict,
-    state: dict[str, Any],
+    state: dict[str, Any] | None,
 ) -> None:
-    """Write the folder under a temporary name, flush it, rename it."""
+    """Write the folder under a temporary name, flush it, rename it. Without `state` no run can resume."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -105,7 +105,8 @@ def save_checkpoint(
     _write(partial / "training_config.yaml", yaml.safe_dump(training, allow_unicode=True, sort_keys=False))
     _write(partial / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=2))
     _write(partial / "README.md", model_card(config, training, metrics, parameter_count(projector)))
-    torch.save(state, partial / "state.pt")
+    if state is not None:
+        torch.save(state, partial / "state.pt")
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
     if folder.exists():
@@ -150,7 +151,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged."""
+    """The resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged or missing."""
+    if not (folder / "state.pt").is_file():
+        raise LlavaError(
+            f"{folder} has no state.pt, so no run goes on from it",
+            do="it is of use to infer and `train eval`, as what was imported or downloaded is",
+        )
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1,0 +1,140 @@
+"""`llava import`: others' projectors answer as they did, and only beside the models they fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from extract.config import RunConfig as ExtractConfig
+from extract.run import run as extract_run
+from infer.config import AskConfig
+from infer.engine import open_engine
+from llava.config import ImportConfig
+from llava.imported import run as import_run
+from llava_core.checkpoint import load_checkpoint, load_state
+from llava_core.errors import LlavaError
+from llava_core.language import load_language_model
+from llava_core.vision import open_vision_tower
+from tests.e2e.commands import run
+from tests.local_data import write_parquet, write_pictures
+from tests.small_vision import VISION, write_vision_folder
+from tests.small_world import World, write_world
+from train.config import EvalConfig
+from train.evaluate import run as eval_run
+
+WIDTH, HIDDEN = 64, 32
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def config(world: World, tmp_path: Path, weights: object) -> ImportConfig:
+    torch.save(weights, tmp_path / "given.bin")
+    return ImportConfig(
+        file=tmp_path / "given.bin", vision=world.vision, llm=world.llm, out=tmp_path / "imported"
+    )
+
+
+def llava_mlp(
+    in_width: int = WIDTH, between: int = HIDDEN, out_width: int = HIDDEN
+) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    name = "model.mm_projector"
+    return {
+        f"{name}.0.weight": torch.randn(between, in_width),
+        f"{name}.0.bias": torch.randn(between),
+        f"{name}.2.weight": torch.randn(out_width, between),
+        f"{name}.2.bias": torch.randn(out_width),
+    }
+
+
+def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) -> None:
+    """The state dict of a trained checkpoint, by the course's names, gives that checkpoint's answers."""
+    trained = load_checkpoint(world.checkpoint)
+    file, out = tmp_path / "stage1_projection.pt", tmp_path / "imported"
+    torch.save(
+        {f"projection.{name}": value for name, value in trained.projector.map.state_dict().items()}, file
+    )
+    models = ("--vision", world.vision, "--llm", world.llm)
+    ended = run("llava", "import", "--file", file, *models, "--out", out, "--json")
+    assert "layer: after the last norm (assumed, since the course projects all tokens" in ended.err
+    assert ended.summary["visual_tokens"] == "all"
+
+    imported = load_checkpoint(out)
+    assert imported.provenance == trained.provenance
+    image = world.images[0].read_bytes()
+    engine = open_engine(
+        AskConfig(checkpoint=out, vision=world.vision, llm=world.llm, image=("",), device="cpu")
+    )
+    assert torch.equal(engine.see([image]), world.engine().see([image]))
+    sha256 = ended.summary["sha256"]
+    assert len(sha256) == 64
+    assert imported.training["imported"]["file"] == "stage1_projection.pt"
+    assert imported.metrics["imported_sha256"] == sha256
+    assert f"`stage1_projection.pt` (sha256 `{sha256}`)" in (out / "README.md").read_text(encoding="utf-8")
+
+    with pytest.raises(
+        LlavaError, match=r"has no state\.pt, so no run goes on from it; it is of use to infer"
+    ):
+        load_state(out)
+    again = run("llava", "import", "--file", file, *models, "--out", out, code=1)
+    assert "is there already; choose another" in again.one_line()
+
+
+def test_llava_takes_the_patches_of_the_layer_before_the_last(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = llava_mlp()
+    import_run(config(world, tmp_path, {name: value.bfloat16() for name, value in weights.items()}))
+    said = capfd.readouterr().err
+    assert "layer: hidden states -2 (assumed, since LLaVA projects the patches" in said
+    assert "visual tokens: patches (5→4)" in said
+    out = tmp_path / "imported"
+    engine = open_engine(
+        AskConfig(checkpoint=out, vision=world.vision, llm=world.llm, image=("",), device="cpu")
+    )
+    tower = open_vision_tower(world.vision, layer=-2)
+    decoded = tower.preprocess.decode_image(world.images[0].read_bytes())
+    features = tower.encode(decoded.pixels[None])[:, 1:].half().float()
+    first, bias, second, more = (value.bfloat16().float() for value in weights.values())
+    expected = torch.nn.GELU()(features @ first.T + bias) @ second.T + more
+    seen = engine.see([world.images[0].read_bytes()])
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+
+    # features of that layer, and of no other, are what it is evaluated on
+    write_pictures(tmp_path / "set", ["0.jpg", "1.jpg"])
+    write_parquet(tmp_path / "set/data.parquet", image=["0.jpg", "1.jpg"], caption=["红", "蓝"])
+    for layer in (-2, None):
+        data, features_of = str(tmp_path / "set/data.parquet"), tmp_path / f"features{layer}"
+        extract_run(ExtractConfig(data=data, out=features_of, vision=world.vision, layer=layer, device="cpu"))
+    of_it = EvalConfig(checkpoint=out, features=tmp_path / "features-2", llm=world.llm, device="cpu")
+    assert eval_run(of_it)["samples"] == 2
+    with pytest.raises(LlavaError, match="layer: 1 vs null"):
+        eval_run(dataclasses.replace(of_it, features=tmp_path / "featuresNone"))
+
+
+def test_what_does_not_fit_is_one_line(world: World, tmp_path: Path) -> None:
+    vision = write_vision_folder(tmp_path / "vision", vision={**VISION, "vision_patch_size": 8})
+    shuffled = dataclasses.replace(config(world, tmp_path, llava_mlp(4 * WIDTH)), vision=vision)
+    with pytest.raises(LlavaError, match="expected 64 wide; got 256; give --visual-tokens shuffle"):
+        import_run(shuffled)
+    told = dataclasses.replace(shuffled, visual_tokens="shuffle", layer="norm")
+    assert import_run(told)["tokens"] == 4
+    assert load_checkpoint(told.out).provenance.encoder["layer"] is None
+    for weights, message in (
+        (llava_mlp(in_width=60), "expected 64 wide; got 60; give the encoder it was trained on"),
+        (llava_mlp(out_width=40), "does not fit llm; expected 32 wide; got 40; give the language model"),
+        (
+            llava_mlp(between=48),
+            "mlp of another shape; expected 32 wide between its layers; got size mismatch",
+        ),
+    ):
+        with pytest.raises(LlavaError, match=message):
+            import_run(dataclasses.replace(config(world, tmp_path, weights), out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    assert load_language_model(world.llm).identity == load_checkpoint(told.out).provenance.language_model
