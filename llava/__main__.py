@@ -9,6 +9,7 @@ from llava.config import (
     DownloadConfig,
     ImportConfig,
     MatchConfig,
+    PushConfig,
     TraceConfig,
 )
 from llava_core import cli
@@ -19,6 +20,7 @@ COMMANDS = {
     "match": cli.Command(MatchConfig, "llava.match:run"),
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
     "import": cli.Command(ImportConfig, "llava.imported:run"),
+    "push": cli.Command(PushConfig, "llava.push:run"),
     "doctor": cli.Command(DoctorConfig, "llava.doctor:run"),
     "download": cli.Command(DownloadConfig, "llava.download:run"),
 }

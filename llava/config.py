@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -150,6 +151,38 @@ class ImportConfig(Options):
     """Entry of `hidden_states` it was given, or `norm`: after the final norm; auto: norm, -2 for LLaVA."""
     decode: Literal["draft", "exact"] = "draft"
     """How features that it is to be evaluated on were decoded, as in `extract run`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushConfig(Options):
+    """Upload a checkpoint, or what `llava export` made of one, to Hugging Face or ModelScope.
+
+    The token is HF_TOKEN or MODELSCOPE_API_TOKEN, or that of a login; HF_ENDPOINT or MODELSCOPE_ENDPOINT
+    names another host.
+    """
+
+    folder: Path
+    """Checkpoint folder, such as RUN/best, or an exported one."""
+    to: Literal["hf", "modelscope"]
+    """Which hub."""
+    name: str
+    """OWNER/NAME of the repository; it is made if it is not there."""
+    private: bool = False
+    """Make it a private one."""
+    license: str | None = None
+    """Licence of the weights for the card, such as apache-2.0."""
+    language: tuple[str, ...] = ()
+    """Languages it answers in, for the card, such as zh en."""
+    base_model: tuple[str, ...] = ()
+    """Names on the hub of vision encoder and language model, for the card, such as Qwen/Qwen3-0.6B."""
+    with_state: bool = False
+    """Upload state.pt too, so that others can go on with the run."""
+    dry_run: bool = False
+    """Print the files and the card's header, and upload nothing."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.name):
+            raise LlavaError("--name", expected="OWNER/NAME", got=self.name, exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

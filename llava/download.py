@@ -16,7 +16,7 @@ from typing import Any
 
 from llava.config import DownloadConfig
 from llava_core.console import counted, human_bytes, say, table
-from llava_core.errors import LlavaError, first_line
+from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
 
 PAGE = 100
@@ -152,15 +152,9 @@ def _download(client: Any, download: Download, folder: Path) -> None:
 def _failed(client: Any, download: Download, error: Exception) -> LlavaError:
     return LlavaError(
         f"cannot download {download.repository} from {client.endpoint}",
-        got=_reason(error),
+        got=reason(error),
         do="check the network, or name a mirror in MODELSCOPE_ENDPOINT; the same command continues",
     )
-
-
-def _reason(error: Exception) -> str:
-    """What was wrong at the bottom of it: requests tells the whole story of a failed connection."""
-    text = first_line(error)
-    return text.rsplit(": ", 1)[-1].strip("'\")") if "(Caused by " in text else text
 
 
 def _missing(folder: Path, sizes: dict[str, int]) -> int:

@@ -41,3 +41,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What a library's error says, without the paragraphs that follow."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """What was wrong at the bottom of it: requests tells the whole story of a failed connection."""
+    text = first_line(error)
+    return text.rsplit(": ", 1)[-1].strip("'\")") if "(Caused by " in text else text

@@ -15,14 +15,18 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @contextlib.contextmanager
 def serving(routes: dict[str, Handler], host: str = "127.0.0.1") -> Iterator[str]:
-    """Serve handlers by path; yields the base URL, without a slash at its end."""
+    """Serve handlers by path, or by "POST /path"; yields the base URL, without a slash at its end."""
     loop, ready = asyncio.new_event_loop(), threading.Event()
     ports: list[int] = []
 
     async def start() -> Any:
-        app = web.Application()
-        for path, handler in routes.items():
-            app.router.add_get(path, handler)
+        app = web.Application(client_max_size=1 << 26)
+        for route, handler in routes.items():
+            method, _, path = route.rpartition(" ")
+            if method:
+                app.router.add_route(method, path, handler)
+            else:
+                app.router.add_get(path, handler)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, host, 0)

@@ -1,0 +1,177 @@
+"""`llava push`: a checkpoint, or what `llava export` made of one, to Hugging Face or ModelScope.
+
+Each hub's own client uploads, finds its token and knows its endpoint; what it has already it does not send
+again. The card that goes up is the folder's README.md; what only its owner knows, flags put in its header.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.config import PushConfig
+from llava_core.checkpoint import load_checkpoint
+from llava_core.console import counted, human_bytes, say, table
+from llava_core.errors import LlavaError, reason
+from llava_core.fingerprint import JsonDict
+from llava_core.model_card import header_of, with_header
+
+CARD = "README.md"
+OWNERS = ("license", "language", "base_model")
+"""Keys of the header that no file of ours can know."""
+
+
+class Hub(NamedTuple):
+    """A client that is logged in."""
+
+    endpoint: str
+    upload: Callable[[Path, PushConfig], str]
+    """Upload a folder; returns the address of its page."""
+
+
+def run(config: PushConfig) -> JsonDict:
+    """Say what goes up, and upload it; returns files, bytes and the page's address.
+
+    The card keeps what the flags put in its header, so that the next push need not say it again.
+    Raises LlavaError for a folder of another kind, without package, token or network, or if the hub refuses.
+    """
+    files = files_to_push(config.folder, config.with_state)
+    card = with_header((config.folder / CARD).read_text(encoding="utf-8"), told(config))
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes[CARD] = len(card.encode())
+    print(table([(name, f"{size:,}") for name, size in sizes.items()], ("file", "bytes")))
+    header = header_of(card)
+    if config.dry_run:
+        print(f"\n{card[: card.index('---', 3)]}---")
+    if unsaid := [key for key in OWNERS if key not in header]:
+        flags = ", ".join("--" + key.replace("_", "-") for key in unsaid)
+        say(f"the card's header names no {', '.join(unsaid)}: give {flags}")
+    total = sum(sizes.values())
+    summary = {"name": config.name, "files": sizes, "bytes": total, "header": header}
+    if config.dry_run:
+        return {**summary, "url": None}
+
+    hub = HUBS[config.to]()
+    if told(config):
+        _write(config.folder / CARD, card)
+    say(f"{counted(len(files), 'file')}, {human_bytes(total)}, to {config.name} on {hub.endpoint}")
+    with tempfile.TemporaryDirectory(prefix="llava-push-") as temporary:
+        staged = Path(temporary)
+        for name, path in files.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).symlink_to(path.resolve())
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                url = hub.upload(staged, config)
+        except Exception as error:  # the clients' versions raise OSError, RuntimeError and kinds of their own
+            raise LlavaError(
+                f"cannot push to {config.name} on {hub.endpoint}",
+                got=reason(error),
+                do="check the network, and that the token may write there; the same command continues",
+            ) from None
+    for warning in heard:
+        if "README" in str(warning.message):
+            say(f"the hub remarks: {' '.join(str(warning.message).split())}")
+    print(f"\n{url}")
+    return {**summary, "url": url}
+
+
+def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
+    """The files of a model by their path in its folder, but for hidden ones and, if told, state.pt.
+
+    Raises LlavaError for a folder that holds no model, a damaged checkpoint, or no card.
+    """
+    if not _is_transformers_model(folder):
+        load_checkpoint(folder)  # says what is wrong with any other folder
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+    if CARD not in files:
+        raise LlavaError(f"{folder} has no model card", expected=CARD, do="write one, with YAML on top")
+    if not with_state:
+        files.pop("state.pt", None)
+    return files
+
+
+def told(config: PushConfig) -> JsonDict:
+    """What the flags add to the card's header."""
+    values = {key: getattr(config, key) for key in OWNERS}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _is_transformers_model(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def _hugging_face() -> Hub:
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+    except ImportError:
+        raise LlavaError("pushing needs Hugging Face's client", do="pip install huggingface_hub") from None
+    if not huggingface_hub.get_token():
+        raise LlavaError("no token for Hugging Face", do="set HF_TOKEN, or run: hf auth login")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    client = huggingface_hub.HfApi()
+
+    def upload(folder: Path, config: PushConfig) -> str:
+        client.create_repo(config.name, private=config.private, exist_ok=True)
+        client.upload_folder(
+            repo_id=config.name, folder_path=str(folder), commit_message=f"Upload {config.folder.name}"
+        )
+        return f"{client.endpoint}/{config.name}"
+
+    return Hub(client.endpoint, upload)
+
+
+def _model_scope() -> Hub:
+    try:
+        from modelscope.hub.api import HubApi, ModelScopeConfig
+    except ImportError:
+        raise LlavaError(
+            "pushing needs ModelScope's client", do="pip install 'llava-align[modelscope]'"
+        ) from None
+    for name in ("modelscope", "modelscope_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    token = os.environ.get("MODELSCOPE_API_TOKEN")
+    if not token and not ModelScopeConfig.get_cookies():
+        raise LlavaError("no token for ModelScope", do="set MODELSCOPE_API_TOKEN, or run: modelscope login")
+    client: Any = HubApi()
+
+    def upload(folder: Path, config: PushConfig) -> str:
+        visibility = "private" if config.private else "public"
+        license = {"license": config.license} if config.license else {}
+        client.create_repo(config.name, token=token, visibility=visibility, exist_ok=True, **license)
+        client.upload_folder(
+            repo_id=config.name,
+            folder_path=str(folder),
+            commit_message=f"Upload {config.folder.name}",
+            token=token,
+        )
+        return f"{client.endpoint}/models/{config.name}"
+
+    return Hub(client.endpoint, upload)
+
+
+HUBS: Mapping[str, Callable[[], Hub]] = {"hf": _hugging_face, "modelscope": _model_scope}
