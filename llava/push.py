@@ -6,6 +6,8 @@ again. The card that goes up is the folder's README.md; what only its owner know
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -68,7 +70,8 @@ def run(config: PushConfig) -> JsonDict:
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             (staged / name).symlink_to(path.resolve())
         try:
-            with warnings.catch_warnings(record=True) as heard:
+            # ModelScope's client prints a page of its own.
+            with warnings.catch_warnings(record=True) as heard, contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("always")
                 url = hub.upload(staged, config)
         except Exception as error:  # the clients' versions raise OSError, RuntimeError and kinds of their own

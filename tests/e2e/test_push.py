@@ -75,6 +75,8 @@ def test_what_arrives_is_the_checkpoint(hub: Hubs, tmp_path: Path, checkpoint: P
     assert header_of(card)["base_model"] == ["Qwen/Qwen3-0.6B"]
     assert ended.summary["files"] == {name: len(content) for name, content in arrived.items()}
     assert TOKEN not in ended.out + ended.err
+    assert ended.out.splitlines()[-3:-1] == ["", ended.summary["url"]]  # and nothing of the clients' own
+    assert "====" not in ended.out
     created = hub.created[0]  # ModelScope's client asks once more before it uploads
     assert created.get("Visibility") == 1 or created.get("visibility") == "private" or created["private"]
     if to == "hf":
