@@ -17,13 +17,9 @@ def require_count(sample: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoding(Options):
-    """Flags of every command that encodes images."""
+class Stages(Options):
+    """Flags of the stages from an image's address to its features on disk."""
 
-    out: Path
-    """Folder of the feature shards."""
-    vision: Path
-    """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to encode."""
     layer: int | None = None
@@ -69,6 +65,16 @@ class Encoding(Options):
             raise LlavaError("--retries", expected="0 or more", got=self.retries, exit_code=2)
         if not 0 <= self.max_failed <= 1:
             raise LlavaError("--max-failed", expected="a share from 0 to 1", got=self.max_failed, exit_code=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding(Stages):
+    """Flags of every command that encodes images into shards."""
+
+    out: Path
+    """Folder of the feature shards."""
+    vision: Path
+    """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,3 +180,44 @@ class ExamplesConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("count")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig(Stages):
+    """How fast this machine extracts: each stage of `run` alone, then all together, on the first rows.
+
+    With --features instead: how fast a finished cache is read, as training reads it. Nothing stays on disk.
+    """
+
+    data: str | None = None
+    """What to extract, as for `run`."""
+    vision: Path | None = None
+    """Folder of the vision encoder, as for `run`."""
+    features: Path | None = None
+    """Folder of finished feature shards, or one shard, to read instead."""
+    count: int = 512
+    """Rows for the stages alone, and as many others for all together; with --features, rows to read."""
+    out: Path = Path("features")
+    """Folder whose disk is written to: where `run` would put its shards. It need not exist."""
+    images: Path | None = None
+    """Folder of the images, as for `run`."""
+    limit: int | None = None
+    """Rows that `run` would take; the time is told for so many."""
+    dtype: Literal["float16", "int8"] = "float16"
+    """How features are stored, as for `run`."""
+    thumbnails: bool = False
+    """Keep a small JPEG of each picture, as for `run`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_above_zero("count", "limit")
+        if (self.data is None) == (self.features is None):
+            both = "both" if self.data is not None else "neither"
+            raise LlavaError("extract bench", expected="--data or --features", got=both, exit_code=2)
+        if self.data is not None and self.vision is None:
+            raise LlavaError("--data", do="say with --vision which encoder is to be measured", exit_code=2)
+
+    def as_run(self) -> RunConfig:
+        """The flags of the `extract run` that is measured."""
+        names = [field.name for field in dataclasses.fields(RunConfig)]
+        return RunConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})

@@ -15,14 +15,14 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from extract.config import Encoding
+from extract.config import Stages
 from extract.duplicates import Duplicates, First, Known, Place
 from extract.filling import Filling
 from extract.gauges import Gauges
@@ -77,8 +77,11 @@ class Pipeline:
     `bar` counts rows. Once `run` is over, `gauges` say what bounded it.
     """
 
+    keeps = True
+    """What is encoded when it is interrupted is worth writing."""
+
     def __init__(
-        self, tower: VisionTower, config: Encoding, bar: Any, finished: Callable[[Shard, float], None]
+        self, tower: VisionTower, config: Stages, bar: Any, finished: Callable[[Shard, float], None]
     ) -> None:
         self.tower, self.config, self.bar, self.finished = tower, config, bar, finished
         self.limits = FetchLimits(
@@ -106,15 +109,28 @@ class Pipeline:
 
         Ctrl-C and SIGTERM end it with KeyboardInterrupt after everything encoded so far is on disk.
         """
+        self.drive(
+            lambda: (
+                self._feed(shards),
+                self._download_all(),
+                self._decode_all(),
+                self._encode_all(),
+                self._write_all(),
+            )
+        )
+
+    def drive(self, stages: Callable[[], Iterable[Coroutine[Any, Any, None]]]) -> None:
+        """Run these together, once there are queues between them and threads for their work."""
         try:
-            asyncio.run(self._run(shards))
+            with _signals_restored():
+                asyncio.run(self._run(stages))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
             for filling in self.open:
                 filling.close()
 
-    async def _run(self, shards: Sequence[Callable[[], Filling]]) -> None:
+    async def _run(self, stages: Callable[[], Iterable[Coroutine[Any, Any, None]]]) -> None:
         loop, this = asyncio.get_running_loop(), asyncio.current_task()
         assert this is not None
         if threading.current_thread() is threading.main_thread():
@@ -135,20 +151,13 @@ class Pipeline:
                 ThreadPoolExecutor(1, "disk") as self.disk,
             ):
                 async with Fetcher(self.limits) as self.fetcher, in_background(self._watch()):
-                    await together(
-                        [
-                            self._feed(shards),
-                            self._download_all(),
-                            self._decode_all(),
-                            self._encode_all(),
-                            self._write_all(),
-                        ]
-                    )
+                    await together(stages())
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                say("stopping; what is encoded is kept")
-            with contextlib.suppress(OSError):  # a full disk is what the error already says
-                self._keep_what_waits()
+            if self.keeps:
+                if isinstance(error, asyncio.CancelledError):
+                    say("stopping; what is encoded is kept")
+                with contextlib.suppress(OSError):  # a full disk is what the error already says
+                    self._keep_what_waits()
             raise
         if self.broken is not None:
             raise self.broken
@@ -376,6 +385,20 @@ class Pipeline:
             if self.failed:
                 parts.append(f"{self.failed} failed")
             self.bar.set_postfix_str(", ".join(parts), refresh=False)
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """A loop that ends leaves SIGTERM to kill the process outright; what was there before comes back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def _recall(twin: First | Known) -> RowRecord:

@@ -14,7 +14,7 @@ from extract.config import Encoding, RetryConfig, RunConfig
 from extract.filling import Filling
 from extract.pipeline import Pipeline
 from extract.share import share_of
-from extract.sources.base import Source
+from extract.sources.base import Rows, Source
 from extract.sources.find import find_sources, sources_of
 from extract.summary import outcome_table, summarise, write_statistics
 from llava_core.console import counted, human_bytes, progress, say, table
@@ -154,11 +154,15 @@ def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
 
 
 def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
-    rows = source.read()
+    return filling_of(path, source.read(), source.identity(), tower, config)
+
+
+def filling_of(path: Path, rows: Rows, source: JsonDict, tower: VisionTower, config: RunConfig) -> Filling:
+    """Begin, or continue, the shard of these rows; `source` is what it remembers of where they are from."""
     header = ShardHeader(
         encoder=tower.encoder,
         preprocess=tower.preprocess.to_json(),
-        source=source.identity(),
+        source=source,
         tokens=tower.tokens,
         width=tower.width,
         captions=[text or "" for text in rows.texts],

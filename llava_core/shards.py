@@ -7,12 +7,13 @@ format is described in features/README.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,14 @@ class Shard:
         if opened is not None and opened[0] == os.getpid():
             os.close(opened[1])
         self._open = None
+
+
+@contextlib.contextmanager
+def read_by_hdf5(shard: Shard) -> Iterator[Callable[[int], np.ndarray]]:
+    """Reads the features of a row, fp16 [T, D], as any program with h5py does: to compare with."""
+    with h5py.File(shard.path, "r", locking=False) as file:
+        features, scales = file["features"], file.get("scales")
+        yield (lambda row: features[row]) if scales is None else (lambda row: features[row] * scales[row])
 
 
 def open_shards(path: Path) -> list[Shard]:

@@ -34,6 +34,27 @@ class Rows:
     conversations: bool = False
     """The texts are dialogues."""
 
+    def after(self, rows: int) -> Rows:
+        """The same without the first so many."""
+        return Rows(
+            places=self.places[rows:],
+            texts=self.texts[rows:],
+            ids=self.ids[rows:],
+            images=self.images and _Later(self.images, rows),
+            conversations=self.conversations,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Later:
+    """Images without the first so many."""
+
+    images: Images
+    before: int
+
+    def load(self, row: int, max_bytes: int) -> Fetched | None:
+        return self.images.load(row + self.before, max_bytes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
