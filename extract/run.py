@@ -6,32 +6,29 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from extract.cluster import fill_on_ray
 from extract.config import Encoding, RetryConfig, RunConfig
+from extract.fill import describe, fill, is_done, open_filling, open_tower, require_same
 from extract.filling import Filling
-from extract.pipeline import Pipeline
 from extract.share import share_of
-from extract.sources.base import Rows, Source
+from extract.sources.base import Source
 from extract.sources.find import find_sources, sources_of
-from extract.summary import outcome_table, summarise, write_statistics
-from llava_core.console import counted, human_bytes, progress, say, table
-from llava_core.device import pick_device
+from extract.summary import TOO_MANY_FAILED, outcome_table, summarise
+from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict, first_difference
-from llava_core.layout import Layout, disk_bytes
-from llava_core.shard_writer import ShardWriter, is_finished, part_of, require_storage
-from llava_core.shards import Shard, ShardHeader, open_shards
+from llava_core.fingerprint import JsonDict
+from llava_core.layout import disk_bytes
+from llava_core.shard_writer import ShardWriter, is_finished, part_of
+from llava_core.shards import Shard, open_shards
 from llava_core.status import Failure, Status
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.vision import VisionTower
 
 T = TypeVar("T")
 Flags = TypeVar("Flags", bound=Encoding)
-
-TOO_MANY_FAILED = 3
-"""Exit code when more than --max-failed of the rows have failed."""
 
 
 def run(config: RunConfig) -> JsonDict:
@@ -42,8 +39,6 @@ def run(config: RunConfig) -> JsonDict:
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
     _require_other_names(paths)
     if config.ray is not None and not config.dry_run:
-        from extract.cluster import fill_on_ray  # its workers use this module
-
         started = time.monotonic()
         figures = fill_on_ray(config, sources)
         return conclude(config, figures, {"seconds": round(time.monotonic() - started, 2)})
@@ -72,7 +67,7 @@ def retry_failed(config: RetryConfig) -> JsonDict:
         return _nothing(config)
     tower = open_tower(config)
     say(describe(tower))
-    _require_same(shards[0].path, shards[0], tower)
+    require_same(shards[0].path, shards[0], tower)
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{sum(counts.values()):,} failed rows in {len(todo)} of {len(shards)} shards to try again")
@@ -107,111 +102,12 @@ def _nothing(config: Encoding) -> JsonDict:
     return {**summarise([]), "seconds": 0.0, "out": str(config.out)}
 
 
-def open_tower(config: Encoding) -> VisionTower:
-    return open_vision_tower(
-        config.vision, pick_device(config.device), layer=config.layer, decode=config.decode
-    )
-
-
-def describe(tower: VisionTower) -> str:
-    return (
-        f"frozen: {tower.encoder['model_id']} on {tower.device} in {tower.encoder['dtype']}, "
-        f"[{tower.tokens}, {tower.width}] an image; fingerprint {tower.fingerprint[:12]}"
-    )
-
-
-def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
-    """Whether the shard is finished. Raises LlavaError if it is one of another encoder or other rows."""
-    if not is_finished(path):
-        return False
-    shard = Shard(path)
-    _require_same(path, shard, tower)
-    if shard.source != source.identity():
-        raise LlavaError(
-            f"{path} was made from another file, or from other rows of it",
-            expected=source.identity(),
-            got=shard.source,
-            do="choose another --out, mend --limit, or delete that shard",
-        )
-    require_storage(path, shard.layout, config.dtype)
-    _mention_thumbnails(path, shard.layout, config)
-    return True
-
-
-def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
-    if config.thumbnails and not layout.thumbnails:
-        say(f"{path} was begun without --thumbnails and stays so; delete it to make it anew with them")
-
-
-def _require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
-    if shard.fingerprint != tower.fingerprint:
-        ours = {**tower.encoder, **tower.preprocess.to_json()}
-        raise LlavaError(
-            f"{path} holds features of another encoder",
-            got=first_difference({**shard.encoder, **shard.preprocess}, ours),
-            do="use that encoder, or choose another --out",
-        )
-
-
-def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
-    return filling_of(path, source.read(), source.identity(), tower, config)
-
-
-def filling_of(path: Path, rows: Rows, source: JsonDict, tower: VisionTower, config: RunConfig) -> Filling:
-    """Begin, or continue, the shard of these rows; `source` is what it remembers of where they are from."""
-    header = ShardHeader(
-        encoder=tower.encoder,
-        preprocess=tower.preprocess.to_json(),
-        source=source,
-        tokens=tower.tokens,
-        width=tower.width,
-        captions=[text or "" for text in rows.texts],
-        urls=rows.places,
-        ids=rows.ids,
-        storage=config.dtype,
-        thumbnails=config.thumbnails,
-        conversations=rows.conversations,
-        local=rows.images is not None,
-    )
-    writer = ShardWriter(path, header)
-    _mention_thumbnails(writer.part, writer.layout, config)
-    return Filling(writer, rows.places, rows.texts, rows.images)
-
-
 def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> Filling:
     images = source.read().images if source else None
     writer = ShardWriter(shard.path, retry=chosen)
     urls = shard.urls()
     captions = [shard.caption(row) or None for row in range(shard.rows)]
     return Filling(writer, urls, captions, images)
-
-
-def fill(
-    config: Encoding,
-    tower: VisionTower,
-    shards: Sequence[Callable[[], Filling]],
-    finished: Sequence[Shard],
-    rows: int,
-    counter: Callable[[int, str], Any] = progress,
-) -> JsonDict:
-    """Returns the figures of its speed: seconds, and, if there was something to do, what bounded it.
-
-    `finished` may hold what the rows show already; `counter` makes the bar that counts them.
-    """
-    started = time.monotonic()
-    if not shards:
-        return {"seconds": 0.0}
-
-    def announce(shard: Shard, seconds: float) -> None:
-        write_statistics(shard, seconds)
-        say(f"{shard.path}: {shard.rows:,} rows, {int((shard.status != Status.OK).sum()):,} failed")
-
-    with counter(rows, "rows") as bar:
-        pipeline = Pipeline(tower, config, bar, announce)
-        for shard in finished:
-            pipeline.duplicates.finished(shard)
-        pipeline.run(shards)
-    return {"seconds": round(time.monotonic() - started, 2), **pipeline.gauges.figures()}
 
 
 def conclude(config: Encoding, figures: JsonDict, speed: JsonDict) -> JsonDict:

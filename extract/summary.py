@@ -18,6 +18,8 @@ from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard
 from llava_core.status import Status
 
+TOO_MANY_FAILED = 3
+"""Exit code when more than --max-failed of the rows have failed."""
 TOP_HOSTS = 5
 BY_CODE = (Status.HTTP_4XX, Status.HTTP_5XX)
 """Outcomes that are told apart by their HTTP status code."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from extract.config import RunConfig
+from extract.fill import describe, fill, is_done, open_filling, open_tower
 from extract.filling import Filling
-from extract.run import describe, fill, is_done, open_filling, open_tower
 from extract.sources.base import Source
 from extract.summary import summarise
 from llava_core.cluster import Lines, code_digest

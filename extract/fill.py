@@ -1,0 +1,122 @@
+"""Filling shards with one vision tower: what `extract run` does alone, and each worker of a cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from extract.config import Encoding, RunConfig
+from extract.filling import Filling
+from extract.pipeline import Pipeline
+from extract.sources.base import Rows, Source
+from extract.summary import write_statistics
+from llava_core.console import progress, say
+from llava_core.device import pick_device
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.layout import Layout
+from llava_core.shard_writer import ShardWriter, is_finished, require_storage
+from llava_core.shards import Shard, ShardHeader
+from llava_core.status import Status
+from llava_core.vision import VisionTower, open_vision_tower
+
+
+def open_tower(config: Encoding) -> VisionTower:
+    return open_vision_tower(
+        config.vision, pick_device(config.device), layer=config.layer, decode=config.decode
+    )
+
+
+def describe(tower: VisionTower) -> str:
+    return (
+        f"frozen: {tower.encoder['model_id']} on {tower.device} in {tower.encoder['dtype']}, "
+        f"[{tower.tokens}, {tower.width}] an image; fingerprint {tower.fingerprint[:12]}"
+    )
+
+
+def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
+    """Whether the shard is finished. Raises LlavaError if it is one of another encoder or other rows."""
+    if not is_finished(path):
+        return False
+    shard = Shard(path)
+    require_same(path, shard, tower)
+    if shard.source != source.identity():
+        raise LlavaError(
+            f"{path} was made from another file, or from other rows of it",
+            expected=source.identity(),
+            got=shard.source,
+            do="choose another --out, mend --limit, or delete that shard",
+        )
+    require_storage(path, shard.layout, config.dtype)
+    _mention_thumbnails(path, shard.layout, config)
+    return True
+
+
+def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
+    if config.thumbnails and not layout.thumbnails:
+        say(f"{path} was begun without --thumbnails and stays so; delete it to make it anew with them")
+
+
+def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
+    if shard.fingerprint != tower.fingerprint:
+        ours = {**tower.encoder, **tower.preprocess.to_json()}
+        raise LlavaError(
+            f"{path} holds features of another encoder",
+            got=first_difference({**shard.encoder, **shard.preprocess}, ours),
+            do="use that encoder, or choose another --out",
+        )
+
+
+def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
+    return filling_of(path, source.read(), source.identity(), tower, config)
+
+
+def filling_of(path: Path, rows: Rows, source: JsonDict, tower: VisionTower, config: RunConfig) -> Filling:
+    """Begin, or continue, the shard of these rows; `source` is what it remembers of where they are from."""
+    header = ShardHeader(
+        encoder=tower.encoder,
+        preprocess=tower.preprocess.to_json(),
+        source=source,
+        tokens=tower.tokens,
+        width=tower.width,
+        captions=[text or "" for text in rows.texts],
+        urls=rows.places,
+        ids=rows.ids,
+        storage=config.dtype,
+        thumbnails=config.thumbnails,
+        conversations=rows.conversations,
+        local=rows.images is not None,
+    )
+    writer = ShardWriter(path, header)
+    _mention_thumbnails(writer.part, writer.layout, config)
+    return Filling(writer, rows.places, rows.texts, rows.images)
+
+
+def fill(
+    config: Encoding,
+    tower: VisionTower,
+    shards: Sequence[Callable[[], Filling]],
+    finished: Sequence[Shard],
+    rows: int,
+    counter: Callable[[int, str], Any] = progress,
+) -> JsonDict:
+    """Returns the figures of its speed: seconds, and, if there was something to do, what bounded it.
+
+    `finished` may hold what the rows show already; `counter` makes the bar that counts them.
+    """
+    started = time.monotonic()
+    if not shards:
+        return {"seconds": 0.0}
+
+    def announce(shard: Shard, seconds: float) -> None:
+        write_statistics(shard, seconds)
+        say(f"{shard.path}: {shard.rows:,} rows, {int((shard.status != Status.OK).sum()):,} failed")
+
+    with counter(rows, "rows") as bar:
+        pipeline = Pipeline(tower, config, bar, announce)
+        for shard in finished:
+            pipeline.duplicates.finished(shard)
+        pipeline.run(shards)
+    return {"seconds": round(time.monotonic() - started, 2), **pipeline.gauges.figures()}
