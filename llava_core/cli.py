@@ -25,7 +25,7 @@ from llava_core.console import say
 from llava_core.errors import LlavaError, first_line, nearest
 
 INTERRUPTED = 130
-OUT_OF_MEMORY = "lower --micro-tokens of train, --batch-size of extract and infer batch, --slots of infer serve"
+OUT_OF_MEMORY = "lower --micro-tokens of train, --batch-size of extract or infer batch, --slots of serve"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
