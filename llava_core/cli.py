@@ -22,9 +22,10 @@ import tyro
 import yaml
 
 from llava_core.console import say
-from llava_core.errors import LlavaError, nearest
+from llava_core.errors import LlavaError, first_line, nearest
 
 INTERRUPTED = 130
+OUT_OF_MEMORY = "lower --micro-tokens of train, --batch-size of extract or infer batch, --slots of serve"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,11 @@ def main(
         code = 1
     except OSError as error:
         say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        code = 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which takes seconds to import
+            raise
+        say(f"error: the GPU's memory is full; {OUT_OF_MEMORY}; {first_line(error)}")
         code = 1
     sys.exit(code)
 

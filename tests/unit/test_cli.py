@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tyro
 
 from llava_core import cli
@@ -48,6 +49,7 @@ def target(flags: Flags) -> dict[str, Any]:
         "usage": LlavaError("wrong usage", exit_code=2),
         "interrupt": KeyboardInterrupt(),
         "disk": OSError(28, "No space left on device", "x.h5"),
+        "memory": torch.OutOfMemoryError("CUDA out of memory.\nTry this."),
     }
     if flags.fail == "many":
         return {"exit_code": 3}
@@ -77,6 +79,7 @@ def ended(*argv: str) -> int:
         ("usage", 2, "error: wrong usage\n"),
         ("interrupt", 130, "interrupted; the same command continues where it stopped\n"),
         ("disk", 1, "error: No space left on device: x.h5\n"),
+        ("memory", 1, f"error: the GPU's memory is full; {cli.OUT_OF_MEMORY}; CUDA out of memory.\n"),
         ("many", 3, ""),
     ],
 )
