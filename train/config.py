@@ -138,6 +138,8 @@ class SweepConfig(RunConfig):
     """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
     ray_workers: int | None = None
     """Workers on Ray; by default one per GPU, or per 4 CPU cores where there is none."""
+    retry_failed: bool = False
+    """Try the trials that failed again, from their last checkpoints."""
     export_wandb: Path | None = None
     """Only write the same sweep there, as YAML for `wandb sweep`."""
     resume: bool = False

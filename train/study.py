@@ -126,15 +126,34 @@ class Study:
     def records(self) -> list[Record]:
         """Every trial so far, in the order in which they began; call it while holding `turn`."""
         with _quiet():
-            return [self._record(found) for found in self._trials() if found.state != TrialState.WAITING]
+            return [self._record(found) for found in self._latest() if found.state != TrialState.WAITING]
 
     def left(self) -> int:
         """Trials that have not ended, those that have not begun among them."""
-        done = sum(found.state.is_finished() for found in self._trials())
+        done = sum(found.state.is_finished() for found in self._latest())
         return max(0, self.space.size(self.points) - done)  # --trials may be fewer than before
+
+    def retry_failed(self) -> int:
+        """Let the trials that failed go on where they stood, by who claims them next; returns how many."""
+        with self.turn, _quiet():
+            failed = [found for found in self._latest() if found.state == TrialState.FAIL]
+            for found in failed:
+                known = {"number": _number(found), "seconds": found.user_attrs.get("seconds", 0.0)}
+                again = optuna.trial.create_trial(
+                    state=TrialState.RUNNING,
+                    params=found.params,
+                    distributions=found.distributions,
+                    user_attrs=known,
+                )
+                self.study.add_trial(again)  # Optuna reopens none that has ended
+        return len(failed)
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
+
+    def _latest(self) -> list[optuna.trial.FrozenTrial]:
+        """Of those that were tried again, the last try alone."""
+        return list({_number(found): found for found in self._trials()}.values())
 
     def _free(self) -> Iterator[Point]:
         """Points that are known and that nobody has begun."""
@@ -149,7 +168,7 @@ class Study:
 
     def _may_draw(self) -> bool:
         first = self.space.seeds[:1]
-        drawn = sum(not first or found.params.get("seed") in first for found in self._trials())
+        drawn = sum(not first or found.params.get("seed") in first for found in self._latest())
         return self.points is not None and not self.space.is_grid and drawn < self.points
 
     def _new(self, fixed: Point) -> optuna.trial.FrozenTrial:
@@ -185,7 +204,7 @@ class Study:
         return claim
 
     def _folder(self, found: optuna.trial.FrozenTrial) -> Path:
-        return self.folder / f"trials/{found.number:04d}"
+        return self.folder / f"trials/{_number(found):04d}"
 
     def _record(self, found: optuna.trial.FrozenTrial) -> Record:
         known = found.user_attrs
@@ -199,7 +218,7 @@ class Study:
         folder = self._folder(found)
         state = states.get(found.state) or ("running" if _is_locked(folder / "trial") else "interrupted")
         return Record(
-            found.number,
+            _number(found),
             state,
             {key: found.params[key] for key in self.space.keys if key in found.params},
             folder,
@@ -245,7 +264,7 @@ class Claim:
 
     @property
     def title(self) -> str:
-        return f"trial {self.trial.number} ({words(self.point)})"
+        return f"trial {int(self.folder.name)} ({words(self.point)})"
 
     def goes_on(self, step: int, loss: float) -> bool:
         """Note an evaluation; False if the trial is to be pruned."""
@@ -289,6 +308,12 @@ class Claim:
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
+
+
+def _number(found: optuna.trial.FrozenTrial) -> int:
+    """What a trial and its folder are called; one that is tried again keeps its number."""
+    number: int = found.user_attrs.get("number", found.number)
+    return number
 
 
 def _is_locked(what: Path) -> bool:

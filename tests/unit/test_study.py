@@ -88,6 +88,46 @@ def test_a_trial_that_came_as_far_as_an_evaluation_did_not_kill(tmp_path: Path) 
         claim.lock.release()
 
 
+def test_what_failed_is_tried_again_in_its_own_folder(tmp_path: Path) -> None:
+    here, there = (study(tmp_path, "lr=1,2,3") for _ in range(2))
+    first, *others = here.claim(3, by_seed)
+    first.spent(3.0)
+    for claim in (first, *others):
+        claim.failed("the disk is full")
+        claim.lock.release()
+    assert (here.left(), here.claim(1, by_seed)) == (0, [])
+    assert (here.retry_failed(), there.retry_failed(), there.left()) == (3, 0, 3)
+    again = [claim for each in (here, there, here) for claim in each.claim(1, by_seed)]
+    assert [(c.point, c.folder, c.title) for c in again] == [
+        (c.point, c.folder, c.title) for c in (first, *others)
+    ]
+    for claim, loss in zip(again, (1.0, 2.0, float("nan")), strict=True):
+        claim.spent(1.0)
+        claim.ended(summary(loss))
+        claim.lock.release()
+    assert states(there) == ["finished", "finished", "failed"]
+    with there.turn:
+        assert [(record.number, record.seconds) for record in there.records()] == [
+            (0, 4.0),
+            (1, 1.0),
+            (2, 1.0),
+        ]
+    assert there.retry_failed() == 1
+    (last,) = there.claim(1, by_seed)
+    assert last.folder.name == "0002"
+    last.ended(summary(3.0))
+    assert states(here) == ["finished"] * 3
+
+
+def test_a_draw_that_failed_and_is_tried_again_counts_once(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1..2", trials=2)
+    (claim,) = here.claim(1, by_seed)
+    claim.failed("the disk is full")
+    claim.lock.release()
+    assert (here.retry_failed(), here.left()) == (1, 2)
+    assert len(here.claim(5, by_seed)) == 2
+
+
 def test_groups_are_alike(tmp_path: Path) -> None:
     here = study(tmp_path, "lr=1,2,3", "seed=0,1")
     taken = [[claim.point["seed"] for claim in here.claim(2, by_seed)] for _ in range(4)]
