@@ -129,8 +129,8 @@ class SweepConfig(RunConfig):
     """Draw so many points: of lists at random, with a range where the trials so far look best (TPE). Each is
     tried with every seed."""
     prune: Literal["auto", "median", "none"] = "auto"
-    """End a trial whose held-out loss is above the median of the finished ones at that step; auto does so
-    with ranges alone."""
+    """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
+    once there are five; auto does so with ranges alone."""
     together: int = 1
     """Train so many trials in one pass through the language model, where they differ in nothing but the
     projector and its optimizer."""

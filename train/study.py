@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import math
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ MOST_DEATHS = 3
 STARTUP = 8
 """Points drawn at random before the others are a guide."""
 UNPRUNED = 5
-"""Trials that must have finished before any is pruned."""
+"""Trials of one seed that must have finished before another of that seed is pruned."""
 
 State = Literal["finished", "pruned", "failed", "running", "interrupted"]
 
@@ -100,9 +101,7 @@ class Study:
             self.study = optuna.create_study(
                 storage=JournalStorage(backend), study_name="sweep", load_if_exists=True
             )
-        prune = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
-        # The loss before the first step says nothing of a trial.
-        self.pruner = optuna.pruners.MedianPruner(UNPRUNED, n_warmup_steps=1) if prune else None
+        self.prunes = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
 
     def claim(self, most: int, alike: Callable[[Point], object]) -> list[Claim]:
         """Up to `most` trials that nobody works on, `alike` if there is a choice; none if all are taken."""
@@ -147,6 +146,26 @@ class Study:
                 )
                 self.study.add_trial(again)  # Optuna reopens none that has ended
         return len(failed)
+
+    def hopeless(self, number: int) -> bool:
+        """Whether the trial's lowest loss is above the median of those that finished, at the same step.
+
+        Of those with its seed alone: one that drew an unlucky seed is no worse than the others with it.
+        """
+        trials = self._trials()
+        found = trials[number]
+        seed, step = found.params.get("seed"), found.last_step
+        if not step:  # the loss before the first step says nothing of a trial
+            return False
+        finished = [
+            other.intermediate_values
+            for other in trials
+            if other.state == TrialState.COMPLETE and other.params.get("seed") == seed
+        ]
+        known = [losses[step] for losses in finished if step in losses]
+        if len(finished) < UNPRUNED or not known:
+            return False
+        return min(found.intermediate_values.values()) > statistics.median(known)
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -271,10 +290,7 @@ class Claim:
         with _quiet():
             self.trial.report(loss, step)
             self.alive()
-            if self.study.pruner is None:
-                return True
-            found = self.study.study.get_trials(deepcopy=False)[self.trial.number]
-            return not self.study.pruner.prune(self.study.study, found)
+            return not (self.study.prunes and self.study.hopeless(self.trial.number))
 
     def alive(self) -> None:
         """The process has not died over it: it came as far as an evaluation, or was told to stop."""

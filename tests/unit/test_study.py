@@ -169,10 +169,24 @@ def test_the_median_of_five_prunes(tmp_path: Path) -> None:
         assert here.records()[-1].loss == 3.1
 
 
+def test_a_trial_is_compared_with_those_of_its_own_seed(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1,2,3,4,5,6", "seed=0,1", prune="median")
+    for claim in here.claim(6, by_seed):  # the luckier seed
+        assert claim.goes_on(4, 1.0)
+        claim.ended(summary(1.0, step=4))
+    *five, last = here.claim(6, by_seed)
+    for claim in five:
+        assert claim.goes_on(4, 2.0)
+        claim.ended(summary(2.0, step=4))
+    assert last.point["seed"] == 1
+    assert last.goes_on(4, 2.0)
+    assert last.goes_on(8, 3.0)  # nothing to compare with
+
+
 def test_a_grid_is_not_pruned_unless_asked(tmp_path: Path) -> None:
-    assert study(tmp_path / "a", "lr=1,2").pruner is None
-    assert study(tmp_path / "b", "lr=1..2", trials=3).pruner is not None
-    assert study(tmp_path / "c", "lr=1..2", trials=3, prune="none").pruner is None
+    assert not study(tmp_path / "a", "lr=1,2").prunes
+    assert study(tmp_path / "b", "lr=1..2", trials=3).prunes
+    assert not study(tmp_path / "c", "lr=1..2", trials=3, prune="none").prunes
 
 
 def test_a_loss_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
