@@ -264,6 +264,15 @@ def test_a_cluster_that_loses_a_node_finishes_the_sweep(world: Path, tmp_path: P
     assert steps_of(tmp_path / "out") == [list(range(0, 241, 4))] * 4
 
 
+def test_weights_and_biases_names_a_trial_by_its_point(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sweep_run(sweep(world, tmp_path / "rates", "lr=1e-3", "projector=mlp", max_steps=1, report_to=("wandb",)))
+    (log,) = (tmp_path / "rates/trials/0000/wandb").glob("offline-run-*/*.wandb")
+    assert b"rates lr=0.001 projector=mlp" in log.read_bytes()
+
+
 def test_weights_and_biases_can_hand_out_the_same_points(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "lr=1e-3..1e-1:log", "projector=mlp", trials=2)
     sweep_run(dataclasses.replace(given, export_wandb=tmp_path / "sweep.yaml"))
