@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import math
 import os
+import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -188,7 +189,9 @@ class Study:
     def _may_draw(self) -> bool:
         first = self.space.seeds[:1]
         drawn = sum(not first or found.params.get("seed") in first for found in self._latest())
-        return self.points is not None and not self.space.is_grid and drawn < self.points
+        if self.points is None or self.space.is_grid:
+            return False
+        return drawn < min(self.points, self.space.count or self.points)
 
     def _new(self, fixed: Point) -> optuna.trial.FrozenTrial:
         """A trial with these values, and others drawn."""
@@ -198,10 +201,24 @@ class Study:
             seed=seed, n_startup_trials=STARTUP, constant_liar=True
         )
         if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # left by a kill here
-            self.study.enqueue_trial(dict(fixed))
+            draws = self.space.count and not self.space.axes.keys() <= fixed.keys()
+            self.study.enqueue_trial(self._untried(fixed) if draws else dict(fixed))
         trial = self.study.ask()
         self.space.suggest(trial)
         return self._trials()[trial.number]
+
+    def _untried(self, fixed: Point) -> Point:
+        """A point with these values: TPE's draw, or a random one instead of what was tried before."""
+        trials = [found for found in self._trials() if found.state != TrialState.WAITING]
+        tried = [{key: found.params[key] for key in self.space.axes} for found in trials]
+        rehearsal = optuna.create_study(sampler=self.study.sampler)
+        rehearsal.add_trials(trials)
+        rehearsal.enqueue_trial(dict(fixed))
+        point = self.space.suggest(rehearsal.ask())
+        draws = random.Random(len(trials))
+        while {key: point[key] for key in self.space.axes} in tried:
+            point = {**point, **{key: axis.pick(draws) for key, axis in self.space.axes.items()}}
+        return point
 
     def _claimed(self, found: optuna.trial.FrozenTrial, taken_over: bool = True) -> Claim | None:
         """The trial, with its folder locked; None if another process works on it, or it is given up."""

@@ -154,6 +154,19 @@ def test_ranges_are_drawn_and_every_point_meets_every_seed(tmp_path: Path) -> No
     assert [len(more.claim(9, by_seed)) for _ in range(3)] == [1, 1, 0]
 
 
+def test_no_point_of_whole_numbers_is_drawn_twice(tmp_path: Path) -> None:
+    flags = ("batch_size=2..5", "projector=linear,mlp", "seed=7,8")
+    here, there = (study(tmp_path, *flags, trials=20) for _ in range(2))
+    assert here.left() == 16  # all that there are
+    claims: list[Claim] = []
+    while new := (here, there)[len(claims) % 2].claim(1, by_seed):
+        claims += new
+        new[0].ended(summary(float(new[0].point["batch_size"])))  # so TPE returns to the same
+    points = {tuple(claim.point.items()) for claim in claims}
+    assert len(points) == len(claims) == 16
+    assert here.left() == 0
+
+
 def test_the_median_of_five_prunes(tmp_path: Path) -> None:
     here = study(tmp_path, "lr=1,2,3,4,5,6,7", prune="median")
     for k, claim in enumerate(here.claim(5, by_seed)):
