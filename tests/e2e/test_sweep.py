@@ -193,6 +193,23 @@ def test_a_sweep_that_was_stopped_and_killed_goes_on(
         assert all(torch.equal(weights(cut)[name], tensor) for name, tensor in weights(whole).items())
 
 
+def test_what_failed_is_tried_again_when_asked(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = sweep(world, tmp_path / "out", "lr=5e-3,2e-2")
+    (tmp_path / "out/trials/0000/last").mkdir(parents=True)  # no checkpoint
+    figures = sweep_run(given)
+    assert (figures["finished"], figures["failed"]) == (1, 1)
+    (tmp_path / "out/trials/0000/last").rmdir()
+    assert sweep_run(given)["failed"] == 1
+    capfd.readouterr()
+    assert sweep_run(dataclasses.replace(given, retry_failed=True))["finished"] == 2
+    err = capfd.readouterr().err
+    assert "1 failed trial to try again" in err
+    assert "trial 0 (lr=0.005)" in err
+    assert "trial 1 " not in err
+
+
 def test_two_processes_share_the_trials(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "lr=1e-3,5e-3,2e-2,4e-2", "projector=linear,mlp", epochs=4)
     processes = [start(*command(given), "--json") for _ in range(2)]
