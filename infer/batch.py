@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +43,7 @@ def run(config: BatchConfig) -> JsonDict:
         if todo:
             speaker, look = open_models()
             with progress(len(questions), "questions", len(done)) as bar:
-                for line in answers(speaker, todo, look, sampling_of(config), config.batch_size):
+                for line in answers(speaker, todo, look, sampling_of(config), config.batch_size, len(done)):
                     file.write(to_line({**line, **made}))
                     file.flush()
                     failed += "error" in line
@@ -104,9 +105,17 @@ def continued(
 
 
 def answers(
-    speaker: Speaker, questions: Sequence[JsonDict], look: Looked, sampling: Sampling, size: int
+    speaker: Speaker,
+    questions: Sequence[JsonDict],
+    look: Looked,
+    sampling: Sampling,
+    size: int,
+    before: int = 0,
 ) -> Iterator[JsonDict]:
-    """The questions with `answer` or `error`, in their order, each as soon as those before it are done."""
+    """The questions with `answer` or `error`, in their order, each as soon as those before it are done.
+
+    What is drawn for one depends on its place alone, after the `before` that were answered earlier.
+    """
 
     @functools.lru_cache(maxsize=65536)
     def prompt(text: str) -> list[int]:
@@ -118,7 +127,9 @@ def answers(
     for together in alike(lengths, size, WINDOW * size):
         part = [questions[index] for index in together]
         ids = [prompt(question["prompt"]) for question in part]
-        for index, outcome in zip(together, outcomes(speaker, look(part), ids, sampling), strict=True):
+        seeds = [seed_of(sampling.seed, before + index) for index in together]
+        told = outcomes(speaker, look(part), ids, sampling, seeds)
+        for index, outcome in zip(together, told, strict=True):
             done[index] = {**questions[index], **outcome}
         while given in done:
             yield done.pop(given)
@@ -145,8 +156,17 @@ def alike(lengths: Iterable[int], size: int, window: int) -> Iterator[list[int]]
         ahead = [pair for pair in ahead if pair[0] not in taken]
 
 
+def seed_of(seed: int, place: int) -> int:
+    """Of one question of a file; seeds that follow each other share none."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:8], "big", signed=True)
+
+
 def outcomes(
-    speaker: Speaker, seen: Sequence[torch.Tensor | LlavaError], ids: Sequence[list[int]], sampling: Sampling
+    speaker: Speaker,
+    seen: Sequence[torch.Tensor | LlavaError],
+    ids: Sequence[list[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
 ) -> list[JsonDict]:
     """Pictures, and prompts of one length -> {"answer": TEXT} or {"error": TEXT} of each."""
     results = [{"error": str(visual)} if isinstance(visual, LlavaError) else {} for visual in seen]
@@ -157,12 +177,12 @@ def outcomes(
     asked = torch.tensor([ids[k] for k in shown], device=speaker.llm.device)
     said = [Spoken(speaker.text, sampling.stop) for _ in shown]
     try:
-        for step in speaker.generate(torch.cat([visual, speaker.llm.embed(asked)], dim=1), sampling):
+        embedded = torch.cat([visual, speaker.llm.embed(asked)], dim=1)
+        drawn_by = [seeds[k] for k in shown]
+        for step in speaker.generate(embedded, sampling, lambda k: said[k].stopped, drawn_by):
             for spoken, token in zip(said, step, strict=True):
                 if token is not None:
                     spoken.add(token)
-            if all(spoken.stopped for spoken in said):
-                break
     except LlavaError as error:  # a prompt too long for the model
         return [{"error": str(error)} for _ in results]
     for k, spoken in zip(shown, said, strict=True):

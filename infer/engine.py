@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from infer.config import Aligned, BatchConfig, Models
 from llava_core.checkpoint import Checkpoint, load_checkpoint
@@ -36,10 +35,10 @@ class Speaker:
         return visual.to(self.llm.dtype)
 
     def generate(
-        self, embedded: torch.Tensor, sampling: Sampling, cache: DynamicCache | None = None
+        self, embedded: torch.Tensor, sampling: Sampling, over: Callable[[int], bool], seeds: Sequence[int]
     ) -> Iterator[list[int | None]]:
         """`llava_core.generate` with this language model."""
-        return generate(self.llm, embedded, sampling, cache)
+        return generate(self.llm, embedded, sampling, over=over, seeds=seeds)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Token ids -> embeddings [1, L, hidden]."""

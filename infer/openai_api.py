@@ -56,17 +56,26 @@ def parse_request(body: bytes, model: str, defaults: Sampling) -> ChatRequest:
         raise ApiError(400, "the body is no JSON object")
     if (asked := fields.get("model")) not in (None, model):
         raise ApiError(404, f"no model {asked!r} here; use {model!r}", param="model", code="model_not_found")
-    if fields.get("n") not in (None, 1):
+    if (n := fields.get("n")) is not None and (n != 1 or isinstance(n, bool)):
         raise ApiError(400, "one answer for each request; leave out n", param="n")
     messages, image = _messages(fields.get("messages"))
-    options = fields.get("stream_options") or {}
+    options = fields.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise ApiError(400, f"stream_options: expected an object, got {options!r}", param="stream_options")
     return ChatRequest(
         messages=messages,
         image=image,
         sampling=_sampling(fields, defaults),
-        stream=fields.get("stream") is True,
-        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        stream=_switch(fields, "stream"),
+        include_usage=_switch(options or {}, "include_usage", "stream_options."),
     )
+
+
+def _switch(fields: JsonDict, name: str, where: str = "") -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ApiError(400, f"{name}: expected true or false, got {value!r}", param=where + name)
+    return value is True
 
 
 def _messages(given: object) -> tuple[list[dict[str, str]], str | None]:

@@ -217,7 +217,7 @@ class Batcher:
             if sampling.temperature or sampling.repetition_penalty != 1:
                 said = torch.tensor([answer.spoken.tokens], dtype=torch.long, device=logits.device)
                 try:
-                    token = int(choose(row[None], sampling, answer.generator, said))
+                    token = int(choose(row[None], sampling, [answer.generator], said))
                 except RuntimeError as error:  # of this answer alone
                     self._fail([slot], _fault(error))
                     continue

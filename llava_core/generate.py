@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from transformers import DynamicCache
@@ -21,15 +21,20 @@ def generate(
     sampling: Sampling,
     cache: DynamicCache | None = None,
     compiled: CompiledStep | None = None,
+    over: Callable[[int], bool] = lambda sequence: False,
+    seeds: Sequence[int] | None = None,
 ) -> Generator[list[int | None], None, None]:
     """Inputs [B, L, hidden] after what `cache` holds -> each step's token of every sequence.
 
     None stands for a sequence that has ended; end tokens are not given out. Stops when all have ended, at
-    `max_tokens`, or when the model's context is full; stop texts are for whoever turns tokens into text.
-    Once closed, `cache` holds what was read. A single sequence may be read by `compiled`.
+    `max_tokens`, or when the model's context is full; stop texts are for whoever turns tokens into text, who
+    may say that a sequence is `over`.
+    Once closed, `cache` holds what was read. A single sequence may be read by `compiled`. Each sequence draws
+    by its own one of `seeds`, whatever its company; by default all have the sampling's.
     """
     cache = DynamicCache() if cache is None else cache
-    generator = torch.Generator(llm.device).manual_seed(sampling.seed)
+    seeds = [sampling.seed] * len(embedded) if seeds is None else seeds
+    generators = [torch.Generator(llm.device).manual_seed(seed) for seed in seeds]
     context = int(getattr(llm.model.config, "max_position_embeddings", 1 << 30))
     room = context - cache.get_seq_length() - embedded.shape[1]
     if room <= 0:
@@ -44,12 +49,15 @@ def generate(
     said = torch.empty(len(embedded), 0, dtype=torch.long, device=llm.device)
     with reading(llm, cache, compiled, context - room + limit) as read:
         for _ in range(limit):
-            chosen = choose(read(embedded).float(), sampling, generator, said)
+            chosen = choose(read(embedded).float(), sampling, generators, said)
             tokens: list[int] = chosen.tolist()
             ended = [done or token in llm.eos_ids for done, token in zip(ended, tokens, strict=True)]
             if all(ended):
                 return
             yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
+            ended = [done or over(sequence) for sequence, done in enumerate(ended)]
+            if all(ended):
+                return
             said = torch.cat([said, chosen[:, None]], dim=1)
             embedded = llm.embed(chosen[:, None])
 
@@ -76,9 +84,9 @@ def reading(
 
 
 def choose(
-    logits: torch.Tensor, sampling: Sampling, generator: torch.Generator, said: torch.Tensor
+    logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator], said: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [B, V] and the answers' tokens so far [B, n] -> the next tokens [B].
+    """Logits [B, V], a generator for each, and the answers' tokens so far [B, n] -> the next tokens [B].
 
     The likeliest, or drawn from the `top_k` likeliest and of these from the nucleus `top_p`
     (arXiv:1904.09751), after the penalty on tokens of the answer (arXiv:1909.05858).
@@ -96,5 +104,6 @@ def choose(
     beyond = before >= sampling.top_p
     beyond[..., 0] = False  # a nucleus is never empty
     probabilities = probabilities.masked_fill(beyond, 0)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    rows = zip(probabilities, generators, strict=True)
+    drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
     return order.gather(-1, drawn).squeeze(-1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
 from llava_core.device import default_dtype
@@ -62,6 +65,17 @@ class LanguageModel:
         return embedded
 
 
+@contextlib.contextmanager
+def no_gguf_bar() -> Iterator[None]:
+    """Without the bar of GGUF files, which alone is no part of transformers' own switch for bars."""
+    shown = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = shown
+
+
 def load_language_model(
     folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LanguageModel:
@@ -73,7 +87,7 @@ def load_language_model(
     weights = weight_files(folder)
     where = {"gguf_file": weights[0].name} if weights[0].suffix == ".gguf" else {}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_gguf_bar():
             warnings.simplefilter("ignore")
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
             model, loading = AutoModelForCausalLM.from_pretrained(

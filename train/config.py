@@ -129,8 +129,8 @@ class SweepConfig(RunConfig):
     """Draw so many points: of lists at random, with a range where the trials so far look best (TPE). Each is
     tried with every seed."""
     prune: Literal["auto", "median", "none"] = "auto"
-    """End a trial whose held-out loss is above the median of the finished ones at that step; auto does so
-    with ranges alone."""
+    """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
+    once there are five; auto does so with ranges alone."""
     together: int = 1
     """Train so many trials in one pass through the language model, where they differ in nothing but the
     projector and its optimizer."""
@@ -138,6 +138,8 @@ class SweepConfig(RunConfig):
     """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
     ray_workers: int | None = None
     """Workers on Ray; by default one per GPU, or per 4 CPU cores where there is none."""
+    retry_failed: bool = False
+    """Try the trials that failed again, from their last checkpoints."""
     export_wandb: Path | None = None
     """Only write the same sweep there, as YAML for `wandb sweep`."""
     resume: bool = False

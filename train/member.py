@@ -29,7 +29,11 @@ from train.start import initial_projector
 class Member:
     """A run's own parts and state. Raises LlavaError if its folder holds what it cannot continue."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, shared: Shared, title: str = "") -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, shared: Shared, title: str = "", name: str | None = None
+    ) -> None:
+        self.name = name or config.out.name
+        """In reports."""
         self.config, self.folder, self.shared = config, folder, shared
         self.llm, self.world = shared.llm, shared.world
         self.title = title
@@ -81,7 +85,8 @@ class Member:
         with world.together():
             if world.main:
                 self.folder.begin()
-            self.report = Report(config.out, config.report_to, self.folder.training, self.step, world.main)
+            training = self.folder.training
+            self.report = Report(config.out, config.report_to, training, self.step, world.main, self.name)
 
     @property
     def done(self) -> bool:

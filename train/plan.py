@@ -140,7 +140,8 @@ def predict(
     projector = projector_of(config, first, model.get_input_embeddings().weight.shape[1])
     visual = projector.tokens_out(first.tokens)
     lengths = [visual + len(example.ids) for example in examples]
-    list(cut([max(lengths)], config.micro_tokens))  # what the run would refuse
+    longest = samples.example(max(range(len(samples)), key=samples.text_bytes), epoch=0)
+    list(cut([max(*lengths, visual + len(longest.ids))], config.micro_tokens))  # what the run would refuse
     answers = answer_tokens(examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
     operations = work.operations(lengths, visual * len(examples), answers) * per_step

@@ -63,7 +63,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """Offline without an API key, so that no run ever waits at a login prompt."""
 
-    def __init__(self, folder: Path, training: JsonDict) -> None:
+    def __init__(self, folder: Path, training: JsonDict, name: str) -> None:
         try:
             import wandb
         except ImportError:
@@ -73,9 +73,7 @@ class WeightsAndBiases:
             mode = "offline"
         options: Any = {"mode": mode}
         self.table: Any = wandb.Table
-        self.run: Any = wandb.init(
-            project="llava-align", name=folder.name, dir=folder, config=training, **options
-        )
+        self.run: Any = wandb.init(project="llava-align", name=name, dir=folder, config=training, **options)
 
     def log(self, step: int, metrics: JsonDict) -> None:
         self.run.log({name: self._value(value) for name, value in metrics.items()}, step=step)
@@ -94,7 +92,13 @@ class Report:
     """Sends metrics to every sink asked for; to none unless `main`."""
 
     def __init__(
-        self, out: Path, report_to: Sequence[str], training: JsonDict, resume_step: int, main: bool
+        self,
+        out: Path,
+        report_to: Sequence[str],
+        training: JsonDict,
+        resume_step: int,
+        main: bool,
+        name: str,
     ) -> None:
         self.sinks: list[Sink] = []
         if not main:
@@ -103,7 +107,7 @@ class Report:
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoard(out / "tensorboard"))
         if "wandb" in report_to:
-            self.sinks.append(WeightsAndBiases(out, training))
+            self.sinks.append(WeightsAndBiases(out, training, name))
 
     def log(self, step: int, metrics: JsonDict) -> None:
         for sink in self.sinks:

@@ -50,13 +50,14 @@ def run(config: RunConfig) -> JsonDict:
 
 
 def train(
-    configs: Sequence[RunConfig], shared: Shared, watch: Watch | None = None
+    configs: Sequence[RunConfig], shared: Shared, watch: Watch | None = None, names: Sequence[str] = ()
 ) -> list[JsonDict | LlavaError]:
     """Train these runs together: each step is one pass of all their samples through the language model.
 
     They have the same samples in the same order, so they may differ in what concerns the projector alone
     (MEMBER_KEYS). Each has a folder of its own and continues from there. Returns each run's summary, with
-    `pruned` where `watch` ended it, or the error it failed with while the others went on.
+    `pruned` where `watch` ended it, or the error it failed with while the others went on. `names` are what
+    reports call the runs, by default their folders'.
     """
     world = shared.world
     outcomes: list[JsonDict | LlavaError | None] = [None] * len(configs)
@@ -75,7 +76,7 @@ def train(
                     if world.main:
                         stack.enter_context(Lock(config.out))
                     title = f"{config.out.name}: " if len(configs) > 1 else ""
-                    members[index] = Member(config, folder, shared, title)
+                    members[index] = Member(config, folder, shared, title, names[index] if names else None)
             except LlavaError as error:
                 outcomes[index] = error
         if members:

@@ -45,6 +45,13 @@ class Choices:
         value: Value = trial.suggest_categorical(key, self.values)
         return value
 
+    @property
+    def count(self) -> int:
+        return len(self.values)
+
+    def pick(self, draws: random.Random) -> Value:
+        return draws.choice(self.values)
+
     def plain(self) -> list[Value]:
         return list(self.values)
 
@@ -67,6 +74,16 @@ class Range:
         if isinstance(self.low, int) and isinstance(self.high, int):
             return trial.suggest_int(key, self.low, self.high, log=self.log)
         return trial.suggest_float(key, self.low, self.high, log=self.log)
+
+    @property
+    def count(self) -> int | None:
+        """Whole numbers in it; None if it is not of these alone."""
+        whole = isinstance(self.low, int) and isinstance(self.high, int)
+        return int(self.high) - int(self.low) + 1 if whole else None
+
+    def pick(self, draws: random.Random) -> Value:
+        """Each alike, of whole numbers."""
+        return draws.randint(int(self.low), int(self.high))
 
     def plain(self) -> str:
         return f"{self.low!r}..{self.high!r}" + (":log" if self.log else "")
@@ -101,11 +118,16 @@ class Space:
         """Whether it has an end: lists alone."""
         return not any(isinstance(axis, Range) for axis in self.axes.values())
 
+    @property
+    def count(self) -> int | None:
+        """Points in it, whatever their seeds; None if a range of fractions is among them."""
+        sizes = [axis.count for axis in self.axes.values()]
+        return None if None in sizes else math.prod(size or 0 for size in sizes)
+
     def size(self, points: int | None) -> int:
-        """Trials of a sweep of so many points, or of the whole grid."""
-        whole = math.prod(len(axis.values) for axis in self.axes.values() if isinstance(axis, Choices))
-        if self.is_grid:
-            points = min(points or whole, whole)
+        """Trials of a sweep of so many points, or of as many as there are."""
+        if self.count is not None:
+            points = min(points or self.count, self.count)
         assert points is not None
         return points * max(1, len(self.seeds))
 

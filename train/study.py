@@ -16,6 +16,8 @@ import dataclasses
 import fcntl
 import math
 import os
+import random
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +40,7 @@ MOST_DEATHS = 3
 STARTUP = 8
 """Points drawn at random before the others are a guide."""
 UNPRUNED = 5
-"""Trials that must have finished before any is pruned."""
+"""Trials of one seed that must have finished before another of that seed is pruned."""
 
 State = Literal["finished", "pruned", "failed", "running", "interrupted"]
 
@@ -100,9 +102,7 @@ class Study:
             self.study = optuna.create_study(
                 storage=JournalStorage(backend), study_name="sweep", load_if_exists=True
             )
-        prune = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
-        # The loss before the first step says nothing of a trial.
-        self.pruner = optuna.pruners.MedianPruner(UNPRUNED, n_warmup_steps=1) if prune else None
+        self.prunes = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
 
     def claim(self, most: int, alike: Callable[[Point], object]) -> list[Claim]:
         """Up to `most` trials that nobody works on, `alike` if there is a choice; none if all are taken."""
@@ -126,15 +126,54 @@ class Study:
     def records(self) -> list[Record]:
         """Every trial so far, in the order in which they began; call it while holding `turn`."""
         with _quiet():
-            return [self._record(found) for found in self._trials() if found.state != TrialState.WAITING]
+            return [self._record(found) for found in self._latest() if found.state != TrialState.WAITING]
 
     def left(self) -> int:
         """Trials that have not ended, those that have not begun among them."""
-        done = sum(found.state.is_finished() for found in self._trials())
+        done = sum(found.state.is_finished() for found in self._latest())
         return max(0, self.space.size(self.points) - done)  # --trials may be fewer than before
+
+    def retry_failed(self) -> int:
+        """Let the trials that failed go on where they stood, by who claims them next; returns how many."""
+        with self.turn, _quiet():
+            failed = [found for found in self._latest() if found.state == TrialState.FAIL]
+            for found in failed:
+                known = {"number": _number(found), "seconds": found.user_attrs.get("seconds", 0.0)}
+                again = optuna.trial.create_trial(
+                    state=TrialState.RUNNING,
+                    params=found.params,
+                    distributions=found.distributions,
+                    user_attrs=known,
+                )
+                self.study.add_trial(again)  # Optuna reopens none that has ended
+        return len(failed)
+
+    def hopeless(self, number: int) -> bool:
+        """Whether the trial's lowest loss is above the median of those that finished, at the same step.
+
+        Of those with its seed alone: one that drew an unlucky seed is no worse than the others with it.
+        """
+        trials = self._trials()
+        found = trials[number]
+        seed, step = found.params.get("seed"), found.last_step
+        if not step:  # the loss before the first step says nothing of a trial
+            return False
+        finished = [
+            other.intermediate_values
+            for other in trials
+            if other.state == TrialState.COMPLETE and other.params.get("seed") == seed
+        ]
+        known = [losses[step] for losses in finished if step in losses]
+        if len(finished) < UNPRUNED or not known:
+            return False
+        return min(found.intermediate_values.values()) > statistics.median(known)
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
+
+    def _latest(self) -> list[optuna.trial.FrozenTrial]:
+        """Of those that were tried again, the last try alone."""
+        return list({_number(found): found for found in self._trials()}.values())
 
     def _free(self) -> Iterator[Point]:
         """Points that are known and that nobody has begun."""
@@ -149,8 +188,10 @@ class Study:
 
     def _may_draw(self) -> bool:
         first = self.space.seeds[:1]
-        drawn = sum(not first or found.params.get("seed") in first for found in self._trials())
-        return self.points is not None and not self.space.is_grid and drawn < self.points
+        drawn = sum(not first or found.params.get("seed") in first for found in self._latest())
+        if self.points is None or self.space.is_grid:
+            return False
+        return drawn < min(self.points, self.space.count or self.points)
 
     def _new(self, fixed: Point) -> optuna.trial.FrozenTrial:
         """A trial with these values, and others drawn."""
@@ -160,10 +201,24 @@ class Study:
             seed=seed, n_startup_trials=STARTUP, constant_liar=True
         )
         if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # left by a kill here
-            self.study.enqueue_trial(dict(fixed))
+            draws = self.space.count and not self.space.axes.keys() <= fixed.keys()
+            self.study.enqueue_trial(self._untried(fixed) if draws else dict(fixed))
         trial = self.study.ask()
         self.space.suggest(trial)
         return self._trials()[trial.number]
+
+    def _untried(self, fixed: Point) -> Point:
+        """A point with these values: TPE's draw, or a random one instead of what was tried before."""
+        trials = [found for found in self._trials() if found.state != TrialState.WAITING]
+        tried = [{key: found.params[key] for key in self.space.axes} for found in trials]
+        rehearsal = optuna.create_study(sampler=self.study.sampler)
+        rehearsal.add_trials(trials)
+        rehearsal.enqueue_trial(dict(fixed))
+        point = self.space.suggest(rehearsal.ask())
+        draws = random.Random(len(trials))
+        while {key: point[key] for key in self.space.axes} in tried:
+            point = {**point, **{key: axis.pick(draws) for key, axis in self.space.axes.items()}}
+        return point
 
     def _claimed(self, found: optuna.trial.FrozenTrial, taken_over: bool = True) -> Claim | None:
         """The trial, with its folder locked; None if another process works on it, or it is given up."""
@@ -185,7 +240,7 @@ class Study:
         return claim
 
     def _folder(self, found: optuna.trial.FrozenTrial) -> Path:
-        return self.folder / f"trials/{found.number:04d}"
+        return self.folder / f"trials/{_number(found):04d}"
 
     def _record(self, found: optuna.trial.FrozenTrial) -> Record:
         known = found.user_attrs
@@ -199,7 +254,7 @@ class Study:
         folder = self._folder(found)
         state = states.get(found.state) or ("running" if _is_locked(folder / "trial") else "interrupted")
         return Record(
-            found.number,
+            _number(found),
             state,
             {key: found.params[key] for key in self.space.keys if key in found.params},
             folder,
@@ -245,17 +300,14 @@ class Claim:
 
     @property
     def title(self) -> str:
-        return f"trial {self.trial.number} ({words(self.point)})"
+        return f"trial {int(self.folder.name)} ({words(self.point)})"
 
     def goes_on(self, step: int, loss: float) -> bool:
         """Note an evaluation; False if the trial is to be pruned."""
         with _quiet():
             self.trial.report(loss, step)
             self.alive()
-            if self.study.pruner is None:
-                return True
-            found = self.study.study.get_trials(deepcopy=False)[self.trial.number]
-            return not self.study.pruner.prune(self.study.study, found)
+            return not (self.study.prunes and self.study.hopeless(self.trial.number))
 
     def alive(self) -> None:
         """The process has not died over it: it came as far as an evaluation, or was told to stop."""
@@ -289,6 +341,12 @@ class Claim:
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
+
+
+def _number(found: optuna.trial.FrozenTrial) -> int:
+    """What a trial and its folder are called; one that is tried again keeps its number."""
+    number: int = found.user_attrs.get("number", found.number)
+    return number
 
 
 def _is_locked(what: Path) -> bool:

@@ -46,7 +46,10 @@ def run(config: SweepConfig) -> JsonDict:
         return planned
     from train.trials import conclude, open_study, work  # need the extra
 
-    left = open_study(config, space).left()  # or refuse, before anything is loaded
+    study = open_study(config, space)  # or refuse, before anything is loaded
+    if config.retry_failed:
+        say(f"{counted(study.retry_failed(), 'failed trial')} to try again")
+    left = study.left()
     if left < planned["trials"]:
         say(f"{counted(left, 'trial')} left")
     if config.ray:

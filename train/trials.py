@@ -20,7 +20,7 @@ from train.results import best_of, rows_of, text_table, write_best, write_result
 from train.run import MEMBER_KEYS, train
 from train.runfolder import FREE_KEYS, RunFolder
 from train.shared import Shared
-from train.space import Point, Space, run_config
+from train.space import Point, Space, run_config, words
 from train.study import Claim, Study
 
 
@@ -72,6 +72,7 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
     for claim in claims:
         say(f"{claim.title}: {'goes on' if claim.taken_over else 'begins'}")
     configs = [run_config(config, claim.point, claim.folder) for claim in claims]
+    names = [f"{config.out.name} {words(claim.point)}" for claim in claims]
 
     def watch(index: int, step: int, figures: JsonDict) -> bool:
         return claims[index].goes_on(step, figures["eval_loss"])
@@ -81,7 +82,7 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
     reason = ""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the sweep's table holds the same figures
-            outcomes = train(configs, shared, watch)
+            outcomes = train(configs, shared, watch, names)
     except (LlavaError, RuntimeError) as error:  # the GPU's memory, among others
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from extract.sources.parquet import Parquet
 from llava_core.errors import LlavaError
 from llava_core.images import SUFFIXES
 from llava_core.shards import Shard
+
+STATISTICS_HEAD = 1024
+"""Bytes at the beginning of a shard's statistics in which it is named."""
 
 
 def find_sources(data: str, images: Path | None = None, limit: int | None = None) -> list[Source]:
@@ -81,13 +85,26 @@ def _paths(data: str) -> list[Path]:
     files = [file for file in sorted(path.rglob("*")) if _is_listed(file.relative_to(path))]
     parquet = [file for file in files if file.suffix == ".parquet"]
     # The statistics beside a shard are no data, wherever --out lies.
-    listed = [file for file in files if not any(file.with_suffix(s).exists() for s in (".h5", ".h5.part"))]
+    listed = [file for file in files if not _is_statistics(file)]
     return parquet or listed or [path]
 
 
 def _is_listed(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.suffix in (".parquet", *llava_json.SUFFIXES)
+
+
+def _is_statistics(path: Path) -> bool:
+    """Whether a shard's, which may be gone."""
+    if any(path.with_suffix(suffix).exists() for suffix in (".h5", ".h5.part")):
+        return True
+    try:
+        with path.open("rb") as file:
+            head = file.read(STATISTICS_HEAD)
+    except OSError:
+        return False
+    shard = json.dumps(f"{path.stem}.h5", ensure_ascii=False)
+    return head.startswith(b"{") and b'"tool_version"' in head and f'"shard": {shard}'.encode() in head
 
 
 def _source(path: Path, images: Path | None) -> Source:

@@ -68,7 +68,8 @@ class Parquet(Source):
     def _images(self, place: str | None, stored: str | None, places: list[str]) -> Images | None:
         if stored:
             return StoredImages(self.path, stored, Files(self.images, places))
-        if place == "url" and any(map(is_address, places)):  # the others are addresses gone wrong
+        # The others are addresses gone wrong; and none at all is no path either.
+        if place == "url" and (any(map(is_address, places)) or not any(places)):
             return None
         return local_files(self.path, self.images, places)
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from infer.batch import answers
 from infer.engine import Engine
+from infer.questions import live
 from infer.session import Session
 from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
@@ -264,6 +266,29 @@ def test_batch_equals_ask_and_continues(world: World, engine: Engine, tmp_path: 
     assert cut.read_bytes() == whole
     source.write_text('{"prompt": "no image"}\n')
     assert "line 1 of" in run(*command, "--output", tmp_path / "b.jsonl", code=1).one_line()
+
+
+def test_what_is_drawn_depends_on_no_company(engine: Engine, world: World, tmp_path: Path) -> None:
+    drawn = dataclasses.replace(SHORT, temperature=1.5)
+    questions = [{"image": str(image), "prompt": "看"} for image in (*world.images, world.images[0])]
+
+    def said_by(size: int, before: int = 0, seed: int = 0) -> list[str]:
+        sampling = dataclasses.replace(drawn, seed=seed)
+        look = live(engine, tmp_path)
+        return [line["answer"] for line in answers(engine, questions[before:], look, sampling, size, before)]
+
+    alone = said_by(1)
+    assert said_by(4) == said_by(6) == alone
+    assert said_by(3, before=2) == alone[2:]  # of a file that is continued
+    assert alone[0] != alone[5]
+    assert not set(said_by(4, seed=1)) & set(alone)
+
+
+def test_a_sequence_that_is_over_is_waited_for_no_more(engine: Engine) -> None:
+    enough, steps = (2, 4), list[list[int | None]]()
+    embedded = engine.embed([5, 6, 7]).repeat(2, 1, 1)
+    steps.extend(engine.generate(embedded, SHORT, lambda k: len(steps) >= enough[k], [0, 0]))
+    assert [[token is not None for token in step] for step in steps] == [[True] * 2] * 2 + [[False, True]] * 2
 
 
 def test_pictures_are_seen_as_in_training(engine: Engine, world: World) -> None:

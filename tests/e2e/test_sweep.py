@@ -193,6 +193,23 @@ def test_a_sweep_that_was_stopped_and_killed_goes_on(
         assert all(torch.equal(weights(cut)[name], tensor) for name, tensor in weights(whole).items())
 
 
+def test_what_failed_is_tried_again_when_asked(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = sweep(world, tmp_path / "out", "lr=5e-3,2e-2")
+    (tmp_path / "out/trials/0000/last").mkdir(parents=True)  # no checkpoint
+    figures = sweep_run(given)
+    assert (figures["finished"], figures["failed"]) == (1, 1)
+    (tmp_path / "out/trials/0000/last").rmdir()
+    assert sweep_run(given)["failed"] == 1
+    capfd.readouterr()
+    assert sweep_run(dataclasses.replace(given, retry_failed=True))["finished"] == 2
+    err = capfd.readouterr().err
+    assert "1 failed trial to try again" in err
+    assert "trial 0 (lr=0.005)" in err
+    assert "trial 1 " not in err
+
+
 def test_two_processes_share_the_trials(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "lr=1e-3,5e-3,2e-2,4e-2", "projector=linear,mlp", epochs=4)
     processes = [start(*command(given), "--json") for _ in range(2)]
@@ -262,6 +279,15 @@ def test_a_cluster_that_loses_a_node_finishes_the_sweep(world: Path, tmp_path: P
     assert json.loads(out.splitlines()[-1])["finished"] == 4
     assert re.search(rf"trial {int(lost)} .*: goes on", err)
     assert steps_of(tmp_path / "out") == [list(range(0, 241, 4))] * 4
+
+
+def test_weights_and_biases_names_a_trial_by_its_point(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sweep_run(sweep(world, tmp_path / "rates", "lr=1e-3", "projector=mlp", max_steps=1, report_to=("wandb",)))
+    (log,) = (tmp_path / "rates/trials/0000/wandb").glob("offline-run-*/*.wandb")
+    assert b"rates lr=0.001 projector=mlp" in log.read_bytes()
 
 
 def test_weights_and_biases_can_hand_out_the_same_points(world: Path, tmp_path: Path) -> None:

@@ -193,6 +193,14 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
 def test_a_plan_refuses_what_the_run_would(world: Path, tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match="a sample has too many tokens"):
         plan_run(config(world, tmp_path / "run", micro_tokens=20))
+    captions = ["红"] * 600
+    captions[301] = "红色的圆形" * 20  # between those whose words are counted
+    with ShardWriter(tmp_path / "long/a.h5", header(captions)) as writer:
+        writer.write([outcome(row) for row in range(600)])
+        writer.finish()
+    with pytest.raises(LlavaError, match="a sample has too many tokens"):
+        plan_run(config(world, tmp_path / "run", features=tmp_path / "long", micro_tokens=80))
+    assert plan_run(config(world, tmp_path / "run", features=tmp_path / "long"))["samples"] == 600
 
 
 def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def shares(logits: torch.Tensor, sampling: Sampling, said: list[int]) -> torch.T
     """How often each token of [V] is chosen."""
     generator = torch.Generator().manual_seed(0)
     many = torch.tensor(said, dtype=torch.long).expand(DRAWS, -1)
-    chosen = choose(logits.expand(DRAWS, -1), sampling, generator, many)
+    chosen = choose(logits.expand(DRAWS, -1), sampling, [generator] * DRAWS, many)
     return chosen.bincount(minlength=len(logits)) / DRAWS
 
 
@@ -59,15 +59,15 @@ def test_greedy_takes_the_likeliest_and_the_penalty_counts() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.9, -9.0]])
     none = torch.empty(1, 0, dtype=torch.long)
     generator = torch.Generator()
-    assert choose(logits, Sampling(), generator, none).tolist() == [1]
-    assert choose(logits, Sampling(repetition_penalty=1.2), generator, torch.tensor([[1]])).tolist() == [2]
+    assert choose(logits, Sampling(), [generator], none).tolist() == [1]
+    assert choose(logits, Sampling(repetition_penalty=1.2), [generator], torch.tensor([[1]])).tolist() == [2]
     assert logits.tolist() == [[0.0, 3.0, pytest.approx(2.9), -9.0]]
 
 
 def test_a_seed_gives_the_same_draws() -> None:
     logits, none = torch.zeros(50, 30), torch.empty(50, 0, dtype=torch.long)
     first, again, other = (
-        choose(logits, Sampling(temperature=1.0), torch.Generator().manual_seed(seed), none).tolist()
+        choose(logits, Sampling(temperature=1.0), [torch.Generator().manual_seed(seed)] * 50, none).tolist()
         for seed in (3, 3, 4)
     )
     assert first == again != other
@@ -106,5 +106,5 @@ def test_no_flag_makes_numbers_that_are_none(flags: dict[str, Any]) -> None:
     logits, sampling = torch.tensor([[30.0, -30.0, 25.0, 0.0]]), Sampling(**flags)
     for said in ([], [0], [1, 1]):
         tokens = torch.tensor([said], dtype=torch.long)
-        (token,) = choose(logits, sampling, torch.Generator(), tokens)
+        (token,) = choose(logits, sampling, [torch.Generator()], tokens)
         assert 0 <= token < 4

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import modeling_gguf_pytorch_utils
 
 from llava_core.errors import LlavaError
-from llava_core.language import load_language_model
+from llava_core.language import load_language_model, no_gguf_bar
 from tests.small_models import write_language_model
 
 
@@ -78,3 +79,11 @@ def test_weights_that_lack_a_layer(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(LlavaError, match=r"not whole; got no model\.layers\.2\."):
         load_language_model(folder)
+
+
+def test_the_bar_of_gguf_files_is_silent_and_its_errors_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="a tensor"), no_gguf_bar():
+        list(modeling_gguf_pytorch_utils.tqdm(map(int, ("1", "a tensor")), desc="Converting"))
+    assert capsys.readouterr().err == ""
+    list(modeling_gguf_pytorch_utils.tqdm(range(3), desc="Converting"))
+    assert "Converting" in capsys.readouterr().err

@@ -64,6 +64,7 @@ def test_every_field() -> None:
     assert asked.sampling == Sampling(
         max_tokens=4, temperature=1, top_p=0.5, top_k=7, repetition_penalty=1.5, seed=-1, stop=("。", "\n")
     )
+    assert not parse(stream=None, stream_options={"include_usage": None}, n=None).stream
     assert parse(stop="x", temperature=None, stream_options=None).sampling.stop == ("x",)
     assert (
         parse(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": PNG}]}]).image == PNG
@@ -75,6 +76,12 @@ def test_every_field() -> None:
     [
         ({"model": "gpt-4o"}, 404, "model"),
         ({"n": 2}, 400, "n"),
+        ({"n": True}, 400, "n"),
+        ({"stream": "true"}, 400, "stream"),
+        ({"stream": 1}, 400, "stream"),
+        ({"stream_options": True}, 400, "stream_options"),
+        ({"stream_options": []}, 400, "stream_options"),
+        ({"stream_options": {"include_usage": "yes"}}, 400, "stream_options.include_usage"),
         ({"messages": []}, 400, "messages"),
         ({"messages": "hello"}, 400, "messages"),
         ({"messages": ["hello"]}, 400, "messages[0]"),

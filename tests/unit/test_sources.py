@@ -21,9 +21,12 @@ from extract.sources.conversations import conversation_text
 from extract.sources.files import Files, read_image
 from extract.sources.find import find_sources
 from extract.sources.stored import StoredImages
+from extract.summary import write_statistics
 from llava_core.errors import LlavaError
+from llava_core.shards import Shard
 from llava_core.status import Status
 from tests.local_data import llava, write_json, write_parquet, write_pictures
+from tests.small_shards import write_shard
 
 ROOT = Path(__file__).parents[2]
 MOST = 20_000_000
@@ -143,6 +146,7 @@ def test_parquet_with_paths_beside_it_or_in_a_folder_that_is_named(tmp_path: Pat
 def test_parquet_whose_images_are_at_addresses_needs_no_files(tmp_path: Path) -> None:
     urls = ["http://example.org/a.jpg", "nonsense", None]
     assert rows_of(write_parquet(tmp_path / "x.parquet", url=urls, caption=list("abc"))).images is None
+    assert rows_of(write_parquet(tmp_path / "z.parquet", url=["", None], caption=list("ab"))).images is None
     mixed = rows_of(write_parquet(tmp_path / "y.parquet", image=urls, caption=list("abc")))
     assert mixed.images is not None
     assert mixed.images.load(0, MOST) is None
@@ -296,6 +300,10 @@ def test_what_a_folder_means(tmp_path: Path) -> None:
     write_json(tmp_path / "set/features/set.json", {"version": 1})
     (tmp_path / "set/features/set.h5").touch()
     write_json(tmp_path / "set/.cache/x.json", {})
+    assert [source.stem for source in find_sources(str(tmp_path / "set"))] == ["set"]
+    shard = Shard(write_shard(tmp_path / "set/features/集 1.h5"))
+    write_statistics(shard, seconds=1.0)
+    shard.path.unlink()
     assert [source.stem for source in find_sources(str(tmp_path / "set"))] == ["set"]
     write_json(tmp_path / "set/deep/b.json", [llava("a.jpg", "q", "a")])
     assert [source.stem for source in find_sources(str(tmp_path / "set"))] == ["b"]

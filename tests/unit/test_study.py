@@ -88,6 +88,46 @@ def test_a_trial_that_came_as_far_as_an_evaluation_did_not_kill(tmp_path: Path) 
         claim.lock.release()
 
 
+def test_what_failed_is_tried_again_in_its_own_folder(tmp_path: Path) -> None:
+    here, there = (study(tmp_path, "lr=1,2,3") for _ in range(2))
+    first, *others = here.claim(3, by_seed)
+    first.spent(3.0)
+    for claim in (first, *others):
+        claim.failed("the disk is full")
+        claim.lock.release()
+    assert (here.left(), here.claim(1, by_seed)) == (0, [])
+    assert (here.retry_failed(), there.retry_failed(), there.left()) == (3, 0, 3)
+    again = [claim for each in (here, there, here) for claim in each.claim(1, by_seed)]
+    assert [(c.point, c.folder, c.title) for c in again] == [
+        (c.point, c.folder, c.title) for c in (first, *others)
+    ]
+    for claim, loss in zip(again, (1.0, 2.0, float("nan")), strict=True):
+        claim.spent(1.0)
+        claim.ended(summary(loss))
+        claim.lock.release()
+    assert states(there) == ["finished", "finished", "failed"]
+    with there.turn:
+        assert [(record.number, record.seconds) for record in there.records()] == [
+            (0, 4.0),
+            (1, 1.0),
+            (2, 1.0),
+        ]
+    assert there.retry_failed() == 1
+    (last,) = there.claim(1, by_seed)
+    assert last.folder.name == "0002"
+    last.ended(summary(3.0))
+    assert states(here) == ["finished"] * 3
+
+
+def test_a_draw_that_failed_and_is_tried_again_counts_once(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1..2", trials=2)
+    (claim,) = here.claim(1, by_seed)
+    claim.failed("the disk is full")
+    claim.lock.release()
+    assert (here.retry_failed(), here.left()) == (1, 2)
+    assert len(here.claim(5, by_seed)) == 2
+
+
 def test_groups_are_alike(tmp_path: Path) -> None:
     here = study(tmp_path, "lr=1,2,3", "seed=0,1")
     taken = [[claim.point["seed"] for claim in here.claim(2, by_seed)] for _ in range(4)]
@@ -114,6 +154,19 @@ def test_ranges_are_drawn_and_every_point_meets_every_seed(tmp_path: Path) -> No
     assert [len(more.claim(9, by_seed)) for _ in range(3)] == [1, 1, 0]
 
 
+def test_no_point_of_whole_numbers_is_drawn_twice(tmp_path: Path) -> None:
+    flags = ("batch_size=2..5", "projector=linear,mlp", "seed=7,8")
+    here, there = (study(tmp_path, *flags, trials=20) for _ in range(2))
+    assert here.left() == 16  # all that there are
+    claims: list[Claim] = []
+    while new := (here, there)[len(claims) % 2].claim(1, by_seed):
+        claims += new
+        new[0].ended(summary(float(new[0].point["batch_size"])))  # so TPE returns to the same
+    points = {tuple(claim.point.items()) for claim in claims}
+    assert len(points) == len(claims) == 16
+    assert here.left() == 0
+
+
 def test_the_median_of_five_prunes(tmp_path: Path) -> None:
     here = study(tmp_path, "lr=1,2,3,4,5,6,7", prune="median")
     for k, claim in enumerate(here.claim(5, by_seed)):
@@ -129,10 +182,24 @@ def test_the_median_of_five_prunes(tmp_path: Path) -> None:
         assert here.records()[-1].loss == 3.1
 
 
+def test_a_trial_is_compared_with_those_of_its_own_seed(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1,2,3,4,5,6", "seed=0,1", prune="median")
+    for claim in here.claim(6, by_seed):  # the luckier seed
+        assert claim.goes_on(4, 1.0)
+        claim.ended(summary(1.0, step=4))
+    *five, last = here.claim(6, by_seed)
+    for claim in five:
+        assert claim.goes_on(4, 2.0)
+        claim.ended(summary(2.0, step=4))
+    assert last.point["seed"] == 1
+    assert last.goes_on(4, 2.0)
+    assert last.goes_on(8, 3.0)  # nothing to compare with
+
+
 def test_a_grid_is_not_pruned_unless_asked(tmp_path: Path) -> None:
-    assert study(tmp_path / "a", "lr=1,2").pruner is None
-    assert study(tmp_path / "b", "lr=1..2", trials=3).pruner is not None
-    assert study(tmp_path / "c", "lr=1..2", trials=3, prune="none").pruner is None
+    assert not study(tmp_path / "a", "lr=1,2").prunes
+    assert study(tmp_path / "b", "lr=1..2", trials=3).prunes
+    assert not study(tmp_path / "c", "lr=1..2", trials=3, prune="none").prunes
 
 
 def test_a_loss_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
