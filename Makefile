@@ -5,10 +5,10 @@ demo: ## the whole job on a small built-in world
 	@.venv/bin/python -m llava demo
 
 test: check ## ruff, mypy and every test but the slow ones
-	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope -m "not slow"
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 test-slow: check
-	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 check:
 	@scripts/setup.sh test

@@ -38,11 +38,13 @@ fi
 
 echo "installing into .venv (once; a few minutes)" >&2
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-pip install -q -c constraints.txt -e ".[$extras]"
+pip install -q --no-compile -c constraints.txt -e ".[$extras]"
 if [ "$extras" = dev ]; then
     # What our vision tower and scores are compared with; their own dependencies (torchvision, lmdb) are not used.
-    pip install -q --no-deps cn-clip==1.6.0 pycocoevalcap==1.2
+    pip install -q --no-compile --no-deps cn-clip==1.6.0 pycocoevalcap==1.2
 fi
+# pip compiles one file after another, this on every core; files that are no Python 3 are templates of others.
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 chinese_fonts() {
     find -L /usr/share/fonts ~/.fonts ~/.local/share/fonts ~/Library/Fonts \
         -iname '*wqy*' -o -iname '*cjk*' -o -iname '*sourcehansans*' -o -iname '*pingfang*' 2>/dev/null || true

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.lens import measure
-from tests.e2e.commands import ENVIRONMENT, ROOT, run
+from tests.e2e.commands import ENVIRONMENT, ROOT, call
 
 
 def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={key: value for key, value in ENVIRONMENT.items() if key != "OMP_NUM_THREADS"},
+        env=ENVIRONMENT,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
@@ -50,5 +50,5 @@ def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
 
 def test_it_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "holds something else" in run("llava", "demo", "--out", tmp_path, code=1).one_line()
+    assert "holds something else" in call("llava", "demo", "--out", tmp_path, code=1).one_line()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"

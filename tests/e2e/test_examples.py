@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.e2e.commands import run
+from tests.e2e.commands import call, run
 from tests.e2e.pictures import picture
 from tests.local_data import write_parquet
 
@@ -25,6 +25,6 @@ def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_
         "0002.txt": b"five\n",
     }
     assert ended.summary["failed"] == {"http 4xx": 1, "not an image": 1}
-    assert "holds something already" in run(*command, "--out", tmp_path / "out", code=1).one_line()
-    again = run("extract", "examples", "--data", tmp_path / "out", "--out", tmp_path / "again", "--json")
+    assert "holds something already" in call(*command, "--out", tmp_path / "out", code=1).one_line()
+    again = call("extract", "examples", "--data", tmp_path / "out", "--out", tmp_path / "again", "--json")
     assert again.summary["examples"] == 3

@@ -15,7 +15,7 @@ from PIL import Image
 
 from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
-from tests.e2e.commands import run
+from tests.e2e.commands import call, run
 from tests.e2e.pictures import asked, features_are_right, good, image, picture, write_parquet
 from tests.servers import answer, serving
 from tests.small_vision import write_vision_folder
@@ -27,9 +27,9 @@ def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> N
     write_parquet(tmp_path / "data/a.parquet", good(base, 30, start=100))
     flags = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--vision", vision, "--allow-private",
              "--timeout", 1, "--retries", 0, "--json")  # fmt: skip
-    plan = run("extract", "run", *flags, "--dry-run").summary
+    plan = call("extract", "run", *flags, "--dry-run").summary
     assert (plan["rows"], plan["disk_bytes"]) == (75, 75 * 5 * 64 * 2)
-    assert run("extract", "run", *flags, "--dry-run", "--thumbnails").summary["disk_bytes"] == 75 * (
+    assert call("extract", "run", *flags, "--dry-run", "--thumbnails").summary["disk_bytes"] == 75 * (
         640 + 4096
     )
     assert not (tmp_path / "out").exists()
@@ -57,15 +57,15 @@ def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> N
     assert np.abs(np.asarray(thumbnail).astype(float) - scene).mean() < 12
 
     before, requests = (tmp_path / "out/b.h5").read_bytes(), asked.total()
-    again = run("extract", "run", *flags, "--max-failed", 0.5)
+    again = call("extract", "run", *flags, "--max-failed", 0.5)
     assert "nothing to do" in again.err
     assert (asked.total(), (tmp_path / "out/b.h5").read_bytes()) == (requests, before)
 
-    verified = run(
+    verified = call(
         "extract", "verify", "--out", tmp_path / "out", "--vision", vision, "--allow-private", "--json"
     )
     assert (verified.summary["checked"], verified.summary["encoded_again"]) == (70, 16)
-    inspected = run("extract", "inspect", "--out", tmp_path / "out", "--json")
+    inspected = call("extract", "inspect", "--out", tmp_path / "out", "--json")
     assert inspected.summary["failed"] == 5
 
 
@@ -84,16 +84,16 @@ def test_retry_failed_takes_the_chosen_classes_only(vision: Path, tmp_path: Path
     with serving(routes) as base:
         write_parquet(tmp_path / "data/a.parquet", [f"{base}{path}" for path in routes])
         flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--retries", 0, "--json")
-        ended = run("extract", "run", "--data", tmp_path / "data", *flags, code=3)
+        ended = call("extract", "run", "--data", tmp_path / "data", *flags, code=3)
         assert ended.summary["by_status"] == {"http 5xx": 2, "http 4xx": 2}
         assert ended.summary["by_http"] == {"http 4xx": {"404": 1, "403": 1}, "http 5xx": {"503": 2}}
         assert "  404" in ended.out
         healed = True
         ended = run("extract", "retry-failed", "--status", "http-404", "http-500", *flags, code=3)
         assert ended.summary["by_http"] == {"http 4xx": {"404": 1, "403": 1}, "http 5xx": {"503": 2}}
-        ended = run("extract", "retry-failed", "--status", "http-5xx", *flags, code=3)
+        ended = call("extract", "retry-failed", "--status", "http-5xx", *flags, code=3)
         assert ended.summary["by_status"] == {"ok": 2, "http 4xx": 2}
-        line = run("extract", "retry-failed", "--status", "sunny", *flags, code=2).one_line()
+        line = call("extract", "retry-failed", "--status", "sunny", *flags, code=2).one_line()
         assert "unknown failure" in line
 
 
@@ -107,7 +107,7 @@ def test_what_shows_the_same_is_fetched_once_and_encoded_once(vision: Path, tmp_
         write_parquet(tmp_path / "data/a.parquet", first)
         write_parquet(tmp_path / "data/b.parquet", [*same, f"{base}/copy/4.jpg", *good(base, 3, start=4)])
         flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--max-failed", 1)
-        run("extract", "run", "--data", tmp_path / "data", *flags)
+        call("extract", "run", "--data", tmp_path / "data", *flags)
         # Copies have paths of their own, so each was asked for once as well.
         assert asked == {"0.jpg": 2, "1.jpg": 1, "2.jpg": 1, "3.jpg": 1, "4.jpg": 2, "5.jpg": 1, "6.jpg": 1}
         a, b = open_shards(tmp_path / "out")
@@ -120,13 +120,13 @@ def test_what_shows_the_same_is_fetched_once_and_encoded_once(vision: Path, tmp_
 
         write_parquet(tmp_path / "data/c.parquet", [f"{base}/copy/6.jpg", f"{base}/6.jpg", f"{base}/7.jpg"])
         before = asked.total()
-        run("extract", "run", "--data", tmp_path / "data", *flags)
+        call("extract", "run", "--data", tmp_path / "data", *flags)
         assert asked.total() - before == 2
         features_are_right(Shard(tmp_path / "out/c.h5"), vision)
         assert Shard(tmp_path / "out/c.h5").read(1).tobytes() == b.read(5).tobytes()
 
         write_parquet(tmp_path / "data/d.parquet", [f"{base}/6.jpg"])
-        run("extract", "run", "--data", tmp_path / "data", *flags, "--thumbnails")
+        call("extract", "run", "--data", tmp_path / "data", *flags, "--thumbnails")
         assert Shard(tmp_path / "out/d.h5").thumbnail(0)  # which the shards before it have not
 
 
@@ -143,7 +143,7 @@ def test_cap_seg_in_all_its_forms(base: str, vision: Path, tmp_path: Path) -> No
     write_parquet(tmp_path / "data/a.parquet", good(base, len(texts)), texts)
     before = asked.total()
     flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--json")
-    ended = run("extract", "run", "--data", tmp_path / "data", *flags, code=3)
+    ended = call("extract", "run", "--data", tmp_path / "data", *flags, code=3)
     assert ended.summary["by_status"] == {"bad caption": 5, "ok": 2}
     assert asked.total() - before == 2
     shard = Shard(tmp_path / "out/a.h5")
@@ -162,9 +162,9 @@ def test_limit_counts_rows_of_all_files(base: str, vision: Path, tmp_path: Path)
         tmp_path / "out",
         "--allow-private",
     )
-    run("extract", "run", *flags, "--limit", 6)
+    call("extract", "run", *flags, "--limit", 6)
     assert [Shard(tmp_path / f"out/{name}.h5").rows for name in "ab"] == [4, 2]
-    ended = run("extract", "run", *flags, "--thumbnails", code=1)
+    ended = call("extract", "run", *flags, "--thumbnails", code=1)
     assert "a.h5 was begun without --thumbnails and stays so" in ended.err
     assert "other rows of it" in ended.one_line()
 
@@ -172,53 +172,53 @@ def test_limit_counts_rows_of_all_files(base: str, vision: Path, tmp_path: Path)
 def test_bad_input_is_one_clear_line(base: str, vision: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ("--vision", vision, "--out", out)
-    missing = run("extract", "run", "--data", tmp_path / "nowhere", *flags, code=1).one_line()
+    missing = call("extract", "run", "--data", tmp_path / "nowhere", *flags, code=1).one_line()
     assert f"no data at {tmp_path}/nowhere" in missing
     (tmp_path / "empty").mkdir()
     assert (
         "nothing to extract in"
-        in run("extract", "run", "--data", tmp_path / "empty", *flags, code=1).one_line()
+        in call("extract", "run", "--data", tmp_path / "empty", *flags, code=1).one_line()
     )
 
     pq.write_table(pa.table({"link": ["x"], "cap_seg": ["y"]}), tmp_path / "no-url.parquet")
-    line = run("extract", "run", "--data", tmp_path / "no-url.parquet", *flags, code=1).one_line()
+    line = call("extract", "run", "--data", tmp_path / "no-url.parquet", *flags, code=1).one_line()
     assert "lacks the image" in line
     assert "got link, cap_seg" in line
     (tmp_path / "text.parquet").write_text("url,caption")
     assert (
         "not a readable parquet"
-        in run("extract", "run", "--data", tmp_path / "text.parquet", *flags, code=1).one_line()
+        in call("extract", "run", "--data", tmp_path / "text.parquet", *flags, code=1).one_line()
     )
 
     write_parquet(tmp_path / "data/a.parquet", good(base, 2))
     bare = write_vision_folder(tmp_path / "bare")
     (bare / "vocab.txt").unlink()
-    lacking = run(
+    lacking = call(
         "extract", "run", "--data", tmp_path / "data", "--vision", bare, "--out", out, code=1
     ).one_line()
     assert "lacks vocab.txt" in lacking
     assert not out.exists()
 
-    run("extract", "run", "--data", tmp_path / "data", *flags, "--allow-private")
+    call("extract", "run", "--data", tmp_path / "data", *flags, "--allow-private")
     other = write_vision_folder(tmp_path / "other", seed=3)
     command = ("extract", "run", "--data", tmp_path / "data", "--out", out)
     assert (
         "features of another encoder; got weights_sha256"
-        in run(*command, "--vision", other, code=1).one_line()
+        in call(*command, "--vision", other, code=1).one_line()
     )
     with h5py.File(out / "a.h5"):  # nothing was lost
         pass
-    private = run(*command[:4], "--vision", vision, "--out", tmp_path / "closed", "--json", code=3)
+    private = call(*command[:4], "--vision", vision, "--out", tmp_path / "closed", "--json", code=3)
     assert private.summary["by_status"] == {"forbidden address": 2}
 
 
 def test_usage_errors(vision: Path, tmp_path: Path) -> None:
     flags = ("--data", tmp_path, "--vision", vision, "--out", tmp_path / "out")
-    assert "above 0" in run("extract", "run", *flags, "--limit", 0, code=2).one_line()
+    assert "above 0" in call("extract", "run", *flags, "--limit", 0, code=2).one_line()
     (tmp_path / "run.yaml").write_text("concurency: 3\n")
-    line = run("extract", "run", "-c", tmp_path / "run.yaml", *flags, code=2).one_line()
+    line = call("extract", "run", "-c", tmp_path / "run.yaml", *flags, code=2).one_line()
     assert "did you mean 'concurrency'?" in line
-    run("extract", "run", *flags, "--no-such-flag", code=2)
+    call("extract", "run", *flags, "--no-such-flag", code=2)
 
 
 def test_columns_of_bytes_and_damaged_text(base: str, vision: Path, tmp_path: Path) -> None:
@@ -229,12 +229,12 @@ def test_columns_of_bytes_and_damaged_text(base: str, vision: Path, tmp_path: Pa
     nested = pa.array(["[" * 100_000, json.dumps({"global_caption": "好"}).encode().decode()])
     pq.write_table(pa.table({"url": good(base, 2), "cap_seg": nested}), tmp_path / "data/b.parquet")
     flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private", "--json")
-    ended = run("extract", "run", "--data", tmp_path / "data", *flags, code=3)
+    ended = call("extract", "run", "--data", tmp_path / "data", *flags, code=3)
     assert ended.summary["by_status"] == {"ok": 4, "bad caption": 1}
     assert Shard(tmp_path / "out/a.h5").caption(1) == "好"
     twice = pa.Table.from_arrays([pa.array(["x"])] * 3, names=["url", "url", "caption"])
     pq.write_table(twice, tmp_path / "twice.parquet")
-    line = run("extract", "run", "--data", tmp_path / "twice.parquet", *flags[:4], code=1).one_line()
+    line = call("extract", "run", "--data", tmp_path / "twice.parquet", *flags[:4], code=1).one_line()
     assert "more than one column 'url'" in line
 
 
@@ -245,5 +245,5 @@ def test_a_damaged_file_costs_its_own_rows_only(base: str, vision: Path, tmp_pat
     data[4:400] = bytes(396)  # its pages, not its footer
     (tmp_path / "data/b.parquet").write_bytes(data)
     flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private")
-    assert "damaged parquet file" in run("extract", "run", *flags, code=1).one_line()
+    assert "damaged parquet file" in call("extract", "run", *flags, code=1).one_line()
     assert Shard(tmp_path / "out/a.h5").status.tolist() == [Status.OK] * 20

@@ -16,7 +16,7 @@ import pytest
 
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.e2e.commands import run, start
+from tests.e2e.commands import call, start
 from tests.e2e.pictures import asked, good, write_parquet
 
 
@@ -52,8 +52,8 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
         killed += 1
     assert killed >= kills / 2  # a fast machine may be done before
     print(f"{killed} kills")
-    run(*command)
-    run("extract", "run", *flags, "--out", tmp_path / "undisturbed")
+    call(*command)
+    call("extract", "run", *flags, "--out", tmp_path / "undisturbed")
     left = sorted(p.name for p in (tmp_path / "killed").glob("*.h5*"))
     assert left == [f"{part}.h5" for part in range(shards)]
     for part in range(shards):
@@ -83,7 +83,7 @@ def test_an_interrupt_keeps_what_is_encoded(base: str, vision: Path, tmp_path: P
     assert "the same command continues" in err
     assert "Traceback" not in err
     assert (tmp_path / "out/a.h5.part").exists()
-    run("extract", "run", *flags)
+    call("extract", "run", *flags)
     assert asked.total() - before == 30  # nothing was downloaded twice
     assert Shard(tmp_path / "out/a.h5").status.tolist() == [1] * 30 + [7]
 
@@ -95,7 +95,7 @@ def test_two_processes_never_fill_one_shard(base: str, vision: Path, tmp_path: P
     first = start("extract", "run", *flags)
     while not (tmp_path / "out/a.h5.lock").exists():
         time.sleep(0.02)
-    assert f"by process {first.pid} on" in run("extract", "run", *flags, code=1).one_line()
+    assert f"by process {first.pid} on" in call("extract", "run", *flags, code=1).one_line()
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=30)
     assert first.returncode == 130
@@ -134,10 +134,10 @@ def test_a_full_disk_ends_it_and_loses_nothing(
     assert "Traceback" not in err
     (small_disk / "filler").unlink()
     before = asked.total()
-    run("extract", "run", *flags)
+    call("extract", "run", *flags)
     assert Shard(out / "a.h5").status.tolist() == [Status.OK] * 600
     assert asked.total() - before <= 600
     (small_disk / "filler").write_bytes(bytes(300_000))
-    line = run("extract", "run", *flags[:4], "--out", small_disk / "again", code=1).one_line()
+    line = call("extract", "run", *flags[:4], "--out", small_disk / "again", code=1).one_line()
     assert "not enough disk space" in line
     assert not list((small_disk / "again").glob("*.tmp"))

@@ -19,7 +19,7 @@ from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 from llava_core.savedchat import SavedChat, read_chat, write_chat
-from tests.e2e.commands import run
+from tests.e2e.commands import call, run
 from tests.servers import answer, serving
 from tests.small_models import write_language_model
 from tests.small_vision import write_vision_folder
@@ -207,8 +207,8 @@ def test_ask_by_path_and_by_address(world: World) -> None:
     flags = (*world.flags, "--prompt", "看", "--max-tokens", 8, "--json")
     by_path = run("infer", "ask", *flags, "--image", world.images[0])
     with serving({"/a.png": answer(world.images[0].read_bytes())}) as base:
-        by_address = run("infer", "ask", *flags, "--image", f"{base}/a.png")
-        gone = run("infer", "ask", *flags, "--image", f"{base}/b.png", code=1).one_line()
+        by_address = call("infer", "ask", *flags, "--image", f"{base}/a.png")
+        gone = call("infer", "ask", *flags, "--image", f"{base}/b.png", code=1).one_line()
     assert by_path.summary["answer"] == by_address.summary["answer"] != ""
     assert "cannot fetch the image; got http 4xx (HTTP 404)" in gone
 
@@ -216,24 +216,24 @@ def test_ask_by_path_and_by_address(world: World) -> None:
 def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("不是图片")
-    line = run("infer", "ask", *world.flags, "--image", text, code=1).one_line()
+    line = call("infer", "ask", *world.flags, "--image", text, code=1).one_line()
     assert "notes.txt as an image: not an image" in line
     assert (
         "no image file"
-        in run("infer", "ask", *world.flags, "--image", tmp_path / "no.png", code=1).one_line()
+        in call("infer", "ask", *world.flags, "--image", tmp_path / "no.png", code=1).one_line()
     )
 
     other = write_language_model(tmp_path / "other", seed=7)
     ask = ("infer", "ask", "--checkpoint", world.checkpoint, "--image", world.images[0])
-    line = run(*ask, "--vision", world.vision, "--llm", other, code=1).one_line()
+    line = call(*ask, "--vision", world.vision, "--llm", other, code=1).one_line()
     assert "trained for another language model; expected llm (weights" in line
     assert "got other (weights" in line
     vision = write_vision_folder(tmp_path / "vision2", seed=7)
-    line = run(*ask, "--vision", vision, "--llm", world.llm, code=1).one_line()
+    line = call(*ask, "--vision", vision, "--llm", world.llm, code=1).one_line()
     assert "another vision encoder or preprocessing; expected vision (" in line
     assert "got vision2 (" in line
     assert "weights_sha256" in line
-    hint = run(
+    hint = call(
         "infer", "ask", *world.flags[2:], "--image", text, "--checkpoint", world.checkpoint.parent, code=1
     )
     assert f"give {world.checkpoint}" in hint.one_line()
@@ -262,10 +262,10 @@ def test_batch_equals_ask_and_continues(world: World, engine: Engine, tmp_path: 
     whole = out.read_bytes()
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(whole[: len(whole) // 2])
-    run(*command, "--output", cut)
+    call(*command, "--output", cut)
     assert cut.read_bytes() == whole
     source.write_text('{"prompt": "no image"}\n')
-    assert "line 1 of" in run(*command, "--output", tmp_path / "b.jsonl", code=1).one_line()
+    assert "line 1 of" in call(*command, "--output", tmp_path / "b.jsonl", code=1).one_line()
 
 
 def test_what_is_drawn_depends_on_no_company(engine: Engine, world: World, tmp_path: Path) -> None:
@@ -334,18 +334,18 @@ def test_batch_writes_into_no_file_but_its_own(world: World, tmp_path: Path) -> 
     odd = [{"image": str(world.images[0]), "prompt": "看\u2028看"}, {"image": "~nobody/x.png"}]
     source.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in odd), encoding="utf-8-sig")
     command = ("infer", "batch", *world.flags, "--max-tokens", 4, "--input", source, "--output")
-    assert "holds something else" in run(*command, thesis, code=1).one_line()
+    assert "holds something else" in call(*command, thesis, code=1).one_line()
     assert thesis.read_text() == "years of work, in one line"
     out = tmp_path / "new/a.jsonl"
-    assert run(*command, out, "--json").summary == {"questions": 2, "failed": 1, "output": str(out)}
+    assert call(*command, out, "--json").summary == {"questions": 2, "failed": 1, "output": str(out)}
     before = out.read_bytes()
-    assert run(*command, out, "--json").summary["failed"] == 1
+    assert call(*command, out, "--json").summary["failed"] == 1
     assert out.read_bytes() == before
     source.write_text(json.dumps({"image": str(world.images[1]), "prompt": "看"}) + "\n")
-    assert "holds something else" in run(*command, out, code=1).one_line()
-    other = run(*command, out, "--temperature", 0.5, code=1).one_line()
+    assert "holds something else" in call(*command, out, code=1).one_line()
+    other = call(*command, out, "--temperature", 0.5, code=1).one_line()
     assert "sampled alike" in other
     assert out.read_bytes() == before
     source.write_text('{"image": "a.png", "prompt": "\\ud83d"}\n')
-    assert "line 1 of" in run(*command, tmp_path / "b.jsonl", code=1).one_line()
-    assert "--batch-size" in run(*command, out, "--batch-size", -1, code=2).one_line()
+    assert "line 1 of" in call(*command, tmp_path / "b.jsonl", code=1).one_line()
+    assert "--batch-size" in call(*command, out, "--batch-size", -1, code=2).one_line()

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from tests.browser import dom_of
-from tests.e2e.commands import Ended, run
+from tests.e2e.commands import Ended, call, run
 from tests.e2e.pictures import image
 from tests.servers import answer, serving
 from tests.small_vision import write_vision_folder
@@ -55,7 +55,7 @@ def page(base: str, attack: str, tmp_path_factory: pytest.TempPathFactory) -> tu
     ids = [f'"><script>document.title = {i}</script>' for i in range(11)] + [urls[0]]
     (folder / "data").mkdir()
     pq.write_table(pa.table({"url": urls, "caption": captions, "id": ids}), folder / "data/a.parquet")
-    run("extract", "run", "--data", folder / "data", "--out", folder / "out", "--vision", vision,
+    call("extract", "run", "--data", folder / "data", "--out", folder / "out", "--vision", vision,
         "--allow-private", "--retries", 0, "--max-failed", 1, "--thumbnails")  # fmt: skip
     command = ("extract", "inspect", "--out", folder / "out", "--html", folder / "page.html")
     return folder / "page.html", run(*command, "--sample", 0, "--json")

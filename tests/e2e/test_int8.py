@@ -8,7 +8,7 @@ from pathlib import Path
 from aiohttp import web
 
 from llava_core.shards import Shard, open_shards
-from tests.e2e.commands import run
+from tests.e2e.commands import call
 from tests.e2e.pictures import good, picture, write_parquet
 from tests.servers import answer, serving
 from tests.small_models import write_language_model
@@ -29,28 +29,28 @@ def test_int8_from_picture_to_answer(tmp_path: Path) -> None:
         write_parquet(tmp_path / "a.parquet", [*good(base, 24), f"{base}/gone"])
         write_parquet(tmp_path / "b.parquet", good(base, 16, start=100))
         begin = ("extract", "run", "--data", tmp_path / "a.parquet", *flags)
-        plan = run(*begin, "--dtype", "int8", "--dry-run").summary
+        plan = call(*begin, "--dtype", "int8", "--dry-run").summary
         assert plan["disk_bytes"] == 25 * (5 * 64 + 64 * 2)
-        run(*begin, "--dtype", "int8")
-        line = run(*begin, code=1).one_line()
+        call(*begin, "--dtype", "int8")
+        line = call(*begin, code=1).one_line()
         assert "a.h5 holds features as int8; expected --dtype float16" in line
 
-        run("extract", "run", "--data", tmp_path / "b.parquet", *flags)
-        verified = run(
+        call("extract", "run", "--data", tmp_path / "b.parquet", *flags)
+        verified = call(
             "extract", "verify", "--out", features, "--vision", vision, "--allow-private", "--json"
         )
         assert (verified.summary["checked"], verified.summary["encoded_again"]) == (40, 16)
         assert 1e-3 < float(verified.summary["largest_distance"]) < 0.02  # int8 was among them
-        inspected = run("extract", "inspect", "--out", features, "--json")
+        inspected = call("extract", "inspect", "--out", features, "--json")
         assert inspected.summary["storage"] == {"int8": 1, "float16": 1}
         assert "int8 (1 of 2 shards), float16 (1 of 2 shards)" in inspected.out
 
-        run("extract", "retry-failed", *flags)
+        call("extract", "retry-failed", *flags)
         assert [shard.layout.storage for shard in open_shards(features)] == ["int8", "float16"]
 
     config = RunConfig(features=features, llm=llm, out=tmp_path / "run", device="cpu", dry_run=True)
     assert train_run(config)["feature_bytes_per_epoch"] == 24 * (5 * 64 + 64 * 2) + 16 * 5 * 64 * 2
-    trained = run("train", "run", "--features", features, "--eval-features", features / "b.h5", "--llm", llm,
+    trained = call("train", "run", "--features", features, "--eval-features", features / "b.h5", "--llm", llm,
                   "--out", tmp_path / "run", "--device", "cpu", "--lr", 0.02, "--epochs", 5)  # fmt: skip
     assert "error" not in trained.err
     lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -58,6 +58,6 @@ def test_int8_from_picture_to_answer(tmp_path: Path) -> None:
     assert held_out[-1] < held_out[0]
 
     (tmp_path / "new.jpg").write_bytes(picture(1000))
-    run("infer", "ask", "--checkpoint", tmp_path / "run/last", "--vision", vision, "--llm", llm,
+    call("infer", "ask", "--checkpoint", tmp_path / "run/last", "--vision", vision, "--llm", llm,
         "--image", tmp_path / "new.jpg", "--prompt", "图中有什么？", "--max-tokens", 4)  # fmt: skip
     assert Shard(features / "a.h5").status.tolist().count(1) == 24

@@ -23,7 +23,7 @@ from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS
 from llava_core.sampling import Sampling
-from tests.e2e.commands import run, start
+from tests.e2e.commands import call, start
 from tests.e2e.test_train import config, curve, flags_of, weights
 from tests.local_data import write_parquet, write_pictures
 from tests.small_models import write_language_model
@@ -89,7 +89,7 @@ def test_killed_asked_and_batched(world: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "cut/summary.json").exists()
-    run("train", "run", *flags_of(dataclasses.replace(given, resident="disk")), "--resume")
+    call("train", "run", *flags_of(dataclasses.replace(given, resident="disk")), "--resume")
     train_run(dataclasses.replace(given, out=tmp_path / "whole"))
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
@@ -97,10 +97,10 @@ def test_killed_asked_and_batched(world: Path, tmp_path: Path) -> None:
 
     models = ("--checkpoint", tmp_path / "cut/last", "--vision", world / "vision", "--llm", world / "llm")
     flags = (*models, "--device", "cpu", "--max-tokens", 8)
-    asked = run("infer", "ask", *flags, "--image", world / "set/3.jpg", "--prompt", "看", "--json").summary
+    asked = call("infer", "ask", *flags, "--image", world / "set/3.jpg", "--prompt", "看", "--json").summary
     question = json.dumps({"image": str(world / "set/3.jpg"), "prompt": "看"})
     (tmp_path / "q.jsonl").write_text(f"{question}\n" * 3)
-    run("infer", "batch", *flags, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl")
+    call("infer", "batch", *flags, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl")
     answers = [json.loads(line)["answer"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert answers == [asked["answer"]] * 3
 

@@ -21,7 +21,7 @@ from llava_core.language import load_language_model
 from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.vision import open_vision_tower
-from tests.e2e.commands import run
+from tests.e2e.commands import call, run
 from tests.e2e.pictures import picture
 from tests.local_data import llava, write_json, write_parquet, write_pictures
 from tests.servers import answer, serving
@@ -97,7 +97,7 @@ def test_rows_in_files_that_fail_are_tried_again_with_their_data(
         data = write_json(tmp_path / "data/own.json", rows)
         flags = ("--vision", vision, "--out", tmp_path / "out", "--allow-private")
         local = ("--data", data, "--images", tmp_path / "images")
-        ended = run("extract", "run", *flags, *local, "--json", code=3)
+        ended = call("extract", "run", *flags, *local, "--json", code=3)
         assert ended.summary["by_status"] == {
             "ok": 4, "no file": 1, "not an image": 1, "truncated": 1, "outside folder": 1, "bad caption": 1,
         }  # fmt: skip
@@ -105,10 +105,10 @@ def test_rows_in_files_that_fail_are_tried_again_with_their_data(
         path = tmp_path / "out/own.h5"
         assert Shard(path).status.tolist() == [1, 1, 1, 15, 20, 22, 16, 1, 30]
 
-        line = run("extract", "retry-failed", *flags, code=1).one_line()
+        line = call("extract", "retry-failed", *flags, code=1).one_line()
         assert f"{path} was made from local images; give --data as to `extract run`" in line
         write_pictures(tmp_path / "images", ["missing.jpg"])
-        ended = run("extract", "retry-failed", *flags, *local, "--json", code=3)
+        ended = call("extract", "retry-failed", *flags, *local, "--json", code=3)
         assert ended.summary["ok"] == 5
         assert Shard(path).status[3] == Status.OK
         assert Shard(path).turns(3) == (("q", "answer of missing.jpg"),)
@@ -166,7 +166,7 @@ def test_dialogues_are_trained_on_whole(vision: Path, tmp_path: Path) -> None:
 
     flags = ("--features", tmp_path / "features", "--llm", llm, "--max-text-tokens", 8)
     run_flags = ("--eval-features", tmp_path / "features", "--out", tmp_path / "run", "--batch-size", 3)
-    ended = run("train", "run", *flags, *run_flags, "--json")
+    ended = call("train", "run", *flags, *run_flags, "--json")
     assert [ended.summary[key] for key in ("steps", "captions_cut", "turns_dropped")] == [2, 1, 2]
     assert "1 captions were cut at 8 tokens, and 2 turns after them dropped" in ended.err
 

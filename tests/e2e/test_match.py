@@ -20,7 +20,7 @@ from llava.world.render import render
 from llava.world.scene import random_scene
 from llava_core.errors import LlavaError
 from llava_core.fonts import chinese_font
-from tests.e2e.commands import ENVIRONMENT, ROOT, run
+from tests.e2e.commands import ENVIRONMENT, ROOT, call
 
 VISION = ROOT / "llava/world/models/vision"
 
@@ -60,7 +60,7 @@ def test_images_and_their_features_are_found_by_their_captions(tmp_path: Path) -
         assert cosines == sorted(cosines, reverse=True)
     assert f"{texts[0]}\n{names[0]}" in ended.stdout
 
-    run("extract", "run", "--data", folder, "--out", tmp_path / "features", "--vision", VISION,
+    call("extract", "run", "--data", folder, "--out", tmp_path / "features", "--vision", VISION,
         "--device", "cpu", "--dtype", "int8", "--thumbnails", "--max-failed", 1)  # fmt: skip
     config = MatchConfig(
         vision=VISION,

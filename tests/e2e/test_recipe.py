@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.e2e.commands import run, start
+from tests.e2e.commands import call, start
 from tests.e2e.test_train import config, curve, flags_of, weights, write_world
 from train.config import RunConfig
 from train.recipe import RECIPES
@@ -51,5 +51,5 @@ def test_fast_with_a_rate_of_ones_own_continues_bit_for_bit(world: Path, tmp_pat
 
 
 def test_unknown_recipes(world: Path, tmp_path: Path) -> None:
-    ended = run("train", "run", *flags_of(config(world, tmp_path / "run")), "--recipe=slow", code=2)
+    ended = call("train", "run", *flags_of(config(world, tmp_path / "run")), "--recipe=slow", code=2)
     assert ended.one_line() == "error: unknown --recipe 'slow'; expected course or fast"

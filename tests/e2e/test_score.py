@@ -19,7 +19,7 @@ from llava_core.errors import LlavaError
 from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard
 from llava_core.vision import open_vision_tower
-from tests.e2e.commands import ENVIRONMENT, ROOT, run
+from tests.e2e.commands import ENVIRONMENT, ROOT, call, run
 from tests.small_features import models, write_features
 from tests.small_shards import header, outcome, write_shard
 from tests.small_world import World, write_world
@@ -48,7 +48,7 @@ def test_captions_of_a_shard_are_those_of_its_pictures(world: World, features: P
     flags = [*world.flags, "--max-tokens", 8, "--features", features, "--prompt", "看", "--output", out]
     vision = flags.index("--vision")
     del flags[vision : vision + 2]
-    assert run("infer", "batch", *flags, "--batch-size", 3, "--json").summary["questions"] == 4
+    assert call("infer", "batch", *flags, "--batch-size", 3, "--json").summary["questions"] == 4
     lines = lines_of(out)
     assert [(line["shard"], line["row"], line.get("id")) for line in lines] == [
         ("part.h5", 0, None),

@@ -24,7 +24,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from tests.browser import dom_of
-from tests.e2e.commands import ENVIRONMENT, run, start
+from tests.e2e.commands import ENVIRONMENT, call, run, start
 from tests.e2e.test_cluster import started
 from tests.e2e.test_train import config, curve, flags_of, weights, write_world
 from tests.ray_cluster import ACCESS, ray_cluster
@@ -151,7 +151,7 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
 
 def test_wrong_usage(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "projector=lineer")
-    line = run(*command(given), code=2).one_line()
+    line = call(*command(given), code=2).one_line()
     assert line == "error: --space projector; expected one of linear, mlp; got lineer"
     with pytest.raises(LlavaError, match="--trials 20") as caught:
         sweep_run(sweep(world, tmp_path / "out", "lr=1e-3..1e-2"))

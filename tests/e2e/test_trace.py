@@ -15,7 +15,7 @@ from llava_core.conversation import pick_instruction
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
 from llava_core.shards import Shard
-from tests.e2e.commands import run
+from tests.e2e.commands import call, run
 from tests.small_world import write_world
 from train.config import EvalConfig
 from train.evaluate import run as evaluate
@@ -29,7 +29,7 @@ def test_its_figures_are_those_of_extract_and_train(tmp_path: Path) -> None:
     folder.mkdir()
     shutil.copy(world.images[0], folder / "one.png")
     (folder / "one.txt").write_text(CAPTION, encoding="utf-8")
-    run("extract", "run", "--data", folder, "--out", tmp_path / "features", "--vision", world.vision,
+    call("extract", "run", "--data", folder, "--out", tmp_path / "features", "--vision", world.vision,
         "--device", "cpu")  # fmt: skip
     traced = run("llava", "trace", *world.flags, "--image", folder / "one.png", "--caption", CAPTION,
                  "--prompt", pick_instruction(0, "0/pics/0"), "--json")  # fmt: skip

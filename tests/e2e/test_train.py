@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.shard_writer import ShardWriter
-from tests.e2e.commands import ENVIRONMENT, run, start
+from tests.e2e.commands import ENVIRONMENT, call, run, start
 from tests.small_models import write_language_model
 from tests.small_shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig, RunConfig
@@ -160,8 +160,16 @@ def test_shuffled_pictures_cost_something_once_they_matter(world: Path, tmp_path
     assert gaps[300] > 0.3
 
 
+@pytest.fixture(scope="module")
+def long(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 240 steps."""
+    out = tmp_path_factory.mktemp("runs") / "long"
+    train_run(config(world, out, epochs=20))
+    return out
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-def test_resumed_is_bit_equal_to_uninterrupted(world: Path, tmp_path: Path, signum: int) -> None:
+def test_resumed_is_bit_equal_to_uninterrupted(world: Path, long: Path, tmp_path: Path, signum: int) -> None:
     given = config(world, tmp_path / "cut", epochs=20)
     process = start("train", "run", *flags_of(given))
     while not (tmp_path / "cut/step-00000030").exists():
@@ -173,13 +181,12 @@ def test_resumed_is_bit_equal_to_uninterrupted(world: Path, tmp_path: Path, sign
         assert process.returncode == 130, err
         assert "the same command continues" in err
     assert not (tmp_path / "cut/summary.json").exists()
-    run("train", "run", *flags_of(given), "--resume")
-    run("train", "run", *flags_of(dataclasses.replace(given, out=tmp_path / "whole")))
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    assert curve(tmp_path / "cut", "eval_loss") == curve(tmp_path / "whole", "eval_loss")
-    cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    call("train", "run", *flags_of(given), "--resume")
+    assert curve(tmp_path / "cut") == curve(long)
+    assert curve(tmp_path / "cut", "eval_loss") == curve(long, "eval_loss")
+    cut, whole = weights(tmp_path / "cut"), weights(long)
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
-    states = [torch.load(tmp_path / name / "last/state.pt", weights_only=True) for name in ("cut", "whole")]
+    states = [torch.load(out / "last/state.pt", weights_only=True) for out in (tmp_path / "cut", long)]
     first, second = (state["optimizer"]["state"][0]["exp_avg_sq"] for state in states)
     assert torch.equal(first, second)
 
@@ -268,24 +275,24 @@ def test_a_key_is_one_that_wandb_finds_without_asking(
 
 def test_bad_input_is_one_clear_line(world: Path, whole: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "run", "--llm", world / "llm")
-    missing = run("train", "run", *out, "--features", tmp_path / "nowhere", code=1).one_line()
+    missing = call("train", "run", *out, "--features", tmp_path / "nowhere", code=1).one_line()
     assert "no feature folder" in missing
 
     write_shard(tmp_path / "two/a.h5")
     write_shard(tmp_path / "two/b.h5", size=64)
-    mixed = run("train", "run", *out, "--features", tmp_path / "two", code=1).one_line()
+    mixed = call("train", "run", *out, "--features", tmp_path / "two", code=1).one_line()
     assert "a.h5" in mixed
     assert "b.h5" in mixed
     assert "size: 32 vs 64" in mixed
 
     cut = write_shard(tmp_path / "cut/a.h5", rows=100)
     os.truncate(cut, cut.stat().st_size - 1000)
-    assert "truncated" in run("train", "run", *out, "--features", tmp_path / "cut", code=1).one_line()
+    assert "truncated" in call("train", "run", *out, "--features", tmp_path / "cut", code=1).one_line()
     assert not (tmp_path / "run").exists()
 
     other = write_language_model(tmp_path / "other", seed=5)
     wrong = ("--checkpoint", whole / "last", "--features", world / "held-out")
-    line = run("train", "eval", *wrong, "--llm", other, code=1).one_line()
+    line = call("train", "eval", *wrong, "--llm", other, code=1).one_line()
     assert "another language model" in line
     assert "llm (weights" in line
     assert "other (weights" in line
@@ -310,7 +317,7 @@ def test_settings_from_a_file(world: Path, tmp_path: Path) -> None:
     settings = {"features": str(world / "features"), "llm": str(world / "llm"), "lr": "1e-3", "max-steps": 2,
                 "batch_size": 4, "log_every": 1}  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings).replace("'1e-3'", "1e-3"))
-    run("train", "run", "-c", tmp_path / "run.yaml", "--out", tmp_path / "run", "--batch-size", 3)
+    call("train", "run", "-c", tmp_path / "run.yaml", "--out", tmp_path / "run", "--batch-size", 3)
     recorded = yaml.safe_load((tmp_path / "run/training_config.yaml").read_text())
     assert (recorded["lr"], recorded["max_steps"], recorded["batch_size"]) == (0.001, 2, 3)
     assert len(curve(tmp_path / "run")) == 2
@@ -368,5 +375,5 @@ def test_two_processes_never_train_in_one_folder(world: Path, tmp_path: Path) ->
     "flags", [("--seed", -1), ("--weight-decay", -1), ("--lr", "nan"), ("--max-steps", 0), ("--warmup", 1)]
 )
 def test_numbers_that_make_no_sense(world: Path, tmp_path: Path, flags: tuple[object, ...]) -> None:
-    line = run("train", "run", *flags_of(config(world, tmp_path / "run")), *flags, code=2).one_line()
+    line = call("train", "run", *flags_of(config(world, tmp_path / "run")), *flags, code=2).one_line()
     assert line.startswith(f"error: {flags[0]}; expected")

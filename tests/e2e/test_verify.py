@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from llava_core.shards import Shard
-from tests.e2e.commands import ENVIRONMENT, ROOT, run
+from tests.e2e.commands import ENVIRONMENT, ROOT, call, run
 from tests.e2e.pictures import good, image, write_parquet
 from tests.servers import serving
 from tests.small_vision import write_vision_folder
@@ -42,7 +42,7 @@ def whole(base: str, vision: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("whole")
     write_parquet(folder / "data/a.parquet", good(base, 12))
     write_parquet(folder / "data/b.parquet", good(base, 12, start=12))
-    run("extract", "run", "--data", folder / "data", "--out", folder / "out", "--vision", vision,
+    call("extract", "run", "--data", folder / "data", "--out", folder / "out", "--vision", vision,
         "--allow-private")  # fmt: skip
     return folder / "out"
 
@@ -108,7 +108,7 @@ def test_encoding_again_names_rows_whose_checksums_were_exchanged_too(out: Path,
     put(b, 9, np.random.default_rng(0).normal(size=Shard(b).read(9).shape), with_checksum=True)
     put(b, 11, np.zeros_like(Shard(b).read(11)))  # found by its checksum, so not encoded again
     command = ("extract", "verify", "--out", out, "--vision", vision, "--allow-private", "--json")
-    ended = run(*command, "--sample", 0, code=1)
+    ended = call(*command, "--sample", 0, code=1)
     found = faults(ended.summary)
     assert found.pop(("b.h5", 9)).endswith(" away")
     assert found == {
@@ -127,10 +127,10 @@ def test_every_shard_of_another_encoder_is_named(base: str, out: Path, vision: P
     for name in "cd":
         write_parquet(tmp_path / f"data/{name}.parquet", good(base, 5))
     flags = ("--allow-private", "--decode", "exact")
-    run("extract", "run", "--data", tmp_path / "data", "--out", out, "--vision", other, *flags)
+    call("extract", "run", "--data", tmp_path / "data", "--out", out, "--vision", other, *flags)
 
     command = ("extract", "verify", "--out", out, "--allow-private", "--json", "--vision")
-    ended = run(*command, vision, code=1)
+    ended = call(*command, vision, code=1)
     assert ended.summary["stale_shards"] == 2
     assert set(faults(ended.summary)) == {("c.h5", None), ("d.h5", None)}
     line = ended.one_line()
@@ -142,7 +142,7 @@ def test_every_shard_of_another_encoder_is_named(base: str, out: Path, vision: P
     assert ended.summary["changed_rows"] == 0
 
     (out / "a.h5").unlink()
-    alone = run("extract", "verify", "--out", out, "--json", code=1)
+    alone = call("extract", "verify", "--out", out, "--json", code=1)
     assert alone.one_line().startswith(
         "error: shards of another encoder than most have: 1 of 3; got b.h5 differs in "
     )
@@ -171,5 +171,5 @@ def test_downloads_show_a_bar(out: Path, vision: Path) -> None:
 
 
 def test_usage(out: Path) -> None:
-    line = run("extract", "verify", "--out", out, "--sample", -1, code=2).one_line()
+    line = call("extract", "verify", "--out", out, "--sample", -1, code=2).one_line()
     assert line == "error: --sample; expected 0 (every row) or more; got -1"
