@@ -1,9 +1,8 @@
 """A vision encoder, a projector and a language model as one model of transformers (4.53 to 5).
 
-This file lies in every folder that `llava export` writes, and needs transformers and torch alone. The
-language model sees `[visual tokens][chat-template text]`. LlavaForConditionalGeneration cannot do the same: it
-takes hidden states from before the encoder's last layer norm, knows no pooled tokens, and rounds nothing to
-fp16.
+This file lies in every folder that `llava export` writes, and needs transformers and torch alone. What the
+language model sees is `[visual tokens][chat-template text]`. LlavaForConditionalGeneration cannot do that: it
+takes hidden states from before the encoder's last layer norm, and knows no pooled tokens.
 """
 
 from __future__ import annotations

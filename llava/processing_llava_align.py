@@ -83,6 +83,13 @@ class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
             inputs["pixel_values"] = torch.stack([self._normalised(image) for image in images])
         return BatchFeature(inputs)
 
+    def batch_decode(self, *arguments: Any, **settings: Any) -> Any:
+        """The tokenizer's; transformers 4 leaves both to each processor."""
+        return self.tokenizer.batch_decode(*arguments, **settings)
+
+    def decode(self, *arguments: Any, **settings: Any) -> Any:
+        return self.tokenizer.decode(*arguments, **settings)
+
     def _normalised(self, image: Any) -> torch.Tensor:
         """-> [3, S, S], as the features that the projector was trained on were made."""
         mean, std = (torch.tensor(self.preprocess[name]) for name in ("mean", "std"))
