@@ -7,6 +7,7 @@ from llava.config import (
     DemoConfig,
     DoctorConfig,
     DownloadConfig,
+    ExportConfig,
     ImportConfig,
     MatchConfig,
     PushConfig,
@@ -21,6 +22,7 @@ COMMANDS = {
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
     "import": cli.Command(ImportConfig, "llava.imported:run"),
     "push": cli.Command(PushConfig, "llava.push:run"),
+    "export": cli.Command(ExportConfig, "llava.export:run"),
     "doctor": cli.Command(DoctorConfig, "llava.doctor:run"),
     "download": cli.Command(DownloadConfig, "llava.download:run"),
 }

@@ -186,6 +186,25 @@ class PushConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(Options):
+    """A projector and its two models as one Hugging Face folder, which transformers loads by itself."""
+
+    checkpoint: Path
+    """Folder of a projector, such as RUN/best."""
+    vision: Path
+    """Folder of the vision encoder it was trained for."""
+    llm: Path
+    """Folder of the language model it was trained for."""
+    out: Path
+    """Folder to write; it must not exist, or be empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the encoder's and the language model's weights: float32 answers as `infer` does on a CPU; bfloat16,
+    in half the space, as it does on a GPU. The projector stays float32."""
+    dry_run: bool = False
+    """Print the bytes it takes, and write nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Options):
     """What this machine has, what each command lacks, and a measured self-test of some ten seconds.
 

@@ -59,6 +59,8 @@ class VisionTower:
     dtype: torch.dtype
     _tokens: Callable[[torch.Tensor], torch.Tensor]
     """Normalised pixels [B, 3, S, S] -> [B, T, D]."""
+    network: torch.nn.Module
+    """What computes them: a ChineseClip, or a vision model of transformers."""
     _clip: ChineseClip | None = None
     _tokenizer: TextTokenizer | None = None
 
@@ -179,6 +181,7 @@ def _open_modelscope(
         device=device,
         dtype=dtype,
         _tokens=lambda pixels: clip.visual(pixels, layer),
+        network=clip,
         _clip=clip,
         _tokenizer=TextTokenizer(folder / "vocab.txt") if text else None,
     )
@@ -246,6 +249,7 @@ def _open_hugging_face(
         device=device,
         dtype=dtype,
         _tokens=tokens_of,
+        network=model,
     )
 
 

@@ -1,0 +1,261 @@
+"""`llava export`: encoder, projector and language model as one Hugging Face folder.
+
+It holds weights under the names of modeling_llava_align.py, that file and processing_llava_align.py, so that
+transformers loads it with `trust_remote_code` and without this project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import save_torch_state_dict
+
+from llava.config import ExportConfig
+from llava.export_card import model_card
+from llava_core.checkpoint import Checkpoint, load_checkpoint
+from llava_core.chinese_clip import ChineseClip, VisionTransformer
+from llava_core.console import human_bytes, say
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+from llava_core.language import LanguageModel, load_language_model
+from llava_core.vision import VisionTower, open_vision_tower
+
+SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
+AUTO_MAP = {
+    "AutoConfig": "modeling_llava_align.LlavaAlignConfig",
+    "AutoModelForImageTextToText": "modeling_llava_align.LlavaAlignForConditionalGeneration",
+}
+MAX_NEW_TOKENS = 256
+"""Of an answer, unless `generate` is told otherwise; as `infer`."""
+PREPROCESS = ("size", "mean", "std", "filter", "crop", "decode")
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def run(config: ExportConfig) -> JsonDict:
+    """Check the three against each other, then write the folder under a temporary name and rename it.
+
+    Raises LlavaError if they do not belong together, `out` holds something, or the disk is too small.
+    """
+    if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
+        raise LlavaError(f"{config.out} exists", expected="a new or empty folder", do="give another --out")
+    checkpoint = load_checkpoint(config.checkpoint)
+    trained = checkpoint.provenance
+    layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
+    tower = open_vision_tower(config.vision, layer=layer, decode=decode)
+    trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
+    llm = load_language_model(config.llm)
+    trained.require_language_model(llm.identity)
+
+    weights = all_weights(tower, checkpoint, llm, getattr(torch, config.dtype))
+    size = sum(tensor.nbytes for tensor in weights.values())
+    place = next(folder for folder in config.out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    say(f"{human_bytes(size)} of weights in {config.dtype}; {human_bytes(free)} free on that disk")
+    summary = {"out": str(config.out), "bytes": size, "dtype": config.dtype}
+    if config.dry_run:
+        return summary
+    if size > free:
+        raise LlavaError(f"too little space in {place}", expected=human_bytes(size), got=human_bytes(free))
+
+    partial = config.out.absolute().with_name(config.out.absolute().name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_torch_state_dict(weights, partial, metadata={"format": "pt"})
+    for name in SHIPPED:
+        shutil.copyfile(Path(__file__).parent / name, partial / name)
+    write_tokenizer(llm.tokenizer, config.llm, partial)
+    write_settings(config, tower, checkpoint, llm, partial)
+    licences = copy_licences({"vision": config.vision, "llm": config.llm}, partial)
+    card = model_card(checkpoint, config.dtype, licences)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if config.out.exists():
+        config.out.rmdir()
+    partial.rename(config.out)
+    print(config.out)
+    return summary
+
+
+def all_weights(
+    tower: VisionTower, checkpoint: Checkpoint, llm: LanguageModel, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Weights by the names of LlavaAlignForConditionalGeneration; a tied vocabulary head is left out."""
+    head, embedding = llm.head, llm.embedding.weight
+    language = llm.model.state_dict()
+    if head is embedding:
+        language = {name: tensor for name, tensor in language.items() if not name.startswith("lm_head.")}
+    frozen = {
+        **{f"vision.{name}": tensor for name, tensor in vision_weights(tower.network).items()},
+        **{f"language_model.{name}": tensor for name, tensor in language.items()},
+    }
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in frozen.items()}
+    for name, tensor in checkpoint.projector.map.state_dict().items():
+        weights[f"projector.{name}"] = tensor.contiguous()
+    return weights
+
+
+def vision_weights(network: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    """By the names that transformers' vision models have below `vision_model`."""
+    if isinstance(network, ChineseClip):
+        return transformers_names(network.visual)
+    inner: torch.nn.Module = getattr(network, "vision_model", network)
+    return inner.state_dict()
+
+
+def transformers_names(visual: VisionTransformer) -> dict[str, torch.Tensor]:
+    """Chinese-CLIP's image tower by the names of transformers' ChineseCLIPVisionModel."""
+    state = visual.state_dict()
+    names = {
+        "class_embedding": "embeddings.class_embedding",
+        "conv1.weight": "embeddings.patch_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+    }
+    for norm, named in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        names |= {f"{norm}.{kind}": f"{named}.{kind}" for kind in ("weight", "bias")}
+    parts = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    renamed = {}
+    for i in range(len(visual.transformer.resblocks)):
+        ours, theirs = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+        for kind in ("weight", "bias"):
+            names |= {f"{ours}.{part}.{kind}": f"{theirs}.{named}.{kind}" for part, named in parts.items()}
+            for which, part in zip("qkv", state[f"{ours}.attn.in_proj_{kind}"].chunk(3), strict=True):
+                renamed[f"{theirs}.self_attn.{which}_proj.{kind}"] = part.clone()
+    return renamed | {theirs: state[ours] for ours, theirs in names.items()}
+
+
+def vision_settings(network: Any, folder: Path) -> JsonDict:
+    """The encoder's configuration as transformers knows it."""
+    if isinstance(network, ChineseClip):
+        visual = network.visual
+        width, _, patch, _ = visual.conv1.weight.shape
+        blocks: Any = visual.transformer.resblocks
+        return {
+            "model_type": "chinese_clip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": len(blocks),
+            "num_attention_heads": blocks[0].attn.heads,
+            "image_size": patch * int((len(visual.positional_embedding) - 1) ** 0.5),
+            "patch_size": patch,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": visual.ln_post.eps,
+        }
+    published = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings: JsonDict = published.get("vision_config", published)
+    return {**settings, "model_type": network.config.model_type}
+
+
+def text_settings(llm: LanguageModel, folder: Path) -> JsonDict:
+    """The language model's configuration as published, which every version of transformers reads alike."""
+    path = folder / "config.json"
+    settings: JsonDict = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else llm.model.config.to_dict()
+    )
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # the only name that transformers 4 knows
+        settings.setdefault("rope_theta", rope["rope_theta"])
+    return settings
+
+
+def write_settings(
+    config: ExportConfig, tower: VisionTower, checkpoint: Checkpoint, llm: LanguageModel, out: Path
+) -> None:
+    """config.json, generation_config.json and processor_config.json."""
+    vision = vision_settings(tower.network, config.vision)
+    text = text_settings(llm, config.llm)
+    for settings in (vision, text):
+        settings.pop("dtype", None)
+        settings["torch_dtype"] = config.dtype  # read by old and new versions
+    token = image_token(llm)
+    model = {
+        "architectures": ["LlavaAlignForConditionalGeneration"],
+        "auto_map": AUTO_MAP,
+        "model_type": "llava_align",
+        "torch_dtype": config.dtype,
+        "transformers_version": transformers.__version__,
+        "tie_word_embeddings": llm.head is llm.embedding.weight,
+        "image_token_id": token,
+        "layer": tower.encoder["layer"],
+        "projector": checkpoint.projector.config,
+        "vision_config": vision,
+        "text_config": text,
+    }
+    ends, pad = sorted(llm.eos_ids), llm.tokenizer.pad_token_id
+    generation = {
+        "do_sample": False,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "eos_token_id": ends,
+        "pad_token_id": ends[0] if pad is None else pad,
+    }
+    preprocess = dataclasses.asdict(tower.preprocess)
+    processor = {
+        "auto_map": {"AutoProcessor": "processing_llava_align.LlavaAlignProcessor"},
+        "processor_class": "LlavaAlignProcessor",
+        "image_token_id": token,
+        "visual_tokens": checkpoint.projector.tokens_out(tower.tokens),
+        "preprocess": {name: preprocess[name] for name in PREPROCESS},
+    }
+    write_json(out / "config.json", model)
+    write_json(out / "generation_config.json", generation)
+    write_json(out / "processor_config.json", processor)
+
+
+def image_token(llm: LanguageModel) -> int:
+    """The token that stands for visual ones in `input_ids`: one that text does not use, if there is any.
+
+    The first ones of a row are meant whatever the text says, so it need not be reserved.
+    """
+    rows = len(llm.embedding.weight)
+    return len(llm.tokenizer) if len(llm.tokenizer) < rows else rows - 1
+
+
+def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
+    """The tokenizer's files as they are; those of a GGUF file are made."""
+    if (folder / "tokenizer_config.json").exists():
+        for name in TOKENIZER_FILES:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, out / name)
+    else:
+        tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if (
+        settings.get("tokenizer_class") == "TokenizersBackend"
+    ):  # what transformers 4 does not know by that name
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, settings)
+
+
+def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
+    """Copy the models' licence files as LICENSE-vision and LICENSE-llm; their names."""
+    copied = []
+    for part, folder in folders.items():
+        for path in sorted(folder.glob("LICENSE*"))[:1]:
+            shutil.copyfile(path, out / f"LICENSE-{part}")
+            copied.append(f"LICENSE-{part}")
+    return copied
+
+
+def write_json(path: Path, content: JsonDict) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""`llava export`: what transformers alone says of a picture is what `infer` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from infer.config import AskConfig
+from infer.engine import Engine, open_engine
+from infer.session import Session
+from llava.config import MODELS, ExportConfig
+from llava.export import run as export_run
+from llava_core.checkpoint import Provenance, save_checkpoint
+from llava_core.errors import LlavaError
+from llava_core.language import load_language_model
+from llava_core.projector import build_projector, match_scale
+from llava_core.sampling import Sampling
+from llava_core.vision import open_vision_tower
+from tests.e2e.commands import ROOT, run
+from tests.exported import QUESTIONS
+from tests.small_models import LLAMA_TEMPLATE, write_language_model
+from tests.small_vision import VISION, write_vision_folder
+
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"image_size": 28, "patch_size": 7}
+
+
+def write_pictures(folder: Path) -> list[Path]:
+    """A JPEG that is decoded small, one that lies on its side, and a PNG with holes."""
+    torch.manual_seed(0)
+    noise = torch.randint(256, (3, 9, 12, 4), dtype=torch.uint8).numpy()
+    paths = [folder / name for name in ("large.jpg", "turned.jpg", "holes.png")]
+    large, turned, holes = (Image.fromarray(each).resize((640, 480)) for each in noise)
+    large.convert("RGB").save(paths[0], quality=90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.convert("RGB").save(paths[1], exif=exif)
+    holes.save(paths[2])
+    return paths
+
+
+def write_hugging_face(folder: Path, model: Any, **preprocess: Any) -> Path:
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocess))
+    return folder
+
+
+def write_checkpoint(
+    folder: Path,
+    vision: Path,
+    llm_folder: Path,
+    kind: str,
+    visual_tokens: str,
+    layer: int | None,
+    decode: str,
+) -> ExportConfig:
+    """A random projector between them, at the scale of the model's words."""
+    tower = open_vision_tower(vision, layer=layer, decode=decode)
+    llm = load_language_model(llm_folder)
+    torch.manual_seed(1)
+    projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
+    match_scale(projector, torch.randn(4, tower.tokens, tower.width), llm.embedding_rms)
+    provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), llm.identity)
+    save_checkpoint(folder, projector, provenance, {"lr": 0.1}, {"eval_loss": 1.25}, {})
+    return ExportConfig(checkpoint=folder, vision=vision, llm=llm_folder, out=folder.with_name("exported"))
+
+
+def talk_elsewhere(folder: Path, pictures: list[Path]) -> dict[str, Any]:
+    """tests/exported.py in a process that knows installed packages, but not this project."""
+    # -S leaves out the .pth file that makes this project importable.
+    subprocess.run(
+        [sys.executable, "-S", ROOT / "tests/exported.py", folder, *pictures],
+        cwd=folder.parent,
+        env={
+            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            # Another folder of packages tries another transformers.
+            "PYTHONPATH": os.environ.get("EXPORT_PACKAGES", sysconfig.get_path("purelib")),
+            "HF_MODULES_CACHE": str(folder.with_name("modules")),
+            "OMP_NUM_THREADS": "1",
+        },
+        check=True,
+        timeout=240,
+    )
+    result: dict[str, Any] = torch.load(f"{folder}.pt", weights_only=True)
+    return result
+
+
+def opened(config: ExportConfig) -> Engine:
+    models = {name: getattr(config, name) for name in ("checkpoint", "vision", "llm")}
+    return open_engine(AskConfig(**models, image=("",), device="cpu"))
+
+
+@torch.inference_mode()
+def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
+    theirs = talk_elsewhere(config.out, pictures)
+    engine = opened(config)
+    decoded = [engine.decode(path.read_bytes()) for path in pictures]
+    pixels = torch.stack([torch.as_tensor(each.pixels) for each in decoded])
+    assert torch.equal(theirs["pixels"], engine.tower.preprocess.normalise(pixels))
+    assert theirs["same"]
+    assert theirs["untouched"]
+
+    ids = engine.conversation.prompt([{"role": "user", "content": QUESTIONS[0]}])
+    text = engine.embed(ids).expand(len(pictures), -1, -1)
+    logits = engine.llm.model(inputs_embeds=torch.cat([engine.look(decoded), text], dim=1)).logits
+    torch.testing.assert_close(theirs["logits"], logits, rtol=1e-4, atol=1e-4)
+    assert (theirs["rounded"] - logits).abs().max() < 0.2 * logits.abs().max()
+
+    session = Session(engine, Sampling(max_tokens=12))
+    said: list[str] = []
+    for path in reversed(pictures):
+        session.show(str(path))
+        said.insert(0, "".join(session.ask(QUESTIONS[0])))
+    assert len(set(said)) > 1
+    second = "".join(session.ask(QUESTIONS[1]))
+    assert theirs["alone"] == theirs["batch"] == theirs["again"] == said
+    assert theirs["second"] == second
+    assert theirs["unlike"] == [second, said[1]]
+    session.begin(session.nothing())
+    assert theirs["text"] == "".join(session.ask(QUESTIONS[0]))
+    return theirs
+
+
+def test_chinese_clip_and_qwen3(tmp_path: Path) -> None:
+    """ModelScope's layout, a JPEG decoded small, through the command; the folder says what it is."""
+    vision = write_vision_folder(tmp_path / "clip", vision={**VISION, "vision_patch_size": 8})
+    llm = write_language_model(tmp_path / "qwen")
+    (llm / "LICENSE").write_text("as you like")
+    config = write_checkpoint(tmp_path / "c", vision, llm, "mlp", "shuffle", None, "draft")
+    flags = ("--checkpoint", tmp_path / "c", "--vision", vision, "--llm", llm, "--out", config.out)
+    planned = run("llava", "export", *flags, "--dry-run", "--json").summary
+    assert not config.out.exists()
+    assert run("llava", "export", *flags, "--json").summary["bytes"] == planned["bytes"]
+    weights = load_file(config.out / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in weights.values()) == planned["bytes"]
+    assert "language_model.lm_head.weight" not in weights
+    assert (config.out / "LICENSE-llm").read_text() == "as you like"
+    card = (config.out / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: image-text-to-text\nbase_model:\n- clip\n- qwen\n" in card
+    assert "| eval_loss | 1.25 |" in card
+    assert str(tmp_path) not in "".join(path.read_text() for path in config.out.glob("*.json"))
+    equals_infer(config, write_pictures(tmp_path))
+    assert "exists; expected a new or empty folder" in run("llava", "export", *flags, code=1).one_line()
+
+
+def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = write_hugging_face(
+        tmp_path / "vision",
+        CLIPVisionModel(CLIPVisionConfig(**SIZES)),
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        do_center_crop=True,
+    )
+    llm = write_language_model(tmp_path / "llm", "llama", template=LLAMA_TEMPLATE)
+    config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "pool", None, "exact")
+    config.out.mkdir()
+    export_run(config)
+    equals_infer(config, write_pictures(tmp_path))
+    assert not config.out.with_name("exported.part").exists()
+
+
+def test_siglip_at_an_earlier_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SiglipVisionModel(SiglipVisionConfig(**SIZES))
+    vision = write_hugging_face(tmp_path / "vision", model, size={"height": 28, "width": 28}, resample=3)
+    llm = write_language_model(tmp_path / "llm")
+    config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", -2, "draft")
+    export_run(config)
+    equals_infer(config, write_pictures(tmp_path))
+
+
+def test_the_demo_s_models_in_half_the_space(tmp_path: Path) -> None:
+    vision, llm = (MODELS / name for name in ("vision", "llm"))
+    config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
+    export_run(config)
+    equals_infer(config, write_pictures(tmp_path))
+    half = dataclasses.replace(config, out=tmp_path / "half", dtype="bfloat16", dry_run=True)
+    whole = dataclasses.replace(half, dtype="float32")
+    assert export_run(half)["bytes"] < 0.6 * export_run(whole)["bytes"]
+
+
+def test_what_does_not_belong_together(tmp_path: Path) -> None:
+    vision, llm = write_vision_folder(tmp_path / "clip"), write_language_model(tmp_path / "llm")
+    config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
+    other = write_language_model(tmp_path / "other", seed=1)
+    with pytest.raises(LlavaError, match="trained for another language model"):
+        export_run(dataclasses.replace(config, llm=other))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "clip", "llm", "other"]
