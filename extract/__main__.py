@@ -6,8 +6,8 @@ from extract.config import BenchConfig, ExamplesConfig, InspectConfig, RetryConf
 from llava_core import cli
 
 COMMANDS = {
-    "run": cli.Command(RunConfig, "extract.run:run"),
-    "retry-failed": cli.Command(RetryConfig, "extract.run:retry_failed"),
+    "run": cli.Command(RunConfig, "extract.run:run", continues=True),
+    "retry-failed": cli.Command(RetryConfig, "extract.run:retry_failed", continues=True),
     "verify": cli.Command(VerifyConfig, "extract.verify:run"),
     "inspect": cli.Command(InspectConfig, "extract.inspect:run"),
     "examples": cli.Command(ExamplesConfig, "extract.examples:run"),

@@ -8,7 +8,7 @@ from llava_core import cli
 COMMANDS = {
     "ask": cli.Command(AskConfig, "infer.ask:run"),
     "chat": cli.Command(ChatConfig, "infer.chat:run"),
-    "batch": cli.Command(BatchConfig, "infer.batch:run"),
+    "batch": cli.Command(BatchConfig, "infer.batch:run", continues=True),
     "serve": cli.Command(ServeConfig, "infer.serve:run"),
     "score": cli.Command(ScoreConfig, "infer.score:run"),
     "lens": cli.Command(LensConfig, "infer.lens:run"),

@@ -21,10 +21,10 @@ COMMANDS = {
     "match": cli.Command(MatchConfig, "llava.match:run"),
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
     "import": cli.Command(ImportConfig, "llava.imported:run"),
-    "push": cli.Command(PushConfig, "llava.push:run"),
+    "push": cli.Command(PushConfig, "llava.push:run", continues=True),
     "export": cli.Command(ExportConfig, "llava.export:run"),
     "doctor": cli.Command(DoctorConfig, "llava.doctor:run"),
-    "download": cli.Command(DownloadConfig, "llava.download:run"),
+    "download": cli.Command(DownloadConfig, "llava.download:run", continues=True),
 }
 
 

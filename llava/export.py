@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 
 from llava.config import ExportConfig
-from llava.export_card import model_card
 from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.chinese_clip import ChineseClip, VisionTransformer
 from llava_core.console import human_bytes, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
+from llava_core.model_card import model_card
+from llava_core.projector import parameter_count
 from llava_core.vision import VisionTower, open_vision_tower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
@@ -82,8 +83,7 @@ def run(config: ExportConfig) -> JsonDict:
     write_tokenizer(llm.tokenizer, config.llm, partial)
     write_settings(config, tower, checkpoint, llm, partial)
     licences = copy_licences({"vision": config.vision, "llm": config.llm}, partial)
-    card = model_card(checkpoint, config.dtype, licences)
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    (partial / "README.md").write_text(card(checkpoint, config.dtype, licences), encoding="utf-8")
     if config.out.exists():
         config.out.rmdir()
     partial.rename(config.out)
@@ -255,6 +255,22 @@ def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
             shutil.copyfile(path, out / f"LICENSE-{part}")
             copied.append(f"LICENSE-{part}")
     return copied
+
+
+def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
+    """README.md of the folder."""
+    terms = f"see {' and '.join(licences)}" if licences else "not found beside them: ask their publishers"
+    return model_card(
+        {**dataclasses.asdict(checkpoint.provenance), "projector": checkpoint.projector.config},
+        checkpoint.training,
+        checkpoint.metrics,
+        parameter_count(checkpoint.projector),
+        usage=Path(__file__).with_name("export_card.md").read_text(encoding="utf-8"),
+        beside=f"Encoder and language model are in this folder too, in {dtype}; the projector is in float32.\n"
+        f"Licences of the two: {terms}.",
+        library="transformers",
+        tags=("custom_code",),
+    )
 
 
 def write_json(path: Path, content: JsonDict) -> None:

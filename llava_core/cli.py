@@ -53,6 +53,8 @@ class Command:
     target: str
     recipes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Values of several flags by the name that `--recipe` gives them."""
+    continues: bool = False
+    """Whether the same command goes on where an interrupted one stopped."""
 
 
 def main(
@@ -63,13 +65,15 @@ def main(
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text in another encoding ends no command
             stream.reconfigure(errors="replace")
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(prog, description, commands, list(sys.argv[1:] if argv is None else argv))
+        code = _run(prog, description, commands, argv)
     except LlavaError as error:
         say(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
-        say("interrupted; the same command continues where it stopped")
+        continues = bool(argv) and argv[0] in commands and commands[argv[0]].continues
+        say("interrupted; the same command continues where it stopped" if continues else "interrupted")
         code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The model card: README.md of a projector, for people and for the two hubs.
+"""The model card: README.md of a projector, or of a whole model around one, for people and for the two hubs.
 
 Its header holds the keys of Hugging Face (https://huggingface.co/docs/hub/model-cards) and, beside them,
 those of ModelScope: frameworks, tasks, domain. What only its owner knows, such as the licence, `llava push`
@@ -8,6 +8,7 @@ adds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -20,7 +21,10 @@ ASK = """\
 Ask it about a picture, in the folder of this file:
 
     python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt 请描述这张图片。
+
+`training_config.yaml` holds the flags it was trained with.
 """
+BESIDE = "Vision encoder and language model are not part of it."
 
 
 def model_card(
@@ -29,18 +33,21 @@ def model_card(
     metrics: JsonDict,
     parameters: int,
     usage: str = ASK,
+    beside: str = BESIDE,
     library: str = "llava-align",
+    tags: Sequence[str] = ("projector",),
 ) -> str:
     """README.md from what a checkpoint's config.json, training_config.yaml and metrics.json hold.
 
-    `parameters` are the projector's; `usage` is a paragraph of Markdown; `library` is what opens the folder.
+    `parameters` are the projector's; `usage` is Markdown; `beside` says where the two models are; `library`
+    is what opens the folder.
     """
     projector, encoder, language = config["projector"], config["encoder"], config["language_model"]
-    title = f"Projector between {encoder.get('model_id')} and {language['id']}"
+    title = f"{language['id']} sees through {encoder.get('model_id')}"
     header = {
         "library_name": library,
         "pipeline_tag": TASK,
-        "tags": ["llava", "projector", "multimodal"],
+        "tags": ["llava", "multimodal", *tags],
         "frameworks": ["Pytorch"],
         "tasks": [TASK],
         "domain": ["multi-modal"],
@@ -51,7 +58,7 @@ def model_card(
 
 A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {projector["in_width"]} to
 {projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}.
-Vision encoder and language model are not part of it.
+{beside.strip()}
 
 ## Use
 
@@ -65,7 +72,7 @@ Vision encoder and language model are not part of it.
 
 ## Provenance
 
-It is of use beside these two alone; `infer` refuses others.
+It was trained between these two, and is of no use beside others.
 
 | | vision encoder | language model |
 | --- | --- | --- |
@@ -75,7 +82,6 @@ It is of use beside these two alone; `infer` refuses others.
 
 - encoder and preprocessing: fingerprint `{config["fingerprint"]}`, {_layer(encoder)}
 - conversation: {config["conversation"]}
-- flags: `training_config.yaml`
 """
 
 

@@ -12,8 +12,8 @@ from train.config import EvalConfig, PlanConfig, RunConfig, SweepConfig
 from train.recipe import RECIPES
 
 COMMANDS = {
-    "run": cli.Command(RunConfig, "train.run:run", RECIPES),
-    "sweep": cli.Command(SweepConfig, "train.sweep:run", RECIPES),
+    "run": cli.Command(RunConfig, "train.run:run", RECIPES, continues=True),
+    "sweep": cli.Command(SweepConfig, "train.sweep:run", RECIPES, continues=True),
     "plan": cli.Command(PlanConfig, "train.plan:run", RECIPES),
     "eval": cli.Command(EvalConfig, "train.evaluate:run"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import time
 from collections.abc import Sequence
@@ -83,7 +84,9 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the sweep's table holds the same figures
             outcomes = train(configs, shared, watch, names)
-    except (LlavaError, RuntimeError) as error:  # the GPU's memory, among others
+    except (LlavaError, RuntimeError, OSError) as error:  # the GPU's memory, among others
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # no other trial would fare better
+            raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         failed = error if isinstance(error, LlavaError) else LlavaError(first_line(error))

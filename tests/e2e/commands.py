@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,11 @@ def start(*arguments: object, cwd: Path | None = None, **environment: object) ->
 def run(*arguments: object, code: int = 0, cwd: Path | None = None, **environment: object) -> Ended:
     """Run to the end; asserts the exit code."""
     process = start(*arguments, cwd=cwd, **environment)
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return Ended(process.returncode, out, err)
 

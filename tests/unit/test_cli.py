@@ -60,8 +60,8 @@ def target(flags: Flags) -> dict[str, Any]:
 
 RECIPES: dict[str, dict[str, Any]] = {"calm": {"rate": 0.1, "names": ["tea", "cake"]}, "wild": {"rate": 9.0}}
 COMMANDS = {
-    "go": Command(Flags, f"{__name__}:target", RECIPES),
-    "other": Command(Options, f"{__name__}:target"),
+    "go": Command(Flags, f"{__name__}:target", RECIPES, continues=True),
+    "other": Command(Flags, f"{__name__}:target"),
 }
 
 
@@ -86,6 +86,12 @@ def ended(*argv: str) -> int:
 def test_endings(ending: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("--fail", ending) == code
     assert capsys.readouterr().err == line
+
+
+def test_what_does_not_continue_does_not_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main("tool", "A tool.", COMMANDS, ["other", "--fail", "interrupt"])
+    assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
 def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
