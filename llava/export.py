@@ -266,7 +266,7 @@ def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
         checkpoint.metrics,
         parameter_count(checkpoint.projector),
         usage=Path(__file__).with_name("export_card.md").read_text(encoding="utf-8"),
-        beside=f"Encoder and language model are in this folder too, in {dtype}; the projector is in float32.\n"
+        beside=f"Encoder and language model are in this folder, in {dtype}; the projector is in float32.\n"
         f"Licences of the two: {terms}.",
         library="transformers",
         tags=("custom_code",),

@@ -42,6 +42,8 @@ class RunConfig(Options):
     start: Literal["scale", "torch", "captions"] = "scale"
     """The projector before the first step: random at the scale of the model's embeddings, torch's default, or
     solved so that each visual token says what captions say beside such features."""
+    init: Path | None = None
+    """Checkpoint, such as RUN/best or one of `llava import`, whose projector training starts from instead."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """What takes the steps; muon's --lr is the length of a step as a share of the weights', such as 0.1."""
     lr: float = 2e-3

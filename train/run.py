@@ -261,7 +261,7 @@ def require_same_steps(first: RunConfig, other: RunConfig) -> None:
 MEMBER_KEYS = frozenset(
     (
         *("out", "projector", "visual_tokens", "start", "optimizer", "lr", "weight_decay", "warmup"),
-        *("keep", "eval_captions", "json"),
+        *("init", "keep", "eval_captions", "json"),
     )
 )
 """Flags in which runs that train together may differ."""

@@ -1,10 +1,14 @@
-"""Where training starts: the initial projector, at random or solved from captions before the first step."""
+"""Where training starts: a projector at random, solved from captions before the first step, or kept."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from llava_core.checkpoint import load_checkpoint
+from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
 from llava_core.projector import Projector, match_scale
 from train.config import RunConfig
@@ -24,8 +28,10 @@ LOUDNESS = 2.0
 
 
 def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -> Projector:
-    """The projector before the first step, on the language model's device, as --start says."""
+    """The projector before the first step, on the language model's device, as --init or --start says."""
     torch.manual_seed(config.seed)
+    if config.init is not None:
+        return kept_projector(config.init, config, samples, llm).to(llm.device)
     projector = projector_of(config, samples.shards[0], llm.hidden)
     if config.start == "scale":
         some = samples.read(range(min(SCALE_SAMPLES, len(samples))))
@@ -34,6 +40,22 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
     if config.start == "captions":
         solve_captions(projector, samples, llm)
     return projector
+
+
+def kept_projector(folder: Path, config: RunConfig, samples: Samples, llm: LanguageModel) -> Projector:
+    """A checkpoint's. Raises LlavaError if it belongs to other models, or is not what the flags ask for."""
+    checkpoint, shard = load_checkpoint(folder), samples.shards[0]
+    checkpoint.provenance.require_encoder(shard.fingerprint, shard.encoder, shard.preprocess)
+    checkpoint.provenance.require_language_model(llm.identity)
+    kept, wanted = checkpoint.projector.config, projector_of(config, shard, llm.hidden).config
+    if kept != wanted:
+        raise LlavaError(
+            f"--init {folder} holds another projector",
+            expected=f"{wanted['kind']}, visual tokens {wanted['visual_tokens']}",
+            got=f"{kept['kind']}, visual tokens {kept['visual_tokens']}",
+            do=f"give --projector {kept['kind']} --visual-tokens {kept['visual_tokens']}",
+        )
+    return checkpoint.projector.train().requires_grad_()
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.conversation import Conversation
+from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from llava_core.shards import open_shards
@@ -104,3 +106,34 @@ def test_the_default_start_has_the_scale_of_the_embeddings(samples: Samples, llm
     with torch.no_grad():
         projected = projector(samples.read(range(len(samples))).float())
     assert projected.pow(2).mean().sqrt().item() == pytest.approx(llm.embedding_rms, rel=1e-4)
+
+
+def test_a_kept_projector_goes_on(llm: LanguageModel, samples: Samples, tmp_path: Path) -> None:
+    shard = samples.shards[0]
+    provenance = Provenance(shard.fingerprint, shard.encoder, shard.preprocess, llm.identity)
+    kept = build_projector("mlp", WIDTH, llm.hidden)
+    save_checkpoint(tmp_path / "kept", kept, provenance, {}, {}, state=None)
+    features = samples.read(range(3)).float()
+    projector = start.initial_projector(config(init=tmp_path / "kept", projector="mlp"), samples, llm)
+    assert torch.equal(projector(features), kept(features))
+    assert all(parameter.requires_grad for parameter in projector.parameters())
+    with pytest.raises(
+        LlavaError, match="got mlp, visual tokens all; give --projector mlp --visual-tokens all"
+    ):
+        start.initial_projector(config(init=tmp_path / "kept"), samples, llm)
+
+
+def test_a_kept_projector_of_other_models_is_refused(
+    llm: LanguageModel, samples: Samples, tmp_path: Path
+) -> None:
+    shard = samples.shards[0]
+    identity = {**llm.identity, "weights_sha256": "0" * 64}
+    for name, fingerprint, model in (
+        ("encoder", "f" * 64, llm.identity),
+        ("llm", shard.fingerprint, identity),
+    ):
+        provenance = Provenance(fingerprint, shard.encoder, {**shard.preprocess, "size": 1}, model)
+        kept = build_projector("linear", WIDTH, llm.hidden)
+        save_checkpoint(tmp_path / name, kept, provenance, {}, {}, state=None)
+        with pytest.raises(LlavaError, match="this projector was trained"):
+            start.initial_projector(config(init=tmp_path / name), samples, llm)
