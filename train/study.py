@@ -1,8 +1,4 @@
-"""The trials of a sweep, in an Optuna journal that every process working on it reads and writes.
-
-sweep.yaml        what is varied, and the flags that all trials share
-study.journal     the trials: their values, held-out losses, and how they ended
-trials/0003/      one run each (train.runfolder)
+"""The trials of a sweep: which to take next, and how each ended.
 
 Optuna's own grid sampler may hand one point to two processes. So a trial is claimed here, with `study.lock`
 held: first one that nobody works on any more, then a point that nobody has tried. A process keeps the lock of
@@ -11,29 +7,23 @@ a trial's folder for as long as it works on it, and the kernel drops that lock w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 import random
 import statistics
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import optuna
-import yaml
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
-from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import Held, Lock
 from train.config import SweepConfig
 from train.space import Point, Space, words
+from train.sweepfolder import Turn, open_journal, quiet, require_same
 
 MOST_DEATHS = 3
 """Processes that may die over one trial, without a checkpoint between, before it counts as the cause."""
@@ -63,28 +53,6 @@ class Record:
     """Why it failed."""
 
 
-class Turn(JournalFileOpenLock):
-    """Waits until no other process holds the file's lock; Optuna's own outlives a process that is killed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self.path = path
-
-    def acquire(self) -> bool:
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        os.close(self.descriptor)
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 class Study:
     """Raises LlavaError if the folder holds a sweep of another space, or with other flags."""
 
@@ -93,21 +61,15 @@ class Study:
         optuna.logging.disable_default_handler()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.turn = Turn(self.folder / "study.lock")
-        journal = self.folder / "study.journal"
-        with self.turn, _quiet():
-            self._require_same({"space": space.plain(), "flags": shared_flags})
-            with Turn(self.folder / "journal.lock"):
-                _cut_torn_line(journal)
-            backend = JournalFileBackend(str(journal), lock_obj=Turn(self.folder / "journal.lock"))
-            self.study = optuna.create_study(
-                storage=JournalStorage(backend), study_name="sweep", load_if_exists=True
-            )
+        with self.turn, quiet():
+            require_same(self.folder, {"space": space.plain(), "flags": shared_flags})
+            self.study = open_journal(self.folder)
         self.prunes = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
 
     def claim(self, most: int, alike: Callable[[Point], object]) -> list[Claim]:
         """Up to `most` trials that nobody works on, `alike` if there is a choice; none if all are taken."""
         claims: list[Claim] = []
-        with self.turn, _quiet():
+        with self.turn, quiet():
             for found in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if len(claims) < most and (claim := self._claimed(found)):
                     claims.append(claim)
@@ -125,7 +87,7 @@ class Study:
 
     def records(self) -> list[Record]:
         """Every trial so far, in the order in which they began; call it while holding `turn`."""
-        with _quiet():
+        with quiet():
             return [self._record(found) for found in self._latest() if found.state != TrialState.WAITING]
 
     def left(self) -> int:
@@ -135,7 +97,7 @@ class Study:
 
     def retry_failed(self) -> int:
         """Let the trials that failed go on where they stood, by who claims them next; returns how many."""
-        with self.turn, _quiet():
+        with self.turn, quiet():
             failed = [found for found in self._latest() if found.state == TrialState.FAIL]
             for found in failed:
                 known = {"number": _number(found), "seconds": found.user_attrs.get("seconds", 0.0)}
@@ -264,27 +226,6 @@ class Study:
             known.get("error"),
         )
 
-    def _require_same(self, contents: JsonDict) -> None:
-        path = self.folder / "sweep.yaml"
-        if not path.exists():
-            if (self.folder / "training_config.yaml").exists():
-                raise LlavaError(f"{self.folder} holds a run", do="choose another --out")
-            partial = path.with_name("sweep.yaml.part")
-            partial.write_text(yaml.safe_dump(contents, allow_unicode=True, sort_keys=False), "utf-8")
-            partial.replace(path)
-            return
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for part, prefix in (("space", "--space "), ("flags", "--")):
-            for key in {**before[part], **contents[part]}:
-                old, new = before[part].get(key), contents[part].get(key)
-                if old != new:
-                    raise LlavaError(
-                        f"{self.folder} holds a sweep with another {prefix}{key.replace('_', '-')}",
-                        expected=old,
-                        got=new,
-                        do="choose another --out: what is drawn next, and the table, are of one space",
-                    )
-
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -304,7 +245,7 @@ class Claim:
 
     def goes_on(self, step: int, loss: float) -> bool:
         """Note an evaluation; False if the trial is to be pruned."""
-        with _quiet():
+        with quiet():
             self.trial.report(loss, step)
             self.alive()
             return not (self.study.prunes and self.study.hopeless(self.trial.number))
@@ -326,13 +267,13 @@ class Claim:
             return
         self.trial.set_user_attr("summary", summary)
         pruned = "pruned" in summary
-        with _quiet():
+        with quiet():
             self.trial.report(loss, summary["eval_step"])
             state = TrialState.PRUNED if pruned else TrialState.COMPLETE
             self.study.study.tell(self.trial, None if pruned else loss, state=state)
 
     def failed(self, error: str) -> None:
-        with _quiet():
+        with quiet():
             self.trial.set_user_attr("error", error)
             self.study.study.tell(self.trial, state=TrialState.FAIL)
 
@@ -357,19 +298,3 @@ def _is_locked(what: Path) -> bool:
             return False
     except Held:
         return True
-
-
-def _cut_torn_line(journal: Path) -> None:
-    """Drop the end of a line that a machine which lost its power left unfinished."""
-    with contextlib.suppress(FileNotFoundError), journal.open("rb+") as file:
-        text = file.read()
-        if not text.endswith(b"\n"):
-            file.truncate(text.rfind(b"\n") + 1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna warns of what is meant here, such as a report that is repeated after a resume."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -12,7 +12,8 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
 from train.space import Point, Space
-from train.study import MOST_DEATHS, Claim, Study, Turn
+from train.study import MOST_DEATHS, Claim, Study
+from train.sweepfolder import Turn
 
 
 def study(out: Path, *space: str, flags: JsonDict | None = None, **given: object) -> Study:

@@ -1,0 +1,93 @@
+"""The folder of a sweep, as every process that works on it reads and writes it.
+
+sweep.yaml        what is varied, and the flags that all trials share
+study.journal     the trials: their values, held-out losses, and how they ended (Optuna's format)
+trials/0003/      one run each (train.runfolder)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+
+
+class Turn(JournalFileOpenLock):
+    """Waits until no other process holds the file's lock; Optuna's own outlives a process that is killed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+    def acquire(self) -> bool:
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def open_journal(folder: Path) -> optuna.Study:
+    """Call it while holding `study.lock`."""
+    journal = folder / "study.journal"
+    with Turn(folder / "journal.lock"):
+        _cut_torn_line(journal)
+    backend = JournalFileBackend(str(journal), lock_obj=Turn(folder / "journal.lock"))
+    return optuna.create_study(storage=JournalStorage(backend), study_name="sweep", load_if_exists=True)
+
+
+def require_same(folder: Path, contents: JsonDict) -> None:
+    """Keep what is varied and what all trials share, or raise LlavaError if the folder's sweep has others."""
+    path = folder / "sweep.yaml"
+    if not path.exists():
+        if (folder / "training_config.yaml").exists():
+            raise LlavaError(f"{folder} holds a run", do="choose another --out")
+        partial = path.with_name("sweep.yaml.part")
+        partial.write_text(yaml.safe_dump(contents, allow_unicode=True, sort_keys=False), "utf-8")
+        partial.replace(path)
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for part, prefix in (("space", "--space "), ("flags", "--")):
+        for key in {**before[part], **contents[part]}:
+            old, new = before[part].get(key), contents[part].get(key)
+            if old != new:
+                raise LlavaError(
+                    f"{folder} holds a sweep with another {prefix}{key.replace('_', '-')}",
+                    expected=old,
+                    got=new,
+                    do="choose another --out: what is drawn next, and the table, are of one space",
+                )
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Drop the end of a line that a machine which lost its power left unfinished."""
+    with contextlib.suppress(FileNotFoundError), journal.open("rb+") as file:
+        text = file.read()
+        if not text.endswith(b"\n"):
+            file.truncate(text.rfind(b"\n") + 1)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna warns of what is meant here, such as a report that is repeated after a resume."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
