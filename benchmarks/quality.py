@@ -84,8 +84,7 @@ ROWS = (
     Row("fast, whitened, 1/5", 5, FAST, whiten=True),
     Row("fast, loudness 1, 1/5", 5, FAST, loudness=1.0),
     Row("fast, momentum 0.95, 1/5", 5, FAST, momentum=0.95),
-    Row("fast, lr 0.05", 1, {**FAST, "lr": 0.05}),
-    Row("fast, lr 0.05, 1/5", 5, {**FAST, "lr": 0.05}),
+    Row("fast, lr 0.1, 1/5", 5, {**FAST, "lr": 0.1}),
     Row("fast, short first, 1/5", 5, FAST, short_first=True),
     Row("fast, batch 8, 2/5", 5, {**FAST, "batch_size": 8}),
     Row("fast, batch 32, 1/10", 5, {**FAST, "batch_size": 32}),
@@ -93,6 +92,7 @@ ROWS = (
     Row("fast, batch 32 to 8, 1/5", 5, FAST, batches=(32, 8)),
     Row("mlp, course", 1, {**COURSE, "projector": "mlp"}),
     Row("mlp, fast, 1/5", 5, {**FAST, "projector": "mlp"}),
+    Row("mlp, fast, 1/4", 4, {**FAST, "projector": "mlp"}),
     Row("pool, course", 1, {**COURSE, "visual_tokens": "pool"}),
     Row("pool, fast, 1/5", 5, {**FAST, "visual_tokens": "pool"}),
 )

@@ -45,7 +45,7 @@ class RunConfig(Options):
     init: Path | None = None
     """Checkpoint, such as RUN/best or one of `llava import`, whose projector training starts from instead."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """What takes the steps; muon's --lr is the length of a step as a share of the weights', such as 0.1."""
+    """What takes the steps; muon's --lr is the length of a step as a share of the weights', such as 0.05."""
     lr: float = 2e-3
     """Peak learning rate."""
     weight_decay: float = 0.0

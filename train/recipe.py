@@ -14,7 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "epochs": 1,
     },
-    "fast": {"start": "captions", "optimizer": "muon", "lr": 0.1, "warmup": 0.03, "batch_size": 16},
+    "fast": {"start": "captions", "optimizer": "muon", "lr": 0.05, "warmup": 0.03, "batch_size": 16},
 }
 """course: what the course project trains with. fast: its held-out loss in a fifth of the steps
 (benchmarks/RESULTS.md, Time to quality); give it `--max-steps`."""
