@@ -70,7 +70,7 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     require_same(shards[0].path, shards[0], tower)
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
-    say(f"{sum(counts.values()):,} failed rows in {len(todo)} of {len(shards)} shards to try again")
+    say(f"{counted(sum(counts.values()), 'failed row')} in {len(todo)} of {len(shards)} shards to try again")
     sources = sources_of(todo, config.data, config.images)
     opened = [
         functools.partial(_reopen, shard, chosen, source) for shard, source in zip(todo, sources, strict=True)

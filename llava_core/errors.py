@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 
@@ -46,4 +47,4 @@ def first_line(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """What was wrong at the bottom of it: requests tells the whole story of a failed connection."""
     text = first_line(error)
-    return text.rsplit(": ", 1)[-1].strip("'\")") if "(Caused by " in text else text
+    return re.sub(r"['\"]\)+$", "", text.rsplit(": ", 1)[-1]) if "(Caused by " in text else text

@@ -242,8 +242,9 @@ class Trainer:
                 self.end(key, member.finish(outcome))
                 if outcome:
                     say(outcome_line(outcome))
-                figures = member.figures.items()
-                print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in figures if v is not None]))
+                figures = {k: v for k, v in member.figures.items() if v is not None}
+                if figures:
+                    print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in figures.items()]))
 
 
 def require_same_steps(first: RunConfig, other: RunConfig) -> None:

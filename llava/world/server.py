@@ -59,9 +59,11 @@ def _app(pictures: Path) -> web.Application:
     async def slow(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})
         await response.prepare(request)
-        while True:  # a byte at a time keeps every read alive; only a deadline ends it
-            await response.write(b"\xff")
-            await asyncio.sleep(0.2)
+        with contextlib.suppress(ConnectionError):  # of whoever has waited long enough
+            while True:  # a byte at a time keeps every read alive; only a deadline ends it
+                await response.write(b"\xff")
+                await asyncio.sleep(0.2)
+        return response
 
     async def page(request: web.Request) -> web.Response:
         return web.Response(text="<html>moved</html>", content_type="text/html")

@@ -15,7 +15,7 @@ import tyro
 
 from llava_core import cli
 from llava_core.cli import Command, Options
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, reason
 from tests.e2e.commands import ROOT, run
 
 
@@ -92,6 +92,28 @@ def test_what_does_not_continue_does_not_say_so(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as left:
         cli.main("tool", "A tool.", COMMANDS, ["other", "--fail", "interrupt"])
     assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("story", "bottom"),
+    [
+        (
+            "HTTPSConnectionPool(host='h', port=443): Max retries exceeded with url: /x (Caused by "
+            "NameResolutionError(\"HTTPSConnection(host='h', port=443): Failed to resolve 'h' "
+            '([Errno -2] Name or service not known)"))',
+            "Failed to resolve 'h' ([Errno -2] Name or service not known)",
+        ),
+        (
+            "HTTPConnectionPool(host='h', port=9): Max retries exceeded with url: /x (Caused by "
+            "NewConnectionError('<HTTPConnection at 0x1>: Failed to establish a new connection: "
+            "[Errno 111] Connection refused'))",
+            "[Errno 111] Connection refused",
+        ),
+        ("not whole: 3 bytes (of 4)", "not whole: 3 bytes (of 4)"),
+    ],
+)
+def test_the_reason_at_the_bottom_is_whole(story: str, bottom: str) -> None:
+    assert reason(OSError(story)) == bottom
 
 
 def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,7 +225,7 @@ def issues(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ["cache.md", "cache.zh-CN.md"])
 def test_the_six_lines_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = Shard(write_shard(tmp_path / "features/train-00000.h5", failed=[0]))
+    shard = Shard(write_shard(tmp_path / "features/train/train-00000.h5", failed=[0]))
     monkeypatch.chdir(tmp_path)
     (example,) = fenced(page(name), "python")
     out = io.StringIO()

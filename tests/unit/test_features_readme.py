@@ -18,7 +18,7 @@ DOCUMENT = (Path(__file__).parents[2] / "features/README.md").read_text(encoding
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = Shard(write_shard(tmp_path / "features/train-00000.h5", failed=[0]))
+    shard = Shard(write_shard(tmp_path / "features/train/train-00000.h5", failed=[0]))
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
     out = io.StringIO()
