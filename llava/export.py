@@ -36,6 +36,8 @@ AUTO_MAP = {
 MAX_NEW_TOKENS = 256
 """Of an answer, unless `generate` is told otherwise; as `infer`."""
 PREPROCESS = ("size", "mean", "std", "filter", "crop", "decode")
+LEFT_OUT = ("dtype", "_name_or_path", "quantization_config")
+"""Of published configurations: the folder has weights of its own, none of them quantised, and no old path."""
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -82,6 +84,8 @@ def run(config: ExportConfig) -> JsonDict:
         shutil.copyfile(Path(__file__).parent / name, partial / name)
     write_tokenizer(llm.tokenizer, config.llm, partial)
     write_settings(config, tower, checkpoint, llm, partial)
+    for path in partial.glob("*.safetensors"):  # which are written for their owner's eyes alone
+        shutil.copymode(partial / "config.json", path)
     licences = copy_licences({"vision": config.vision, "llm": config.llm}, partial)
     (partial / "README.md").write_text(card(checkpoint, config.dtype, licences), encoding="utf-8")
     if config.out.exists():
@@ -185,7 +189,8 @@ def write_settings(
     vision = vision_settings(tower.network, config.vision)
     text = text_settings(llm, config.llm)
     for settings in (vision, text):
-        settings.pop("dtype", None)
+        for name in LEFT_OUT:
+            settings.pop(name, None)
         settings["torch_dtype"] = config.dtype  # read by old and new versions
     token = image_token(llm)
     model = {

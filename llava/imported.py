@@ -80,6 +80,7 @@ def run(config: ImportConfig) -> JsonDict:
     tensors = read_tensors(config.file)
     project = project_of(tensors)
     kind, weights = find_projector(tensors)
+    require_numbers(config.file, weights)
     layer = project.layer if config.layer == "auto" else None if config.layer == "norm" else config.layer
     visual_tokens = project.visual_tokens if config.visual_tokens == "auto" else config.visual_tokens
     tower = open_vision_tower(config.vision, layer=layer, decode=config.decode)
@@ -138,7 +139,7 @@ def read_tensors(path: Path) -> Tensors:
         raise LlavaError(
             f"cannot read {path}",
             expected="a state dict saved with torch.save, or safetensors",
-            got=first_line(error),
+            got=type(error).__name__ if "weights_only" in str(error) else first_line(error),
             do="save projector.state_dict(), not the module",
         ) from None
     while isinstance(loaded, Mapping):
@@ -154,6 +155,12 @@ def read_tensors(path: Path) -> Tensors:
     if not tensors:
         raise LlavaError(f"{path} holds no weights", expected="a state dict", got=type(loaded).__name__)
     return tensors
+
+
+def require_numbers(path: Path, weights: Tensors) -> None:
+    """Raise LlavaError if a weight is not finite, as after a run that diverged."""
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise LlavaError(f"{path} is of no use", expected="finite weights", got=f"nan or inf in {bad[0]}")
 
 
 def project_of(tensors: Tensors) -> Project:

@@ -102,6 +102,7 @@ def save_checkpoint(
     }
     save_file(weights, partial / "model.safetensors")
     _write(partial / "config.json", json.dumps(config, ensure_ascii=False, indent=2))
+    shutil.copymode(partial / "config.json", partial / "model.safetensors")  # written for its owner alone
     _write(partial / "training_config.yaml", yaml.safe_dump(training, allow_unicode=True, sort_keys=False))
     _write(partial / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=2))
     _write(partial / "README.md", model_card(config, training, metrics, parameter_count(projector)))

@@ -22,7 +22,8 @@ from infer.engine import Engine, open_engine
 from infer.session import Session
 from llava.config import MODELS, ExportConfig
 from llava.export import run as export_run
-from llava_core.checkpoint import Provenance, save_checkpoint
+from llava.export import write_settings
+from llava_core.checkpoint import Provenance, load_checkpoint, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector, match_scale
@@ -146,6 +147,7 @@ def test_chinese_clip_and_qwen3(tmp_path: Path) -> None:
     weights = load_file(config.out / "model.safetensors")
     assert sum(tensor.nbytes for tensor in weights.values()) == planned["bytes"]
     assert "language_model.lm_head.weight" not in weights
+    assert len({(config.out / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1
     assert (config.out / "LICENSE-llm").read_text() == "as you like"
     card = (config.out / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: image-text-to-text\n" in card
@@ -190,6 +192,20 @@ def test_the_demo_s_models_in_half_the_space(tmp_path: Path) -> None:
     half = dataclasses.replace(config, out=tmp_path / "half", dtype="bfloat16", dry_run=True)
     whole = dataclasses.replace(half, dtype="float32")
     assert export_run(half)["bytes"] < 0.6 * export_run(whole)["bytes"]
+
+
+def test_weights_of_a_gguf_file_are_no_longer_quantised(tmp_path: Path) -> None:
+    """Told otherwise, transformers refuses to save the model that it has loaded."""
+    vision, llm = write_vision_folder(tmp_path / "clip"), write_language_model(tmp_path / "llm")
+    config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
+    loaded = load_language_model(llm)
+    loaded.model.config.quantization_config = {"quant_method": "gguf"}
+    gguf = dataclasses.replace(config, llm=tmp_path)  # it has no config.json
+    write_settings(gguf, open_vision_tower(vision), load_checkpoint(config.checkpoint), loaded, tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert text["hidden_size"] == 32
+    assert "quantization_config" not in text
+    assert str(tmp_path) not in json.dumps(text)
 
 
 def test_what_does_not_belong_together(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def test_round_trip(tmp_path: Path, kind: str, visual_tokens: str) -> None:
     card = (tmp_path / "c/README.md").read_text(encoding="utf-8")
     assert PROVENANCE.fingerprint in card
     assert "| eval_loss | 2.5 |" in card
+    # whoever may read the one may read the other
+    assert (tmp_path / "c/model.safetensors").stat().st_mode == (tmp_path / "c/config.json").stat().st_mode
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_of_tokens(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from llava.imported import find_projector, project_of, read_tensors
+from llava.imported import find_projector, project_of, read_tensors, require_numbers
 from llava_core.errors import LlavaError
 from llava_core.projector import build_projector
 
@@ -98,3 +98,17 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(LlavaError, match="cannot read"):
         read_tensors(tmp_path / "cut.safetensors")
+
+
+def test_weights_of_a_run_that_diverged(tmp_path: Path) -> None:
+    weights = layer("")
+    require_numbers(tmp_path / "p.pt", weights)
+    weights["bias"][3] = torch.nan
+    with pytest.raises(LlavaError, match="expected finite weights; got nan or inf in bias"):
+        require_numbers(tmp_path / "p.pt", weights)
+
+
+def test_a_module_saved_whole_is_named_in_one_plain_line(tmp_path: Path) -> None:
+    torch.save(nn.Linear(IN, OUT), tmp_path / "p.pt")
+    with pytest.raises(LlavaError, match=r"got UnpicklingError; save projector\.state_dict\(\)"):
+        read_tensors(tmp_path / "p.pt")
