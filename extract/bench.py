@@ -67,7 +67,7 @@ def run(config: BenchConfig) -> JsonDict:
     whole = alone if again else part_of(sources, config.count, config.count)
     taken = min(rows, config.count)
     say(
-        f"{rows:,} rows in {counted(len(sources), 'source')}; "
+        f"{counted(rows, 'row')} in {counted(len(sources), 'source')}; "
         + (f"{taken:,} of them twice, the second time from caches" if again else f"2 × {taken:,} of them")
     )
     stages = measure_alone(flags, tower, alone)

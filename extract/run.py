@@ -48,7 +48,7 @@ def run(config: RunConfig) -> JsonDict:
         return _plan(config, sources, tower)
     todo = [source for source in sources if not is_done(paths[source], source, tower, config)]
     say(
-        f"{sum(source.rows for source in sources):,} rows in {counted(len(sources), 'source')}; "
+        f"{counted(sum(source.rows for source in sources), 'row')} in {counted(len(sources), 'source')}; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
     opened = [functools.partial(open_filling, paths[source], source, tower, config) for source in todo]

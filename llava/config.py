@@ -181,7 +181,7 @@ class PushConfig(Options):
     """Print the files and the card's header, and upload nothing."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.name):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.name, re.ASCII):
             raise LlavaError("--name", expected="OWNER/NAME", got=self.name, exit_code=2)
 
 
