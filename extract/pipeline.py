@@ -15,7 +15,7 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +36,7 @@ from llava_core.preprocess import ImageError
 from llava_core.shard_writer import FinishedMeanwhile, RowRecord
 from llava_core.shards import Shard
 from llava_core.status import Status
-from llava_core.tasks import in_background, time_limit, together
+from llava_core.tasks import in_background, signals_restored, time_limit, together
 from llava_core.vision import VisionTower
 
 OPEN_SHARDS = 4
@@ -122,7 +122,7 @@ class Pipeline:
     def drive(self, stages: Callable[[], Iterable[Coroutine[Any, Any, None]]]) -> None:
         """Run these together, once there are queues between them and threads for their work."""
         try:
-            with _signals_restored():
+            with signals_restored():
                 asyncio.run(self._run(stages))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
@@ -385,20 +385,6 @@ class Pipeline:
             if self.failed:
                 parts.append(f"{self.failed} failed")
             self.bar.set_postfix_str(", ".join(parts), refresh=False)
-
-
-@contextlib.contextmanager
-def _signals_restored() -> Iterator[None]:
-    """A loop that ends leaves SIGTERM to kill the process outright; what was there before comes back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
 
 
 def _recall(twin: First | Known) -> RowRecord:

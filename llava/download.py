@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import logging
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.config import DownloadConfig
+from llava.modelscope_client import open_client
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
@@ -57,7 +57,7 @@ def run(config: DownloadConfig) -> JsonDict:
     downloads = DOWNLOADS[config.what]
     if config.include:
         downloads = tuple(dataclasses.replace(each, pattern=config.include) for each in downloads)
-    client = _client()
+    client = open_client("downloading")
     say(f"asking {client.endpoint} what there is")
     sizes = [_sizes(client, download) for download in downloads]
     folders = [config.out / download.folder for download in downloads]
@@ -88,19 +88,6 @@ def run(config: DownloadConfig) -> JsonDict:
     summary["next"] = NEXT[config.what].format(out=shlex.quote(str(config.out)))
     print(f"\nnext:  {summary['next']}")
     return {**summary, "missing": 0}
-
-
-def _client() -> Any:
-    """modelscope's HubApi, which speaks of faults only. Raises LlavaError without the package."""
-    try:
-        from modelscope.hub.api import HubApi
-    except ImportError:
-        raise LlavaError(
-            "downloading needs ModelScope's client", do="pip install 'llava-align[modelscope]'"
-        ) from None
-    for name in ("modelscope", "modelscope_hub"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    return HubApi()
 
 
 def _sizes(client: Any, download: Download) -> dict[str, int]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llava.config import PushConfig
+from llava.modelscope_client import open_client
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError, reason
@@ -149,18 +149,12 @@ def _hugging_face() -> Hub:
 
 
 def _model_scope() -> Hub:
-    try:
-        from modelscope.hub.api import HubApi, ModelScopeConfig
-    except ImportError:
-        raise LlavaError(
-            "pushing needs ModelScope's client", do="pip install 'llava-align[modelscope]'"
-        ) from None
-    for name in ("modelscope", "modelscope_hub"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    client = open_client("pushing")
+    from modelscope.hub.api import ModelScopeConfig
+
     token = os.environ.get("MODELSCOPE_API_TOKEN")
     if not token and not ModelScopeConfig.get_cookies():
         raise LlavaError("no token for ModelScope", do="set MODELSCOPE_API_TOKEN, or run: modelscope login")
-    client: Any = HubApi()
 
     def upload(folder: Path, config: PushConfig) -> str:
         visibility = "private" if config.private else "public"

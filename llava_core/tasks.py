@@ -1,4 +1,4 @@
-"""Tasks that end together, and time limits that lose no cancellation, from Python 3.10 on.
+"""Tasks that end together, time limits that lose no cancellation, and signals, from Python 3.10 on.
 
 `asyncio.wait_for` may swallow a cancellation up to Python 3.11; `asyncio.timeout` came with that version.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -16,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as time_limit
 
-__all__ = ["in_background", "time_limit", "together"]
+__all__ = ["in_background", "signals_restored", "time_limit", "together"]
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -46,3 +48,17 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+@contextlib.contextmanager
+def signals_restored() -> Iterator[None]:
+    """A loop that ends leaves SIGTERM to kill the process outright; what was there before comes back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
