@@ -6,6 +6,7 @@ takes it. The function is named by a string and imported only once the flags are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -14,7 +15,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +69,8 @@ def main(
             stream.reconfigure(errors="replace")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(prog, description, commands, argv)
+        with _interrupts_kept():
+            code = _run(prog, description, commands, argv)
     except LlavaError as error:
         say(f"error: {error}")
         code = error.exit_code
@@ -110,6 +113,25 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Python drops what is raised in a `__del__` or a weak reference's callback: an interrupt comes again."""
+    others = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            again = threading.main_thread().ident, signal.SIGTERM
+            threading.Timer(0.01, signal.pthread_kill, again).start()  # after the callback
+        else:
+            others(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
 
 
 def _with_settings(command: Command, argv: list[str]) -> list[str]:

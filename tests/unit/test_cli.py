@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,13 @@ def repeated(flags: Repeated) -> dict[str, Any]:
     return {"name": flags.name}
 
 
+class LetsNothingOut:
+    """As of a weak reference's callback, Python drops what is raised here."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
 def target(flags: Flags) -> dict[str, Any]:
     endings: dict[str, BaseException] = {
         "mistake": LlavaError("what", expected="this", got="that", do="do so"),
@@ -53,6 +62,9 @@ def target(flags: Flags) -> dict[str, Any]:
     }
     if flags.fail == "many":
         return {"exit_code": 3}
+    if flags.fail == "dropped interrupt":
+        LetsNothingOut()
+        time.sleep(60)
     if flags.fail:
         raise endings[flags.fail]
     return {"rate": flags.rate, "names": flags.names}
@@ -78,6 +90,7 @@ def ended(*argv: str) -> int:
         ("mistake", 1, "error: what; expected this; got that; do so\n"),
         ("usage", 2, "error: wrong usage\n"),
         ("interrupt", 130, "interrupted; the same command continues where it stopped\n"),
+        ("dropped interrupt", 130, "interrupted; the same command continues where it stopped\n"),
         ("disk", 1, "error: No space left on device: x.h5\n"),
         ("memory", 1, f"error: the GPU's memory is full; {cli.OUT_OF_MEMORY}; CUDA out of memory.\n"),
         ("many", 3, ""),
