@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from extract.config import BenchConfig, ExamplesConfig, InspectConfig, RetryConfig, RunConfig, VerifyConfig
+from extract.config import BenchConfig, InspectConfig, RetryConfig, RunConfig, VerifyConfig
 from llava_core import cli
 
 COMMANDS = {
@@ -10,7 +10,6 @@ COMMANDS = {
     "retry-failed": cli.Command(RetryConfig, "extract.run:retry_failed", continues=True),
     "verify": cli.Command(VerifyConfig, "extract.verify:run"),
     "inspect": cli.Command(InspectConfig, "extract.inspect:run"),
-    "examples": cli.Command(ExamplesConfig, "extract.examples:run"),
     "bench": cli.Command(BenchConfig, "extract.bench:run"),
 }
 

@@ -168,13 +168,13 @@ class ExamplesConfig(Options):
     """
 
     data: str
-    """As for `run`."""
+    """As for `extract run`."""
     out: Path
     """Folder for them; it must be empty or new."""
     count: int = 16
     """Pictures to save."""
     images: Path | None = None
-    """Folder of the images, as for `run`."""
+    """Folder of the images, as for `extract run`."""
     allow_private: bool = False
     """Let image addresses lead to this machine or a private network."""
 

@@ -1,4 +1,4 @@
-"""`extract examples`: the first pictures of a data set and their captions, as plain files to look at."""
+"""`llava examples`: the first pictures of a data set and their captions, as plain files to look at."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from extract.config import ExamplesConfig
 from llava.config import (
     ChatLlmConfig,
     DemoConfig,
@@ -18,6 +19,7 @@ from llava_core import cli
 COMMANDS = {
     "demo": cli.Command(DemoConfig, "llava.demo:run"),
     "trace": cli.Command(TraceConfig, "llava.trace:run"),
+    "examples": cli.Command(ExamplesConfig, "extract.examples:run"),
     "match": cli.Command(MatchConfig, "llava.match:run"),
     "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
     "import": cli.Command(ImportConfig, "llava.imported:run"),
