@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from llava.config import ImportConfig
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.console import say, table
-from llava_core.errors import LlavaError, first_line
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, sha256_files
 from llava_core.language import outline_language_model, weight_files
 from llava_core.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
@@ -136,11 +136,12 @@ def read_tensors(path: Path) -> Tensors:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each of the libraries raises kinds of its own for a damaged file
+        module = "Unsupported global" in str(error)
         raise LlavaError(
             f"cannot read {path}",
             expected="a state dict saved with torch.save, or safetensors",
-            got=type(error).__name__ if "weights_only" in str(error) else first_line(error),
-            do="save projector.state_dict(), not the module",
+            got="a pickled module" if module else "a torn file, or one of another kind",
+            do="save projector.state_dict(), not the module" if module else "copy or download it again",
         ) from None
     while isinstance(loaded, Mapping):
         inner = [loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)]
@@ -180,7 +181,8 @@ def find_projector(tensors: Tensors) -> tuple[str, Tensors]:
         found: Tensors = {}
         for ours, theirs in layers.items():
             for name in theirs:
-                if (weight := short.get(_join(name, "weight"))) is not None and weight.ndim == 2:
+                weight = short.get(_join(name, "weight"))
+                if weight is not None and weight.ndim == 2 and weight.is_floating_point():
                     bias = short.get(_join(name, "bias"))
                     found[_join(ours, "weight")] = weight.float()
                     found[_join(ours, "bias")] = torch.zeros(len(weight)) if bias is None else bias.float()
@@ -189,7 +191,9 @@ def find_projector(tensors: Tensors) -> tuple[str, Tensors]:
         }
         if len(found) == 2 * len(layers) and short.keys() <= used:
             return kind, found
-    got = ", ".join(f"{name} {list(value.shape)}" for name, value in list(its.items())[:6])
+    got = ", ".join(
+        f"{name} {str(value.dtype)[6:]}{list(value.shape)}" for name, value in list(its.items())[:6]
+    )
     raise LlavaError(
         "no projector known here",
         expected="weight and bias, or linear_1 and linear_2, or 0 and 2 with GELU between them",

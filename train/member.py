@@ -48,6 +48,7 @@ class Member:
             self.llm.device,
             shared.resident,
             len(self.held_out) if self.held_out else 0,
+            self.kept_rows(),
             self.world.size,
         )
         self.projector = initial_projector(config, self.samples, self.llm)
@@ -70,12 +71,22 @@ class Member:
             f"({parameter_count(self.projector):,} parameters); "
             f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
         )
+        if config.init is not None and not self.step:
+            say(f"{title}starts from {config.init}")
         say(
             f"{title}{len(self.samples)} samples, features {self.samples.place}; "
             f"{self.schedule.steps} steps of {config.batch_size} on {self.llm.device}"
             + (f" in {self.world.size} processes" if self.world.size > 1 else "")
             + (f", continued at step {self.step}" if self.step else "")
         )
+
+    def kept_rows(self) -> int:
+        """Rows whose features are kept on the device, once all that are read have been."""
+        read = {self.samples: self.schedule.read}
+        if self.held_out:
+            read[self.held_out] = len(self.held_out)
+        device = self.llm.device
+        return sum(n for rows, n in read.items() if rows.kept and rows.kept.features.device == device)
 
     def begin(self) -> None:
         """Open its folder's files; every rank goes on from the main one's state."""

@@ -22,6 +22,7 @@ from train.loader import AHEAD
 from train.meter import Meter, peak_memory
 from train.objective import CHUNK_LOGITS
 from train.packing import cut
+from train.resident import pick_residence, worth_keeping
 from train.samples import Samples, Schedule, answer_tokens
 
 LOOKED_AT = 256
@@ -115,8 +116,15 @@ class Outline:
         return self._samples[config.max_samples]
 
     def predict(self, config: RunConfig) -> Prediction:
-        samples, rows = self.samples(config), self.held_out_rows
-        return predict(config, samples, self.llm.model, self.device, self.resident, rows, measure_for=2.0)
+        samples, held_out = self.samples(config), min(config.eval_samples, self.held_out_rows)
+        schedule = Schedule.of(config, len(samples))
+        training = worth_keeping(config.resident, schedule.repeats)
+        needed = (training * len(samples) + held_out) * samples.row_bytes
+        here = pick_residence(config.resident, needed, self.device) == self.device
+        kept = here * (training * schedule.read + held_out)
+        return predict(
+            config, samples, self.llm.model, self.device, self.resident, held_out, kept, measure_for=2.0
+        )
 
 
 def predict(
@@ -126,12 +134,13 @@ def predict(
     device: torch.device,
     resident: int,
     held_out: int = 0,
+    kept: int = 0,
     processes: int = 1,
     measure_for: float = 0.3,
 ) -> Prediction:
     """For a transformers model, which may be on the meta device, in a process that held `resident` bytes
     before it was loaded; measures the machine's matmul rate for so many seconds. `processes` train together,
-    each on a device of its own; an evaluation takes `held_out` rows at most."""
+    each on a device of its own, which keeps the features of `kept` rows; an evaluation takes `held_out`."""
     first, dtype = samples.shards[0], default_dtype(device)
     schedule = Schedule.of(config, len(samples))
     batch = min(config.batch_size, len(samples))
@@ -150,7 +159,7 @@ def predict(
     if config.eval_features:
         evaluations = 1 + -(-schedule.steps // config.eval_every)
     # An evaluation takes two forward passes a sample, about what training on it takes.
-    evaluated = evaluations * min(config.eval_samples, held_out) / batch
+    evaluated = evaluations * held_out / batch
     tokens = min(config.micro_tokens, sum(lengths) * per_step)
     head_rows = min(CHUNK_LOGITS // model.config.vocab_size, answers * per_step * tokens / sum(lengths))
     return Prediction(
@@ -171,7 +180,8 @@ def predict(
             # In fp32 as logits and as probabilities, and once more in the model's own type.
             "logits": round(head_rows * model.config.vocab_size * (8 + dtype.itemsize)),
             "projector_and_optimizer": parameter_count(projector) * 16,
-            "features_read_ahead": (AHEAD + 1) * batch * first.tokens * first.width * 2,
+            "features_read_ahead": (AHEAD + 1) * batch * samples.row_bytes,
+            **({"features_kept": kept * samples.row_bytes} if kept else {}),
         },
         seconds=(schedule.steps + evaluated) * operations / (rate * efficiency),
         work=work,

@@ -42,6 +42,11 @@ class Kept:
         return torch.stack(rows) if rows else self.features[:0]  # a rank without a sample in this step
 
 
+def worth_keeping(asked: Residence, repeated: bool) -> bool:
+    """Whether training features are kept at all: auto has no use for what is read only once."""
+    return repeated or asked != "auto"
+
+
 def pick_residence(
     asked: Residence, needed: int, device: torch.device, processes: int = 1
 ) -> torch.device | None:

@@ -67,7 +67,12 @@ class Samples:
     @property
     def feature_bytes(self) -> int:
         """Of every sample, as fp16."""
-        return len(self) * self.tokens * self.shards[0].width * 2
+        return len(self) * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one sample's features, as fp16."""
+        return self.tokens * self.shards[0].width * 2
 
     @property
     def identity(self) -> str:
@@ -155,6 +160,16 @@ class Schedule:
     def steps(self) -> int:
         steps = self.epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a sample is read twice."""
+        return self.steps > self.steps_per_epoch
+
+    @property
+    def read(self) -> int:
+        """Samples that are read at all."""
+        return min(self.samples, self.steps * self.batch_size)
 
     def at(self, step: int) -> tuple[int, list[int]]:
         """Step number (from 0) -> (epoch, sample indices)."""

@@ -14,7 +14,7 @@ from train.config import RunConfig
 from train.meter import peak_memory
 from train.parallel import World
 from train.prepare import prepare
-from train.resident import pick_residence
+from train.resident import pick_residence, worth_keeping
 from train.samples import Samples, Schedule
 
 EVAL_SEED = 0
@@ -79,11 +79,10 @@ class Shared:
         return training, self._rows(config, held_out=True).worded(config.max_text_tokens, EVAL_SEED)
 
     def keep_features(self, config: RunConfig) -> None:
-        """Keep features where --resident says; auto has no use for what is read only once."""
+        """Keep features where --resident says."""
         training = self._rows(config, held_out=False)
-        schedule = Schedule.of(config, len(training))
-        repeated = self.again or schedule.steps > schedule.steps_per_epoch
-        kept = [training] if repeated or config.resident != "auto" else []
+        repeated = self.again or Schedule.of(config, len(training)).repeats
+        kept = [training] if worth_keeping(config.resident, repeated) else []
         if self.held_out_shards:
             kept.append(self._rows(config, held_out=True))
         kept = [samples for samples in kept if samples.kept is None]

@@ -27,8 +27,9 @@ from tests.e2e.commands import call, start
 from tests.e2e.test_train import config, curve, flags_of, weights
 from tests.local_data import write_parquet, write_pictures
 from tests.small_models import write_language_model
-from tests.small_shards import write_shard
+from tests.small_shards import TOKENS, WIDTH, write_shard
 from tests.small_vision import VISION, write_vision_folder
+from train.plan import run as plan_run
 from train.run import run as train_run
 
 NAMES = [f"{i}.jpg" for i in range(8)]
@@ -126,9 +127,14 @@ def test_results_are_the_same_wherever_features_stay(
     write_shard(tmp_path / "held-out/c.h5", rows=6, seed=2)
     write_language_model(tmp_path / "llm")
     for resident, place in (("disk", "from disk"), ("ram", "kept on cpu"), ("auto", "kept on cpu")):
-        train_run(config(tmp_path, tmp_path / resident, resident=resident, epochs=3))
+        given = config(tmp_path, tmp_path / resident, resident=resident, epochs=3)
+        rows = 16 + 6 if place == "kept on cpu" else 0
+        assert plan_run(given)["memory"].get("features_kept", 0) == rows * TOKENS * WIDTH * 2
+        train_run(given)
         assert f"features {place};" in capfd.readouterr().err
-    train_run(config(tmp_path, tmp_path / "once", epochs=1, max_steps=1))
+    once = config(tmp_path, tmp_path / "once", epochs=1, max_steps=1)
+    assert plan_run(once)["memory"]["features_kept"] == 6 * TOKENS * WIDTH * 2
+    train_run(once)
     assert "features from disk;" in capfd.readouterr().err
     for resident in ("ram", "auto"):
         assert curve(tmp_path / resident) == curve(tmp_path / "disk")

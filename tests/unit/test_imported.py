@@ -78,6 +78,8 @@ def test_safetensors_and_half_precision(tmp_path: Path) -> None:
         {**layer("a."), **layer("b.")},
         {"weight": torch.zeros(3)},
         {**layer(""), "running_mean": torch.zeros(2)},
+        {name: value.to(torch.complex64) for name, value in layer("").items()},
+        {name: value.to(torch.int8) for name, value in layer("").items()},
     ],
 )
 def test_what_is_no_projector_of_ours_is_said_with_its_names(content: Any) -> None:
@@ -95,9 +97,13 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     with pytest.raises(LlavaError, match="holds no weights"):
         read_tensors(tmp_path / "empty.pt")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(LlavaError, match="cannot read"):
-        read_tensors(tmp_path / "cut.safetensors")
+    torch.save({"weight": torch.zeros(3000, 3)}, tmp_path / "whole.pt")
+    torn = (tmp_path / "whole.pt").read_bytes()[:9000]
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    for name, content in (("torn.pt", torn), ("pointer.bin", pointer), ("cut.safetensors", b"\x00" * 20)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(LlavaError, match="got a torn file, or one of another kind; copy or download it"):
+            read_tensors(tmp_path / name)
 
 
 def test_weights_of_a_run_that_diverged(tmp_path: Path) -> None:
@@ -110,5 +116,5 @@ def test_weights_of_a_run_that_diverged(tmp_path: Path) -> None:
 
 def test_a_module_saved_whole_is_named_in_one_plain_line(tmp_path: Path) -> None:
     torch.save(nn.Linear(IN, OUT), tmp_path / "p.pt")
-    with pytest.raises(LlavaError, match=r"got UnpicklingError; save projector\.state_dict\(\)"):
+    with pytest.raises(LlavaError, match=r"got a pickled module; save projector\.state_dict\(\)"):
         read_tensors(tmp_path / "p.pt")
