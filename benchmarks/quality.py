@@ -58,12 +58,15 @@ class Row:
     flags: dict[str, Any]
     """Of `train run`."""
     loudness: float = start.LOUDNESS
+    ridge: float = start.RIDGE
     momentum: float | None = None
     """Of Muon, other than its own."""
     whiten: bool = False
     """Train on features of mean 0 and covariance 1, and fold that into the weights at the end."""
     short_first: bool = False
     """Take the samples of the run in the order of their captions' lengths."""
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+    """Of the rate after the warm-up."""
     batches: tuple[int, ...] = ()
     """Sizes of the steps' batches one after the other, each for an equal share of the run's samples."""
 
@@ -79,12 +82,27 @@ ROWS = (
     Row("fast, 1/6", 6, FAST),
     Row("fast, 1/10", 10, FAST),
     Row("only captions, 1/5", 5, {**COURSE, "start": "captions"}),
+    Row("only captions, lr 5e-4, 1/5", 5, {**COURSE, "start": "captions", "lr": 5e-4}),
+    Row("only captions, lr 8e-3, 1/5", 5, {**COURSE, "start": "captions", "lr": 8e-3}),
     Row("only muon, 1/5", 5, {**FAST, "start": "scale"}),
     Row("only whitened, 1/5", 5, COURSE, whiten=True),
+    Row("only whitened, lr 5e-4, 1/5", 5, {**COURSE, "lr": 5e-4}, whiten=True),
+    Row("only whitened, lr 8e-3, 1/5", 5, {**COURSE, "lr": 8e-3}, whiten=True),
     Row("fast, whitened, 1/5", 5, FAST, whiten=True),
+    Row("fast, whitened, lr 0.2, 1/5", 5, {**FAST, "lr": 0.2}, whiten=True),
     Row("fast, loudness 1, 1/5", 5, FAST, loudness=1.0),
+    Row("fast, ridge 0.1, 1/5", 5, FAST, ridge=0.1),
+    Row("fast, ridge 1e-5, 1/5", 5, FAST, ridge=1e-5),
     Row("fast, momentum 0.95, 1/5", 5, FAST, momentum=0.95),
     Row("fast, lr 0.1, 1/5", 5, {**FAST, "lr": 0.1}),
+    Row("fast, lr 0.02, 1/5", 5, {**FAST, "lr": 0.02}),
+    Row("fast, linear decay, 1/5", 5, FAST, decay="linear"),
+    Row("fast, no decay, 1/5", 5, FAST, decay="none"),
+    Row("fast, warm-up 0, 1/5", 5, {**FAST, "warmup": 0.0}),
+    Row("fast, warm-up 10 %, 1/5", 5, {**FAST, "warmup": 0.1}),
+    Row("course, lr 5e-4, 1/5", 5, {**COURSE, "lr": 5e-4}),
+    Row("course, lr 8e-3, 1/5", 5, {**COURSE, "lr": 8e-3}),
+    Row("course, lr 3e-2, 1/5", 5, {**COURSE, "lr": 3e-2}),
     Row("fast, short first, 1/5", 5, FAST, short_first=True),
     Row("fast, batch 8, 2/5", 5, {**FAST, "batch_size": 8}),
     Row("fast, batch 32, 1/10", 5, {**FAST, "batch_size": 32}),
@@ -146,7 +164,7 @@ def main() -> None:
 
 
 def line(name: str, reached: str, steps: str, loss: str, losses: str, seconds: str) -> str:
-    return f"{name:26} {steps:>6} {loss:>8} {losses:15} {seconds:>7} {reached}".rstrip()
+    return f"{name:28} {steps:>6} {loss:>8} {losses:15} {seconds:>7} {reached}".rstrip()
 
 
 def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps: int | None) -> Outcome:
@@ -164,7 +182,7 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
         taken = in_batches(taken, row.batches)
     samples.batch(taken[0][1], 0)  # what is loaded once is not counted
     began = time.process_time()
-    start.LOUDNESS = row.loudness
+    start.LOUDNESS, start.RIDGE = row.loudness, row.ridge
     projector = start.initial_projector(config, samples, shared.llm)
     model: torch.nn.Module = projector
     if row.whiten:
@@ -175,7 +193,7 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
         optimizer.param_groups[0]["momentum"] = row.momentum
     for step, (epoch, indices) in enumerate(taken):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, len(taken))
+            group["lr"] = rate(row, config, step, len(taken))
         batch = samples.batch(indices, epoch)
         answers = answer_tokens(batch.examples)
         for laid in packing.rows(batch.to(shared.device), [visual]):
@@ -188,6 +206,14 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
     seconds = time.process_time() - began
     figures = evaluate(shared.llm, projector, held_out, 32, packing, world)
     return Outcome(figures["loss"], len(taken), seconds)
+
+
+def rate(row: Row, config: RunConfig, step: int, steps: int) -> float:
+    """Of the step with this number, from 0, of so many: `row.decay` after the usual warm-up."""
+    warmup = round(config.warmup * steps)
+    if row.decay == "cosine" or step < warmup:
+        return learning_rate(config, step, steps)
+    return config.lr * (1 if row.decay == "none" else 1 - (step - warmup) / (steps - warmup))
 
 
 def short_first(taken: list[tuple[int, list[int]]], samples: Samples) -> list[tuple[int, list[int]]]:
