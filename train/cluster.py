@@ -21,6 +21,7 @@ from llava_core.errors import LlavaError
 from train.config import SweepConfig
 from train.run import stop_request
 from train.space import Space
+from train.study import Study
 from train.trials import open_study, work
 
 OUR_CODE = ("train", "llava_core")
@@ -43,7 +44,7 @@ def work_on_ray(config: SweepConfig, space: Space) -> None:
         say(f"Ray at {config.ray}: {plan}")
         trials = space.size(config.trials)
         with progress(trials, "trials") as bar:
-            crew = Crew(ray, plan, config, space)
+            crew = Crew(ray, plan, config, space, study)
             try:
                 with stop_request() as stop:  # an exception raised within Ray may be lost there
                     while left := study.left():
@@ -59,8 +60,8 @@ def work_on_ray(config: SweepConfig, space: Space) -> None:
 class Crew:
     """The workers; one that dies is replaced."""
 
-    def __init__(self, ray: Any, plan: Plan, config: SweepConfig, space: Space) -> None:
-        self.ray = ray
+    def __init__(self, ray: Any, plan: Plan, config: SweepConfig, space: Space, study: Study) -> None:
+        self.ray, self.study = ray, study
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -81,6 +82,10 @@ class Crew:
         """
         if left != self.left:
             self.deaths, self.left, self.moved = 0, left, time.monotonic()
+        if not self.calls and self.study.running() == left:  # other processes have them
+            self.moved = time.monotonic()
+            time.sleep(1)
+            return
         if not self.calls:  # what a dead worker held may not be free yet
             if self.deaths > MOST_DEATHS or time.monotonic() - self.moved > LOCK_SECONDS:
                 raise LlavaError(
@@ -116,7 +121,9 @@ class Crew:
         try:
             trouble: Trouble | None = self.ray.get(call)
             return trouble
-        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError):
+        except errors.RayTaskError:  # a fault of ours
+            raise
+        except errors.RayError:
             return Trouble("a worker died; another continues its trial", fatal=False)
 
 

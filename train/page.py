@@ -43,7 +43,7 @@ def _totals(space: Space, rows: Sequence[Row], records: Sequence[Record], best: 
         n = sum(record.state == state for record in records)
         if n or state == "finished":
             numbers[state] = f"{n:,}"
-    numbers["lowest loss"] = decimal(best.loss if best else None)
+    numbers["loss of the best"] = decimal(best.loss if best else None)
     numbers["of training"] = human_seconds(sum(record.seconds for record in records))
     return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
 

@@ -49,7 +49,7 @@ class Picture:
 
 def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Picture]:
     """Those pictures that the sweep has something for; their PNGs go to `folder`."""
-    if not any(record.loss is not None for row in rows for record in row.records):
+    if not any(row.loss is not None for row in rows):
         return []
     wanted: list[tuple[str, str, Callable[[dict[str, str]], Figure]]] = []
     if "lr" in space.axes:

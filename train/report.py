@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 
 
@@ -71,9 +71,15 @@ class WeightsAndBiases:
         mode = os.environ.get("WANDB_MODE", "online")
         if mode == "online" and not has_key():
             mode = "offline"
-        options: Any = {"mode": mode}
+        options: Any = {"mode": mode, "reinit": "create_new"}  # runs that train together have one each
         self.table: Any = wandb.Table
-        self.run: Any = wandb.init(project="llava-align", name=name, dir=folder, config=training, **options)
+        try:
+            self.run: Any = wandb.init(
+                project="llava-align", name=name, dir=folder, config=training, **options
+            )
+        except wandb.errors.Error as error:
+            do = "set WANDB_MODE=offline, or leave out --report-to wandb"
+            raise LlavaError("Weights & Biases cannot begin a run", got=first_line(error), do=do) from None
 
     def log(self, step: int, metrics: JsonDict) -> None:
         self.run.log({name: self._value(value) for name, value in metrics.items()}, step=step)

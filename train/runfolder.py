@@ -29,6 +29,14 @@ FREE_KEYS = {
 """Flags that may differ when a run continues: they do not change what is learnt."""
 
 
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+DEFAULTS = {field.name: _plain(field.default) for field in dataclasses.fields(RunConfig)}
+"""A flag that is newer than a run, or a sweep, had its default's effect there."""
+
+
 class RunFolder:
     """Raises LlavaError if the folder holds a run with other flags, or none although --resume was given."""
 
@@ -41,9 +49,7 @@ class RunFolder:
             raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
 
     def _require_same_flags(self) -> None:
-        defaults = {field.name: _plain(field.default) for field in dataclasses.fields(RunConfig)}
-        # A flag that is newer than the run had its default's effect.
-        before = {**defaults, **load_checkpoint(self.path / "last").training}
+        before = {**DEFAULTS, **load_checkpoint(self.path / "last").training}
         differing = [k for k in self.training if k not in FREE_KEYS and before[k] != self.training[k]]
         if differing:
             key = differing[0]
@@ -65,7 +71,15 @@ class RunFolder:
     def finished(self) -> JsonDict | None:
         """The summary of a run that reached its last step."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            summary: JsonDict = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise LlavaError(
+                f"{path} is damaged", do="delete it; the run goes on from its last checkpoint"
+            ) from None
+        return summary
 
     def finish(self, summary: JsonDict) -> None:
         partial = self.path / "summary.json.part"
@@ -110,7 +124,3 @@ class RunFolder:
         old = [path for path in sorted(self.path.glob("step-*")) if path.resolve() not in kept]
         for path in old[: max(0, len(old) + 1 - self.config.keep)]:
             shutil.rmtree(path)
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

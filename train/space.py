@@ -21,7 +21,10 @@ Value: TypeAlias = "str | int | float"
 Point: TypeAlias = "dict[str, Value]"
 """One value for each key that is varied."""
 
-COMMON = {*FREE_KEYS, "features", "eval_features", "llm", "eval_every", "eval_samples", "max_text_tokens"}
+COMMON = {
+    *FREE_KEYS,
+    *("features", "eval_features", "llm", "init", "eval_every", "eval_samples", "max_text_tokens"),
+}
 """Keys that all trials have in common: they read the same data, and are measured alike."""
 MOST_SHUFFLED = 100_000
 """Points of a grid, beyond which --trials draws from the first so many."""

@@ -88,12 +88,17 @@ class Study:
     def records(self) -> list[Record]:
         """Every trial so far, in the order in which they began; call it while holding `turn`."""
         with quiet():
-            return [self._record(found) for found in self._latest() if found.state != TrialState.WAITING]
+            return [self._record(found) for found in self._latest()]
 
     def left(self) -> int:
         """Trials that have not ended, those that have not begun among them."""
         done = sum(found.state.is_finished() for found in self._latest())
         return max(0, self.space.size(self.points) - done)  # --trials may be fewer than before
+
+    def running(self) -> int:
+        """Trials whose locks are held: a process works on them, or has just died."""
+        with self.turn:
+            return sum(record.state == "running" for record in self.records())
 
     def retry_failed(self) -> int:
         """Let the trials that failed go on where they stood, by who claims them next; returns how many."""
@@ -134,12 +139,16 @@ class Study:
         return self.study.get_trials(deepcopy=False)
 
     def _latest(self) -> list[optuna.trial.FrozenTrial]:
-        """Of those that were tried again, the last try alone."""
-        return list({_number(found): found for found in self._trials()}.values())
+        """Those that have begun; of those that were tried again, the last try alone."""
+        return list({_number(found): found for found in self._begun()}.values())
+
+    def _begun(self) -> list[optuna.trial.FrozenTrial]:
+        """Without one that a kill left before its values were drawn."""
+        return [found for found in self._trials() if found.state != TrialState.WAITING]
 
     def _free(self) -> Iterator[Point]:
         """Points that are known and that nobody has begun."""
-        begun = [found.params for found in self._trials()]
+        begun = [found.params for found in self._begun()]
         if self.space.is_grid:
             known = self.space.grid(self.points)
         else:
@@ -171,7 +180,7 @@ class Study:
 
     def _untried(self, fixed: Point) -> Point:
         """A point with these values: TPE's draw, or a random one instead of what was tried before."""
-        trials = [found for found in self._trials() if found.state != TrialState.WAITING]
+        trials = self._begun()
         tried = [{key: found.params[key] for key in self.space.axes} for found in trials]
         rehearsal = optuna.create_study(sampler=self.study.sampler)
         rehearsal.add_trials(trials)
@@ -188,6 +197,10 @@ class Study:
         try:
             lock = Lock(folder / "trial")
         except Held:
+            return None
+        found = self._trials()[found.number]  # it may have ended since it was listed
+        if found.state.is_finished():
+            lock.release()
             return None
         trial = optuna.trial.Trial(self.study, found._trial_id)
         claim = Claim(self, trial, self.space.suggest(trial), folder, lock, taken_over)

@@ -44,11 +44,14 @@ def run(config: SweepConfig) -> JsonDict:
     planned = plan(config, space)
     if config.dry_run:
         return planned
+    from train.run import MEMBER_KEYS
     from train.trials import conclude, open_study, work  # need the extra
 
     study = open_study(config, space)  # or refuse, before anything is loaded
     if config.retry_failed:
         say(f"{counted(study.retry_failed(), 'failed trial')} to try again")
+    if config.together > 1 and not MEMBER_KEYS & space.axes.keys():
+        say(f"--together does nothing here: {', '.join(space.keys)} changes what a step reads")
     left = study.left()
     if left < planned["trials"]:
         say(f"{counted(left, 'trial')} left")

@@ -21,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from train.runfolder import DEFAULTS
 
 
 class Turn(JournalFileOpenLock):
@@ -65,6 +66,8 @@ def require_same(folder: Path, contents: JsonDict) -> None:
         partial.replace(path)
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in contents["flags"]:
+        before["flags"].setdefault(key, DEFAULTS.get(key))
     for part, prefix in (("space", "--space "), ("flags", "--")):
         for key in {**before[part], **contents[part]}:
             old, new = before[part].get(key), contents[part].get(key)

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import io
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -43,7 +44,8 @@ def work(config: SweepConfig, space: Space) -> None:
         with contextlib.ExitStack() as stack:
             for claim in claims:
                 stack.enter_context(claim)
-            shared = shared or opened(config, claims)
+            with blameless(claims):
+                shared = shared or opened(config)
             kinds = {alike(claim.point) for claim in claims}
             for kind in sorted(kinds):
                 run_claims(config, shared, [claim for claim in claims if alike(claim.point) == kind])
@@ -51,15 +53,21 @@ def work(config: SweepConfig, space: Space) -> None:
             write_results(config.out, study.records(), space.keys)
 
 
-def opened(config: SweepConfig, claims: Sequence[Claim]) -> Shared:
-    """What all trials share, loaded; a fault in it is none of theirs."""
+@contextlib.contextmanager
+def blameless(claims: Sequence[Claim]) -> Iterator[None]:
+    """An exception, unlike a kill, is no death over these trials."""
     try:
-        shared = Shared(config, World(), again=True)
-        shared.keep_features(config)
-    except LlavaError:
+        yield
+    except BaseException:
         for claim in claims:
             claim.alive()
         raise
+
+
+def opened(config: SweepConfig) -> Shared:
+    """What all trials share, loaded."""
+    shared = Shared(config, World(), again=True)
+    shared.keep_features(config)
     return shared
 
 
@@ -82,20 +90,16 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
     outcomes: list[JsonDict | LlavaError] = []
     reason = ""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the sweep's table holds the same figures
+        with blameless(claims), contextlib.redirect_stdout(io.StringIO()):  # the table holds the same figures
             outcomes = train(configs, shared, watch, names)
-    except (LlavaError, RuntimeError, OSError) as error:  # the GPU's memory, among others
+    except Exception as error:  # the GPU's memory, among others
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # no other trial would fare better
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        failed = error if isinstance(error, LlavaError) else LlavaError(first_line(error))
+        failed = as_failure(error)
         outcomes = [failed] if len(claims) == 1 else []
         reason = str(failed)
-    except KeyboardInterrupt:
-        for claim in claims:
-            claim.alive()
-        raise
     finally:
         for claim in claims:
             claim.spent((time.monotonic() - began) / len(claims))
@@ -111,6 +115,16 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
         claim.ended(outcome)
         pruned = f", pruned at step {outcome['pruned']}" if "pruned" in outcome else ""
         say(f"{claim.title}: held-out loss {outcome['eval_loss']:.4f}{pruned}")
+
+
+def as_failure(error: Exception) -> LlavaError:
+    """For the records; of an error that nobody foresaw, the traceback is printed."""
+    if isinstance(error, LlavaError):
+        return error
+    if isinstance(error, (RuntimeError, OSError)):
+        return LlavaError(first_line(error))
+    say("".join(traceback.format_exception(error)).rstrip())
+    return LlavaError(f"{type(error).__name__}: {first_line(error)}")
 
 
 def conclude(config: SweepConfig, space: Space) -> JsonDict:
@@ -130,10 +144,13 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
     }
     if running := figures["running"]:
         say(f"{counted(running, 'trial')} still run in other processes; the last to end completes the table")
+    if failed := figures["failed"]:
+        say(f"{counted(failed, 'trial')} failed; --retry-failed tries again")
     if best is None or command is None:
         errors = [record.error for record in records if record.error]
         if errors and not running:
-            raise LlavaError("no trial finished", got=f"{len(errors)} failures, the last: {errors[-1]}")
+            got = f"{counted(len(errors), 'failure')}, the last: {errors[-1]}"
+            raise LlavaError("no trial finished", got=got)
         return figures
     print(f"\nthe best again: {command}")
     say(f"{config.out / 'index.html'} shows all; {config.out / 'best'} is the best checkpoint")

@@ -28,7 +28,11 @@ from tests.e2e.commands import ENVIRONMENT, call, run, start
 from tests.e2e.test_cluster import started
 from tests.e2e.test_train import config, curve, flags_of, weights, write_world
 from tests.ray_cluster import ACCESS, ray_cluster
+from train import member, trials
 from train.config import SweepConfig
+from train.report import Report
+from train.shared import Shared
+from train.study import MOST_DEATHS
 from train.sweep import run as sweep_run
 
 SPACE = ("lr=5e-3,2e-2", "projector=linear,mlp", "weight_decay=0,1e38", "seed=0,1")
@@ -160,7 +164,7 @@ def test_wrong_usage(world: Path, tmp_path: Path) -> None:
         sweep_run(sweep(world, tmp_path / "out", "lr=1e-3", resume=True))
     with pytest.raises(LlavaError, match="--eval-features; expected held-out shards"):
         sweep(world, tmp_path / "out", "lr=1e-3", eval_features=None)
-    with pytest.raises(LlavaError, match="no trial finished; got 1 failures, the last: the loss is nan"):
+    with pytest.raises(LlavaError, match="no trial finished; got 1 failure, the last: the loss is nan"):
         sweep_run(sweep(world, tmp_path / "out", "weight_decay=1e38"))
 
 
@@ -285,9 +289,45 @@ def test_weights_and_biases_names_a_trial_by_its_point(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sweep_run(sweep(world, tmp_path / "rates", "lr=1e-3", "projector=mlp", max_steps=1, report_to=("wandb",)))
-    (log,) = (tmp_path / "rates/trials/0000/wandb").glob("offline-run-*/*.wandb")
-    assert b"rates lr=0.001 projector=mlp" in log.read_bytes()
+    given = sweep(world, tmp_path / "rates", "lr=1e-3,2e-3", "projector=mlp", max_steps=1, together=2)
+    sweep_run(dataclasses.replace(given, report_to=("wandb",)))
+    for trial, lr in ((0, b"0.001"), (1, b"0.002")):
+        (log,) = (tmp_path / f"rates/trials/{trial:04d}/wandb").glob("offline-run-*/*.wandb")
+        names = re.findall(rb"rates lr=([0-9.]+) projector=mlp", log.read_bytes())
+        assert set(names) == {lr}
+
+
+def test_an_error_that_nobody_foresaw_is_its_trial_s_own(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def report(*arguments: Any) -> Report:
+        if arguments[-1].endswith("lr=0.001"):
+            raise ValueError("no such thing")
+        return Report(*arguments)
+
+    monkeypatch.setattr(member, "Report", report)
+    ended = sweep_run(sweep(world, tmp_path / "out", "lr=1e-3,2e-3", max_steps=1))
+    assert (ended["failed"], ended["finished"]) == (1, 1)
+    err = capfd.readouterr().err
+    assert "trial 0 (lr=0.001): failed: ValueError: no such thing\n" in err
+    assert "in report\n" in err  # where it was raised
+    assert "1 trial failed; --retry-failed tries again\n" in err
+
+
+def test_to_be_stopped_while_the_model_loads_is_no_death(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = sweep(world, tmp_path / "out", "lr=1e-3", max_steps=1)
+
+    def stopped(config: SweepConfig) -> Shared:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "opened", stopped)
+        for _ in range(MOST_DEATHS + 1):
+            with pytest.raises(KeyboardInterrupt):
+                sweep_run(given)
+    assert sweep_run(given)["finished"] == 1
 
 
 def test_weights_and_biases_can_hand_out_the_same_points(world: Path, tmp_path: Path) -> None:

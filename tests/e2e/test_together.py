@@ -29,6 +29,7 @@ def members(world: Path, out: Path) -> list[RunConfig]:
         config(world, out / "linear"),
         config(world, out / "mlp", projector="mlp", lr=1e-3),
         config(world, out / "patches", visual_tokens="pool", warmup=0.5, weight_decay=0.1),
+        config(world, out / "fast", start="captions", optimizer="muon", lr=0.05),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Timeout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,35 @@ def test_what_a_process_left_is_taken_over_first(tmp_path: Path) -> None:
     assert (taken.folder, taken.point) == (left.folder, left.point)
     (other,) = here.claim(1, by_seed)
     assert other.point == {"lr": 2.0}
+
+
+def test_one_that_ends_while_another_process_looks_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = (study(tmp_path, "lr=1,2") for _ in range(2))
+    (claim,) = here.claim(1, by_seed)
+    look = there.study.get_trials
+
+    def look_and_end(**flags: Any) -> Any:
+        found = look(**flags)
+        if flags.get("states"):
+            claim.ended(summary(1.0))
+            claim.lock.release()
+            monkeypatch.undo()
+        return found
+
+    monkeypatch.setattr(there.study, "get_trials", look_and_end)
+    (other,) = there.claim(1, by_seed)
+    assert other.point == {"lr": 2.0}
+    assert states(here) == ["finished", "running"]
+
+
+def test_a_draw_that_a_kill_cut_short_is_made_again(tmp_path: Path) -> None:
+    here = study(tmp_path, "lr=1..2", "seed=0,1", trials=2)
+    here.study.enqueue_trial({"lr": 1.5, "seed": 0})
+    assert (here.left(), states(here)) == (4, [])
+    assert here.claim(1, by_seed)[0].point == {"lr": 1.5, "seed": 0}
+    assert [len(here.claim(9, by_seed)) for _ in range(4)] == [1, 1, 1, 0]
 
 
 def test_a_trial_that_kills_its_processes_is_given_up(tmp_path: Path) -> None:
@@ -220,6 +250,13 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         study(tmp_path, "lr=1,2", "seed=1,2")
     with pytest.raises(LlavaError, match="another --batch-size; expected 4; got 8"):
         study(tmp_path, "lr=1,2", flags={"batch_size": 8})
+
+
+def test_a_flag_that_is_newer_than_the_sweep_had_its_default(tmp_path: Path) -> None:
+    study(tmp_path, "lr=1,2")
+    study(tmp_path, "lr=1,2", flags={"batch_size": 4, "optimizer": "adamw", "init": None})
+    with pytest.raises(LlavaError, match="another --optimizer; expected adamw; got muon"):
+        study(tmp_path, "lr=1,2", flags={"batch_size": 4, "optimizer": "muon"})
 
 
 def test_a_torn_line_of_the_journal_is_dropped(tmp_path: Path) -> None:
