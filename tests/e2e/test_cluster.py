@@ -1,4 +1,4 @@
-"""`extract run` by several workers: by shares of the files, and on a Ray cluster that loses a node."""
+"""Several workers: files of `extract run` shared, or on a Ray cluster that loses a node; a sweep's trials."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
 from tests.e2e.commands import run, start
 from tests.e2e.pictures import features_are_right, picture, write_parquet
+from tests.e2e.test_train import config, flags_of, write_world
 from tests.ray_cluster import ACCESS, Node, ray_cluster
 from tests.servers import answer, serving
 from tests.small_vision import write_vision_folder
@@ -154,6 +155,17 @@ def test_an_interrupt_ends_the_workers_and_one_bad_file_stops_no_other(
     assert Shard(tmp_path / "out/a.h5").status.tolist() == [Status.OK] * 400
     assert Shard(tmp_path / "out/c.h5").status.tolist() == [Status.OK] * 5
     assert asked.total() <= 400 - 128 + 5
+
+
+def test_its_workers_run_the_trials_of_a_sweep(cluster: tuple[str, Node, Node], tmp_path: Path) -> None:
+    flags = flags_of(config(write_world(tmp_path), tmp_path / "out", max_steps=4, eval_every=2))
+    space = ("--space", "lr=1e-3,1e-2", "weight_decay=0,1e38", "--ray", cluster[0], "--json")
+    ended = run("train", "sweep", *flags, *space, **ACCESS)
+    assert (ended.summary["finished"], ended.summary["failed"]) == (2, 2)
+    assert ended.summary["best"] == {"trial": ended.summary["best"]["trial"], "lr": 1e-2, "weight_decay": 0.0}
+    assert "trial 0 (lr=0.001 weight_decay=0): held-out loss " in ended.err
+    assert (tmp_path / "out/best/model.safetensors").exists()
+    assert (tmp_path / "out/index.html").exists()
 
 
 def test_workers_share_the_files(base: str, vision: Path, tmp_path: Path) -> None:
