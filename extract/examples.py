@@ -4,64 +4,146 @@ from __future__ import annotations
 
 import collections
 import itertools
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from extract.config import ExamplesConfig
 from extract.sources.base import Rows
 from extract.sources.find import find_sources
-from llava_core.console import counted, say
+from llava_core.console import counted, progress, say
 from llava_core.errors import LlavaError
-from llava_core.fetch import Fetched, FetchLimits, fetch_all
+from llava_core.fetch import Fetched, FetchLimits, fetch_each
 from llava_core.fingerprint import JsonDict
+from llava_core.health import SILENT, proxy_hint
 from llava_core.preprocess import ImageError, image_format
+from llava_core.status import Status
 
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg"}
-"""Of the formats whose suffix is not their name."""
+HIDDEN = ".part"
+"""Folder in --out for what is there before all is."""
+LEAST_ROWS, MOST_ROWS = 16, 64
+"""Rows that are asked for at a time: --count, within these bounds."""
+BYTES = 128 << 20
+"""Of bodies in memory above which no download begins."""
+SILENT_ROWS = 64
+"""Rows in a row without an answer after which the network seems down."""
+FAILED_ROWS, FAILED_ROWS_EACH = 200, 20
+"""Rows in a row without a picture after which the search ends: so many, or so many times --count if more."""
 
 
 def run(config: ExamplesConfig) -> JsonDict:
-    """Write 0000.jpg and 0000.txt and so on; returns how many, and how the rows passed over failed."""
+    """Write 0000.jpg and 0000.txt and so on; returns how many, and how the rows passed over failed.
+
+    Raises LlavaError if too many rows in a row have no picture; what was found before them is there then.
+    """
     config.out.mkdir(parents=True, exist_ok=True)
+    hidden = config.out / HIDDEN
+    shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
     if any(config.out.iterdir()):
         raise LlavaError(f"{config.out} holds something already", do="choose another --out")
-    failed: collections.Counter[str] = collections.Counter()
-    saved = 0
-    for fetched, text in _pairs(config):
-        try:
-            if fetched.status.failed:
-                raise ImageError(fetched.status, fetched.detail)
-            kind = image_format(fetched.body)
-        except ImageError as error:
-            failed[error.status.label] += 1
-            continue
-        picture = config.out / f"{saved:04d}{SUFFIXES.get(kind, '.' + kind.lower())}"
-        picture.write_bytes(fetched.body)
-        picture.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-        saved += 1
-        if saved == config.count:
-            break
-    passed = ", ".join(f"{n} {label}" for label, n in failed.items())
-    say(f"{counted(saved, 'example')} in {config.out}" + (f"; passed over: {passed}" if passed else ""))
+    hidden.mkdir()
+    try:
+        with progress(config.count, "picture") as bar:
+            search = _Search(config, hidden, bar)
+            trouble = search.run()
+        for n, (picture, text) in enumerate(search.found):
+            named = picture.rename(config.out / f"{n:04d}{picture.suffix}")
+            named.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    saved, passed = len(search.found), _counts(search.failed)
+    if saved:
+        say(f"{counted(saved, 'example')} in {config.out}" + (f"; passed over: {passed}" if passed else ""))
+    if trouble:
+        raise trouble
     if not saved:
         raise LlavaError(f"no picture of {config.data} could be had", got=passed or "no row with a caption")
-    return {"examples": saved, "failed": dict(failed), "out": str(config.out)}
+    return {"examples": saved, "failed": dict(search.failed), "out": str(config.out)}
 
 
-def _pairs(config: ExamplesConfig) -> Iterator[tuple[Fetched, str]]:
-    """Images and captions in the order of the rows; rows without a caption are left out."""
-    for source in find_sources(config.data, config.images):
-        rows = source.read()
-        if rows.conversations:
-            raise LlavaError(f"{source.path} holds dialogues", expected="captions")
-        captioned = ((row, text) for row, text in enumerate(rows.texts) if text is not None)
-        while part := list(itertools.islice(captioned, config.count)):
-            images = _images(rows, [row for row, _ in part], config)
-            yield from zip(images, (text for _, text in part), strict=True)
+class _Search:
+    """Rows in their order until enough of them have a picture; each is in `hidden` as soon as it comes."""
+
+    def __init__(self, config: ExamplesConfig, hidden: Path, bar: Any) -> None:
+        self.config, self.hidden, self.bar = config, hidden, bar
+        self.limits = FetchLimits(retries=1, bytes_in_flight=BYTES, allow_private=config.allow_private)
+        self.found: list[tuple[Path, str]] = []
+        """Pictures and their captions."""
+        self.failed: collections.Counter[str] = collections.Counter()
+        self._in_a_row: collections.Counter[str] = collections.Counter()
+        """How the rows since the last picture failed."""
+        self._names = itertools.count()
+
+    def run(self) -> LlavaError | None:
+        """Returns why it ended early, if it did."""
+        for rows, part in self._parts():
+            outcomes = self._outcomes(rows, [row for row, _ in part])
+            for outcome, (_, text) in zip(outcomes, part, strict=True):
+                if isinstance(outcome, Status):
+                    self.failed[outcome.label] += 1
+                    self._in_a_row[outcome.label] += 1
+                    continue
+                self.found.append((outcome, text))
+                self._in_a_row.clear()
+                if len(self.found) == self.config.count:
+                    return None
+            if trouble := self._trouble():
+                return trouble
+        return None
+
+    def _parts(self) -> Iterator[tuple[Rows, list[tuple[int, str]]]]:
+        """Some rows with their captions at a time; those without one are left out."""
+        size = min(max(self.config.count, LEAST_ROWS), MOST_ROWS)
+        for source in find_sources(self.config.data, self.config.images):
+            rows = source.read()
+            if rows.conversations:
+                raise LlavaError(f"{source.path} holds dialogues", expected="captions")
+            captioned = ((row, text) for row, text in enumerate(rows.texts) if text is not None)
+            while part := list(itertools.islice(captioned, size)):
+                yield rows, part
+
+    def _outcomes(self, rows: Rows, chosen: list[int]) -> list[Path | Status]:
+        """The picture of each row, or why there is none."""
+        outcomes: dict[int, Path | Status] = {}
+        remote = []
+        for row in chosen:
+            if image := rows.images and rows.images.load(row, self.limits.max_bytes):
+                outcomes[row] = self._take(image)
+            else:
+                remote.append(row)
+
+        def take(index: int, fetched: Fetched) -> None:
+            outcomes[remote[index]] = self._take(fetched)
+
+        fetch_each([rows.places[row] for row in remote], self.limits, take)
+        return [outcomes[row] for row in chosen]
+
+    def _take(self, fetched: Fetched) -> Path | Status:
+        if fetched.status.failed:
+            return fetched.status
+        try:
+            kind = image_format(fetched.body)
+        except ImageError as error:
+            return error.status
+        suffix = ".jpg" if kind == "JPEG" else f".{kind.lower()}"
+        picture = self.hidden / f"{next(self._names)}{suffix}"
+        picture.write_bytes(fetched.body)
+        self.bar.update(self.bar.n < self.config.count)
+        return picture
+
+    def _trouble(self) -> LlavaError | None:
+        """What to say if the rows since the last picture leave no hope."""
+        rows, got = self._in_a_row.total(), _counts(self._in_a_row)
+        if rows >= SILENT_ROWS and self._in_a_row.keys() <= {status.label for status in SILENT}:
+            do = "; ".join(filter(None, ["check the network", proxy_hint()]))
+            return LlavaError(f"no answer for {rows} rows in a row: the network seems down", got=got, do=do)
+        if rows >= max(FAILED_ROWS, FAILED_ROWS_EACH * self.config.count):
+            do = "look at the addresses, or paths, in --data"
+            return LlavaError(f"gave up after {rows:,} rows in a row without a picture", got=got, do=do)
+        return None
 
 
-def _images(rows: Rows, chosen: list[int], config: ExamplesConfig) -> list[Fetched]:
-    limits = FetchLimits(allow_private=config.allow_private)
-    found = [rows.images.load(row, limits.max_bytes) if rows.images else None for row in chosen]
-    addresses = [rows.places[row] for row, image in zip(chosen, found, strict=True) if image is None]
-    fetched = iter(fetch_all(addresses, limits))
-    return [image or next(fetched) for image in found]
+def _counts(failed: collections.Counter[str]) -> str:
+    """'3 http 4xx, 1 timeout'."""
+    return ", ".join(f"{n:,} {label}" for label, n in failed.items())

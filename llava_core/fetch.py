@@ -213,21 +213,38 @@ class Fetcher:
             self.memory.release(len(body))
 
 
+def fetch_each(urls: Sequence[str], limits: FetchLimits, take: Callable[[int, Fetched], object]) -> None:
+    """Downloads outside any event loop; each goes to `take` with its place in `urls` as it comes.
+
+    It counts as in flight until `take` returns.
+    """
+
+    async def fetch(fetcher: Fetcher, index: int, url: str) -> None:
+        fetched = await fetcher.fetch(url)
+        try:
+            take(index, fetched)
+        finally:
+            fetcher.release(fetched)
+
+    async def fetch_them() -> None:
+        async with Fetcher(limits) as fetcher:
+            await asyncio.gather(*(fetch(fetcher, index, url) for index, url in enumerate(urls)))
+
+    asyncio.run(fetch_them())
+
+
 def fetch_all(
     urls: Sequence[str], limits: FetchLimits, done: Callable[[], object] = lambda: None
 ) -> list[Fetched]:
     """Downloads outside any event loop, in the order of `urls`; `done` is called after each."""
+    found: dict[int, Fetched] = {}
 
-    async def fetch(fetcher: Fetcher, url: str) -> Fetched:
-        fetched = await fetcher.fetch(url)
+    def take(index: int, fetched: Fetched) -> None:
+        found[index] = fetched
         done()
-        return fetched
 
-    async def fetch_them() -> list[Fetched]:
-        async with Fetcher(limits) as fetcher:
-            return await asyncio.gather(*(fetch(fetcher, url) for url in urls))
-
-    return asyncio.run(fetch_them())
+    fetch_each(urls, limits, take)
+    return [found[index] for index in range(len(urls))]
 
 
 def refuses_use(tags: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Hashable
@@ -138,6 +139,8 @@ class Health:
         if self._down_since is None:
             self._down_since, self._pause = time.monotonic(), FIRST_PAUSE
             say(f"{self._streak} downloads in a row got no answer: the network seems down; waiting for it")
+            if hint := proxy_hint():
+                say(hint)
         async with self._probe:
             if self._proof > began or self._down_since is None:
                 return
@@ -159,3 +162,11 @@ class Health:
         if self._waiting:
             async with self._changed:
                 self._changed.notify_all()
+
+
+def proxy_hint() -> str | None:
+    """What to say of a network that seems down where a proxy is set, which no download uses."""
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        if os.environ.get(name):
+            return f"{name} is set, but images are asked for without a proxy"
+    return None

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import time
 from pathlib import Path
 
-from tests.e2e.commands import call, run
+import pytest
+from aiohttp import web
+
+from tests.e2e.commands import call, run, start
 from tests.e2e.pictures import picture
 from tests.local_data import write_parquet
+from tests.servers import answer, serving
 
 
 def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_path: Path) -> None:
@@ -28,3 +36,55 @@ def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_
     assert "holds something already" in call(*command, "--out", tmp_path / "out", code=1).one_line()
     again = call("llava", "examples", "--data", tmp_path / "out", "--out", tmp_path / "again", "--json")
     assert again.summary["examples"] == 3
+
+
+def test_a_dead_network_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and never listens
+        urls = [f"http://127.0.0.1:{closed.getsockname()[1]}/{n}" for n in range(1000)]
+        data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=["x"] * len(urls))
+        command = ("llava", "examples", "--data", data, "--out", tmp_path / "out", "--allow-private")
+        monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:80")
+        ended = call(*command, "--count", 100, code=1)
+    assert ended.one_line() == (
+        "error: no answer for 64 rows in a row: the network seems down; got 64 connect; check the network; "
+        "HTTPS_PROXY is set, but images are asked for without a proxy"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_rows_without_a_picture_end_it_with_what_was_found(tmp_path: Path) -> None:
+    asked = 0
+
+    async def gone(request: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.Response(status=404)
+
+    with serving({"/0.jpg": answer(picture(0)), "/{n}": gone}) as base:
+        urls = [f"{base}/0.jpg", *(f"{base}/{n}" for n in range(1000))]
+        data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=["x"] * len(urls))
+        command = ("llava", "examples", "--data", data, "--out", tmp_path / "out", "--allow-private")
+        ended = call(*command, "--count", 2, code=1)
+    assert "gave up after 207 rows in a row without a picture; got 207 http 4xx" in ended.one_line()
+    assert asked == 207
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.jpg", "0000.txt"]
+
+
+def test_the_same_command_begins_anew_after_an_interrupt_or_a_kill(base: str, tmp_path: Path) -> None:
+    urls = [f"{base}/{name}" for name in ("0.jpg", *["slow"] * 20)]
+    data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=["x"] * len(urls))
+    out = tmp_path / "out"
+    command = ("llava", "examples", "--data", data, "--out", out, "--allow-private", "--count")
+    for signum in (signal.SIGINT, signal.SIGKILL):
+        process = start(*command, 2)
+        while not list(out.glob(".part/*.jpg")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signum)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == (130 if signum == signal.SIGINT else -signal.SIGKILL), err
+        assert [path.name for path in out.iterdir()] == ([] if signum == signal.SIGINT else [".part"])
+    write_parquet(data, url=urls[:1], caption=["x"])  # which nobody has to wait for
+    call(*command, 2)
+    assert sorted(path.name for path in out.iterdir()) == ["0000.jpg", "0000.txt"]

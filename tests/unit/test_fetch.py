@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import email.utils
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from llava_core import fetch
-from llava_core.fetch import Fetched, Fetcher, FetchLimits, fetch_all
+from llava_core.fetch import Fetched, Fetcher, FetchLimits, fetch_all, fetch_each
 from llava_core.status import Status
 from tests.servers import answer, serving
 
@@ -291,3 +292,18 @@ def test_no_download_begins_while_too_many_bytes_wait() -> None:
 
     with serving({"/{n}": picture}) as base:
         asyncio.run(run(base))
+
+
+def test_what_was_taken_makes_room_for_the_next(base: str) -> None:
+    taken: list[int] = []
+    limits = dataclasses.replace(HERE, bytes_in_flight=1, concurrency=1)
+    urls = [f"{base}/ok"] * 5
+
+    def take(index: int, fetched: Fetched) -> None:
+        assert fetched.body == b"picture"
+        taken.append(index)
+
+    thread = threading.Thread(target=fetch_each, args=(urls, limits, take), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert sorted(taken) == [*range(5)]

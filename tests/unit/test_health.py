@@ -59,7 +59,10 @@ async def start_server(port: int) -> web.AppRunner:
     return runner
 
 
-def test_an_outage_marks_no_row_as_failed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_outage_marks_no_row_as_failed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example:80")
     port = closed_port()
 
     async def run() -> list[Fetched]:
@@ -88,6 +91,7 @@ def test_an_outage_marks_no_row_as_failed(capfd: pytest.CaptureFixture[str]) -> 
     assert sum(result.status is Status.OK for result in results) > 1400
     said = capfd.readouterr().err
     assert said.count("the network seems down") == 1
+    assert said.count("https_proxy is set, but images are asked for without a proxy") == 1
     assert said.count("going on") == 1
 
 
