@@ -143,7 +143,8 @@ class SweepConfig(RunConfig):
     retry_failed: bool = False
     """Try the trials that failed again, from their last checkpoints."""
     export_wandb: Path | None = None
-    """Only write the same sweep there, as YAML for `wandb sweep`."""
+    """Only write the same sweep there, as YAML for `wandb sweep`: without --prune; with ranges or --trials
+    the seed is drawn like any other parameter."""
     resume: bool = False
     """Fail unless OUT holds a sweep to continue."""
     dry_run: bool = False
