@@ -164,7 +164,8 @@ class InspectConfig(Options):
 class ExamplesConfig(Options):
     """Save the first pictures of a data set with their captions, 0000.jpg and 0000.txt and so on.
 
-    Rows without a caption, or whose picture cannot be had, are passed over. The folder is --data in its turn.
+    Rows without a caption, or whose picture cannot be had, are passed over; too many in a row end it. The
+    folder is --data in its turn.
     """
 
     data: str
