@@ -168,7 +168,7 @@ class PushConfig(Options):
     name: str
     """OWNER/NAME of the repository; it is made if it is not there."""
     private: bool = False
-    """Make it a private one."""
+    """Make it a private one; a public one of that name is refused."""
     license: str | None = None
     """Licence of the weights for the card, such as apache-2.0."""
     language: tuple[str, ...] = ()

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.config import DownloadConfig
-from llava.modelscope_client import open_client
+from llava.hub_client import client_failure, open_modelscope
 from llava_core.console import counted, human_bytes, say, table
-from llava_core.errors import LlavaError, reason
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
 PAGE = 100
@@ -57,7 +57,7 @@ def run(config: DownloadConfig) -> JsonDict:
     downloads = DOWNLOADS[config.what]
     if config.include:
         downloads = tuple(dataclasses.replace(each, pattern=config.include) for each in downloads)
-    client = open_client("downloading")
+    client = open_modelscope("downloading")
     say(f"asking {client.endpoint} what there is")
     sizes = [_sizes(client, download) for download in downloads]
     folders = [config.out / download.folder for download in downloads]
@@ -137,9 +137,9 @@ def _download(client: Any, download: Download, folder: Path) -> None:
 
 
 def _failed(client: Any, download: Download, error: Exception) -> LlavaError:
-    return LlavaError(
+    return client_failure(
         f"cannot download {download.repository} from {client.endpoint}",
-        got=reason(error),
+        error,
         do="check the network, or name a mirror in MODELSCOPE_ENDPOINT; the same command continues",
     )
 
