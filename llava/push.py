@@ -179,7 +179,9 @@ def _model_scope() -> Hub:
         more |= {"license": config.license} if config.license else {}
         client.create_repo(config.name, token=token, exist_ok=True, **more)
         if config.private:
-            require_private(config.name, client.get_model(config.name).get("Visibility") == MODELSCOPE_PRIVATE)
+            require_private(
+                config.name, client.get_model(config.name).get("Visibility") == MODELSCOPE_PRIVATE
+            )
         client.upload_folder(
             repo_id=config.name,
             folder_path=str(folder),

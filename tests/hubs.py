@@ -126,9 +126,7 @@ class Hubs:
         """By the older of its two interfaces, which some repositories are known to alone."""
         self._of(request)
         visibility = 5 if self._name(request) in self.public else 1
-        return web.json_response(
-            {"Code": 200, "Success": True, "Data": {"Id": 1, "Visibility": visibility}}
-        )
+        return web.json_response({"Code": 200, "Success": True, "Data": {"Id": 1, "Visibility": visibility}})
 
     def _of(self, request: web.Request) -> dict[str, bytes]:
         if (name := self._name(request)) not in self.repositories:
