@@ -109,6 +109,10 @@ def test_what_cannot_be_matched(tmp_path: Path) -> None:
         MatchConfig(vision=VISION)
     with pytest.raises(LlavaError, match="--text; expected a text"):
         MatchConfig(vision=VISION, images=tmp_path, text=(" ",))
+    for name in ("chart", "chart.txt"):  # what Pillow could not write, before anything is encoded
+        with pytest.raises(LlavaError, match=rf"--out; expected a file named \*\.png .*; got {name}$"):
+            MatchConfig(vision=VISION, images=tmp_path, out=Path(name))
+    assert MatchConfig(vision=VISION, images=tmp_path, out=Path("图.JPG")).out.suffix == ".JPG"
     with pytest.raises(LlavaError, match="no images in"):
         match.run(MatchConfig(vision=VISION, images=tmp_path, text=("红",), device="cpu"))
     with pytest.raises(LlavaError, match="no folder"):
