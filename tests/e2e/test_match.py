@@ -97,7 +97,7 @@ def test_without_a_chinese_font_it_says_so(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**ENVIRONMENT, "XDG_DATA_DIRS": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)},
+        env={**ENVIRONMENT, **dict.fromkeys(("HOME", "XDG_DATA_DIRS", "XDG_DATA_HOME"), str(tmp_path))},
         check=True,
     )
     assert ended.stdout == "(760, 144)\n"
