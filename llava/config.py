@@ -135,6 +135,11 @@ class DownloadConfig(Options):
     dry_run: bool = False
     """Print files and bytes, and touch nothing."""
 
+    def __post_init__(self) -> None:
+        there = next(path for path in (self.out, *self.out.parents) if path.exists())
+        if not there.is_dir():
+            raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig(Options):

@@ -58,7 +58,7 @@ def run(config: DownloadConfig) -> JsonDict:
     if config.include:
         downloads = tuple(dataclasses.replace(each, pattern=config.include) for each in downloads)
     client = open_modelscope("downloading")
-    say(f"asking {client.endpoint} what there is")
+    say(f"asking {client.endpoint} what there is (a minute or more, if nothing answers)")
     sizes = [_sizes(client, download) for download in downloads]
     folders = [config.out / download.folder for download in downloads]
     missing = [_missing(folder, of) for folder, of in zip(folders, sizes, strict=True)]
