@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.config import DownloadConfig
-from llava.hub_client import client_failure, open_modelscope
+from llava.hub_client import cure, open_modelscope
 from llava_core.console import counted, human_bytes, say, table
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
 
 PAGE = 100
@@ -137,10 +137,11 @@ def _download(client: Any, download: Download, folder: Path) -> None:
 
 
 def _failed(client: Any, download: Download, error: Exception) -> LlavaError:
-    return client_failure(
+    return LlavaError(
         f"cannot download {download.repository} from {client.endpoint}",
-        error,
-        do="check the network, or name a mirror in MODELSCOPE_ENDPOINT; the same command continues",
+        got=reason(error),
+        do=cure(error)
+        or "check the network, or name a mirror in MODELSCOPE_ENDPOINT; the same command continues",
     )
 
 

@@ -6,7 +6,7 @@ import errno
 import logging
 from typing import Any
 
-from llava_core.errors import LlavaError, reason
+from llava_core.errors import LlavaError
 
 MISUNDERSTANDINGS = (AttributeError, ImportError, LookupError, NameError, TypeError)
 """What a client raises that does not fit the hub's answers, the packages around it, or us."""
@@ -26,12 +26,11 @@ def open_modelscope(doing: str) -> Any:
     return HubApi()
 
 
-def client_failure(what: str, error: Exception, *, do: str) -> LlavaError:
-    """A client's exception for the terminal; `do` is for those that come from the hub, or the way there."""
-    got = reason(error)
+def cure(error: Exception) -> str | None:
+    """What to do about a client's exception that the network has no part in; None for any other."""
     if isinstance(error, MISUNDERSTANDINGS):
-        got = f"{type(error).__name__}: {got}"
-        do = "the network is not at fault; try another version of the hub's client"
-    elif isinstance(error, OSError) and (error.filename or error.errno in FULL):
-        do = "the network is not at fault; mend that on this disk, and the same command continues"
-    return LlavaError(what, got=got, do=do)
+        kind = type(error).__name__
+        return f"the network is not at fault ({kind}); try another version of the hub's client"
+    if isinstance(error, OSError) and (error.filename or error.errno in FULL):
+        return "the network is not at fault; mend that on this disk, and the same command continues"
+    return None

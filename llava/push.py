@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.config import PushConfig
-from llava.hub_client import client_failure, open_modelscope
+from llava.hub_client import cure, open_modelscope
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import counted, human_bytes, say, table
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
 from llava_core.model_card import header_of, with_header
 
@@ -81,10 +81,11 @@ def run(config: PushConfig) -> JsonDict:
         except LlavaError:
             raise
         except Exception as error:  # the clients' versions raise OSError, RuntimeError and kinds of their own
-            raise client_failure(
+            raise LlavaError(
                 f"cannot push to {config.name} on {hub.endpoint}",
-                error,
-                do="check the network, and that the token may write there; the same command continues",
+                got=reason(error),
+                do=cure(error)
+                or "check the network, and that the token may write there; the same command continues",
             ) from None
     for warning in heard:
         if "README" in str(warning.message):
