@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     SiglipVisionConfig,
@@ -37,7 +36,7 @@ from llava_core.sampling import Sampling
 from llava_core.vision import open_vision_tower
 from tests.e2e.commands import ROOT, run
 from tests.exported import QUESTIONS
-from tests.small_models import LLAMA_TEMPLATE, write_language_model
+from tests.small_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model
 from tests.small_vision import VISION, write_vision_folder
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -143,9 +142,12 @@ def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
         said.insert(0, "".join(session.ask(QUESTIONS[0])))
     assert len(set(said)) > 1
     second = "".join(session.ask(QUESTIONS[1]))
-    assert theirs["alone"] == theirs["batch"] == theirs["again"] == said
+    assert theirs["alone"] == said
+    assert theirs["again"] == theirs["batch"]
     assert theirs["second"] == second
-    assert theirs["unlike"] == [second, said[1]]
+    if config.dtype == "float32":  # what is rounded more rounds otherwise in company
+        assert theirs["batch"] == said
+        assert theirs["unlike"] == [second, said[1]]
     session.begin(session.nothing())
     assert theirs["text"] == "".join(session.ask(QUESTIONS[0]))
     return theirs
@@ -185,7 +187,7 @@ def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
         do_center_crop=True,
     )
     llm = write_language_model(tmp_path / "llm", "llama", template=LLAMA_TEMPLATE)
-    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer = byte_tokenizer(LLAMA_TEMPLATE)
     tokenizer.add_tokens(["<|1|>", "<|2|>"], special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(llm)
