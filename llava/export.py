@@ -249,10 +249,11 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if (
-        settings.get("tokenizer_class") == "TokenizersBackend"
-    ):  # what transformers 4 does not know by that name
+    # Two words of transformers 5 that 4 does not know.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     write_json(path, settings)
 
 

@@ -197,6 +197,8 @@ def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path)
     equals_infer(config, pictures)
     assert json.loads((config.out / "config.json").read_text())["image_token_id"] == PAD - 1
+    words = json.loads((config.out / "tokenizer_config.json").read_text())
+    assert isinstance(words.get("extra_special_tokens", {}), dict)  # as transformers 4 reads it
 
     # in a folder that an older version wrote, the mask alone tells a picture from padding
     for name in ("config.json", "processor_config.json"):
