@@ -120,10 +120,10 @@ def told(config: PushConfig) -> JsonDict:
 
 
 def require_private(name: str, private: bool | None) -> None:
-    """Raise LlavaError unless the hub says so: of one that is there already it keeps what it was."""
+    """Raise LlavaError unless the hub says so: a repository that is there already stays what it was."""
     if not private:
         raise LlavaError(
-            f"{name} is there already, and is not private",
+            f"the hub does not call {name} private; it may have been there already",
             do="make it private on its page, give another --name, or leave --private out",
         )
 

@@ -123,9 +123,13 @@ class Hubs:
         return web.json_response({"Code": 200, "Success": True, "Data": {"CommitId": "a"}})
 
     async def about_ms(self, request: web.Request) -> web.Response:
-        """By the older of its two interfaces, which some repositories are known to alone."""
+        """By the older of its two interfaces, or by OpenAPI."""
         self._of(request)
-        visibility = 5 if self._name(request) in self.public else 1
+        name = self._name(request)
+        if "openapi" in request.path:
+            data = {"id": name, "private": name not in self.public}
+            return web.json_response({"success": True, "data": data})
+        visibility = 5 if name in self.public else 1
         return web.json_response({"Code": 200, "Success": True, "Data": {"Id": 1, "Visibility": visibility}})
 
     def _of(self, request: web.Request) -> dict[str, bytes]:
@@ -162,6 +166,7 @@ def hubs() -> Iterator[Hubs]:
         f"POST /api/models/{name}/commit/main": both.commit_hf,
         "POST /api/v1/models": both.create_ms,
         f"/api/v1/models/{name}": both.about_ms,
+        f"/openapi/v1/models/{name}": both.about_ms,
         f"POST {scope}/{name}/info/lfs/objects/batch": both.batch,
         f"POST {scope}/{name}/commit/master": both.commit_ms,
     }

@@ -106,7 +106,7 @@ def test_what_is_to_be_private_goes_to_no_public_repository(
     hub.repositories["somebody/projector"] = {}
     hub.public.add("somebody/projector")
     refused = push(hub, tmp_path, checkpoint, to, "--private", code=1).one_line()
-    assert "somebody/projector is there already, and is not private; make it private on its page" in refused
+    assert "the hub does not call somebody/projector private; it may have been there already" in refused
     assert not hub.repositories["somebody/projector"]
     hub.public.clear()
     push(hub, tmp_path, checkpoint, to, "--private")
