@@ -16,6 +16,8 @@ from llava_core.sampling import Sampling
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
 """Folder of the built-in models."""
+CHARTS = (".png", ".jpg", ".jpeg", ".webp")
+"""Kinds of image file that a chart can be written as."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class MatchConfig(Options):
     features: Path | None = None
     """Folder of feature shards, or one of them, in place of images: nothing is encoded again."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """The text, up to 52 tokens; may be given again. Without one, texts are read a line at a time."""
+    """The text, up to 50 tokens; may be given again. Without one, texts are read a line at a time."""
     top: int = 5
     """Images shown for each text."""
     out: Path = Path("match.png")
@@ -92,6 +94,10 @@ class MatchConfig(Options):
             raise LlavaError("give either --images or --features", exit_code=2)
         if not all(text.strip() for text in self.text):
             raise LlavaError("--text", expected="a text", got="nothing", exit_code=2)
+        if self.out.suffix.lower() not in CHARTS:
+            raise LlavaError(
+                "--out", expected=f"a file named *{' or *'.join(CHARTS)}", got=self.out, exit_code=2
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +134,11 @@ class DownloadConfig(Options):
     """Only the files whose path matches, such as 'data/train-00000*'."""
     dry_run: bool = False
     """Print files and bytes, and touch nothing."""
+
+    def __post_init__(self) -> None:
+        there = next(path for path in (self.out, *self.out.parents) if path.exists())
+        if not there.is_dir():
+            raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +179,7 @@ class PushConfig(Options):
     name: str
     """OWNER/NAME of the repository; it is made if it is not there."""
     private: bool = False
-    """Make it a private one."""
+    """Make it a private one; a public one of that name is refused."""
     license: str | None = None
     """Licence of the weights for the card, such as apache-2.0."""
     language: tuple[str, ...] = ()

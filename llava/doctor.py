@@ -22,23 +22,27 @@ from packaging.requirements import Requirement
 from llava import flash_attention
 from llava.config import DoctorConfig
 from llava_core.console import human_bytes, say, table
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 
 PACKAGE = "llava-align"
+TORCH = "https://pytorch.org/get-started/locally"
 SPARED = ("modelscope", "wandb")
 """Packages that are installed by default, without which only one command, or one flag, does not work."""
 EXTRAS = {
     "llava demo": "plots",
-    "llava download": "modelscope",
-    "train sweep, over ranges": "sweep",
-    "train run --report-to wandb": "wandb",
+    "llava download, push --to modelscope": "modelscope",
+    "train sweep": "sweep",
+    "train run --report-to wandb, train sweep --export-wandb": "wandb",
     "train run --report-to tensorboard": "tensorboard",
     "extract run --ray, train sweep --ray": "ray",
     "language models as GGUF": "gguf",
     "infer score, words by jieba": "score",
+    "docs/demo.ipynb": "notebook",
 }
 """What needs more than the packages that all commands share, and the extra that has it."""
+SHARED = ("extract, train, infer", "llava trace, examples, match, chat-llm, import, export, push --to hf")
+"""What needs no more."""
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"),
     *("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "MODELSCOPE_CACHE", "MODELSCOPE_API_TOKEN"),
@@ -54,11 +58,12 @@ def run(config: DoctorConfig) -> JsonDict:
     """Print a table for each section; exit code 1 if the demo cannot run here."""
     packages, missing = _packages()
     report: JsonDict = {"machine": _machine(config.folder), "packages": packages}
-    torch = "torch" not in missing
-    if torch:
-        report["torch"] = _torch()
+    faults: list[str] = []
+    if "torch" not in missing:
+        report["torch"], faults = _torch()
+    if "CUDA" in report.get("torch", ()):
         report["flash-attn"] = {"advice": flash_attention.advice(_place())}
-    commands = _commands(missing)
+    commands = _commands(missing, faults)
     report |= {
         "commands": commands,
         "caches": _caches(os.environ),
@@ -66,17 +71,20 @@ def run(config: DoctorConfig) -> JsonDict:
     }
     for title, rows in report.items():
         _print(title, rows)
-    needed = [*missing, *({"plots"} if commands["llava demo"] != "ready" else ())]
+    needed = [*missing, *({"plots"} if commands["llava demo"] != commands[SHARED[0]] else ())]
     report["missing"] = needed
     if needed:
         say(f"missing: {', '.join(needed)}; pip install '{PACKAGE}[plots]'")
+    for fault in faults:
+        say(fault)
+    if needed or faults:
         return {**report, "exit_code": 1}
     if config.test:
         say("measuring for some seconds")
         try:
             report["self-test"] = _self_test(config.folder)
-        except (LlavaError, OSError) as error:
-            say(f"the self-test failed: {error}")
+        except (LlavaError, OSError, RuntimeError) as error:  # the last is torch's own
+            say(f"the self-test failed: {first_line(error)}")
             return {**report, "exit_code": 1}
     print("\nthe demo can run here: python -m llava demo")
     return report
@@ -96,11 +104,16 @@ def _machine(folder: Path) -> JsonDict:
     }
 
 
-def _torch() -> JsonDict:
-    import torch
+def _torch() -> tuple[JsonDict, list[str]]:
+    """What torch has, and why it cannot be used: that it is installed does not say that it loads."""
+    try:
+        import torch
 
-    from llava_core.memory import free_ram
-
+        from llava_core.memory import free_ram
+    except (ImportError, OSError) as error:  # of another Python, or without CUDA's libraries
+        why = first_line(error)
+        fault = f"torch cannot be imported: {why}; install one for this machine: {TORCH}"
+        return {"torch": f"cannot be imported: {why}"}, [fault]
     found = {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none: this torch is for CPUs",
@@ -108,12 +121,23 @@ def _torch() -> JsonDict:
     }
     if torch.version.cuda and not torch.cuda.is_available():
         found["GPU"] = "none that this torch can use: see nvidia-smi, and the driver's CUDA version"
+    faults = []
     for index in range(torch.cuda.device_count()):
-        gpu, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
-        found[f"GPU {index}"] = (
-            f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {human_bytes(free)} free of {human_bytes(total)}"
-        )
-    return found
+        try:
+            found[f"GPU {index}"] = gpu(index)
+        except (RuntimeError, AssertionError) as error:  # busy, too old or new for this torch, lost
+            found[f"GPU {index}"] = f"cannot be used: {first_line(error)}"
+            faults.append(f"GPU {index} {found[f'GPU {index}']}; without it: CUDA_VISIBLE_DEVICES=")
+    return found, faults
+
+
+def gpu(index: int) -> str:
+    """Its name and memory, once it has added numbers. Raises RuntimeError, or AssertionError without CUDA."""
+    import torch
+
+    its, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+    torch.ones(2, device=f"cuda:{index}").sum().item()
+    return f"{its.name}, compute {its.major}.{its.minor}, {human_bytes(free)} free of {human_bytes(total)}"
 
 
 def _place() -> flash_attention.Place:
@@ -171,16 +195,17 @@ def _packages() -> tuple[JsonDict, list[str]]:
     return states, [r.name for r in requirements() if not met(r) and r.name not in SPARED]
 
 
-def _commands(missing: list[str]) -> JsonDict:
+def _commands(missing: list[str], faults: list[str]) -> JsonDict:
     """What each command lacks."""
-    commands = {"extract, train, infer": f"lack {', '.join(missing)}" if missing else "ready"}
+    shared = f"lack {', '.join(missing)}" if missing else "cannot run: see torch" if faults else "ready"
+    commands = dict.fromkeys(SHARED, shared)
     for command, extra in EXTRAS.items():
         wanted = requirements(extra)
         lacking = [r.name for r in wanted if not met(r)]
         if lacking:
             commands[command] = f"lacks {', '.join(lacking)}: pip install '{PACKAGE}[{extra}]'"
         elif wanted:
-            commands[command] = commands["extract, train, infer"]
+            commands[command] = shared
         else:
             commands[command] = f"an older {PACKAGE} is installed: pip install -c constraints.txt -e ."
     return commands

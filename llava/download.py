@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.config import DownloadConfig
-from llava.modelscope_client import open_client
+from llava.hub_client import cure, open_modelscope
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
@@ -57,8 +57,8 @@ def run(config: DownloadConfig) -> JsonDict:
     downloads = DOWNLOADS[config.what]
     if config.include:
         downloads = tuple(dataclasses.replace(each, pattern=config.include) for each in downloads)
-    client = open_client("downloading")
-    say(f"asking {client.endpoint} what there is")
+    client = open_modelscope("downloading")
+    say(f"asking {client.endpoint} what there is (a minute or more, if nothing answers)")
     sizes = [_sizes(client, download) for download in downloads]
     folders = [config.out / download.folder for download in downloads]
     missing = [_missing(folder, of) for folder, of in zip(folders, sizes, strict=True)]
@@ -140,7 +140,8 @@ def _failed(client: Any, download: Download, error: Exception) -> LlavaError:
     return LlavaError(
         f"cannot download {download.repository} from {client.endpoint}",
         got=reason(error),
-        do="check the network, or name a mirror in MODELSCOPE_ENDPOINT; the same command continues",
+        do=cure(error)
+        or "check the network, or name a mirror in MODELSCOPE_ENDPOINT; the same command continues",
     )
 
 

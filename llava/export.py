@@ -7,9 +7,10 @@ transformers loads it with `trust_remote_code` and without this project.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,10 +230,13 @@ def write_settings(
 def image_token(llm: LanguageModel) -> int:
     """The token that stands for visual ones in `input_ids`: one that text does not use, if there is any.
 
-    The first ones of a row are meant whatever the text says, so it need not be reserved.
+    The first ones of a row are meant whatever the text says, so it need not be reserved. It is neither what
+    pads a row, and so comes before them, nor what ends an answer.
     """
-    rows = len(llm.embedding.weight)
-    return len(llm.tokenizer) if len(llm.tokenizer) < rows else rows - 1
+    rows, words = len(llm.embedding.weight), len(llm.tokenizer)
+    pad = llm.tokenizer.pad_token_id or 0  # as the processor pads
+    candidates: Iterator[int] = itertools.chain(range(words, rows), reversed(range(rows)))
+    return next(token for token in candidates if token != pad and token not in llm.eos_ids)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
@@ -245,10 +249,11 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if (
-        settings.get("tokenizer_class") == "TokenizersBackend"
-    ):  # what transformers 4 does not know by that name
+    # Two words of transformers 5 that 4 does not know.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     write_json(path, settings)
 
 

@@ -110,6 +110,8 @@ def run(config: ImportConfig) -> JsonDict:
          assumed if config.visual_tokens == "auto" else "as told"),
         ("conversation", provenance.conversation, "assumed: picture first, then the chat template"),
     ]  # fmt: skip
+    if kind == "mlp":
+        rows.insert(1, ("between its layers", "exact GELU, not tanh's", "assumed: the weights do not say"))
     for name, value, why in rows:
         say(f"{name}: {value} ({why})")
     say(f"{tower.encoder['model_id']} → {config.out} → {language['id']}")

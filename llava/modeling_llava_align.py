@@ -110,6 +110,9 @@ class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
             if pixel_values is not None and not (past_key_values and past_key_values.get_seq_length()):
                 visual = self.get_image_features(pixel_values).to(inputs_embeds)
                 places = input_ids == self.config.image_token_id
+                # Padding may be the same token.
+                if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == places.shape:
+                    places &= attention_mask.to(places)
                 places &= places.cumsum(-1) <= visual.shape[1]
                 if places.sum() != visual.shape[0] * visual.shape[1]:
                     raise ValueError(f"expected {visual.shape[1]} image tokens before the text of each row")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.config import PushConfig
-from llava.modelscope_client import open_client
+from llava.hub_client import cure, open_modelscope
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError, reason
@@ -28,6 +28,10 @@ from llava_core.model_card import header_of, with_header
 CARD = "README.md"
 OWNERS = ("license", "language", "base_model")
 """Keys of the header that no file of ours can know."""
+
+
+MODELSCOPE_PRIVATE = 1
+"""As its API numbers who may see a repository; 3 is internal, 5 is public."""
 
 
 class Hub(NamedTuple):
@@ -74,11 +78,14 @@ def run(config: PushConfig) -> JsonDict:
             with warnings.catch_warnings(record=True) as heard, contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("always")
                 url = hub.upload(staged, config)
+        except LlavaError:
+            raise
         except Exception as error:  # the clients' versions raise OSError, RuntimeError and kinds of their own
             raise LlavaError(
                 f"cannot push to {config.name} on {hub.endpoint}",
                 got=reason(error),
-                do="check the network, and that the token may write there; the same command continues",
+                do=cure(error)
+                or "check the network, and that the token may write there; the same command continues",
             ) from None
     for warning in heard:
         if "README" in str(warning.message):
@@ -112,6 +119,15 @@ def told(config: PushConfig) -> JsonDict:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value}
 
 
+def require_private(name: str, private: bool | None) -> None:
+    """Raise LlavaError unless the hub says so: a repository that is there already stays what it was."""
+    if not private:
+        raise LlavaError(
+            f"the hub does not call {name} private; it may have been there already",
+            do="make it private on its page, give another --name, or leave --private out",
+        )
+
+
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")
@@ -139,7 +155,10 @@ def _hugging_face() -> Hub:
     client = huggingface_hub.HfApi()
 
     def upload(folder: Path, config: PushConfig) -> str:
-        client.create_repo(config.name, private=config.private, exist_ok=True)
+        # None: public, unless an organisation decided otherwise.
+        client.create_repo(config.name, private=config.private or None, exist_ok=True)
+        if config.private:
+            require_private(config.name, client.model_info(config.name).private)
         client.upload_folder(
             repo_id=config.name, folder_path=str(folder), commit_message=f"Upload {config.folder.name}"
         )
@@ -149,7 +168,7 @@ def _hugging_face() -> Hub:
 
 
 def _model_scope() -> Hub:
-    client = open_client("pushing")
+    client = open_modelscope("pushing")
     from modelscope.hub.api import ModelScopeConfig
 
     token = os.environ.get("MODELSCOPE_API_TOKEN")
@@ -157,9 +176,13 @@ def _model_scope() -> Hub:
         raise LlavaError("no token for ModelScope", do="set MODELSCOPE_API_TOKEN, or run: modelscope login")
 
     def upload(folder: Path, config: PushConfig) -> str:
-        visibility = "private" if config.private else "public"
-        license = {"license": config.license} if config.license else {}
-        client.create_repo(config.name, token=token, visibility=visibility, exist_ok=True, **license)
+        more = {"visibility": "private"} if config.private else {}
+        more |= {"license": config.license} if config.license else {}
+        client.create_repo(config.name, token=token, exist_ok=True, **more)
+        if config.private:
+            require_private(
+                config.name, client.get_model(config.name).get("Visibility") == MODELSCOPE_PRIVATE
+            )
         client.upload_folder(
             repo_id=config.name,
             folder_path=str(folder),

@@ -21,9 +21,10 @@ ASK = """\
 Ask it about a picture, in the folder of this file:
 
     python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt 请描述这张图片。
-
-`training_config.yaml` holds the flags it was trained with.
 """
+FLAGS = "`training_config.yaml` holds the flags it was trained with."
+TRAINED = "It was trained between these two, and is of no use beside others."
+IMPORTED = "It was imported for use between these two: only their widths were checked."
 BESIDE = "Vision encoder and language model are not part of it."
 
 
@@ -32,15 +33,15 @@ def model_card(
     training: JsonDict,
     metrics: JsonDict,
     parameters: int,
-    usage: str = ASK,
+    usage: str | None = None,
     beside: str = BESIDE,
     library: str = "llava-align",
     tags: Sequence[str] = ("projector",),
 ) -> str:
     """README.md from what a checkpoint's config.json, training_config.yaml and metrics.json hold.
 
-    `parameters` are the projector's; `usage` is Markdown; `beside` says where the two models are; `library`
-    is what opens the folder.
+    `parameters` are the projector's; `usage` is Markdown, by default on `infer`; `beside` says where the two
+    models are; `library` is what opens the folder.
     """
     projector, encoder, language = config["projector"], config["encoder"], config["language_model"]
     title = f"{language['id']} sees through {encoder.get('model_id')}"
@@ -53,6 +54,9 @@ def model_card(
         "domain": ["multi-modal"],
         **_model_index(title, training, metrics),
     }
+    imported = "imported" in training
+    if usage is None:
+        usage = ASK if imported else f"{ASK}\n{FLAGS}"
     figures = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
     return f"""{_block(header)}# {title}
 
@@ -72,7 +76,7 @@ A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {
 
 ## Provenance
 
-It was trained between these two, and is of no use beside others.
+{IMPORTED if imported else TRAINED}
 
 | | vision encoder | language model |
 | --- | --- | --- |

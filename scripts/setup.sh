@@ -45,11 +45,7 @@ if [ "$extras" = dev ]; then
 fi
 # pip compiles one file after another, this on every core; files that are no Python 3 are templates of others.
 .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
-chinese_fonts() {
-    find -L /usr/share/fonts ~/.fonts ~/.local/share/fonts ~/Library/Fonts \
-        -iname '*wqy*' -o -iname '*cjk*' -o -iname '*sourcehansans*' -o -iname '*pingfang*' 2>/dev/null || true
-}
-if [ -z "$(chinese_fonts)" ]; then
+if ! .venv/bin/python -c 'import sys; from llava_core.fonts import chinese_font; sys.exit(not chinese_font(9))'; then
     debian fonts-wqy-microhei || echo "no Chinese font: the demo's contact sheet will go without words" >&2
 fi
 if [ "$extras" = dev ] && ! command -v chromium google-chrome >/dev/null; then

@@ -5,6 +5,7 @@ FOLDER PICTURES... -> FOLDER.pt: what each step gave. The first argument after -
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -25,9 +26,12 @@ def message(role: str, text: str, image: Any = None) -> dict[str, Any]:
 
 def main(folder: str, pictures: list[str]) -> dict[str, Any]:
     assert not any(importlib.util.find_spec(name) for name in ("llava_core", "llava", "infer"))
-    open_model = transformers.AutoModelForImageTextToText.from_pretrained
+    as_written = {"torch_dtype": "auto"} if transformers.__version__.startswith("4.") else {}
+    open_model = functools.partial(
+        transformers.AutoModelForImageTextToText.from_pretrained, **{"trust_remote_code": True, **as_written}
+    )
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = open_model(folder, trust_remote_code=True).eval()
+    model = open_model(folder).eval()
 
     def inputs(*dialogues: Any) -> Any:
         return processor.apply_chat_template(
@@ -62,12 +66,12 @@ def main(folder: str, pictures: list[str]) -> dict[str, Any]:
     model.save_pretrained(f"{folder}-again")
     processor.save_pretrained(f"{folder}-again")
     processor = transformers.AutoProcessor.from_pretrained(f"{folder}-again", trust_remote_code=True)
-    again, loading = open_model(f"{folder}-again", trust_remote_code=True, output_loading_info=True)
+    again, loading = open_model(f"{folder}-again", output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     result["again"] = answers(again, *dialogues)
 
-    rounded = open_model(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    rounded = open_model(folder, torch_dtype=torch.bfloat16)
     assert {p.dtype for p in rounded.projector.parameters()} == {torch.float32}
     assert rounded.get_input_embeddings().weight.dtype == torch.bfloat16
     result["rounded"] = rounded(**given).logits.float()

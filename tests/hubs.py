@@ -27,6 +27,8 @@ class Hubs:
     repositories: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     created: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The bodies of requests for a new repository."""
+    public: set[str] = dataclasses.field(default_factory=set)
+    """Names of the repositories that everybody sees."""
     blobs: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """By sha256."""
     remark: str | None = None
@@ -42,7 +44,14 @@ class Hubs:
         if name in self.repositories:
             return web.json_response({"error": "exists already", "url": f"{self.url}/{name}"}, status=409)
         self.repositories[name] = {}
+        if not (body.get("private") or body.get("visibility") == "private"):
+            self.public.add(name)
         return web.json_response({"url": f"{self.url}/{name}"})
+
+    async def about_hf(self, request: web.Request) -> web.Response:
+        self._of(request)
+        name = self._name(request)
+        return web.json_response({"id": name, "private": name not in self.public, "tags": [], "siblings": []})
 
     async def validate(self, request: web.Request) -> web.Response:
         content = (await self._body(request))["content"]
@@ -102,6 +111,8 @@ class Hubs:
                 {"Code": 10020101, "Success": False, "Message": "the model already exists"}, status=400
             )
         self.repositories[name] = {}
+        if body["Visibility"] != 1:
+            self.public.add(name)
         return web.json_response({"Code": 200, "Success": True, "Data": {"Id": 1}})
 
     async def commit_ms(self, request: web.Request) -> web.Response:
@@ -111,9 +122,15 @@ class Hubs:
             self._of(request)[action["path"]] = self.blobs[action["sha256"]] if stored is None else stored
         return web.json_response({"Code": 200, "Success": True, "Data": {"CommitId": "a"}})
 
-    async def about(self, request: web.Request) -> web.Response:
+    async def about_ms(self, request: web.Request) -> web.Response:
+        """By the older of its two interfaces, or by OpenAPI."""
         self._of(request)
-        return web.json_response({"Code": 200, "Success": True, "Data": {"Id": 1}})
+        name = self._name(request)
+        if "openapi" in request.path:
+            data = {"id": name, "private": name not in self.public}
+            return web.json_response({"success": True, "data": data})
+        visibility = 5 if name in self.public else 1
+        return web.json_response({"Code": 200, "Success": True, "Data": {"Id": 1, "Visibility": visibility}})
 
     def _of(self, request: web.Request) -> dict[str, bytes]:
         if (name := self._name(request)) not in self.repositories:
@@ -142,12 +159,14 @@ def hubs() -> Iterator[Hubs]:
     routes: Mapping[str, Handler] = {
         "POST /api/repos/create": both.create_hf,
         "POST /api/validate-yaml": both.validate,
+        f"/api/models/{name}": both.about_hf,
         f"POST /api/models/{name}/preupload/main": both.preupload,
         f"POST /{name}.git/info/lfs/objects/batch": both.batch,
         "PUT /blobs/{oid}": both.put,
         f"POST /api/models/{name}/commit/main": both.commit_hf,
         "POST /api/v1/models": both.create_ms,
-        f"/api/v1/models/{name}": both.about,
+        f"/api/v1/models/{name}": both.about_ms,
+        f"/openapi/v1/models/{name}": both.about_ms,
         f"POST {scope}/{name}/info/lfs/objects/batch": both.batch,
         f"POST {scope}/{name}/commit/master": both.commit_ms,
     }

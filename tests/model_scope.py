@@ -22,6 +22,8 @@ class ModelScope:
     """Path of a file of which half is sent, and then nothing."""
     claimed: dict[str, int] = dataclasses.field(default_factory=dict)
     """What it says of the bytes of some files, by path."""
+    odd: bool = False
+    """Answer with a listing that no client understands."""
     asked: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
     """Path and Range of every download."""
     url: str = ""
@@ -43,7 +45,8 @@ class ModelScope:
             }
             for path, content in listed
         ]
-        return web.json_response({"Code": 200, "Success": True, "Data": {"Files": entries}})
+        files = ["?"] if self.odd else entries
+        return web.json_response({"Code": 200, "Success": True, "Data": {"Files": files}})
 
     async def about(self, request: web.Request) -> web.Response:
         return web.json_response(

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
+from llava.config import DoctorConfig
+from llava.doctor import run as doctor_run
 from tests.e2e.commands import ROOT, run
+
+BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable"
+TORCH_OF_A_BUSY_GPU = f"""
+import types
+__version__ = "2.8.0+cu128"
+def compiled_with_cxx11_abi(): return True
+def fail(index): raise RuntimeError("{BUSY}\\nCUDA kernel errors might be asynchronous")
+version = types.SimpleNamespace(cuda="12.8")
+cuda = types.SimpleNamespace(
+    is_available=lambda: True, device_count=lambda: 1, get_device_properties=fail, mem_get_info=fail
+)
+"""
+"""As much of torch as it asks before it computes."""
 
 
 def test_it_measures_this_machine(tmp_path: Path) -> None:
     ended = run("llava", "doctor", "--folder", tmp_path, "--json")
     assert ended.summary["missing"] == []
     assert ended.summary["commands"]["extract, train, infer"] == "ready"
+    assert ended.summary["commands"]["train sweep"] == "ready"
     rates = ended.summary["self-test"]
     assert min(value for name, value in rates.items() if name != "device") > 0
     for title in ("machine", "packages", "torch", "flash-attn", "commands", "caches", "self-test"):
@@ -43,3 +62,43 @@ def test_a_self_test_that_fails_says_why(tmp_path: Path) -> None:
     )
     why = "the self-test failed: `python -m train run` ended with exit code 1; got no luck"
     assert why in ended.err
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "told"),
+    [
+        (
+            "raise OSError('libcudart.so.12: cannot open shared object file')",
+            {"torch": "cannot be imported: libcudart.so.12: cannot open shared object file"},
+            "torch cannot be imported: libcudart.so.12: cannot open shared object file; install one",
+        ),
+        (
+            TORCH_OF_A_BUSY_GPU,
+            {"CUDA": "12.8", "GPU 0": f"cannot be used: {BUSY}"},
+            f"GPU 0 cannot be used: {BUSY}; without it: CUDA_VISIBLE_DEVICES=",
+        ),
+    ],
+    ids=["it does not load", "its GPU is busy"],
+)
+def test_a_torch_that_is_of_no_use_here_is_in_the_report(
+    tmp_path: Path, text: str, section: dict[str, str], told: str
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(text)
+    ended = run("llava", "doctor", "--json", code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert section.items() <= ended.summary["torch"].items()
+    assert ended.summary["commands"]["extract, train, infer"] == "cannot run: see torch"
+    assert ended.summary["missing"] == []
+    assert "\nenvironment\n" in ended.out
+    assert told in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_what_torch_itself_refuses_in_the_self_test(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU that this torch has no kernels for: here, tensors without memory."""
+    with torch.device("meta"):
+        assert doctor_run(DoctorConfig(folder=tmp_path))["exit_code"] == 1
+    assert "the self-test failed: " in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

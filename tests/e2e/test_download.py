@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from llava.config import DownloadConfig
 from llava.download import DATA
+from llava_core.errors import LlavaError
 from tests.e2e.commands import ROOT, Ended, run, start
 from tests.model_scope import ModelScope, model_scope
 
@@ -102,8 +104,24 @@ def test_what_it_cannot_do_is_one_line(hub: ModelScope, tmp_path: Path) -> None:
         MODELSCOPE_ENDPOINT="http://127.0.0.1:9", **IMPATIENT,
     )  # fmt: skip
     assert "got [Errno 111] Connection refused; check the network" in nowhere.one_line()
+    assert "asking http://127.0.0.1:9 what there is (a minute or more, if nothing answers)" in nowhere.err
     (tmp_path / "without/modelscope").mkdir(parents=True)
     (tmp_path / "without/modelscope/__init__.py").write_text("raise ImportError")
     path = f"{tmp_path / 'without'}:{ROOT}"
     error = run("llava", "download", "eval", "--out", tmp_path, code=1, PYTHONPATH=path).one_line()
     assert "pip install 'llava-align[modelscope]'" in error
+
+
+def test_what_the_network_has_no_part_in(hub: ModelScope, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LlavaError, match=r"--out; expected a folder; got the file .*/file$"):
+        DownloadConfig(what="models", out=tmp_path / "file/below")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/clip").touch()
+    there = download(hub, tmp_path, "models", code=1).one_line()
+    assert "models/clip" in there
+    assert "the network is not at fault; mend that on this disk" in there
+    hub.odd = True
+    odd = download(hub, tmp_path, "models", code=1).one_line()
+    assert "the network is not at fault (AttributeError); try another version of the hub's client" in odd
+    assert "check the network" not in there + odd

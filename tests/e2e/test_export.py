@@ -9,13 +9,18 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from infer.config import AskConfig
 from infer.engine import Engine, open_engine
@@ -31,10 +36,12 @@ from llava_core.sampling import Sampling
 from llava_core.vision import open_vision_tower
 from tests.e2e.commands import ROOT, run
 from tests.exported import QUESTIONS
-from tests.small_models import LLAMA_TEMPLATE, write_language_model
+from tests.small_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model
 from tests.small_vision import VISION, write_vision_folder
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+PAD = 263
+"""The last row of the embedding of a small language model."""
 SIZES |= {"image_size": 28, "patch_size": 7}
 
 
@@ -99,8 +106,13 @@ def talk_elsewhere(folder: Path, pictures: list[Path]) -> dict[str, Any]:
 
 
 def opened(config: ExportConfig) -> Engine:
+    """As on a GPU, if it was exported in half the space: all but the projector in that type."""
     models = {name: getattr(config, name) for name in ("checkpoint", "vision", "llm")}
-    return open_engine(AskConfig(**models, image=("",), device="cpu"))
+    engine = open_engine(AskConfig(**models, image=("",), device="cpu"))
+    if (dtype := getattr(torch, config.dtype)) != torch.float32:
+        engine.tower = open_vision_tower(config.vision, dtype=dtype)
+        engine.llm = load_language_model(config.llm, dtype=dtype)
+    return engine
 
 
 @torch.inference_mode()
@@ -116,7 +128,11 @@ def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
     ids = engine.conversation.prompt([{"role": "user", "content": QUESTIONS[0]}])
     text = engine.embed(ids).expand(len(pictures), -1, -1)
     logits = engine.llm.model(inputs_embeds=torch.cat([engine.look(decoded), text], dim=1)).logits
-    torch.testing.assert_close(theirs["logits"], logits, rtol=1e-4, atol=1e-4)
+    if config.dtype == "float32":
+        torch.testing.assert_close(theirs["logits"], logits, rtol=1e-4, atol=1e-4)
+    else:  # sums in another order, each rounded
+        assert theirs["logits"].dtype == logits.dtype
+        assert (theirs["logits"] - logits).float().norm() < 0.02 * logits.float().norm()
     assert (theirs["rounded"] - logits).abs().max() < 0.2 * logits.abs().max()
 
     session = Session(engine, Sampling(max_tokens=12))
@@ -126,9 +142,12 @@ def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
         said.insert(0, "".join(session.ask(QUESTIONS[0])))
     assert len(set(said)) > 1
     second = "".join(session.ask(QUESTIONS[1]))
-    assert theirs["alone"] == theirs["batch"] == theirs["again"] == said
+    assert theirs["alone"] == said
+    assert theirs["again"] == theirs["batch"]
     assert theirs["second"] == second
-    assert theirs["unlike"] == [second, said[1]]
+    if config.dtype == "float32":  # what is rounded more rounds otherwise in company
+        assert theirs["batch"] == said
+        assert theirs["unlike"] == [second, said[1]]
     session.begin(session.nothing())
     assert theirs["text"] == "".join(session.ask(QUESTIONS[0]))
     return theirs
@@ -158,6 +177,7 @@ def test_chinese_clip_and_qwen3(tmp_path: Path) -> None:
 
 
 def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
+    """The tokenizer uses every row of the embedding, and pads with the last."""
     torch.manual_seed(0)
     vision = write_hugging_face(
         tmp_path / "vision",
@@ -167,10 +187,24 @@ def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
         do_center_crop=True,
     )
     llm = write_language_model(tmp_path / "llm", "llama", template=LLAMA_TEMPLATE)
+    tokenizer = byte_tokenizer(LLAMA_TEMPLATE)
+    tokenizer.add_tokens(["<|1|>", "<|2|>"], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(llm)
     config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "pool", None, "exact")
     config.out.mkdir()
     export_run(config)
-    equals_infer(config, write_pictures(tmp_path))
+    pictures = write_pictures(tmp_path)
+    equals_infer(config, pictures)
+    assert json.loads((config.out / "config.json").read_text())["image_token_id"] == PAD - 1
+    words = json.loads((config.out / "tokenizer_config.json").read_text())
+    assert isinstance(words.get("extra_special_tokens", {}), dict)  # as transformers 4 reads it
+
+    # in a folder that an older version wrote, the mask alone tells a picture from padding
+    for name in ("config.json", "processor_config.json"):
+        path = config.out / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_id": PAD}))
+    equals_infer(config, pictures)
     assert not config.out.with_name("exported.part").exists()
 
 
@@ -184,14 +218,21 @@ def test_siglip_at_an_earlier_layer(tmp_path: Path) -> None:
     equals_infer(config, write_pictures(tmp_path))
 
 
-def test_the_demo_s_models_in_half_the_space(tmp_path: Path) -> None:
+def test_the_demo_s_models(tmp_path: Path) -> None:
     vision, llm = (MODELS / name for name in ("vision", "llm"))
     config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
     export_run(config)
     equals_infer(config, write_pictures(tmp_path))
-    half = dataclasses.replace(config, out=tmp_path / "half", dtype="bfloat16", dry_run=True)
-    whole = dataclasses.replace(half, dtype="float32")
-    assert export_run(half)["bytes"] < 0.6 * export_run(whole)["bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_the_space_answers_as_a_gpu_does(tmp_path: Path, dtype: Literal["bfloat16", "float16"]) -> None:
+    vision, llm = (MODELS / name for name in ("vision", "llm"))
+    whole = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
+    config = dataclasses.replace(whole, dtype=dtype)
+    planned = export_run(dataclasses.replace(whole, dry_run=True))["bytes"]
+    assert export_run(config)["bytes"] < 0.6 * planned
+    equals_infer(config, write_pictures(tmp_path))
 
 
 def test_weights_of_a_gguf_file_are_no_longer_quantised(tmp_path: Path) -> None:

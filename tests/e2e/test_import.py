@@ -63,6 +63,7 @@ def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) ->
     models = ("--vision", world.vision, "--llm", world.llm)
     ended = run("llava", "import", "--file", file, *models, "--out", out, "--json")
     assert "layer: after the last norm (assumed, since the course projects all tokens" in ended.err
+    assert "GELU" not in ended.err
     assert ended.summary["visual_tokens"] == "all"
 
     imported = load_checkpoint(out)
@@ -76,7 +77,10 @@ def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) ->
     assert len(sha256) == 64
     assert imported.training["imported"]["file"] == "stage1_projection.pt"
     assert imported.metrics["imported_sha256"] == sha256
-    assert f"`stage1_projection.pt` (sha256 `{sha256}`)" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"`stage1_projection.pt` (sha256 `{sha256}`)" in card
+    assert "imported for use between these two: only their widths were checked" in card
+    assert "trained" not in card
 
     with pytest.raises(
         LlavaError, match=r"has no state\.pt, so no run goes on from it; it is of use to infer"
@@ -94,6 +98,7 @@ def test_llava_takes_the_patches_of_the_layer_before_the_last(
     said = capfd.readouterr().err
     assert "layer: hidden states -2 (assumed, since LLaVA projects the patches" in said
     assert "visual tokens: patches (5→4)" in said
+    assert "between its layers: exact GELU, not tanh's (assumed: the weights do not say)" in said
     out = tmp_path / "imported"
     engine = open_engine(
         AskConfig(checkpoint=out, vision=world.vision, llm=world.llm, image=("",), device="cpu")

@@ -97,7 +97,7 @@ def test_without_a_chinese_font_it_says_so(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**ENVIRONMENT, "XDG_DATA_DIRS": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)},
+        env={**ENVIRONMENT, **dict.fromkeys(("HOME", "XDG_DATA_DIRS", "XDG_DATA_HOME"), str(tmp_path))},
         check=True,
     )
     assert ended.stdout == "(760, 144)\n"
@@ -109,6 +109,10 @@ def test_what_cannot_be_matched(tmp_path: Path) -> None:
         MatchConfig(vision=VISION)
     with pytest.raises(LlavaError, match="--text; expected a text"):
         MatchConfig(vision=VISION, images=tmp_path, text=(" ",))
+    for name in ("chart", "chart.txt"):  # what Pillow could not write, before anything is encoded
+        with pytest.raises(LlavaError, match=rf"--out; expected a file named \*\.png .*; got {name}$"):
+            MatchConfig(vision=VISION, images=tmp_path, out=Path(name))
+    assert MatchConfig(vision=VISION, images=tmp_path, out=Path("图.JPG")).out.suffix == ".JPG"
     with pytest.raises(LlavaError, match="no images in"):
         match.run(MatchConfig(vision=VISION, images=tmp_path, text=("红",), device="cpu"))
     with pytest.raises(LlavaError, match="no folder"):

@@ -98,6 +98,25 @@ def test_what_arrives_is_the_checkpoint(hub: Hubs, tmp_path: Path, checkpoint: P
     assert with_state.summary["url"].startswith(hub.url)
 
 
+@pytest.mark.parametrize("to", ["hf", "modelscope"])
+def test_what_is_to_be_private_goes_to_no_public_repository(
+    hub: Hubs, tmp_path: Path, checkpoint: Path, to: str
+) -> None:
+    """Neither hub makes one private that is there already."""
+    hub.repositories["somebody/projector"] = {}
+    hub.public.add("somebody/projector")
+    refused = push(hub, tmp_path, checkpoint, to, "--private", code=1).one_line()
+    assert "the hub does not call somebody/projector private; it may have been there already" in refused
+    assert not hub.repositories["somebody/projector"]
+    hub.public.clear()
+    push(hub, tmp_path, checkpoint, to, "--private")
+    assert "model.safetensors" in hub.repositories["somebody/projector"]
+    # without the flag an organisation's own rule is left alone
+    if to == "hf":
+        push(hub, tmp_path, checkpoint, to)
+        assert not {"private", "visibility"} & {name for name, value in hub.created[-1].items() if value}
+
+
 def test_a_dry_run_touches_nothing(hub: Hubs, tmp_path: Path, checkpoint: Path) -> None:
     ended = push(hub, tmp_path, checkpoint, "hf", "--dry-run", "--license", "mit", HF_TOKEN="")
     assert not hub.created

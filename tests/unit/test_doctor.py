@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
-from llava.doctor import environment, requirements, state
+from llava.__main__ import COMMANDS
+from llava.doctor import EXTRAS, SHARED, environment, gpu, requirements, state
 from llava.flash_attention import Place, advice, wheel
 
 RENTED = Place((3, 12), "2.7.1+cu126", "12.6", cxx11_abi=True, platform="linux_x86_64")
@@ -59,6 +61,20 @@ def test_a_package_is_there_or_not_or_of_another_version() -> None:
     assert state(Requirement("numpy>=1"))[0].isdigit()
     assert state(Requirement("numpy<1")).endswith("too old or new")
     assert state(Requirement("no-such-package-anywhere>=1")) == "missing"
+
+
+def test_each_command_has_its_row() -> None:
+    rows = " ".join((*SHARED, *EXTRAS))
+    for phase in ("extract", "train", "infer"):
+        assert phase in rows
+    assert [name for name in COMMANDS if name not in rows] == ["doctor"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+def test_no_gpu_is_what_a_report_can_bear() -> None:
+    """Each build of torch says so in its own kind of exception, which a GPU's row is made of."""
+    with pytest.raises((RuntimeError, AssertionError)):
+        gpu(0)
 
 
 def test_no_secret_is_told() -> None:

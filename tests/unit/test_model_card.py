@@ -38,9 +38,13 @@ def test_the_text_says_what_it_belongs_to() -> None:
         assert wanted in card
     assert header_of(card)["library_name"] == "transformers"
     assert "trained on cached features" in card
+    assert "It was trained between these two, and is of no use beside others." in card
+    assert "the flags it was trained with" in model_card(CONFIG, TRAINING, METRICS, 1)
     source = {"imported": {"file": "stage1_projection.pt", "sha256": "c" * 64}}
     imported = model_card(CONFIG, source, {}, 1)
     assert f"imported from\n`stage1_projection.pt` (sha256 `{'c' * 64}`)" in imported
+    assert "imported for use between these two: only their widths were checked" in imported
+    assert "trained" not in imported
     assert "model-index" not in header_of(imported)
 
 
