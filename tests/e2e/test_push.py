@@ -50,7 +50,7 @@ def push(hub: Hubs, tmp_path: Path, folder: Path, to: str, *arguments: object, *
         "MODELSCOPE_ENDPOINT": hub.url,
         "MODELSCOPE_API_TOKEN": TOKEN,
         "MODELSCOPE_UPLOAD_BLOB_MAX_ATTEMPTS": 1,
-        "MODELSCOPE_API_MAX_RETRIES": 0,
+        "MODELSCOPE_API_MAX_RETRIES": 1,
     }
     code = given.pop("code", 0)
     command = ("llava", "push", "--folder", folder, "--to", to, "--name", "somebody/projector", *arguments)
