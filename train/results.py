@@ -9,7 +9,6 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,6 +16,7 @@ from llava_core.checkpoint import point_to
 from llava_core.console import human_seconds, table
 from llava_core.fingerprint import JsonDict
 from train.config import RunConfig
+from train.runfolder import plain
 from train.space import Point, shown
 from train.study import Record, State
 
@@ -120,7 +120,7 @@ def write_best(folder: Path, best: Record, run: RunConfig) -> str:
     """best.yaml and the link `best`; returns the command that makes the same run again."""
     flags = {field.name: getattr(run, field.name) for field in dataclasses.fields(RunConfig)}
     kept = {
-        key: _plain(value) for key, value in flags.items() if key not in NOT_KEPT and value not in ((), None)
+        key: plain(value) for key, value in flags.items() if key not in NOT_KEPT and value not in ((), None)
     }
     replace(folder / "best.yaml", yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
     checkpoint = best.folder / "best"
@@ -164,7 +164,3 @@ def _line(record: Record) -> JsonDict:
         "folder": f"trials/{record.folder.name}",
         "error": record.error,
     }
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

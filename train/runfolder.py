@@ -29,11 +29,12 @@ FREE_KEYS = {
 """Flags that may differ when a run continues: they do not change what is learnt."""
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """A flag's value as YAML and JSON have it."""
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
-DEFAULTS = {field.name: _plain(field.default) for field in dataclasses.fields(RunConfig)}
+DEFAULTS = {field.name: plain(field.default) for field in dataclasses.fields(RunConfig)}
 """A flag that is newer than a run, or a sweep, had its default's effect there."""
 
 
@@ -42,7 +43,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
-        self.training: JsonDict = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+        self.training: JsonDict = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
         if (path / "last").exists():
             self._require_same_flags()
         elif config.resume:

@@ -14,6 +14,7 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
 from train.plan import Outline
+from train.run import MEMBER_KEYS
 from train.space import Space, run_config
 
 MOST_PREDICTED = 1000
@@ -44,7 +45,6 @@ def run(config: SweepConfig) -> JsonDict:
     planned = plan(config, space)
     if config.dry_run:
         return planned
-    from train.run import MEMBER_KEYS
     from train.trials import conclude, open_study, work  # need the extra
 
     study = open_study(config, space)  # or refuse, before anything is loaded
