@@ -130,8 +130,8 @@ def test_at_a_terminal(world: World, engine: Engine, tmp_path: Path) -> None:
         tmux.enter("二\\")
         tmux.until("  二")
         tmux.enter("三")
-        screen = tmux.until("  三")
-        while tmux.screen() == screen:  # until the answer has begun
+        tmux.until("  三")
+        while not tmux.screen().split("  三", 1)[1].strip():  # until the answer has begun
             pass
         tmux.keys("C-c")
         tmux.until("（已停止）")
