@@ -106,7 +106,7 @@ def _sizes(client: Any, download: Download) -> dict[str, int]:
     }
     if not sizes:
         what = f"no file of {download.repository} is called {download.pattern}"
-        raise LlavaError(what, do="mend --include")
+        raise LlavaError(what, do="name files that it has with --include")
     return sizes
 
 
