@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from typing import Any
 
-from llava_core.errors import LlavaError
+from llava_core.errors import FULL, LlavaError
 
 MISUNDERSTANDINGS = (AttributeError, ImportError, LookupError, NameError, TypeError)
 """What a client raises that does not fit the hub's answers, the packages around it, or us."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_modelscope(doing: str) -> Any:

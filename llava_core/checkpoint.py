@@ -13,6 +13,7 @@ Its files:
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
@@ -47,11 +48,15 @@ class Provenance:
         if fingerprint == self.fingerprint:
             return
         mine, theirs = {**self.encoder, **self.preprocess}, {**encoder, **preprocess}
+        do = "give --vision the encoder that made the features, or train on features of this one"
+        if {**mine, "layer": None} == {**theirs, "layer": None}:
+            flag = "without --layer" if mine["layer"] is None else f"--layer {mine['layer']}"
+            do = f"make features of its layer: extract run {flag}"
         raise LlavaError(
             "this projector was trained on features of another vision encoder or preprocessing",
             expected=f"{self.encoder.get('model_id')} ({self.fingerprint[:12]})",
             got=f"{encoder.get('model_id')} ({fingerprint[:12]}): {first_difference(mine, theirs)}",
-            do="give --vision the encoder that made the features, or train on features of this one",
+            do=do,
         )
 
     def require_language_model(self, identity: JsonDict) -> None:
@@ -100,14 +105,16 @@ def save_checkpoint(
         name: tensor.detach().float().cpu().contiguous()
         for name, tensor in projector.map.state_dict().items()
     }
-    save_file(weights, partial / "model.safetensors")
+    # As bytes: of a full disk the libraries' own writers raise errors of other kinds than OSError.
+    (partial / "model.safetensors").write_bytes(save(weights))
     _write(partial / "config.json", json.dumps(config, ensure_ascii=False, indent=2))
-    shutil.copymode(partial / "config.json", partial / "model.safetensors")  # written for its owner alone
     _write(partial / "training_config.yaml", yaml.safe_dump(training, allow_unicode=True, sort_keys=False))
     _write(partial / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=2))
     _write(partial / "README.md", model_card(config, training, metrics, parameter_count(projector)))
     if state is not None:
-        torch.save(state, partial / "state.pt")
+        content = io.BytesIO()
+        torch.save(state, content)
+        (partial / "state.pt").write_bytes(content.getbuffer())
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
     if folder.exists():

@@ -137,8 +137,9 @@ def _interrupts_kept() -> Iterator[None]:
 def _with_settings(command: Command, argv: list[str]) -> list[str]:
     """Replace `-c FILE` and `--recipe NAME` by their flags: those typed win, then those of the file."""
     config = command.config
+    fields = {field.name: field for field in dataclasses.fields(config)}
     _require_once(config, argv)
-    argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), config))
+    argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), [*fields]))
     if not command.recipes:
         return argv
     return _expanded(
@@ -187,7 +188,7 @@ def _expanded(
     flags: list[str] = []
     for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
-        if flag not in typed and flag.replace("--", "--no-", 1) not in typed:
+        if value is not None and flag not in typed and flag.replace("--", "--no-", 1) not in typed:
             again = _repeats(fields[key.replace("-", "_")])
             for each in value if again and isinstance(value, list) else [value]:
                 flags += _flag(flag, each)
@@ -201,23 +202,27 @@ def _flag(flag: str, value: object) -> list[str]:
     return [flag, *map(str, values)]
 
 
-def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
-    """The mapping in a YAML file, its keys checked against the fields of `config`.
+def read_settings(path: Path, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, its keys as Python's names; None for a key without a value.
 
-    Raises LlavaError (exit code 2) for a missing file, one that is no mapping, or an unknown key.
+    Raises LlavaError (exit code 2) for a missing file, one that is no mapping, or a key that is there twice
+    or none of `known`.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        loaded, nodes = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LlavaError(f"cannot read settings from {path}", got=error, exit_code=2) from None
     if not isinstance(loaded, dict):
         raise LlavaError(f"{path} holds no settings", expected="key: value lines", got=loaded, exit_code=2)
-    known = {field.name for field in dataclasses.fields(config)}
-    settings = {}
+    settings: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise LlavaError(f"unknown key {key!r} in {path}", do=nearest(name, list(known)), exit_code=2)
-        if value is not None:
-            settings[name] = value
+        if known is not None and name not in known:
+            raise LlavaError(f"unknown key {key!r} in {path}", do=nearest(name, known), exit_code=2)
+        settings[name] = value
+    assert isinstance(nodes, yaml.MappingNode)
+    names = [str(key.value).replace("-", "_") for key, _ in nodes.value]  # of two, YAML keeps the last
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise LlavaError(f"{path} has the key {twice!r} twice", do="keep one", exit_code=2)
     return settings

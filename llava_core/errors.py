@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Sequence
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Of an OSError: the disk takes nothing more, from nobody."""
 
 
 class LlavaError(Exception):

@@ -365,7 +365,11 @@ def find_shards(path: Path) -> list[Shard]:
     """As `open_shards`, of whatever encoders. Raises LlavaError if there are none, or one is damaged."""
     if not path.exists():
         raise LlavaError(f"no feature folder {path}", do="make it with `extract run --out`")
+    if path.is_file() and path.suffix != ".h5":
+        raise LlavaError(f"{path} is no feature shard", expected="a folder of *.h5 files, or one of them")
     paths = [path] if path.is_file() else sorted(path.glob("*.h5"))
+    if not paths and (below := sorted({shard.parent for shard in path.glob("*/*.h5")})):
+        raise LlavaError(f"no shard (*.h5) in {path}", do=f"give one of {', '.join(map(str, below[:5]))}")
     if not paths:
         unfinished = sorted(path.glob("*.h5.part"))
         raise LlavaError(

@@ -27,7 +27,7 @@ def write_page(
         "subtitle": f"A sweep of {escape(', '.join(space.keys))}: "
         + counted(space.size(config.trials), "trial"),
         "totals": _totals(space, rows, records, best),
-        "best": _best(best, command),
+        "best": _best(best, command, (config.out / "best").exists()),
         "pictures": "".join(map(_figure, pictures)) or '<p class="note">No trial was evaluated.</p>',
         "table": _table(space, rows),
         "failures": _failures(records),
@@ -48,13 +48,14 @@ def _totals(space: Space, rows: Sequence[Row], records: Sequence[Record], best: 
     return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
 
 
-def _best(best: Record | None, command: str | None) -> str:
+def _best(best: Record | None, command: str | None, kept: bool) -> str:
     if best is None or command is None:
         return ""
+    checkpoint = "Its checkpoint is <code>best</code>, beside this page" if kept else "Its checkpoint is gone"
     return (
         '<section aria-labelledby="best"><h2 id="best">Best</h2>'
         f'<p class="note">Trial {best.number}, {escape(words(best.point))}. '
-        "Its checkpoint is <code>best</code>, beside this page; this makes it again:</p>"
+        f"{checkpoint}; this makes it again:</p>"
         f"<pre>{escape(command)}</pre></section>"
     )
 

@@ -117,7 +117,7 @@ def write_results(folder: Path, records: Sequence[Record], keys: Sequence[str]) 
 
 
 def write_best(folder: Path, best: Record, run: RunConfig) -> str:
-    """best.yaml and the link `best`; returns the command that makes the same run again."""
+    """best.yaml and the link `best`, if its checkpoint is there; returns the command that makes it again."""
     flags = {field.name: getattr(run, field.name) for field in dataclasses.fields(RunConfig)}
     kept = {
         key: plain(value) for key, value in flags.items() if key not in NOT_KEPT and value not in ((), None)
@@ -126,7 +126,10 @@ def write_best(folder: Path, best: Record, run: RunConfig) -> str:
     checkpoint = best.folder / "best"
     if checkpoint.exists():
         point_to(folder / "best", checkpoint)
-    return f"python -m train run -c {shlex.quote(str(folder / 'best.yaml'))} --out runs/best"
+    else:  # deleted, to save space: an earlier one would pass for it
+        (folder / "best").unlink(missing_ok=True)
+    settings, out = folder / "best.yaml", f"runs/{folder.name}-{best.folder.name}"
+    return f"python -m train run -c {shlex.quote(str(settings))} --out {shlex.quote(out)}"
 
 
 def replace(path: Path, text: str) -> None:

@@ -28,6 +28,8 @@ COMMON = {
 """Keys that all trials have in common: they read the same data, and are measured alike."""
 MOST_SHUFFLED = 100_000
 """Points of a grid, beyond which --trials draws from the first so many."""
+MOST_TRIALS = 100_000
+"""More are a slip: no sweep ends so late."""
 
 
 class Suggests(Protocol):
@@ -109,7 +111,8 @@ class Space:
             raise LlavaError("--space", expected="key=value,value or one YAML file", got="none", exit_code=2)
         seeds = axes.pop("seed", None)
         if isinstance(seeds, Range):
-            seeds = Choices(tuple(range(int(seeds.low), int(seeds.high) + 1)))
+            ends = range(int(seeds.low), min(int(seeds.high), int(seeds.low) + MOST_TRIALS) + 1)
+            seeds = Choices(tuple(ends))
         return Space(axes, tuple(int(seed) for seed in seeds.values) if seeds else ())
 
     @property
@@ -195,11 +198,7 @@ def _product(axes: Mapping[str, Choices | Range]) -> Iterator[Point]:
 def _entries(entries: Sequence[str]) -> dict[str, list[str]]:
     """Key -> its words, from the command line or from one YAML file."""
     if len(entries) == 1 and "=" not in entries[0]:
-        found = read_settings(Path(entries[0]), RunConfig)
-        return {
-            key: [str(value) for value in (values if isinstance(values, list) else str(values).split(","))]
-            for key, values in found.items()
-        }
+        return {key: _listed(values) for key, values in read_settings(Path(entries[0])).items()}
     split: dict[str, list[str]] = {}
     for entry in entries:
         name, equals, values = entry.partition("=")
@@ -209,6 +208,13 @@ def _entries(entries: Sequence[str]) -> dict[str, list[str]]:
             raise LlavaError("--space", expected=expected, got=entry, exit_code=2)
         split[key] = values.split(",")
     return split
+
+
+def _listed(values: object) -> list[str]:
+    """Of YAML: a list, words as on the command line, or nothing."""
+    if values is None:
+        return []
+    return [str(value) for value in (values if isinstance(values, list) else str(values).split(","))]
 
 
 def _axis(key: str, given: Sequence[str], base: RunConfig) -> Choices | Range:
@@ -226,9 +232,10 @@ def _axis(key: str, given: Sequence[str], base: RunConfig) -> Choices | Range:
     if not given:
         raise LlavaError(f"--space {key}", expected="values", got="an empty list", exit_code=2)
     if len(given) == 1 and ".." in given[0]:
-        ends, _, scale = given[0].replace("...", "..").partition(":")
+        ends, _, scale = given[0].partition(":")
         low, high = (_value(key, word, kind, base) for word in ends.split("..", 1))
-        if isinstance(low, str) or isinstance(high, str) or scale not in ("", "log") or not low < high:
+        scales = ("", "log") if "..." not in ends else ()  # whose would the third dot be?
+        if isinstance(low, str) or isinstance(high, str) or scale not in scales or not low < high:
             raise LlavaError(
                 f"--space {key}", expected="low..high or low..high:log", got=given[0], exit_code=2
             )

@@ -19,6 +19,7 @@ from typing import Literal
 import optuna
 from optuna.trial import TrialState
 
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import Held, Lock
 from train.config import SweepConfig
@@ -84,6 +85,18 @@ class Study:
                 assert claim is not None
                 claims.append(claim)
         return claims
+
+    def require_same_data(self, data: JsonDict) -> None:
+        """Keep what the trials read, or raise LlavaError naming what of it has changed since the first."""
+        with self.turn, quiet():
+            before = self.study.user_attrs.get("data")
+            if before is None:
+                self.study.set_user_attr("data", before := data)
+        if changed := [name for name in data if data[name] != before.get(name)]:
+            raise LlavaError(
+                f"{' and '.join(changed)} of the sweep in {self.folder} have changed since it began",
+                do="restore them, or choose another --out: the losses of one table are of the same data",
+            )
 
     def records(self) -> list[Record]:
         """Every trial so far, in the order in which they began; call it while holding `turn`."""

@@ -15,7 +15,8 @@ from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
 from train.plan import Outline
 from train.run import MEMBER_KEYS
-from train.space import Space, run_config
+from train.runfolder import DEFAULTS
+from train.space import MOST_TRIALS, Choices, Space, run_config
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
@@ -26,12 +27,19 @@ COSTLESS = ("lr", "weight_decay", "warmup", "seed")
 def run(config: SweepConfig) -> JsonDict:
     """Run every trial that is left, and write what came of all of them."""
     paths: dict[str, Any] = {
-        name: path.absolute() for name, path in vars(config).items() if isinstance(path, Path)
+        name: _absolute(path) for name, path in vars(config).items() if isinstance(path, Path)
     }
     config = dataclasses.replace(config, **paths)
     space = Space.of(config.space, config)
     if not space.is_grid and config.trials is None:
         raise LlavaError("a range has no last point", do="say how many to draw: --trials 20", exit_code=2)
+    if space.size(config.trials) > MOST_TRIALS:
+        do = "say how many points to try: --trials 20"
+        raise LlavaError("--space", expected=f"at most {MOST_TRIALS:,} trials", do=do, exit_code=2)
+    for key, axis in space.axes.items():
+        value = getattr(config, key)
+        if value != DEFAULTS[key] and not (isinstance(axis, Choices) and value in axis.values):
+            say(f"--space varies {key}: {value} is not among its values")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         do = "start the command once for each GPU (CUDA_VISIBLE_DEVICES=0, 1, ...): they share the trials"
         raise LlavaError("a sweep wants no torchrun", do=do, exit_code=2)
@@ -62,6 +70,13 @@ def run(config: SweepConfig) -> JsonDict:
     else:
         work(config, space)
     return planned | conclude(config, space)
+
+
+def _absolute(path: Path) -> Path:
+    """One name for one folder, wherever the command is typed; links stay, for they may differ elsewhere."""
+    absolute = path.absolute()
+    folded = Path(os.path.normpath(absolute))
+    return folded if folded.resolve() == absolute.resolve() else absolute
 
 
 def plan(config: SweepConfig, space: Space) -> JsonDict:

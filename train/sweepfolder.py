@@ -19,7 +19,7 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 from train.runfolder import DEFAULTS
 
@@ -52,7 +52,12 @@ def open_journal(folder: Path) -> optuna.Study:
     with Turn(folder / "journal.lock"):
         _cut_torn_line(journal)
     backend = JournalFileBackend(str(journal), lock_obj=Turn(folder / "journal.lock"))
-    return optuna.create_study(storage=JournalStorage(backend), study_name="sweep", load_if_exists=True)
+    try:
+        storage = JournalStorage(backend)
+        return optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
+    except (ValueError, LookupError, TypeError) as error:
+        do = "move it away: the same command then takes what the folders of its trials hold"
+        raise LlavaError(f"{journal} is damaged", got=first_line(error), do=do) from None
 
 
 def require_same(folder: Path, contents: JsonDict) -> None:
@@ -61,21 +66,27 @@ def require_same(folder: Path, contents: JsonDict) -> None:
     if not path.exists():
         if (folder / "training_config.yaml").exists():
             raise LlavaError(f"{folder} holds a run", do="choose another --out")
+        if (folder / "study.journal").exists():
+            raise LlavaError(f"{path} of this sweep is gone", do="restore it, or choose another --out")
         partial = path.with_name("sweep.yaml.part")
         partial.write_text(yaml.safe_dump(contents, allow_unicode=True, sort_keys=False), "utf-8")
         partial.replace(path)
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key in contents["flags"]:
-        before["flags"].setdefault(key, DEFAULTS.get(key))
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        flags = {key: read["flags"].get(key, DEFAULTS.get(key)) for key in contents["flags"]}
+        before = {"space": dict(read["space"]), "flags": flags}
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        do = "restore it, or choose another --out"
+        raise LlavaError(f"{path} is damaged", got=first_line(error), do=do) from None
     for part, prefix in (("space", "--space "), ("flags", "--")):
         for key in {**before[part], **contents[part]}:
             old, new = before[part].get(key), contents[part].get(key)
             if old != new:
                 raise LlavaError(
                     f"{folder} holds a sweep with another {prefix}{key.replace('_', '-')}",
-                    expected=old,
-                    got=new,
+                    expected="none" if old is None else old,
+                    got="none" if new is None else new,
                     do="choose another --out: what is drawn next, and the table, are of one space",
                 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import time
 import traceback
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from llava_core.console import counted, say
-from llava_core.errors import LlavaError, first_line
+from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
 from train.page import write_page
@@ -45,7 +44,9 @@ def work(config: SweepConfig, space: Space) -> None:
             for claim in claims:
                 stack.enter_context(claim)
             with blameless(claims):
-                shared = shared or opened(config)
+                if shared is None:
+                    shared = opened(config)
+                    study.require_same_data(data_of(config, shared))
             kinds = {alike(claim.point) for claim in claims}
             for kind in sorted(kinds):
                 run_claims(config, shared, [claim for claim in claims if alike(claim.point) == kind])
@@ -71,6 +72,18 @@ def opened(config: SweepConfig) -> Shared:
     return shared
 
 
+def data_of(config: SweepConfig, shared: Shared) -> JsonDict:
+    """What tells apart the data that the trials read, by what it is called."""
+    samples, held_out = shared.samples(config)
+    assert held_out is not None
+    return {
+        "the training rows": samples.identity,
+        "the held-out rows": held_out.identity,
+        "the encoder": shared.provenance.fingerprint,
+        "the language model": shared.llm.identity["weights_sha256"],
+    }
+
+
 def alike(point: Point) -> str:
     """Equal for runs that may train together."""
     return str({key: value for key, value in point.items() if key not in MEMBER_KEYS})
@@ -93,7 +106,7 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
         with blameless(claims), contextlib.redirect_stdout(io.StringIO()):  # the table holds the same figures
             outcomes = train(configs, shared, watch, names)
     except Exception as error:  # the GPU's memory, among others
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # no other trial would fare better
+        if isinstance(error, OSError) and error.errno in FULL:  # no other trial would fare better
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -153,7 +166,9 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
             raise LlavaError("no trial finished", got=got)
         return figures
     print(f"\nthe best again: {command}")
-    say(f"{config.out / 'index.html'} shows all; {config.out / 'best'} is the best checkpoint")
+    link = config.out / "best"
+    kept = f"{link} is" if link.exists() else f"{best.folder} is gone, and with it"
+    say(f"{config.out / 'index.html'} shows all; {kept} the best checkpoint")
     gap = best.summary.get("eval_grounding_gap")
     return {
         **figures,

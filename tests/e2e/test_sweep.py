@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.e2e.commands import ENVIRONMENT, call, run, start
 from tests.e2e.test_cluster import started
 from tests.e2e.test_train import config, curve, flags_of, weights, write_world
 from tests.ray_cluster import ACCESS, ray_cluster
+from tests.small_shards import write_shard
 from train import member, trials
 from train.config import SweepConfig
 from train.report import Report
@@ -123,7 +125,9 @@ def test_the_best_is_made_again_by_the_command_that_is_given(
     assert out.splitlines()[-1] == f"the best again: {again['command']}"
     arguments = shlex.split(again["command"])
     run(*arguments[2:], cwd=tmp_path)
-    same, best = weights(tmp_path / "runs/best"), weights(grid / first["folder"])
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name == f"grid-{first['trial']:04d}"  # of this sweep, and this trial
+    same, best = weights(made), weights(grid / first["folder"])
     assert all(torch.equal(same[name], best[name]) for name in best)
     assert load_checkpoint(grid / "best").metrics["eval_loss"] == first["eval_loss"]
 
@@ -145,6 +149,36 @@ def test_one_folder_holds_one_sweep(world: Path, grid: Path) -> None:
         sweep_run(sweep(world, grid, "lr=5e-3", *SPACE[1:]))
     with pytest.raises(LlavaError, match="another --batch-size"):
         sweep_run(sweep(world, grid, *SPACE, batch_size=8))
+    elsewhere = sweep(world, grid, *SPACE, features=world / "no/../features")  # the same by another name
+    assert sweep_run(elsewhere)["finished"] == 8
+
+
+def test_a_full_disk_costs_no_trial(world: Path, small_disk: Path) -> None:
+    given = sweep(world, small_disk / "out", "lr=5e-3,2e-2")
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2**20 - 2**15))
+    with pytest.raises(OSError, match="No space left on device"):
+        sweep_run(given)
+    filler.unlink()
+    figures = sweep_run(given)
+    assert (figures["finished"], figures["failed"]) == (2, 0)
+
+
+def test_one_table_is_of_one_set_of_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    world, out = write_world(tmp_path), tmp_path / "out"
+    given = sweep(world, out, "lr=5e-3,2e-2", trials=1)
+    sweep_run(given)
+    assert (out / "best/model.safetensors").is_file()
+    shutil.rmtree(out / "trials")
+    capfd.readouterr()
+    sweep_run(given)
+    assert not (out / "best").is_symlink()
+    assert "is gone, and with it the best checkpoint" in capfd.readouterr().err
+    write_shard(world / "held-out/d.h5", rows=10, seed=3)
+    with pytest.raises(
+        LlavaError, match=r"^the held-out rows of the sweep in .* have changed since it began"
+    ):
+        sweep_run(dataclasses.replace(given, trials=None))
 
 
 def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
@@ -157,9 +191,10 @@ def test_wrong_usage(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "projector=lineer")
     line = call(*command(given), code=2).one_line()
     assert line == "error: --space projector; expected one of linear, mlp; got lineer"
-    with pytest.raises(LlavaError, match="--trials 20") as caught:
-        sweep_run(sweep(world, tmp_path / "out", "lr=1e-3..1e-2"))
-    assert caught.value.exit_code == 2
+    for space in ("lr=1e-3..1e-2", "seed=0..2000000000"):
+        with pytest.raises(LlavaError, match="--trials 20") as caught:
+            sweep_run(sweep(world, tmp_path / "out", space))
+        assert caught.value.exit_code == 2
     with pytest.raises(LlavaError, match="no sweep to resume"):
         sweep_run(sweep(world, tmp_path / "out", "lr=1e-3", resume=True))
     with pytest.raises(LlavaError, match="--eval-features; expected held-out shards"):

@@ -73,6 +73,9 @@ def test_other_models_are_refused_by_name() -> None:
     with pytest.raises(LlavaError, match=r"expected clip \(.*got clip \(.*size: 32 vs 64"):
         PROVENANCE.require_encoder(fingerprint(ENCODER, larger), ENCODER, larger)
     PROVENANCE.require_encoder(PROVENANCE.fingerprint, ENCODER, PREPROCESS)
+    inner = {**ENCODER, "layer": 3}
+    with pytest.raises(LlavaError, match=r"make features of its layer: extract run without --layer$"):
+        PROVENANCE.require_encoder(fingerprint(inner, PREPROCESS), inner, PREPROCESS)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training_config.yaml", "metrics.json"])

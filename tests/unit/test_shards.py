@@ -293,6 +293,12 @@ def test_folders_without_shards(tmp_path: Path) -> None:
         pass
     with pytest.raises(LlavaError, match=r"1 unfinished, such as x\.h5\.part"):
         open_shards(tmp_path)
+    write_shard(tmp_path / "train/y.h5")
+    with pytest.raises(LlavaError, match=f"no shard .* in {tmp_path}; give one of {tmp_path}/train$"):
+        open_shards(tmp_path)
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(LlavaError, match="is no feature shard; expected a folder"):
+        open_shards(tmp_path / "photo.jpg")
 
 
 def test_a_flipped_bit_in_the_journal_costs_one_row(tmp_path: Path) -> None:

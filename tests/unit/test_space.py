@@ -65,6 +65,12 @@ def test_a_yaml_file_says_the_same(tmp_path: Path) -> None:
     path.write_text("lr: [5e-4, 0.001]\nweight-decay: 0..0.1\nprojector: mlp\nbatch_size: 4,8\n")
     flags = ["lr=5e-4,1e-3", "weight_decay=0..0.1", "projector=mlp", "batch_size=4,8"]
     assert Space.of([str(path)], BASE) == Space.of(flags, BASE)
+    path.write_text("lr: [5e-4]\nseed:\n")
+    with pytest.raises(LlavaError, match="--space seed; expected values; got an empty list"):
+        Space.of([str(path)], BASE)
+    path.write_text("batch-size: 4\nbatch_size: 8\n")
+    with pytest.raises(LlavaError, match="has the key 'batch_size' twice"):
+        Space.of([str(path)], BASE)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,7 @@ def test_a_yaml_file_says_the_same(tmp_path: Path) -> None:
         ("batch_size=1.5", "--space batch_size; expected a whole number; got 1.5"),
         ("lr=2..1", "--space lr; expected low..high"),
         ("lr=1..2:lin", "--space lr; expected low..high"),
+        ("lr=.001...01", "--space lr; expected low..high"),
         ("projector=linear..mlp", "--space projector; expected"),
         ("weight_decay=0..1:log", "expected a logarithmic range above 0; got 0.0"),
         ("learning_rate=1", "unknown key 'learning_rate' in --space"),

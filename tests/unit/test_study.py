@@ -252,6 +252,33 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         study(tmp_path, "lr=1,2", flags={"batch_size": 8})
 
 
+def test_other_data_than_the_trials_before_read_is_refused(tmp_path: Path) -> None:
+    data = {"the training rows": "a", "the held-out rows": "b", "the encoder": "c"}
+    study(tmp_path, "lr=1,2").require_same_data(data)
+    study(tmp_path, "lr=1,2").require_same_data({**data})
+    with pytest.raises(
+        LlavaError, match=r"^the training rows and the encoder of the sweep in .* have changed"
+    ):
+        study(tmp_path, "lr=1,2").require_same_data({**data, "the training rows": "A", "the encoder": "C"})
+
+
+def test_a_folder_without_its_space_or_with_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
+    study(tmp_path, "lr=1,2")
+    kept = (tmp_path / "sweep.yaml").read_text()
+    for text in ("", "space: 3", "a: ["):
+        (tmp_path / "sweep.yaml").write_text(text)
+        with pytest.raises(LlavaError, match=r"sweep\.yaml is damaged"):
+            study(tmp_path, "lr=1,2")
+    (tmp_path / "sweep.yaml").unlink()
+    with pytest.raises(LlavaError, match=r"sweep\.yaml of this sweep is gone"):
+        study(tmp_path, "lr=1,2")
+    (tmp_path / "sweep.yaml").write_text(kept)
+    with (tmp_path / "study.journal").open("ab") as file:
+        file.write(b"no JSON\n")
+    with pytest.raises(LlavaError, match=r"study\.journal is damaged"):
+        study(tmp_path, "lr=1,2")
+
+
 def test_a_flag_that_is_newer_than_the_sweep_had_its_default(tmp_path: Path) -> None:
     study(tmp_path, "lr=1,2")
     study(tmp_path, "lr=1,2", flags={"batch_size": 4, "optimizer": "adamw", "init": None})
