@@ -19,6 +19,7 @@ from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.console import say, table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, sha256_files
+from llava_core.folders import config_of
 from llava_core.language import outline_language_model, weight_files
 from llava_core.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
 from llava_core.vision import VisionTower, open_vision_tower
@@ -69,15 +70,24 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Kind of projector -> its layers by our names, each with theirs, less `.weight` and `.bias`."""
 
+HALVES = {
+    name: other for pair in zip(*LAYOUTS["mlp"].values(), strict=True) for name, other in (pair, pair[::-1])
+}
+"""A layer of an mlp -> the one without which it is half a projector."""
+
+NO_PREFIX = (*HALVES, "lm_head", "embed_tokens")
+"""Names of a lone layer that make it no linear projector."""
+
 
 def run(config: ImportConfig) -> JsonDict:
     """Write the checkpoint; returns what was found and assumed.
 
-    Raises LlavaError for a file that holds no projector known here, or one that fits neither model.
+    Raises LlavaError for a file of our own, without a projector known here, or that fits neither model.
     """
     if config.out.exists():
         raise LlavaError(f"--out {config.out} is there already", do="choose another, or delete it")
     tensors = read_tensors(config.file)
+    require_others(config.file)
     project = project_of(tensors)
     kind, weights = find_projector(tensors)
     require_numbers(config.file, weights)
@@ -103,7 +113,7 @@ def run(config: ImportConfig) -> JsonDict:
     assumed = f"assumed, since {project.why}"
     rows = [
         ("projector", f"{kind}, {parameter_count(projector):,} weights", "by names and shapes"),
-        ("trained by", project.name, "by names"),
+        ("trained by", project.name, "by names" if project.marks else "assumed: no other project's names"),
         ("layer", "after the last norm" if layer is None else f"hidden states {layer}",
          assumed if config.layer == "auto" else "as told"),
         ("visual tokens", f"{visual_tokens} ({tower.tokens}→{tokens})",
@@ -160,6 +170,16 @@ def read_tensors(path: Path) -> Tensors:
     return tensors
 
 
+def require_others(path: Path) -> None:
+    """Raise LlavaError for weights of our own: the config.json beside them knows what names do not say."""
+    config = config_of(path.parent)
+    if config.get("format") == "llava-projector":
+        raise LlavaError(f"{path} is of a checkpoint already", do=f"give --checkpoint {path.parent}")
+    if config.get("model_type") == "llava_align":
+        do = "give --checkpoint the one that it was made from"
+        raise LlavaError(f"{path} is of a whole model that `llava export` made", do=do)
+
+
 def require_numbers(path: Path, weights: Tensors) -> None:
     """Raise LlavaError if a weight is not finite, as after a run that diverged."""
     if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
@@ -174,7 +194,7 @@ def project_of(tensors: Tensors) -> Project:
 def find_projector(tensors: Tensors) -> tuple[str, Tensors]:
     """The kind of projector, and its weights by our names, fp32; a bias that it lacks is zero.
 
-    Raises LlavaError unless the names, less what they begin with alike, are those of one layout.
+    Raises LlavaError unless the names, less what they begin with alike, are all those of one layout.
     """
     marks = {mark for project in PROJECTS for mark in project.marks} | set(NAMES)
     its = {name: value for name, value in tensors.items() if marks & set(name.split("."))} or tensors
@@ -191,8 +211,16 @@ def find_projector(tensors: Tensors) -> tuple[str, Tensors]:
         used = {
             _join(name, leaf) for names in layers.values() for name in names for leaf in ("weight", "bias")
         }
-        if len(found) == 2 * len(layers) and short.keys() <= used:
+        biases = len(short) - len(layers)
+        if len(found) == 2 * len(layers) and short.keys() <= used and biases in (0, len(layers)):
             return kind, found
+    alone = {name.rpartition(".")[0] for name in short}
+    if len(alone) == 1 and (missing := HALVES.get(half := alone.pop())):
+        raise LlavaError(
+            f"only layer {half} of an mlp is in the file",
+            expected=f"{missing} beside it",
+            do="save both in one file, perhaps from two shards; if it is a linear one, as weight and bias",
+        )
     got = ", ".join(
         f"{name} {str(value.dtype)[6:]}{list(value.shape)}" for name, value in list(its.items())[:6]
     )
@@ -226,13 +254,14 @@ def fitted(
             got=f"{out_width}",
             do="give the language model it was trained for",
         )
-    try:
-        projector.map.load_state_dict(weights)
-    except RuntimeError as error:  # a hidden layer of another width
-        got = str(error).strip().splitlines()[-1].strip()
-        raise LlavaError(
-            f"{kind} of another shape", expected=f"{out_width} wide between its layers", got=got
-        ) from None
+    for name, own in projector.map.state_dict().items():
+        if weights[name].shape != own.shape:
+            raise LlavaError(
+                f"{kind} of another shape",
+                expected=f"{name} {list(own.shape)}",
+                got=list(weights[name].shape),
+            )
+    projector.map.load_state_dict(weights)
     return projector
 
 
@@ -243,13 +272,13 @@ def _ends(weights: Tensors) -> tuple[str, str]:
 
 
 def _without_prefix(tensors: Tensors) -> Tensors:
-    """By names without the parts that all begin with; the last part stays."""
+    """By names without the parts that all begin with; the last part stays, and a lone layer's NO_PREFIX."""
     names = [name.split(".") for name in tensors]
     shared = 0
     while all(len(name) > shared + 1 and name[shared] == names[0][shared] for name in names):
         shared += 1
-    if len({tuple(name[:-1]) for name in names}) == 1:  # one layer
-        shared = len(names[0]) - 1
+    if len(names[0]) == shared + 1 > 1 and names[0][shared - 1] in NO_PREFIX:
+        shared -= 1
     return {".".join(name[shared:]): value for name, value in zip(names, tensors.values(), strict=True)}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from llava_core.checkpoint import load_checkpoint
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
+from llava_core.folders import config_of
 from llava_core.model_card import header_of, with_header
 
 CARD = "README.md"
@@ -99,7 +99,14 @@ def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
 
     Raises LlavaError for a folder that holds no model, a damaged checkpoint, or no card.
     """
-    if not _is_transformers_model(folder):
+    kind = config_of(folder).get("model_type")
+    if kind not in (None, "llava_align"):
+        raise LlavaError(
+            f"{folder} holds another's model",
+            expected="a checkpoint, or a folder that `llava export` made",
+            got=f"model_type {kind}",
+        )
+    if kind is None:
         load_checkpoint(folder)  # says what is wrong with any other folder
     files = {
         path.relative_to(folder).as_posix(): path
@@ -132,14 +139,6 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _is_transformers_model(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def _hugging_face() -> Hub:

@@ -44,8 +44,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without the paragraphs that follow."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """What a library's error says, without the paragraphs that follow; after a colon, with the next line."""
+    first, *rest = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+    return " ".join([first, *rest[: first.endswith(":")]]).rstrip(",:") or type(error).__name__
 
 
 def reason(error: BaseException) -> str:

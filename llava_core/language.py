@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
+from llava_core.folders import config_of, contents
 
 logging.disable_progress_bar()
 
@@ -84,6 +86,7 @@ def load_language_model(
     Raises LlavaError if weights or chat template are missing, or transformers cannot load the folder.
     """
     device = torch.device(device)
+    _require_causal(folder)
     weights = weight_files(folder)
     where = {"gguf_file": weights[0].name} if weights[0].suffix == ".gguf" else {}
     try:
@@ -138,8 +141,7 @@ def outline_language_model(folder: Path) -> LanguageModel:
 
     Raises LlavaError if transformers knows no such model or tokenizer.
     """
-    if not folder.is_dir():
-        raise _no_folder(folder)
+    _require_causal(folder)
     gguf = sorted(folder.glob("*.gguf"))
     where = {"gguf_file": gguf[0].name} if gguf and not (folder / "config.json").exists() else {}
     try:
@@ -162,15 +164,27 @@ def outline_language_model(folder: Path) -> LanguageModel:
     return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(model, tokenizer))
 
 
-def _no_folder(folder: Path) -> LlavaError:
-    do = "give --llm a folder; README.md shows how to download one"
-    return LlavaError(f"no language model folder {folder}", do=do)
+def _require_causal(folder: Path) -> None:
+    """Raise LlavaError for a folder that is not there, or holds a model of another kind, or none."""
+    if not folder.is_dir():
+        do = "give --llm a folder; README.md shows how to download one"
+        raise LlavaError(f"no language model folder {folder}", do=do)
+    if any(folder.glob("*.gguf")):
+        return
+    config = config_of(folder)
+    kind = config.get("model_type")
+    own_code = config.get("auto_map") or {}
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_code:
+        raise LlavaError(
+            f"{folder} holds no language model",
+            expected="config.json of a causal model that transformers knows, or *.gguf",
+            got=f"model_type {kind}" if kind else contents(folder),
+            do="give --llm the folder of one, or download it again",
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: every shard of the first format present."""
-    if not folder.is_dir():
-        raise _no_folder(folder)
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
         if files := sorted(folder.glob(pattern)):
             return files

@@ -21,6 +21,7 @@ from llava_core.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, sha256_files
+from llava_core.folders import contents
 from llava_core.preprocess import FILTERS, Preprocess
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -139,7 +140,7 @@ def open_vision_tower(
     raise LlavaError(
         f"{folder} holds no vision encoder",
         expected=f"{MODELSCOPE_FILES[0]} (Chinese-CLIP from ModelScope) or config.json (Hugging Face)",
-        got=", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder",
+        got=contents(folder),
         do="download it again",
     )
 

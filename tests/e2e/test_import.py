@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
@@ -63,6 +64,7 @@ def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) ->
     models = ("--vision", world.vision, "--llm", world.llm)
     ended = run("llava", "import", "--file", file, *models, "--out", out, "--json")
     assert "layer: after the last norm (assumed, since the course projects all tokens" in ended.err
+    assert "trained by: course (assumed: no other project's names)" in ended.err
     assert "GELU" not in ended.err
     assert ended.summary["visual_tokens"] == "all"
 
@@ -96,6 +98,7 @@ def test_llava_takes_the_patches_of_the_layer_before_the_last(
     weights = llava_mlp()
     import_run(config(world, tmp_path, {name: value.bfloat16() for name, value in weights.items()}))
     said = capfd.readouterr().err
+    assert "trained by: LLaVA (by names)" in said
     assert "layer: hidden states -2 (assumed, since LLaVA projects the patches" in said
     assert "visual tokens: patches (5→4)" in said
     assert "between its layers: exact GELU, not tanh's (assumed: the weights do not say)" in said
@@ -136,10 +139,21 @@ def test_what_does_not_fit_is_one_line(world: World, tmp_path: Path) -> None:
         (llava_mlp(out_width=40), "does not fit llm; expected 32 wide; got 40; give the language model"),
         (
             llava_mlp(between=48),
-            "mlp of another shape; expected 32 wide between its layers; got size mismatch",
+            r"mlp of another shape; expected 0\.weight \[32, 64\]; got \[48, 64\]",
+        ),
+        (
+            {"weight": torch.zeros(HIDDEN, WIDTH), "bias": torch.zeros(7)},
+            r"linear of another shape; expected bias \[32\]; got \[7\]",
         ),
     ):
         with pytest.raises(LlavaError, match=message):
             import_run(dataclasses.replace(config(world, tmp_path, weights), out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+    ours = dataclasses.replace(told, file=told.out / "model.safetensors", out=tmp_path / "none")
+    with pytest.raises(LlavaError, match=f"is of a checkpoint already; give --checkpoint {told.out}"):
+        import_run(ours)
+    save_file({"projector.weight": torch.zeros(HIDDEN, WIDTH)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llava_align"}')
+    with pytest.raises(LlavaError, match="whole model that `llava export` made; give --checkpoint the one"):
+        import_run(dataclasses.replace(ours, file=tmp_path / "model.safetensors"))
     assert load_language_model(world.llm).identity == load_checkpoint(told.out).provenance.language_model

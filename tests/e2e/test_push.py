@@ -150,7 +150,7 @@ def test_what_it_cannot_do_is_one_line(hub: Hubs, tmp_path: Path, checkpoint: Pa
     assert "pip install 'llava-align[modelscope]'" in said
 
 
-def test_the_folder_is_a_checkpoint_or_a_model_of_transformers(tmp_path: Path, checkpoint: Path) -> None:
+def test_the_folder_is_a_checkpoint_or_an_exported_one(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(LlavaError, match=f"no checkpoint in .*; give {checkpoint}"):
         files_to_push(tmp_path, with_state=False)
     (checkpoint / "model.safetensors").write_bytes(b"cut")
@@ -158,7 +158,10 @@ def test_the_folder_is_a_checkpoint_or_a_model_of_transformers(tmp_path: Path, c
         files_to_push(checkpoint, with_state=False)
     exported = tmp_path / "exported"
     (exported / "vision").mkdir(parents=True)
-    (exported / "config.json").write_text('{"model_type": "llava"}')
+    (exported / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(LlavaError, match="expected a checkpoint, or a folder that `llava export` made; got"):
+        files_to_push(exported, with_state=False)
+    (exported / "config.json").write_text('{"model_type": "llava_align"}')
     (exported / "vision/model-00001-of-00002.safetensors").touch()
     with pytest.raises(LlavaError, match=r"no model card; expected README\.md"):
         files_to_push(exported, with_state=False)

@@ -17,7 +17,7 @@ import tyro
 
 from llava_core import cli
 from llava_core.cli import Command, Options
-from llava_core.errors import LlavaError, reason
+from llava_core.errors import LlavaError, first_line, reason
 from tests.e2e.commands import ROOT, run
 
 
@@ -127,6 +127,19 @@ def test_what_does_not_continue_does_not_say_so(capsys: pytest.CaptureFixture[st
 )
 def test_the_reason_at_the_bottom_is_whole(story: str, bottom: str) -> None:
     assert reason(OSError(story)) == bottom
+
+
+@pytest.mark.parametrize(
+    ("story", "line"),
+    [
+        ("cut short\n\nand so on", "cut short"),
+        ("instantiate one of: \n(1) a tokenizer, \n(2) a slow one", "instantiate one of: (1) a tokenizer"),
+        ("nothing follows:\n", "nothing follows"),
+        ("\n", "OSError"),
+    ],
+)
+def test_a_librarys_line_does_not_end_in_a_colon(story: str, line: str) -> None:
+    assert first_line(OSError(story)) == line
 
 
 def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ FILES: list[tuple[Any, str, str]] = [
     (layer("module.projector."), "linear", "course"),
     ({"epoch": 3, "state_dict": layer("module.")}, "linear", "course"),
     ({"projector": layer("linear.")}, "linear", "course"),
+    (two("module.0.linear_1.", "module.0.linear_2."), "mlp", "course"),
     (two("linear_1.", "linear_2."), "mlp", "course"),
     ({"model": {"projector": two("projector.0.", "projector.2."), "llm": OTHERS}}, "mlp", "course"),
     (layer("model.mm_projector."), "linear", "LLaVA"),
@@ -76,6 +77,9 @@ def test_safetensors_and_half_precision(tmp_path: Path) -> None:
     [
         {**two("0.", "2."), **layer("4.", OUT)},
         {**layer("a."), **layer("b.")},
+        {"lm_head.weight": torch.zeros(OUT, IN)},
+        {"language_model.model.embed_tokens.weight": torch.zeros(OUT, IN)},
+        {**layer("0."), **layer("2.", OUT, bias=False)},  # whose other bias is in another shard
         {"weight": torch.zeros(3)},
         {**layer(""), "running_mean": torch.zeros(2)},
         {name: value.to(torch.complex64) for name, value in layer("").items()},
@@ -86,6 +90,22 @@ def test_what_is_no_projector_of_ours_is_said_with_its_names(content: Any) -> No
     with pytest.raises(LlavaError, match=r"expected weight and bias.*got .*\[") as caught:
         find_projector(content)
     assert next(iter(content)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "half", "missing"),
+    [
+        ({**layer("model.mm_projector.0."), "model.norm.weight": torch.ones(OUT)}, "0", "2"),
+        (layer("linear_1."), "linear_1", "linear_2"),
+        (layer("multi_modal_projector.linear_2.", OUT), "linear_2", "linear_1"),
+        ({"model": {"projector": layer("linear_1.", bias=False)}}, "linear_1", "linear_2"),
+        (layer("projector.0."), "0", "2"),  # perhaps a linear one in an nn.Sequential: it does not say
+    ],
+)
+def test_half_an_mlp_is_no_linear_projector(tmp_path: Path, content: Any, half: str, missing: str) -> None:
+    torch.save(content, tmp_path / "p.pt")
+    with pytest.raises(LlavaError, match=f"only layer {half} of an mlp is in .*; expected {missing} beside"):
+        find_projector(read_tensors(tmp_path / "p.pt"))
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import modeling_gguf_pytorch_utils
 
 from llava_core.errors import LlavaError
-from llava_core.language import load_language_model, no_gguf_bar
+from llava_core.language import LanguageModel, load_language_model, no_gguf_bar, outline_language_model
 from tests.small_models import write_language_model
 
 
@@ -38,15 +39,22 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(LlavaError, match="no weights"):
-        load_language_model(tmp_path)
-
-
-def test_weights_that_are_none(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "llm")
-    (folder / "config.json").unlink()
-    with pytest.raises(LlavaError, match="cannot load the language model"):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(LlavaError, match="no weights"):
         load_language_model(folder)
+
+
+@pytest.mark.parametrize("load", [load_language_model, outline_language_model])
+def test_folders_of_something_else(tmp_path: Path, load: Callable[[Path], LanguageModel]) -> None:
+    with pytest.raises(LlavaError, match=r"holds no language model; .*; got an empty folder"):
+        load(tmp_path)
+    (tmp_path / "vision_model_config.json").touch()
+    with pytest.raises(LlavaError, match=r"got vision_model_config\.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model"}')
+    with pytest.raises(LlavaError, match="got model_type siglip_vision_model"):
+        load(tmp_path)
 
 
 def test_no_chat_template(tmp_path: Path) -> None:
