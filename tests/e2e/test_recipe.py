@@ -32,7 +32,7 @@ def test_recipes_hold_flags_that_exist() -> None:
 
 
 def test_fast_with_a_rate_of_ones_own_continues_bit_for_bit(world: Path, tmp_path: Path) -> None:
-    typed = config(world, tmp_path / "cut", epochs=20)  # with a --lr, a --batch-size and more
+    typed = config(world, tmp_path / "cut", epochs=10)  # with a --lr, a --batch-size and more
     process = start("train", "run", *flags_of(typed), "--recipe", "fast")
     while not (tmp_path / "cut/step-00000030").exists():
         assert process.poll() is None, process.communicate()[1]
