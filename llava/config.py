@@ -65,6 +65,8 @@ class TraceConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("max_text_tokens")
+        if self.caption is not None and not self.caption.strip():
+            raise LlavaError("--caption", expected="a text", got="nothing", exit_code=2)
         if (self.image is None) != (self.caption is None):
             raise LlavaError("--image and --caption", expected="both or neither", exit_code=2)
 
