@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from llava_core.cli import Options
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, require_folder
 from llava_core.sampling import Sampling
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
@@ -37,6 +37,7 @@ class DemoConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("rows", "held_out", "steps")
+        require_folder(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class MatchConfig(Options):
             raise LlavaError(
                 "--out", expected=f"a file named *{' or *'.join(CHARTS)}", got=self.out, exit_code=2
             )
+        require_folder(self.out.parent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,9 +140,7 @@ class DownloadConfig(Options):
     """Print files and bytes, and touch nothing."""
 
     def __post_init__(self) -> None:
-        there = next(path for path in (self.out, *self.out.parents) if path.exists())
-        if not there.is_dir():
-            raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
+        require_folder(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class LlavaError(Exception):
@@ -37,6 +39,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """What to say to whoever typed a name that is none of `known`."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def require_folder(out: Path) -> None:
+    """Raise LlavaError (wrong usage) if --out, there or not, cannot be a folder that is written to."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
+    if not os.access(there, os.W_OK):
+        raise LlavaError("--out", expected="a folder that can be written to", got=there, exit_code=2)
 
 
 def first_line(error: BaseException) -> str:

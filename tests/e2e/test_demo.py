@@ -52,3 +52,5 @@ def test_it_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "holds something else" in call("llava", "demo", "--out", tmp_path, code=1).one_line()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    line = call("llava", "demo", "--out", tmp_path / "thesis.tex", code=2).one_line()
+    assert line.startswith("error: --out; expected a folder; got the file ")
