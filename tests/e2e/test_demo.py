@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.lens import measure
+from llava.contact_sheet import wrapped
 from tests.e2e.commands import ENVIRONMENT, ROOT, call
 
 
@@ -46,6 +47,11 @@ def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
     for name in ("loss.png", "answers.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert min(picture.size) > 400
+
+
+def test_no_line_of_an_answer_begins_with_a_mark() -> None:
+    assert wrapped("左上角有圆，右边有方。", 5) == ["左上角有圆，", "右边有方。"]
+    assert wrapped("左上角有圆", 2) == ["左上", "角有", "圆"]
 
 
 def test_it_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
