@@ -33,6 +33,9 @@ from llava_core.vision import VisionTower
 FILE_BYTES = 500_000
 """Assumed of an image file, where memory is asked for: SA-1B's take about as much."""
 
+FEW = 64
+"""Measured rows below which a stage's start counts for more than its pace."""
+
 Part = tuple[str, Rows]
 """Rows of one source, and the name of the shard they become."""
 
@@ -249,6 +252,9 @@ def _print(figures: JsonDict, stages: dict[str, Measured], together: Measured) -
         for name, s in {**stages, "together": together}.items()
     ]
     print(table(lines, ("stage", "rows", "samples/s", "MB/s", "busy together")))
+    if figures["measured_rows"] < FEW:
+        print(f"\n{counted(figures['measured_rows'], 'row')}: fewer than {FEW} do not tell what bounds a run")
+        return
     print(
         f"\nbounded by {figures['bottleneck']}: {figures['rows']:,} rows take about "
         f"{human_seconds(figures['hours'] * 3600)} at {figures['samples_per_s']:,.1f} samples/s; "

@@ -8,6 +8,7 @@ from typing import Literal
 
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
+from llava_core.folders import require_folder
 
 
 def require_count(sample: int) -> None:
@@ -162,7 +163,7 @@ class InspectConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExamplesConfig(Options):
-    """Save the first pictures of a data set with their captions, 0000.jpg and 0000.txt and so on.
+    """Save the first pictures of a data set with their captions: 0000.jpg (or .png, as it came), 0000.txt, ….
 
     Rows without a caption, or whose picture cannot be had, are passed over; too many in a row end it. The
     folder is --data in its turn.
@@ -181,6 +182,7 @@ class ExamplesConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("count")
+        require_folder(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

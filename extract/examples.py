@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from extract.config import ExamplesConfig
-from extract.sources.base import Rows
+from extract.sources.base import Rows, Source
 from extract.sources.find import find_sources
 from llava_core.console import counted, progress, say
 from llava_core.errors import LlavaError
@@ -33,10 +33,13 @@ FAILED_ROWS, FAILED_ROWS_EACH = 200, 20
 
 
 def run(config: ExamplesConfig) -> JsonDict:
-    """Write 0000.jpg and 0000.txt and so on; returns how many, and how the rows passed over failed.
+    """Write 0000.jpg (or .png, as it came), 0000.txt and so on.
+
+    Returns how many, and how the rows passed over failed.
 
     Raises LlavaError if too many rows in a row have no picture; what was found before them is there then.
     """
+    sources = find_sources(config.data, config.images)
     config.out.mkdir(parents=True, exist_ok=True)
     hidden = config.out / HIDDEN
     shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
@@ -45,7 +48,7 @@ def run(config: ExamplesConfig) -> JsonDict:
     hidden.mkdir()
     try:
         with progress(config.count, "picture") as bar:
-            search = _Search(config, hidden, bar)
+            search = _Search(config, sources, hidden, bar)
             trouble = search.run()
         for n, (picture, text) in enumerate(search.found):
             named = picture.rename(config.out / f"{n:04d}{picture.suffix}")
@@ -58,15 +61,17 @@ def run(config: ExamplesConfig) -> JsonDict:
     if trouble:
         raise trouble
     if not saved:
-        raise LlavaError(f"no picture of {config.data} could be had", got=passed or "no row with a caption")
+        if not passed:
+            raise LlavaError(f"no row of {config.data} has a caption")
+        raise LlavaError(f"no picture of {config.data} could be had", got=passed)
     return {"examples": saved, "failed": dict(search.failed), "out": str(config.out)}
 
 
 class _Search:
     """Rows in their order until enough of them have a picture; each is in `hidden` as soon as it comes."""
 
-    def __init__(self, config: ExamplesConfig, hidden: Path, bar: Any) -> None:
-        self.config, self.hidden, self.bar = config, hidden, bar
+    def __init__(self, config: ExamplesConfig, sources: Sequence[Source], hidden: Path, bar: Any) -> None:
+        self.config, self.sources, self.hidden, self.bar = config, sources, hidden, bar
         self.limits = FetchLimits(retries=1, bytes_in_flight=BYTES, allow_private=config.allow_private)
         self.found: list[tuple[Path, str]] = []
         """Pictures and their captions."""
@@ -95,7 +100,7 @@ class _Search:
     def _parts(self) -> Iterator[tuple[Rows, list[tuple[int, str]]]]:
         """Some rows with their captions at a time; those without one are left out."""
         size = min(max(self.config.count, LEAST_ROWS), MOST_ROWS)
-        for source in find_sources(self.config.data, self.config.images):
+        for source in self.sources:
             rows = source.read()
             if rows.conversations:
                 raise LlavaError(f"{source.path} holds dialogues", expected="captions")

@@ -38,14 +38,16 @@ class Gauge:
 
 
 class Gauges:
-    """The stages whose work this machine does; what none of them bounds, the downloads do."""
+    """The stages whose work this machine does; what none of them bounds, getting the images does."""
 
     def __init__(self, **workers: int) -> None:
         self.stages = {name: Gauge(count) for name, count in workers.items()}
         self._began = self._mark_time = time.monotonic()
         self._mark = dict.fromkeys(workers, 0.0)
         self._samples = 0
-        self.now = "download"
+        self.first = "read"
+        """The stage before them; `download` once anything is."""
+        self.now = self.first
         """The bottleneck of the last few seconds."""
 
     def __getitem__(self, name: str) -> Gauge:
@@ -59,7 +61,7 @@ class Gauges:
             gauge.waiting += (rows - gauge.waiting) / self._samples
         elapsed = time.monotonic() - self._mark_time
         if elapsed >= LATEST:
-            self.now = _busiest(
+            self.now = self._busiest(
                 {
                     name: (gauge.seconds - self._mark[name]) / elapsed / gauge.workers
                     for name, gauge in self.stages.items()
@@ -76,9 +78,8 @@ class Gauges:
             name: {"busy": round(busy[name], 3), "waiting": round(gauge.waiting, 1)}
             for name, gauge in self.stages.items()
         }
-        return {"bottleneck": _busiest(busy), "stages": stages}
+        return {"bottleneck": self._busiest(busy), "stages": stages}
 
-
-def _busiest(busy: dict[str, float]) -> str:
-    name = max(busy, key=lambda stage: busy[stage])
-    return name if busy[name] >= BUSY else "download"
+    def _busiest(self, busy: dict[str, float]) -> str:
+        name = max(busy, key=lambda stage: busy[stage])
+        return name if busy[name] >= BUSY else self.first

@@ -235,6 +235,8 @@ class Pipeline:
         while (taken := await self.rows.get()) is not None:
             self.taken.set()
             host, (filling, row) = taken
+            if host is not None:
+                self.gauges.first = "download"
             try:
                 fetched = await self._load(filling, row) or await self.fetcher.fetch(filling.urls[row])
             finally:

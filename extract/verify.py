@@ -197,11 +197,13 @@ def _changed(
     images = ImagesAgain([shard for shard, _ in chosen], config.data, config.images)
     limits = FetchLimits(allow_private=config.allow_private, ignore_robots=True, max_bytes=sys.maxsize)
     distances: list[float] = []
+    failed: collections.Counter[str] = collections.Counter()
     found: list[_Changed] = []
     with progress(len(chosen), "images", desc="encode again") as bar:
         for start in range(0, len(chosen), BATCH):
             part = chosen[start : start + BATCH]
             fetched = images.load(part, limits, bar.update)
+            failed.update(answer.status.label for answer in fetched if answer.status.failed)
             # A picture that is gone or has changed since says nothing about the encoder.
             same = [
                 (place, answer.body)
@@ -213,7 +215,11 @@ def _changed(
                 if distances[-1] > TOLERANCE[place[0].layout.storage]:
                     kept = now.copy() if len(found) < COMPARED else None
                     found.append(_Changed(place, distances[-1], kept))
-    say(f"{len(distances)} of {len(chosen)} sampled images are still what they were")
+    why = ", ".join(f"{n:,} {label}" for label, n in failed.items())
+    say(
+        f"{len(distances)} of {len(chosen)} sampled images are still what they were"
+        + (f"; {failed.total()} could not be had: {why}" if failed else "")
+    )
     copied = _by_checksum(every) if found else {}
     faults = [_held(row.place, _owner(row, found, copied), f"is {row.distance:.4f} away") for row in found]
     return faults, len(distances), round(max(distances), 6) if distances else None

@@ -33,7 +33,7 @@ def run(config: ChatConfig) -> JsonDict:
         chat.image(config.image)
     else:
         chat.say("welcome image")
-    return {"turns": chat.run()}
+    return chat.run()
 
 
 class ImageChat(Chat):

@@ -26,7 +26,7 @@ def run(config: ChatLlmConfig) -> JsonDict:
     chat = BareChat(talk, Phrases(pick_language(config.lang)))
     if config.thinking:
         chat.think("")
-    return {"turns": chat.run()}
+    return chat.run()
 
 
 class BareChat(Chat):

@@ -12,6 +12,7 @@ import tyro
 
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
+from llava_core.folders import require_folder
 from llava_core.sampling import Sampling
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
@@ -37,6 +38,7 @@ class DemoConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("rows", "held_out", "steps")
+        require_folder(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class TraceConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("max_text_tokens")
+        if self.caption is not None and not self.caption.strip():
+            raise LlavaError("--caption", expected="a text", got="nothing", exit_code=2)
         if (self.image is None) != (self.caption is None):
             raise LlavaError("--image and --caption", expected="both or neither", exit_code=2)
 
@@ -98,6 +102,7 @@ class MatchConfig(Options):
             raise LlavaError(
                 "--out", expected=f"a file named *{' or *'.join(CHARTS)}", got=self.out, exit_code=2
             )
+        require_folder(self.out.parent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,9 +141,7 @@ class DownloadConfig(Options):
     """Print files and bytes, and touch nothing."""
 
     def __post_init__(self) -> None:
-        there = next(path for path in (self.out, *self.out.parents) if path.exists())
-        if not there.is_dir():
-            raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
+        require_folder(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

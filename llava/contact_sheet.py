@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def contact_sheet(
         )
         if font:
             wide = (2 * SIDE) // TEXT_SIZE
-            lines = [answer[start : start + wide] for start in range(0, len(answer), wide)][:TEXT_LINES]
-            draw.multiline_text((x, y + SIDE + 6), "\n".join(lines), "black", font, spacing=5)
+            lines = "\n".join(wrapped(answer, wide)[:TEXT_LINES])
+            draw.multiline_text((x, y + SIDE + 6), lines, "black", font, spacing=5)
     sheet.save(path)
+
+
+def wrapped(text: str, wide: int) -> list[str]:
+    """Lines of `wide` characters; marks that may not begin a line hang over the end of the one before."""
+    return re.findall(f".{{1,{wide}}}[，。、；：！？]*", text)

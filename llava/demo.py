@@ -33,7 +33,8 @@ def run(config: DemoConfig) -> JsonDict:
     try:
         return _demo(config)
     except KeyboardInterrupt:
-        raise LlavaError("interrupted; the demo begins anew next time", exit_code=INTERRUPTED) from None
+        what = "interrupted; unlike its commands, the demo begins anew next time"
+        raise LlavaError(what, exit_code=INTERRUPTED) from None
     except ImportError as error:
         raise LlavaError(f"the demo draws with {error.name}", do="pip install 'llava-align[plots]'") from None
 

@@ -121,6 +121,8 @@ def _torch() -> tuple[JsonDict, list[str]]:
     }
     if torch.version.cuda and not torch.cuda.is_available():
         found["GPU"] = "none that this torch can use: see nvidia-smi, and the driver's CUDA version"
+    elif not torch.version.cuda and (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists()):
+        found["GPU"] = f"this machine has an NVIDIA GPU: install a torch with CUDA: {TORCH}"
     faults = []
     for index in range(torch.cuda.device_count()):
         try:

@@ -58,9 +58,12 @@ class Match:
 
     text: str
     best: list[tuple[Candidate, float]]
+    cut: bool
+    """Only the first tokens of the text were compared."""
 
     def to_json(self) -> JsonDict:
-        return {"text": self.text, "matches": [{**c.to_json(), "cosine": cosine} for c, cosine in self.best]}
+        matches = [{**c.to_json(), "cosine": cosine} for c, cosine in self.best]
+        return {"text": self.text, "cut": self.cut, "matches": matches}
 
 
 def run(config: MatchConfig) -> JsonDict:
@@ -72,6 +75,8 @@ def run(config: MatchConfig) -> JsonDict:
     else:
         candidates, embeddings = recall(tower, shards)
     say(f"{counted(len(candidates), 'image')} by {tower.encoder['model_id']} on {tower.device}")
+    if shards and not any(shard.layout.thumbnails for shard in shards):
+        say("no pictures in the chart: these shards keep no thumbnails, as `extract run --thumbnails` does")
     typed = Terminal()
     if not config.text and typed.live:
         say("A text and Enter: the nearest images. Ctrl-D ends.")
@@ -80,7 +85,7 @@ def run(config: MatchConfig) -> JsonDict:
         cosines = (embeddings @ embed_texts(tower, [text])[0]).cpu()
         best = cosines.topk(min(config.top, len(candidates)))
         ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        found.append(Match(text, [(candidates[k], cosine) for k, cosine in ranked]))
+        found.append(Match(text, [(candidates[k], cosine) for k, cosine in ranked], tower.cuts(text)))
         rows = [(c.name, f"{cosine:.3f}", c.caption[:30]) for c, cosine in found[-1].best]
         print(f"{text}\n{table(rows)}", flush=True)
         if not config.text:

@@ -12,7 +12,6 @@ from llava_core.fonts import chinese_font
 
 WIDE, MARGIN, LINE, PICTURE = 760, 16, 72, 64
 """Pixels: of the chart, around it, of a bar with its label, and of a picture."""
-BAR = WIDE - 3 * MARGIN - PICTURE - 70
 INK, GREY, BLUE, PALE, PAPER = (20, 20, 25), (90, 90, 100), (47, 111, 183), (232, 238, 245), (255, 255, 255)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -33,6 +32,9 @@ def draw(blocks: Sequence[tuple[str, Sequence[Bar]]]) -> Image.Image:
     height = MARGIN + sum(40 + LINE * len(bars) + MARGIN for _, bars in blocks)
     sheet = Image.new("RGB", (WIDE, height), PAPER)
     pen = ImageDraw.Draw(sheet)
+    pictured = any(picture is not None for _, bars in blocks for _, _, picture in bars)
+    x = 2 * MARGIN + PICTURE if pictured else MARGIN
+    wide = WIDE - x - MARGIN - 70
     y = MARGIN
     for text, bars in blocks:
         pen.text((MARGIN, y), fitting(pen, text, title, WIDE - 2 * MARGIN), INK, title)
@@ -40,12 +42,11 @@ def draw(blocks: Sequence[tuple[str, Sequence[Bar]]]) -> Image.Image:
         for label, cosine, picture in bars:
             if picture is not None:
                 sheet.paste(Image.fromarray(picture), (MARGIN, y))
-            x = 2 * MARGIN + PICTURE
-            pen.text((x, y + 4), fitting(pen, label, small, BAR), GREY, small)
-            pen.rectangle((x, y + 30, x + BAR, y + 52), PALE)
+            pen.text((x, y + 4), fitting(pen, label, small, wide), GREY, small)
+            pen.rectangle((x, y + 30, x + wide, y + 52), PALE)
             if cosine > 0:
-                pen.rectangle((x, y + 30, x + round(BAR * cosine / full), y + 52), BLUE)
-            pen.text((x + BAR + 8, y + 31), f"{cosine:.3f}", INK, small)
+                pen.rectangle((x, y + 30, x + round(wide * cosine / full), y + 52), BLUE)
+            pen.text((x + wide + 8, y + 31), f"{cosine:.3f}", INK, small)
             y += LINE
         y += MARGIN
     return sheet

@@ -75,6 +75,8 @@ def run(config: TraceConfig) -> JsonDict:
         visual = projector.to(device)(features.float()).to(llm.dtype)
     chat = Conversation(llm.tokenizer, llm.eos_ids)
     example = chat.example([Turn(config.prompt, caption)], config.max_text_tokens)
+    do = "shorten --caption or --prompt, or lower --max-text-tokens"
+    llm.require_context("the sample", len(visual) + len(example.ids), do)
     text = llm.embed(torch.tensor(example.ids, device=device))
     stages += [
         Stage.of("visual tokens, projected", visual, tokens=True),

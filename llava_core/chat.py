@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from llava_core.cli import INTERRUPTED
 from llava_core.console import table
 from llava_core.errors import LlavaError, nearest
+from llava_core.fingerprint import JsonDict
 from llava_core.phrases import Phrases
 from llava_core.sampling import Sampling
 from llava_core.savedchat import SavedChat, read_chat, write_chat
@@ -31,7 +32,7 @@ class Chat:
         self.talk, self.phrases = talk, phrases
         self.commands = self.make_commands()
         self.terminal = Terminal(list(self.commands), WITH_PATH)
-        self.answers = 0
+        self.answers = self.errors = 0
 
     def make_commands(self) -> dict[str, Callable[[str], None]]:
         """By name, each with what to do with the words after it; PHRASES explains them."""
@@ -46,8 +47,12 @@ class Chat:
             "/exit": self.leave,
         }
 
-    def run(self) -> int:
-        """The number of answers."""
+    def run(self) -> JsonDict:
+        """The summary: turns, errors.
+
+        Over a pipe errors make exit code 1. A command that fails ends it there, since what follows counts on
+        it; a question that fails is left out.
+        """
         # Ctrl-C stops an answer only; to be told to end is another matter.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
         self.say("welcome")
@@ -57,12 +62,19 @@ class Chat:
             except BrokenPipeError:  # nobody reads the answers any more
                 raise
             except (LlavaError, OSError) as error:
-                self.terminal.say(self.phrases("error", error=error), style="red")
+                self.fail(error)
+                if not self.terminal.live:
+                    break
             except KeyboardInterrupt:  # while an image was read
                 self.say("stopped")
             except EOFError:
                 break
-        return self.answers
+        figures = {"turns": self.answers, "errors": self.errors}
+        return {**figures, "exit_code": 1} if self.errors and not self.terminal.live else figures
+
+    def fail(self, error: Exception) -> None:
+        self.errors += 1
+        self.terminal.say(self.phrases("error", error=error), style="red")
 
     def obey(self, line: str) -> None:
         """Raises EOFError to leave, and LlavaError or OSError for what could not be done."""
@@ -81,7 +93,11 @@ class Chat:
         self._answer(self.talk.retry())
 
     def _answer(self, pieces: Generator[str, None, None]) -> None:
-        whole = self.terminal.answer(pieces)
+        try:
+            whole = self.terminal.answer(pieces)
+        except LlavaError as error:
+            self.fail(error)
+            return
         self.answers += 1
         if not whole:
             self.say("stopped")

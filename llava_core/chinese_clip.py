@@ -31,6 +31,10 @@ class TextTokenizer:
         self.pieces.enable_truncation(CONTEXT)
         self.pieces.enable_padding(length=CONTEXT, pad_id=PAD)
 
+    def cuts(self, text: str) -> bool:
+        """Whether only the first tokens of `text` are read."""
+        return bool(self.pieces.encode(text).overflowing)
+
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts -> token ids [texts, CONTEXT], padded with PAD."""
         return torch.tensor([encoding.ids for encoding in self.pieces.encode_batch(list(texts))])

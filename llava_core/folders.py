@@ -1,10 +1,12 @@
-"""What lies in a folder that was given as a model's."""
+"""Folders that were given: what lies in a model's, and whether one can be written to."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
 
@@ -20,3 +22,12 @@ def config_of(folder: Path) -> JsonDict:
 def contents(folder: Path) -> str:
     """Its first files by name, for an error's `got`."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
+
+
+def require_folder(out: Path) -> None:
+    """Raise LlavaError (wrong usage) if --out, there or not, cannot be a folder that is written to."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
+    if not os.access(there, os.W_OK):
+        raise LlavaError("--out", expected="a folder that can be written to", got=there, exit_code=2)

@@ -9,7 +9,6 @@ import torch
 from transformers import DynamicCache
 
 from llava_core.compiled import CompiledStep
-from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
 from llava_core.sampling import LEAST_HEAT, Sampling
 
@@ -35,19 +34,12 @@ def generate(
     cache = DynamicCache() if cache is None else cache
     seeds = [sampling.seed] * len(embedded) if seeds is None else seeds
     generators = [torch.Generator(llm.device).manual_seed(seed) for seed in seeds]
-    context = int(getattr(llm.model.config, "max_position_embeddings", 1 << 30))
-    room = context - cache.get_seq_length() - embedded.shape[1]
-    if room <= 0:
-        raise LlavaError(
-            "the conversation no longer fits the language model's context",
-            expected=f"at most {context} tokens",
-            got=context - room,
-            do="begin anew with `clear`",
-        )
-    limit = min(sampling.max_tokens, room)
+    known = cache.get_seq_length() + embedded.shape[1]
+    llm.require_context("the question", known + 1, do="shorten it")  # and an answer's first token
+    limit = min(sampling.max_tokens, llm.context - known)
     ended = [False] * len(embedded)
     said = torch.empty(len(embedded), 0, dtype=torch.long, device=llm.device)
-    with reading(llm, cache, compiled, context - room + limit) as read:
+    with reading(llm, cache, compiled, known + limit) as read:
         for _ in range(limit):
             chosen = choose(read(embedded).float(), sampling, generators, said)
             tokens: list[int] = chosen.tolist()

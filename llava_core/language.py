@@ -61,6 +61,21 @@ class LanguageModel:
         weight: torch.Tensor = self.model.get_output_embeddings().weight
         return weight
 
+    @property
+    def context(self) -> int:
+        """Most positions it reads, visual tokens among them."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    def require_context(self, what: str, tokens: int, do: str) -> None:
+        """Raise LlavaError if `what` has more tokens than the context."""
+        if tokens > self.context:
+            raise LlavaError(
+                f"{what} does not fit the language model's context",
+                expected=f"at most {self.context:,} tokens",
+                got=f"{tokens:,}",
+                do=do,
+            )
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> embeddings [..., hidden]."""
         embedded: torch.Tensor = self.embedding(ids)

@@ -34,22 +34,23 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises LlavaError (wrong usage) for a number out of its range."""
-        _require(self.max_tokens > 0, "max_tokens", "a number above 0", self.max_tokens)
-        _require(0 <= self.temperature <= MOST_HEAT, "temperature", f"0 to {MOST_HEAT}", self.temperature)
-        _require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
-        _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
+        self._require(self.max_tokens > 0, "max_tokens", "a number above 0")
+        self._require(0 <= self.temperature <= MOST_HEAT, "temperature", f"0 to {MOST_HEAT}")
+        self._require(self.top_k >= 0, "top_k", "0 or more")
+        self._require(0 < self.top_p <= 1, "top_p", "above 0, up to 1")
         low, high = PENALTIES
-        fits = low <= self.repetition_penalty <= high
-        _require(fits, "repetition_penalty", f"{low} to {high}", self.repetition_penalty)
-        _require(-(1 << 63) <= self.seed < 1 << 63, "seed", "a whole number of 64 bits", self.seed)
-        _require(all(self.stop), "stop", "texts that are not empty", list(self.stop))
+        self._require(low <= self.repetition_penalty <= high, "repetition_penalty", f"{low} to {high}")
+        self._require(-(1 << 63) <= self.seed < 1 << 63, "seed", "a whole number of 64 bits")
+        self._require(all(self.stop), "stop", "texts that are not empty")
+
+    def _require(self, fits: bool, name: str, expected: str) -> None:
+        if not fits:
+            got = getattr(self, name)
+            # Flags are named as they are typed, the sampling alone as /set and a server's clients know it.
+            known = name if type(self) is Sampling else f"--{name.replace('_', '-')}"
+            raise LlavaError(known, expected=expected, got=got, exit_code=2)
 
 
 def sampling_of(flags: Sampling) -> Sampling:
     """The sampling alone, of flags that have it among others."""
     return Sampling(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Sampling)})
-
-
-def _require(fits: bool, name: str, expected: str, got: object) -> None:
-    if not fits:
-        raise LlavaError(name, expected=expected, got=got, exit_code=2)

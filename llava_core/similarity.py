@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from llava_core.chinese_clip import CONTEXT
+from llava_core.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard
 from llava_core.vision import VisionTower, open_vision_tower
@@ -41,6 +43,9 @@ def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard]
 
 
 def embed_texts(tower: VisionTower, texts: Sequence[str]) -> torch.Tensor:
-    """L2-normalised embeddings [texts, P]."""
+    """L2-normalised embeddings [texts, P]; says which texts are too long to be read whole."""
+    if cut := [text for text in texts if tower.cuts(text)]:
+        long = f"{counted(len(cut), 'text')}, such as {cut[0][:20]!r}…"
+        say(f"compared are only the first {CONTEXT - 2} tokens of {long}")
     parts = [tower.encode_text(texts[k : k + TOGETHER]) for k in range(0, len(texts), TOGETHER)]
     return torch.cat(parts)

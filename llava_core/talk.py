@@ -99,6 +99,7 @@ class Talk:
         try:
             embedded = self._unread(ids)
             self.figures = figures = Figures(self.cache.get_seq_length(), embedded.shape[1])
+            self._require_context(len(messages) > 1)
             steps = generate(self.llm, embedded, sampling, self.cache, self.compiled)
             with contextlib.closing(steps):
                 for (token,) in steps:
@@ -126,6 +127,13 @@ class Talk:
                 self._forget()
             if spoken.tokens:
                 self.messages = [*messages, {"role": "assistant", "content": spoken.text.strip()}]
+
+    def _require_context(self, later: bool) -> None:
+        """Raise LlavaError if no token of an answer fits; `later`: there are turns to forget."""
+        what, do = "the question", "shorten the question" + (" or the system prompt" if self.system else "")
+        if later:
+            what, do = "the conversation", "begin anew with `clear`"
+        self.llm.require_context(what, self.figures.cached + self.figures.prefilled + 1, do)
 
     def _unread(self, ids: list[int]) -> torch.Tensor:
         """Embeddings of what the cache does not hold yet; what it holds beyond the common start is dropped.

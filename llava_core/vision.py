@@ -102,6 +102,10 @@ class VisionTower:
         clip, tokenizer = self._both_towers()
         return F.normalize(clip.encode_text(tokenizer(texts).to(self.device)).float(), dim=-1)
 
+    def cuts(self, text: str) -> bool:
+        """Whether `encode_text` reads only the first tokens of it."""
+        return self._both_towers()[1].cuts(text)
+
     def _both_towers(self) -> tuple[ChineseClip, TextTokenizer]:
         if self._clip is None or self._tokenizer is None:
             raise LlavaError(

@@ -51,8 +51,7 @@ def test_stages_alone_and_together(base: str, vision: Path, tmp_path: Path) -> N
     assert found["bottleneck"] == slowest
     assert found["samples_per_s"] == min(found["together"]["samples_per_s"], stages[slowest]["samples_per_s"])
     assert found["hours"] == pytest.approx(90 / found["samples_per_s"] / 3600)
-    assert f"bounded by {slowest}: 90 rows take about" in ended.out
-    assert f"faster with {found['faster']}" in ended.out
+    assert "40 rows: fewer than 64 do not tell what bounds a run\n" in ended.out
     assert "truncated" in ended.out
     assert stages["write"]["mb_per_s"] == pytest.approx(
         stages["write"]["samples_per_s"] * 36 / 40 * ROW_BYTES / 1e6
@@ -80,7 +79,14 @@ def test_few_rows_of_local_images_are_read_twice(vision: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_a_host_that_is_slower_than_all_else_is_named(base: str, vision: Path, tmp_path: Path) -> None:
+def test_a_host_that_is_slower_than_all_else_is_named(
+    base: str,
+    vision: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("extract.bench.FEW", 8)
     write_parquet(tmp_path / "data/a.parquet", good(base, 16))
     found = bench(
         BenchConfig(
@@ -94,6 +100,9 @@ def test_a_host_that_is_slower_than_all_else_is_named(base: str, vision: Path, t
         )
     )
     assert (found["bottleneck"], found["faster"]) == ("download", "a higher --host-rate (4 now)")
+    told = capsys.readouterr().out
+    assert "\nbounded by download: 16 rows take about " in told
+    assert "; faster with a higher --host-rate (4 now)\n" in told
     assert found["stages"]["download"]["samples_per_s"] < 5  # 8 begin in 7 quarters of a second
 
 

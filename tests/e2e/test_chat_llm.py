@@ -38,8 +38,8 @@ def test_over_a_pipe_with_system_prompt_and_thoughts(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "llm")
     write_chat(tmp_path / "about.json", SavedChat("a.png", []))
     about = f"/load {tmp_path / 'about.json'}"
-    lines = ["看", "/think", "看", "/system be brief", "why?", "/system", about,
-             "clear", "why?", "/image a.png"]  # fmt: skip
+    lines = ["看", "/think", "看", "/system be brief", "why?", "/system", "clear", "长" * 400, "why?",
+             about, "never read"]  # fmt: skip
     flags = ["--llm", folder, "--device", "cpu", "--system", "红", "--thinking", "--max-tokens", LENGTH]
     ended = subprocess.run(
         [sys.executable, "-m", "llava", "chat-llm", *map(str, flags), "--lang", "en", "--json"],
@@ -50,7 +50,7 @@ def test_over_a_pipe_with_system_prompt_and_thoughts(tmp_path: Path) -> None:
         env=ENVIRONMENT,
         timeout=120,
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 1, ended.stderr
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     told = {"role": "system", "content": "红"}
     messages = [told, {"role": "user", "content": "看"}]
@@ -62,10 +62,11 @@ def test_over_a_pipe_with_system_prompt_and_thoughts(tmp_path: Path) -> None:
     answers.append(said(model, tokenizer, messages, thinking=False))
     answers.append(said(model, tokenizer, [{"role": "user", "content": "why?"}], thinking=False))
     assert len(set(answers)) == 4, "each setting makes a difference"
-    assert ended.stdout == "".join(f"{text}\n" for text in answers) + '{"turns": 4}\n'
+    answers.insert(3, "")  # to the question that is too long
+    assert ended.stdout == "".join(f"{text}\n" for text in answers) + '{"turns": 4, "errors": 2}\n'
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert errors[0] == "error: this dialogue is about a.png; go on with it in `infer chat`"
-    assert errors[1].startswith("error: no command /image; known: /clear, ")
+    assert errors[0].startswith("error: the question does not fit the language model's context; ")
+    assert errors[1] == "error: this dialogue is about a.png; go on with it in `infer chat`"
 
 
 def test_a_template_without_the_switch_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.lens import measure
+from llava import demo
+from llava.config import DemoConfig
+from llava.contact_sheet import wrapped
 from tests.e2e.commands import ENVIRONMENT, ROOT, call
 
 
@@ -48,7 +51,27 @@ def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
             assert min(picture.size) > 400
 
 
+def test_no_line_of_an_answer_begins_with_a_mark() -> None:
+    assert wrapped("左上角有圆，右边有方。", 5) == ["左上角有圆，", "右边有方。"]
+    assert wrapped("左上角有圆", 2) == ["左上", "角有", "圆"]
+
+
+def test_an_interrupt_says_what_it_means_for_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the interrupted command's own line, which says that it continues."""
+
+    def interrupted(config: DemoConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_demo", interrupted)
+    line = call("llava", "demo", "--out", tmp_path, code=130).one_line()
+    assert line == "error: interrupted; unlike its commands, the demo begins anew next time"
+
+
 def test_it_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "holds something else" in call("llava", "demo", "--out", tmp_path, code=1).one_line()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    line = call("llava", "demo", "--out", tmp_path / "thesis.tex", code=2).one_line()
+    assert line.startswith("error: --out; expected a folder; got the file ")

@@ -34,8 +34,18 @@ def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_
     }
     assert ended.summary["failed"] == {"http 4xx": 1, "not an image": 1}
     assert "holds something already" in call(*command, "--out", tmp_path / "out", code=1).one_line()
+    assert "no data at none" in call(*command[:3], "none", "--out", tmp_path / "new", code=1).one_line()
+    assert not (tmp_path / "new").exists()
+    line = call(*command[:4], "--out", data / "new", code=2).one_line()
+    assert line == f"error: --out; expected a folder; got the file {data}"
     again = call("llava", "examples", "--data", tmp_path / "out", "--out", tmp_path / "again", "--json")
     assert again.summary["examples"] == 3
+
+
+def test_rows_without_captions_are_said(tmp_path: Path) -> None:
+    data = write_parquet(tmp_path / "a.parquet", url=["http://127.0.0.1/a.jpg"], caption=[None])
+    ended = call("llava", "examples", "--data", data, "--out", tmp_path / "out", code=1)
+    assert ended.one_line() == f"error: no row of {data} has a caption"
 
 
 def test_a_dead_network_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

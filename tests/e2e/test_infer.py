@@ -192,11 +192,15 @@ def test_a_saved_dialogue_goes_on(
 
 
 def test_a_full_context_is_said(engine: Engine) -> None:
-    with pytest.raises(LlavaError, match="no longer fits"):
-        said(Session(engine, SHORT), "长" * 400)
     session = Session(engine, SHORT)
+    with pytest.raises(LlavaError, match=r"the question does not fit .*; shorten the question$"):
+        said(session, "长" * 400)
+    session.system = "短"
+    with pytest.raises(LlavaError, match=r"shorten the question or the system prompt$"):
+        said(session, "长" * 400)
+    session.system = ""
     first = said(session, "看")
-    with pytest.raises(LlavaError, match="no longer fits"):
+    with pytest.raises(LlavaError, match=r"the conversation does not fit .*; begin anew with `clear`"):
         said(session, "长" * 400)
     messages = [*session.messages, {"role": "user", "content": "再"}]
     assert messages[1]["content"] == first.strip()

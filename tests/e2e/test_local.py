@@ -41,6 +41,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extracted(vision: Path, data: object, out: Path, **flags: Any) -> Shard:
     figures = extract_run(RunConfig(data=str(data), out=out, vision=vision, device="cpu", **flags))
     assert figures["rows"]
+    assert figures["bottleneck"] != "download"
     (path,) = out.glob("*.h5")
     return Shard(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 from llava import match
 from llava.config import MatchConfig
-from llava.match_chart import draw
+from llava.match_chart import BLUE, MARGIN, PICTURE, draw
 from llava.world.captions import short_caption
 from llava.world.render import render
 from llava.world.scene import random_scene
@@ -25,7 +26,9 @@ from tests.e2e.commands import ENVIRONMENT, ROOT, call
 VISION = ROOT / "llava/world/models/vision"
 
 
-def test_images_and_their_features_are_found_by_their_captions(tmp_path: Path) -> None:
+def test_images_and_their_features_are_found_by_their_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng, texts, folder = random.Random(3), [], tmp_path / "图片"
     (folder / "more").mkdir(parents=True)
     names = [*(f"图{k}.png" for k in range(6)), "more/a.PNG", "more/b.jpg"]
@@ -65,12 +68,16 @@ def test_images_and_their_features_are_found_by_their_captions(tmp_path: Path) -
     config = MatchConfig(
         vision=VISION,
         features=tmp_path / "features",
-        text=tuple(texts),
+        text=(*texts, "红" * 50, "红" * 51),
         device="cpu",
         out=tmp_path / "all.png",
     )
     stored = match.run(config)
-    for live_found, found in zip(live["texts"], stored["texts"], strict=True):
+    assert [found["cut"] for found in stored["texts"]] == [False] * 9 + [True]
+    said = capsys.readouterr().err
+    assert f"only the first 50 tokens of 1 text, such as '{'红' * 20}'…\n" in said
+    assert "thumbnails" not in said
+    for live_found, found in zip(live["texts"], stored["texts"], strict=False):
         best = found["matches"][0]
         assert best["caption"] == found["text"]
         assert best["cosine"] == pytest.approx(live_found["matches"][0]["cosine"], abs=5e-3)
@@ -78,6 +85,19 @@ def test_images_and_their_features_are_found_by_their_captions(tmp_path: Path) -
         assert (whole.width, last.width) == (760, 760)
         assert whole.height > 8 * 5 * 64 > last.height > 3 * 64
         assert len(whole.convert("RGB").getcolors(1 << 24) or []) > 100  # the thumbnails
+
+    call("extract", "run", "--data", folder, "--out", tmp_path / "bare", "--vision", VISION,
+        "--device", "cpu", "--max-failed", 1)  # fmt: skip
+    match.run(dataclasses.replace(config, features=tmp_path / "bare"))
+    assert "these shards keep no thumbnails" in capsys.readouterr().err
+
+
+def test_without_pictures_no_strip_is_left_for_them() -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    for pictures, begin in (((None, None), MARGIN), ((None, picture), 2 * MARGIN + PICTURE)):
+        chart = np.asarray(draw([("a", [("b", 0.5, picture) for picture in pictures])]))
+        (columns,) = np.nonzero((chart == BLUE).all(axis=2).any(axis=0))
+        assert columns.min() == begin
 
 
 @pytest.mark.skipif(chinese_font(20) is None, reason="no Chinese font here; scripts/setup.sh installs one")
@@ -104,7 +124,7 @@ def test_without_a_chinese_font_it_says_so(tmp_path: Path) -> None:
     assert ended.stderr.startswith("no Chinese font on this machine: install one")
 
 
-def test_what_cannot_be_matched(tmp_path: Path) -> None:
+def test_what_cannot_be_matched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LlavaError, match="either --images or --features"):
         MatchConfig(vision=VISION)
     with pytest.raises(LlavaError, match="--text; expected a text"):
@@ -112,6 +132,13 @@ def test_what_cannot_be_matched(tmp_path: Path) -> None:
     for name in ("chart", "chart.txt"):  # what Pillow could not write, before anything is encoded
         with pytest.raises(LlavaError, match=rf"--out; expected a file named \*\.png .*; got {name}$"):
             MatchConfig(vision=VISION, images=tmp_path, out=Path(name))
+    (tmp_path / "file").touch()
+    with pytest.raises(LlavaError, match=r"--out; expected a folder; got the file .*file$"):
+        MatchConfig(vision=VISION, images=tmp_path, out=tmp_path / "file/new/a.png")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda path, mode: path != tmp_path)
+        with pytest.raises(LlavaError, match=r"--out; expected a folder that can be written to"):
+            MatchConfig(vision=VISION, images=tmp_path, out=tmp_path / "new/a.png")
     assert MatchConfig(vision=VISION, images=tmp_path, out=Path("图.JPG")).out.suffix == ".JPG"
     with pytest.raises(LlavaError, match="no images in"):
         match.run(MatchConfig(vision=VISION, images=tmp_path, text=("红",), device="cpu"))

@@ -92,7 +92,7 @@ def test_a_damaged_row_and_a_prompt_too_long_are_rows(world: World, features: Pa
     source.write_text("\n".join(map(json.dumps, questions)))
     batch.run(BatchConfig(**models(world), input=source, output=tmp_path / "b.jsonl"))
     long, short = lines_of(tmp_path / "b.jsonl")
-    assert "no longer fits" in long["error"]
+    assert "the question does not fit" in long["error"]
     assert "answer" in short
     with pytest.raises(LlavaError, match="either --input or --features"):
         BatchConfig(**models(world), input=source, features=path, output=tmp_path / "c.jsonl")

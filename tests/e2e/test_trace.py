@@ -80,9 +80,14 @@ def test_without_flags_it_is_a_sample_of_the_demo(capsys: pytest.CaptureFixture[
 def test_what_cannot_be_traced(tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match="--image and --caption; expected both or neither"):
         TraceConfig(image="a.png")
+    with pytest.raises(LlavaError, match="--caption; expected a text; got nothing"):
+        TraceConfig(image="a.png", caption="  ")
     world = write_world(tmp_path)
     with pytest.raises(LlavaError, match="trained on features of another vision encoder"):
         trace.run(TraceConfig(checkpoint=world.checkpoint, llm=world.llm, device="cpu"))
+    image, long = str(world.images[0]), "红" * 1300
+    with pytest.raises(LlavaError, match=r"the sample does not fit .*; expected at most 1,024 tokens; got 1"):
+        trace.run(TraceConfig(image=image, caption=long, max_text_tokens=1300, device="cpu"))
     Image.new("RGB", (3, 3)).save(tmp_path / "a.tiff")
     with pytest.raises(LlavaError, match=r"cannot read .*a\.tiff as an image: unsupported format"):
         trace.run(TraceConfig(image=str(tmp_path / "a.tiff"), caption="a", device="cpu"))

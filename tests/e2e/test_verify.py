@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from extract.again import ImagesAgain
+from llava_core.fetch import Fetched
 from llava_core.shards import Shard
+from llava_core.status import Status
 from tests.e2e.commands import ENVIRONMENT, ROOT, call, run
 from tests.e2e.pictures import good, image, write_parquet
 from tests.servers import serving
@@ -120,6 +123,16 @@ def test_encoding_again_names_rows_whose_checksums_were_exchanged_too(out: Path,
     assert (ended.summary["encoded_again"], ended.summary["changed_rows"]) == (23, 4)
     assert "4 of 23 rows encoded again are not what the encoder gives" in ended.one_line()
     assert "1 of 24 rows do not have their checksum; got b.h5: row 11 is damaged" in ended.one_line()
+
+
+def test_images_without_an_answer_are_not_said_to_have_changed(
+    out: Path, vision: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [Fetched(Status.CONNECT)] * 3 + [Fetched(Status.OK, b"another")]
+    monkeypatch.setattr(ImagesAgain, "load", lambda self, rows, limits, done: answers)
+    ended = call("extract", "verify", "--out", out, "--vision", vision, "--sample", 4)
+    line = "0 of 4 sampled images are still what they were; 3 could not be had: 3 connect"
+    assert line in ended.err.splitlines()
 
 
 def test_every_shard_of_another_encoder_is_named(base: str, out: Path, vision: Path, tmp_path: Path) -> None:

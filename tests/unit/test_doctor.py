@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
 from llava.__main__ import COMMANDS
-from llava.doctor import EXTRAS, SHARED, environment, gpu, requirements, state
+from llava.doctor import EXTRAS, SHARED, TORCH, environment, gpu, requirements, state
+from llava.doctor import _torch as about_torch
 from llava.flash_attention import Place, advice, wheel
 
 RENTED = Place((3, 12), "2.7.1+cu126", "12.6", cxx11_abi=True, platform="linux_x86_64")
@@ -75,6 +77,14 @@ def test_no_gpu_is_what_a_report_can_bear() -> None:
     """Each build of torch says so in its own kind of exception, which a GPU's row is made of."""
     with pytest.raises((RuntimeError, AssertionError)):
         gpu(0)
+
+
+def test_a_torch_for_cpus_beside_a_gpu_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found, _ = about_torch()
+    assert found["GPU"] == f"this machine has an NVIDIA GPU: install a torch with CUDA: {TORCH}"
 
 
 def test_no_secret_is_told() -> None:
