@@ -78,6 +78,7 @@ class Member:
             f"{self.schedule.steps} steps of {config.batch_size} on {self.llm.device}"
             + (f" in {self.world.size} processes" if self.world.size > 1 else "")
             + (f", continued at step {self.step}" if self.step else "")
+            + (f"; --epochs {config.epochs} has no more" if self.schedule.steps < (config.max_steps or 0) else "")
         )
 
     def kept_rows(self) -> int:

@@ -335,6 +335,15 @@ def test_a_loss_that_is_no_number_stops_and_says_where(world: Path, tmp_path: Pa
     assert not (tmp_path / "run/last").exists()
 
 
+def test_more_steps_than_there_are_is_said(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_run(config(world, tmp_path / "run", epochs=1, max_steps=99, eval_features=None))
+    assert "12 steps of 4 on cpu; --epochs 1 has no more\n" in capfd.readouterr().err
+    train_run(config(world, tmp_path / "other", epochs=1, max_steps=2, eval_features=None))
+    assert "2 steps of 4 on cpu\n" in capfd.readouterr().err
+
+
 def test_a_start_that_failed_leaves_the_folder_free(world: Path, tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match="no language model folder"):
         train_run(config(world, tmp_path / "run", llm=tmp_path / "typo"))
