@@ -73,12 +73,13 @@ class Member:
         )
         if config.init is not None and not self.step:
             say(f"{title}starts from {config.init}")
+        fewer = self.schedule.steps < (config.max_steps or 0)
         say(
             f"{title}{len(self.samples)} samples, features {self.samples.place}; "
             f"{self.schedule.steps} steps of {config.batch_size} on {self.llm.device}"
             + (f" in {self.world.size} processes" if self.world.size > 1 else "")
             + (f", continued at step {self.step}" if self.step else "")
-            + (f"; --epochs {config.epochs} has no more" if self.schedule.steps < (config.max_steps or 0) else "")
+            + (f"; --epochs {config.epochs} has no more" if fewer else "")
         )
 
     def kept_rows(self) -> int:
