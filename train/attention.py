@@ -137,34 +137,50 @@ def on_a_cpu(
     return attended[0].transpose(0, 1)
 
 
-def torch_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
-) -> torch.Tensor:
+def torch_varlen() -> Kernel:
     """torch.nn.attention.varlen, of torch >= 2.10. Its flags have changed since, so it is asked for them."""
     varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     known = inspect.signature(varlen).parameters
     causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in known else {}
-    out: torch.Tensor = varlen(q, k, v, starts, starts, longest, longest, scale=scale, **causal, **grouped)
-    return out
+    may_group = "enable_gqa" in known
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+    ) -> torch.Tensor:
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if may_group else {}
+        out: torch.Tensor = varlen(
+            q, k, v, starts, starts, longest, longest, scale=scale, **causal, **grouped
+        )
+        return out
+
+    return kernel
 
 
-def flash_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
-) -> torch.Tensor:
+def flash_varlen() -> Kernel:
     """flash-attn's own."""
     varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
-    out: torch.Tensor = varlen(q, k, v, starts, starts, longest, longest, softmax_scale=scale, causal=True)
-    return out
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+    ) -> torch.Tensor:
+        out: torch.Tensor = varlen(
+            q, k, v, starts, starts, longest, longest, softmax_scale=scale, causal=True
+        )
+        return out
+
+    return kernel
 
 
-KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "cpu": (on_a_cpu,),
-    "cuda": (torch_varlen, flash_varlen, one_by_one),
+KERNELS: dict[str, tuple[Callable[[], Kernel], ...]] = {
+    "cpu": (lambda: on_a_cpu,),
+    "cuda": (torch_varlen, flash_varlen, lambda: one_by_one),
 }
-"""Of each kind of device, the fastest first; `prepare` takes the first that is right there."""
+"""Of each kind of device, the fastest first; `prepare` takes the first that is there and right.
 
-CHOSEN: dict[str, Kernel] = {device: kernels[0] for device, kernels in KERNELS.items()}
+They are looked for once, before a model is compiled: what is compiled can import nothing.
+"""
+
+CHOSEN: dict[str, Kernel] = {"cpu": on_a_cpu, "cuda": one_by_one}
 """What `packed_attention` uses."""
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -35,7 +35,11 @@ def prepare(llm: LanguageModel, compiled: Compile = "off") -> bool:
     llm.model.config._attn_implementation = ATTENTION
     kind, reason = llm.device.type, ""
     for kernel in KERNELS[kind]:
-        CHOSEN[kind] = kernel
+        try:
+            CHOSEN[kind] = kernel()
+        except (ImportError, AttributeError) as error:
+            reason = first_line(error)
+            continue
         if not (reason := _difference(llm, alone)):
             break
     else:

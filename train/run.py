@@ -221,12 +221,13 @@ class Trainer:
         held_out = member.figures.get("eval_loss", 0.0)
         if not math.isfinite(held_out):
             return self.end(key, member.diverged(held_out))
-        if better or stopping or member.due(self.config.save_every):
+        if saved := better or stopping or member.due(self.config.save_every):
             member.save(better)
         if measured and member.figures and self.watch:
             wanted = self.watch(key, member.step, member.figures)
             if not wanted and not member.done:
-                member.save(best=False)
+                if not saved:
+                    member.save(best=False)
                 self.end(key, member.finish({"pruned": member.step}))
         return None
 

@@ -18,6 +18,7 @@ from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from tests.small_models import byte_tokenizer, write_language_model
+from train.attention import CHOSEN, KERNELS, flash_varlen, on_a_cpu, torch_varlen
 from train.objective import head_loss, summed_loss, summed_losses
 from train.packing import Packing, pack
 from train.prepare import compilations, own_attention, prepare
@@ -123,6 +124,27 @@ def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> 
     with own_attention(llm):
         llm.model(torch.arange(5)[None], use_cache=True)
     assert compilations() - before == 1 + len(shapes)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_a_kernel_that_lies_in_a_module_of_torch_s_is_compiled_too(
+    llm: LanguageModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; in the place of its kernel is the CPU's."""
+    pytest.importorskip("torch.nn.attention.varlen")
+
+    def varlen_attn(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, others: torch.Tensor,
+        longest: int, most: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        assert window_size == (-1, 0)
+        return on_a_cpu(q, k, v, starts, longest, scale)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setitem(KERNELS, "cpu", (flash_varlen, torch_varlen))  # there is no flash-attn here
+    monkeypatch.setitem(CHOSEN, "cpu", on_a_cpu)
+    assert prepare(llm, "on")
+    assert "torch_varlen" in repr(CHOSEN["cpu"])
 
 
 def test_a_model_that_cannot_be_packed_is_refused(
