@@ -292,9 +292,9 @@ class Pipeline:
             except ImageError as error:
                 record.status = error.status
                 return record
-        record.orig_hw = decoded.orig_hw
-        if filling.writer.layout.thumbnails:
-            record.thumbnail = self.tower.preprocess.thumbnail(decoded, THUMBNAIL_BYTES)
+            record.orig_hw = decoded.orig_hw
+            if filling.writer.layout.thumbnails:
+                record.thumbnail = self.tower.preprocess.thumbnail(decoded, THUMBNAIL_BYTES)
         return Picture(filling, decoded.pixels, record)
 
     # ---- features

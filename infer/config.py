@@ -154,7 +154,7 @@ class ScoreConfig(Options):
     tokenizers do not compare."""
     vision: Path | None = None
     """Folder of Chinese-CLIP with its text tower: adds CLIPScore, which needs no reference. It hears the
-    first 52 tokens of a text."""
+    first 50 tokens of a text."""
     features: Path | None = None
     """Folder of the shards whose `shard` and `row` the lines name, in place of images."""
     images: Path | None = None

@@ -142,11 +142,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _hugging_face() -> Hub:
-    try:
-        import huggingface_hub
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-    except ImportError:
-        raise LlavaError("pushing needs Hugging Face's client", do="pip install huggingface_hub") from None
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     if not huggingface_hub.get_token():
         raise LlavaError("no token for Hugging Face", do="set HF_TOKEN, or run: hf auth login")
     if not sys.stderr.isatty():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -187,8 +188,9 @@ class ShardWriter:
         self._stack.close()
 
     def _create(self, header: ShardHeader) -> None:
-        text = sum(len(text.encode("utf-8", "replace")) for text in [*header.captions, *header.urls])
-        self._require_space(header.disk_bytes + text)
+        texts = itertools.chain(header.captions, header.urls, header.ids)
+        text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        self._require_space(header.disk_bytes + text_bytes)
         with self._partial() as partial:
             create_file(partial, header)
 

@@ -98,7 +98,7 @@ class VisionTower:
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts -> L2-normalised embeddings [texts, P]; a text longer than 52 tokens is cut."""
+        """Texts -> L2-normalised embeddings [texts, P]; of a text the first 50 tokens."""
         clip, tokenizer = self._both_towers()
         return F.normalize(clip.encode_text(tokenizer(texts).to(self.device)).float(), dim=-1)
 

@@ -36,7 +36,7 @@ def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, c
     with own_attention(llm):
         for _, group in itertools.groupby(order, key=lambda i: len(prompts[i])):
             indices = list(group)
-            visual = projector(samples.batch(indices, epoch=0).features.float().to(llm.device)).to(llm.dtype)
+            visual = projector(samples.features(indices).float().to(llm.device)).to(llm.dtype)
             text = llm.embed(torch.tensor([prompts[i] for i in indices], device=llm.device))
             said: list[list[int]] = [[] for _ in indices]
             for step in generate(llm, torch.cat([visual, text], dim=1), GREEDY):

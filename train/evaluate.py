@@ -18,7 +18,7 @@ from train.objective import summed_losses
 from train.packing import Packing
 from train.parallel import World, joined
 from train.prepare import prepare
-from train.samples import Samples, answer_tokens
+from train.samples import Batch, Samples, answer_tokens
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def evaluate(
                 right += float(*summed_losses(llm, [projector], row))
             tokens += answer_tokens(batch.examples)
             if shuffle:
-                others = samples.batch(indices, epoch=0, images=[(i + 1) % n for i in indices])
+                others = Batch(samples.features([(i + 1) % n for i in indices]), batch.examples)
                 for row in packing.rows(others.to(llm.device), [visual]):
                     shuffled += float(*summed_losses(llm, [projector], row))
             bar.update(len(indices) * world.size)

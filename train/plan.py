@@ -84,7 +84,6 @@ def run(config: RunConfig) -> JsonDict:
     figures = {key: value for key, value in vars(predicted).items() if key != "work"}
     figures |= {
         "shards": len(outline.shards),
-        "visual_tokens": predicted.visual_tokens,
         "feature_bytes_per_epoch": sum(
             outline.shards[shard].layout.row_bytes for shard, _ in outline.samples(config).rows
         ),

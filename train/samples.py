@@ -80,11 +80,13 @@ class Samples:
         used = [(shard.path.name, shard.layout.uid) for shard in self.shards]
         return hashlib.sha256(json.dumps([used, self.rows]).encode()).hexdigest()
 
-    def batch(self, indices: Sequence[int], epoch: int, images: Sequence[int] | None = None) -> Batch:
-        """The samples at `indices`; `images`, as long, takes the features from other samples instead."""
-        pictures = indices if images is None else images
-        features = self.read(pictures) if self.kept is None else self.kept.take(pictures, self.read)
-        return Batch(features, [self.example(index, epoch) for index in indices])
+    def batch(self, indices: Sequence[int], epoch: int) -> Batch:
+        """The samples at `indices`."""
+        return Batch(self.features(indices), [self.example(index, epoch) for index in indices])
+
+    def features(self, indices: Sequence[int]) -> torch.Tensor:
+        """Their features, from disk or from where they are kept: fp16 [samples, T, D]."""
+        return self.read(indices) if self.kept is None else self.kept.take(indices, self.read)
 
     def worded(self, max_text_tokens: int, seed: int) -> Samples:
         """The same rows, and the features kept of them, with another budget and other instructions."""
