@@ -137,9 +137,9 @@ def _interrupts_kept() -> Iterator[None]:
 def _with_settings(command: Command, argv: list[str]) -> list[str]:
     """Replace `-c FILE` and `--recipe NAME` by their flags: those typed win, then those of the file."""
     config = command.config
-    fields = {field.name: field for field in dataclasses.fields(config)}
+    known = [*(field.name for field in dataclasses.fields(config)), *(["recipe"] if command.recipes else [])]
     _require_once(config, argv)
-    argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), [*fields]))
+    argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), known))
     if not command.recipes:
         return argv
     return _expanded(
@@ -189,7 +189,10 @@ def _expanded(
     for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
         if value is not None and flag not in typed and flag.replace("--", "--no-", 1) not in typed:
-            again = _repeats(fields[key.replace("-", "_")])
+            field = fields.get(key.replace("-", "_"))
+            if isinstance(value, bool) and (field is None or field.type != "bool"):
+                value = "on" if value else "off"  # YAML's booleans, too
+            again = field is not None and _repeats(field)
             for each in value if again and isinstance(value, list) else [value]:
                 flags += _flag(flag, each)
     return flags + rest

@@ -23,6 +23,7 @@ class Lock:
     """
 
     def __init__(self, what: Path) -> None:
+        what = what.absolute()  # "." has no name
         self.path = path = what.with_name(what.name + ".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:

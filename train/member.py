@@ -18,7 +18,7 @@ from train.config import RunConfig
 from train.evaluate import evaluate
 from train.optimizer import build_optimizer, learning_rate
 from train.packing import Packing
-from train.plan import predict
+from train.plan import predict, projector_of
 from train.report import Report
 from train.runfolder import RunFolder
 from train.samples import Schedule, answer_tokens
@@ -51,13 +51,18 @@ class Member:
             self.kept_rows(),
             self.world.size,
         )
-        self.projector = initial_projector(config, self.samples, self.llm)
+        if folder.begun:  # its checkpoint holds the weights, wherever they came from at first
+            self.projector = projector_of(config, shared.shards[0], self.llm.hidden).to(self.llm.device)
+        else:
+            self.projector = initial_projector(config, self.samples, self.llm)
         self.visual = self.projector.tokens_out(self.samples.tokens)
         """Visual tokens of a sample, as the language model sees them."""
         self.optimizer = build_optimizer(config, self.projector)
         self.step = 0
         self.figures: JsonDict = {}
         self.best = math.inf
+        self.before: float | None = None
+        """Held-out loss before the first step, if this process has measured it."""
         self.cut = self.dropped = 0
         """Answers cut so far, and turns left out after them."""
         self.rows = {"samples": self.samples.identity}
@@ -149,6 +154,8 @@ class Member:
         )
         for line in lines[:2]:
             say(f"  {line['row']}: {line['generated']}")
+        if not self.step:
+            self.before = figures["loss"]
         better: bool = figures["loss"] < self.best
         # Before the first step there is no checkpoint, so none is that good.
         self.best = min(self.best, figures["loss"]) if self.step else math.inf
@@ -198,10 +205,18 @@ class Member:
         cut = f"; {self.cut} captions were cut at {self.config.max_text_tokens} tokens" if self.cut else ""
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         say(f"{self.title}finished {self.step} steps{cut}")
+        if self.config.init is not None and self.before is not None and self.before < self.best < math.inf:
+            losses = f"held-out loss {self.before:.4f} there, {self.best:.4f} here"
+            say(f"{self.title}no step was better than {self.config.init}: {losses}; try a lower --lr")
         return summary
 
     def diverged(self, loss: float) -> LlavaError:
-        """Why it cannot go on after the step it has made."""
+        """Why it cannot go on after the step it has made, or before the first."""
+        if not self.step:
+            return LlavaError(
+                f"the held-out loss is {loss} before the first step",
+                do="look for numbers that are not finite in the features, held-out ones too, or in --init",
+            )
         _, indices = self.schedule.at(self.step - 1)
         picked = [self.samples.rows[index] for index in indices]
         rows = [f"{self.samples.shards[shard].path.name}:{row}" for shard, row in picked]

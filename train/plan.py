@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.console import human_bytes, human_seconds, table
 from llava_core.conversation import Conversation
 from llava_core.device import default_dtype, pick_device
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.language import outline_language_model
 from llava_core.matmul import matmul_rate
@@ -23,6 +25,7 @@ from train.meter import Meter, peak_memory
 from train.objective import CHUNK_LOGITS
 from train.packing import cut
 from train.resident import pick_residence, worth_keeping
+from train.runfolder import RunFolder
 from train.samples import Samples, Schedule, answer_tokens
 
 LOOKED_AT = 256
@@ -79,7 +82,12 @@ class Prediction:
 
 def run(config: RunConfig) -> JsonDict:
     """`train plan`, and `train run --dry-run`: print and return the figures of a Prediction."""
+    RunFolder(config.out, config)  # or refuse, as the run would
     outline = Outline(config)
+    if config.init is not None:
+        require_same_kind(
+            load_checkpoint(config.init), projector_of(config, outline.shards[0], outline.llm.hidden)
+        )
     predicted = outline.predict(config)
     figures = {key: value for key, value in vars(predicted).items() if key != "work"}
     figures |= {
@@ -190,6 +198,18 @@ def predict(
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector of features such as the shard's to so wide embeddings."""
     return build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+
+
+def require_same_kind(checkpoint: Checkpoint, projector: Projector) -> None:
+    """Raise LlavaError unless --init holds what the flags ask for."""
+    kept, wanted = checkpoint.projector.config, projector.config
+    if kept != wanted:
+        raise LlavaError(
+            f"--init {checkpoint.folder} holds another projector",
+            expected=f"{wanted['kind']}, visual tokens {wanted['visual_tokens']}",
+            got=f"{kept['kind']}, visual tokens {kept['visual_tokens']}",
+            do=f"give --projector {kept['kind']} --visual-tokens {kept['visual_tokens']}",
+        )
 
 
 def activation_bytes(config: Any, dtype: torch.dtype) -> int:

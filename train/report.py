@@ -42,12 +42,13 @@ class JsonLines:
 
 
 class TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise LlavaError("--report-to tensorboard", do="pip install 'llava-align[tensorboard]'") from None
-        self.writer: Any = SummaryWriter(str(folder))
+        # What a killed run reported after its checkpoint is reported again.
+        self.writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
 
     def log(self, step: int, metrics: JsonDict) -> None:
         for name, value in metrics.items():
@@ -111,7 +112,7 @@ class Report:
             return
         self.sinks.append(JsonLines(out / "metrics.jsonl", resume_step))
         if "tensorboard" in report_to:
-            self.sinks.append(TensorBoard(out / "tensorboard"))
+            self.sinks.append(TensorBoard(out / "tensorboard", resume_step))
         if "wandb" in report_to:
             self.sinks.append(WeightsAndBiases(out, training, name))
 

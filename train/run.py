@@ -127,9 +127,11 @@ class Trainer:
         batches = self.meter.waiting(ahead)
         try:
             with stop_request() as stop, progress(self.schedule.steps, "steps", initial=start) as bar:
-                for member in self.members.values():
+                for key, member in self.members.items():
                     if member.step == 0:
                         member.evaluate(self.packing)
+                        if not math.isfinite(before := member.figures.get("eval_loss", 0.0)):
+                            self.end(key, member.diverged(before))
                 self.meter.restart()
                 while self.going:
                     now = min(member.step for member in self.going.values())
@@ -245,7 +247,8 @@ class Trainer:
                     say(outcome_line(outcome))
                 figures = {k: v for k, v in member.figures.items() if v is not None}
                 if figures:
-                    print(table([(k.replace("_", " "), f"{v:.4f}") for k, v in figures.items()]))
+                    cells = {k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in figures.items()}
+                    print(table([(k.replace("_", " "), cell) for k, cell in cells.items()]))
 
 
 def require_same_steps(first: RunConfig, other: RunConfig) -> None:

@@ -19,6 +19,7 @@ import yaml
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.folders import require_folder
 from llava_core.projector import Projector
 from train.config import RunConfig
 
@@ -44,13 +45,27 @@ class RunFolder:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
         self.training: JsonDict = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
-        if (path / "last").exists():
-            self._require_same_flags()
+        require_folder(path)
+        if (path / "config.json").exists():
+            raise LlavaError(f"--out {path} is a checkpoint", do="choose another; --init starts from it")
+        last, left = path / "last", sorted(path.glob("step-????????"))
+        if last.is_symlink() and not last.exists() and left:
+            do = f"choose another --out, or go on from one that is left: ln -sfn {left[-1].name} {last}"
+            raise LlavaError(f"{last} points to {last.readlink()}, which is gone", do=do)
+        if last.exists():
+            self._require_same_flags(load_checkpoint(last).training)
+        elif (path / "summary.json").exists():  # finished, and its checkpoints deleted
+            self._require_same_flags(yaml.safe_load((path / "training_config.yaml").read_text("utf-8")))
         elif config.resume:
             raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
 
-    def _require_same_flags(self) -> None:
-        before = {**DEFAULTS, **load_checkpoint(self.path / "last").training}
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return (self.path / "last").exists()
+
+    def _require_same_flags(self, flags: JsonDict) -> None:
+        before = {**DEFAULTS, **flags}
         differing = [k for k in self.training if k not in FREE_KEYS and before[k] != self.training[k]]
         if differing:
             key = differing[0]
@@ -92,7 +107,7 @@ class RunFolder:
 
         Raises LlavaError if the encoder, the language model or the `rows` have changed since.
         """
-        if not (self.path / "last").exists():
+        if not self.begun:
             return None
         checkpoint = load_checkpoint(self.path / "last")
         before = checkpoint.provenance

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from llava_core.checkpoint import load_checkpoint
-from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel
 from llava_core.projector import Projector, match_scale
 from train.config import RunConfig
-from train.plan import projector_of
+from train.plan import projector_of, require_same_kind
 from train.samples import Samples
 
 SCALE_SAMPLES = 64
@@ -47,14 +46,7 @@ def kept_projector(folder: Path, config: RunConfig, samples: Samples, llm: Langu
     checkpoint, shard = load_checkpoint(folder), samples.shards[0]
     checkpoint.provenance.require_encoder(shard.fingerprint, shard.encoder, shard.preprocess)
     checkpoint.provenance.require_language_model(llm.identity)
-    kept, wanted = checkpoint.projector.config, projector_of(config, shard, llm.hidden).config
-    if kept != wanted:
-        raise LlavaError(
-            f"--init {folder} holds another projector",
-            expected=f"{wanted['kind']}, visual tokens {wanted['visual_tokens']}",
-            got=f"{kept['kind']}, visual tokens {kept['visual_tokens']}",
-            do=f"give --projector {kept['kind']} --visual-tokens {kept['visual_tokens']}",
-        )
+    require_same_kind(checkpoint, projector_of(config, shard, llm.hidden))
     return checkpoint.projector.train().requires_grad_()
 
 

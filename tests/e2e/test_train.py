@@ -315,7 +315,7 @@ def test_other_features_are_refused_by_eval(world: Path, whole: Path, tmp_path: 
 
 def test_settings_from_a_file(world: Path, tmp_path: Path) -> None:
     settings = {"features": str(world / "features"), "llm": str(world / "llm"), "lr": "1e-3", "max-steps": 2,
-                "batch_size": 4, "log_every": 1}  # fmt: skip
+                "batch_size": 4, "log_every": 1, "compile": False}  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings).replace("'1e-3'", "1e-3"))
     call("train", "run", "-c", tmp_path / "run.yaml", "--out", tmp_path / "run", "--batch-size", 3)
     recorded = yaml.safe_load((tmp_path / "run/training_config.yaml").read_text())

@@ -196,6 +196,9 @@ def test_a_recipe_yields_to_a_file_and_both_to_what_is_typed(
         "rate": 0.3,
         "names": ["x"],
     }
+    path.write_text("rate: 0.3\nrecipe: calm\n")
+    assert summary("-c", str(path)) == {"rate": 0.3, "names": ["tea", "cake"]}
+    assert summary("-c", str(path), "--recipe", "wild") == {"rate": 0.3, "names": []}
     assert ended("--recipe", "none") == 2
     assert "unknown --recipe 'none'; expected calm or wild" in capsys.readouterr().err
     assert ended("--recipe") == 2

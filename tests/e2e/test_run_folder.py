@@ -1,0 +1,89 @@
+"""What `train run` does in a folder that holds something already, and from where it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import h5py
+import pytest
+
+from llava_core.errors import LlavaError
+from tests.e2e.commands import call
+from tests.e2e.test_train import config, curve, flags_of, write_world
+from train.run import run as train_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def test_checkpoints_that_were_deleted_are_no_invitation_to_begin_anew(world: Path, tmp_path: Path) -> None:
+    given = config(world, tmp_path / "run", epochs=1, save_every=4, keep=9, eval_captions=0)
+    train_run(given)
+    shutil.rmtree((tmp_path / "run/last").resolve())
+    with pytest.raises(LlavaError, match=r"last points to step-00000012, .* ln -sfn step-00000010 .*last$"):
+        train_run(given)
+    for step in (tmp_path / "run").glob("step-*"):
+        shutil.rmtree(step)
+    assert train_run(given)["steps"] == 12  # finished: what came of it is still there
+    with pytest.raises(LlavaError, match="holds a run with another --lr"):
+        train_run(dataclasses.replace(given, lr=0.5))
+
+
+def test_out_is_no_checkpoint_and_no_file(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_run(config(world, tmp_path / "run", max_steps=2, eval_features=None))
+    for command in ("run", "plan"):
+        flags = flags_of(config(world, tmp_path / "run/last", eval_features=None))
+        assert "last is a checkpoint; choose another" in call("train", command, *flags, code=1).one_line()
+    (tmp_path / "file").touch()
+    flags = flags_of(config(world, tmp_path / "file/run"))
+    assert "--out; expected a folder; got the file" in call("train", "run", *flags, code=2).one_line()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train_run(config(world, Path(), max_steps=2, eval_features=None))
+    assert (tmp_path / "here/last/model.safetensors").is_file()
+
+
+def test_a_start_from_a_checkpoint_is_compared_with_it_and_needed_once(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_run(config(world, tmp_path / "first", epochs=1, eval_captions=0))
+    start = shutil.copytree((tmp_path / "first/best").resolve(), tmp_path / "start")
+    given = config(
+        world, tmp_path / "worse", init=start, lr=0.5, epochs=1, save_every=4, keep=9, eval_captions=0
+    )
+    train_run(given)
+    losses = curve(tmp_path / "worse", "eval_loss")
+    said = f"no step was better than {start}: held-out loss {losses[0]:.4f} there, "
+    assert f"{said}{min(losses[10], losses[12]):.4f} here" in capfd.readouterr().err
+    shutil.rmtree(start)
+    (tmp_path / "worse/summary.json").unlink()
+    (tmp_path / "worse/last").unlink()
+    (tmp_path / "worse/last").symlink_to("step-00000008")
+    train_run(given)
+    assert curve(tmp_path / "worse", "eval_loss")[12] == losses[12]
+    for command in ("run", "plan"):
+        ended = call("train", command, *flags_of(dataclasses.replace(given, out=tmp_path / "new")), code=1)
+        assert f"no checkpoint in {start}" in ended.one_line()
+    other = dataclasses.replace(given, out=tmp_path / "new", init=tmp_path / "first/best", projector="mlp")
+    for command in ("run", "plan"):
+        ended = call("train", command, *flags_of(other), code=1)
+        assert "give --projector linear --visual-tokens all" in ended.one_line()
+
+
+def test_features_that_are_no_numbers_are_not_the_rate_s_fault(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "held-out", tmp_path / "held-out")
+    with h5py.File(tmp_path / "held-out/c.h5", "r+") as file:
+        file["features"][2, 0, 0] = math.nan
+    given = config(world, tmp_path / "run", eval_features=tmp_path / "held-out")
+    with pytest.raises(LlavaError, match="held-out loss is nan before the first step; look for numbers"):
+        train_run(given)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0]
