@@ -27,6 +27,7 @@ from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.model_card import model_card
 from llava_core.projector import parameter_count
+from llava_core.sampling import Sampling
 from llava_core.vision import VisionTower, open_vision_tower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
@@ -34,8 +35,6 @@ AUTO_MAP = {
     "AutoConfig": "modeling_llava_align.LlavaAlignConfig",
     "AutoModelForImageTextToText": "modeling_llava_align.LlavaAlignForConditionalGeneration",
 }
-MAX_NEW_TOKENS = 256
-"""Of an answer, unless `generate` is told otherwise; as `infer`."""
 PREPROCESS = ("size", "mean", "std", "filter", "crop", "decode")
 LEFT_OUT = ("dtype", "_name_or_path", "quantization_config")
 """Of published configurations: the folder has weights of its own, none of them quantised, and no old path."""
@@ -210,7 +209,7 @@ def write_settings(
     ends, pad = sorted(llm.eos_ids), llm.tokenizer.pad_token_id
     generation = {
         "do_sample": False,
-        "max_new_tokens": MAX_NEW_TOKENS,
+        "max_new_tokens": Sampling.max_tokens,
         "eos_token_id": ends,
         "pad_token_id": ends[0] if pad is None else pad,
     }
