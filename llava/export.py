@@ -24,6 +24,7 @@ from llava_core.chinese_clip import ChineseClip, VisionTransformer
 from llava_core.console import human_bytes, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.folders import nearest_existing
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.model_card import model_card
 from llava_core.projector import parameter_count
@@ -67,7 +68,7 @@ def run(config: ExportConfig) -> JsonDict:
 
     weights = all_weights(tower, checkpoint, llm, getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in weights.values())
-    place = next(folder for folder in config.out.absolute().parents if folder.exists())
+    place = nearest_existing(config.out.absolute().parent)
     free = shutil.disk_usage(place).free
     say(f"{human_bytes(size)} of weights in {config.dtype}; {human_bytes(free)} free on that disk")
     summary = {"out": str(config.out), "bytes": size, "dtype": config.dtype}
