@@ -29,7 +29,7 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.model_card import model_card
 from llava_core.projector import parameter_count
 from llava_core.sampling import Sampling
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.vision import VisionTower, open_trained_tower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
 AUTO_MAP = {
@@ -60,9 +60,7 @@ def run(config: ExportConfig) -> JsonDict:
         raise LlavaError(f"{config.out} exists", expected="a new or empty folder", do="give another --out")
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.provenance
-    layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
-    tower = open_vision_tower(config.vision, layer=layer, decode=decode)
-    trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
+    tower = open_trained_tower(config.vision, trained)
     llm = load_language_model(config.llm)
     trained.require_language_model(llm.identity)
 
