@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 
 from llava.config import MODELS
-from llava.demo import QUESTION
 from llava.world.captions import accuracy
 from llava.world.scene import Scene, random_scene
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import table
+from llava_core.conversation import QUESTION
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS, parameter_count
 
 

@@ -18,11 +18,10 @@ from infer.config import Aligned
 from infer.engine import Speaker, open_speaker
 from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
 from llava.config import MODELS
-from llava.demo import QUESTION
 from llava.world.captions import parse
 from llava.world.scene import PLACES, Thing
 from llava_core.console import table
-from llava_core.conversation import Turn
+from llava_core.conversation import QUESTION, Turn
 from llava_core.projector import grid_side
 from llava_core.shards import Shard, open_shards
 

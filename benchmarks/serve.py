@@ -25,6 +25,7 @@ from pathlib import Path
 import aiohttp
 
 from llava_core.console import table
+from llava_core.conversation import QUESTION
 
 PAGE = resource.getpagesize()
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--prompt", default="请描述这张图片。")
+    parser.add_argument("--prompt", default=QUESTION)
     given = parser.parse_args()
     command = [sys.executable, "-m", "infer", "serve", "--port", "0", "--slots", str(given.slots)]
     for name in ("checkpoint", "vision", "llm"):

@@ -83,11 +83,7 @@ def rows_of(settings: Settings) -> Iterator[np.ndarray]:
         for _ in range(settings.rows):
             yield (rng.standard_normal((TOKENS, WIDTH), np.float32) * spread).astype(np.float16)
         return
-    usable = (
-        (shard, int(row))
-        for shard in open_shards(settings.features)
-        for row in np.flatnonzero(shard.status == Status.OK)
-    )
+    usable = ((shard, row) for shard in open_shards(settings.features) for row in shard.ok_rows())
     for (shard, row), _ in zip(usable, range(settings.rows), strict=False):
         yield shard.read(row)
 

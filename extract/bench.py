@@ -24,6 +24,7 @@ from llava_core.console import counted, human_bytes, human_seconds, progress, sa
 from llava_core.device import cpu_cores
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.folders import nearest_existing
 from llava_core.memory import free_ram
 from llava_core.shard_writer import RowRecord
 from llava_core.shards import Shard
@@ -191,8 +192,7 @@ def openers(
     config: RunConfig, tower: VisionTower, parts: Sequence[Part]
 ) -> Iterator[list[Callable[[], Filling]]]:
     """Shards of these rows in a folder on the disk of --out that is gone afterwards."""
-    parent = next(path for path in (config.out, *config.out.resolve().parents) if path.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=nearest_existing(config.out)) as folder:
         yield [
             functools.partial(
                 filling_of,

@@ -18,7 +18,7 @@ from extract.share import Share
 from extract.sources.base import Source
 from extract.summary import TOP_HOSTS
 from extract.worker import OUR_CODE, Ready, Trouble, Worker
-from llava_core.cluster import Plan, Tally, code_digest, connected, plan_workers
+from llava_core.cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_tally
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
@@ -27,8 +27,6 @@ MOST_TRIES = 5
 """Workers that may die over one file before it counts as the cause."""
 RESTART_SECONDS = 2.0
 """Between two calls to a worker that Ray is starting again."""
-LOCK_SECONDS = 180.0
-"""Longest wait for the lock of a worker that died: NFS gives it back after its lease."""
 REPORT_AFTER = 60.0
 """Seconds without any worker until we say so."""
 
@@ -41,10 +39,8 @@ def fill_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
     """
     assert config.ray is not None
     with connected(config.ray) as ray:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         sources = [source.anywhere() for source in sources]
-        plan = plan_workers(nodes, config.device, config.ray_workers, len(sources))
-        say(f"Ray at {config.ray}: {plan}")
+        plan = plan_for(ray, config.ray, config.device, config.ray_workers, len(sources))
         with progress(sum(source.rows for source in sources), "rows") as bar:
             dispatch = Dispatch(ray, plan, config, sources, bar)
             try:
@@ -109,10 +105,7 @@ class Dispatch:
         """Why the last worker that cannot work cannot."""
         self.heard = time.monotonic()
         """When a worker was last known to live."""
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
-        self.tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.tally = start_tally(ray)
         actor = ray.remote(Worker).options(
             num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_restarts=-1
         )

@@ -57,7 +57,7 @@ class HostFailures:
 
 def look_into(shards: Sequence[Shard]) -> Contents:
     """Read every text and the features of a sample."""
-    ok = [(shard, row) for shard in shards for row in np.flatnonzero(shard.status == Status.OK).tolist()]
+    ok = [(shard, row) for shard in shards for row in shard.ok_rows()]
     lengths = np.array([sum(len(said) for _, said in shard.turns(row)) for shard, row in ok], np.int64)
     sample = spread(ok, SAMPLE)
     norms = [np.linalg.norm(shard.read(row).astype(np.float32), axis=-1) for shard, row in sample]

@@ -18,6 +18,7 @@ from extract.contents import Contents, spread, stored_as
 from extract.histogram import Histogram
 from extract.summary import host_of
 from llava_core.console import human_bytes
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard
 from llava_core.status import Status
@@ -30,9 +31,7 @@ HOSTS, SOURCES = 15, 15
 
 def write_page(path: Path, contents: Contents, sample: int) -> None:
     """Write the page with a gallery of `sample` rows, 0 for all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(_page(contents, sample), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, _page(contents, sample))
 
 
 def choose(shards: Sequence[Shard], sample: int) -> list[tuple[Shard, int]]:

@@ -16,7 +16,6 @@ from llava_core.console import counted, progress, say, table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard, open_shards, read_by_hdf5
-from llava_core.status import Status
 from llava_core.storage import FEATURE_TYPE
 
 BATCH, THREADS = 16, 2
@@ -36,11 +35,7 @@ def read_rates(folder: Path, count: int) -> JsonDict:
     Cold is null where the system cannot be asked to forget files.
     """
     shards = open_shards(folder)
-    usable = [
-        (s, row)
-        for s, shard in enumerate(shards)
-        for row in np.flatnonzero(shard.status == Status.OK).tolist()
-    ]
+    usable = [(s, row) for s, shard in enumerate(shards) for row in shard.ok_rows()]
     if not usable:
         raise LlavaError(
             f"no row with features in {folder}", do="look at the failures with `extract inspect`"

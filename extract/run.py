@@ -21,6 +21,7 @@ from extract.summary import TOO_MANY_FAILED, outcome_table, summarise
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.folders import nearest_existing
 from llava_core.layout import disk_bytes
 from llava_core.shard_writer import ShardWriter, is_finished, part_of
 from llava_core.shards import Shard, open_shards
@@ -130,14 +131,13 @@ def conclude(config: Encoding, figures: JsonDict, speed: JsonDict) -> JsonDict:
 
 def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> JsonDict:
     rows = sum(source.rows for source in sources)
-    folder = next(path for path in (config.out, *config.out.resolve().parents) if path.exists())
     figures = {
         "sources": len(sources),
         "rows": rows,
         "finished_shards": sum(is_finished(config.out / f"{source.stem}.h5") for source in sources),
         "unfinished_shards": sum(part_of(config.out / f"{source.stem}.h5").exists() for source in sources),
         "disk_bytes": rows * disk_bytes(config.dtype, tower.tokens, tower.width, config.thumbnails),
-        "free_bytes": shutil.disk_usage(folder).free,
+        "free_bytes": shutil.disk_usage(nearest_existing(config.out)).free,
     }
     shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]
     print(table(list(zip((key.replace("_", " ") for key in figures), shown, strict=True))))

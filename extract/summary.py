@@ -14,6 +14,7 @@ import numpy as np
 from extract.sources.base import is_address
 from llava_core import __version__
 from llava_core.console import table
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard
 from llava_core.status import Status
@@ -83,6 +84,4 @@ def write_statistics(shard: Shard, seconds: float) -> None:
         **summarise([shard]),
     }
     path: Path = shard.path.with_suffix(".json")
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")

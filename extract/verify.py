@@ -19,7 +19,6 @@ from llava_core.errors import LlavaError
 from llava_core.fetch import FetchLimits
 from llava_core.fingerprint import JsonDict, differences
 from llava_core.shards import Shard, find_shards
-from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 
 TOLERANCE = {"float16": 0.02, "int8": 0.04}
@@ -111,7 +110,7 @@ def _named(faults: Sequence[Fault]) -> str:
 
 
 def _ok_rows(shards: Sequence[Shard]) -> list[Row]:
-    return [(shard, row) for shard in shards for row in np.flatnonzero(shard.status == Status.OK).tolist()]
+    return [(shard, row) for shard in shards for row in shard.ok_rows()]
 
 
 def _tower(config: VerifyConfig, shards: Sequence[Shard]) -> VisionTower | None:

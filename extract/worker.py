@@ -17,7 +17,7 @@ from extract.fill import describe, fill, is_done, open_filling, open_tower
 from extract.filling import Filling
 from extract.sources.base import Source
 from extract.summary import summarise
-from llava_core.cluster import Lines, code_digest
+from llava_core.cluster import Lines, other_version
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import Held
@@ -63,8 +63,8 @@ class Worker:
 
     def ready(self) -> Ready | Trouble:
         """Open the tower."""
-        if code_digest(*OUR_CODE) != self.code:
-            return Trouble(f"{self.host} has another version of llava-align; install the same on every node")
+        if text := other_version(self.code, *OUR_CODE):
+            return Trouble(text)
         try:
             return Ready(self.host, self.tower.fingerprint, describe(self.tower))
         except (LlavaError, OSError) as error:

@@ -11,6 +11,7 @@ from typing import Literal
 import tyro
 
 from llava_core.cli import Options
+from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 
@@ -46,7 +47,7 @@ class AskConfig(Models):
 
     image: tyro.conf.UseAppendAction[tuple[str, ...]]
     """Path or URL of an image, or - for standard input; may be given again, and each is asked about."""
-    prompt: str = "请描述这张图片。"
+    prompt: str = QUESTION
     """The question; - reads it from standard input."""
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class BatchConfig(Sampling, Aligned):
     output: Path
     """File of the same lines with `checkpoint`, `sampling` and `answer`, or `error` where there is none; a
     row of a shard gives `shard`, `row`, `id` and its own `caption`."""
-    prompt: str = "请描述这张图片。"
+    prompt: str = QUESTION
     """The question of lines that have none."""
     batch_size: int = 16
     """Questions answered together."""
@@ -171,7 +172,7 @@ class LensConfig(Models):
     """Path or URL of the image."""
     out: Path = Path("lens")
     """Writes OUT.png and OUT.html."""
-    prompt: str = "请描述这张图片。"
+    prompt: str = QUESTION
     """The question."""
     caption: str | None = None
     """The text whose loss is shown word by word; the model's own answer by default."""

@@ -17,7 +17,7 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import Decoded
 from llava_core.sampling import Sampling
 from llava_core.shards import Shard
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.vision import VisionTower, open_trained_tower
 
 
 class Speaker:
@@ -72,10 +72,7 @@ def open_engine(config: Models | BatchConfig) -> Engine:
     """Load the three models. Raises LlavaError if the projector was trained for others."""
     assert config.vision is not None
     checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
-    trained = checkpoint.provenance
-    layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
-    tower = open_vision_tower(config.vision, device, layer=layer, decode=decode)
-    trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
+    tower = open_trained_tower(config.vision, checkpoint.provenance, device)
     llm = _language_model(config, checkpoint, str(tower.encoder["model_id"]), device)
     return Engine(tower, checkpoint.projector, llm)
 

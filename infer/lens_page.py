@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from infer.lens_seen import Seen
+from llava_core.files import replace_text
 from llava_core.webpage import fill
 
 
@@ -35,9 +36,7 @@ def write_page(path: Path, seen: Seen) -> None:
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
     }
     page = fill(Path(__file__).with_name("lens.html"), parts)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, page)
 
 
 def _data_url(seen: Seen) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from infer.engine import Engine, Speaker
@@ -15,7 +14,6 @@ from llava_core.fingerprint import JsonDict
 from llava_core.images import not_an_image, read_images
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard
-from llava_core.status import Status
 
 OURS = ("answer", "error", "checkpoint", "sampling")
 """Keys that the output adds."""
@@ -42,7 +40,7 @@ def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
     """One for each row that has features; of a dialogue, its first question and answer."""
     questions = []
     for shard in shards:
-        for row in np.flatnonzero(shard.status == Status.OK).tolist():
+        for row in shard.ok_rows():
             asked, caption = next(iter(shard.turns(row)), (None, ""))
             known = {"id": shard.id(row), "prompt": asked or prompt, "caption": caption}
             texts = {key: text for key, text in known.items() if text}

@@ -22,7 +22,7 @@ from infer.engine import Engine
 from infer.jobs import STOPPING, Job, Piece
 from infer.slotcache import SlotCache, longest_context
 from llava_core.errors import first_line
-from llava_core.generate import choose
+from llava_core.generate import already_read, choose
 from llava_core.spoken import Spoken
 
 T = TypeVar("T")
@@ -62,10 +62,7 @@ class Slot:
         """Leading tokens that the job need not read again; its last one is always read."""
         if self.key != (job.picture.key if job.picture else None):
             return 0
-        same = 0
-        while same < min(len(self.ids), len(job.ids) - 1) and self.ids[same] == job.ids[same]:
-            same += 1
-        return self.visual_tokens + same if self.held else 0
+        return self.visual_tokens + already_read(self.ids, job.ids) if self.held else 0
 
     def forget(self) -> None:
         self.key, self.visual_tokens, self.ids = None, 0, []

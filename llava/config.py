@@ -11,6 +11,7 @@ from typing import Literal
 import tyro
 
 from llava_core.cli import Options
+from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
 from llava_core.folders import require_folder
 from llava_core.sampling import Sampling
@@ -49,7 +50,7 @@ class TraceConfig(Options):
     """Path or URL of the image; by default one is drawn."""
     caption: str | None = None
     """What the language model is to say of it; that of a drawn image is known."""
-    prompt: str = "请描述这张图片。"
+    prompt: str = QUESTION
     """The question before the caption."""
     checkpoint: Path | None = None
     """Folder of a projector, such as RUN/best; without one, a linear projector with random weights whose

@@ -20,10 +20,10 @@ from llava.world.dataset import Split, write_split
 from llava.world.server import TROUBLES, serve
 from llava_core.cli import INTERRUPTED
 from llava_core.console import table
+from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
-QUESTION = "请描述这张图片。"
 MARK = ".llava-demo"
 BATCH_SIZE = 16
 

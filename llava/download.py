@@ -18,6 +18,7 @@ from llava.hub_client import cure, open_modelscope
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
+from llava_core.folders import nearest_existing
 
 PAGE = 100
 """Files in one answer about a data set."""
@@ -62,7 +63,7 @@ def run(config: DownloadConfig) -> JsonDict:
     sizes = [_sizes(client, download) for download in downloads]
     folders = [config.out / download.folder for download in downloads]
     missing = [_missing(folder, of) for folder, of in zip(folders, sizes, strict=True)]
-    free = shutil.disk_usage(_existing(config.out)).free
+    free = shutil.disk_usage(nearest_existing(config.out)).free
     rows = [
         (f"{d.repository} {d.pattern}", folder, counted(len(of), "file"), human_bytes(sum(of.values())),
          human_bytes(left))
@@ -153,12 +154,6 @@ def _missing(folder: Path, sizes: dict[str, int]) -> int:
         for name, size in sizes.items()
         if not paths[name].is_file() or paths[name].stat().st_size != size
     )
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _total(sizes: dict[str, int]) -> int:

@@ -24,18 +24,18 @@ from llava_core.chinese_clip import ChineseClip, VisionTransformer
 from llava_core.console import human_bytes, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.folders import nearest_existing
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.model_card import model_card
 from llava_core.projector import parameter_count
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.sampling import Sampling
+from llava_core.vision import VisionTower, open_trained_tower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
 AUTO_MAP = {
     "AutoConfig": "modeling_llava_align.LlavaAlignConfig",
     "AutoModelForImageTextToText": "modeling_llava_align.LlavaAlignForConditionalGeneration",
 }
-MAX_NEW_TOKENS = 256
-"""Of an answer, unless `generate` is told otherwise; as `infer`."""
 PREPROCESS = ("size", "mean", "std", "filter", "crop", "decode")
 LEFT_OUT = ("dtype", "_name_or_path", "quantization_config")
 """Of published configurations: the folder has weights of its own, none of them quantised, and no old path."""
@@ -60,15 +60,13 @@ def run(config: ExportConfig) -> JsonDict:
         raise LlavaError(f"{config.out} exists", expected="a new or empty folder", do="give another --out")
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.provenance
-    layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
-    tower = open_vision_tower(config.vision, layer=layer, decode=decode)
-    trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
+    tower = open_trained_tower(config.vision, trained)
     llm = load_language_model(config.llm)
     trained.require_language_model(llm.identity)
 
     weights = all_weights(tower, checkpoint, llm, getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in weights.values())
-    place = next(folder for folder in config.out.absolute().parents if folder.exists())
+    place = nearest_existing(config.out.absolute().parent)
     free = shutil.disk_usage(place).free
     say(f"{human_bytes(size)} of weights in {config.dtype}; {human_bytes(free)} free on that disk")
     summary = {"out": str(config.out), "bytes": size, "dtype": config.dtype}
@@ -210,7 +208,7 @@ def write_settings(
     ends, pad = sorted(llm.eos_ids), llm.tokenizer.pad_token_id
     generation = {
         "do_sample": False,
-        "max_new_tokens": MAX_NEW_TOKENS,
+        "max_new_tokens": Sampling.max_tokens,
         "eos_token_id": ends,
         "pad_token_id": ends[0] if pad is None else pad,
     }

@@ -19,7 +19,6 @@ from llava_core.images import SUFFIXES
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard, open_shards
 from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
-from llava_core.status import Status
 from llava_core.terminal import Terminal
 from llava_core.vision import VisionTower
 
@@ -135,7 +134,7 @@ def recall(tower: VisionTower, shards: Sequence[Shard]) -> tuple[list[Candidate]
     candidates = [
         Candidate(f"{shard.path.name} row {row}", shard=shard, row=row)
         for shard in shards
-        for row in np.flatnonzero(shard.status == Status.OK).tolist()
+        for row in shard.ok_rows()
     ]
     if not candidates:
         raise LlavaError(f"no features in {shards[0].path.parent}", do="see `extract inspect`")

@@ -21,6 +21,7 @@ from llava.hub_client import cure, open_modelscope
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError, reason
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from llava_core.folders import config_of
 from llava_core.model_card import header_of, with_header
@@ -66,7 +67,7 @@ def run(config: PushConfig) -> JsonDict:
 
     hub = HUBS[config.to]()
     if told(config):
-        _write(config.folder / CARD, card)
+        replace_text(config.folder / CARD, card)
     say(f"{counted(len(files), 'file')}, {human_bytes(total)}, to {config.name} on {hub.endpoint}")
     with tempfile.TemporaryDirectory(prefix="llava-push-") as temporary:
         staged = Path(temporary)
@@ -133,12 +134,6 @@ def require_private(name: str, private: bool | None) -> None:
             f"the hub does not call {name} private; it may have been there already",
             do="make it private on its page, give another --name, or leave --private out",
         )
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _hugging_face() -> Hub:

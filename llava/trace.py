@@ -24,7 +24,7 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import ImageError, image_format
 from llava_core.projector import Projector, build_projector, match_scale, parameter_count
 from llava_core.spoken import HALF
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.vision import VisionTower, open_trained_tower, open_vision_tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,12 @@ def run(config: TraceConfig) -> JsonDict:
     device = pick_device(config.device)
     checkpoint = load_checkpoint(config.checkpoint) if config.checkpoint else None
     trained = checkpoint.provenance if checkpoint else None
-    layer, decode = None, "draft"
     if trained:
-        layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
-    tower = open_vision_tower(config.vision, device, layer=layer, decode=decode)
+        tower = open_trained_tower(config.vision, trained, device)
+    else:
+        tower = open_vision_tower(config.vision, device)
     llm = load_language_model(config.llm, device)
     if trained:
-        trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
         trained.require_language_model(llm.identity)
 
     stages, features, caption = _see(config, tower)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
+from llava_core.files import fsync
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.model_card import model_card
 from llava_core.projector import Projector, build_projector, parameter_count
@@ -116,11 +117,11 @@ def save_checkpoint(
         torch.save(state, content)
         (partial / "state.pt").write_bytes(content.getbuffer())
     for path in [*partial.iterdir(), partial]:
-        _fsync(path)
+        fsync(path)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -190,11 +191,3 @@ def _describe(identity: JsonDict) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_core.console import say
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import sha256_files
 
 CPUS_PER_WORKER = 4
 """Where there is no GPU, and no smaller node."""
+LOCK_SECONDS = 180.0
+"""Longest wait for the lock of a worker that died: NFS gives it back after its lease."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,14 @@ def connected(address: str) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def plan_for(ray: Any, address: str, device: str, workers: int | None, jobs: int) -> Plan:
+    """`plan_workers` on the nodes that are up, and say so."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    plan = plan_workers(nodes, device, workers, jobs)
+    say(f"Ray at {address}: {plan}")
+    return plan
 
 
 def plan_workers(nodes: Sequence[Mapping[str, float]], device: str, workers: int | None, jobs: int) -> Plan:
@@ -121,6 +132,14 @@ class Tally:
         return sum(self.rows.values()), lines
 
 
+def start_tally(ray: Any) -> Any:
+    """A Tally on the driver's node."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    return ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
 class Lines(io.TextIOBase):
     """Standard error, each line of which the driver shows with our host's name."""
 
@@ -138,3 +157,10 @@ def code_digest(*packages: str) -> str:
     """Of the code that decides what is written: the same on every node that works together."""
     root = Path(__file__).parents[1]
     return sha256_files(sorted(path for name in packages for path in (root / name).rglob("*.py")))
+
+
+def other_version(code: str, *packages: str) -> str | None:
+    """Why this node cannot work with the driver, whose `code_digest` is given; None if it can."""
+    if code_digest(*packages) == code:
+        return None
+    return f"{socket.gethostname()} has another version of llava-align; install the same on every node"

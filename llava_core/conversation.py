@@ -34,6 +34,8 @@ INSTRUCTIONS = (
     "What do you see?",
 )
 """Questions that a caption answers."""
+QUESTION = INSTRUCTIONS[0]
+"""What is asked where nothing else is."""
 
 
 def pick_instruction(seed: int, key: str) -> str:

@@ -1,4 +1,4 @@
-"""Folders that were given: what lies in a model's, and whether one can be written to."""
+"""Folders that were given: what lies in a model's, whether one can be written to, and on which disk."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ def contents(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path if something is there, else the folder above it that is: its disk is the path's."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def require_folder(out: Path) -> None:
     """Raise LlavaError (wrong usage) if --out, there or not, cannot be a folder that is written to."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    there = nearest_existing(out)
     if not there.is_dir():
         raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
     if not os.access(there, os.W_OK):

@@ -99,3 +99,11 @@ def choose(
     rows = zip(probabilities, generators, strict=True)
     drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
     return order.gather(-1, drawn).squeeze(-1)
+
+
+def already_read(cached: Sequence[int], ids: Sequence[int]) -> int:
+    """Leading tokens of a prompt that a cache holds; its last one is always read again."""
+    same = 0
+    while same < min(len(cached), len(ids) - 1) and cached[same] == ids[same]:
+        same += 1
+    return same

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import yaml
 
+from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
 TASK = "image-text-to-text"
-ASK = """\
+ASK = f"""\
 Ask it about a picture, in the folder of this file:
 
-    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt 请描述这张图片。
+    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt {QUESTION}
 """
 FLAGS = "`training_config.yaml` holds the flags it was trained with."
 TRAINED = "It was trained between these two, and is of no use beside others."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_core.errors import LlavaError
+from llava_core.files import replace_text
 
 FORMAT = "llava-align chat/1"
 
@@ -26,9 +26,7 @@ def write_chat(path: Path, chat: SavedChat) -> None:
     if path.exists():
         read_chat(path)
     content = {"format": FORMAT, "image": chat.image, "messages": list(chat.messages)}
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_chat(path: Path) -> SavedChat:

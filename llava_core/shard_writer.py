@@ -22,6 +22,7 @@ import numpy as np
 
 from llava_core.console import human_bytes
 from llava_core.errors import LlavaError, first_line
+from llava_core.files import fsync
 from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
 from llava_core.layout import THUMBNAIL_BYTES, Layout
@@ -176,7 +177,7 @@ class ShardWriter:
             write_all(self._descriptor, column, self.layout.offsets[name])
         os.fsync(self._descriptor)
         self.part.replace(self.path)
-        fsync_folder(self.path.parent)
+        fsync(self.path.parent)
         journal_of(self.path).unlink()
 
     def __enter__(self) -> ShardWriter:
@@ -231,7 +232,7 @@ class ShardWriter:
                 raise LlavaError(f"cannot write {partial}", got=first_line(error)) from None
             raise
         partial.replace(self.part)
-        fsync_folder(self.path.parent)
+        fsync(self.path.parent)
 
     def _require_same(self, header: ShardHeader) -> None:
         if self.layout.fingerprint != header.fingerprint:
@@ -260,11 +261,3 @@ def require_storage(path: Path, layout: Layout, storage: Storage) -> None:
             expected=f"--dtype {storage}",
             do=f"give --dtype {layout.storage}, choose another --out, or delete {path.name}",
         )
-
-
-def fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -262,6 +262,11 @@ class Shard:
         """The first token of `row`, such as CLS: fp16 [1, D], without reading the others."""
         return self.layout.read_first(self._descriptor(), row)
 
+    def ok_rows(self) -> list[int]:
+        """The rows that have features, in their order."""
+        rows: list[int] = np.flatnonzero(self.status == Status.OK).tolist()
+        return rows
+
     def failed(self, failures: Iterable[Failure]) -> np.ndarray:
         """Which rows ended in one of these ways, bool [N]."""
         mask = np.zeros(self.rows, bool)

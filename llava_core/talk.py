@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from llava_core.compiled import CompiledStep
 from llava_core.conversation import Conversation
 from llava_core.errors import LlavaError
-from llava_core.generate import generate
+from llava_core.generate import already_read, generate
 from llava_core.language import LanguageModel
 from llava_core.sampling import Sampling
 from llava_core.spoken import Spoken
@@ -141,9 +141,7 @@ class Talk:
         Templates change what they said before (Qwen3's drops the think block of earlier answers), so the
         new prompt need not continue the old one.
         """
-        same = 0
-        while same < min(len(self.cached), len(ids) - 1) and self.cached[same] == ids[same]:
-            same += 1
+        same = already_read(self.cached, ids)
         if self.cache.get_seq_length() == 0:
             return torch.cat([self.visual, self._embed(ids)], dim=1)
         if surplus := self.cache.get_seq_length() - self.visual.shape[1] - same:

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from llava_core.conversation import INSTRUCTIONS
+from llava_core.conversation import QUESTION
 from llava_core.fingerprint import JsonDict
 from llava_core.generate import generate
 from llava_core.language import LanguageModel
@@ -27,9 +27,7 @@ def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, c
     for s, row in samples.rows[:count]:
         shard = samples.shards[s]
         question, answer = shard.turns(row)[0]
-        lines.append(
-            {"row": f"{shard.path.name}:{row}", "question": question or INSTRUCTIONS[0], "written": answer}
-        )
+        lines.append({"row": f"{shard.path.name}:{row}", "question": question or QUESTION, "written": answer})
     conversation = samples.conversation
     prompts = [conversation.prompt([{"role": "user", "content": line["question"]}]) for line in lines]
     order = sorted(range(len(lines)), key=lambda i: len(prompts[i]))

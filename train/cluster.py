@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-from llava_core.cluster import Lines, Plan, Tally, code_digest, connected, plan_workers
+from llava_core.cluster import (
+    LOCK_SECONDS,
+    Lines,
+    Plan,
+    code_digest,
+    connected,
+    other_version,
+    plan_for,
+    start_tally,
+)
 from llava_core.console import counted, progress, say
 from llava_core.errors import LlavaError
 from train.config import SweepConfig
@@ -27,8 +36,6 @@ from train.trials import open_study, work
 OUR_CODE = ("train", "llava_core")
 MOST_DEATHS = 10
 """Workers that may die with no trial ended between, before we give up."""
-LOCK_SECONDS = 180.0
-"""Longest wait for the lock of a worker that died: NFS gives it back after its lease."""
 STOP_SECONDS = 60.0
 """For workers to save what they are at."""
 
@@ -38,10 +45,8 @@ def work_on_ray(config: SweepConfig, space: Space) -> None:
     assert config.ray is not None
     study = open_study(config, space)
     with connected(config.ray) as ray:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         groups = max(1, -(-study.left() // config.together))
-        plan = plan_workers(nodes, config.device, config.ray_workers, groups)
-        say(f"Ray at {config.ray}: {plan}")
+        plan = plan_for(ray, config.ray, config.device, config.ray_workers, groups)
         trials = space.size(config.trials)
         with progress(trials, "trials") as bar:
             crew = Crew(ray, plan, config, space, study)
@@ -62,10 +67,7 @@ class Crew:
 
     def __init__(self, ray: Any, plan: Plan, config: SweepConfig, space: Space, study: Study) -> None:
         self.ray, self.study = ray, study
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
-        self.tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.tally = start_tally(ray)
         task = ray.remote(work_here).options(
             num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_retries=0
         )
@@ -140,8 +142,7 @@ def work_here(config: SweepConfig, space: Space, tally: Any, code: str, threads:
     """What a worker does."""
     torch.set_num_threads(threads)
     host = socket.gethostname()
-    if code_digest(*OUR_CODE) != code:
-        text = f"{host} has another version of llava-align; install the same on every node"
+    if text := other_version(code, *OUR_CODE):
         return Trouble(text, fatal=True)
     with contextlib.redirect_stderr(Lines(tally, host)):
         try:

@@ -171,11 +171,11 @@ class EvalConfig(Options):
     """Folder of the language model the projector was trained for."""
     max_samples: int = 100_000
     """Use the first so many usable rows."""
-    max_text_tokens: int = 128
+    max_text_tokens: int = RunConfig.max_text_tokens
     """Budget of each answer in tokens."""
-    batch_size: int = 16
+    batch_size: int = RunConfig.batch_size
     """Samples read at a time."""
-    micro_tokens: int = 16_384
+    micro_tokens: int = RunConfig.micro_tokens
     """Most tokens in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""

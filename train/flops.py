@@ -31,14 +31,12 @@ class Work:
     def of(model: Any, projector: nn.Module) -> Work:
         """From a transformers model, which may be on the meta device, and the projector."""
         config = model.config
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
         layers = [module for module in model.base_model.modules() if not isinstance(module, nn.Embedding)]
         matrices = [p.numel() for m in layers for p in m.parameters(recurse=False) if p.ndim == 2]
         linear = [m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)]
         return Work(
             blocks=sum(matrices),
-            attention=config.num_hidden_layers * heads * width,
+            attention=config.num_hidden_layers * config.num_attention_heads * head_width(config),
             head=model.get_output_embeddings().weight.numel(),
             projector=6 * sum(linear) - 2 * linear[0],  # the features take no gradient
         )
@@ -49,3 +47,8 @@ class Work:
         attention = 6 * self.attention * sum(length * length for length in lengths)
         matrices = 4 * (self.blocks * sum(lengths) + self.head * answers)
         return matrices + attention + self.projector * visual
+
+
+def head_width(config: Any) -> int:
+    """Of each attention head; not every model's configuration names it."""
+    return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)

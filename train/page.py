@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 
 from llava_core.console import counted, human_seconds
+from llava_core.files import replace_text
 from llava_core.webpage import REPORT_STYLE, fill
 from train.config import SweepConfig
 from train.plots import Picture
-from train.results import COLUMNS, Row, best_of, decimal, replace
+from train.results import COLUMNS, Row, best_of, decimal
 from train.space import Space, shown, words
 from train.study import Record
 
@@ -34,7 +35,7 @@ def write_page(
         "facts": _facts(config, space),
     }
     page = fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE)
-    replace(config.out / "index.html", page)
+    replace_text(config.out / "index.html", page)
 
 
 def _totals(space: Space, rows: Sequence[Row], records: Sequence[Record], best: Record | None) -> str:

@@ -19,7 +19,7 @@ from llava_core.projector import Projector, build_projector, parameter_count
 from llava_core.shards import Shard, open_shards, require_same_fingerprint
 from llava_core.status import Status
 from train.config import RunConfig
-from train.flops import Work
+from train.flops import Work, head_width
 from train.loader import AHEAD
 from train.meter import Meter, peak_memory
 from train.objective import CHUNK_LOGITS
@@ -217,8 +217,7 @@ def activation_bytes(config: Any, dtype: torch.dtype) -> int:
 
     Norms keep their input in fp32; attention its queries, keys, values and output; SwiGLU three of its width.
     """
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, width = config.num_attention_heads, head_width(config)
     queries, keys = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
     norms = 2 * config.hidden_size + queries + keys
     kept = 2 * queries + 2 * keys + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from llava_core.errors import LlavaError, first_line
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 
 
@@ -29,9 +30,7 @@ class JsonLines:
         if path.exists() and resume_step:
             lines = path.read_text(encoding="utf-8").split("\n")
             kept = [line for line in lines if _step(line) <= resume_step]
-        partial = path.with_name(path.name + ".part")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, metrics: JsonDict) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from llava_core.checkpoint import point_to
 from llava_core.console import human_seconds, table
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from train.config import RunConfig
 from train.runfolder import plain
@@ -112,8 +113,10 @@ def write_results(folder: Path, records: Sequence[Record], keys: Sequence[str]) 
     writer = csv.DictWriter(text, [*fixed[:2], *keys, *fixed[2:]], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    replace(folder / "results.csv", text.getvalue())
-    replace(folder / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    replace_text(folder / "results.csv", text.getvalue())
+    replace_text(
+        folder / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
 
 
 def write_best(folder: Path, best: Record, run: RunConfig) -> str:
@@ -122,7 +125,7 @@ def write_best(folder: Path, best: Record, run: RunConfig) -> str:
     kept = {
         key: plain(value) for key, value in flags.items() if key not in NOT_KEPT and value not in ((), None)
     }
-    replace(folder / "best.yaml", yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
+    replace_text(folder / "best.yaml", yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
     checkpoint = best.folder / "best"
     if checkpoint.exists():
         point_to(folder / "best", checkpoint)
@@ -130,13 +133,6 @@ def write_best(folder: Path, best: Record, run: RunConfig) -> str:
         (folder / "best").unlink(missing_ok=True)
     settings, out = folder / "best.yaml", f"runs/{folder.name}-{best.folder.name}"
     return f"python -m train run -c {shlex.quote(str(settings))} --out {shlex.quote(out)}"
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def decimal(value: float | None) -> str:

@@ -18,6 +18,7 @@ import yaml
 
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from llava_core.folders import require_folder
 from llava_core.projector import Projector
@@ -79,10 +80,8 @@ class RunFolder:
     def begin(self) -> None:
         """Write down the flags."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / "training_config.yaml.part"
         text = yaml.safe_dump(self.training, allow_unicode=True, sort_keys=False)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / "training_config.yaml")
+        replace_text(self.path / "training_config.yaml", text)
 
     def finished(self) -> JsonDict | None:
         """The summary of a run that reached its last step."""
@@ -98,9 +97,7 @@ class RunFolder:
         return summary
 
     def finish(self, summary: JsonDict) -> None:
-        partial = self.path / "summary.json.part"
-        partial.write_text(json.dumps(summary) + "\n")
-        partial.replace(self.path / "summary.json")
+        replace_text(self.path / "summary.json", json.dumps(summary) + "\n")
 
     def resume(self, provenance: Provenance, rows: JsonDict) -> dict[str, Any] | None:
         """State of the last checkpoint, `projector` weights included; None for a new run.

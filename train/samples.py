@@ -16,7 +16,6 @@ import torch
 from llava_core.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard
-from llava_core.status import Status
 from train.config import RunConfig
 from train.resident import Kept
 
@@ -127,10 +126,7 @@ class Samples:
 def usable_rows(shards: Sequence[Shard], limit: int) -> list[tuple[int, int]]:
     """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows."""
     usable = (
-        (s, row)
-        for s, shard in enumerate(shards)
-        for row in np.flatnonzero(shard.status == Status.OK).tolist()
-        if shard.caption(row).strip()
+        (s, row) for s, shard in enumerate(shards) for row in shard.ok_rows() if shard.caption(row).strip()
     )
     return list(itertools.islice(usable, limit))
 

@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from llava_core.errors import LlavaError, first_line
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from train.runfolder import DEFAULTS
 
@@ -68,9 +69,7 @@ def require_same(folder: Path, contents: JsonDict) -> None:
             raise LlavaError(f"{folder} holds a run", do="choose another --out")
         if (folder / "study.journal").exists():
             raise LlavaError(f"{path} of this sweep is gone", do="restore it, or choose another --out")
-        partial = path.with_name("sweep.yaml.part")
-        partial.write_text(yaml.safe_dump(contents, allow_unicode=True, sort_keys=False), "utf-8")
-        partial.replace(path)
+        replace_text(path, yaml.safe_dump(contents, allow_unicode=True, sort_keys=False))
         return
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))

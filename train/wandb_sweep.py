@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from llava_core.console import say
+from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from train.config import RunConfig, SweepConfig
-from train.results import NOT_KEPT, replace
+from train.results import NOT_KEPT
 from train.space import Choices, Range, Space
 
 
@@ -38,7 +39,7 @@ def export(config: SweepConfig, space: Space, path: Path) -> JsonDict:
     }
     if config.trials is not None:
         sweep["run_cap"] = space.size(config.trials)
-    replace(path, yaml.safe_dump(sweep, allow_unicode=True, sort_keys=False, width=1000))
+    replace_text(path, yaml.safe_dump(sweep, allow_unicode=True, sort_keys=False, width=1000))
     say(f"{path} is written; then: wandb sweep {shlex.quote(str(path))}")
     return {"wandb_sweep": str(path)}
 

@@ -15,7 +15,6 @@ from aiohttp import web
 from PIL import Image
 
 from llava_core.shards import Shard
-from llava_core.status import Status
 from llava_core.vision import open_vision_tower
 
 asked: collections.Counter[str] = collections.Counter()
@@ -54,7 +53,7 @@ def good(base: str, rows: int, start: int = 0) -> list[str]:
 def features_are_right(shard: Shard, vision: Path) -> None:
     """Each row holds what the tower gives for the picture its address leads to."""
     tower = open_vision_tower(vision)
-    for row in np.flatnonzero(shard.status == Status.OK).tolist():
+    for row in shard.ok_rows():
         data = picture(int(shard.url(row).rsplit("/", 1)[1].split(".")[0]))
         expected = tower.encode(tower.preprocess.decode_image(data).pixels[None])[0]
         assert shard.check(row)
