@@ -65,8 +65,8 @@ class Row:
     """Train on features of mean 0 and covariance 1, and fold that into the weights at the end."""
     short_first: bool = False
     """Take the samples of the run in the order of their captions' lengths."""
-    decay: Literal["cosine", "linear", "none"] = "cosine"
-    """Of the rate after the warm-up."""
+    constant: bool = False
+    """The rate stays where the warm-up brought it."""
     batches: tuple[int, ...] = ()
     """Sizes of the steps' batches one after the other, each for an equal share of the run's samples."""
 
@@ -96,8 +96,9 @@ ROWS = (
     Row("fast, momentum 0.95, 1/5", 5, FAST, momentum=0.95),
     Row("fast, lr 0.1, 1/5", 5, {**FAST, "lr": 0.1}),
     Row("fast, lr 0.02, 1/5", 5, {**FAST, "lr": 0.02}),
-    Row("fast, linear decay, 1/5", 5, FAST, decay="linear"),
-    Row("fast, no decay, 1/5", 5, FAST, decay="none"),
+    Row("fast, cosine decay", 1, {**FAST, "decay": "cosine"}),
+    Row("fast, cosine decay, 1/5", 5, {**FAST, "decay": "cosine"}),
+    Row("fast, no decay, 1/5", 5, FAST, constant=True),
     Row("fast, warm-up 0, 1/5", 5, {**FAST, "warmup": 0.0}),
     Row("fast, warm-up 10 %, 1/5", 5, {**FAST, "warmup": 0.1}),
     Row("course, lr 5e-4, 1/5", 5, {**COURSE, "lr": 5e-4}),
@@ -209,11 +210,9 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
 
 
 def rate(row: Row, config: RunConfig, step: int, steps: int) -> float:
-    """Of the step with this number, from 0, of so many: `row.decay` after the usual warm-up."""
-    warmup = round(config.warmup * steps)
-    if row.decay == "cosine" or step < warmup:
-        return learning_rate(config, step, steps)
-    return config.lr * (1 if row.decay == "none" else 1 - (step - warmup) / (steps - warmup))
+    """Of the step with this number, from 0, of so many."""
+    after = row.constant and step >= round(config.warmup * steps)
+    return config.lr if after else learning_rate(config, step, steps)
 
 
 def short_first(taken: list[tuple[int, list[int]]], samples: Samples) -> list[tuple[int, list[int]]]:

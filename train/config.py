@@ -51,7 +51,9 @@ class RunConfig(Options):
     weight_decay: float = 0.0
     """Weight decay of the optimizer."""
     warmup: float = 0.03
-    """Share of the steps in which the rate rises; after them it falls to 0 along a cosine."""
+    """Share of the steps in which the rate rises; after them it falls to 0."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How it falls: along half a cosine, or in a straight line."""
     batch_size: int = 16
     """Samples per optimizer step."""
     epochs: int = 1

@@ -22,12 +22,12 @@ def build_optimizer(config: RunConfig, projector: Projector) -> torch.optim.Opti
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Rate of the step with this number, from 0, of so many: linear warm-up, then a cosine to 0."""
+    """Rate of the step with this number, from 0, of so many: linear warm-up, then to 0 as --decay says."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+    return config.lr * (1 - share if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Muon(torch.optim.Optimizer):

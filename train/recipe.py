@@ -11,10 +11,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "weight_decay": 0.0,
         "warmup": 0.03,
+        "decay": "cosine",
         "batch_size": 16,
         "epochs": 1,
     },
-    "fast": {"start": "captions", "optimizer": "muon", "lr": 0.05, "warmup": 0.03, "batch_size": 16},
+    "fast": {
+        "start": "captions",
+        "optimizer": "muon",
+        "lr": 0.05,
+        "warmup": 0.03,
+        "decay": "linear",
+        "batch_size": 16,
+    },
 }
 """course: what the course project trains with. fast: its held-out loss in a fifth of the steps
 (benchmarks/RESULTS.md, Time to quality); give it `--max-steps`."""

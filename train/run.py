@@ -266,7 +266,7 @@ def require_same_steps(first: RunConfig, other: RunConfig) -> None:
 MEMBER_KEYS = frozenset(
     (
         *("out", "projector", "visual_tokens", "start", "optimizer", "lr", "weight_decay", "warmup"),
-        *("init", "keep", "eval_captions", "json"),
+        *("decay", "init", "keep", "eval_captions", "json"),
     )
 )
 """Flags in which runs that train together may differ."""

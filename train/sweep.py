@@ -20,7 +20,7 @@ from train.space import MOST_TRIALS, Choices, Space, run_config
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
-COSTLESS = ("lr", "weight_decay", "warmup", "seed")
+COSTLESS = ("lr", "weight_decay", "warmup", "decay", "seed")
 """Keys that change nothing about a run's time."""
 
 

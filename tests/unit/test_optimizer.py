@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,5 @@ def test_rates_rise_and_fall() -> None:
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert rates[6] == pytest.approx(0.5)
     assert 0 < rates[9] < 0.05
+    straight = dataclasses.replace(config, decay="linear")
+    assert [learning_rate(straight, step, 10) for step in (0, 1, 2, 6, 9)] == [0.5, 1.0, 1.0, 0.5, 0.125]
