@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
 import json
@@ -16,7 +15,7 @@ from typing import Any
 
 from tests.browser import chromium
 
-WAIT = 30.0
+WAIT = 90.0
 """Seconds after which something that was to come will not come."""
 
 
@@ -74,9 +73,6 @@ class Tab:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-
-    def shoot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def _call(self, session: str | None, method: str, **params: object) -> Any:
         number = next(self._numbers)

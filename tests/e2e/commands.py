@@ -8,11 +8,14 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -20,6 +23,7 @@ from llava_core import cli
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +61,47 @@ def start(*arguments: object, cwd: Path | None = None, **environment: object) ->
     )
 
 
+@contextlib.contextmanager
+def started(
+    *arguments: object, cwd: Path | None = None, **environment: object
+) -> Iterator[subprocess.Popen[str]]:
+    """`start` for a `with` block, which the process does not outlive, whatever happens."""
+    with start(*arguments, cwd=cwd, **environment) as process:
+        try:
+            yield process
+        finally:
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With what it has started; it may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], T], seconds: float = 200) -> T:
+    """What the condition gives once it is true; asserts that the process lives until then, in time."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if (code := process.poll()) is not None or time.monotonic() > deadline:
+            _kill(process)
+            raise AssertionError(f"exit code {code}\n{process.communicate(timeout=60)[1]}")
+        time.sleep(0.01)
+    return found
+
+
+def holder(lock: Path) -> int | None:
+    """The number of the process that holds a lock, once it says so."""
+    with contextlib.suppress(FileNotFoundError):
+        if found := re.match(r"by process (\d+) on ", lock.read_text()):
+            return int(found[1])
+    return None
+
+
 def run(*arguments: object, code: int = 0, cwd: Path | None = None, **environment: object) -> Ended:
     """Run to the end; asserts the exit code."""
-    process = start(*arguments, cwd=cwd, **environment)
-    try:
+    with started(*arguments, cwd=cwd, **environment) as process:
         out, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return Ended(process.returncode, out, err)
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.pictures import image, picture, slow
 from tests.servers import answer, serving
+from tests.small_runs import write_runs
 from tests.small_vision import write_vision_folder
 
 
@@ -29,6 +30,12 @@ def base() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_vision_folder(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `train` needs; whoever needs what `infer` does has a `world` of its own."""
+    return write_runs(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from extract.config import BenchConfig
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard, read_by_hdf5
 from llava_core.storage import STORAGES, Storage
-from tests.e2e.commands import run, start
+from tests.e2e.commands import run, started, wait_until
 from tests.e2e.pictures import asked, good, write_parquet
 from tests.local_data import write_pictures
 from tests.small_shards import TOKENS, WIDTH, features_of, write_shard
@@ -120,13 +119,10 @@ def test_interrupted_it_leaves_nothing(base: str, vision: Path, tmp_path: Path) 
     write_parquet(tmp_path / "data/a.parquet", [*good(base, 4), f"{base}/slow"])
     flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path, "--allow-private")
     for signum in (signal.SIGINT, signal.SIGTERM):
-        process = start("extract", "bench", *flags)
-        until = time.monotonic() + 60
-        while not list(tmp_path.glob(".bench-*/a.h5.part")):
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        os.killpg(process.pid, signum)
-        _, err = process.communicate(timeout=60)
+        with started("extract", "bench", *flags) as process:
+            wait_until(process, lambda: list(tmp_path.glob(".bench-*/a.h5.part")))
+            os.killpg(process.pid, signum)
+            _, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
         assert "Traceback" not in err
         assert "is kept" not in err

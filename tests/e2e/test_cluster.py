@@ -7,11 +7,8 @@ import collections
 import contextlib
 import json
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -19,11 +16,11 @@ from aiohttp import web
 from llava_core.journal import HEADER_BYTES, RECORD
 from llava_core.shards import Shard, open_shards
 from llava_core.status import Status
-from tests.e2e.commands import run, start
-from tests.e2e.pictures import features_are_right, picture, write_parquet
-from tests.e2e.test_train import config, flags_of, write_world
+from tests.e2e.commands import holder, run, started, wait_until
+from tests.e2e.pictures import features_are_right, good, picture, write_parquet
 from tests.ray_cluster import ACCESS, Node, ray_cluster
 from tests.servers import answer, serving
+from tests.small_runs import config, flags_of, write_runs
 from tests.small_vision import write_vision_folder
 
 asked: collections.Counter[str] = collections.Counter()
@@ -54,38 +51,14 @@ def cluster() -> Iterator[tuple[str, Node, Node]]:
     assert not started[1].processes() | started[2].processes()
 
 
-def good(base: str, rows: int, first: int = 0) -> list[str]:
-    return [f"{base}/{i}.jpg" for i in range(first, first + rows)]
-
-
-@contextlib.contextmanager
-def started(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A command that does not outlive the test, whatever happens."""
-    process = start(*arguments, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def half_done(out: Path, by: Node) -> bool:
     """Whether a shard that this node writes has rows on disk and lacks others."""
     for lock in out.glob("*.lock"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            holder = int(lock.read_text().split()[2])
+        with contextlib.suppress(FileNotFoundError):
             journal = lock.with_suffix(".journal").stat().st_size
-            if journal >= HEADER_BYTES + 100 * RECORD.itemsize and holder in by.processes():
+            if journal >= HEADER_BYTES + 100 * RECORD.itemsize and holder(lock) in by.processes():
                 return True
     return False
-
-
-def wait_for_half(out: Path, process: subprocess.Popen[str], by: Node) -> None:
-    until = time.monotonic() + 200
-    while not half_done(out, by):
-        assert time.monotonic() < until
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
 
 
 def test_a_node_dies_and_every_row_is_there_once(
@@ -99,7 +72,7 @@ def test_a_node_dies_and_every_row_is_there_once(
     flags = ("--data", "data", "--out", "out", "--vision", vision, "--allow-private", "--ray", address,
              "--concurrency", 8, "--batch-size", 8, "--json")  # fmt: skip
     with started("extract", "run", *flags, cwd=tmp_path, **ACCESS) as process:
-        wait_for_half(tmp_path / "out", process, other)
+        wait_until(process, lambda: half_done(tmp_path / "out", other))
         other.kill()
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -136,7 +109,7 @@ def test_an_interrupt_ends_the_workers_and_one_bad_file_stops_no_other(
         "--allow-private", "--ray", address, "--concurrency", 8,
     )  # fmt: skip
     with started(*command, **ACCESS) as process:
-        wait_for_half(tmp_path / "out", process, head)
+        wait_until(process, lambda: half_done(tmp_path / "out", head))
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -158,7 +131,7 @@ def test_an_interrupt_ends_the_workers_and_one_bad_file_stops_no_other(
 
 
 def test_its_workers_run_the_trials_of_a_sweep(cluster: tuple[str, Node, Node], tmp_path: Path) -> None:
-    flags = flags_of(config(write_world(tmp_path), tmp_path / "out", max_steps=4, eval_every=2))
+    flags = flags_of(config(write_runs(tmp_path), tmp_path / "out", max_steps=4, eval_every=2))
     space = ("--space", "lr=1e-3,1e-2", "weight_decay=0,1e38", "--ray", cluster[0], "--json")
     ended = run("train", "sweep", *flags, *space, **ACCESS)
     assert (ended.summary["finished"], ended.summary["failed"]) == (2, 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from llava.config import DownloadConfig
 from llava.download import DATA
 from llava_core.errors import LlavaError
-from tests.e2e.commands import ROOT, Ended, run, start
+from tests.e2e.commands import ROOT, Ended, run, started, wait_until
 from tests.model_scope import ModelScope, model_scope
 
 LARGE = os.urandom(6_000_000)
@@ -50,15 +49,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_models_continue_after_an_interruption(hub: ModelScope, tmp_path: Path) -> None:
     hub.stall = "model.safetensors"
-    process = start("llava", "download", "models", "--out", tmp_path, MODELSCOPE_ENDPOINT=hub.url)
     large = tmp_path / "models/qwen3"
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size > 1_000_000 for path in large.rglob("*") if path.is_file()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, list(large.rglob("*"))
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+
+    def half_done() -> bool:
+        return any(path.stat().st_size > 1_000_000 for path in large.rglob("*") if path.is_file())
+
+    with started("llava", "download", "models", "--out", tmp_path, MODELSCOPE_ENDPOINT=hub.url) as process:
+        wait_until(process, half_done)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the same command continues" in err

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
-from tests.e2e.commands import call, run, start
+from tests.e2e.commands import call, run, started, wait_until
 from tests.e2e.pictures import picture
 from tests.local_data import write_parquet
 from tests.servers import answer, serving
@@ -87,12 +86,10 @@ def test_the_same_command_begins_anew_after_an_interrupt_or_a_kill(base: str, tm
     out = tmp_path / "out"
     command = ("llava", "examples", "--data", data, "--out", out, "--allow-private", "--count")
     for signum in (signal.SIGINT, signal.SIGKILL):
-        process = start(*command, 2)
-        while not list(out.glob(".part/*.jpg")):
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.killpg(process.pid, signum)
-        err = process.communicate(timeout=60)[1]
+        with started(*command, 2) as process:
+            wait_until(process, lambda: list(out.glob(".part/*.jpg")))
+            os.killpg(process.pid, signum)
+            err = process.communicate(timeout=60)[1]
         assert process.returncode == (130 if signum == signal.SIGINT else -signal.SIGKILL), err
         assert [path.name for path in out.iterdir()] == ([] if signum == signal.SIGINT else [".part"])
     write_parquet(data, url=urls[:1], caption=["x"])  # which nobody has to wait for

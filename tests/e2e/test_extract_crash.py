@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from extract.pipeline import Pipeline
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.e2e.commands import call, start
+from tests.e2e.commands import call, holder, started, wait_until
 from tests.e2e.pictures import asked, good, write_parquet
 
 
-def writes(pid: int, out: Path) -> bool:
-    """Whether that process has begun to fill a shard: it holds a lock, and says so in its file."""
-    with contextlib.suppress(FileNotFoundError):  # released since it was listed
-        return any(f"process {pid} " in path.read_text() for path in out.glob("*.lock"))
-    return False
+def writes(process: subprocess.Popen[str], out: Path) -> bool:
+    """Whether it has begun to fill a shard, or has ended."""
+    return process.poll() is not None or any(holder(path) == process.pid for path in out.glob("*.lock"))
 
 
 @pytest.mark.parametrize(
@@ -39,14 +40,11 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
     rng, killed = random.Random(0), 0
     command = ("extract", "run", *flags, "--thumbnails", "--out", tmp_path / "killed")
     while killed < kills:
-        process = start(*command)
-        while not writes(process.pid, tmp_path / "killed") and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, longest))
-        if process.poll() is not None:
-            break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        with started(*command) as process:
+            wait_until(process, lambda: writes(process, tmp_path / "killed"))
+            time.sleep(rng.uniform(0, longest))
+            if process.poll() is not None:
+                break
         killed += 1
     assert killed >= kills / 2  # a fast machine may be done before
     print(f"{killed} kills")
@@ -65,23 +63,27 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_what_is_encoded(base: str, vision: Path, tmp_path: Path, signum: int) -> None:
+def test_an_interrupt_keeps_what_is_encoded(
+    base: str, vision: Path, tmp_path: Path, signum: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, take = itertools.count(1), Pipeline._take
+
+    def take_some(*arguments: Any) -> None:
+        take(*arguments)
+        if next(taken) == 30:  # all but the slow one, and none is on disk yet
+            signal.raise_signal(signum)
+
     write_parquet(tmp_path / "data/a.parquet", [*good(base, 30), f"{base}/slow"])
     flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private",
-             "--batch-size", 4, "--retries", 0, "--timeout", 4)  # fmt: skip
+             "--batch-size", 4, "--retries", 0)  # fmt: skip
     before = asked.total()
-    process = start("extract", "run", *flags)
-    while asked.total() - before < 30:
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.7)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "_take", take_some)
+        err = call("extract", "run", *flags, code=130).err
     assert "the same command continues" in err
     assert "Traceback" not in err
     assert (tmp_path / "out/a.h5.part").exists()
-    call("extract", "run", *flags)
+    call("extract", "run", *flags, "--timeout", 1)
     assert asked.total() - before == 30  # nothing was downloaded twice
     assert Shard(tmp_path / "out/a.h5").status.tolist() == [1] * 30 + [7]
 
@@ -90,12 +92,11 @@ def test_two_processes_never_fill_one_shard(base: str, vision: Path, tmp_path: P
     write_parquet(tmp_path / "data/a.parquet", [*good(base, 4), f"{base}/slow"])
     flags = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "out", "--allow-private",
              "--timeout", 30, "--retries", 0)  # fmt: skip
-    first = start("extract", "run", *flags)
-    while not (tmp_path / "out/a.h5.lock").exists():
-        time.sleep(0.02)
-    assert f"by process {first.pid} on" in call("extract", "run", *flags, code=1).one_line()
-    first.send_signal(signal.SIGINT)
-    first.communicate(timeout=30)
+    with started("extract", "run", *flags) as first:
+        wait_until(first, lambda: holder(tmp_path / "out/a.h5.lock") == first.pid)
+        assert f"by process {first.pid} on" in call("extract", "run", *flags, code=1).one_line()
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=60)
     assert first.returncode == 130
 
 
@@ -106,15 +107,13 @@ def test_a_full_disk_ends_it_and_loses_nothing(
     out = small_disk / "out"
     flags = ("--data", tmp_path / "data", "--vision", vision, "--out", out, "--allow-private",
              "--concurrency", 4)  # fmt: skip
-    process = start("extract", "run", *flags)
-    while not (out / "a.h5.journal").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
-        while True:
-            filler.write(bytes(4096))
-            filler.flush()
-    _, err = process.communicate(timeout=120)
+    with started("extract", "run", *flags) as process:
+        wait_until(process, (out / "a.h5.journal").exists)
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert err.splitlines()[-1].startswith("error: No space left on device")
     assert "Traceback" not in err

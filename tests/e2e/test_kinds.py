@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,10 @@ from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS
 from llava_core.sampling import Sampling
-from tests.e2e.commands import call, start
-from tests.e2e.test_train import config, curve, flags_of, weights
+from tests.e2e.commands import call, started, wait_until
 from tests.local_data import write_parquet, write_pictures
 from tests.small_models import write_language_model
+from tests.small_runs import config, curve, flags_of, weights
 from tests.small_shards import TOKENS, WIDTH, write_shard
 from tests.small_vision import VISION, write_vision_folder
 from train.plan import run as plan_run
@@ -82,13 +79,9 @@ def test_every_kind_learns_and_answers(
 def test_killed_asked_and_batched(world: Path, tmp_path: Path) -> None:
     """The commands with the kind that changes most, features in RAM."""
     given = dataclasses.replace(short(world, tmp_path / "cut"), epochs=30, projector="mlp")
-    given = dataclasses.replace(given, visual_tokens="shuffle", resident="ram")
-    process = start("train", "run", *flags_of(given))
-    while not (tmp_path / "cut/step-00000020").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    given = dataclasses.replace(given, visual_tokens="shuffle", resident="ram", keep=1000)
+    with started("train", "run", *flags_of(given)) as process:
+        wait_until(process, (tmp_path / "cut/step-00000020").exists)
     assert not (tmp_path / "cut/summary.json").exists()
     call("train", "run", *flags_of(dataclasses.replace(given, resident="disk")), "--resume")
     train_run(dataclasses.replace(given, out=tmp_path / "whole"))

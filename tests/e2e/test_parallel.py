@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from llava_core.shard_writer import ShardWriter
-from tests.e2e.commands import Ended, start
-from tests.e2e.test_train import config, curve, flags_of, weights, write_world
+from tests.e2e.commands import Ended, holder, started, wait_until
+from tests.small_runs import config, curve, flags_of, weights
 from tests.small_shards import header, outcome
 from train.config import RunConfig
 from train.parallel import World
 from train.run import run as train_run
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
-def torchrun(processes: int, given: RunConfig) -> subprocess.Popen[str]:
+def torchrun(processes: int, given: RunConfig) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    return start(*launcher, "-m", "train", "run", *flags_of(given))
+    return started(*launcher, "-m", "train", "run", *flags_of(given))
 
 
 def ended(process: subprocess.Popen[str], code: int) -> Ended:
@@ -41,10 +36,9 @@ def ended(process: subprocess.Popen[str], code: int) -> Ended:
 
 def ranks(process: subprocess.Popen[str], out: Path) -> list[int]:
     """Process numbers of a run once it writes checkpoints, the main rank first."""
-    while not list(out.glob("step-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    main = int(out.with_name(out.name + ".lock").read_text().split()[2])
+    wait_until(process, lambda: list(out.glob("step-*")))
+    main = holder(out.with_name(out.name + ".lock"))
+    assert main
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [main, *(int(child) for child in children if int(child) != main)]
 
@@ -69,7 +63,8 @@ def test_many_processes_give_the_curve_of_one(
     world: Path, tmp_path: Path, processes: int, batch_size: int
 ) -> None:
     given = config(world, tmp_path / "many", batch_size=batch_size)
-    err = ended(torchrun(processes, given), code=0).err
+    with torchrun(processes, given) as process:
+        err = ended(process, code=0).err
     assert err.count("finished") == err.count("frozen: ") == 1, err
     assert not (tmp_path / "many.lock").exists()
     train_run(dataclasses.replace(given, out=tmp_path / "one"))
@@ -78,9 +73,9 @@ def test_many_processes_give_the_curve_of_one(
 
 def test_a_stop_on_one_rank_stops_all_and_one_process_continues(world: Path, tmp_path: Path) -> None:
     given = config(world, tmp_path / "many", epochs=20)
-    process = torchrun(2, given)
-    os.kill(ranks(process, given.out)[1], signal.SIGTERM)
-    err = ended(process, code=1).err  # torchrun's own
+    with torchrun(2, given) as process:
+        os.kill(ranks(process, given.out)[1], signal.SIGTERM)
+        err = ended(process, code=1).err  # torchrun's own
     assert err.count("interrupted; the same command continues") == 1, err
     assert err.count("exitcode  : 130") == 2, err
     last = (given.out / "last").resolve().name
@@ -94,11 +89,12 @@ def test_a_stop_on_one_rank_stops_all_and_one_process_continues(world: Path, tmp
 @pytest.mark.slow
 def test_killed_with_two_processes_continued_with_four(world: Path, tmp_path: Path) -> None:
     given = config(world, tmp_path / "many", epochs=40)
-    process = torchrun(2, given)
-    os.kill(ranks(process, given.out)[1], signal.SIGKILL)
-    assert "error: another process of this run has ended" in ended(process, code=1).err
+    with torchrun(2, given) as process:
+        os.kill(ranks(process, given.out)[1], signal.SIGKILL)
+        assert "error: another process of this run has ended" in ended(process, code=1).err
     assert not (given.out / "summary.json").exists()
-    assert "continued at step" in ended(torchrun(4, given), code=0).err
+    with torchrun(4, given) as process:
+        assert "continued at step" in ended(process, code=0).err
     train_run(dataclasses.replace(given, out=tmp_path / "one"))
     assert_same_run(tmp_path / "one", given.out)
 
@@ -109,7 +105,8 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(world: Path, tmp_path: P
         writer.write([outcome(row) for row in range(12)])
         writer.finish()
     given = config(world, tmp_path / "run", features=tmp_path / "long", eval_features=None, micro_tokens=100)
-    err = ended(torchrun(2, given), code=1).err
+    with torchrun(2, given) as process:
+        err = ended(process, code=1).err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, err
     assert errors[0].startswith("error: a sample has too many tokens"), err

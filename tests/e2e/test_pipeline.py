@@ -69,8 +69,8 @@ def test_the_stage_that_is_busy_is_named(tower: VisionTower, tmp_path: Path) -> 
         return web.Response(body=picture(int(request.match_info["n"])))
 
     with serving({"/{n}": quick}) as base:
-        urls = [f"{base}/{i}" for i in range(40)]
-        config = RunConfig(data="", out=tmp_path, vision=tmp_path, allow_private=True, host_rate=40)
+        urls = [f"{base}/{i}" for i in range(20)]
+        config = RunConfig(data="", out=tmp_path, vision=tmp_path, allow_private=True, host_rate=10)
         pipeline = Pipeline(tower, config, progress(None, "rows"), lambda shard, seconds: None)
         pipeline.run([lambda: filling(tower, tmp_path / "a.h5", urls)])
     figures = pipeline.gauges.figures()

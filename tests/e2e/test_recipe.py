@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import time
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 
-from tests.e2e.commands import call, start
-from tests.e2e.test_train import config, curve, flags_of, weights, write_world
+from tests.e2e.commands import call, started, wait_until
+from tests.small_runs import config, curve, flags_of, weights
 from train.config import RunConfig
 from train.recipe import RECIPES
 from train.run import run as train_run
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def test_recipes_hold_flags_that_exist() -> None:
@@ -32,13 +23,9 @@ def test_recipes_hold_flags_that_exist() -> None:
 
 
 def test_fast_with_a_rate_of_ones_own_continues_bit_for_bit(world: Path, tmp_path: Path) -> None:
-    typed = config(world, tmp_path / "cut", epochs=10)  # with a --lr, a --batch-size and more
-    process = start("train", "run", *flags_of(typed), "--recipe", "fast")
-    while not (tmp_path / "cut/step-00000030").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    typed = config(world, tmp_path / "cut", epochs=10, keep=1000)  # with a --lr, a --batch-size and more
+    with started("train", "run", *flags_of(typed), "--recipe", "fast") as process:
+        wait_until(process, (tmp_path / "cut/step-00000030").exists)
     # The folder holds the flags themselves: the same ones, given one by one, continue it.
     meant = dataclasses.replace(typed, start="captions", optimizer="muon")
     held = yaml.safe_load((tmp_path / "cut/training_config.yaml").read_text())

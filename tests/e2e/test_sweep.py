@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from tests.browser import dom_of
-from tests.e2e.commands import ENVIRONMENT, call, run, start
-from tests.e2e.test_cluster import started
-from tests.e2e.test_train import config, curve, flags_of, weights, write_world
+from tests.e2e.commands import ENVIRONMENT, call, holder, run, started, wait_until
 from tests.ray_cluster import ACCESS, ray_cluster
+from tests.small_runs import config, curve, flags_of, weights, write_runs
 from tests.small_shards import write_shard
 from train import member, trials
 from train.config import SweepConfig
@@ -39,11 +37,6 @@ from train.sweep import run as sweep_run
 
 SPACE = ("lr=5e-3,2e-2", "projector=linear,mlp", "weight_decay=0,1e38", "seed=0,1")
 """The weights of the last decay are not finite for long."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def sweep(world: Path, out: Path, *space: str, **flags: Any) -> SweepConfig:
@@ -67,14 +60,6 @@ def results(out: Path) -> dict[int, dict[str, Any]]:
 def steps_of(out: Path) -> list[list[int]]:
     """The steps at which each trial was evaluated, in order."""
     return [list(curve(trial, "eval_loss")) for trial in sorted((out / "trials").glob("????"))]
-
-
-def wait_for(process: subprocess.Popen[str], path: Path) -> None:
-    until = time.monotonic() + 200
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +150,7 @@ def test_a_full_disk_costs_no_trial(world: Path, small_disk: Path) -> None:
 
 
 def test_one_table_is_of_one_set_of_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    world, out = write_world(tmp_path), tmp_path / "out"
+    world, out = write_runs(tmp_path), tmp_path / "out"
     given = sweep(world, out, "lr=5e-3,2e-2", trials=1)
     sweep_run(given)
     assert (out / "best/model.safetensors").is_file()
@@ -206,18 +191,18 @@ def test_wrong_usage(world: Path, tmp_path: Path) -> None:
 def test_a_sweep_that_was_stopped_and_killed_goes_on(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = sweep(world, tmp_path / "cut", "lr=5e-3,2e-2,4e-2", epochs=5, save_every=4)
-    process = start(*command(given))
-    wait_for(process, tmp_path / "cut/trials/0000/step-00000020")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    given = sweep(world, tmp_path / "cut", "lr=5e-3,2e-2,4e-2", epochs=5, save_every=4, keep=1000)
+    with started(*command(given)) as process:
+        wait_until(process, (tmp_path / "cut/trials/0000/step-00000020").exists)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
 
-    process = start(*command(given), "--resume")
-    wait_for(process, tmp_path / "cut/trials/0001/step-00000020")
-    os.killpg(process.pid, signal.SIGKILL)
-    _, err = process.communicate()
+    with started(*command(given), "--resume") as process:
+        wait_until(process, (tmp_path / "cut/trials/0001/step-00000020").exists)
+        os.killpg(process.pid, signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
     assert re.search(r"continued at step \d+", err)
 
     figures = sweep_run(given)
@@ -251,8 +236,10 @@ def test_what_failed_is_tried_again_when_asked(
 
 def test_two_processes_share_the_trials(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "lr=1e-3,5e-3,2e-2,4e-2", "projector=linear,mlp", epochs=4)
-    processes = [start(*command(given), "--json") for _ in range(2)]
-    ended = [process.communicate(timeout=240) for process in processes]
+    words = (*command(given), "--json")
+    with started(*words) as one, started(*words) as other:
+        processes = (one, other)
+        ended = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     begun = [re.findall(r"^trial (\d+) .*: begins", err, re.MULTILINE) for _, err in ended]
     assert all(begun), begun
@@ -295,21 +282,21 @@ def test_a_cluster_that_loses_a_node_finishes_the_sweep(world: Path, tmp_path: P
     with ray_cluster() as (address, _, other):
         call = (*command(dataclasses.replace(given, ray=address)), "--json")
         with started(*call, **ACCESS) as process:
-            wait_for(process, tmp_path / "out/trials/0000/last")
+            wait_until(process, (tmp_path / "out/trials/0000/last").exists)
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=120)
         assert process.returncode == 130, err
         assert err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
         assert "stopping after this step" in err
         with started(*call, **ACCESS) as process:
-            lost = None
-            while lost is None:  # a trial that runs on the other node, and has something to lose
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.02)
-                for lock in (tmp_path / "out/trials").glob("*/trial.lock"):
-                    holder = re.match(r"by process (\d+)", lock.read_text())
-                    if holder and int(holder[1]) in other.processes() and list(lock.parent.glob("step-*")):
-                        lost = lock.parent.name
+
+            def at_stake() -> list[str]:
+                """Trials that run on the other node, and have something to lose."""
+                locks = (tmp_path / "out/trials").glob("*/trial.lock")
+                held = [lock.parent for lock in locks if holder(lock) in other.processes()]
+                return [trial.name for trial in held if list(trial.glob("step-*"))]
+
+            lost, *_ = wait_until(process, at_stake)
             other.kill()
             out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err

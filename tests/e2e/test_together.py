@@ -11,16 +11,11 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
-from tests.e2e.test_train import config, curve, weights, write_world
+from tests.small_runs import config, curve, weights
 from train.config import RunConfig
 from train.parallel import World
 from train.run import run, train
 from train.shared import Shared
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def members(world: Path, out: Path) -> list[RunConfig]:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +14,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.shard_writer import ShardWriter
-from tests.e2e.commands import ENVIRONMENT, call, run, start
+from tests.e2e.commands import ENVIRONMENT, call, holder, run, started, wait_until
 from tests.small_models import write_language_model
+from tests.small_runs import GOLDEN, config, curve, flags_of, weights
 from tests.small_shards import TOKENS, WIDTH, header, outcome, write_shard
-from train.config import EvalConfig, RunConfig
+from train.config import EvalConfig
 from train.evaluate import run as evaluate_run
 from train.plan import run as plan_run
 from train.report import has_key
 from train.run import run as train_run
-
-GOLDEN = Path(__file__).parents[1] / "golden/loss_curve.json"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
-def write_world(root: Path) -> Path:
-    """Two training shards with failed rows, a held-out one, a small language model."""
-    write_shard(root / "features/a.h5", rows=26, failed=[3, 9])
-    write_shard(root / "features/b.h5", rows=25, failed=[0], seed=1)
-    write_shard(root / "held-out/c.h5", rows=10, seed=2)
-    write_language_model(root / "llm")
-    return root
-
-
-def config(world: Path, out: Path, **flags: Any) -> RunConfig:
-    given = RunConfig(
-        features=world / "features",
-        eval_features=world / "held-out",
-        llm=world / "llm",
-        out=out,
-        batch_size=4,
-        epochs=2,
-        lr=0.02,
-        eval_every=10,
-        save_every=10,
-        log_every=1,
-        device="cpu",
-    )
-    return dataclasses.replace(given, **flags)
-
-
-def flags_of(given: RunConfig) -> list[str]:
-    flags: list[str] = []
-    for field in dataclasses.fields(given):
-        value = getattr(given, field.name)
-        if value != field.default and not isinstance(value, bool):
-            flags += [f"--{field.name.replace('_', '-')}", str(value)]
-    return flags
-
-
-def curve(out: Path, key: str = "loss") -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "last/model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +118,11 @@ def long(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_resumed_is_bit_equal_to_uninterrupted(world: Path, long: Path, tmp_path: Path, signum: int) -> None:
-    given = config(world, tmp_path / "cut", epochs=20)
-    process = start("train", "run", *flags_of(given))
-    while not (tmp_path / "cut/step-00000030").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signum)
-    _, err = process.communicate()
+    given = config(world, tmp_path / "cut", epochs=20, keep=1000)
+    with started("train", "run", *flags_of(given)) as process:
+        wait_until(process, (tmp_path / "cut/step-00000030").exists)
+        os.killpg(process.pid, signum)
+        _, err = process.communicate(timeout=120)
     if signum == signal.SIGTERM:
         assert process.returncode == 130, err
         assert "the same command continues" in err
@@ -356,12 +302,8 @@ def test_a_start_that_failed_leaves_the_folder_free(world: Path, tmp_path: Path)
 def test_shards_that_have_changed_are_not_resumed_on(world: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "features/a.h5", rows=26)
     given = config(world, tmp_path / "run", features=tmp_path / "features", eval_features=None, epochs=40)
-    process = start("train", "run", *flags_of(given))
-    while not (tmp_path / "run/last").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    with started("train", "run", *flags_of(given)) as process:
+        wait_until(process, (tmp_path / "run/last").exists)
     write_shard(tmp_path / "features/b.h5", rows=9, seed=4)
     with pytest.raises(LlavaError, match="the shards have changed since the run"):
         train_run(given)
@@ -371,13 +313,9 @@ def test_shards_that_have_changed_are_not_resumed_on(world: Path, tmp_path: Path
 
 def test_two_processes_never_train_in_one_folder(world: Path, tmp_path: Path) -> None:
     given = config(world, tmp_path / "run", epochs=200)
-    process = start("train", "run", *flags_of(given))
-    while not (tmp_path / "run.lock").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    assert f"by process {process.pid} on" in run("train", "run", *flags_of(given), code=1).one_line()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    with started("train", "run", *flags_of(given)) as process:
+        wait_until(process, lambda: holder(tmp_path / "run.lock") == process.pid)
+        assert f"by process {process.pid} on" in call("train", "run", *flags_of(given), code=1).one_line()
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.test_train import GOLDEN, config, curve, write_world
+from tests.small_runs import GOLDEN, config, curve, write_runs
 from train.run import run
 
 
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        world = write_world(Path(folder))
+        world = write_runs(Path(folder))
         run(config(world, world / "run"))
         GOLDEN.write_text(json.dumps([round(loss, 6) for loss in curve(world / "run").values()]) + "\n")
 

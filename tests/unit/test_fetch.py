@@ -226,18 +226,18 @@ def test_requests_at_a_time_are_bounded_per_host() -> None:
 
 def test_waiting_for_a_slot_does_not_count_as_time(base: str) -> None:
     async def slow(request: web.Request) -> web.Response:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
         return web.Response(body=b"x")
 
     async def many(url: str) -> list[Fetched]:
-        limits = FetchLimits(allow_private=True, per_host=1, timeout=0.6, retries=0)
+        limits = FetchLimits(allow_private=True, per_host=1, timeout=2.0, retries=0)
         async with Fetcher(limits) as fetcher:
-            return await asyncio.gather(*(fetcher.fetch(url) for _ in range(6)))
+            return await asyncio.gather(*(fetcher.fetch(url) for _ in range(5)))
 
     started = time.monotonic()
     with serving({"/": slow}) as url:
         assert all(f.status is Status.OK for f in asyncio.run(many(url)))
-    assert time.monotonic() - started > 1.1
+    assert time.monotonic() - started > 2.4
 
 
 def test_secrets_in_an_address_stay_out_of_the_detail(base: str) -> None:

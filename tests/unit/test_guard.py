@@ -26,6 +26,12 @@ def test_a_name_that_was_pointed_here_is_no_name_of_ours(host: str) -> None:
     assert not may(host, f"http://{host}")
 
 
+@pytest.mark.parametrize("host", LOCAL)
+def test_names_of_this_machine(host: str) -> None:
+    assert may(host)
+    assert may(host, f"http://{host}")
+
+
 def test_a_server_for_others_has_names_that_it_does_not_know() -> None:
     assert may("server.example:8000", "http://server.example:8000", loopback=False)
 

@@ -34,7 +34,7 @@ def closed_port() -> int:
         return port
 
 
-async def fetch_in_order(fetcher: Fetcher, urls: Sequence[str], workers: int = 32) -> list[Fetched]:
+async def fetch_in_order(fetcher: Fetcher, urls: Sequence[str]) -> list[Fetched]:
     """As the pipeline does: so many at a time, in the order of the rows."""
     left, results = iter(enumerate(urls)), dict[int, Fetched]()
 
@@ -42,7 +42,7 @@ async def fetch_in_order(fetcher: Fetcher, urls: Sequence[str], workers: int = 3
         for index, url in left:
             results[index] = await fetcher.fetch(url)
 
-    await asyncio.gather(*(work() for _ in range(workers)))
+    await asyncio.gather(*(work() for _ in range(32)))
     return [results[index] for index in range(len(urls))]
 
 

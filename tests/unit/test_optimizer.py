@@ -23,13 +23,13 @@ def test_singular_values_become_alike_and_directions_stay(shape: tuple[int, int]
     assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-4
 
 
-def stepped(scale: float, steps: int = 5) -> tuple[torch.Tensor, list[float]]:
-    """A matrix after steps with the same gradients, and the length of each step."""
+def stepped(scale: float) -> tuple[torch.Tensor, list[float]]:
+    """A matrix after five steps with the same gradients, and the length of each step."""
     torch.manual_seed(0)
     matrix = torch.nn.Parameter(torch.randn(6, 9) * scale)
     optimizer = Muon([matrix], lr=0.1)
     lengths = []
-    for _ in range(steps):
+    for _ in range(5):
         before = matrix.detach().clone()
         matrix.grad = torch.randn(6, 9)
         optimizer.step()

@@ -62,9 +62,9 @@ def all_tokens(clip: Any, pixels: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def some_pixels(side: int, n: int = 2) -> torch.Tensor:
+def some_pixels(side: int) -> torch.Tensor:
     return torch.randint(
-        0, 256, (n, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
 
 

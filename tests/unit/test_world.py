@@ -27,8 +27,8 @@ from llava_core.vision import open_vision_tower
 MODELS = Path(__file__).parents[2] / "llava/world/models"
 
 
-def scenes(n: int, seed: int = 0) -> list[Scene]:
-    rng = random.Random(seed)
+def scenes(n: int) -> list[Scene]:
+    rng = random.Random(0)
     return [random_scene(rng) for _ in range(n)]
 
 
