@@ -13,13 +13,8 @@ import pytest
 
 from llava_core.errors import LlavaError
 from tests.e2e.commands import call
-from tests.e2e.test_train import config, curve, flags_of, write_world
+from tests.small_runs import config, curve, flags_of
 from train.run import run as train_run
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def test_checkpoints_that_were_deleted_are_no_invitation_to_begin_anew(world: Path, tmp_path: Path) -> None:
