@@ -7,7 +7,6 @@ folder under OUT (one that is finished is not trained again), and draws their me
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from matplotlib.axes import Axes
 
 from llava.config import MODELS
 from llava_core.console import table
+from llava_core.files import read_json_lines
 from train.config import RunConfig
 from train.recipe import RECIPES
 from train.run import run
@@ -68,8 +68,7 @@ def trained(name: str, flags: dict[str, Any], demo: Path, out: Path) -> dict[str
     settings |= {"features": demo / "features/train", "eval_features": demo / "features/held-out"}
     run(RunConfig(llm=MODELS / "llm", out=folder, log_every=5, device="cpu", **settings))
     curves: dict[str, Line] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        metrics = json.loads(line)
+    for metrics in read_json_lines(folder / "metrics.jsonl"):
         for key, value in metrics.items():
             curves.setdefault(key, []).append((metrics["step"], value))
     return curves

@@ -22,6 +22,7 @@ from llava.world.scene import Scene, random_scene
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import table
 from llava_core.conversation import QUESTION
+from llava_core.files import read_json_lines
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS, parameter_count
 
 
@@ -58,9 +59,9 @@ def measure(
     _run("infer", "batch", "--checkpoint", run / "last", "--vision", MODELS / "vision", "--llm",
          MODELS / "llm", "--batch-size", 64, "--device", "cpu",
          "--input", out / "questions.jsonl", "--output", run / "answers.jsonl")  # fmt: skip
-    answers = [json.loads(line)["answer"] for line in (run / "answers.jsonl").read_text("utf-8").splitlines()]
+    answers = [line["answer"] for line in read_json_lines(run / "answers.jsonl")]
     right = accuracy(scenes, answers)
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_json_lines(run / "metrics.jsonl")
     rates = [line for line in metrics if "samples_per_s" in line]
     card = json.loads((run / "last/metrics.json").read_text())
     return (

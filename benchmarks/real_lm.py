@@ -30,6 +30,7 @@ from llava.world.captions import accuracy
 from llava.world.dataset import draw
 from llava.world.scene import Scene
 from llava_core.console import table
+from llava_core.files import read_json_lines
 from llava_core.fingerprint import JsonDict
 
 VISION = WORLD / "vision"
@@ -123,8 +124,8 @@ def measure(settings: Settings) -> JsonDict:
         *("--max-tokens", MAX_TOKENS, "--batch-size", 32),
         *("--input", out / "questions.jsonl", "--output", out / "answers.jsonl"),
     )
-    answers = [json.loads(line)["answer"] for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]
-    metrics = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text("utf-8").splitlines()]
+    answers = [line["answer"] for line in read_json_lines(out / "answers.jsonl")]
+    metrics = read_json_lines(out / "run/metrics.jsonl")
     loss_curve(metrics, out / "loss.png")
     rates = [line["tokens_per_s"] for line in metrics if "tokens_per_s" in line]
     there = scenes["held-out"]

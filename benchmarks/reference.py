@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from llava.world.dataset import write_split
 from llava.world.server import serve
 from llava_core.chinese_clip import ChineseClip
+from llava_core.files import read_json_lines
 
 WORLD = Path(__file__).parents[1] / "llava/world/models"
 VIT_B_16 = {
@@ -75,7 +76,7 @@ def main() -> None:
             *("--max-steps", settings.steps, "--batch-size", settings.batch_size, "--epochs", 1000),
             *("--log-every", 1),
         )
-        lines = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
+        lines = read_json_lines(root / "run/metrics.jsonl")
     steps = [line for line in lines if "samples_per_s" in line][1:]  # the first one warms up
     rates = {key: statistics.median(line[key] for line in steps) for key in ("samples_per_s", "tokens_per_s")}
     print(f"threads: {torch.get_num_threads()}, CUDA: {torch.cuda.is_available()}")

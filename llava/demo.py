@@ -22,6 +22,7 @@ from llava_core.cli import INTERRUPTED
 from llava_core.console import table
 from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
+from llava_core.files import read_json_lines
 from llava_core.fingerprint import JsonDict
 
 MARK = ".llava-demo"
@@ -53,14 +54,13 @@ def _demo(config: DemoConfig) -> JsonDict:
             f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}", flush=True
         )
         figures = _commands(config, train, held_out, url)
-    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    answers = [line["answer"] for line in lines]
+    answers = [line["answer"] for line in read_json_lines(out / "answers.jsonl")]
     # An answer depends on nothing but picture and question, so the next picture's answer is what a shuffled
     # picture gets.
     figures["right_picture"] = accuracy(held_out.scenes, answers)
     figures["shuffled_picture"] = accuracy(held_out.scenes, answers[1:] + answers[:1])
     figures["chance"] = chance(held_out.scenes, random.Random(config.seed))
-    metrics = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
+    metrics = read_json_lines(out / "run/metrics.jsonl")
     losses = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
     figures["loss_before"], figures["loss_after"] = losses[0][1], losses[-1][1]
     loss_curve(metrics, out / "loss.png")

@@ -1,9 +1,18 @@
-"""Files written whole or not at all, and kept through a loss of power."""
+"""Files written whole or not at all, and kept through a loss of power; and lines of JSON read."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+
+from llava_core.fingerprint import JsonDict
+
+
+def read_json_lines(path: Path) -> list[JsonDict]:
+    """The objects of a file of ours, without a last line that is still being written."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # splitlines() splits at U+2028, too
+    return [json.loads(line) for line in lines]
 
 
 def replace_text(path: Path, text: str) -> None:

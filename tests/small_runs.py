@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from llava_core.files import read_json_lines
 from tests.small_models import write_language_model
 from tests.small_shards import write_shard
 from train.config import RunConfig
@@ -53,7 +53,7 @@ def flags_of(given: RunConfig) -> list[str]:
 
 
 def curve(out: Path, key: str = "loss") -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(out / "metrics.jsonl")
     return {line["step"]: line[key] for line in lines if key in line}
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import matplotlib
 
+from llava_core.files import read_json_lines
 from train.results import Row, best_of
 from train.space import Choices, Range, Space, shown
 from train.study import Record
@@ -227,18 +227,11 @@ def curves(rows: Sequence[Row], theme: dict[str, str]) -> Figure:
 def curve_of(record: Record) -> list[tuple[int, float]]:
     """(step, held-out loss) of each evaluation, from the run's metrics."""
     try:
-        lines = (record.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        metrics = read_json_lines(record.folder / "metrics.jsonl")
+    except (OSError, ValueError):
         return []
-    found = []
-    for line in lines:
-        try:
-            metrics = json.loads(line)
-        except ValueError:  # being written
-            continue
-        if math.isfinite(loss := metrics.get("eval_loss", math.nan)):
-            found.append((metrics["step"], loss))
-    return found
+    losses = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+    return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
 
 @dataclasses.dataclass(frozen=True)

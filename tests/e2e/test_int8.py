@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from aiohttp import web
 
+from llava_core.files import read_json_lines
 from llava_core.shards import Shard, open_shards
 from tests.e2e.commands import call
 from tests.e2e.pictures import good, picture, write_parquet
@@ -53,7 +53,7 @@ def test_int8_from_picture_to_answer(tmp_path: Path) -> None:
     trained = call("train", "run", "--features", features, "--eval-features", features / "b.h5", "--llm", llm,
                   "--out", tmp_path / "run", "--device", "cpu", "--lr", 0.02, "--epochs", 5)  # fmt: skip
     assert "error" not in trained.err
-    lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(tmp_path / "run/metrics.jsonl")
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert held_out[-1] < held_out[0]
 

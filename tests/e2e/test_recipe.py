@@ -27,7 +27,7 @@ def test_fast_with_a_rate_of_ones_own_continues_bit_for_bit(world: Path, tmp_pat
     with started("train", "run", *flags_of(typed), "--recipe", "fast") as process:
         wait_until(process, (tmp_path / "cut/step-00000030").exists)
     # The folder holds the flags themselves: the same ones, given one by one, continue it.
-    meant = dataclasses.replace(typed, start="captions", optimizer="muon")
+    meant = dataclasses.replace(typed, start="captions", optimizer="muon", decay="linear")
     held = yaml.safe_load((tmp_path / "cut/training_config.yaml").read_text())
     assert (held["start"], held["optimizer"], held["lr"], held["batch_size"]) == ("captions", "muon", 0.02, 4)
     train_run(dataclasses.replace(meant, resume=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import h5py
 import pytest
 
 from llava_core.errors import LlavaError
+from llava_core.files import read_json_lines
 from tests.e2e.commands import call
 from tests.small_runs import config, curve, flags_of
 from train.run import run as train_run
@@ -80,5 +80,4 @@ def test_features_that_are_no_numbers_are_not_the_rate_s_fault(world: Path, tmp_
     given = config(world, tmp_path / "run", eval_features=tmp_path / "held-out")
     with pytest.raises(LlavaError, match="held-out loss is nan before the first step; look for numbers"):
         train_run(given)
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0]
+    assert [line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")] == [0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from benchmarks.real_lm import PACKAGE, SMOLLM2
 from llava.world import english
 from llava.world.dataset import draw
 from llava_core.conversation import IGNORE, Conversation, Turn
+from llava_core.files import read_json_lines
 from llava_core.language import load_language_model
 from tests.e2e.commands import run
 
@@ -55,7 +55,7 @@ def test_a_projector_learns_and_answers(smollm2: Path, tmp_path: Path) -> None:
     run("train", "run", *features, "--eval-features", tmp_path / "features", "--out", tmp_path / "run",
         "--projector", "mlp", "--visual-tokens", "pool", "--lr", 0.006, "--batch-size", 4, "--epochs", 9,
         "--max-steps", 32, "--eval-samples", 8, "--eval-captions", 0)  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(tmp_path / "run/metrics.jsonl")
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert losses[-1] < 0.9 * losses[0]  # 0.84: it has learnt some of how such a caption sounds
     models = ("--checkpoint", tmp_path / "run/last", "--vision", VISION, "--llm", smollm2)

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
+from llava_core.files import read_json_lines
 from llava_core.shard_writer import ShardWriter
 from tests.e2e.commands import ENVIRONMENT, call, holder, run, started, wait_until
 from tests.small_models import write_language_model
@@ -171,7 +172,7 @@ def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_p
     assert ended.summary["planned_memory_bytes"] == pytest.approx(sum(planned["memory"].values()), rel=0.1)
     assert ended.summary["steps_per_s"] > 0
     assert "planned" in ended.err
-    last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-2]
+    last = read_json_lines(tmp_path / "run/metrics.jsonl")[-2]
     assert 0 < last["mfu"] < 1
     assert last["memory_bytes"] > 1e8
 
@@ -179,7 +180,7 @@ def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_p
 def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
     train_run(config(world, tmp_path / "run", max_steps=3, report_to=("tensorboard",)))
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(tmp_path / "run/metrics.jsonl")
     told = {name for line in lines for name, value in line.items() if isinstance(value, (int, float))}
     assert {"loss", "mfu", "eval_loss", "memory_bytes"} <= told
     assert set(events.Tags()["scalars"]) == told - {"step"}
