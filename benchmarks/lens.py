@@ -22,8 +22,9 @@ from llava.world.captions import parse
 from llava.world.scene import PLACES, Thing
 from llava_core.console import table
 from llava_core.conversation import QUESTION, Turn
+from llava_core.features import open_shards
 from llava_core.projector import grid_side
-from llava_core.shards import Shard, open_shards
+from llava_core.shards import Shard
 
 ATTRIBUTES = ("shape", "colour", "place", "size")
 TOP = 5

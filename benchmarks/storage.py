@@ -21,8 +21,9 @@ import torch
 import tyro
 
 from llava_core.console import table
+from llava_core.features import open_shards
 from llava_core.shard_writer import RowRecord, ShardWriter
-from llava_core.shards import Shard, ShardHeader, open_shards
+from llava_core.shards import Shard, ShardHeader
 from llava_core.status import Status
 from llava_core.storage import STORAGES
 

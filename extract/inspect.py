@@ -8,8 +8,8 @@ from extract.histogram import Histogram, bar
 from extract.page import write_page
 from extract.summary import outcome_table
 from llava_core.console import human_bytes, say, table
+from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
-from llava_core.shards import open_shards
 
 BINS, BAR = 10, 32
 """Of a histogram in the terminal: bins, and columns of the longest bar."""

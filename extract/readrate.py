@@ -14,8 +14,9 @@ import numpy as np
 
 from llava_core.console import counted, progress, say, table
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
-from llava_core.shards import Shard, open_shards, read_by_hdf5
+from llava_core.shards import Shard, read_by_hdf5
 from llava_core.storage import FEATURE_TYPE
 
 BATCH, THREADS = 16, 2

@@ -20,11 +20,12 @@ from extract.sources.find import find_sources, sources_of
 from extract.summary import TOO_MANY_FAILED, outcome_table, summarise
 from llava_core.console import counted, human_bytes, say, table
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 from llava_core.folders import nearest_existing
 from llava_core.layout import disk_bytes
 from llava_core.shard_writer import ShardWriter, is_finished, part_of
-from llava_core.shards import Shard, open_shards
+from llava_core.shards import Shard
 from llava_core.status import Failure, Status
 from llava_core.vision import VisionTower
 

@@ -16,9 +16,10 @@ from extract.config import VerifyConfig
 from llava_core.console import progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.features import find_shards
 from llava_core.fetch import FetchLimits
 from llava_core.fingerprint import JsonDict, differences
-from llava_core.shards import Shard, find_shards
+from llava_core.shards import Shard
 from llava_core.vision import VisionTower, open_vision_tower
 
 TOLERANCE = {"float16": 0.02, "int8": 0.04}

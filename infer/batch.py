@@ -18,10 +18,10 @@ from infer.lines import to_line
 from infer.questions import Looked, live, questions_of, read_questions, stored
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import Lock
 from llava_core.sampling import Sampling, sampling_of
-from llava_core.shards import open_shards
 from llava_core.spoken import Spoken
 
 WINDOW = 32

@@ -17,7 +17,8 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import Decoded
 from llava_core.sampling import Sampling
 from llava_core.shards import Shard
-from llava_core.vision import VisionTower, open_trained_tower
+from llava_core.trained_tower import open_trained_tower
+from llava_core.vision import VisionTower
 
 
 class Speaker:

@@ -14,10 +14,11 @@ from infer.words import open_tokenizer
 from llava_core.console import progress, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 from llava_core.images import not_an_image, read_images
 from llava_core.preprocess import ImageError
-from llava_core.shards import Shard, open_shards
+from llava_core.shards import Shard
 from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
 from llava_core.vision import VisionTower
 

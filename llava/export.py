@@ -29,7 +29,8 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.model_card import model_card
 from llava_core.projector import parameter_count
 from llava_core.sampling import Sampling
-from llava_core.vision import VisionTower, open_trained_tower
+from llava_core.trained_tower import open_trained_tower
+from llava_core.vision import VisionTower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
 AUTO_MAP = {

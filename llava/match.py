@@ -14,10 +14,11 @@ from llava.match_chart import draw
 from llava_core.console import counted, progress, say, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 from llava_core.images import SUFFIXES
 from llava_core.preprocess import ImageError
-from llava_core.shards import Shard, open_shards
+from llava_core.shards import Shard
 from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
 from llava_core.terminal import Terminal
 from llava_core.vision import VisionTower

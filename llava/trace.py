@@ -24,7 +24,8 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.preprocess import ImageError, image_format
 from llava_core.projector import Projector, build_projector, match_scale, parameter_count
 from llava_core.spoken import HALF
-from llava_core.vision import VisionTower, open_trained_tower, open_vision_tower
+from llava_core.trained_tower import open_trained_tower
+from llava_core.vision import VisionTower, open_vision_tower
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llava_core.checkpoint import Provenance
 from llava_core.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
@@ -148,14 +147,6 @@ def open_vision_tower(
         got=contents(folder),
         do="download it again",
     )
-
-
-def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:
-    """The encoder as a projector was trained on it. Raises LlavaError if `folder` holds another."""
-    layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
-    tower = open_vision_tower(folder, device, layer=layer, decode=decode)
-    trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
-    return tower
 
 
 def _open_modelscope(

@@ -9,10 +9,10 @@ import torch
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import progress, say, table
 from llava_core.conversation import Conversation
+from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import Projector
-from llava_core.shards import open_shards
 from train.config import EvalConfig
 from train.objective import summed_losses
 from train.packing import Packing

@@ -12,11 +12,12 @@ from llava_core.console import human_bytes, human_seconds, table
 from llava_core.conversation import Conversation
 from llava_core.device import default_dtype, pick_device
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards, require_same_fingerprint
 from llava_core.fingerprint import JsonDict
 from llava_core.language import outline_language_model
 from llava_core.matmul import matmul_rate
 from llava_core.projector import Projector, build_projector, parameter_count
-from llava_core.shards import Shard, open_shards, require_same_fingerprint
+from llava_core.shards import Shard
 from llava_core.status import Status
 from train.config import RunConfig
 from train.flops import Work, head_width

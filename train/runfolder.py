@@ -53,7 +53,7 @@ class RunFolder:
         if last.is_symlink() and not last.exists() and left:
             do = f"choose another --out, or go on from one that is left: ln -sfn {left[-1].name} {last}"
             raise LlavaError(f"{last} points to {last.readlink()}, which is gone", do=do)
-        if last.exists():
+        if self.begun:
             self._require_same_flags(load_checkpoint(last).training)
         elif (path / "summary.json").exists():  # finished, and its checkpoints deleted
             self._require_same_flags(yaml.safe_load((path / "training_config.yaml").read_text("utf-8")))

@@ -8,8 +8,8 @@ import torch
 
 from llava_core.checkpoint import Provenance
 from llava_core.conversation import CONVERSATION_FORMAT, Conversation
+from llava_core.features import open_shards, require_same_fingerprint
 from llava_core.language import LanguageModel, load_language_model
-from llava_core.shards import open_shards, require_same_fingerprint
 from train.config import RunConfig
 from train.meter import peak_memory
 from train.parallel import World

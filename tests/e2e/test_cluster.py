@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from llava_core.features import open_shards
 from llava_core.journal import HEADER_BYTES, RECORD
-from llava_core.shards import Shard, open_shards
+from llava_core.shards import Shard
 from llava_core.status import Status
 from tests.e2e.commands import holder, run, started, wait_until
 from tests.e2e.pictures import features_are_right, good, picture, write_parquet

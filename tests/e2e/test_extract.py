@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from aiohttp import web
 from PIL import Image
 
-from llava_core.shards import Shard, open_shards
+from llava_core.features import open_shards
+from llava_core.shards import Shard
 from llava_core.status import Status
 from tests.e2e.commands import call, run
 from tests.e2e.pictures import asked, features_are_right, good, image, picture, write_parquet

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from aiohttp import web
 
+from llava_core.features import open_shards
 from llava_core.files import read_json_lines
-from llava_core.shards import Shard, open_shards
+from llava_core.shards import Shard
 from tests.e2e.commands import call
 from tests.e2e.pictures import good, picture, write_parquet
 from tests.servers import answer, serving

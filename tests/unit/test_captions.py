@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from llava_core.conversation import INSTRUCTIONS, Conversation
+from llava_core.features import open_shards
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector
-from llava_core.shards import open_shards
 from tests.small_models import write_language_model
 from tests.small_shards import WIDTH, write_shard
 from train.captions import GREEDY, captions

@@ -19,8 +19,9 @@ from llava.config import TraceConfig
 from llava_core import cli
 from llava_core.conversation import Conversation, Turn
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.language import load_language_model
-from llava_core.shards import Shard, open_shards
+from llava_core.shards import Shard
 from tests.small_models import LLAMA_TEMPLATE, write_language_model
 from tests.small_shards import write_shard
 from train.config import RunConfig

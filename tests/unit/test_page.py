@@ -7,7 +7,8 @@ import pytest
 
 from extract.contents import look_into, spread
 from extract.page import choose, write_page
-from llava_core.shards import Shard, open_shards
+from llava_core.features import open_shards
+from llava_core.shards import Shard
 from llava_core.status import Status
 from tests.small_shards import write_shard
 

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.quality import Whitened
 from llava_core.conversation import Conversation
+from llava_core.features import open_shards
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector
-from llava_core.shards import open_shards
 from tests.small_models import write_language_model
 from tests.small_shards import WIDTH, write_shard
 from train.samples import Samples

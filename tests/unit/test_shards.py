@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.journal import HEADER_BYTES, RECORD
 from llava_core.shard_writer import (
     FinishedMeanwhile,
@@ -24,7 +25,7 @@ from llava_core.shard_writer import (
     journal_of,
     part_of,
 )
-from llava_core.shards import FORMAT_VERSION, Shard, open_shards
+from llava_core.shards import FORMAT_VERSION, Shard
 from llava_core.status import Failure, Status
 from llava_core.storage import STORAGES, Storage
 from tests.small_shards import TOKENS, WIDTH, features_of, header, outcome, write_shard

@@ -11,9 +11,9 @@ import torch
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.conversation import Conversation
 from llava_core.errors import LlavaError
+from llava_core.features import open_shards
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
-from llava_core.shards import open_shards
 from tests.small_models import write_language_model
 from tests.small_shards import WIDTH, write_shard
 from train import start

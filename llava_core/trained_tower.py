@@ -1,0 +1,18 @@
+"""The encoder that a projector was trained on, opened as it was then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llava_core.checkpoint import Provenance
+from llava_core.vision import VisionTower, open_vision_tower
+
+
+def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:
+    """The encoder as a projector was trained on it. Raises LlavaError if `folder` holds another."""
+    layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
+    tower = open_vision_tower(folder, device, layer=layer, decode=decode)
+    trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
+    return tower
