@@ -340,7 +340,7 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
         write_shard(tmp_path / f"{k}.h5", rows=1)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30));"
-        "from pathlib import Path; from llava_core.shards import open_shards;"
+        "from pathlib import Path; from llava_core.features import open_shards;"
         "print(len(open_shards(Path(sys.argv[1]))))"
     )
     ended = subprocess.run(
