@@ -1,0 +1,53 @@
+"""Files that earlier versions wrote still load: shards, a shard half written, a checkpoint, a killed run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.commands import run
+
+FILES = Path(__file__).parents[1] / "golden/version_1"
+MODELS = Path(__file__).parents[2] / "llava/world/models"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A copy of the files, in a folder that has the models where the recorded settings name them."""
+    shutil.copytree(FILES, tmp_path / "old", symlinks=True)
+    (tmp_path / "old/models").symlink_to(MODELS)
+    return tmp_path / "old"
+
+
+def test_shards_and_a_checkpoint_of_version_1(old: Path) -> None:
+    for cache, rows in (("features", 12), ("held-out", 6)):
+        checked = run("extract", "verify", "--out", cache, "--vision", "models/vision", "--json", cwd=old)
+        assert checked.summary["rows"] == rows
+    scored = run(
+        *("train", "eval", "--checkpoint", "checkpoint", "--features", "held-out", "--llm", "models/llm"),
+        *("--device", "cpu", "--json"),
+        cwd=old,
+    )
+    recorded = json.loads((old / "checkpoint/metrics.json").read_text())
+    assert scored.summary["loss"] == pytest.approx(recorded["eval_loss"], abs=1e-4)
+
+
+def test_a_shard_half_written_by_version_1_is_finished(old: Path) -> None:
+    flags = ("--data", "pictures", "--vision", "models/vision", "--out", "part", "--json")
+    assert run("extract", "run", *flags, cwd=old).summary["rows"] == 6
+    assert run("extract", "verify", "--out", "part", "--json", cwd=old).summary["damaged_rows"] == 0
+
+
+def test_a_run_killed_under_version_1_goes_on(old: Path) -> None:
+    flags = ("--features", "features", "--eval-features", "held-out", "--llm", "models/llm", "--batch-size", 4,
+             "--epochs", 4, "--eval-every", 2, "--save-every", 2, "--log-every", 1, "--device", "cpu",
+             "--max-steps", 4)  # fmt: skip
+    run("train", "run", *flags, "--out", "killed", "--resume", cwd=old)
+    expected, got = (load_file(old / of / "model.safetensors") for of in ("checkpoint", "killed/last"))
+    for key, weights in expected.items():
+        torch.testing.assert_close(got[key], weights, atol=1e-5, rtol=1e-4)
