@@ -44,9 +44,9 @@ def test_a_shard_half_written_by_version_1_is_finished(old: Path) -> None:
 
 
 def test_a_run_killed_under_version_1_goes_on(old: Path) -> None:
-    flags = ("--features", "features", "--eval-features", "held-out", "--llm", "models/llm", "--batch-size", 4,
-             "--epochs", 4, "--eval-every", 2, "--save-every", 2, "--log-every", 1, "--device", "cpu",
-             "--max-steps", 4)  # fmt: skip
+    flags = ("--features", "features", "--eval-features", "held-out", "--llm", "models/llm",
+             "--device", "cpu", "--batch-size", 4, "--epochs", 4, "--max-steps", 4, "--eval-every", 2,
+             "--save-every", 2, "--log-every", 1)  # fmt: skip
     run("train", "run", *flags, "--out", "killed", "--resume", cwd=old)
     expected, got = (load_file(old / of / "model.safetensors") for of in ("checkpoint", "killed/last"))
     for key, weights in expected.items():
