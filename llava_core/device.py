@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 import torch
 
 from llava_core.errors import LlavaError
+
+DEVICE_ERRORS = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|device-side assert")
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,3 +45,9 @@ def cpu_cores(environment: Mapping[str, str] = os.environ) -> int:
 def default_dtype(device: torch.device) -> torch.dtype:
     """bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def is_device_failure(error: Exception) -> bool:
+    """Whether the device itself failed (a CUDA, cuDNN or cuBLAS error), so that other work fails too."""
+    named = getattr(torch, "AcceleratorError", None)  # torch >= 2.8
+    return (named is not None and isinstance(error, named)) or bool(DEVICE_ERRORS.search(str(error)))

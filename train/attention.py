@@ -2,10 +2,13 @@
 
 On a GPU one kernel does all samples: torch's own variable-length attention (torch >= 2.10), or flash-attn's.
 Elsewhere one call per sample. Either way no mask and no score between samples ever exists.
+`train.prepare` picks the kernel of a model.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -17,11 +20,30 @@ from transformers import AttentionInterface
 
 from llava_core.errors import LlavaError
 
-ATTENTION = "llava_packed"
-"""Name of `packed_attention` in transformers' attention interface."""
-
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
 """Queries [N, heads, d], keys and values [N, key heads, d], starts, longest, scale -> [N, heads, d]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One way to compute packed attention."""
+
+    name: str
+    load: Callable[[], Attend]
+    """Imports what it needs; ImportError, AttributeError or OSError if that is not there."""
+    remedy: str = ""
+    """What to do if it is there and the device fails in it."""
+    loops: bool = False
+    """Whether Python calls the device once per sample, which leaves nothing for a compiler to win."""
+
+    @property
+    def interface(self) -> str:
+        """Its name in transformers' attention interface, after `install`."""
+        return f"llava_{self.name}"
+
+    def install(self) -> None:
+        """Offer it to transformers' models under `interface`. Raises as `load` does."""
+        AttentionInterface.register(self.interface, functools.partial(packed_attention, attend=self.load()))
 
 
 def packed_attention(
@@ -33,6 +55,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     *,
+    attend: Attend,
     starts: torch.Tensor,
     longest: int,
     softcap: float | None = None,
@@ -50,7 +73,7 @@ def packed_attention(
         raise ValueError("attention with a soft cap or sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return CHOSEN[query.device.type](q, k, v, starts, longest, scale)[None], None
+    return attend(q, k, v, starts, longest, scale)[None], None
 
 
 def one_by_one(
@@ -68,7 +91,7 @@ def one_by_one(
 
 
 @torch.library.custom_op("llava::attend", mutates_args=())
-def attend(
+def attend_on_a_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`one_by_one` on a CPU as one operation, so that a compiler need not know the samples' lengths.
@@ -105,7 +128,7 @@ _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@attend.register_fake
+@attend_on_a_cpu.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float) -> Any:
     return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3])
 
@@ -124,7 +147,7 @@ def _gradients(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch
     return (*attend_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None)
 
 
-attend.register_autograd(_gradients, setup_context=_keep)
+attend_on_a_cpu.register_autograd(_gradients, setup_context=_keep)
 
 
 def on_a_cpu(
@@ -133,11 +156,11 @@ def on_a_cpu(
     repeat = q.shape[1] // k.shape[1]
     every = (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1))
     q, k, v = (x[None].transpose(1, 2) for x in every)
-    attended: torch.Tensor = attend(q, k, v, starts, scale)[0]
+    attended: torch.Tensor = attend_on_a_cpu(q, k, v, starts, scale)[0]
     return attended[0].transpose(0, 1)
 
 
-def torch_varlen() -> Kernel:
+def torch_varlen() -> Attend:
     """torch.nn.attention.varlen, of torch >= 2.10. Its flags have changed since, so it is asked for them."""
     varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     known = inspect.signature(varlen).parameters
@@ -156,7 +179,7 @@ def torch_varlen() -> Kernel:
     return kernel
 
 
-def flash_varlen() -> Kernel:
+def flash_varlen() -> Attend:
     """flash-attn's own."""
     varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
 
@@ -171,16 +194,21 @@ def flash_varlen() -> Kernel:
     return kernel
 
 
-KERNELS: dict[str, tuple[Callable[[], Kernel], ...]] = {
-    "cpu": (lambda: on_a_cpu,),
-    "cuda": (torch_varlen, flash_varlen, lambda: one_by_one),
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "cpu": (Kernel("per-sample-cpu", lambda: on_a_cpu),),
+    "cuda": (
+        Kernel(
+            "torch-varlen", torch_varlen, "install a torch that was built for this GPU; see `llava doctor`"
+        ),
+        Kernel(
+            "flash-attn",
+            flash_varlen,
+            "pip uninstall flash-attn, or install the wheel that `llava doctor` names",
+        ),
+        Kernel("per-sample", lambda: one_by_one, loops=True),
+    ),
 }
 """Of each kind of device, the fastest first; `prepare` takes the first that is there and right.
 
-They are looked for once, before a model is compiled: what is compiled can import nothing.
+They are loaded once, before a model is compiled: what is compiled can import nothing.
 """
-
-CHOSEN: dict[str, Kernel] = {"cpu": on_a_cpu, "cuda": one_by_one}
-"""What `packed_attention` uses."""
-
-AttentionInterface.register(ATTENTION, packed_attention)

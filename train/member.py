@@ -105,6 +105,8 @@ class Member:
                 self.folder.begin()
             training = self.folder.training
             self.report = Report(config.out, config.report_to, training, self.step, world.main, self.name)
+        assert self.shared.prepared is not None
+        self.report.log(self.step, self.shared.prepared.figures())
 
     @property
     def done(self) -> bool:

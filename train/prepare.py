@@ -2,62 +2,124 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from llava_core.console import say
-from llava_core.conversation import IGNORE, Example
+from llava_core.conversation import IGNORE, INSTRUCTIONS, Example
+from llava_core.device import is_device_failure
 from llava_core.errors import LlavaError, first_line
+from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel
-from train.attention import ATTENTION, CHOSEN, KERNELS, one_by_one
+from train.attention import KERNELS, Kernel
 from train.config import Compile
 from train.objective import read
 from train.packing import Packing, pack
 
-LENGTHS = [9, 5]
-"""Tokens of the samples by which a model is checked."""
+LENGTHS = [24, 17, 9]
+"""Tokens of the samples by which a kernel is checked."""
+FACTOR = 2.0
+"""A kernel may be so many times as far from fp32 as the model's own attention is in the model's type. Right
+ones reach 1.1 (logits) and 1.2 (gradients); a scale wrong by a tenth 1.7 and 2.9 (benchmarks/RESULTS.md)."""
+FLOOR = {"logits": 1e-4, "gradients": 1e-3}
+"""Relative distances that are always near enough: the rounding of fp32."""
+BLURRED = 0.25
+"""A type that is further from fp32 than this hides a wrong kernel."""
 MOST_SHAPES = 1024
 """Of rows, that a model may be compiled for: more than there are, since torch ends the run at its limit."""
 
+Outputs = dict[str, torch.Tensor]
+"""`logits` [N, vocabulary] of the checked samples and the `gradients` [N, hidden] that they send to the
+embeddings, fp32."""
+Distances = dict[str, float]
+"""By the same names: distance to the fp32 model's outputs, relative to those."""
 
-def prepare(llm: LanguageModel, compiled: Compile = "off") -> bool:
-    """Let the language model take packs, by the fastest attention that is right here; True if compiled.
 
-    Raises LlavaError unless packed samples give the logits and gradients that they give alone: a head of
-    more than one matrix, layers other than attention, or attention of its own kind would make the loss
-    silently wrong.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """How a language model takes packs, and what was measured to choose it."""
+
+    attention: str
+    """Name of the kernel."""
+    distances: Distances
+    own: Distances
+    """The same of the model's own attention, in the model's type."""
+    passed_over: dict[str, str]
+    """Faster kernels -> why they were not taken."""
+    compiled: bool = False
+
+    def figures(self) -> JsonDict:
+        """For metrics.jsonl: flat, numbers and words."""
+        return {
+            "attention": self.attention,
+            **{f"attention_{name}_distance": value for name, value in self.distances.items()},
+            **{f"own_{name}_distance": value for name, value in self.own.items()},
+            "attention_passed_over": "; ".join(f"{name}: {why}" for name, why in self.passed_over.items()),
+            "compiled": self.compiled,
+        }
+
+
+def prepare(llm: LanguageModel, compiled: Compile = "off") -> Prepared:
+    """Let the language model take packs, by the fastest attention that is right here, and say which.
+
+    A kernel is right if packed samples give the logits and gradients of the same samples alone: no further
+    from the fp32 model than FACTOR times what the model's own attention is in the model's type.
+
+    Raises LlavaError if none is: a head of more than one matrix, layers other than attention, or attention
+    of its own kind would make the loss silently wrong; also if the GPU fails in one. Out of memory is
+    raised as torch does.
     """
-    with own_attention(llm):
-        alone = _alone(llm)
-    llm.model.config._attn_implementation = ATTENTION
-    kind, reason = llm.device.type, ""
-    for kernel in KERNELS[kind]:
+    exact, own = _references(llm)
+    dtype = str(llm.dtype).removeprefix("torch.")
+    if not max(own.values()) < BLURRED:
+        raise LlavaError(
+            f"the language model in {dtype} is too far from fp32 to be checked",
+            expected=f"logits and gradients within {BLURRED:.0%}",
+            got=_shown(own),
+            do="train with --device cpu, which computes in fp32",
+        )
+    passed_over: dict[str, str] = {}
+    for kernel in KERNELS[llm.device.type]:
         try:
-            CHOSEN[kind] = kernel()
-        except (ImportError, AttributeError) as error:
-            reason = first_line(error)
+            kernel.install()
+        except (ImportError, AttributeError, OSError) as error:
+            passed_over[kernel.name] = f"cannot be imported: {first_line(error)}"
             continue
-        if not (reason := _difference(llm, alone)):
+        llm.model.config._attn_implementation = kernel.interface
+        distances = _distances(llm, kernel, exact)
+        if not (reason := distances if isinstance(distances, str) else _fault(distances, own)):
+            assert isinstance(distances, dict)
             break
+        passed_over[kernel.name] = reason
     else:
         raise LlavaError(
             f"this trainer cannot pack samples for a {llm.identity['architecture']}",
             expected="plain causal attention and a plain vocabulary head, as in Qwen3 or Llama",
             got=reason,
         )
+    for name, why in passed_over.items():
+        say(f"attention: not by {name}, which {why}")
+    beside = f"; the model's own in {dtype}: {_shown(own)}" if llm.dtype != torch.float32 else ""
+    say(f"attention: by {kernel.name}; from fp32 {_shown(distances)}{beside}")
+    prepared = Prepared(kernel.name, distances, own, passed_over)
     # Where it pays: on a GPU, unless the attention is a loop of Python's.
-    if compiled == "off" or (compiled == "auto" and (kind == "cpu" or CHOSEN[kind] is one_by_one)):
-        return False
-    if not (reason := compile_blocks(llm) or _difference(llm, alone)):
-        return True
+    if compiled == "off" or (compiled == "auto" and (llm.device.type == "cpu" or kernel.loops)):
+        return prepared
+    if not (reason := compile_blocks(llm)):
+        distances = _distances(llm, kernel, exact)
+        reason = distances if isinstance(distances, str) else _fault(distances, own)
+    if not reason:
+        return dataclasses.replace(prepared, compiled=True)
     if compiled == "on":
         raise LlavaError("cannot compile the language model", got=reason, do="leave out --compile on")
     _as_written(llm)
     say(f"the language model is not compiled: {reason}")
-    return False
+    return prepared
 
 
 def compile_blocks(llm: LanguageModel) -> str:
@@ -77,11 +139,14 @@ def compilations() -> int:
 
 
 @contextmanager
-def own_attention(llm: LanguageModel) -> Iterator[None]:
-    """The model as transformers made it, for a while: generating needs a cache, unknown to packs."""
+def own_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]:
+    """The model as transformers made it, for a while: generating needs a cache, unknown to packs.
+
+    `kind` is "sdpa", where the model has it, or "eager".
+    """
     config, compiled = llm.model.config, _as_written(llm)
     packed = config._attn_implementation
-    config._attn_implementation = "sdpa" if getattr(llm.model, "_supports_sdpa", False) else "eager"
+    config._attn_implementation = kind if getattr(llm.model, "_supports_sdpa", False) else "eager"
     try:
         yield
     finally:
@@ -96,41 +161,109 @@ def _as_written(llm: LanguageModel) -> dict[Any, Any]:
     return {block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)}
 
 
-def _alone(llm: LanguageModel) -> list[torch.Tensor]:
-    """Logits of each sample of LENGTHS alone, and the gradient that they send to the embeddings."""
+def _references(llm: LanguageModel) -> tuple[Outputs, Distances]:
+    """Outputs of the fp32 model for each sample alone, and how far the model's own attention is from them
+    in its type: the further of its two kinds."""
+    with own_attention(llm):
+        if llm.dtype == torch.float32:
+            exact = _alone(llm, llm.dtype)
+        else:
+            with _widened(llm.model):
+                exact = _alone(llm, torch.float32)
+    own = dict.fromkeys(exact, 0.0)
+    for kind in ("sdpa", "eager"):
+        with own_attention(llm, kind):
+            for name, distance in _relative(_alone(llm, llm.dtype), exact).items():
+                own[name] = distance if not distance <= own[name] else own[name]  # NaN stays
+    return exact, own
+
+
+def _alone(llm: LanguageModel, dtype: torch.dtype) -> Outputs:
+    """Of each sample of LENGTHS by itself, its embeddings in `dtype`."""
     logits, gradients = [], []
     for ids in _samples(llm):
-        embedded = llm.embed(ids)[None].requires_grad_()
+        embedded = llm.embed(ids)[None].to(dtype).requires_grad_()
         logits.append(llm.model(inputs_embeds=embedded, use_cache=False).logits[0])
         gradients.append(_gradient(logits[-1], embedded))
-    return [torch.cat(logits).detach(), torch.cat(gradients, 1)]
+    return {"logits": torch.cat(logits).detach().float(), "gradients": torch.cat(gradients).float()}
 
 
-def _difference(llm: LanguageModel, alone: list[torch.Tensor]) -> str:
-    """How the same samples in one row differ from `_alone`; "" if they do not."""
+def _packed(llm: LanguageModel) -> Outputs:
+    """Of the same samples in one row."""
     ids = _samples(llm)
     words = [Example(part.tolist(), [IGNORE] * len(part), cut=False) for part in ids]
     row = Packing(sum(LENGTHS)).row([(0, pack(torch.zeros(len(ids), 0, 1, device=llm.device), 0, words))])
+    embedded = llm.embed(torch.cat(ids))[None].requires_grad_()
+    logits = read(llm, embedded[0], row) @ llm.head.T
+    return {"logits": logits.detach().float(), "gradients": _gradient(logits, embedded).float()}
+
+
+def _distances(llm: LanguageModel, kernel: Kernel, exact: Outputs) -> Distances | str:
+    """Of packed samples to `exact`, or why the kernel cannot take them."""
     try:
-        embedded = llm.embed(torch.cat(ids))[None].requires_grad_()
-        logits = read(llm, embedded[0], row) @ llm.head.T
-        packed = [logits.detach(), _gradient(logits, embedded)]
+        return _relative(_packed(llm), exact)
     except (AttributeError, ImportError, LlavaError, RuntimeError, TypeError, ValueError) as error:
-        return first_line(error)
-    precise = llm.dtype == torch.float32
-    for what, got, expected, close in (
-        ("logits", packed[0], alone[0], 1e-4 if precise else 3e-2),
-        ("gradients", packed[1], alone[1], 1e-3 if precise else 1e-1),
-    ):
-        distance = float((got.float() - expected.float()).norm() / expected.float().norm())
-        if not distance < close:
-            return f"packed {what} {distance:.1%} away from those of samples alone"
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if is_device_failure(error):
+            what = f"{llm.device} failed in the attention kernel {kernel.name}"
+            raise LlavaError(what, got=first_line(error), do=kernel.remedy or "see `llava doctor`") from None
+        return f"cannot take this model: {first_line(error)}"
+
+
+def _fault(distances: Distances, own: Distances) -> str:
+    """Why outputs so far from fp32 are wrong, where the model's own are `own` from it; "" if they are not."""
+    for name, distance in distances.items():
+        if not distance < (near := max(FLOOR[name], FACTOR * own[name])):
+            return f"gives {name} {distance:.1%} away from those of samples alone (at most {near:.2g})"
     return ""
 
 
+def _relative(got: Outputs, exact: Outputs) -> Distances:
+    return {name: float((got[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+
+
+def _shown(distances: Distances) -> str:
+    return ", ".join(f"{name} {distance:.2%}" for name, distance in distances.items())
+
+
 def _samples(llm: LanguageModel) -> list[torch.Tensor]:
-    return list(torch.split(torch.arange(sum(LENGTHS), device=llm.device), LENGTHS))
+    """Ids of words: special tokens may have embeddings that nobody trained, and no type is exact there."""
+    words: list[int] = llm.tokenizer("".join(INSTRUCTIONS), add_special_tokens=False)["input_ids"]
+    ids = torch.tensor((words * sum(LENGTHS))[: sum(LENGTHS)], device=llm.device)
+    return list(torch.split(ids, LENGTHS))
 
 
 def _gradient(logits: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-    return torch.autograd.grad(logits.float().logsumexp(-1).sum(), embedded)[0]
+    return torch.autograd.grad(logits.float().logsumexp(-1).sum(), embedded)[0][0]
+
+
+@contextmanager
+def _widened(model: Any) -> Iterator[None]:
+    """Every module that has weights computes in fp32 with them, one module's at a time: no second model."""
+    modules = [m for m in model.modules() if m._parameters and not isinstance(m, torch.nn.Embedding)]
+    own = {module: vars(module)["forward"] for module in modules if "forward" in vars(module)}
+    for module in modules:
+        module.forward = _in_fp32(module, module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+        for module, forward in own.items():
+            module.forward = forward
+
+
+def _in_fp32(module: torch.nn.Module, forward: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kept = dict(module._parameters)
+        module._parameters.update({name: p if p is None else p.float() for name, p in kept.items()})  # type: ignore[misc]
+        try:
+            return forward(*(a.float() if torch.is_tensor(a) else a for a in args), **kwargs)
+        finally:
+            module._parameters.update(kept)
+
+    # The backward pass widens them anew, so that none of the wide weights is kept for it.
+    return lambda *args, **kwargs: checkpoint(
+        run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+    )

@@ -13,7 +13,7 @@ from llava_core.language import LanguageModel, load_language_model
 from train.config import RunConfig
 from train.meter import peak_memory
 from train.parallel import World
-from train.prepare import prepare
+from train.prepare import Prepared, prepare
 from train.resident import pick_residence, worth_keeping
 from train.samples import Samples, Schedule
 
@@ -33,8 +33,8 @@ class Shared:
         self.shards = open_shards(config.features)
         self.held_out_shards = open_shards(config.eval_features) if config.eval_features else []
         require_same_fingerprint([*self.shards, *self.held_out_shards])
-        self.compiled = False
-        """Whether the language model is."""
+        self.prepared: Prepared | None = None
+        """How the language model takes packs, once it is loaded."""
         self.unit = 0
         """Of the rows that it is compiled for (train.packing)."""
         self._samples: dict[tuple[bool, int], Samples] = {}
@@ -48,8 +48,13 @@ class Shared:
         """Ready to take packs."""
         self.resident  # noqa: B018 (measured before there is a model)
         llm = load_language_model(self.config.llm, self.device)
-        self.compiled = prepare(llm, self.config.compile)
+        self.prepared = prepare(llm, self.config.compile)
         return llm
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the language model is."""
+        return self.prepared is not None and self.prepared.compiled
 
     @functools.cached_property
     def resident(self) -> int:

@@ -17,6 +17,9 @@ from llava_core.conversation import IGNORE, Conversation, Turn
 from llava_core.files import read_json_lines
 from llava_core.language import load_language_model
 from tests.e2e.commands import run
+from tests.unit.test_prepare import RIGHT, WRONG
+from train.attention import KERNELS, Kernel
+from train.prepare import prepare
 
 pytestmark = pytest.mark.slow
 VISION = Path(__file__).parents[2] / "llava/world/models/vision"
@@ -44,6 +47,20 @@ def test_its_chat_template_and_end_token(smollm2: Path) -> None:
         ids = torch.tensor([chat.prompt([{"role": "user", "content": "What is the capital of France?"}])])
         out = llm.model.generate(ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in llm.tokenizer.decode(out[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_right_kernels_pass_and_wrong_ones_do_not(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    llm = load_language_model(smollm2, "cpu", dtype)
+    for name, attend in RIGHT.items():
+        monkeypatch.setitem(KERNELS, "cpu", (Kernel(name, lambda attend=attend: attend),))
+        assert prepare(llm).attention == name
+    for name, attend in WRONG.items():
+        wrong = Kernel("wrong", lambda attend=attend: attend)
+        monkeypatch.setitem(KERNELS, "cpu", (wrong, Kernel("right", lambda: RIGHT["loop"])))
+        assert prepare(llm).attention == "right", name
 
 
 def test_a_projector_learns_and_answers(smollm2: Path, tmp_path: Path) -> None:

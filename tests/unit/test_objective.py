@@ -18,7 +18,7 @@ from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from tests.small_models import byte_tokenizer, write_language_model
-from train.attention import CHOSEN, KERNELS, flash_varlen, on_a_cpu, torch_varlen
+from train.attention import KERNELS, Kernel, flash_varlen, on_a_cpu, torch_varlen
 from train.objective import head_loss, summed_loss, summed_losses
 from train.packing import Packing, pack
 from train.prepare import compilations, own_attention, prepare
@@ -114,7 +114,7 @@ def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> 
     prepare(llm)
     expected, wanted = losses(unit=1), gradients(projector)
     before = compilations()
-    assert prepare(llm, "on")
+    assert prepare(llm, "on").compiled
     torch.testing.assert_close(losses(unit=128), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(projector), wanted, rtol=1e-4, atol=5e-5)
     # One for the model's check and one for each shape: all blocks share what is compiled for one.
@@ -141,10 +141,11 @@ def test_a_kernel_that_lies_in_a_module_of_torch_s_is_compiled_too(
         return on_a_cpu(q, k, v, starts, longest, scale)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setitem(KERNELS, "cpu", (flash_varlen, torch_varlen))  # there is no flash-attn here
-    monkeypatch.setitem(CHOSEN, "cpu", on_a_cpu)
-    assert prepare(llm, "on")
-    assert "torch_varlen" in repr(CHOSEN["cpu"])
+    kernels = (Kernel("flash", flash_varlen), Kernel("varlen", torch_varlen))  # there is no flash-attn here
+    monkeypatch.setitem(KERNELS, "cpu", kernels)
+    prepared = prepare(llm, "on")
+    assert prepared.compiled
+    assert prepared.attention == "varlen"
 
 
 def test_a_model_that_cannot_be_packed_is_refused(
