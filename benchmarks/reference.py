@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,33 +19,11 @@ from typing import Any
 
 import torch
 import tyro
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from llava.reference import write_language_model, write_vision
 from llava.world.dataset import write_split
 from llava.world.server import serve
-from llava_core.chinese_clip import ChineseClip
 from llava_core.files import read_json_lines
-
-WORLD = Path(__file__).parents[1] / "llava/world/models"
-VIT_B_16 = {
-    "embed_dim": 512,
-    "image_resolution": 224,
-    "vision_layers": 12,
-    "vision_width": 768,
-    "vision_patch_size": 16,
-}
-QWEN3_0_6B = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": True,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +67,6 @@ def command(*arguments: object) -> dict[str, Any]:
     out = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
     summary: dict[str, Any] = json.loads(out.splitlines()[-1])
     return summary
-
-
-def write_vision(folder: Path) -> None:
-    folder.mkdir()
-    shutil.copy(WORLD / "vision/vocab.txt", folder)
-    text = json.loads((WORLD / "vision/text_model_config.json").read_text())
-    (folder / "text_model_config.json").write_text(json.dumps(text))
-    (folder / "vision_model_config.json").write_text(json.dumps(VIT_B_16))
-    torch.save(ChineseClip(VIT_B_16, text).state_dict(), folder / "pytorch_model.bin")
-
-
-def write_language_model(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(WORLD / "llm")
-    Qwen3ForCausalLM(Qwen3Config(**QWEN3_0_6B, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

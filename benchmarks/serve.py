@@ -76,29 +76,34 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--prompt", default=QUESTION)
     given = parser.parse_args()
-    command = [sys.executable, "-m", "infer", "serve", "--port", "0", "--slots", str(given.slots)]
-    for name in ("checkpoint", "vision", "llm"):
-        command += [f"--{name}", str(getattr(given, name))]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(server_command(given), stderr=subprocess.PIPE, text=True)
     try:
-        rows = asyncio.run(measure(server, given))
-        print(table(rows, HEADER))
+        loads = asyncio.run(measure(server, given))
+        print(table([load.row(str(clients), seconds) for clients, load, seconds in loads], HEADER))
     finally:
         server.terminate()
         server.wait()
 
 
-async def measure(server: subprocess.Popen[str], given: argparse.Namespace) -> list[list[str]]:
+def server_command(given: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-m", "infer", "serve", "--port", "0", "--slots", str(given.slots)]
+    for name in ("checkpoint", "vision", "llm"):
+        command += [f"--{name}", str(getattr(given, name))]
+    return command
+
+
+async def measure(server: subprocess.Popen[str], given: argparse.Namespace) -> list[tuple[int, Load, float]]:
+    """(clients, what they saw, seconds), of many clients and of one."""
     base = await asyncio.to_thread(address_of, server)
     images = sorted(given.images.glob("*.jpg"))
     await asking(base, server.pid, images, given.prompt, 2, 3)  # warm
-    rows = []
+    loads = []
     for clients in (given.clients, 1):
         load, seconds = await asking(base, server.pid, images, given.prompt, clients, given.seconds)
-        rows.append(load.row(str(clients), seconds))
+        loads.append((clients, load, seconds))
         for reason in load.lost[:3]:
             print(f"lost: {reason}", file=sys.stderr)
-    return rows
+    return loads
 
 
 def address_of(server: subprocess.Popen[str]) -> str:

@@ -9,6 +9,7 @@ turns, several times. Loading, which both share, and evaluation, which is the sa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import tempfile
 import time
@@ -47,17 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first = config(settings, Path(folder), settings.batch_sizes[0])
         shared = Shared(first, World(), again=True)
-        made = 0
-
-        def seconds(together: list[RunConfig]) -> float:
-            nonlocal made
-            made += 1
-            fresh = [dataclasses.replace(c, out=Path(folder) / f"{made}-{i}") for i, c in enumerate(together)]
-            started = time.perf_counter()
-            if failed := [o for o in train(fresh, shared) if isinstance(o, LlavaError)]:
-                raise failed[0]
-            return time.perf_counter() - started
-
+        seconds = functools.partial(seconds_together, Path(folder), shared)
         for batch_size in settings.batch_sizes:
             one = config(settings, Path(folder), batch_size)
             seconds([one])
@@ -74,6 +65,16 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"\n{device}, {name}, {settings.steps} steps, medians of {settings.repeat}")
     print(table(rows, ("batch size", "runs", "together, s", "one by one, s", "ratio", "peak MB so far")))
+
+
+def seconds_together(folder: Path, shared: Shared, runs: list[RunConfig]) -> float:
+    """Of training these runs in one pass each step, in new folders inside `folder`."""
+    at = tempfile.mkdtemp(dir=folder)
+    fresh = [dataclasses.replace(run, out=Path(at) / str(number)) for number, run in enumerate(runs)]
+    started = time.perf_counter()
+    if failed := [outcome for outcome in train(fresh, shared) if isinstance(outcome, LlavaError)]:
+        raise failed[0]
+    return time.perf_counter() - started
 
 
 def config(settings: Settings, folder: Path, batch_size: int) -> RunConfig:

@@ -14,6 +14,7 @@ images, and the rest, which is the step through the language model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -32,24 +33,27 @@ import torch
 import tyro
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
 
 from benchmarks.extract import DRAWN, header, photo, serving, with_comment
-from benchmarks.reference import WORLD, write_language_model, write_vision
+from llava.config import MODELS
+from llava.reference import write_language_model, write_vision
 from llava.world.captions import caption
 from llava.world.scene import random_scene
 from llava_core.console import human_bytes, table
 from llava_core.conversation import IGNORE, Example
 from llava_core.device import pick_device
+from llava_core.language import LanguageModel
 from llava_core.shard_writer import RowRecord, ShardWriter
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
-from train.config import RunConfig
+from train.config import Compile, RunConfig
 from train.loader import prefetch
 from train.member import Member
 from train.meter import peak_memory
 from train.parallel import World
 from train.prepare import own_attention
-from train.run import Trainer
+from train.run import Trainer as Ours
 from train.runfolder import RunFolder
 from train.samples import Samples
 from train.shared import Shared
@@ -74,6 +78,10 @@ class Settings:
     workers: int = os.cpu_count() or 1
     """Of the DataLoader."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Compile = "auto"
+    """As of `train run`; "on" adds ours without it."""
+    trainer: bool = False
+    """Add transformers' own Trainer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,53 +104,67 @@ def main() -> None:
 
 
 def compare(settings: Settings, folder: Path) -> None:
-    device = pick_device(settings.device)
-    vision, llm = WORLD / "vision", WORLD / "llm"
+    vision, llm = MODELS / "vision", MODELS / "llm"
     if settings.shape == "reference":
         vision, llm = folder / "vision", folder / "llm"
         write_vision(vision)
         write_language_model(llm)
-    tower = open_vision_tower(vision, device)
+    with open_bench(settings, folder, vision, llm) as (bench, kinds):
+        for warm_up in kinds.values():
+            warm_up(1)
+        passes: dict[str, list[Pass]] = {kind: [] for kind in kinds}
+        for _ in range(settings.repeat):
+            for kind, measure in kinds.items():
+                passes[kind].append(measure(bench.member.schedule.steps))
+    report(settings, bench, passes)
+
+
+@contextlib.contextmanager
+def open_bench(
+    settings: Settings, folder: Path, vision: Path, llm: Path
+) -> Iterator[tuple[Bench, dict[str, Callable[[int], Pass]]]]:
+    """Our bench, and each kind by its name, ours last: a function of how many steps it makes."""
+    tower = open_vision_tower(vision, pick_device(settings.device))
     drawn = [photo(settings.width, settings.height, seed) for seed in range(DRAWN)]
-    (folder / "jpegs").mkdir()
+    (folder / "jpegs").mkdir(parents=True)
     paths = [str(folder / f"jpegs/{i}") for i in range(settings.samples)]
     for i, path in enumerate(paths):
         Path(path).write_bytes(with_comment(drawn[i % DRAWN], i))
     write_shard(tower, paths, SENTENCES[settings.shape], folder / "features/a.h5")
-    config = RunConfig(
-        features=folder / "features",
-        llm=llm,
-        out=folder / "run",
-        batch_size=settings.batch_size,
-        device=settings.device,
-    )
-    shared = Shared(config, World())
-    member = Member(config, RunFolder(config.out, config), shared)
+
+    def bench_of(compiled: Compile) -> Bench:
+        config = RunConfig(
+            features=folder / "features",
+            llm=llm,
+            out=folder / f"run-{compiled}",
+            batch_size=settings.batch_size,
+            device=settings.device,
+            compile=compiled,
+        )
+        member = Member(config, RunFolder(config.out, config), Shared(config, World()))
+        return Bench(settings, tower, member, copy.deepcopy(member.projector.state_dict()))
+
     with serving(drawn, settings.latency) as base:
         urls = [f"{base}/{i}" for i in range(settings.samples)]
-        bench = Bench(settings, tower, member, copy.deepcopy(member.projector.state_dict()))
+        bench = bench_of(settings.compile)
         kinds: dict[str, Callable[[int], Pass]] = {
             "(a) course, HTTP": lambda steps: bench.course(Pictures(urls, bench.samples, tower), steps),
             "(b) course, local JPEGs": lambda steps: bench.course(
                 Pictures(paths, bench.samples, tower), steps
             ),
             "(c) cached, padded": lambda steps: bench.course(Cached(bench.samples), steps),
-            "(d) ours": bench.ours,
         }
-        for warm_up in kinds.values():
-            warm_up(1)
-        passes: dict[str, list[Pass]] = {kind: [] for kind in kinds}
-        for _ in range(settings.repeat):
-            for kind, measure in kinds.items():
-                passes[kind].append(measure(member.schedule.steps))
-    report(settings, bench, passes)
+        if settings.trainer:
+            kinds["(e) cached, transformers' Trainer"] = bench.transformers_trainer
+        if settings.compile == "on":
+            kinds["(f) ours, not compiled"] = bench_of("off").ours
+        kinds["(d) ours"] = bench.ours
+        yield bench, kinds
 
 
 def report(settings: Settings, bench: Bench, passes: dict[str, list[Pass]]) -> None:
     member = bench.member
-    batches = [bench.samples.batch([i], epoch=0) for i in range(settings.samples)]
-    operations = sum(member.operations(batch.examples) for batch in batches)
-    tokens = sum(batch.features.shape[1] + len(batch.examples[0].ids) for batch in batches)
+    operations, tokens = bench.work()
     rate, rows = member.prediction.matmul_rate, []
     median = {kind: statistics.median(p.seconds for p in some) for kind, some in passes.items()}
     for kind, some in passes.items():
@@ -182,9 +204,15 @@ class Bench:
     def samples(self) -> Samples:
         return self.member.samples
 
+    def work(self) -> tuple[int, int]:
+        """Needed operations, and real tokens, of all samples once."""
+        batches = [self.samples.batch([i], epoch=0) for i in range(self.settings.samples)]
+        operations = sum(self.member.operations(batch.examples) for batch in batches)
+        return operations, sum(b.features.shape[1] + len(b.examples[0].ids) for b in batches)
+
     def ours(self, steps: int) -> Pass:
         member, waiting, losses = self.member, 0.0, []
-        trainer = Trainer({0: member}, member.shared)
+        trainer = Ours({0: member}, member.shared)
         member.step = 0
         member.projector.load_state_dict(self.initial)
         device = member.llm.device
@@ -198,6 +226,48 @@ class Bench:
                 break
         batches.close()
         return Pass(time.perf_counter() - began, waiting, 0.0, peak(device), losses[0])
+
+    def transformers_trainer(self, steps: int) -> Pass:
+        """Cached features by transformers' own Trainer, padded; its loss over every logit."""
+        llm, losses = self.member.llm, []
+        projector = copy.deepcopy(self.member.projector)
+        projector.load_state_dict(self.initial)
+
+        class Aligned(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.projector = projector
+
+            def forward(self, *batch: torch.Tensor, **named: torch.Tensor) -> dict[str, torch.Tensor]:
+                loss = padded_loss(llm, projector, *named.values())
+                losses.append(loss.detach())
+                return {"loss": loss}
+
+        names, collate = ("features", "ids", "labels", "mask"), Collate(min(llm.eos_ids))
+        with tempfile.TemporaryDirectory() as folder, own_attention(llm):
+            trainer = Trainer(
+                Aligned(),
+                TrainingArguments(
+                    folder,
+                    max_steps=steps,
+                    per_device_train_batch_size=self.settings.batch_size,
+                    learning_rate=self.member.config.lr,
+                    dataloader_num_workers=self.settings.workers,
+                    remove_unused_columns=False,
+                    save_strategy="no",
+                    logging_strategy="no",
+                    report_to=[],
+                    disable_tqdm=True,
+                    use_cpu=llm.device.type == "cpu",
+                ),
+                train_dataset=Cached(self.samples),
+                data_collator=lambda pairs: dict(zip(names, collate(pairs), strict=True)),
+            )
+            reset_peak(llm.device)
+            began = time.perf_counter()
+            trainer.train()
+            synchronise(llm.device)
+        return Pass(time.perf_counter() - began, 0.0, 0.0, peak(llm.device), float(losses[0]))
 
     def course(self, dataset: Dataset[Any], steps: int) -> Pass:
         """Batches padded to their longest; the loss of transformers over every logit."""
@@ -225,20 +295,29 @@ class Bench:
                     pictures = self.tower.encode(pictures).half()  # as the features that are cached
                     synchronise(llm.device)
                     encoding += time.perf_counter() - before
-                visual = projector(pictures.to(llm.device).float()).to(llm.dtype)
-                kept = torch.ones(visual.shape[:2], dtype=mask.dtype)
-                unlearnt = torch.full(visual.shape[:2], IGNORE)
-                loss = llm.model(
-                    inputs_embeds=torch.cat([visual, llm.embed(ids.to(llm.device))], dim=1),
-                    attention_mask=torch.cat([kept, mask], dim=1).to(llm.device),
-                    labels=torch.cat([unlearnt, labels], dim=1).to(llm.device),
-                    use_cache=False,
-                ).loss
-                loss.backward()
+                loss = padded_loss(llm, projector, pictures, ids, labels, mask)
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
         return Pass(time.perf_counter() - began, waiting, encoding, peak(llm.device), losses[0])
+
+
+def padded_loss(
+    llm: LanguageModel, projector: torch.nn.Module, features: torch.Tensor, *words: torch.Tensor
+) -> torch.Tensor:
+    """transformers' own loss over every logit; `words` are ids, labels and mask [batch, longest]."""
+    ids, labels, mask = words
+    visual = projector(features.to(llm.device).float()).to(llm.dtype)
+    kept = torch.ones(visual.shape[:2], dtype=mask.dtype, device=llm.device)
+    unlearnt = torch.full(visual.shape[:2], IGNORE, device=llm.device)
+    loss: torch.Tensor = llm.model(
+        inputs_embeds=torch.cat([visual, llm.embed(ids.to(llm.device))], dim=1),
+        attention_mask=torch.cat([kept, mask.to(llm.device)], dim=1),
+        labels=torch.cat([unlearnt, labels.to(llm.device)], dim=1),
+        use_cache=False,
+    ).loss
+    return loss
 
 
 @dataclasses.dataclass
@@ -264,6 +343,9 @@ class Pictures(Dataset[Any]):
 @dataclasses.dataclass
 class Cached(Dataset[Any]):
     samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Example]:
         batch = self.samples.batch([index], epoch=0)

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -123,6 +124,8 @@ def _torch() -> tuple[JsonDict, list[str]]:
         found["GPU"] = "none that this torch can use: see nvidia-smi, and the driver's CUDA version"
     elif not torch.version.cuda and (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists()):
         found["GPU"] = f"this machine has an NVIDIA GPU: install a torch with CUDA: {TORCH}"
+    if torch.cuda.device_count():
+        found["NVIDIA driver"] = driver()
     faults = []
     for index in range(torch.cuda.device_count()):
         try:
@@ -140,6 +143,16 @@ def gpu(index: int) -> str:
     its, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
     torch.ones(2, device=f"cuda:{index}").sum().item()
     return f"{its.name}, compute {its.major}.{its.minor}, {human_bytes(free)} free of {human_bytes(total)}"
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver, and of the CUDA that it can run."""
+    try:
+        told = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown: {first_line(error)}"
+    versions = re.findall(r"(?:Driver|CUDA) Version: *(\S+)", told)
+    return ", for CUDA up to ".join(versions) or "unknown: nvidia-smi names none"
 
 
 def _place() -> flash_attention.Place:
@@ -252,6 +265,10 @@ def _self_test(folder: Path) -> JsonDict:
             "rows of features from disk, at random": f"{human_bytes(rates['disk_bytes_per_s'])}/s",
             "encode, the demo's pictures": f"{rates['encoded_per_s']:,.0f} images/s",
             "train on the demo's world": f"{rates['trained_per_s']:,.1f} samples/s",
+            "attention in training": rates["attention"],
+            "faster attention, not taken": rates["attention_passed_over"] or "none is known for this device",
+            "`train plan` for Qwen3-0.6B, batches of 16": f"{rates['planned_reference_samples_per_s']:,.3g} "
+            f"samples/s, {human_bytes(rates['planned_reference_memory_bytes'])}",
         },
     )
     return rates

@@ -12,21 +12,24 @@ import torch
 
 from llava.commands import run_command
 from llava.config import MODELS
+from llava.reference import TOKENS, WIDTH, write_features, write_language_model
 from llava.world.captions import caption
 from llava.world.dataset import draw
 from llava_core.device import default_dtype, pick_device
+from llava_core.files import read_json_lines
 from llava_core.fingerprint import JsonDict
 from llava_core.matmul import matmul_rate
 from llava_core.vision import open_vision_tower
 
-ROW_BYTES = 302_592
+ROW_BYTES = 2 * TOKENS * WIDTH
 """Features of an image of the reference encoder."""
 ROWS = 800
 PICTURES, STEPS, BATCH = 64, 5, 16
 
 
 def measure(folder: Path) -> JsonDict:
-    """Rates by name, in operations, bytes, images and samples per second. Writes 250 MB for a while.
+    """Rates by name, in operations, bytes, images and samples per second; the attention that training takes
+    here; what `train plan` expects of the reference. Writes 250 MB for a while.
 
     Raises LlavaError if one of the commands fails.
     """
@@ -38,7 +41,8 @@ def measure(folder: Path) -> JsonDict:
             "matmul_per_s": matmul_rate(device, default_dtype(device), seconds=1.0),
             "disk_bytes_per_s": _disk_rate(here / "rows"),
             "encoded_per_s": _encoding_rate(device),
-            "trained_per_s": _training_rate(here),
+            **_training(here),
+            **_planned(here),
         }
 
 
@@ -75,8 +79,8 @@ def _encoding_rate(device: torch.device) -> float:
     return PICTURES / best
 
 
-def _training_rate(folder: Path) -> float:
-    """Samples per second of a short run on the built-in world, through the public commands."""
+def _training(folder: Path) -> JsonDict:
+    """Samples per second of a short run on the built-in world, by the public commands; its attention."""
     rng = random.Random(0)
     pictures, scenes = draw(folder / "pictures", PICTURES, rng)
     for picture, scene in zip(pictures, scenes, strict=True):
@@ -88,4 +92,24 @@ def _training_rate(folder: Path) -> float:
         *("--batch-size", BATCH, "--max-steps", STEPS, "--epochs", STEPS, "--compile", "off"),
         echo=False,
     )
-    return float(trained["steps_per_s"]) * BATCH
+    (prepared,) = (line for line in read_json_lines(folder / "run/metrics.jsonl") if "attention" in line)
+    return {
+        "trained_per_s": float(trained["steps_per_s"]) * BATCH,
+        **{name: prepared[name] for name in ("attention", "attention_passed_over")},
+    }
+
+
+def _planned(folder: Path) -> JsonDict:
+    """Samples per second and bytes that `train plan` expects of Qwen3-0.6B in batches of 16."""
+    write_language_model(folder / "reference", weights=False)
+    write_features(folder / "reference-features/a.h5", rows=2 * BATCH)
+    planned = run_command(
+        *("train", "plan", "--features", folder / "reference-features", "--llm", folder / "reference"),
+        *("--out", folder / "planned", "--batch-size", BATCH),
+        echo=False,
+    )
+    steps_per_s = planned["matmul_rate"] * planned["efficiency"] / planned["operations_per_step"]
+    return {
+        "planned_reference_samples_per_s": steps_per_s * BATCH,
+        "planned_reference_memory_bytes": sum(planned["memory"].values()),
+    }

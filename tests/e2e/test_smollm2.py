@@ -17,8 +17,7 @@ from llava_core.conversation import IGNORE, Conversation, Turn
 from llava_core.files import read_json_lines
 from llava_core.language import load_language_model
 from tests.e2e.commands import run
-from tests.unit.test_prepare import RIGHT, WRONG
-from train.attention import KERNELS, Kernel
+from tests.unit.test_prepare import RIGHT, WRONG, kernel, offer
 from train.prepare import prepare
 
 pytestmark = pytest.mark.slow
@@ -55,11 +54,10 @@ def test_right_kernels_pass_and_wrong_ones_do_not(
 ) -> None:
     llm = load_language_model(smollm2, "cpu", dtype)
     for name, attend in RIGHT.items():
-        monkeypatch.setitem(KERNELS, "cpu", (Kernel(name, lambda attend=attend: attend),))
+        offer(monkeypatch, kernel(name, attend))
         assert prepare(llm).attention == name
     for name, attend in WRONG.items():
-        wrong = Kernel("wrong", lambda attend=attend: attend)
-        monkeypatch.setitem(KERNELS, "cpu", (wrong, Kernel("right", lambda: RIGHT["loop"])))
+        offer(monkeypatch, kernel("wrong", attend), kernel("right", RIGHT["loop"]))
         assert prepare(llm).attention == "right", name
 
 

@@ -10,7 +10,7 @@ import torch
 from packaging.requirements import Requirement
 
 from llava.__main__ import COMMANDS
-from llava.doctor import EXTRAS, SHARED, TORCH, environment, gpu, requirements, state
+from llava.doctor import EXTRAS, SHARED, TORCH, driver, environment, gpu, requirements, state
 from llava.doctor import _torch as about_torch
 from llava.flash_attention import Place, advice, wheel
 
@@ -85,6 +85,17 @@ def test_a_torch_for_cpus_beside_a_gpu_is_said(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.version, "cuda", None)
     found, _ = about_torch()
     assert found["GPU"] == f"this machine has an NVIDIA GPU: install a torch with CUDA: {TORCH}"
+
+
+def test_the_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert driver().startswith("unknown: ")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '| NVIDIA-SMI 580.1   Driver Version: 580.1   CUDA Version: 13.0  |'\n")
+    smi.chmod(0o755)
+    assert driver() == "580.1, for CUDA up to 13.0"
+    smi.write_text("#!/bin/sh\necho 'has failed because it cannot communicate with the driver'; exit 9\n")
+    assert driver().startswith("unknown: ")
 
 
 def test_no_secret_is_told() -> None:

@@ -59,8 +59,8 @@ def textbook(
     return torch.cat(outputs)
 
 
-RIGHT = {"loop": one_by_one, "operation": on_a_cpu, "textbook": textbook}
-WRONG = {
+RIGHT: dict[str, Attend] = {"loop": one_by_one, "operation": on_a_cpu, "textbook": textbook}
+WRONG: dict[str, Attend] = {
     "all samples are one": with_starts(lambda starts: starts[[0, -1]]),
     "samples begin one later": with_starts(one_later),
     "scale": scaled(1.41),
@@ -69,13 +69,17 @@ WRONG = {
 }
 
 
+def kernel(name: str, attend: Attend) -> Kernel:
+    return Kernel(name, lambda: attend)
+
+
 def offer(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel) -> None:
     monkeypatch.setitem(KERNELS, "cpu", kernels)
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_kernel_is_taken(llm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    offer(monkeypatch, Kernel(name, lambda: RIGHT[name]))
+    offer(monkeypatch, kernel(name, RIGHT[name]))
     prepared = prepare(llm)
     assert prepared.attention == name
     assert not prepared.passed_over
@@ -87,7 +91,7 @@ def test_a_right_kernel_is_taken(llm: LanguageModel, monkeypatch: pytest.MonkeyP
 def test_a_wrong_kernel_is_not(
     llm: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    offer(monkeypatch, Kernel("wrong", lambda: WRONG[name]), Kernel("right", lambda: one_by_one))
+    offer(monkeypatch, kernel("wrong", WRONG[name]), kernel("right", one_by_one))
     prepared = prepare(llm)
     assert prepared.attention == "right"
     assert "away from those of samples alone" in prepared.passed_over["wrong"]
@@ -126,7 +130,7 @@ def test_what_is_not_there_or_cannot_take_the_model_is_passed_over(
         raise ImportError("No module named 'flash_attn'")
 
     too_old = RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
-    offer(monkeypatch, Kernel("absent", absent), raising(too_old), Kernel("right", lambda: one_by_one))
+    offer(monkeypatch, Kernel("absent", absent), raising(too_old), kernel("right", one_by_one))
     assert prepare(llm).passed_over == {
         "absent": "cannot be imported: No module named 'flash_attn'",
         "broken": f"cannot take this model: {too_old}",
@@ -136,7 +140,7 @@ def test_what_is_not_there_or_cannot_take_the_model_is_passed_over(
 def test_a_device_that_fails_is_no_kernel_that_is_not_there(
     llm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Kernel("right", lambda: one_by_one)
+    right = kernel("right", one_by_one)
     failed = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
     offer(monkeypatch, raising(failed), right)
     with pytest.raises(LlavaError, match=r"failed in the attention kernel broken.*illegal.*reinstall it"):

@@ -1,0 +1,92 @@
+"""Models and features of the reference's shapes with random values, to measure and plan with."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.config import MODELS
+from llava.world.captions import caption
+from llava.world.scene import random_scene
+from llava_core.fingerprint import JsonDict
+from llava_core.shard_writer import RowRecord, ShardWriter
+from llava_core.shards import ShardHeader
+from llava_core.status import Status
+
+VIT_B_16 = {
+    "embed_dim": 512,
+    "image_resolution": 224,
+    "vision_layers": 12,
+    "vision_width": 768,
+    "vision_patch_size": 16,
+}
+QWEN3_0_6B = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+}
+TOKENS, WIDTH = 197, 768
+ENCODER: JsonDict = {"model_id": "random", "weights_sha256": "0" * 64, "tokens": TOKENS, "width": WIDTH}
+SENTENCES = (2, 6)
+"""Captions of the demo's world that make one of these, at least and at most: 40 to 130 tokens."""
+DRAWN = 64
+"""Rows of features that are drawn; the others are the same again."""
+
+
+def write_vision(folder: Path) -> None:
+    """Chinese-CLIP with a ViT-B/16, as ModelScope publishes it."""
+    import torch
+
+    from llava_core.chinese_clip import ChineseClip
+
+    folder.mkdir()
+    shutil.copy(MODELS / "vision/vocab.txt", folder)
+    text = json.loads((MODELS / "vision/text_model_config.json").read_text())
+    (folder / "text_model_config.json").write_text(json.dumps(text))
+    (folder / "vision_model_config.json").write_text(json.dumps(VIT_B_16))
+    torch.save(ChineseClip(VIT_B_16, text).state_dict(), folder / "pytorch_model.bin")
+
+
+def write_language_model(folder: Path, weights: bool = True) -> None:
+    """Qwen3-0.6B with the demo's tokenizer; without weights it can be planned with, no more."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "llm")
+    config = Qwen3Config(**QWEN3_0_6B, eos_token_id=tokenizer.eos_token_id)
+    if weights:
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    else:
+        config.architectures = ["Qwen3ForCausalLM"]
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_features(
+    path: Path, rows: int, encoder: JsonDict = ENCODER, preprocess: JsonDict | None = None, seed: int = 0
+) -> None:
+    """A finished shard of so many rows of noise, fp16 [tokens, width], with captions of unlike lengths."""
+    rng, noise = random.Random(seed), np.random.default_rng(seed)
+    lengths = [rng.randint(*SENTENCES) for _ in range(rows)]
+    words = ["".join(caption(random_scene(rng), rng) for _ in range(length)) for length in lengths]
+    names = [str(row) for row in range(rows)]
+    shape = (min(rows, DRAWN), encoder["tokens"], encoder["width"])
+    drawn = noise.standard_normal(shape, dtype=np.float32).astype("<f2")
+    header: dict[str, Any] = {"captions": words, "urls": names, "ids": names}
+    made = ShardHeader(encoder, preprocess or {}, {}, encoder["tokens"], encoder["width"], **header)
+    with ShardWriter(path, made) as writer:
+        for start in range(0, rows, DRAWN):
+            part = range(start, min(start + DRAWN, rows))
+            writer.write([RowRecord(row, Status.OK, drawn[row % DRAWN]) for row in part])
+        writer.finish()

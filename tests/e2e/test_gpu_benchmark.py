@@ -1,0 +1,59 @@
+"""`python -m benchmarks.gpu`: the whole script on a CPU, with small models; what fails is a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.gpu.__main__ import NEEDED, SECTIONS
+from benchmarks.gpu.tables import MOST_CHARACTERS, shortened
+from llava_core.files import read_json_lines
+from tests.e2e.commands import ROOT, run
+
+
+def test_every_section_measures(tmp_path: Path) -> None:
+    ended = run("benchmarks.gpu", "--out", tmp_path, "--shape", "small", "--budget", 3000)
+    rows = read_json_lines(tmp_path / "gpu.jsonl")
+    assert list(dict.fromkeys(row["section"] for row in rows)) == list(SECTIONS)
+    assert not [row for row in rows if row["unit"] == "failed"]
+    figures = {row["name"]: row["value"] for row in rows if isinstance(row["value"], float)}
+    assert (
+        min(value for name, value in figures.items() if "distance" not in name and "furthest" not in name) > 0
+    )
+    assert {"(a) course, HTTP", "(d) ours", "ours, batch 2", "2 runs, together"} <= figures.keys()
+    for section in SECTIONS:
+        assert f"**{section}**" in ended.out
+    assert len(ended.out) <= MOST_CHARACTERS
+
+
+def test_what_fails_is_a_row_and_the_next_section_runs(tmp_path: Path) -> None:
+    """Here the process is gone in one section; before, a package that everything needs was not there."""
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/sitecustomize.py").write_text(
+        "import os, sys\nif 'benchmarks.gpu.worker' in ' '.join(sys.orig_argv):\n"
+        "    import benchmarks.gpu.machine as m\n    m.ceilings = lambda *_: os._exit(7)\n"
+    )
+    where = f"{tmp_path / 'gone'}:{ROOT}"
+    flags = ("--shape", "small", "--budget", 3000, "--only", "ceilings", "tokens")
+    run("benchmarks.gpu", "--out", tmp_path / "out", *flags, code=1, PYTHONPATH=where)
+    rows = read_json_lines(tmp_path / "out/gpu.jsonl")
+    (failed,) = (row for row in rows if row["unit"] == "failed")
+    assert (failed["section"], failed["value"]) == (
+        "ceilings",
+        "its process ended (exit code 7); see gpu.log",
+    )
+    assert [row["section"] for row in rows if row["section"] not in NEEDED][1:] == ["tokens", "tokens"]
+    assert "| failed | its process ended" in (tmp_path / "out/gpu.md").read_text()
+
+    (tmp_path / "tyro").mkdir()
+    (tmp_path / "tyro/__init__.py").write_text("raise ModuleNotFoundError(name='tyro')")
+    run("benchmarks.gpu", "--out", tmp_path / "bare", *flags, code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    last = json.loads((tmp_path / "bare/gpu.jsonl").read_text().splitlines()[-2])
+    assert (last["section"], last["name"], last["value"]) == ("imports", "cannot be imported", "tyro")
+
+
+def test_tables_that_are_too_long_say_so() -> None:
+    text = "\n".join(["| a row |"] * 3000)
+    assert shortened("a") == "a"
+    assert len(shortened(text)) <= MOST_CHARACTERS
+    assert shortened(text).endswith(f"… {len(text):,} characters in all: the rest is in gpu.md")
