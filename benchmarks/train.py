@@ -238,8 +238,8 @@ class Bench:
                 super().__init__()
                 self.projector = projector
 
-            def forward(self, *batch: torch.Tensor, **named: torch.Tensor) -> dict[str, torch.Tensor]:
-                loss = padded_loss(llm, projector, *named.values())
+            def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+                loss = padded_loss(llm, projector, *(batch[name] for name in names))
                 losses.append(loss.detach())
                 return {"loss": loss}
 
