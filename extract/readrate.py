@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_core.console import counted, progress, say, table
+from llava_core.console import counted, progress, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
@@ -67,7 +67,7 @@ def read_rates(folder: Path, count: int) -> JsonDict:
         (way, *((f"{rate:,.0f}", f"{rate * row_bytes / 1e9:.2f}") if rate else ("-", "-")))
         for way, rate in rates.items()
     ]
-    print(table(lines, ("read", "samples/s", "GB/s")))
+    show(table(lines, ("read", "samples/s", "GB/s")))
     ways = {
         way.replace(", ", "_").replace(" ", "_"): rate
         and {"samples_per_s": rate, "bytes_per_s": rate * row_bytes}

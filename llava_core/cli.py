@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import tyro
 import yaml
 
-from llava_core.console import say
+from llava_core.console import guard_terminal, say, show, visible
 from llava_core.errors import LlavaError, first_line, nearest
 
 INTERRUPTED = 130
@@ -63,7 +63,10 @@ def main(
     prog: str, description: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Parse, run, and leave the process with DESIGN's exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    guard_terminal()
+    for signum in stop_signals():
+        if signum != signal.SIGINT:  # which raises by itself
+            signal.signal(signum, _interrupt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text in another encoding ends no command
             stream.reconfigure(errors="replace")
@@ -107,8 +110,14 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
     summary: dict[str, Any] = getattr(importlib.import_module(module), function)(config) or {}
     code = int(summary.pop("exit_code", 0))
     if config.json:
-        print(json.dumps(summary, ensure_ascii=False, default=str), flush=True)
+        show(visible(json.dumps(summary, ensure_ascii=False, default=str)))
     return code
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks a command to stop: Ctrl-C, SIGTERM, and SIGHUP, unless that is ignored (`nohup`)."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

@@ -137,7 +137,8 @@ class World:
         """Called on every rank: raise the same error on all, the first that one of them has."""
         errors = [error]
         if self.size > 1:
-            for signum in (signal.SIGINT, signal.SIGTERM):  # torchrun's, to the others once one has ended
+            # torchrun's, to the others once one has ended
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, signal.SIG_IGN)
             errors = [None] * self.size
             with _others():
