@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import socket
 from collections.abc import Awaitable, Callable
@@ -16,12 +15,12 @@ from infer.completions import Completions
 from infer.config import ServeConfig
 from infer.engine import Engine, open_engine
 from infer.guard import check_key, check_origin, is_loopback
+from infer.listen import listening
 from infer.openai_api import ApiError
 from infer.prometheus import Metrics
 from infer.slots import Batcher
 from llava_core.cli import stop_signals
 from llava_core.console import say, say_fault
-from llava_core.errors import LlavaError
 from llava_core.fetch import Fetcher, FetchLimits
 from llava_core.fingerprint import JsonDict
 
@@ -46,25 +45,6 @@ def run(config: ServeConfig) -> JsonDict:
         server = Server(config, open_engine(config))
         asyncio.run(server.serve(listener))
     return server.summary()
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not yet take connections."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise LlavaError(f"cannot listen on {host}", got=error.strerror or error) from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise LlavaError(f"port {port} of {host} is in use", do="choose another --port") from None
-        raise LlavaError(f"cannot listen on {host}:{port}", got=error.strerror or error) from None
-    return listener
 
 
 class Server:

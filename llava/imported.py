@@ -19,8 +19,8 @@ from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import config_of
-from llava_core.language import outline_language_model, weight_files
+from llava_core.folders import config_of, weight_files
+from llava_core.language import outline_language_model
 from llava_core.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
 from llava_core.vision import VisionTower, open_vision_tower
 

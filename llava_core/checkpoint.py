@@ -28,6 +28,7 @@ from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
 from llava_core.files import fsync
 from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.folders import require_checkpoint
 from llava_core.model_card import model_card
 from llava_core.projector import Projector, build_projector, parameter_count
 
@@ -129,10 +130,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises LlavaError if a file is missing or damaged, or of another format version.
     """
-    if not (folder / "config.json").is_file():
-        inner = [name for name in ("best", "last") if (folder / name / "config.json").is_file()]
-        hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
-        raise LlavaError(f"no checkpoint in {folder}", expected="config.json and model.safetensors", do=hint)
+    require_checkpoint(folder)
     try:
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         if config.get("format") != "llava-projector" or config.get("version") != CHECKPOINT_VERSION:

@@ -37,6 +37,12 @@ class Options:
     json: bool = False
     """Make the last line of standard output one JSON object with the figures of the summary."""
 
+    def require_inputs(self) -> None:
+        """Raise LlavaError for files and folders that are seen to be wrong without reading them.
+
+        Called before what runs is imported: torch takes seconds.
+        """
+
     def require_above_zero(self, *names: str) -> None:
         """Raise LlavaError (wrong usage) unless these flags are finite numbers above 0, or None."""
         for name in names:
@@ -106,6 +112,7 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
         args=argv,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+    config.require_inputs()
     module, function = commands[argv[0]].target.split(":")
     summary: dict[str, Any] = getattr(importlib.import_module(module), function)(config) or {}
     code = int(summary.pop("exit_code", 0))

@@ -102,7 +102,7 @@ def silence() -> None:
 
 
 def speak() -> None:
-    """The end of `silence`: there is no other."""
+    """The end of `silence`: no other will say it."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import config_of, contents
+from llava_core.folders import config_of, contents, require_language_model, weight_files
 
 logging.disable_progress_bar()
 
@@ -181,9 +181,7 @@ def outline_language_model(folder: Path) -> LanguageModel:
 
 def _require_causal(folder: Path) -> None:
     """Raise LlavaError for a folder that is not there, or holds a model of another kind, or none."""
-    if not folder.is_dir():
-        do = "give --llm a folder; README.md shows how to download one"
-        raise LlavaError(f"no language model folder {folder}", do=do)
+    require_language_model(folder)
     if any(folder.glob("*.gguf")):
         return
     config = config_of(folder)
@@ -196,18 +194,6 @@ def _require_causal(folder: Path) -> None:
             got=f"model_type {kind}" if kind else contents(folder),
             do="give --llm the folder of one, or download it again",
         )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: every shard of the first format present."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise LlavaError(
-        f"no weights in {folder}",
-        expected="*.safetensors, pytorch_model*.bin or *.gguf",
-        do="download it again",
-    )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

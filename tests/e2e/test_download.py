@@ -56,7 +56,7 @@ def test_models_continue_after_an_interruption(hub: ModelScope, tmp_path: Path) 
 
     with started("llava", "download", "models", "--out", tmp_path, MODELSCOPE_ENDPOINT=hub.url) as process:
         wait_until(process, half_done)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGHUP)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -62,6 +64,9 @@ def target(flags: Flags) -> dict[str, Any]:
     }
     if flags.fail == "many":
         return {"exit_code": 3}
+    if flags.fail == "hang up":
+        signal.raise_signal(signal.SIGHUP)
+        time.sleep(60)
     if flags.fail == "dropped interrupt":
         LetsNothingOut()
         time.sleep(60)
@@ -90,6 +95,7 @@ def ended(*argv: str) -> int:
         ("mistake", 1, "error: what; expected this; got that; do so\n"),
         ("usage", 2, "error: wrong usage\n"),
         ("interrupt", 130, "interrupted; the same command continues where it stopped\n"),
+        ("hang up", 130, "interrupted; the same command continues where it stopped\n"),
         ("dropped interrupt", 130, "interrupted; the same command continues where it stopped\n"),
         ("disk", 1, "error: No space left on device: x.h5\n"),
         ("memory", 1, f"error: the GPU's memory is full; {cli.OUT_OF_MEMORY}; CUDA out of memory.\n"),
@@ -99,6 +105,55 @@ def ended(*argv: str) -> int:
 def test_endings(ending: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("--fail", ending) == code
     assert capsys.readouterr().err == line
+
+
+def test_nohup_is_nohup(tmp_path: Path) -> None:
+    """Who has SIGHUP ignored from the start, goes on."""
+    code = (
+        "import signal; from llava_core.cli import Command, Options, main, stop_signals\n"
+        "def target(options):\n"
+        "    signal.raise_signal(signal.SIGHUP)\n"
+        "    return {'signals': [s.name for s in stop_signals()]}\n"
+        "main('tool', '', {'go': Command(Options, '__main__:target')}, ['go', '--json'])"
+    )
+    command = ["nohup", sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert (ended.returncode, json.loads(ended.stdout)["signals"]) == (0, ["SIGINT", "SIGTERM"]), ended.stderr
+
+
+TALKER = """
+import fcntl, sys, termios, time
+from llava_core.cli import Command, Options, main
+from llava_core.console import say, show
+
+def target(options):
+    try:
+        say("ready")
+        time.sleep(60)
+    finally:
+        say("stopping")
+        show("a table")
+        open(sys.argv[1], "w").write("kept")
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+main("tool", "", {"go": Command(Options, "__main__:target")}, ["go"])
+"""
+
+
+def test_the_end_of_its_terminal_stops_a_command_that_then_keeps_its_work(tmp_path: Path) -> None:
+    """Every write to a terminal that has gone fails, and nothing may be lost over that."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", TALKER, str(tmp_path / "work")]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(60) == 130
+    assert (tmp_path / "work").read_text() == "kept"
 
 
 def test_what_does_not_continue_does_not_say_so(capsys: pytest.CaptureFixture[str]) -> None:
