@@ -15,6 +15,7 @@ import numpy as np
 from llava_core.console import counted, progress, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
+from llava_core.files import fsync
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard, read_by_hdf5
 from llava_core.storage import FEATURE_TYPE
@@ -82,7 +83,7 @@ def forget(shards: Sequence[Shard]) -> bool:
         return False
     for shard in shards:
         with shard.path.open("rb") as file:
-            os.fsync(file.fileno())  # what is not on disk yet would stay
+            fsync(shard.path)  # what is not on disk yet would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 

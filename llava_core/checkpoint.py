@@ -13,6 +13,7 @@ Its files:
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save
 
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import fsync
+from llava_core.files import LACKING, fsync
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.folders import require_checkpoint
 from llava_core.model_card import model_card
@@ -179,7 +180,15 @@ def point_to(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to `target`, replacing it in one step."""
     partial = link.with_name(link.name + ".part")
     partial.unlink(missing_ok=True)
-    partial.symlink_to(os.path.relpath(target, link.parent))
+    try:
+        partial.symlink_to(os.path.relpath(target, link.parent))
+    except OSError as error:
+        if error.errno not in (*LACKING, errno.EPERM):
+            raise
+        do = f"choose an --out that can; {target} is whole"
+        raise LlavaError(
+            f"no symbolic link can be made in {link.parent}", got=error.strerror, do=do
+        ) from None
     partial.replace(link)
 
 

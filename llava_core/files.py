@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from llava_core.console import say
 from llava_core.fingerprint import JsonDict
+
+LACKING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Of an OSError from a lock or a flush: the file system, such as some over a network or FUSE, has none."""
+NO_FLUSH = ("its file system does not wait for the disk", "a loss of power may cost what was written last")
+"""For `tolerated`."""
+UNSAFE = ("its file system does not wait for the disk", "a loss of power may cost what was written last")
 
 
 def read_json_lines(path: Path) -> list[JsonDict]:
@@ -23,9 +33,33 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk."""
+    """Wait until a file's bytes, or a folder's names, are on disk, if its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with tolerated(path, *NO_FLUSH):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int, path: Path) -> None:
+    """Wait for the bytes, and they alone, that were written to the open file at `path`, likewise."""
+    with tolerated(path, *NO_FLUSH):
+        os.fdatasync(descriptor)
+
+
+@contextlib.contextmanager
+def tolerated(path: Path, lack: str, therefore: str) -> Iterator[None]:
+    """Say once of each file system that it lacks what the block asks for; other errors are raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        folder = path if path.is_dir() else path.absolute().parent
+        if (told := (os.stat(folder).st_dev, lack)) not in _told:
+            _told.add(told)
+            say(f"{folder}: {lack} ({error.strerror}); {therefore}")
+
+
+_told: set[tuple[int, str]] = set()
