@@ -202,6 +202,20 @@ def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rate": 0.001, "names": ["a", "b"]}
 
 
+def test_what_a_file_of_settings_says_is_taken_as_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YAML 1.1 reads 010 as eight, 1:30 as ninety and yes as true."""
+    path = tmp_path / "run.yaml"
+    path.write_text("rate: 010\nnames: [1:30, yes, 2024-01-01T00:00:00Z, 1_000]\n")
+    assert ended("-c", str(path), "--json") == 0
+    names = ["1:30", "yes", "2024-01-01T00:00:00Z", "1_000"]
+    assert json.loads(capsys.readouterr().out) == {"rate": 10.0, "names": names}
+    path.write_text("\ufefffail: --x\nrate: 1:30\n")
+    assert ended("-c", str(path)) == 2
+    assert "could not convert string to float: '1:30'" in capsys.readouterr().err
+
+
 def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("rate: 1e-3\nnames: [x, y]\njson: true\n")
@@ -209,8 +223,22 @@ def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out) == {"rate": 0.001, "names": ["typed"]}
     for text, message in (
         ("rat: 1\n", "unknown key 'rat'"),
-        ("- a\n", "holds no settings"),
+        ("- a\n", "holds no settings; expected key: value lines; got a list"),
+        ("", "holds no settings; expected key: value lines; got nothing"),
         ("a: [\n", "cannot read settings"),
+        ("rate: 1\n---\nrate: 2\n", "found another document in line 2"),
+        ("rate: " + "[" * 3000, "cannot read settings"),
+        ("rate: {a: 1}\n", "a value in line 1 of"),
+        ("names: &x [*x]\n", "a number, a text, or a list of them; got !!seq"),
+        ("names: [a, null]\n", "got !!null"),
+        ("names: !!binary aGVsbG8=\n", "got !!binary"),
+        ("names: !!python/object/apply:os.system [ls]\n", "got !!python/object/apply:os.system"),
+        ('fail: "a\\0b"\n', "got 'a\\x00b'"),
+        ('fail: "\\ud800"\n', "got '\\ud800'"),
+        ("rate: [1, 2]\n", "expected one value; got a list of 2"),
+        ("json: 3\n", "--json; expected true or false; got 3"),
+        ("[a]: 3\n", "no key in line 1"),
+        ("null: 3\n", "unknown key 'null'"),
     ):
         path.write_text(text)
         assert ended("-c", str(path)) == 2
