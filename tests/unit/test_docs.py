@@ -47,7 +47,7 @@ def fenced(text: str, kind: str) -> list[str]:
 
 @functools.cache
 def templates() -> tuple[re.Pattern[str], ...]:
-    """What `say`, `show`, `print`, LlavaError and SPEAKERS of our packages can print, as patterns of whole lines."""
+    """What `say`, `show`, LlavaError and SPEAKERS of our packages can print, as patterns of whole lines."""
     found = []
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -57,7 +57,7 @@ def templates() -> tuple[re.Pattern[str], ...]:
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 if node.func.id == "LlavaError":
                     found.append(_error(node))
-                elif node.func.id in ("say", "show", "print"):
+                elif node.func.id in ("say", "show"):
                     found.append(_pattern(node.args[0]))
     return tuple(re.compile(pattern, re.DOTALL) for pattern, own in found if own >= LITERAL)
 
