@@ -24,6 +24,10 @@ def require_count(sample: int) -> None:
         raise LlavaError("--sample", expected="0 (every row) or more", got=sample, exit_code=2)
 
 
+MOST = {"concurrency": 10_000, "decoders": 1_000}
+"""More tasks or threads are a slip, and cost gigabytes before the first download."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stages(Options):
     """Flags of the stages from an image's address to its features on disk."""
@@ -67,7 +71,10 @@ class Stages(Options):
     def __post_init__(self) -> None:
         self.require_above_zero("batch_size", "decoders", "concurrency", "per_host", "host_rate")
         self.require_above_zero("bytes_in_flight", "timeout", "max_bytes", "max_pixels")
-        if self.patience < 0:
+        for name, most in MOST.items():
+            if (value := getattr(self, name)) is not None and value > most:
+                raise LlavaError(f"--{name}", expected=f"up to {most:,}", got=f"{value:,}", exit_code=2)
+        if not self.patience >= 0:
             raise LlavaError("--patience", expected="0 or more", got=self.patience, exit_code=2)
         if self.retries < 0:
             raise LlavaError("--retries", expected="0 or more", got=self.retries, exit_code=2)

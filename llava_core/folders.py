@@ -41,6 +41,10 @@ def nearest_existing(path: Path) -> Path:
 
 def require_folder(out: Path) -> None:
     """Raise LlavaError (wrong usage) if --out, there or not, cannot be a folder that is written to."""
+    for place in (out, *out.absolute().parents):
+        if place.is_symlink() and not place.exists():
+            got = f"{place}, a link to nothing"
+            raise LlavaError("--out", expected="a folder", got=got, exit_code=2)
     there = nearest_existing(out)
     if not there.is_dir():
         raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)

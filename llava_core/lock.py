@@ -15,8 +15,13 @@ from llava_core.files import tolerated
 
 def flock(descriptor: int, path: Path, operation: int) -> None:
     """`fcntl.flock`, if the file system has it. Raises BlockingIOError as that does."""
-    with tolerated(path, "its file system has no locks", "let only one process at a time write there"):
+    with tolerated(path, without_locks):
         fcntl.flock(descriptor, operation)
+
+
+def without_locks(folder: Path, reason: str) -> str:
+    """The warning about a file system that cannot lock."""
+    return f"{folder}: its file system has no locks ({reason}); let only one process at a time write there"
 
 
 class Held(LlavaError):

@@ -21,7 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import NO_FLUSH, replace_text, tolerated
+from llava_core.files import replace_text, tolerated, without_flush
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import flock
 from train.runfolder import DEFAULTS
@@ -53,7 +53,7 @@ class Journal(JournalFileBackend):
     """Optuna's, which waits for the disk, on a file system that cannot do that, too."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with tolerated(Path(self._file_path), *NO_FLUSH):  # what is written by then
+        with tolerated(Path(self._file_path), without_flush):  # what is written by then
             super().append_logs(logs)
 
 

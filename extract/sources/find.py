@@ -104,6 +104,8 @@ def _is_statistics(path: Path) -> bool:
     """Whether a shard's, which may be gone."""
     if any(path.with_suffix(suffix).exists() for suffix in (".h5", ".h5.part")):
         return True
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(STATISTICS_HEAD)
@@ -122,6 +124,8 @@ def _source(path: Path, images: Path | None) -> Source:
         if not source.rows:
             raise _nothing(f"nothing to extract in {path}")
         return source
+    if not path.is_file():  # a pipe that nobody writes to would be waited for
+        raise _nothing(f"{path} is no regular file")
     if path.suffix in llava_json.SUFFIXES:
         return LlavaJson.find(path, images or path.parent)
     return Parquet.find(path, images or path.parent)

@@ -31,7 +31,7 @@ from train.runfolder import RunFolder
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
 PACKAGES = ("extract", "train", "infer", "llava", "llava_core")
-SPEAKERS = ("progress_line", "advice")
+SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")
 """Functions that return a line to print."""
 LITERAL = 8
 """Least letters that are fixed in a template, so that none fits every line."""
