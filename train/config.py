@@ -107,8 +107,8 @@ class RunConfig(Options):
             raise LlavaError("--eval-captions", expected="0 or more", got=self.eval_captions, exit_code=2)
         if not 0 <= self.weight_decay < math.inf:
             raise LlavaError("--weight-decay", expected="0 or more", got=self.weight_decay, exit_code=2)
-        if self.seed < 0:
-            raise LlavaError("--seed", expected="0 or more", got=self.seed, exit_code=2)
+        if not 0 <= self.seed < 1 << 63:
+            raise LlavaError("--seed", expected="0 or more, in 63 bits", got=self.seed, exit_code=2)
         if not 0 <= self.warmup < 1:
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
 
