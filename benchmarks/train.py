@@ -229,7 +229,8 @@ class Bench:
 
     def transformers_trainer(self, steps: int) -> Pass:
         """Cached features by transformers' own Trainer, padded; its loss over every logit."""
-        llm, losses = self.member.llm, []
+        llm = self.member.llm
+        losses: list[torch.Tensor] = []
         projector = copy.deepcopy(self.member.projector)
         projector.load_state_dict(self.initial)
 

@@ -20,7 +20,7 @@ from extract.readrate import read_rates
 from extract.sources.base import Rows, Source
 from extract.sources.find import find_sources
 from extract.summary import TOO_MANY_FAILED, host_of, outcome_table, summarise
-from llava_core.console import counted, human_bytes, human_seconds, progress, say, table
+from llava_core.console import counted, human_bytes, human_seconds, progress, say, show, table
 from llava_core.device import cpu_cores
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
@@ -92,7 +92,7 @@ def run(config: BenchConfig) -> JsonDict:
     }
     _print(figures, stages, together)
     if outcomes["failed"]:
-        print(outcome_table(outcomes))
+        show(outcome_table(outcomes))
     if (share := outcomes["failed"] / outcomes["rows"]) > flags.max_failed:
         say(f"{share:.1%} of the rows failed, over --max-failed {flags.max_failed:g}")
         figures["exit_code"] = TOO_MANY_FAILED
@@ -251,11 +251,11 @@ def _print(figures: JsonDict, stages: dict[str, Measured], together: Measured) -
         )
         for name, s in {**stages, "together": together}.items()
     ]
-    print(table(lines, ("stage", "rows", "samples/s", "MB/s", "busy together")))
+    show(table(lines, ("stage", "rows", "samples/s", "MB/s", "busy together")))
     if figures["measured_rows"] < FEW:
-        print(f"\n{counted(figures['measured_rows'], 'row')}: fewer than {FEW} do not tell what bounds a run")
+        show(f"\n{counted(figures['measured_rows'], 'row')}: fewer than {FEW} do not tell what bounds a run")
         return
-    print(
+    show(
         f"\nbounded by {figures['bottleneck']}: {figures['rows']:,} rows take about "
         f"{human_seconds(figures['hours'] * 3600)} at {figures['samples_per_s']:,.1f} samples/s; "
         f"faster with {figures['faster']}"

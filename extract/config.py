@@ -8,13 +8,24 @@ from typing import Literal
 
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
-from llava_core.folders import require_folder
+from llava_core.folders import require_file_place, require_folder, require_vision_encoder, shard_paths
+
+
+def require_data(data: str) -> None:
+    """Raise LlavaError if nothing is there."""
+    from extract.sources.find import matching  # with pyarrow, which --help does without
+
+    matching(data)
 
 
 def require_count(sample: int) -> None:
     """Raise LlavaError (wrong usage) for a negative --sample."""
     if sample < 0:
         raise LlavaError("--sample", expected="0 (every row) or more", got=sample, exit_code=2)
+
+
+MOST = {"concurrency": 10_000, "decoders": 1_000}
+"""More tasks or threads are a slip, and cost gigabytes before the first download."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +71,10 @@ class Stages(Options):
     def __post_init__(self) -> None:
         self.require_above_zero("batch_size", "decoders", "concurrency", "per_host", "host_rate")
         self.require_above_zero("bytes_in_flight", "timeout", "max_bytes", "max_pixels")
-        if self.patience < 0:
+        for name, most in MOST.items():
+            if (value := getattr(self, name)) is not None and value > most:
+                raise LlavaError(f"--{name}", expected=f"up to {most:,}", got=f"{value:,}", exit_code=2)
+        if not self.patience >= 0:
             raise LlavaError("--patience", expected="0 or more", got=self.patience, exit_code=2)
         if self.retries < 0:
             raise LlavaError("--retries", expected="0 or more", got=self.retries, exit_code=2)
@@ -76,6 +90,9 @@ class Encoding(Stages):
     """Folder of the feature shards."""
     vision: Path
     """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder."""
+
+    def require_inputs(self) -> None:
+        require_vision_encoder(self.vision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +124,11 @@ class RunConfig(Encoding):
         if self.ray_workers is not None and self.ray is None:
             raise LlavaError("--ray-workers", do="say with --ray which cluster", exit_code=2)
 
+    def require_inputs(self) -> None:
+        require_data(self.data)
+        require_folder(self.out)
+        super().require_inputs()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetryConfig(Encoding):
@@ -118,6 +140,10 @@ class RetryConfig(Encoding):
     """What the shards were made from, as for `run`; needed if that had images of its own."""
     images: Path | None = None
     """Folder of the images, as for `run`."""
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        shard_paths(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +171,11 @@ class VerifyConfig(Options):
     def __post_init__(self) -> None:
         require_count(self.sample)
 
+    def require_inputs(self) -> None:
+        shard_paths(self.out)
+        if self.vision is not None:
+            require_vision_encoder(self.vision)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig(Options):
@@ -159,6 +190,11 @@ class InspectConfig(Options):
 
     def __post_init__(self) -> None:
         require_count(self.sample)
+
+    def require_inputs(self) -> None:
+        shard_paths(self.out)
+        if self.html is not None:
+            require_file_place("--html", self.html)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +219,9 @@ class ExamplesConfig(Options):
     def __post_init__(self) -> None:
         self.require_above_zero("count")
         require_folder(self.out)
+
+    def require_inputs(self) -> None:
+        require_data(self.data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,3 +263,11 @@ class BenchConfig(Stages):
         """The flags of the `extract run` that is measured."""
         names = [field.name for field in dataclasses.fields(RunConfig)]
         return RunConfig(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+
+    def require_inputs(self) -> None:
+        if self.features is not None:
+            shard_paths(self.features)
+        if self.data is not None:
+            require_data(self.data)
+        if self.vision is not None:
+            require_vision_encoder(self.vision)

@@ -7,7 +7,7 @@ from extract.contents import Contents, look_into, stored_as
 from extract.histogram import Histogram, bar
 from extract.page import write_page
 from extract.summary import outcome_table
-from llava_core.console import human_bytes, say, table
+from llava_core.console import human_bytes, say, show, table
 from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 
@@ -23,7 +23,7 @@ def run(config: InspectConfig) -> JsonDict:
     parts = [outcome_table(contents.figures), _totals(contents), *_histograms(contents)]
     if contents.hosts:
         parts.insert(1, _hosts(contents))
-    print("\n\n".join(parts))
+    show("\n\n".join(parts))
     if config.html is not None:
         write_page(config.html, contents, config.sample)
         say(f"page written: {config.html}")

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -27,6 +26,7 @@ from extract.duplicates import Duplicates, First, Known, Place
 from extract.filling import Filling
 from extract.gauges import Gauges
 from extract.hostqueues import HostQueues
+from llava_core.cli import stop_signals
 from llava_core.console import say
 from llava_core.device import cpu_cores
 from llava_core.errors import LlavaError
@@ -107,7 +107,7 @@ class Pipeline:
     def run(self, shards: Sequence[Callable[[], Filling]]) -> None:
         """Open the shards one after the other and fill them.
 
-        Ctrl-C and SIGTERM end it with KeyboardInterrupt after everything encoded so far is on disk.
+        Ctrl-C, SIGTERM and SIGHUP end it with KeyboardInterrupt after everything encoded so far is on disk.
         """
         self.drive(
             lambda: (
@@ -134,7 +134,7 @@ class Pipeline:
         loop, this = asyncio.get_running_loop(), asyncio.current_task()
         assert this is not None
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in stop_signals():
                 loop.add_signal_handler(signum, this.cancel)
         # Rows that wait between two attempts, or for their outcome to be believed, do not keep the host idle.
         self.rows: HostQueues[Place] = HostQueues(2 * self.config.per_host)

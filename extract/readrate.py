@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_core.console import counted, progress, say, table
+from llava_core.console import counted, progress, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
+from llava_core.files import fsync
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard, read_by_hdf5
 from llava_core.storage import FEATURE_TYPE
@@ -67,7 +68,7 @@ def read_rates(folder: Path, count: int) -> JsonDict:
         (way, *((f"{rate:,.0f}", f"{rate * row_bytes / 1e9:.2f}") if rate else ("-", "-")))
         for way, rate in rates.items()
     ]
-    print(table(lines, ("read", "samples/s", "GB/s")))
+    show(table(lines, ("read", "samples/s", "GB/s")))
     ways = {
         way.replace(", ", "_").replace(" ", "_"): rate
         and {"samples_per_s": rate, "bytes_per_s": rate * row_bytes}
@@ -82,7 +83,7 @@ def forget(shards: Sequence[Shard]) -> bool:
         return False
     for shard in shards:
         with shard.path.open("rb") as file:
-            os.fsync(file.fileno())  # what is not on disk yet would stay
+            fsync(shard.path)  # what is not on disk yet would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 

@@ -18,7 +18,7 @@ from extract.share import share_of
 from extract.sources.base import Source
 from extract.sources.find import find_sources, sources_of
 from extract.summary import TOO_MANY_FAILED, outcome_table, summarise
-from llava_core.console import counted, human_bytes, say, table
+from llava_core.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
@@ -115,7 +115,7 @@ def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> F
 def conclude(config: Encoding, figures: JsonDict, speed: JsonDict) -> JsonDict:
     """Print the summary; returns its figures."""
     share = figures["failed"] / figures["rows"]
-    print(outcome_table(figures))
+    show(outcome_table(figures))
     if figures["failed_hosts"]:
         hosts = ", ".join(f"{host} ({n:,})" for host, n in figures["failed_hosts"].items())
         say(f"most failures: {hosts}")
@@ -141,5 +141,5 @@ def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> J
         "free_bytes": shutil.disk_usage(nearest_existing(config.out)).free,
     }
     shown = [human_bytes(value) if "bytes" in key else f"{value:,}" for key, value in figures.items()]
-    print(table(list(zip((key.replace("_", " ") for key in figures), shown, strict=True))))
+    show(table(list(zip((key.replace("_", " ") for key in figures), shown, strict=True))))
     return figures

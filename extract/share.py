@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from extract.config import Encoding
+from llava_core.device import whole_number
 from llava_core.errors import LlavaError
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ def share_of(environment: Mapping[str, str]) -> Share:
 
 
 def _rank(environment: Mapping[str, str]) -> Share:
-    index, of = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    index, of = whole_number(environment, "RANK"), whole_number(environment, "WORLD_SIZE")
     if index is None and of is None:
         return Share()
     if index is None or of is None or not 0 <= index < of:
@@ -57,7 +58,7 @@ def _rank(environment: Mapping[str, str]) -> Share:
 
 def _array_task(environment: Mapping[str, str]) -> Share:
     names = ("ID", "MIN", "MAX", "COUNT", "STEP")
-    task, first, last, count, step = (_number(environment, f"SLURM_ARRAY_TASK_{name}") for name in names)
+    task, first, last, count, step = (whole_number(environment, f"SLURM_ARRAY_TASK_{name}") for name in names)
     if task is None:
         return Share()
     first, step = first or 0, 1 if step is None else step
@@ -74,16 +75,6 @@ def _array_task(environment: Mapping[str, str]) -> Share:
             exit_code=2,
         )
     return Share((task - first) // step, of)
-
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    value = environment.get(name, "").strip()
-    if not value:
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        raise LlavaError(name, expected="a whole number", got=value, exit_code=2) from None
 
 
 def _shown(value: int | None) -> str:

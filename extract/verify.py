@@ -13,7 +13,7 @@ import numpy as np
 
 from extract.again import ImagesAgain
 from extract.config import VerifyConfig
-from llava_core.console import progress, say, table
+from llava_core.console import progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.features import find_shards
@@ -97,7 +97,7 @@ def run(config: VerifyConfig) -> JsonDict:
                 )
             )
 
-    print(table([(key.replace("_", " "), "-" if value is None else value) for key, value in figures.items()]))
+    show(table([(key.replace("_", " "), "-" if value is None else value) for key, value in figures.items()]))
     figures["faults"] = [fault.to_json() for fault in (*stale, *damaged, *changed)]
     if errors:
         say("error: " + "; ".join(map(str, errors)))

@@ -8,7 +8,7 @@ import sys
 from infer.config import AskConfig
 from infer.engine import open_engine
 from infer.session import Session
-from llava_core.console import say
+from llava_core.console import say, show
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.sampling import sampling_of
@@ -41,11 +41,11 @@ def ask(session: Session, image: str, prompt: str, before: str = "") -> JsonDict
         session.show_file("standard input", sys.stdin.buffer.read())
     else:
         session.show(image)
-    print(before, end="", flush=True)
+    show(before, end="")
     pieces = []
     for piece in session.ask(prompt):
-        print(piece, end="", flush=True)
+        show(piece, end="")
         pieces.append(piece)
-    print(flush=True)
+    show()
     figures = {**dataclasses.asdict(session.figures), "tokens_per_s": session.figures.tokens_per_s}
     return {"answer": "".join(pieces).strip(), **figures}

@@ -10,9 +10,18 @@ from typing import Literal
 
 import tyro
 
+from infer.listen import listening
 from llava_core.cli import Options
 from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
+from llava_core.folders import (
+    require_checkpoint,
+    require_file,
+    require_file_place,
+    require_language_model,
+    require_vision_encoder,
+    shard_paths,
+)
 from llava_core.sampling import Sampling
 
 
@@ -27,6 +36,10 @@ class Aligned(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
+    def require_inputs(self) -> None:
+        require_checkpoint(self.checkpoint)
+        require_language_model(self.llm)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folders(Aligned):
@@ -34,6 +47,10 @@ class Folders(Aligned):
 
     vision: Path
     """Folder of the vision encoder it was trained for."""
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        require_vision_encoder(self.vision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +74,13 @@ class AskConfig(Models):
         if [*self.image, self.prompt].count("-") > 1:
             raise LlavaError("--image and --prompt", expected="at most one -", exit_code=2)
 
+    def require_inputs(self) -> None:
+        from llava_core.images import require_image  # with aiohttp, which --help does without
+
+        super().require_inputs()
+        if len(self.image) == 1:  # of several, those that can be read are asked about
+            require_image(self.image[0])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatConfig(Models):
@@ -68,6 +92,12 @@ class ChatConfig(Models):
     """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
     lang: Literal["auto", "zh", "en"] = "auto"
     """Language of remarks and help; auto: that of the locale."""
+
+    def require_inputs(self) -> None:
+        from llava_core.images import require_image  # with aiohttp, which --help does without
+
+        super().require_inputs()
+        require_image(self.image)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +126,16 @@ class BatchConfig(Sampling, Aligned):
             raise LlavaError("give either --input or --features", exit_code=2)
         if self.input is not None and self.vision is None:
             raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        require_file_place("--output", self.output)
+        if self.features is not None:
+            shard_paths(self.features)
+        if self.input is not None:
+            require_file("--input", self.input)
+        if self.vision is not None:
+            require_vision_encoder(self.vision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +179,10 @@ class ServeConfig(Models):
                 expected = "https://HOST or http://HOST:PORT"
                 raise LlavaError("--allow-origin", expected=expected, got=origin, exit_code=2)
 
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        listening(self.host, self.port).close()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(Options):
@@ -163,6 +207,13 @@ class ScoreConfig(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
+    def require_inputs(self) -> None:
+        require_file("--input", self.input)
+        if self.vision is not None:
+            require_vision_encoder(self.vision)
+        if self.features is not None:
+            shard_paths(self.features)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LensConfig(Models):
@@ -186,3 +237,11 @@ class LensConfig(Models):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_above_zero("top")
+
+    def require_inputs(self) -> None:
+        from llava_core.images import require_image  # with aiohttp, which --help does without
+
+        super().require_inputs()
+        require_file_place("--out", self.out)
+        require_image(self.image)
+        require_image(self.other)

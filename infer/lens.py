@@ -15,7 +15,7 @@ from infer.lens_picture import draw
 from infer.lens_seen import Panel, Seen
 from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
 from infer.session import Session
-from llava_core.console import say, table
+from llava_core.console import say, show, table
 from llava_core.conversation import Turn
 from llava_core.fingerprint import JsonDict
 from llava_core.images import not_an_image, read_image
@@ -34,8 +34,9 @@ def run(config: LensConfig) -> JsonDict:
     gains = [other - loss for loss, other in zip(seen.loss, seen.other_loss, strict=True)]
     rows = zip([*seen.pieces[:-1], "(end)"], seen.loss, seen.other_loss, gains, strict=True)
     cells = [(piece, f"{a:.2f}", f"{b:.2f}", f"{gain:+.2f}") for piece, a, b, gain in rows]
-    print(table(cells, ("caption", "loss", f"with {seen.other}", "the image tells")))
-    say(f"{picture}  words over the image\n{page}  the same, with more words under the pointer")
+    show(table(cells, ("caption", "loss", f"with {seen.other}", "the image tells")))
+    say(f"{picture}  words over the image")
+    say(f"{page}  the same, with more words under the pointer")
     return {
         "image": config.image,
         "caption": "".join(seen.pieces),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from infer.lens_seen import Panel, Seen
-from llava_core.console import say
+from llava_core.console import say, visible
 from llava_core.fonts import chinese_font
 
 MARGIN, CELL, LEAST = 20, 54, 420
@@ -67,7 +67,7 @@ def _words(
 
 
 def _fitting(pen: ImageDraw.ImageDraw, word: str, font: Font, width: int) -> str:
-    text = word
+    text = word = visible(word)
     while len(word) > 1 and pen.textlength(text, font) > width:
         word = word[:-1]
         text = word + "…"
@@ -76,10 +76,11 @@ def _fitting(pen: ImageDraw.ImageDraw, word: str, font: Font, width: int) -> str
 
 def _caption(pen: ImageDraw.ImageDraw, seen: Seen, y: int, width: int, font: Font, small: Font) -> int:
     """The caption's pieces, the more coloured the more the image tells of them; returns where it ends."""
-    pen.text((MARGIN, y), f"caption: nats of loss that the image saves against {seen.other}", INK, font)
+    against = f"caption: nats of loss that the image saves against {visible(seen.other)}"
+    pen.text((MARGIN, y), against, INK, font)
     x, y = MARGIN, y + 34
     for piece, loss, other in zip(seen.pieces, seen.loss, seen.other_loss, strict=True):
-        text, gain = piece.replace("\n", " ") or "(end)", other - loss
+        text, gain = visible(piece.replace("\n", " ")) or "(end)", other - loss
         told = f"{gain:+.1f}" if abs(gain) >= 0.05 else ""
         wide = int(max(pen.textlength(text, font), pen.textlength(told, small))) + 8
         if x + wide > width - MARGIN:

@@ -11,7 +11,7 @@ from infer.config import ScoreConfig
 from infer.lines import read_lines
 from infer.metrics import bleu, cider_d, rouge_l
 from infer.words import open_tokenizer
-from llava_core.console import progress, table
+from llava_core.console import progress, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
@@ -41,7 +41,7 @@ def run(config: ScoreConfig) -> JsonDict:
         references = []
     if config.vision is not None:
         figures |= look(answered, answers, references, config)
-    print(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
+    show(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
     return figures
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
-import signal
 import socket
-import traceback
 from collections.abc import Awaitable, Callable
 from importlib import resources
 
@@ -18,11 +15,12 @@ from infer.completions import Completions
 from infer.config import ServeConfig
 from infer.engine import Engine, open_engine
 from infer.guard import check_key, check_origin, is_loopback
+from infer.listen import listening
 from infer.openai_api import ApiError
 from infer.prometheus import Metrics
 from infer.slots import Batcher
-from llava_core.console import say
-from llava_core.errors import LlavaError
+from llava_core.cli import stop_signals
+from llava_core.console import say, say_fault
 from llava_core.fetch import Fetcher, FetchLimits
 from llava_core.fingerprint import JsonDict
 
@@ -42,30 +40,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def run(config: ServeConfig) -> JsonDict:
-    """Serve until Ctrl-C or SIGTERM. Raises LlavaError if the port is in use or the models do not fit."""
+    """Serve until a signal to stop. Raises LlavaError if the port is in use or the models do not fit."""
     with listening(config.host, config.port) as listener:  # before the models, which take their time
         server = Server(config, open_engine(config))
         asyncio.run(server.serve(listener))
     return server.summary()
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not yet take connections."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise LlavaError(f"cannot listen on {host}", got=error.strerror or error) from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise LlavaError(f"port {port} of {host} is in use", do="choose another --port") from None
-        raise LlavaError(f"cannot listen on {host}:{port}", got=error.strerror or error) from None
-    return listener
 
 
 class Server:
@@ -85,7 +64,8 @@ class Server:
     async def serve(self, listener: socket.socket) -> None:
         """Serve on a bound socket until a signal comes."""
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = stop_signals()
+        for number in numbers:
             loop.add_signal_handler(number, stop.set)
         runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
         async with self.fetcher:
@@ -93,7 +73,7 @@ class Server:
             await web.SockSite(runner, listener).start()
             self._greet(*listener.getsockname()[:2])
             await stop.wait()
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in numbers:
                 loop.remove_signal_handler(number)
             say("stopping")
             await asyncio.to_thread(self.batcher.close)
@@ -149,7 +129,7 @@ class Server:
         except web.HTTPException as error:
             return _failed(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
         except Exception as error:
-            traceback.print_exception(error)
+            say_fault(error)
             return _failed(ApiError(500, "a fault of the server; its log says more"))
 
     async def _finish_headers(self, request: web.Request, response: web.StreamResponse) -> None:

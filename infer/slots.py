@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import torch
 from infer.engine import Engine
 from infer.jobs import STOPPING, Job, Piece
 from infer.slotcache import SlotCache, longest_context
+from llava_core.console import say_fault
 from llava_core.errors import first_line
 from llava_core.generate import already_read, choose
 from llava_core.spoken import Spoken
@@ -253,5 +253,5 @@ def _settle(future: Future[T], function: Callable[[], T]) -> None:
 
 def _fault(error: Exception) -> str:
     """What the client is told; the traceback goes to the log."""
-    traceback.print_exception(error)
+    say_fault(error)
     return f"the model failed: {first_line(error)}"

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 
+from llava_core.console import show
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 
@@ -19,7 +20,7 @@ def run_command(*arguments: object, echo: bool = True) -> JsonDict:
     """
     words = [str(argument) for argument in arguments]
     if echo:
-        print(f"\n$ python -m {shlex.join([*words, '--json'])}", flush=True)
+        show(f"\n$ python -m {shlex.join([*words, '--json'])}")
     command, environment = [sys.executable, "-m", *words, "--json"], {**os.environ, "PYTHONUNBUFFERED": "1"}
     errors = None if echo else subprocess.STDOUT
     with subprocess.Popen(
@@ -33,7 +34,7 @@ def run_command(*arguments: object, echo: bool = True) -> JsonDict:
                 if line.startswith("{"):  # what --json adds, for us
                     summary = json.loads(line)
                 elif echo:
-                    print(line, end="", flush=True)
+                    show(line, end="")
                 else:
                     said = line.strip() or said
         except BaseException:  # a child that outlives us would go on writing

@@ -13,7 +13,14 @@ import tyro
 from llava_core.cli import Options
 from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
-from llava_core.folders import require_folder
+from llava_core.folders import (
+    require_checkpoint,
+    require_file,
+    require_folder,
+    require_language_model,
+    require_vision_encoder,
+    shard_paths,
+)
 from llava_core.sampling import Sampling
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
@@ -73,6 +80,15 @@ class TraceConfig(Options):
         if (self.image is None) != (self.caption is None):
             raise LlavaError("--image and --caption", expected="both or neither", exit_code=2)
 
+    def require_inputs(self) -> None:
+        from llava_core.images import require_image  # with aiohttp, which --help does without
+
+        if self.checkpoint is not None:
+            require_checkpoint(self.checkpoint)
+        require_vision_encoder(self.vision)
+        require_language_model(self.llm)
+        require_image(self.image)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatchConfig(Options):
@@ -105,6 +121,13 @@ class MatchConfig(Options):
             )
         require_folder(self.out.parent)
 
+    def require_inputs(self) -> None:
+        require_vision_encoder(self.vision)
+        if self.features is not None:
+            shard_paths(self.features)
+        if self.images is not None and not self.images.is_dir():
+            raise LlavaError(f"no folder {self.images}", do="give --images a folder of images")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatLlmConfig(Sampling, Options):
@@ -123,6 +146,9 @@ class ChatLlmConfig(Sampling, Options):
     """Where to compute."""
     lang: Literal["auto", "zh", "en"] = "auto"
     """Language of remarks and help; auto: that of the locale."""
+
+    def require_inputs(self) -> None:
+        require_language_model(self.llm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +192,12 @@ class ImportConfig(Options):
     """Entry of `hidden_states` it was given, or `norm`: after the final norm; auto: norm, -2 for LLaVA."""
     decode: Literal["draft", "exact"] = "draft"
     """How features that it is to be evaluated on were decoded, as in `extract run`."""
+
+    def require_inputs(self) -> None:
+        require_file("--file", self.file)
+        require_vision_encoder(self.vision)
+        require_language_model(self.llm)
+        require_folder(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,6 +249,12 @@ class ExportConfig(Options):
     in half the space, as it does on a GPU. The projector stays float32."""
     dry_run: bool = False
     """Print the bytes it takes, and write nothing."""
+
+    def require_inputs(self) -> None:
+        require_checkpoint(self.checkpoint)
+        require_vision_encoder(self.vision)
+        require_language_model(self.llm)
+        require_folder(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

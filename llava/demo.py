@@ -19,7 +19,7 @@ from llava.world.captions import accuracy, chance
 from llava.world.dataset import Split, write_split
 from llava.world.server import TROUBLES, serve
 from llava_core.cli import INTERRUPTED
-from llava_core.console import table
+from llava_core.console import show, table
 from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
 from llava_core.files import read_json_lines
@@ -50,9 +50,7 @@ def _demo(config: DemoConfig) -> JsonDict:
         train = write_split(out, "train", url, config.rows, files=2, seed=config.seed, odd=TROUBLES)
         held_out = write_split(out, "held-out", url, config.held_out, files=1, seed=config.seed)
         drawing = time.monotonic() - started
-        print(
-            f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}", flush=True
-        )
+        show(f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}")
         figures = _commands(config, train, held_out, url)
     answers = [line["answer"] for line in read_json_lines(out / "answers.jsonl")]
     # An answer depends on nothing but picture and question, so the next picture's answer is what a shuffled
@@ -135,7 +133,7 @@ def _print(figures: JsonDict, out: Path) -> None:
         ("held-out loss after training", f"{figures['loss_after']:.3f}"),
         ("grounding gap (loss with shuffled pictures - loss)", f"{figures['grounding_gap']:.3f}"),
     ]
-    print("\n" + table(rows))
+    show("\n" + table(rows))
     named = [
         (
             attribute,
@@ -144,5 +142,5 @@ def _print(figures: JsonDict, out: Path) -> None:
         for attribute in ("shape", "colour", "place", "all")
     ]
     header = ("attributes named rightly", "right picture", "shuffled picture", "another's caption")
-    print("\n" + table(named, header))
-    print(f"\n{out / 'loss.png'}     the loss curve\n{out / 'answers.png'}  held-out pictures and answers")
+    show("\n" + table(named, header))
+    show(f"\n{out / 'loss.png'}     the loss curve\n{out / 'answers.png'}  held-out pictures and answers")

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from llava import flash_attention
 from llava.config import DoctorConfig
-from llava_core.console import human_bytes, say, table
+from llava_core.console import human_bytes, say, show, table
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 
@@ -87,7 +87,7 @@ def run(config: DoctorConfig) -> JsonDict:
         except (LlavaError, OSError, RuntimeError) as error:  # the last is torch's own
             say(f"the self-test failed: {first_line(error)}")
             return {**report, "exit_code": 1}
-    print("\nthe demo can run here: python -m llava demo")
+    show("\nthe demo can run here: python -m llava demo")
     return report
 
 
@@ -278,4 +278,4 @@ def _print(title: str, rows: Mapping[str, Any]) -> None:
     """Left-aligned throughout, since most values are words."""
     wide = max(map(len, rows), default=0)
     lines = [f"{name:{wide}}  {value}" for name, value in rows.items()]
-    print(f"\n{title}\n" + table([[line] for line in lines]), flush=True)
+    show(f"\n{title}\n" + table([[line] for line in lines]))

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.config import DownloadConfig
 from llava.hub_client import cure, open_modelscope
-from llava_core.console import counted, human_bytes, say, table
+from llava_core.console import counted, human_bytes, say, show, table, visible
 from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
 from llava_core.folders import nearest_existing
@@ -69,8 +69,8 @@ def run(config: DownloadConfig) -> JsonDict:
          human_bytes(left))
         for d, folder, of, left in zip(downloads, folders, sizes, missing, strict=True)
     ]  # fmt: skip
-    print(table(rows, ("from ModelScope", "to", "files", "bytes", "still to come")))
-    print(f"free on that disk: {human_bytes(free)}", flush=True)
+    show(table(rows, ("from ModelScope", "to", "files", "bytes", "still to come")))
+    show(f"free on that disk: {human_bytes(free)}")
     if sum(missing) > free:
         raise LlavaError(
             f"too little space in {config.out}",
@@ -87,7 +87,7 @@ def run(config: DownloadConfig) -> JsonDict:
         if left := _missing(folder, of):
             raise LlavaError(f"{folder} lacks {human_bytes(left)}", do="the same command continues")
     summary["next"] = NEXT[config.what].format(out=shlex.quote(str(config.out)))
-    print(f"\nnext:  {summary['next']}")
+    show(f"\nnext:  {summary['next']}")
     return {**summary, "missing": 0}
 
 
@@ -105,6 +105,10 @@ def _sizes(client: Any, download: Download) -> dict[str, int]:
         for file in files
         if file.get("Type") != "tree" and fnmatch.fnmatch(file["Path"], download.pattern)
     }
+    for name in sizes:
+        if name.startswith("/") or ".." in name.split("/") or visible(name) != name:
+            do = "look at that repository before you trust it"
+            raise LlavaError(f"{download.repository} has a file that would land elsewhere", got=name, do=do)
     if not sizes:
         what = f"no file of {download.repository} is called {download.pattern}"
         raise LlavaError(what, do="name files that it has with --include")

@@ -21,7 +21,7 @@ from huggingface_hub import save_torch_state_dict
 from llava.config import ExportConfig
 from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.chinese_clip import ChineseClip, VisionTransformer
-from llava_core.console import human_bytes, say
+from llava_core.console import human_bytes, say, show
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.folders import nearest_existing
@@ -91,7 +91,7 @@ def run(config: ExportConfig) -> JsonDict:
     if config.out.exists():
         config.out.rmdir()
     partial.rename(config.out)
-    print(config.out)
+    show(config.out)
     return summary
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from llava.config import ImportConfig
 from llava_core.checkpoint import Provenance, save_checkpoint
-from llava_core.console import say, table
+from llava_core.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import config_of
-from llava_core.language import outline_language_model, weight_files
+from llava_core.folders import config_of, weight_files
+from llava_core.language import outline_language_model
 from llava_core.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -125,7 +125,7 @@ def run(config: ImportConfig) -> JsonDict:
     for name, value, why in rows:
         say(f"{name}: {value} ({why})")
     say(f"{tower.encoder['model_id']} → {config.out} → {language['id']}")
-    print(table([("checkpoint", config.out), ("fingerprint", tower.fingerprint[:12])]))
+    show(table([("checkpoint", config.out), ("fingerprint", tower.fingerprint[:12])]))
     return {
         **source,
         "kind": kind,

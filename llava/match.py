@@ -11,7 +11,7 @@ import torch
 
 from llava.config import MatchConfig
 from llava.match_chart import draw
-from llava_core.console import counted, progress, say, table
+from llava_core.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
@@ -87,7 +87,7 @@ def run(config: MatchConfig) -> JsonDict:
         ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         found.append(Match(text, [(candidates[k], cosine) for k, cosine in ranked], tower.cuts(text)))
         rows = [(c.name, f"{cosine:.3f}", c.caption[:30]) for c, cosine in found[-1].best]
-        print(f"{text}\n{table(rows)}", flush=True)
+        show(f"{text}\n{table(rows)}")
         if not config.text:
             chart(tower, found[-1:], config.out)
     if config.text:

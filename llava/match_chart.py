@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from llava_core.console import say
+from llava_core.console import say, visible
 from llava_core.fonts import chinese_font
 
 WIDE, MARGIN, LINE, PICTURE = 760, 16, 72, 64
@@ -54,7 +54,7 @@ def draw(blocks: Sequence[tuple[str, Sequence[Bar]]]) -> Image.Image:
 
 def fitting(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     """One line of `text`, its end cut off where it is wider than `width` pixels."""
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     text = line
     while len(line) > 1 and pen.textlength(text, font) > width:
         line = line[:-1]

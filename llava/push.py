@@ -19,7 +19,7 @@ from typing import NamedTuple
 from llava.config import PushConfig
 from llava.hub_client import cure, open_modelscope
 from llava_core.checkpoint import load_checkpoint
-from llava_core.console import counted, human_bytes, say, table
+from llava_core.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError, reason
 from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
@@ -53,10 +53,10 @@ def run(config: PushConfig) -> JsonDict:
     card = with_header((config.folder / CARD).read_text(encoding="utf-8"), told(config))
     sizes = {name: path.stat().st_size for name, path in files.items()}
     sizes[CARD] = len(card.encode())
-    print(table([(name, f"{size:,}") for name, size in sizes.items()], ("file", "bytes")))
+    show(table([(name, f"{size:,}") for name, size in sizes.items()], ("file", "bytes")))
     header = header_of(card)
     if config.dry_run:
-        print(f"\n{card[: card.index('---', 3)]}---")
+        show(f"\n{card[: card.index('---', 3)]}---")
     if unsaid := [key for key in OWNERS if key not in header]:
         flags = ", ".join("--" + key.replace("_", "-") for key in unsaid)
         say(f"the card's header names no {', '.join(unsaid)}: give {flags}")
@@ -91,7 +91,7 @@ def run(config: PushConfig) -> JsonDict:
     for warning in heard:
         if "README" in str(warning.message):
             say(f"the hub remarks: {' '.join(str(warning.message).split())}")
-    print(f"\n{url}")
+    show(f"\n{url}")
     return {**summary, "url": url}
 
 

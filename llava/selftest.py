@@ -16,7 +16,7 @@ from llava.reference import TOKENS, WIDTH, write_features, write_language_model
 from llava.world.captions import caption
 from llava.world.dataset import draw
 from llava_core.device import default_dtype, pick_device
-from llava_core.files import read_json_lines
+from llava_core.files import flush, read_json_lines
 from llava_core.fingerprint import JsonDict
 from llava_core.matmul import matmul_rate
 from llava_core.vision import open_vision_tower
@@ -53,7 +53,7 @@ def _disk_rate(path: Path) -> float:
         for _ in range(ROWS):
             file.write(row)
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno(), path)
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):  # out of the page cache, or it is memory that is measured
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -15,7 +15,7 @@ from llava.world.render import jpeg, render
 from llava.world.scene import random_scene
 from llava_core.answers import answer_logits
 from llava_core.checkpoint import load_checkpoint
-from llava_core.console import say, table
+from llava_core.console import say, show, table
 from llava_core.conversation import IGNORE, Conversation, Example, Turn
 from llava_core.device import pick_device
 from llava_core.fingerprint import JsonDict
@@ -86,13 +86,13 @@ def run(config: TraceConfig) -> JsonDict:
     logits, targets = answer_logits(llm, visual, example)
     losses = F.cross_entropy(logits, targets, reduction="none")
     stages.append(Stage.of("logits at the learnt tokens", logits))
-    print(table([_cells(stage) for stage in stages], ("stage", "shape", "type", "mean", "RMS", "norm")))
+    show(table([_cells(stage) for stage in stages], ("stage", "shape", "type", "mean", "RMS", "norm")))
     tokens = _tokens(llm, example, len(visual), losses.tolist(), logits.argmax(-1).tolist())
-    print()
-    print(table(_lines(tokens, len(visual)), ("position", "id", "token", "learnt", "loss", "likeliest")))
+    show()
+    show(table(_lines(tokens, len(visual)), ("position", "id", "token", "learnt", "loss", "likeliest")))
     total, loss = float(losses.sum()), float(losses.sum()) / len(targets)
     cut = ", cut: no end token is learnt" if example.cut else ""
-    print(f"\nloss {total:.4f} nats / {len(targets)} learnt tokens = {loss:.4f}{cut}")
+    show(f"\nloss {total:.4f} nats / {len(targets)} learnt tokens = {loss:.4f}{cut}")
     return {
         "image": config.image,
         "caption": caption,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from llava_core.cli import INTERRUPTED
+from llava_core.cli import INTERRUPTED, stop_signals
 from llava_core.console import table
 from llava_core.errors import LlavaError, nearest
 from llava_core.fingerprint import JsonDict
@@ -54,7 +54,9 @@ class Chat:
         it; a question that fails is left out.
         """
         # Ctrl-C stops an answer only; to be told to end is another matter.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
+        for signum in stop_signals():
+            if signum != signal.SIGINT:
+                signal.signal(signum, lambda *_: sys.exit(INTERRUPTED))
         self.say("welcome")
         for line in self.terminal.lines():
             try:

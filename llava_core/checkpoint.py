@@ -13,6 +13,7 @@ Its files:
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -26,8 +27,9 @@ from safetensors.torch import load_file, save
 
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import fsync
+from llava_core.files import LACKING, fsync
 from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.folders import require_checkpoint
 from llava_core.model_card import model_card
 from llava_core.projector import Projector, build_projector, parameter_count
 
@@ -129,10 +131,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises LlavaError if a file is missing or damaged, or of another format version.
     """
-    if not (folder / "config.json").is_file():
-        inner = [name for name in ("best", "last") if (folder / name / "config.json").is_file()]
-        hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
-        raise LlavaError(f"no checkpoint in {folder}", expected="config.json and model.safetensors", do=hint)
+    require_checkpoint(folder)
     try:
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         if config.get("format") != "llava-projector" or config.get("version") != CHECKPOINT_VERSION:
@@ -181,7 +180,15 @@ def point_to(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to `target`, replacing it in one step."""
     partial = link.with_name(link.name + ".part")
     partial.unlink(missing_ok=True)
-    partial.symlink_to(os.path.relpath(target, link.parent))
+    try:
+        partial.symlink_to(os.path.relpath(target, link.parent))
+    except OSError as error:
+        if error.errno not in (*LACKING, errno.EPERM):
+            raise
+        do = f"choose an --out that can; {target} is whole"
+        raise LlavaError(
+            f"no symbolic link can be made in {link.parent}", got=error.strerror, do=do
+        ) from None
     partial.replace(link)
 
 

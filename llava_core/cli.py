@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import tyro
 import yaml
 
-from llava_core.console import say
+from llava_core.console import guard_terminal, say, show, visible
 from llava_core.errors import LlavaError, first_line, nearest
 
 INTERRUPTED = 130
@@ -36,6 +36,12 @@ class Options:
 
     json: bool = False
     """Make the last line of standard output one JSON object with the figures of the summary."""
+
+    def require_inputs(self) -> None:
+        """Raise LlavaError for files and folders that are seen to be wrong without reading them.
+
+        Called before what runs is imported: torch takes seconds.
+        """
 
     def require_above_zero(self, *names: str) -> None:
         """Raise LlavaError (wrong usage) unless these flags are finite numbers above 0, or None."""
@@ -63,7 +69,10 @@ def main(
     prog: str, description: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Parse, run, and leave the process with DESIGN's exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    guard_terminal()
+    for signum in stop_signals():
+        if signum != signal.SIGINT:  # which raises by itself
+            signal.signal(signum, _interrupt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text in another encoding ends no command
             stream.reconfigure(errors="replace")
@@ -103,12 +112,19 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
         args=argv,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+    config.require_inputs()
     module, function = commands[argv[0]].target.split(":")
     summary: dict[str, Any] = getattr(importlib.import_module(module), function)(config) or {}
     code = int(summary.pop("exit_code", 0))
     if config.json:
-        print(json.dumps(summary, ensure_ascii=False, default=str), flush=True)
+        show(visible(json.dumps(summary, ensure_ascii=False, default=str)))
     return code
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks a command to stop: Ctrl-C, SIGTERM, and SIGHUP, unless that is ignored (`nohup`)."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
@@ -188,44 +204,72 @@ def _expanded(
     flags: list[str] = []
     for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
-        if value is not None and flag not in typed and flag.replace("--", "--no-", 1) not in typed:
-            field = fields.get(key.replace("-", "_"))
-            if isinstance(value, bool) and (field is None or field.type != "bool"):
-                value = "on" if value else "off"  # YAML's booleans, too
-            again = field is not None and _repeats(field)
-            for each in value if again and isinstance(value, list) else [value]:
-                flags += _flag(flag, each)
+        if value is None or flag in typed or flag.replace("--", "--no-", 1) in typed:
+            continue
+        field = fields.get(key.replace("-", "_"))
+        if field is not None and field.type == "bool":
+            flags.append(_switch(flag, value))
+            continue
+        if isinstance(value, list) and (field is None or "tuple" not in str(field.type)):
+            expected, got = "one value", f"a list of {len(value)}"
+            raise LlavaError(f"{key} in {named}", expected=expected, got=got, exit_code=2)
+        again = field is not None and _repeats(field)
+        for each in value if again and isinstance(value, list) else [value]:
+            # A text such as --x is a value only behind an equals sign.
+            flags += [flag, *map(str, each)] if isinstance(each, list) else [f"{flag}={each}"]
     return flags + rest
 
 
-def _flag(flag: str, value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
-    values = value if isinstance(value, list) else [value]
-    return [flag, *map(str, values)]
+def _switch(flag: str, value: object) -> str:
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    on = words.get(str(value).lower())
+    if on is None:
+        raise LlavaError(flag, expected="true or false", got=value, exit_code=2)
+    return flag if on else flag.replace("--", "--no-", 1)
+
+
+SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp", "value")}
+"""YAML's tags of what is one word, on the command line, too."""
 
 
 def read_settings(path: Path, known: Sequence[str] | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, its keys as Python's names; None for a key without a value.
+    """The mapping in a YAML file, its keys as Python's names: words, or lists of words, as they are written
+    (so that 010 stays ten); None for a key without a value.
 
-    Raises LlavaError (exit code 2) for a missing file, one that is no mapping, or a key that is there twice
-    or none of `known`.
+    Raises LlavaError (exit code 2) for a missing file, one that is no mapping, a value of another kind, or a
+    key that is there twice or none of `known`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        loaded, nodes = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LlavaError(f"cannot read settings from {path}", got=error, exit_code=2) from None
-    if not isinstance(loaded, dict):
-        raise LlavaError(f"{path} holds no settings", expected="key: value lines", got=loaded, exit_code=2)
+        top = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        at = getattr(error, "problem_mark", None)
+        got = f"{getattr(error, 'problem', None)} in line {at.line + 1}" if at else first_line(error)
+        raise LlavaError(f"cannot read settings from {path}", got=got, exit_code=2) from None
+    if not isinstance(top, yaml.MappingNode):
+        got = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a word"}.get(type(top), "nothing")
+        raise LlavaError(f"{path} holds no settings", expected="key: value lines", got=got, exit_code=2)
     settings: dict[str, Any] = {}
-    for key, value in loaded.items():
-        name = str(key).replace("-", "_")
+    for key, value in top.value:
+        where = f"in line {key.start_mark.line + 1} of {path}"
+        name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else None
+        if name is None:
+            raise LlavaError(f"no key {where}", expected="key: value", exit_code=2)
         if known is not None and name not in known:
-            raise LlavaError(f"unknown key {key!r} in {path}", do=nearest(name, known), exit_code=2)
-        settings[name] = value
-    assert isinstance(nodes, yaml.MappingNode)
-    names = [str(key.value).replace("-", "_") for key, _ in nodes.value]  # of two, YAML keeps the last
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise LlavaError(f"{path} has the key {twice!r} twice", do="keep one", exit_code=2)
+            raise LlavaError(f"unknown key {key.value!r} in {path}", do=nearest(name, known), exit_code=2)
+        if name in settings:
+            raise LlavaError(f"{path} has the key {name!r} twice", do="keep one", exit_code=2)
+        if value.tag == "tag:yaml.org,2002:seq":
+            settings[name] = [_word(each, where) for each in value.value]
+        else:
+            settings[name] = None if value.tag == "tag:yaml.org,2002:null" else _word(value, where)
     return settings
+
+
+def _word(node: yaml.Node, where: str) -> str:
+    """A YAML scalar as it is written. Raises LlavaError (wrong usage) for anything else."""
+    text = str(node.value)
+    if node.tag in SCALARS and "\0" not in text and text == text.encode(errors="replace").decode():
+        return text
+    got = ascii(text) if node.tag in SCALARS else node.tag.replace("tag:yaml.org,2002:", "!!")
+    expected = "a number, a text, or a list of them"
+    raise LlavaError(f"a value {where}", expected=expected, got=got, exit_code=2)

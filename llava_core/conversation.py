@@ -6,18 +6,23 @@ on every answer and the end token that closes it, on nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import signal
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 
 CONVERSATION_FORMAT = "visual-prefix/1"
 """Name of the layout `[visual][template text]`, kept in checkpoints; another layout gets another name."""
 
+RENDER_SECONDS = 30.0
+"""Longest time that a chat template may take; a usual one takes milliseconds."""
 IGNORE = -100
 """Label of a token that is context only."""
 
@@ -76,6 +81,7 @@ class Conversation:
         self._plain_tokens("")
         # The template's text around answers depends on the questions alone, and captions have few of them.
         self._frame = functools.lru_cache(maxsize=4096)(self._render_frame)
+        self.prompt([{"role": "user", "content": QUESTION}])  # or fail before any work has begun
 
     @property
     def can_think(self) -> bool:
@@ -148,12 +154,21 @@ class Conversation:
     def _render(
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, thinking: bool = False
     ) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=thinking,
-        )
+        """Raises LlavaError if the template, a program of the model's publisher, fails or does not end."""
+        try:
+            with _at_most(RENDER_SECONDS):
+                text: str = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    enable_thinking=thinking,
+                )
+        except Exception as error:  # of Jinja, of Python by its hands, or what the template itself raises
+            raise LlavaError(
+                f"the chat template of {self.tokenizer.name_or_path} fails",
+                got=f"{type(error).__name__}: {first_line(error)}",
+                do="download the tokenizer again, or fix chat_template.jinja there",
+            ) from None
         return text
 
     def _tokens(self, text: str) -> list[int]:
@@ -165,6 +180,25 @@ class Conversation:
         split = {"add_special_tokens": False, "split_special_tokens": True}
         ids: list[int] = self._plain_tokenizer(text, **split)["input_ids"]
         return ids
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block if it takes longer; signals allow that in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"it runs for more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str]:

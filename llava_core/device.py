@@ -36,6 +36,17 @@ def local_gpu(environment: Mapping[str, str], visible: int) -> int:
     return int(value) % visible
 
 
+def whole_number(environment: Mapping[str, str], name: str) -> int | None:
+    """A launcher's variable; None if it is unset or empty. Raises LlavaError (wrong usage) for a text."""
+    value = environment.get(name, "").strip()
+    if not value:
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise LlavaError(name, expected="a whole number", got=value, exit_code=2) from None
+
+
 def cpu_cores(environment: Mapping[str, str] = os.environ) -> int:
     """CPU cores for this process: those it may run on, among the LOCAL_WORLD_SIZE workers of torchrun."""
     beside = environment.get("LOCAL_WORLD_SIZE", "")

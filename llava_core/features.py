@@ -8,6 +8,7 @@ from pathlib import Path
 from llava_core.console import say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import first_difference
+from llava_core.folders import shard_paths
 from llava_core.shards import Shard
 
 
@@ -23,22 +24,7 @@ def open_shards(path: Path) -> list[Shard]:
 
 def find_shards(path: Path) -> list[Shard]:
     """As `open_shards`, of whatever encoders. Raises LlavaError if there are none, or one is damaged."""
-    if not path.exists():
-        raise LlavaError(f"no feature folder {path}", do="make it with `extract run --out`")
-    if path.is_file() and path.suffix != ".h5":
-        raise LlavaError(f"{path} is no feature shard", expected="a folder of *.h5 files, or one of them")
-    paths = [path] if path.is_file() else sorted(path.glob("*.h5"))
-    if not paths and (below := sorted({shard.parent for shard in path.glob("*/*.h5")})):
-        raise LlavaError(f"no shard (*.h5) in {path}", do=f"give one of {', '.join(map(str, below[:5]))}")
-    if not paths:
-        unfinished = sorted(path.glob("*.h5.part"))
-        raise LlavaError(
-            f"no finished shard (*.h5) in {path}",
-            got=f"{len(unfinished)} unfinished, such as {unfinished[0].name}" if unfinished else None,
-            do="run `extract run` again to finish them"
-            if unfinished
-            else "make some with `extract run --out`",
-        )
+    paths = shard_paths(path)
     shards = [Shard(p) for p in paths]
     if path.is_dir() and (left := len({p.with_suffix("") for p in path.glob("*.h5.part")} - set(paths))):
         say(f"{left} unfinished shards in {path} are left out")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_core.errors import LlavaError
 from llava_core.fetch import FetchLimits, fetch_all
-from llava_core.preprocess import ImageError
 from llava_core.status import Status
+
+if TYPE_CHECKING:  # what checks flags does without torch
+    from llava_core.preprocess import ImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Of image files, in any case."""
@@ -35,9 +38,23 @@ def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | Ll
         try:
             files.append((folder / Path(image).expanduser()).read_bytes())
         except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~nobody
-            do = "give the path or the http(s) address of an image"
-            files.append(LlavaError(f"no image file {folder / image}", do=do))
+            files.append(_no_file(folder / image))
     return files
+
+
+def require_image(image: str | None) -> None:
+    """Raise LlavaError for a path at which there is no file; what is at an address shows later."""
+    if image is not None and image != "-" and not is_url(image):
+        try:
+            there = Path(image).expanduser().exists()
+        except (OSError, ValueError, RuntimeError):
+            there = False
+        if not there:
+            raise _no_file(Path(image))
+
+
+def _no_file(path: Path) -> LlavaError:
+    return LlavaError(f"no image file {path}", do="give the path or the http(s) address of an image")
 
 
 def read_image(image: str) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_core.errors import LlavaError
+from llava_core.files import flush
 
 MAGIC = b"LLVAJNL1"
 HEADER_BYTES = len(MAGIC) + 32
@@ -52,7 +53,7 @@ class Journal:
             data = header
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, header, 0)
-            os.fsync(self.descriptor)
+            flush(self.descriptor, path)
         whole = _whole(data[HEADER_BYTES:])
         self.records = np.frombuffer(data, RECORD, len(whole), HEADER_BYTES)[whole]
         self.end = HEADER_BYTES + RECORD.itemsize * len(whole)
@@ -62,7 +63,7 @@ class Journal:
         """Add records (`check` is filled in here) and wait until they are on disk."""
         data = sealed(records).tobytes()
         write_all(self.descriptor, data, self.end)
-        os.fdatasync(self.descriptor)
+        flush(self.descriptor, self.path)
         self.end += len(data)
 
     def close(self) -> None:
@@ -103,5 +104,5 @@ def write_file(path: Path, uid: str, records: Sequence[Any] | np.ndarray) -> Non
     with partial.open("wb") as file:
         file.write(MAGIC + uid.encode() + sealed(np.asarray(records, RECORD)).tobytes())
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno(), path)
     partial.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeli
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from llava_core.console import say
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import config_of, contents
+from llava_core.folders import config_of, contents, require_language_model, weight_files
 
 logging.disable_progress_bar()
 
@@ -147,7 +149,7 @@ def load_language_model(
             "hidden": embedding.shape[1],
         },
         embedding_rms=float(embedding.float().pow(2).mean().sqrt()),
-        eos_ids=_end_tokens(model, tokenizer),
+        eos_ids=_end_tokens(folder, model, tokenizer),
     )
 
 
@@ -176,14 +178,13 @@ def outline_language_model(folder: Path) -> LanguageModel:
         "architecture": type(model).__name__,
         "hidden": model.get_input_embeddings().weight.shape[1],
     }
-    return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(model, tokenizer))
+    return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(folder, model, tokenizer))
 
 
 def _require_causal(folder: Path) -> None:
     """Raise LlavaError for a folder that is not there, or holds a model of another kind, or none."""
-    if not folder.is_dir():
-        do = "give --llm a folder; README.md shows how to download one"
-        raise LlavaError(f"no language model folder {folder}", do=do)
+    require_language_model(folder)
+    _require_readable(folder / "generation_config.json")
     if any(folder.glob("*.gguf")):
         return
     config = config_of(folder)
@@ -198,19 +199,31 @@ def _require_causal(folder: Path) -> None:
         )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: every shard of the first format present."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise LlavaError(
-        f"no weights in {folder}",
-        expected="*.safetensors, pytorch_model*.bin or *.gguf",
-        do="download it again",
-    )
+def _require_readable(path: Path) -> None:
+    """Raise LlavaError for a JSON file that is damaged, for which transformers would take its defaults."""
+    try:
+        if path.exists() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("no object in braces")
+    except (ValueError, RecursionError) as error:
+        raise LlavaError(f"damaged {path}", got=first_line(error), do="download it again") from None
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def _end_tokens(folder: Path, model: Any, tokenizer: Any) -> frozenset[int]:
+    """Raises LlavaError for what is no token's number; says which numbers the vocabulary does not have."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    numbers: list[Any] = [
+        *(configured if isinstance(configured, list) else [configured]),
+        tokenizer.eos_token_id,
+    ]
+    numbers = [number for number in numbers if number is not None]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if odd := [number for number in numbers if type(number) is not int]:
+        raise LlavaError(
+            f"eos_token_id in generation_config.json or config.json of {folder}",
+            expected="the number of a token, or a list of them",
+            got=repr(odd[0]),
+            do="write there what the model's publisher has",
+        )
+    if beyond := [number for number in numbers if not 0 <= number < vocabulary]:
+        say(f"{folder}: eos_token_id {beyond[0]} ends no answer: there are {vocabulary:,} tokens, from 0 on")
+    return frozenset(number for number in numbers if 0 <= number < vocabulary)

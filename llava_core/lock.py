@@ -10,6 +10,18 @@ from pathlib import Path
 from types import TracebackType
 
 from llava_core.errors import LlavaError
+from llava_core.files import tolerated
+
+
+def flock(descriptor: int, path: Path, operation: int) -> None:
+    """`fcntl.flock`, if the file system has it. Raises BlockingIOError as that does."""
+    with tolerated(path, without_locks):
+        fcntl.flock(descriptor, operation)
+
+
+def without_locks(folder: Path, reason: str) -> str:
+    """The warning about a file system that cannot lock."""
+    return f"{folder}: its file system has no locks ({reason}); let only one process at a time write there"
 
 
 class Held(LlavaError):
@@ -29,7 +41,7 @@ class Lock:
         while True:
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(self.descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
                 os.close(self.descriptor)

@@ -22,7 +22,7 @@ import numpy as np
 
 from llava_core.console import human_bytes
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import fsync
+from llava_core.files import flush, fsync
 from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
 from llava_core.layout import THUMBNAIL_BYTES, Layout
@@ -129,7 +129,7 @@ class ShardWriter:
                 record[name] = getattr(outcome, name)
             record["attempts"] = min(outcome.attempts, 255)
             record["sha256"] = np.frombuffer(outcome.sha256, np.uint8)
-        os.fdatasync(self._descriptor)
+        flush(self._descriptor, self.path)
         self._journal.append(records)
         self._records[records["row"]] = records
 
@@ -175,7 +175,7 @@ class ShardWriter:
         for name, (kind, _) in COLUMNS.items():
             column = np.ascontiguousarray(self._records[name], kind)
             write_all(self._descriptor, column, self.layout.offsets[name])
-        os.fsync(self._descriptor)
+        fsync(self.part)
         self.part.replace(self.path)
         fsync(self.path.parent)
         journal_of(self.path).unlink()
@@ -224,8 +224,7 @@ class ShardWriter:
         partial = self.part.with_name(self.part.name + ".tmp")
         try:
             yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync(partial)
         except Exception as error:
             partial.unlink(missing_ok=True)
             if isinstance(error, RuntimeError):  # what h5py says of a full disk

@@ -82,7 +82,7 @@ class ShardHeader:
 
 def create_file(path: Path, header: ShardHeader) -> None:
     """Write a whole shard file with its text; the space of the features is reserved and left sparse."""
-    with h5py.File(path, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+    with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
         file.attrs.update(
             format=FORMAT,
             format_version=FORMAT_VERSION,

@@ -52,11 +52,11 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
 
 @contextlib.contextmanager
 def signals_restored() -> Iterator[None]:
-    """A loop that ends leaves SIGTERM to kill the process outright; what was there before comes back."""
+    """A loop that ends leaves its signals to kill the process outright; what was there before comes back."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

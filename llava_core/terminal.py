@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from llava_core.console import show, visible
 from llava_core.prompt import Prompt
 
 PREVIEW_COLUMNS = 32
@@ -40,13 +41,13 @@ class Terminal:
 
     def say(self, text: str, style: str = "") -> None:
         """A remark, on standard error."""
-        self._console.print(_harmless(text) if self.live else text, style=style)
+        self._console.print(visible(text, keep="\n\t"), style=style)
 
     def answer(self, pieces: Generator[str, None, None]) -> bool:
         """Print an answer as it comes, thoughts dim; False if Ctrl-C stopped it."""
         try:
             for piece in pieces:
-                print(self._shown(piece), end="", flush=True)
+                self._write(piece)
         except KeyboardInterrupt:
             pieces.close()
             return False
@@ -63,12 +64,12 @@ class Terminal:
     def _coloured(self) -> bool:
         return self.live and self._console.color_system is not None
 
-    def _shown(self, piece: str) -> str:
-        if self.live:
-            piece = _harmless(piece)
-        if self._coloured:  # a tag is one token, so it is never torn between pieces
-            piece = piece.replace("<think>", f"{DIM}<think>").replace("</think>", f"</think>{PLAIN}")
-        return piece
+    def _write(self, piece: str) -> None:
+        if not self._coloured:
+            return show(piece, end="")
+        piece = visible(piece, keep="\n\t")  # a tag is one token, so it is never torn between pieces
+        piece = piece.replace("<think>", f"{DIM}<think>").replace("</think>", f"</think>{PLAIN}")
+        return print(piece, end="", flush=True)
 
     def _read(self) -> str:
         if self._prompt:
@@ -89,8 +90,3 @@ def half_blocks(pixels: np.ndarray) -> Text:
         text.append("\n")
     text.rstrip()
     return text
-
-
-def _harmless(piece: str) -> str:
-    """Without control characters: a model, or a host, may say anything, an escape sequence too."""
-    return "".join(c for c in piece if c.isprintable() or c in "\n\t")

@@ -21,18 +21,11 @@ from llava_core.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, sha256_files
-from llava_core.folders import contents
+from llava_core.folders import MODELSCOPE_FILES, require_vision_encoder
 from llava_core.preprocess import FILTERS, Preprocess
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-MODELSCOPE_FILES = (
-    "vision_model_config.json",
-    "text_model_config.json",
-    "vocab.txt",
-    "pytorch_model.bin",
-)
 
 TEXT_WEIGHTS = ("bert.", "text_projection", "logit_scale")
 """Beginnings of the names of Chinese-CLIP's weights that images do without."""
@@ -133,32 +126,15 @@ def open_vision_tower(
     """
     device = torch.device(device)
     dtype = dtype or default_dtype(device)
-    if not folder.is_dir():
-        raise LlavaError(
-            f"no vision folder {folder}", do="give --vision a folder; README.md shows how to download one"
-        )
+    require_vision_encoder(folder)
     if (folder / MODELSCOPE_FILES[0]).exists():
         return _open_modelscope(folder, device, dtype, layer, decode, text)
-    if (folder / "config.json").exists():
-        return _open_hugging_face(folder, device, dtype, layer, decode)
-    raise LlavaError(
-        f"{folder} holds no vision encoder",
-        expected=f"{MODELSCOPE_FILES[0]} (Chinese-CLIP from ModelScope) or config.json (Hugging Face)",
-        got=contents(folder),
-        do="download it again",
-    )
+    return _open_hugging_face(folder, device, dtype, layer, decode)
 
 
 def _open_modelscope(
     folder: Path, device: torch.device, dtype: torch.dtype, layer: int | None, decode: str, text: bool
 ) -> VisionTower:
-    missing = [name for name in MODELSCOPE_FILES if not (folder / name).is_file()]
-    if missing:
-        raise LlavaError(
-            f"{folder} lacks {', '.join(missing)}",
-            expected=", ".join(MODELSCOPE_FILES),
-            do="download it again",
-        )
     vision, text_config = (_json(folder / name) for name in MODELSCOPE_FILES[:2])
     weights = folder / "pytorch_model.bin"
     try:

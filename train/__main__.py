@@ -17,17 +17,21 @@ COMMANDS = {
     "plan": cli.Command(PlanConfig, "train.plan:run", RECIPES),
     "eval": cli.Command(EvalConfig, "train.evaluate:run"),
 }
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which its processes find each other."""
 
 
 def main() -> None:
-    spoken_for = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK") != "0"
-    if spoken_for:  # torchrun started several of us, and rank 0 speaks
+    # torchrun started several of us, and rank 0 speaks; RANK or WORLD_SIZE alone are left over from something
+    spoken_for = os.environ.get("RANK", "0") != "0" and all(os.environ.get(name) for name in TORCHRUN)
+    if spoken_for:
         silence()
     try:
         cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
     except SystemExit as leaving:
-        if spoken_for and leaving.code == 2:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if spoken_for and leaving.code in (1, 2):
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, signal.SIG_DFL)
             time.sleep(1)  # torchrun ends all as soon as one has ended, and rank 0 may have yet to speak
         raise
 

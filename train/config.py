@@ -9,6 +9,7 @@ from typing import Literal
 
 from llava_core.cli import Options
 from llava_core.errors import LlavaError
+from llava_core.folders import require_checkpoint, require_folder, require_language_model, shard_paths
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
 
@@ -106,10 +107,19 @@ class RunConfig(Options):
             raise LlavaError("--eval-captions", expected="0 or more", got=self.eval_captions, exit_code=2)
         if not 0 <= self.weight_decay < math.inf:
             raise LlavaError("--weight-decay", expected="0 or more", got=self.weight_decay, exit_code=2)
-        if self.seed < 0:
-            raise LlavaError("--seed", expected="0 or more", got=self.seed, exit_code=2)
+        if not 0 <= self.seed < 1 << 63:
+            raise LlavaError("--seed", expected="0 or more, in 63 bits", got=self.seed, exit_code=2)
         if not 0 <= self.warmup < 1:
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
+
+    def require_inputs(self) -> None:
+        require_folder(self.out)
+        shard_paths(self.features)
+        if self.eval_features is not None:
+            shard_paths(self.eval_features)
+        require_language_model(self.llm)
+        if self.init is not None:
+            require_checkpoint(self.init)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,3 +194,8 @@ class EvalConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("max_samples", "max_text_tokens", "batch_size", "micro_tokens")
+
+    def require_inputs(self) -> None:
+        require_checkpoint(self.checkpoint)
+        shard_paths(self.features)
+        require_language_model(self.llm)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from llava_core.checkpoint import load_checkpoint
-from llava_core.console import progress, say, table
+from llava_core.console import progress, say, show, table
 from llava_core.conversation import Conversation
 from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
@@ -70,7 +70,7 @@ def run(config: EvalConfig) -> JsonDict:
             llm, projector, samples = _load(config, world)
         packing = Packing(config.micro_tokens)
         figures = evaluate(llm, projector, samples, config.batch_size, packing, world)
-    print(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
+    show(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
     return figures
 
 

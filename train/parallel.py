@@ -22,7 +22,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from llava_core.device import pick_device
+from llava_core.console import speak
+from llava_core.device import pick_device, whole_number
 from llava_core.errors import LlavaError, first_line
 
 Item = TypeVar("Item")
@@ -31,17 +32,18 @@ Item = TypeVar("Item")
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
     """The processes that torchrun started, joined for the block; without torchrun a world of one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    size = whole_number(os.environ, "WORLD_SIZE")
+    if size is None or size == 1:
         yield World()
         return
     try:  # tensors on a GPU travel by NCCL, all others by gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (ValueError, RuntimeError) as error:
+        speak()  # there is no rank 0 to say it
         raise LlavaError(
             f"cannot join the {size} processes that WORLD_SIZE promises",
             got=first_line(error),
-            do="start them with torchrun",
+            do="start them with torchrun, or, for one process, `unset WORLD_SIZE RANK`",
         ) from None
     yield World(dist.get_rank(), size)
     dist.destroy_process_group()
@@ -64,7 +66,7 @@ class World:
         device = pick_device(name)
         if self.size == 1 or device.type == "cpu":
             return device
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = whole_number(os.environ, "LOCAL_RANK") or 0
         if local >= torch.cuda.device_count():
             raise LlavaError(
                 "more processes than GPUs",
@@ -137,7 +139,8 @@ class World:
         """Called on every rank: raise the same error on all, the first that one of them has."""
         errors = [error]
         if self.size > 1:
-            for signum in (signal.SIGINT, signal.SIGTERM):  # torchrun's, to the others once one has ended
+            # torchrun's, to the others once one has ended
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, signal.SIG_IGN)
             errors = [None] * self.size
             with _others():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llava_core.checkpoint import Checkpoint, load_checkpoint
-from llava_core.console import human_bytes, human_seconds, table
+from llava_core.console import human_bytes, human_seconds, show, table
 from llava_core.conversation import Conversation
 from llava_core.device import default_dtype, pick_device
 from llava_core.errors import LlavaError
@@ -249,4 +249,4 @@ def _print(predicted: Prediction, figures: JsonDict) -> None:
         ("steps per second", f"{predicted.steps_per_s:.3g}"),
         ("time, within about a factor of 2", human_seconds(predicted.seconds)),
     ]
-    print(table(rows))
+    show(table(rows))

@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from llava_core.console import progress, say, table
+from llava_core.cli import stop_signals
+from llava_core.console import progress, say, show, table
 from llava_core.conversation import Example
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
@@ -248,7 +249,7 @@ class Trainer:
                 figures = {k: v for k, v in member.figures.items() if v is not None}
                 if figures:
                     cells = {k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in figures.items()}
-                    print(table([(k.replace("_", " "), cell) for k, cell in cells.items()]))
+                    show(table([(k.replace("_", " "), cell) for k, cell in cells.items()]))
 
 
 def require_same_steps(first: RunConfig, other: RunConfig) -> None:
@@ -274,7 +275,7 @@ MEMBER_KEYS = frozenset(
 
 @contextmanager
 def stop_request() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM instead of raising, so that a step is never torn; a second one raises."""
+    """Collects signals to stop instead of raising, so that a step is never torn; a second one raises."""
     received: list[int] = []
 
     def receive(signum: int, frame: object) -> None:
@@ -283,7 +284,7 @@ def stop_request() -> Iterator[list[int]]:
         received.append(signum)
         say("stopping after this step, or its evaluation; once more stops at once")
 
-    previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, receive) for s in stop_signals()}
     try:
         yield received
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.console import counted, human_seconds, say
+from llava_core.device import whole_number
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
@@ -40,9 +41,12 @@ def run(config: SweepConfig) -> JsonDict:
         value = getattr(config, key)
         if value != DEFAULTS[key] and not (isinstance(axis, Choices) and value in axis.values):
             say(f"--space varies {key}: {value} is not among its values")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        do = "start the command once for each GPU (CUDA_VISIBLE_DEVICES=0, 1, ...): they share the trials"
-        raise LlavaError("a sweep wants no torchrun", do=do, exit_code=2)
+    if (whole_number(os.environ, "WORLD_SIZE") or 1) != 1:
+        do = (
+            "start the command once for each GPU (CUDA_VISIBLE_DEVICES=0, 1, ...): they share the trials; "
+            "`unset WORLD_SIZE RANK` if no torchrun set them"
+        )
+        raise LlavaError("a sweep wants no torchrun", got="WORLD_SIZE", do=do, exit_code=2)
     if config.export_wandb:
         from train.wandb_sweep import export  # most sweeps have no use for it
 

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import yaml
@@ -20,8 +21,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import replace_text
+from llava_core.files import replace_text, tolerated, without_flush
 from llava_core.fingerprint import JsonDict
+from llava_core.lock import flock
 from train.runfolder import DEFAULTS
 
 
@@ -34,7 +36,7 @@ class Turn(JournalFileOpenLock):
 
     def acquire(self) -> bool:
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        flock(self.descriptor, self.path, fcntl.LOCK_EX)
         return True
 
     def release(self) -> None:
@@ -47,12 +49,20 @@ class Turn(JournalFileOpenLock):
         self.release()
 
 
+class Journal(JournalFileBackend):
+    """Optuna's, which waits for the disk, on a file system that cannot do that, too."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with tolerated(Path(self._file_path), without_flush):  # what is written by then
+            super().append_logs(logs)
+
+
 def open_journal(folder: Path) -> optuna.Study:
     """Call it while holding `study.lock`."""
     journal = folder / "study.journal"
     with Turn(folder / "journal.lock"):
         _cut_torn_line(journal)
-    backend = JournalFileBackend(str(journal), lock_obj=Turn(folder / "journal.lock"))
+    backend = Journal(str(journal), lock_obj=Turn(folder / "journal.lock"))
     try:
         storage = JournalStorage(backend)
         return optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from llava_core.console import counted, say
+from llava_core.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
@@ -136,7 +135,7 @@ def as_failure(error: Exception) -> LlavaError:
         return error
     if isinstance(error, (RuntimeError, OSError)):
         return LlavaError(first_line(error))
-    say("".join(traceback.format_exception(error)).rstrip())
+    say_fault(error)
     return LlavaError(f"{type(error).__name__}: {first_line(error)}")
 
 
@@ -150,7 +149,7 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
         best = best_of(rows)
         command = write_best(config.out, best, run_config(config, best.point, best.folder)) if best else None
         write_page(config, space, rows, draw(config.out, space, rows), command)
-    print(text_table(rows))
+    show(text_table(rows))
     states = [record.state for record in records]
     figures: JsonDict = {
         state: states.count(state) for state in ("finished", "pruned", "failed", "running", "interrupted")
@@ -165,7 +164,7 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
             got = f"{counted(len(errors), 'failure')}, the last: {errors[-1]}"
             raise LlavaError("no trial finished", got=got)
         return figures
-    print(f"\nthe best again: {command}")
+    show(f"\nthe best again: {command}")
     link = config.out / "best"
     kept = f"{link} is" if link.exists() else f"{best.folder} is gone, and with it"
     say(f"{config.out / 'index.html'} shows all; {kept} the best checkpoint")

@@ -42,7 +42,8 @@ BATCH = {"reference": 16, "small": 4}
 
 def audit(bench: Bench, clock: Clock) -> Iterator[Row]:
     """Which kernel, how near fp32, and whether a short run on the device has the losses of one on the CPU."""
-    prepared = prepare(bench.llm, "off")
+    shared = bench.shared("off")
+    prepared = prepare(shared.llm, "off")
     yield Row(
         "attention", prepared.attention, note="; ".join(f"{k}: {v}" for k, v in prepared.passed_over.items())
     )

@@ -75,13 +75,19 @@ def _source_of(shard: Shard, stems: dict[str, Source], data: str) -> Source:
     return source
 
 
+def matching(data: str) -> list[Path]:
+    """The folder, or the file, at a path, or those of a glob. Raises LlavaError if there are none."""
+    path = Path(data)
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(data, recursive=True)))
+    if not found:
+        raise _nothing(f"no data at {data}")
+    return found
+
+
 def _paths(data: str) -> list[Path]:
     path = Path(data)
     if not path.is_dir():
-        found = [path] if path.is_file() else sorted(map(Path, glob.glob(data, recursive=True)))
-        if not found:
-            raise _nothing(f"no data at {data}")
-        return found
+        return matching(data)
     files = [file for file in sorted(path.rglob("*")) if _is_listed(file.relative_to(path))]
     parquet = [file for file in files if file.suffix == ".parquet"]
     # The statistics beside a shard are no data, wherever --out lies.
@@ -98,6 +104,8 @@ def _is_statistics(path: Path) -> bool:
     """Whether a shard's, which may be gone."""
     if any(path.with_suffix(suffix).exists() for suffix in (".h5", ".h5.part")):
         return True
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(STATISTICS_HEAD)
@@ -116,6 +124,8 @@ def _source(path: Path, images: Path | None) -> Source:
         if not source.rows:
             raise _nothing(f"nothing to extract in {path}")
         return source
+    if not path.is_file():  # a pipe that nobody writes to would be waited for
+        raise _nothing(f"{path} is no regular file")
     if path.suffix in llava_json.SUFFIXES:
         return LlavaJson.find(path, images or path.parent)
     return Parquet.find(path, images or path.parent)

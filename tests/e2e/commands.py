@@ -106,12 +106,19 @@ def run(*arguments: object, code: int = 0, cwd: Path | None = None, **environmen
     return Ended(process.returncode, out, err)
 
 
-def call(*arguments: object, code: int = 0) -> Ended:
+class Screen(io.StringIO):
+    """Standard output that leads to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def call(*arguments: object, code: int = 0, pipe: bool = True) -> Ended:
     """`run` in this process, which spares it seconds of imports: for whatever no start of one can change."""
     module, *argv = map(str, arguments)
     commands = importlib.import_module(f"{module}.__main__").COMMANDS
     with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stdout(io.StringIO() if pipe else Screen()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
         pytest.raises(SystemExit) as left,
     ):

@@ -13,7 +13,7 @@ import pytest
 from llava.config import DownloadConfig
 from llava.download import DATA
 from llava_core.errors import LlavaError
-from tests.e2e.commands import ROOT, Ended, run, started, wait_until
+from tests.e2e.commands import ROOT, Ended, call, run, started, wait_until
 from tests.model_scope import ModelScope, model_scope
 
 LARGE = os.urandom(6_000_000)
@@ -56,7 +56,7 @@ def test_models_continue_after_an_interruption(hub: ModelScope, tmp_path: Path) 
 
     with started("llava", "download", "models", "--out", tmp_path, MODELSCOPE_ENDPOINT=hub.url) as process:
         wait_until(process, half_done)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGHUP)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
@@ -109,6 +109,22 @@ def test_what_it_cannot_do_is_one_line(hub: ModelScope, tmp_path: Path) -> None:
     path = f"{tmp_path / 'without'}:{ROOT}"
     error = run("llava", "download", "eval", "--out", tmp_path, code=1, PYTHONPATH=path).one_line()
     assert "pip install 'llava-align[modelscope]'" in error
+
+
+@pytest.mark.parametrize("name", ["data/../../train-x", "data/train-\x1b[31m", "data/train-\u202e"])
+def test_a_file_that_would_land_elsewhere_is_refused(
+    hub: ModelScope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class Client:
+        endpoint = hub.url
+
+        def get_dataset_files(self, *_: object, **__: object) -> list[dict[str, object]]:
+            return [{"Path": name, "Size": 1}]
+
+    monkeypatch.setattr("llava.download.open_modelscope", lambda doing: Client())
+    line = call("llava", "download", "train", "--out", tmp_path, "--include", "data/*", code=1).one_line()
+    assert "has a file that would land elsewhere" in line
+    assert "\x1b" not in line
 
 
 def test_what_the_network_has_no_part_in(hub: ModelScope, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
             np.testing.assert_allclose(shard.read(row), whole.read(row), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_keeps_what_is_encoded(
     base: str, vision: Path, tmp_path: Path, signum: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

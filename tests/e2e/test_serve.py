@@ -43,7 +43,7 @@ def served(world: World) -> Iterator[Served]:
     """With four slots, and the defaults otherwise."""
     with llava_server(*world.flags, "--slots", 4, "--max-tokens", TOKENS, "--json") as served:
         yield served
-        summary = json.loads(served.stop(signal.SIGINT).splitlines()[-1])
+        summary = json.loads(served.stop(signal.SIGHUP).splitlines()[-1])
         assert summary["requests"] >= summary["answered"] > 0
         assert summary["completion_tokens"] > 0
 

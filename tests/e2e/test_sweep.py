@@ -194,7 +194,7 @@ def test_a_sweep_that_was_stopped_and_killed_goes_on(
     given = sweep(world, tmp_path / "cut", "lr=5e-3,2e-2,4e-2", epochs=5, save_every=4, keep=1000)
     with started(*command(given)) as process:
         wait_until(process, (tmp_path / "cut/trials/0000/step-00000020").exists)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted; the same command continues where it stopped"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -62,6 +64,9 @@ def target(flags: Flags) -> dict[str, Any]:
     }
     if flags.fail == "many":
         return {"exit_code": 3}
+    if flags.fail == "hang up":
+        signal.raise_signal(signal.SIGHUP)
+        time.sleep(60)
     if flags.fail == "dropped interrupt":
         LetsNothingOut()
         time.sleep(60)
@@ -90,6 +95,7 @@ def ended(*argv: str) -> int:
         ("mistake", 1, "error: what; expected this; got that; do so\n"),
         ("usage", 2, "error: wrong usage\n"),
         ("interrupt", 130, "interrupted; the same command continues where it stopped\n"),
+        ("hang up", 130, "interrupted; the same command continues where it stopped\n"),
         ("dropped interrupt", 130, "interrupted; the same command continues where it stopped\n"),
         ("disk", 1, "error: No space left on device: x.h5\n"),
         ("memory", 1, f"error: the GPU's memory is full; {cli.OUT_OF_MEMORY}; CUDA out of memory.\n"),
@@ -99,6 +105,55 @@ def ended(*argv: str) -> int:
 def test_endings(ending: str, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("--fail", ending) == code
     assert capsys.readouterr().err == line
+
+
+def test_nohup_is_nohup(tmp_path: Path) -> None:
+    """Who has SIGHUP ignored from the start, goes on."""
+    code = (
+        "import signal; from llava_core.cli import Command, Options, main, stop_signals\n"
+        "def target(options):\n"
+        "    signal.raise_signal(signal.SIGHUP)\n"
+        "    return {'signals': [s.name for s in stop_signals()]}\n"
+        "main('tool', '', {'go': Command(Options, '__main__:target')}, ['go', '--json'])"
+    )
+    command = ["nohup", sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert (ended.returncode, json.loads(ended.stdout)["signals"]) == (0, ["SIGINT", "SIGTERM"]), ended.stderr
+
+
+TALKER = """
+import fcntl, sys, termios, time
+from llava_core.cli import Command, Options, main
+from llava_core.console import say, show
+
+def target(options):
+    try:
+        say("ready")
+        time.sleep(60)
+    finally:
+        say("stopping")
+        show("a table")
+        open(sys.argv[1], "w").write("kept")
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+main("tool", "", {"go": Command(Options, "__main__:target")}, ["go"])
+"""
+
+
+def test_the_end_of_its_terminal_stops_a_command_that_then_keeps_its_work(tmp_path: Path) -> None:
+    """Every write to a terminal that has gone fails, and nothing may be lost over that."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", TALKER, str(tmp_path / "work")]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(60) == 130
+    assert (tmp_path / "work").read_text() == "kept"
 
 
 def test_what_does_not_continue_does_not_say_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +202,20 @@ def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rate": 0.001, "names": ["a", "b"]}
 
 
+def test_what_a_file_of_settings_says_is_taken_as_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YAML 1.1 reads 010 as eight, 1:30 as ninety and yes as true."""
+    path = tmp_path / "run.yaml"
+    path.write_text("rate: 010\nnames: [1:30, yes, 2024-01-01T00:00:00Z, 1_000]\n")
+    assert ended("-c", str(path), "--json") == 0
+    names = ["1:30", "yes", "2024-01-01T00:00:00Z", "1_000"]
+    assert json.loads(capsys.readouterr().out) == {"rate": 10.0, "names": names}
+    path.write_text("\ufefffail: --x\nrate: 1:30\n")
+    assert ended("-c", str(path)) == 2
+    assert "could not convert string to float: '1:30'" in capsys.readouterr().err
+
+
 def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("rate: 1e-3\nnames: [x, y]\njson: true\n")
@@ -154,8 +223,22 @@ def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out) == {"rate": 0.001, "names": ["typed"]}
     for text, message in (
         ("rat: 1\n", "unknown key 'rat'"),
-        ("- a\n", "holds no settings"),
+        ("- a\n", "holds no settings; expected key: value lines; got a list"),
+        ("", "holds no settings; expected key: value lines; got nothing"),
         ("a: [\n", "cannot read settings"),
+        ("rate: 1\n---\nrate: 2\n", "found another document in line 2"),
+        ("rate: " + "[" * 3000, "cannot read settings"),
+        ("rate: {a: 1}\n", "a value in line 1 of"),
+        ("names: &x [*x]\n", "a number, a text, or a list of them; got !!seq"),
+        ("names: [a, null]\n", "got !!null"),
+        ("names: !!binary aGVsbG8=\n", "got !!binary"),
+        ("names: !!python/object/apply:os.system [ls]\n", "got !!python/object/apply:os.system"),
+        ('fail: "a\\0b"\n', "got 'a\\x00b'"),
+        ('fail: "\\ud800"\n', "got '\\ud800'"),
+        ("rate: [1, 2]\n", "expected one value; got a list of 2"),
+        ("json: 3\n", "--json; expected true or false; got 3"),
+        ("[a]: 3\n", "no key in line 1"),
+        ("null: 3\n", "unknown key 'null'"),
     ):
         path.write_text(text)
         assert ended("-c", str(path)) == 2

@@ -31,7 +31,7 @@ from train.runfolder import RunFolder
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
 PACKAGES = ("extract", "train", "infer", "llava", "llava_core")
-SPEAKERS = ("progress_line", "advice")
+SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")
 """Functions that return a line to print."""
 LITERAL = 8
 """Least letters that are fixed in a template, so that none fits every line."""
@@ -47,7 +47,7 @@ def fenced(text: str, kind: str) -> list[str]:
 
 @functools.cache
 def templates() -> tuple[re.Pattern[str], ...]:
-    """What `say`, `print`, LlavaError and SPEAKERS of our packages can print, as patterns of whole lines."""
+    """What `say`, `show`, LlavaError and SPEAKERS of our packages can print, as patterns of whole lines."""
     found = []
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -57,7 +57,7 @@ def templates() -> tuple[re.Pattern[str], ...]:
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 if node.func.id == "LlavaError":
                     found.append(_error(node))
-                elif node.func.id in ("say", "print"):
+                elif node.func.id in ("say", "show"):
                     found.append(_pattern(node.args[0]))
     return tuple(re.compile(pattern, re.DOTALL) for pattern, own in found if own >= LITERAL)
 

@@ -354,3 +354,12 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("messages", [None, "text", [], ["x"], [{"from": "human", "value": "q"}]])
 def test_what_is_no_dialogue(messages: object) -> None:
     assert conversation_text(messages, "here") is None
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.json"):
+        os.mkfifo(tmp_path / name)
+        for data in (tmp_path, tmp_path / name):
+            with pytest.raises(LlavaError, match=f"{name} is no regular file"):
+                find_sources(str(data))
+        (tmp_path / name).unlink()
