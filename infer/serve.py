@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
+import resource
 import signal
 import socket
 import traceback
@@ -12,19 +14,22 @@ from collections.abc import Awaitable, Callable
 from importlib import resources
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from infer import openai_api as api
 from infer.completions import Completions
 from infer.config import ServeConfig
+from infer.connections import Connections
 from infer.engine import Engine, open_engine
 from infer.guard import check_key, check_origin, is_loopback
 from infer.openai_api import ApiError
 from infer.prometheus import Metrics
 from infer.slots import Batcher
 from llava_core.console import say
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.fetch import Fetcher, FetchLimits
 from llava_core.fingerprint import JsonDict
+from llava_core.tasks import in_background
 
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
         "/page.js": ("page.js", "text/javascript")}  # fmt: skip
@@ -38,6 +43,10 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": POLICY,
 }
+SHUTDOWN_SECONDS = 1.0
+"""For answers that are on their way; who waits for one has been told already."""
+MORE_CONNECTIONS = 256
+"""Connections besides those of requests that are answered or wait: pages, browsers' spares, slow senders."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -50,7 +59,10 @@ def run(config: ServeConfig) -> JsonDict:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not yet take connections."""
+    """A socket that holds its port: who connects before the models are loaded waits for them.
+
+    Until it listens, another server could bind the same port, and fail only after loading its own models.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -60,6 +72,7 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -80,6 +93,8 @@ class Server:
         self.metrics = Metrics()
         limits = FetchLimits(max_bytes=config.max_bytes, retries=1, allow_private=config.allow_private)
         self.fetcher = Fetcher(limits)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.connections = Connections(min(config.slots + config.queue + MORE_CONNECTIONS, files // 2))
         self.completions = Completions(config, self.model, self.batcher, self.fetcher, self.metrics)
 
     async def serve(self, listener: socket.socket) -> None:
@@ -87,12 +102,24 @@ class Server:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+        log = logging.getLogger("infer.serve")
+        log.addFilter(_is_ours)
+        runner = web.AppRunner(
+            self.app(),
+            handler_cancellation=True,
+            access_log=None,
+            logger=log,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
         async with self.fetcher:
             await runner.setup()
-            await web.SockSite(runner, listener).start()
-            self._greet(*listener.getsockname()[:2])
-            await stop.wait()
+            server = runner.server
+            assert server is not None
+            async with in_background(self.connections.watch(server)):
+                site = await loop.create_server(lambda: self.connections.accept(server), sock=listener)
+                self._greet(*listener.getsockname()[:2])
+                await stop.wait()
+            site.close()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
             say("stopping")
@@ -132,6 +159,10 @@ class Server:
     @web.middleware
     async def _answering(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Whom to answer; whatever goes wrong gets OpenAI's shape."""
+        with self.connections.request(request.transport):
+            return await self._answered(request, handler)
+
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             check_origin(
                 request.headers.get("Host", ""),
@@ -186,6 +217,15 @@ class Server:
         if (asked := request.match_info["id"]) != self.model:
             raise ApiError(404, f"no model {asked!r} here", param="model", code="model_not_found")
         return web.json_response(api.model_json(self.model, self.created))
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of aiohttp's log tells of a fault; what is no HTTP was answered with 400."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, (HttpProcessingError, web.RequestPayloadError)):
+        say(f"a request is no HTTP: {first_line(error)}")
+        return False
+    return True
 
 
 def _failed(error: ApiError) -> web.Response:
