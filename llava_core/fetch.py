@@ -84,6 +84,8 @@ class Fetched:
     """What happened, without the address: its query may hold secrets."""
     retry_after: float | None = None
     """Seconds the server asks us to wait."""
+    mtime: int = 0
+    """When the file was last modified, in ns since 1970, if it is one of this machine."""
 
 
 class Fetcher:
