@@ -43,7 +43,7 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": POLICY,
 }
-SHUTDOWN_SECONDS = 1.0
+SHUTDOWN_SECONDS = 0.5
 """For answers that are on their way; who waits for one has been told already."""
 MORE_CONNECTIONS = 256
 """Connections besides those of requests that are answered or wait: pages, browsers' spares, slow senders."""
