@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from extract.config import Encoding, RunConfig
 from extract.filling import Filling
 from extract.pipeline import Pipeline
 from extract.sources.base import Rows, Source
+from extract.sources.files import changed
 from extract.summary import write_statistics
-from llava_core.console import progress, say
+from llava_core.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, first_difference
@@ -37,7 +40,10 @@ def describe(tower: VisionTower) -> str:
 
 
 def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
-    """Whether the shard is finished. Raises LlavaError if it is one of another encoder or other rows."""
+    """Whether the shard is finished, and its image files are what they were.
+
+    Raises LlavaError if it is one of another encoder or other rows.
+    """
     if not is_finished(path):
         return False
     shard = Shard(path)
@@ -51,7 +57,13 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
         )
     require_storage(path, shard.layout, config.dtype)
     _mention_thumbnails(path, shard.layout, config)
-    return True
+    rows = np.flatnonzero(changed(source.images, shard)).tolist()
+    if rows:
+        say(
+            f"{path}: {counted(len(rows), 'image')} changed since encoded, such as {shard.url(rows[0])}; "
+            "encoding again"
+        )
+    return not rows
 
 
 def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
@@ -70,11 +82,22 @@ def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
 
 
 def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
-    return filling_of(path, source.read(), source.identity(), tower, config)
+    again = changed(source.images, Shard(path)) if is_finished(path) else np.zeros(0, bool)
+    return filling_of(path, source.read(), source.identity(), tower, config, again)
 
 
-def filling_of(path: Path, rows: Rows, source: JsonDict, tower: VisionTower, config: RunConfig) -> Filling:
-    """Begin, or continue, the shard of these rows; `source` is what it remembers of where they are from."""
+def filling_of(
+    path: Path,
+    rows: Rows,
+    source: JsonDict,
+    tower: VisionTower,
+    config: RunConfig,
+    again: np.ndarray | tuple[()] = (),
+) -> Filling:
+    """Begin, or continue, the shard of these rows; `source` is what it remembers of where they are from.
+
+    Of a finished shard, fill the rows in the mask `again` anew.
+    """
     header = ShardHeader(
         encoder=tower.encoder,
         preprocess=tower.preprocess.to_json(),
@@ -89,7 +112,7 @@ def filling_of(path: Path, rows: Rows, source: JsonDict, tower: VisionTower, con
         conversations=rows.conversations,
         local=rows.images is not None,
     )
-    writer = ShardWriter(path, header)
+    writer = ShardWriter(path, header, again if np.any(again) else ())
     _mention_thumbnails(writer.part, writer.layout, config)
     return Filling(writer, rows.places, rows.texts, rows.images)
 

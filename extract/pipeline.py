@@ -281,6 +281,7 @@ class Pipeline:
     ) -> Picture | RowRecord | tuple[First | Known, RowRecord]:
         """The row's picture; its outcome if it has none; or the row that shows the same image."""
         record = RowRecord(row, fetched.status, None, fetched.http, fetched.attempts, len(fetched.body))
+        record.mtime = fetched.mtime
         if fetched.status is not Status.OK:
             return record
         with self.gauges["decode"].work():
@@ -400,5 +401,9 @@ def _recall(twin: First | Known) -> RowRecord:
 def _copied(found: RowRecord, partly: RowRecord) -> RowRecord:
     """The outcome `found` for another row; what is known of that row's own download stays."""
     return dataclasses.replace(
-        found, row=partly.row, http=partly.http or found.http, attempts=partly.attempts
+        found,
+        row=partly.row,
+        http=partly.http or found.http,
+        attempts=partly.attempts,
+        mtime=partly.mtime,
     )

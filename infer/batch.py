@@ -67,7 +67,7 @@ def asked(config: BatchConfig) -> tuple[list[JsonDict], Callable[[], tuple[Speak
 
     def open_live() -> tuple[Speaker, Looked]:
         engine = open_engine(config)
-        return engine, live(engine, folder)
+        return engine, live(engine, folder, config.allow_private)
 
     return read_questions(config.input, config.prompt), open_live
 

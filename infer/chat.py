@@ -24,6 +24,7 @@ from llava_core.terminal import PREVIEW_COLUMNS
 
 def run(config: ChatConfig) -> JsonDict:
     session = Session(open_engine(config), sampling_of(config))
+    session.allow_private = config.allow_private
     if config.compile:
         say("compiling the step for one token")
         session.compiled = CompiledStep(session.llm)

@@ -11,8 +11,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 
-import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from infer import openai_api as api
 from infer.config import ServeConfig
@@ -22,12 +22,13 @@ from infer.pictures import Pictures
 from infer.prometheus import Metrics
 from infer.slots import Batcher
 from llava_core.console import say
+from llava_core.errors import first_line
 from llava_core.fetch import Fetcher
 from llava_core.fingerprint import JsonDict
 from llava_core.preprocess import ImageError
 from llava_core.sampling import sampling_of
 from llava_core.status import Status
-from llava_core.tasks import time_limit
+from llava_core.tasks import in_thread, time_limit
 
 SLOW_BODY = 60.0
 """Seconds in which a request's body must have come."""
@@ -46,6 +47,10 @@ class Completions:
         self.config, self.model, self.metrics = config, model, metrics
         self.inside = 0
         """How many they are."""
+        self._placed = 0
+        """Those of them whose body and image have come."""
+        self._coming = 0
+        """Bytes of bodies that are still coming."""
         self._batcher, self._fetcher = batcher, fetcher
         self._pictures, self._seeds = Pictures(batcher), itertools.count(config.seed)
         # Characters; more surely exceed the context. Tokenizing 5 million to refuse them took 2 min and 3 GB.
@@ -53,9 +58,11 @@ class Completions:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         began, status = time.monotonic(), LEFT
+        self.inside += 1
         try:
-            with self._place():
-                response, status = await self._answer(request, began)
+            self._require_place()
+            with contextlib.ExitStack() as stack:
+                response, status = await self._answer(request, began, stack)
             return response
         except ApiError as error:
             status = error.status
@@ -64,20 +71,32 @@ class Completions:
             status = 500
             raise
         finally:
+            self.inside -= 1
             self.metrics.requests[status] += 1
+
+    @property
+    def _places(self) -> int:
+        return self.config.slots + self.config.queue
+
+    def _require_place(self) -> None:
+        if self._placed >= self._places:
+            raise ApiError(
+                429, f"{self._placed} requests are here already; try again soon", code="queue_full"
+            )
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
-        """Room for one request more, taken before its body is read, so that memory is bounded."""
-        if self.inside >= self.config.slots + self.config.queue:
-            raise ApiError(429, f"{self.inside} requests are here already; try again soon", code="queue_full")
-        self.inside += 1
+        """Room for one request more. Who sends slowly has none yet, and so keeps nobody out."""
+        self._require_place()
+        self._placed += 1
         try:
             yield
         finally:
-            self.inside -= 1
+            self._placed -= 1
 
-    async def _answer(self, request: web.Request, began: float) -> tuple[web.StreamResponse, int]:
+    async def _answer(
+        self, request: web.Request, began: float, stack: contextlib.ExitStack
+    ) -> tuple[web.StreamResponse, int]:
         """The response, and the status to count, since a stream may fail after it began with 200."""
         news: asyncio.Queue[Piece] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -85,7 +104,7 @@ class Completions:
         def tell(piece: Piece) -> None:
             loop.call_soon_threadsafe(news.put_nowait, piece)
 
-        job, asked = await self._job(request, tell)
+        job, asked = await self._job(request, tell, stack)
         self._batcher.submit(job)
         try:
             shapes = api.Shapes(f"chatcmpl-{uuid.uuid4().hex}", self.model, asked.include_usage)
@@ -120,8 +139,10 @@ class Completions:
             if piece.finish:
                 return
 
-    async def _job(self, request: web.Request, tell: Callable[[Piece], None]) -> tuple[Job, api.ChatRequest]:
-        """What a request asks for; its image, which may be large, is let go."""
+    async def _job(
+        self, request: web.Request, tell: Callable[[Piece], None], stack: contextlib.ExitStack
+    ) -> tuple[Job, api.ChatRequest]:
+        """What a request asks for, with a place on the stack; its image, which may be large, is let go."""
         # Where nobody gives a seed, no two requests have the same.
         defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
@@ -129,13 +150,15 @@ class Completions:
             raise self._too_long(f"{characters:,} characters")
         if len(asked.messages) >= self._batcher.context:  # a template gives each at least a token
             raise self._too_long(f"{len(asked.messages):,} of them")
+        image = await self._image(asked.image) if asked.image else None
+        stack.enter_context(self._place())
         try:
-            ids = await asyncio.to_thread(self._batcher.engine.conversation.prompt, asked.messages)
+            ids = await in_thread(self._batcher.engine.conversation.prompt, asked.messages)
         except Exception as error:  # templates raise errors of their own for what they do not know
             raise ApiError(
                 400, f"the chat template refuses these messages: {error}", param="messages"
             ) from None
-        picture = await self._picture(asked.image) if asked.image else None
+        picture = await self._picture(image) if image else None
         job = Job(ids, picture, asked.sampling, tell)
         if job.prompt_tokens >= self._batcher.context:
             raise self._too_long(f"{job.prompt_tokens:,} tokens")
@@ -155,28 +178,37 @@ class Completions:
             async with time_limit(SLOW_BODY):
                 async for chunk in request.content.iter_any():
                     body += chunk
+                    self._coming += len(chunk)
                     if len(body) > limit:
                         raise too_large
-        except aiohttp.ClientPayloadError as error:
-            raise ApiError(400, f"the body is damaged: {error}") from None
+                    if self._coming > limit * self._places:
+                        raise ApiError(
+                            429, "too many bodies are coming in; try again soon", code="queue_full"
+                        )
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise ApiError(400, f"the body is damaged: {first_line(error)}") from None
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body took over {SLOW_BODY:g} s") from None
+        finally:
+            self._coming -= len(body)
         return bytes(body)
 
-    async def _picture(self, url: str) -> Picture:
-        """Raises ApiError for an image that cannot be had or read."""
+    async def _image(self, url: str) -> bytes:
+        """The image file. Raises ApiError if it cannot be had."""
         if url.startswith("data:"):
-            image = api.read_data_url(url, self.config.max_bytes)
-        elif self.config.allow_remote_images:
+            return api.read_data_url(url, self.config.max_bytes)
+        if self.config.allow_remote_images:
             fetched = await self._fetcher.fetch(url)
             self._fetcher.release(fetched)
             if fetched.status is not Status.OK:
                 message = f"cannot fetch the image: {fetched.status.label} ({fetched.detail})"
                 raise ApiError(400, message, param="messages", code="invalid_image_url")
-            image = fetched.body
-        else:
-            message = "this server fetches no images; send a data URL, or start it with --allow-remote-images"
-            raise ApiError(400, message, param="messages", code="invalid_image_url")
+            return fetched.body
+        message = "this server fetches no images; send a data URL, or start it with --allow-remote-images"
+        raise ApiError(400, message, param="messages", code="invalid_image_url")
+
+    async def _picture(self, image: bytes) -> Picture:
+        """Raises ApiError for a file that cannot be read as an image."""
         try:
             return await self._pictures.see(image)
         except ImageError as error:

@@ -92,6 +92,8 @@ class ChatConfig(Models):
     """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
     lang: Literal["auto", "zh", "en"] = "auto"
     """Language of remarks and help; auto: that of the locale."""
+    allow_private: bool = False
+    """Let the image address of a dialogue that is loaded lead to this machine or a private network."""
 
     def require_inputs(self) -> None:
         from llava_core.images import require_image  # with aiohttp, which --help does without
@@ -118,6 +120,8 @@ class BatchConfig(Sampling, Aligned):
     """The question of lines that have none."""
     batch_size: int = 16
     """Questions answered together."""
+    allow_private: bool = False
+    """Let image addresses in the file lead to this machine or a private network."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,6 +208,8 @@ class ScoreConfig(Options):
     """Folder of the shards whose `shard` and `row` the lines name, in place of images."""
     images: Path | None = None
     """Folder that relative `image` paths start from; the input's own by default."""
+    allow_private: bool = False
+    """Let image addresses in the file lead to this machine or a private network."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

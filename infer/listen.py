@@ -9,7 +9,10 @@ from llava_core.errors import LlavaError
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not yet take connections."""
+    """A socket that holds its port: who connects before the models are loaded waits for them.
+
+    Until it listens, another server could bind the same port, and fail only after loading its own models.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -19,6 +22,7 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from infer.jobs import Picture
 from infer.slots import Batcher
+from llava_core.tasks import in_thread
 
 KEPT = 64
 """Pictures; a visual prefix of the reference takes 0.8 MB in fp32."""
@@ -23,7 +23,7 @@ class Pictures:
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+        self._decoders = asyncio.Semaphore(DECODERS)
         self._seen: collections.OrderedDict[bytes, asyncio.Task[torch.Tensor]] = collections.OrderedDict()
 
     async def see(self, image: bytes) -> Picture:
@@ -43,5 +43,6 @@ class Pictures:
 
     async def _encode(self, image: bytes) -> torch.Tensor:
         engine = self._batcher.engine
-        decoded = await asyncio.get_running_loop().run_in_executor(self._decoders, engine.decode, image)
+        async with self._decoders:
+            decoded = await in_thread(engine.decode, image)
         return await asyncio.wrap_future(self._batcher.call(lambda: engine.look([decoded])))

@@ -11,7 +11,7 @@ from infer.engine import Engine, Speaker
 from infer.lines import read_lines
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
-from llava_core.images import not_an_image, read_images
+from llava_core.images import not_an_image, read_images, strangers
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard
 
@@ -48,12 +48,12 @@ def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
     return questions
 
 
-def live(engine: Engine, folder: Path) -> Looked:
+def live(engine: Engine, folder: Path, allow_private: bool = False) -> Looked:
     """Images at URLs, or at paths from `folder`."""
 
     def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, seen = [], list[LlavaError | None]()
-        files = read_images([question["image"] for question in questions], folder)
+        files = read_images([question["image"] for question in questions], strangers(allow_private), folder)
         for question, file in zip(questions, files, strict=True):
             fault = file if isinstance(file, LlavaError) else None
             if not isinstance(file, LlavaError):

@@ -15,8 +15,9 @@ from llava_core.console import progress, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
+from llava_core.fetch import FetchLimits
 from llava_core.fingerprint import JsonDict
-from llava_core.images import not_an_image, read_images
+from llava_core.images import not_an_image, read_images, strangers
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard
 from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
@@ -64,12 +65,12 @@ def look(
     assert config.vision is not None
     shards = open_shards(config.features) if config.features else []
     tower = open_both_towers(config.vision, pick_device(config.device), shards)
-    folder = config.images or config.input.parent
+    folder, limits = config.images or config.input.parent, strangers(config.allow_private)
     with progress(len(lines), "pictures") as bar:
         parts = []
         for start in range(0, len(lines), TOGETHER):
             part = lines[start : start + TOGETHER]
-            parts.append(_stored(tower, shards, part) if shards else _live(tower, part, folder))
+            parts.append(_stored(tower, shards, part) if shards else _live(tower, part, folder, limits))
             bar.update(len(part))
     pictures = torch.cat(parts)
     said = embed_texts(tower, answers)
@@ -90,13 +91,14 @@ def _clipscore(pictures: torch.Tensor, texts: torch.Tensor) -> float:
     return CLIP_WEIGHT * float((pictures * texts).sum(-1).clamp(min=0).mean())
 
 
-def _live(tower: VisionTower, lines: Sequence[JsonDict], folder: Path) -> torch.Tensor:
+def _live(tower: VisionTower, lines: Sequence[JsonDict], folder: Path, limits: FetchLimits) -> torch.Tensor:
     """Embeddings of the images that the lines name. Raises LlavaError for one that cannot be read."""
     names = [line.get("image") for line in lines]
     if not all(isinstance(name, str) for name in names):
         raise LlavaError("a line names no `image`", do="give --features, if these are rows of shards")
     pixels = []
-    for name, file in zip(names, read_images([str(name) for name in names], folder), strict=True):
+    files = read_images([str(name) for name in names], limits, folder)
+    for name, file in zip(names, files, strict=True):
         if isinstance(file, LlavaError):
             raise file
         try:

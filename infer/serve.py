@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 from importlib import resources
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from infer import openai_api as api
 from infer.completions import Completions
 from infer.config import ServeConfig
+from infer.connections import Connections
 from infer.engine import Engine, open_engine
 from infer.guard import check_key, check_origin, is_loopback
 from infer.listen import listening
@@ -21,8 +25,10 @@ from infer.prometheus import Metrics
 from infer.slots import Batcher
 from llava_core.cli import stop_signals
 from llava_core.console import say, say_fault
+from llava_core.errors import first_line
 from llava_core.fetch import Fetcher, FetchLimits
 from llava_core.fingerprint import JsonDict
+from llava_core.tasks import in_background
 
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
         "/page.js": ("page.js", "text/javascript")}  # fmt: skip
@@ -36,6 +42,10 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": POLICY,
 }
+SHUTDOWN_SECONDS = 0.5
+"""For answers that are on their way; who waits for one has been told already."""
+MORE_CONNECTIONS = 256
+"""Connections besides those of requests that are answered or wait: pages, browsers' spares, slow senders."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -59,6 +69,8 @@ class Server:
         self.metrics = Metrics()
         limits = FetchLimits(max_bytes=config.max_bytes, retries=1, allow_private=config.allow_private)
         self.fetcher = Fetcher(limits)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.connections = Connections(min(config.slots + config.queue + MORE_CONNECTIONS, files // 2))
         self.completions = Completions(config, self.model, self.batcher, self.fetcher, self.metrics)
 
     async def serve(self, listener: socket.socket) -> None:
@@ -67,12 +79,24 @@ class Server:
         numbers = stop_signals()
         for number in numbers:
             loop.add_signal_handler(number, stop.set)
-        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+        log = logging.getLogger("infer.serve")
+        log.addFilter(_is_ours)
+        runner = web.AppRunner(
+            self.app(),
+            handler_cancellation=True,
+            access_log=None,
+            logger=log,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
         async with self.fetcher:
             await runner.setup()
-            await web.SockSite(runner, listener).start()
-            self._greet(*listener.getsockname()[:2])
-            await stop.wait()
+            server = runner.server
+            assert server is not None
+            async with in_background(self.connections.watch(server)):
+                site = await loop.create_server(lambda: self.connections.accept(server), sock=listener)
+                self._greet(*listener.getsockname()[:2])
+                await stop.wait()
+            site.close()
             for number in numbers:
                 loop.remove_signal_handler(number)
             say("stopping")
@@ -112,6 +136,10 @@ class Server:
     @web.middleware
     async def _answering(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Whom to answer; whatever goes wrong gets OpenAI's shape."""
+        with self.connections.request(request.transport):
+            return await self._answered(request, handler)
+
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             check_origin(
                 request.headers.get("Host", ""),
@@ -166,6 +194,15 @@ class Server:
         if (asked := request.match_info["id"]) != self.model:
             raise ApiError(404, f"no model {asked!r} here", param="model", code="model_not_found")
         return web.json_response(api.model_json(self.model, self.created))
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of aiohttp's log tells of a fault; what is no HTTP was answered with 400."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, (HttpProcessingError, web.RequestPayloadError)):
+        say(f"a request is no HTTP: {first_line(error)}")
+        return False
+    return True
 
 
 def _failed(error: ApiError) -> web.Response:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from infer.engine import Engine
-from llava_core.images import is_url, not_an_image, read_image
+from llava_core.fetch import FetchLimits
+from llava_core.images import TYPED, is_url, not_an_image, read_image, strangers
 from llava_core.preprocess import Decoded, ImageError
 from llava_core.sampling import Sampling
 from llava_core.savedchat import SavedChat
@@ -20,10 +21,12 @@ class Session(Talk):
         self.engine = engine
         self.image: str | None = None
         """Path or URL of what is shown."""
+        self.allow_private = False
+        """The image address in a saved dialogue may be private."""
 
-    def show(self, image: str) -> Decoded:
+    def show(self, image: str, limits: FetchLimits = TYPED) -> Decoded:
         """Begin a dialogue about the image at a path or URL. Raises LlavaError and then changes nothing."""
-        return self.show_file(image, read_image(image))
+        return self.show_file(image, read_image(image, limits))
 
     def show_file(self, name: str, data: bytes) -> Decoded:
         """As `show`, with the content of an image file and what to call it."""
@@ -49,6 +52,6 @@ class Session(Talk):
             self.begin(self.nothing())
             self.image = None
         else:
-            decoded = self.show(chat.image)
+            decoded = self.show(chat.image, strangers(self.allow_private))
         self.messages = [*chat.messages]
         return decoded

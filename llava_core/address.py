@@ -6,6 +6,8 @@ of one (http://2130706433/) and a redirect all meet it.
 
 from __future__ import annotations
 
+import contextvars
+import dataclasses
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -14,23 +16,45 @@ from typing import Any
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 AddrInfo = tuple[Any, Any, int, str, tuple[Any, ...]]
 
-# Ranges that `is_global` lets through although an IPv4 address may hide in them or nobody may route to them.
-_REFUSED = [
-    ipaddress.ip_network(net)
-    for net in (
-        "::/96",  # IPv4-compatible
-        "64:ff9b::/96",  # NAT64
-        "64:ff9b:1::/48",  # NAT64, local use
-        "2001::/32",  # Teredo
-        "2002::/16",  # 6to4
-        "fec0::/10",  # site-local
-        "192.88.99.0/24",  # 6to4 relays
-    )
-]
-_PRIVATE = [
-    ipaddress.ip_network(net)
-    for net in ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
-]
+
+def _networks(*blocks: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    return [ipaddress.ip_network(block) for block in blocks]
+
+
+# Own tables: `ipaddress.is_global` differs between versions of Python, and knows nothing of clouds. These
+# blocks are those of IANA's special-purpose address registries that are not globally reachable.
+_PUBLIC = _networks("0.0.0.0/0", "2000::/3")
+"""IPv6 has handed out nothing else: unique local, link-local, multicast, 5f00::/16 and so on lie outside."""
+_SPECIAL = _networks(
+    "0.0.0.0/8",  # this host
+    "10.0.0.0/8",
+    "100.64.0.0/10",  # carrier-grade NAT; 100.100.100.200 is Alibaba Cloud's metadata
+    "127.0.0.0/8",
+    "169.254.0.0/16",  # link-local: the metadata of most clouds
+    "172.16.0.0/12",
+    "192.0.0.0/24",  # protocol assignments; 192.0.0.192 is Oracle Cloud's metadata
+    "192.0.2.0/24",  # documentation
+    "192.88.99.0/24",  # 6to4 relays
+    "192.168.0.0/16",
+    "198.18.0.0/15",  # benchmarks
+    "198.51.100.0/24",  # documentation
+    "203.0.113.0/24",  # documentation
+    "224.0.0.0/4",  # multicast
+    "240.0.0.0/4",  # reserved, broadcast
+    "2001::/23",  # protocol assignments: Teredo, benchmarks, ORCHID
+    "2001:db8::/32",  # documentation
+    "2002::/16",  # 6to4
+    "3fff::/20",  # documentation
+)
+_PRIVATE = _networks("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+_METADATA = _networks(
+    "168.63.129.16/32",  # Azure; a public address otherwise
+    "fd00:ec2::/32",  # Amazon
+    "fd20:ce::254/128",  # Google
+)
+"""Services that hand out a cloud's credentials, in blocks that are public or private."""
+_CARRIERS = _networks("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")
+"""IPv4-mapped, IPv4-translated, NAT64: a connection goes to the IPv4 address in the last 32 bits."""
 
 
 class ForbiddenAddress(OSError):
@@ -43,18 +67,37 @@ class ForbiddenAddress(OSError):
         super().__init__("address is not public")
 
 
+@dataclasses.dataclass
+class Hops:
+    """The addresses that one request, with its redirects, has been led to."""
+
+    public: bool = False
+    """This hop has tried a public one."""
+    was_public: bool = False
+    """An earlier hop has."""
+
+    def redirected(self) -> None:
+        self.public, self.was_public = False, self.public or self.was_public
+
+
+hops: contextvars.ContextVar[Hops | None] = contextvars.ContextVar("hops", default=None)
+"""Those of the request under way, where a redirect may not lead from a public address to a private one."""
+
+
 def is_allowed(text: str, allow_private: bool = False) -> bool:
     """Whether a connection to this IP address may be made.
 
-    `allow_private` adds loopback and private networks, never link-local (169.254.169.254 hands out cloud
-    credentials), multicast or reserved ones.
+    `allow_private` adds loopback and private networks, never link-local ones, carrier-grade NAT, a cloud's
+    metadata, multicast or reserved ones. An IPv4 address inside an IPv6 one is judged as itself.
     """
     address: Address = ipaddress.ip_address(text.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
-    if allow_private and any(address in net for net in _PRIVATE):
-        return True
-    return address.is_global and not address.is_multicast and not any(address in net for net in _REFUSED)
+    if any(address in net for net in _CARRIERS):
+        address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if any(address in net for net in _METADATA):
+        return False
+    if any(address in net for net in _PRIVATE):
+        return allow_private
+    return any(address in net for net in _PUBLIC) and not any(address in net for net in _SPECIAL)
 
 
 def guarded_socket(allow_private: bool = False) -> Callable[[AddrInfo], socket.socket]:
@@ -62,7 +105,11 @@ def guarded_socket(allow_private: bool = False) -> Callable[[AddrInfo], socket.s
 
     def make(info: AddrInfo) -> socket.socket:
         family, kind, protocol, _, address = info
-        if not is_allowed(str(address[0]), allow_private):
+        route = hops.get()
+        if is_allowed(str(address[0])):
+            if route:
+                route.public = True
+        elif (route and route.was_public) or not is_allowed(str(address[0]), allow_private):
             raise ForbiddenAddress
         return socket.socket(family, kind, protocol)
 

@@ -18,7 +18,7 @@ import aiohttp
 import yarl
 
 from llava_core import __version__
-from llava_core.address import ForbiddenAddress, guarded_socket
+from llava_core.address import ForbiddenAddress, Hops, guarded_socket, hops
 from llava_core.health import SILENT, Health
 from llava_core.status import Status
 from llava_core.tasks import time_limit
@@ -62,6 +62,8 @@ class FetchLimits:
     """Bytes of bodies, from their download until `Fetcher.release`, above which no request begins."""
     allow_private: bool = False
     """Let loopback and private addresses through."""
+    private_redirects: bool = True
+    """Then also let a public address redirect to them."""
     ignore_robots: bool = False
     """Keep images whose X-Robots-Tag asks not to be used."""
     patience: float = 0.0
@@ -82,6 +84,8 @@ class Fetched:
     """What happened, without the address: its query may hold secrets."""
     retry_after: float | None = None
     """Seconds the server asks us to wait."""
+    mtime: int = 0
+    """When the file was last modified, in ns since 1970, if it is one of this machine."""
 
 
 class Fetcher:
@@ -103,9 +107,16 @@ class Fetcher:
 
     async def __aenter__(self) -> Fetcher:
         # Our own semaphores bound the requests: waiting for the connector's would count as time.
-        connector = aiohttp.TCPConnector(limit=0, socket_factory=guarded_socket(self.limits.allow_private))
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            socket_factory=guarded_socket(self.limits.allow_private),
+            force_close=not self.limits.private_redirects,  # every hop makes a socket, and is judged
+        )
+        trace = aiohttp.TraceConfig()
+        trace.on_request_redirect.append(_redirected)
         self._session = aiohttp.ClientSession(
             connector=connector,
+            trace_configs=[trace],
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_timeout),
             headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
@@ -162,13 +173,16 @@ class Fetcher:
 
     async def _attempt(self, url: yarl.URL) -> Fetched:
         self.in_flight += 1
+        hops.set(None if self.limits.private_redirects else Hops())
         try:
             async with time_limit(self.limits.timeout):
                 return await self._get(url)
         except asyncio.TimeoutError:  # TimeoutError itself from Python 3.11 on
             return Fetched(Status.TIMEOUT, detail=f"not done within {self.limits.timeout:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Fetched(_status_of(error), detail=type(error).__name__)
+            status = _status_of(error)
+            forbidden = status is Status.FORBIDDEN_ADDRESS
+            return Fetched(status, detail=str(ForbiddenAddress()) if forbidden else type(error).__name__)
         finally:
             self.in_flight -= 1
 
@@ -259,6 +273,11 @@ def refuses_use(tags: Sequence[str]) -> bool:
         if {word.strip().lower() for word in directives.split(",")} & DISALLOWED:
             return True
     return False
+
+
+async def _redirected(*_: object) -> None:
+    if route := hops.get():
+        route.redirected()
 
 
 def _status_of(error: Exception) -> Status:

@@ -17,23 +17,36 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Of image files, in any case."""
 
 
+TYPED = FetchLimits(allow_private=True, private_redirects=False, retries=1)
+"""For addresses that the person at the terminal typed: their own network is theirs to ask, but a public
+address may not lead into it."""
+
+
+def strangers(allow_private: bool) -> FetchLimits:
+    """For addresses in a file, which may come from anybody."""
+    return FetchLimits(allow_private=allow_private, retries=1)
+
+
 def is_url(image: str) -> bool:
     """Else it is a path."""
     return image.startswith(("http://", "https://"))
 
 
-def read_images(images: Sequence[str], folder: Path = Path()) -> list[bytes | LlavaError]:
+def read_images(
+    images: Sequence[str], limits: FetchLimits, folder: Path = Path()
+) -> list[bytes | LlavaError]:
     """The files at URLs or at paths relative to `folder`; in place of one that cannot be had, the reason."""
     urls = [image for image in images if is_url(image)]
-    # The addresses were typed by the person at the terminal, so their own network is theirs to ask.
-    fetched = iter(fetch_all(urls, FetchLimits(allow_private=True, retries=1)) if urls else ())
+    fetched = iter(fetch_all(urls, limits) if urls else ())
     files: list[bytes | LlavaError] = []
     for image in images:
         if is_url(image):
             answer = next(fetched)
             got = f"{answer.status.label} ({answer.detail})"
             ok = answer.status is Status.OK
-            files.append(answer.body if ok else LlavaError("cannot fetch the image", got=got))
+            closed = answer.status is Status.FORBIDDEN_ADDRESS and not limits.allow_private
+            do = "--allow-private lets it lead to this machine or a private network" if closed else None
+            files.append(answer.body if ok else LlavaError("cannot fetch the image", got=got, do=do))
             continue
         try:
             files.append((folder / Path(image).expanduser()).read_bytes())
@@ -57,9 +70,9 @@ def _no_file(path: Path) -> LlavaError:
     return LlavaError(f"no image file {path}", do="give the path or the http(s) address of an image")
 
 
-def read_image(image: str) -> bytes:
+def read_image(image: str, limits: FetchLimits = TYPED) -> bytes:
     """The file at a URL or path. Raises LlavaError if there is none."""
-    (file,) = read_images([image])
+    (file,) = read_images([image], limits)
     if isinstance(file, LlavaError):
         raise file
     return file

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
+import time
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,18 @@ MAX_PIXELS = 50_000_000
 
 MAX_RESIZED = 16_000_000
 """Largest width × height of a picture resized by its shorter side."""
+
+MAX_SCANS = 100
+"""Most scans of a JPEG. Each is a pass over all pixels, in as little as 75 bytes; encoders write about 10."""
+
+MAX_SECONDS = 10.0
+"""Most CPU time of the decoding thread, looked at when Pillow reads on; 50 million pixels take up to 6."""
+
+MAX_READS = 500_000
+"""Most reads of one file; one of 20 MB takes some thousand. Run-length BMPs alone take one a run."""
+
+LARGE_READ = 4096
+"""Bytes of a read from which on the time is looked at before each, and not before one of 256."""
 
 MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -97,11 +112,16 @@ class Preprocess:
     def decode_image(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
         """Decode, resize, turn upright, crop. Transparent pixels turn white; an animation is its first frame.
 
-        Raises ImageError for bytes that are no whole image of a format in MAGIC, or WebP.
+        Raises ImageError for bytes that are no whole image of a format in MAGIC, or WebP, or that take too
+        much of a machine.
         """
         kind = image_format(data)
+        if kind == "PNG":
+            data = _without_metadata(data)
+        elif kind == "JPEG" and (scans := _scans(data)) > MAX_SCANS:
+            raise ImageError(Status.TOO_COSTLY, f"{kind}: {scans:,} scans, at most {MAX_SCANS}")
         try:
-            with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            with Image.open(_Metered(data, kind), formats=(kind,)) as image:
                 if image.width * image.height > max_pixels:
                     got = f"{image.width} × {image.height} pixels, at most {max_pixels:,}"
                     raise ImageError(Status.TOO_MANY_PIXELS, got)
@@ -179,6 +199,76 @@ def image_format(data: bytes) -> str:
             Status.UNSUPPORTED_FORMAT, f"expected JPEG, PNG, WebP, GIF or BMP; begins with {data[:12]!r}"
         )
     raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
+
+
+class _Metered(io.BytesIO):
+    """An image file that ends its own decoding with ImageError once that has cost too much.
+
+    A decoder cannot be stopped, but between any two pieces of its work it reads on.
+    """
+
+    def __init__(self, data: bytes, kind: str) -> None:
+        super().__init__(data)
+        self.kind, self.until = kind, time.thread_time() + MAX_SECONDS
+        self.reads_left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0 and self.kind != "BMP":
+            raise ImageError(Status.TOO_COSTLY, f"{self.kind}: in over {MAX_READS:,} pieces")
+        small = size is not None and 0 <= size < LARGE_READ
+        if not (small and self.reads_left % 256) and time.thread_time() > self.until:  # a system call
+            raise ImageError(Status.TOO_COSTLY, f"{self.kind}: not decoded within {MAX_SECONDS:g} s")
+        return super().read(size)
+
+
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+"""Of JPEG, those without a length left out; bytes that belong to none are passed over, as libjpeg does."""
+_SOS, _EOI = 0xDA, 0xD9
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG, or more if there are few."""
+    if (most := data.count(b"\xff\xda")) <= MAX_SCANS:  # a thumbnail's own scan counts among them
+        return most
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) and found[1][0] != _EOI:
+        scans += found[1][0] == _SOS
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return scans
+
+
+_SHOWN = {b"tRNS", b"eXIf"}
+"""Ancillary chunks of a PNG that decide what is seen."""
+_TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Texts that may tell its orientation."""
+_MAX_TEXT = 1 << 20
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without the ancillary chunks that decide nothing, or are damaged: only their own text is lost.
+
+    Pillow refuses the whole picture for a long text, and reads further frames before the end.
+    """
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if kind[0] & 0x20 and end <= len(data):  # a lower-case letter: ancillary
+            turning = end - at <= _MAX_TEXT and data.startswith(_TURNING, at + 8)
+            whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+            if not (whole and (kind in _SHOWN or turning)):
+                at = end
+                continue
+        kept.append(data[at:end])
+        at = end
+        if len(kept) > MAX_READS // 4:
+            raise ImageError(Status.TOO_COSTLY, f"PNG: over {MAX_READS // 4:,} chunks")
+        if kind == b"IEND":
+            break
+    else:
+        kept.append(data[at:])
+    return b"".join(kept)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -45,6 +45,8 @@ class RowRecord:
     nbytes: int = 0
     orig_hw: tuple[int, int] = (0, 0)
     sha256: bytes = bytes(32)
+    mtime: int = 0
+    """When its image file was last modified, in ns since 1970; 0 if it came from no file."""
     thumbnail: bytes | None = None
     """A JPEG of at most THUMBNAIL_BYTES, kept if the status is OK and the shard has space for it."""
 
@@ -73,8 +75,12 @@ class ShardWriter:
     are finished already.
     """
 
-    def __init__(self, path: Path, header: ShardHeader | None = None, retry: Sequence[Failure] = ()) -> None:
-        """Create, or continue, the shard at `path`; with `retry`, try its rows that failed so again.
+    def __init__(
+        self, path: Path, header: ShardHeader | None = None, retry: Sequence[Failure] | np.ndarray = ()
+    ) -> None:
+        """Create, or continue, the shard at `path`; with `retry`, fill its rows that failed so again.
+
+        `retry` may also be a mask of any rows, bool [N].
 
         Raises LlavaError if another process holds it, if what is there has another fingerprint or source, or
         if the disk is too small; FinishedMeanwhile if there is nothing left to do.
@@ -84,7 +90,7 @@ class ShardWriter:
             self._lock = Lock(path)
             stack.callback(self._lock.release)
             if not self.part.exists():
-                if retry:
+                if len(retry):
                     self._reopen(retry)
                 elif path.exists():
                     raise FinishedMeanwhile
@@ -125,6 +131,9 @@ class ShardWriter:
                 record["crc32"] = self._write_features(outcome.row, outcome.features)
                 if self.layout.thumbnails:
                     self._write_thumbnail(outcome)
+            if "mtime" in self.layout.offsets:
+                offset = self.layout.offsets["mtime"] + 8 * outcome.row
+                write_all(self._descriptor, outcome.mtime.to_bytes(8, "little", signed=True), offset)
             for name in ("row", "status", "http", "nbytes", "orig_hw"):
                 record[name] = getattr(outcome, name)
             record["attempts"] = min(outcome.attempts, 255)
@@ -205,18 +214,19 @@ class ShardWriter:
                 do="free some, choose another --out, or take fewer rows with --limit",
             )
 
-    def _reopen(self, retry: Sequence[Failure]) -> None:
-        """Copy a finished shard to a part in which the rows that failed so are pending again."""
+    def _reopen(self, retry: Sequence[Failure] | np.ndarray) -> None:
+        """Copy a finished shard to a part in which these rows are pending again."""
         shard = Shard(self.path)
         records = np.zeros(shard.rows, RECORD)
         records["row"] = np.arange(shard.rows)
         for name in COLUMNS:
             records[name] = getattr(shard, name)
+        again = retry if isinstance(retry, np.ndarray) else shard.failed(retry)
         self._require_space(self.path.stat().st_size)
         with self._partial() as partial:
             shutil.copyfile(self.path, partial)
             # The journal first: alone it means nothing, while a part alone would start from nothing.
-            write_file(journal_of(self.path), shard.layout.uid, records[~shard.failed(retry)])
+            write_file(journal_of(self.path), shard.layout.uid, records[~again])
 
     @contextlib.contextmanager
     def _partial(self) -> Iterator[Path]:

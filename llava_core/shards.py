@@ -107,6 +107,8 @@ def create_file(path: Path, header: ShardHeader) -> None:
             _create(file, name, (header.rows, *shape), np.dtype(kind))
         for name, (dtype, shape) in parts_of(header.storage, header.tokens, header.width).items():
             _create(file, name, (header.rows, *shape), dtype)
+        if header.local:
+            _create(file, "mtime", (header.rows,), np.dtype("<i8"))
         if header.thumbnails:
             _create(file, "thumbnails", (header.rows, THUMBNAIL_BYTES), np.dtype("|u1"))
 
@@ -166,6 +168,8 @@ def _layout(path: Path, file: Any) -> Layout:
     wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in COLUMNS.items()}
     for name, (dtype, shape) in parts_of(storage, tokens, width).items():
         wanted[name] = (dtype, (rows, *shape))
+    if "mtime" in file:
+        wanted["mtime"] = (np.dtype("<i8"), (rows,))
     if "thumbnails" in file:
         wanted["thumbnails"] = (np.dtype("|u1"), (rows, THUMBNAIL_BYTES))
     for name in TEXTS:
@@ -239,6 +243,9 @@ class Shard:
         self._open: tuple[int, int] | None = None
         for name, (kind, shape) in COLUMNS.items():
             setattr(self, name, self._array(name, kind).reshape(self.rows, *shape))
+        known = "mtime" in layout.offsets
+        self.mtime = self._array("mtime", "<i8") if known else np.zeros(self.rows, "<i8")
+        """When each row's image file was last modified, in ns since 1970; 0 for what came from no file."""
         self._ends = {name: self._array(f"{name}_offsets", "<i8") for name in TEXTS}
         for name, ends in self._ends.items():
             if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:

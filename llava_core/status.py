@@ -35,6 +35,7 @@ class Status(enum.IntEnum):
     TRUNCATED = 22
     TOO_MANY_PIXELS = 23
     DECODE_ERROR = 24
+    TOO_COSTLY = 25
     BAD_CAPTION = 30
     NOT_FINITE = 31
 

@@ -1,4 +1,4 @@
-"""Tasks that end together, time limits that lose no cancellation, and signals, from Python 3.10 on.
+"""Tasks that end together, threads nobody waits for, time limits that lose no cancellation, and signals.
 
 `asyncio.wait_for` may swallow a cancellation up to Python 3.11; `asyncio.timeout` came with that version.
 """
@@ -10,15 +10,40 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from typing import Any, TypeVar
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout as time_limit
 else:
     from async_timeout import timeout as time_limit
 
-__all__ = ["in_background", "signals_restored", "time_limit", "together"]
+__all__ = ["in_background", "in_thread", "signals_restored", "time_limit", "together"]
+
+T = TypeVar("T")
+
+
+async def in_thread(function: Callable[..., T], *args: object) -> T:
+    """As `asyncio.to_thread`, in a thread that a process which ends does not wait for."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def settle(settled: Callable[[Any], None], value: object) -> None:
+        if not outcome.done():
+            settled(value)
+
+    def work() -> None:
+        settled: Callable[[Any], None]
+        value: object
+        try:
+            settled, value = outcome.set_result, function(*args)
+        except Exception as error:
+            settled, value = outcome.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, settled, value)
+
+    threading.Thread(target=work, name=function.__name__, daemon=True).start()
+    return await outcome
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:

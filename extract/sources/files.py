@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from extract.sources.base import is_address
 from llava_core.errors import LlavaError, first_line
 from llava_core.fetch import Fetched
+from llava_core.fingerprint import sha256_files
+from llava_core.shards import Shard
 from llava_core.status import Status
 
 
@@ -62,11 +67,31 @@ def read_image(folder: Path, place: str, max_bytes: int) -> Fetched:
         if not stat.S_ISREG(found.st_mode):
             return _failed(Status.NO_FILE, "not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
-            return loaded(file.read(min(found.st_size, max_bytes) + 1), max_bytes)
+            image = loaded(file.read(min(found.st_size, max_bytes) + 1), max_bytes)
+            return dataclasses.replace(image, mtime=found.st_mtime_ns)
     except OSError as error:
         return _failed(Status.UNREADABLE_FILE, first_line(error))
     finally:
         os.close(descriptor)
+
+
+def changed(folder: Path, shard: Shard) -> np.ndarray:
+    """Rows whose image file holds something else than when it was read, bool [N].
+
+    Only a file of another size or mtime is read. One that is gone has not changed: its features stay.
+    """
+    rows = np.zeros(shard.rows, bool)
+    urls = shard.urls() if shard.mtime.any() else []
+    for row in np.flatnonzero(shard.mtime).tolist():
+        path = _inside(folder, urls[row])
+        try:
+            found = os.stat(path or "")
+            same = found.st_mtime_ns == shard.mtime[row] and shard.nbytes[row] in (found.st_size, 0)
+            if path and stat.S_ISREG(found.st_mode) and not same:
+                rows[row] = sha256_files([Path(path)]) != shard.sha256[row].tobytes().hex()
+        except (OSError, ValueError):
+            continue
+    return rows
 
 
 def _inside(folder: Path, place: str) -> str | None:

@@ -49,6 +49,15 @@ def png_with_text_bomb() -> bytes:
     return whole[:33] + bombs + whole[33:]
 
 
+def jpeg_with_scans(scans: int) -> bytes:
+    """A progressive JPEG of 16 million pixels whose last scan, empty, comes again and again."""
+    buffer = io.BytesIO()
+    Image.new("L", (4000, 4000), 90).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    last = whole.rindex(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * scans + whole[-2:]
+
+
 def gif_of(frames: int) -> bytes:
     buffer = io.BytesIO()
     images = [Image.new("P", (60, 60), i % 250) for i in range(frames)]
@@ -130,7 +139,8 @@ async def bad_chunks(writer: asyncio.StreamWriter) -> None:
 JPEG = picture(3)
 CONTENT: dict[str, tuple[Callable[[web.Request], Awaitable[web.StreamResponse]], Status]] = {
     "png-bomb": (answer(png_bomb()), Status.TOO_MANY_PIXELS),
-    "png-text-bomb": (answer(png_with_text_bomb()), Status.DECODE_ERROR),
+    "png-text-bomb": (answer(png_with_text_bomb()), Status.OK),
+    "jpeg-scan-bomb": (answer(jpeg_with_scans(1000)), Status.TOO_COSTLY),
     "gif": (answer(gif_of(400)), Status.OK),
     "gzip-bomb": (gzip_bomb, Status.NOT_AN_IMAGE),
     "gzip-picture": (gzip_picture, Status.NOT_AN_IMAGE),

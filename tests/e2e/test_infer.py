@@ -217,6 +217,26 @@ def test_ask_by_path_and_by_address(world: World) -> None:
     assert "cannot fetch the image; got http 4xx (HTTP 404)" in gone
 
 
+def test_addresses_in_a_file_are_a_strangers(world: World, tmp_path: Path) -> None:
+    """What is typed may be private; what came in a JSONL file or a saved dialogue may not, unless opened."""
+    flags = (*world.flags, "--max-tokens", 8, "--input", tmp_path / "in.jsonl", "--output")
+    saved, remedy = tmp_path / "saved.json", "--allow-private lets it lead to this machine"
+    with serving({"/a.png": answer(world.images[0].read_bytes())}) as base:
+        (tmp_path / "in.jsonl").write_text(json.dumps({"image": f"{base}/a.png"}) + "\n")
+        call("infer", "batch", *flags, tmp_path / "closed.jsonl")
+        call("infer", "batch", *flags, tmp_path / "open.jsonl", "--allow-private")
+        session = Session(world.engine(), Sampling(max_tokens=8))
+        session.show(f"{base}/a.png")
+        write_chat(saved, session.saved())
+        with pytest.raises(LlavaError, match=remedy):
+            session.load(read_chat(saved))
+        session.allow_private = True
+        assert session.load(read_chat(saved)) is not None
+    closed, opened = (json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("closed", "open"))
+    assert "got forbidden address (address is not public); " + remedy in closed["error"]
+    assert opened["answer"]
+
+
 def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("不是图片")

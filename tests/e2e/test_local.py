@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from extract.config import RetryConfig, RunConfig, VerifyConfig
@@ -127,6 +130,73 @@ def test_rows_in_files_that_fail_are_tried_again_with_their_data(
         retry_failed(changed)
     with pytest.raises(LlavaError, match=r"own.h5 was made from own.json, which is not in .*images"):
         retry_failed(RetryConfig(out=tmp_path / "out", vision=vision, data=str(tmp_path / "images")))
+
+
+def test_an_image_replaced_under_its_name_is_encoded_again(vision: Path, tmp_path: Path) -> None:
+    """By its size and mtime, then by its bytes; one that was only touched keeps its features."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for n, name in enumerate(names := ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]):
+        (folder / name).write_bytes(b"<html>" if name == "f.jpg" else picture(n))
+        (folder / name).with_suffix(".txt").write_text(f"picture {n}")
+    command = (
+        "extract",
+        "run",
+        "--data",
+        folder,
+        "--vision",
+        vision,
+        "--out",
+        tmp_path / "out",
+        "--max-failed",
+        1,
+    )
+    call(*command)
+    path = tmp_path / "out/set.h5"
+    before = Shard(path)
+    features = [before.read(row).tobytes() for row in range(5)]
+    assert before.mtime.tolist() == [(folder / name).stat().st_mtime_ns for name in names]
+
+    (folder / "new.tmp").write_bytes(picture(77))
+    os.utime(folder / "new.tmp", ns=(0, 1))
+    (folder / "new.tmp").replace(folder / "a.jpg")  # an older picture, moved over the name
+    (folder / "b.jpg").write_bytes(picture(78) + b"longer")
+    os.utime(folder / "b.jpg", ns=(0, int(before.mtime[1])))
+    os.utime(folder / "c.jpg")
+    (folder / "f.jpg").write_bytes(picture(79))
+    ended = call(*command)
+    assert f"{path}: 3 images changed since encoded, such as a.jpg; encoding again" in ended.err
+    after = Shard(path)
+    hashes = [hashlib.sha256((folder / name).read_bytes()).digest() for name in names]
+    assert hashes == [stored.tobytes() for stored in after.sha256]
+    assert after.ok_rows() == [*range(6)]
+    assert all(after.check(row) for row in range(6))
+    assert [after.read(row).tobytes() == features[row] for row in range(5)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+    (folder / "d.jpg").write_bytes(b"")
+    assert "1 image changed" in call(*command).err
+    assert Shard(path).ok_rows() == [0, 1, 2, 4, 5]
+    assert "changed" not in call(*command).err
+
+
+def test_images_that_are_gone_keep_their_features(vision: Path, tmp_path: Path) -> None:
+    """As when a data set is deleted once it is encoded: the parquet file names them still."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(picture(1))
+    pq.write_table(pa.table({"path": ["a.jpg", "a.jpg"], "caption": ["x", "y"]}), tmp_path / "a.parquet")
+    folders = ("--images", tmp_path / "images", "--out", tmp_path / "out")
+    command = ("extract", "run", "--data", tmp_path / "a.parquet", "--vision", vision, *folders)
+    call(*command)
+    shard = Shard(tmp_path / "out/a.h5")
+    assert shard.mtime[0] == shard.mtime[1] > 0  # the second was read as well, though not encoded
+    (tmp_path / "images/a.jpg").unlink()
+    assert "nothing to do" in call(*command).err
 
 
 def test_bytes_in_parquet_are_tried_again_and_verified(vision: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import re
@@ -302,6 +303,71 @@ def test_bodies_images_and_the_queue_are_bounded(strict: Served) -> None:
     wait_for(lambda: gauge(strict, "llava_slots_busy", "geheim") == 0)
     assert gauge(strict, 'llava_requests_total{status="499"}', "geheim") == 3
     assert client.chat.completions.create(model="mine", messages=[question("看")], max_tokens=2).choices
+
+
+def test_slow_bodies_keep_nobody_out(strict: Served) -> None:
+    """More of them than slots and queue have places."""
+    client = client_of(strict, "geheim")
+    address = ("127.0.0.1", int(strict.base.rsplit(":", 1)[1]))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer geheim\r\n"
+    slow = [socket.create_connection(address) for _ in range(6)]
+    for half in slow:
+        half.sendall(f"{head}Content-Length: 900\r\n\r\n{{".encode())
+    wait_for(lambda: gauge(strict, "llava_requests_inside", "geheim") == 6)
+    assert client.chat.completions.create(model="mine", messages=[question("看")], max_tokens=2).choices
+    for half in slow:
+        half.close()
+    wait_for(lambda: gauge(strict, "llava_requests_inside", "geheim") == 0)
+
+
+MALFORMED = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)),  # TLS
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"G\xff\xfeT / HTTP/1.1\r\n\r\n",
+    b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 2000 + b"\r\n",
+    b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nX: \x00\x1b[31m\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1, 2\r\n\r\n{}",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\n"
+    b"Content-Length: 4\r\n\r\nabcd",
+    b"POST /health HTTP/1.1\r\nHost: localhost\r\nExpect: magic\r\nContent-Length: 0\r\n\r\n",
+    *(
+        b"%s HTTP/1.1\r\nHost: localhost\r\n%s" % (to, body)
+        for to in (b"GET /health", b"POST /health", b"POST /nowhere", b"POST /v1/chat/completions")
+        for body in (
+            b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
+            b"Content-Encoding: deflate\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n",
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}zz\r\n",
+            b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffffff\r\n{}",
+            b"Content-Length: 99\r\n\r\n{",
+        )
+    ),
+    b"GET //[ HTTP/1.1\r\nHost: [\r\n\r\n",
+    b"GET http://[::1/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"CONNECT a:b HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n\xff\xff",
+]
+
+
+def test_malformed_http_leaves_no_traceback(served: Served) -> None:
+    address = ("127.0.0.1", int(served.base.rsplit(":", 1)[1]))
+    for sent in MALFORMED:
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(65536):
+                    pass
+    assert json.loads(http_request(served, "/health")[1])["status"] == "ok"
+    log = "".join(served.log)
+    assert "Traceback" not in log
+    assert "Unhandled" not in log
 
 
 def test_a_port_in_use_is_one_line(served: Served, world: World) -> None:

@@ -37,6 +37,7 @@ def test_every_status_and_dataset_is_listed() -> None:
         "features",
         "scales",
         "thumbnails",
+        "mtime",
         *(f"{text}_{part}" for text in TEXTS for part in ("bytes", "offsets")),
     ):
         assert f"`{name}`" in DOCUMENT

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
 import io
+import itertools
+import struct
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw
 
-from llava_core.preprocess import MAX_PIXELS, Decoded, ImageError, Preprocess, image_format
+from llava_core.preprocess import (
+    MAX_PIXELS,
+    MAX_SCANS,
+    MAX_SECONDS,
+    Decoded,
+    ImageError,
+    Preprocess,
+    image_format,
+)
 from llava_core.status import Status
 
 SIDE = 32
@@ -174,10 +187,114 @@ def test_damaged_exif_does_not_cost_the_picture() -> None:
     assert SQUASH.decode_image(data).orig_hw == (64, 64)
 
 
-def test_a_text_bomb_in_a_png_is_refused() -> None:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("bomb", "a" * (100 << 20), zip=True)
-    assert status_of(saved(photo(16, 16), "PNG", pnginfo=info)) is Status.DECODE_ERROR
+def chunk(kind: bytes, content: bytes, damage: int = 0) -> bytes:
+    crc = zlib.crc32(kind + content) ^ damage
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def with_chunks(*chunks: bytes, image: Image.Image | None = None) -> bytes:
+    """A PNG with these after its header."""
+    whole = saved(image or photo(64, 48), "PNG")
+    return whole[:33] + b"".join(chunks) + whole[33:]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * (100 << 20)))],
+        [chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(bytes(range(256)) * 8000))],
+        [chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(50 << 20)))],
+        [chunk(b"tEXt", b"%d\0" % n + b"x" * 500_000) for n in range(140)],
+        [chunk(b"tEXt", b"a\0b", damage=1)],
+        [chunk(b"eXIf", b"MM\0*", damage=1)],
+        [chunk(b"abCd", bytes(9)), chunk(b"gAMA", b"short")],
+        [chunk(b"acTL", struct.pack(">II", 9, 0)), chunk(b"fcTL", bytes(26))],
+    ],
+    ids=[
+        "text bomb",
+        "long text",
+        "profile bomb",
+        "many texts",
+        "damaged text",
+        "damaged EXIF",
+        "odd",
+        "frames",
+    ],
+)
+def test_the_metadata_of_a_png_cost_no_picture(chunks: list[bytes]) -> None:
+    plain = SQUASH.decode_image(saved(photo(64, 48), "PNG")).pixels
+    assert np.array_equal(SQUASH.decode_image(with_chunks(*chunks)).pixels, plain)
+
+
+def test_chunks_that_decide_what_is_seen_stay() -> None:
+    xmp = b'<x tiff:Orientation="6"/>'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for turning in (
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        chunk(b"eXIf", exif.tobytes()[6:]),
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n26\n" + exif.tobytes().hex().encode()),
+    ):
+        assert SQUASH.decode_image(with_chunks(turning)).orig_hw == (64, 48)
+    black = Image.new("L", (8, 8))
+    assert SQUASH.decode_image(saved(black, "PNG", transparency=0)).pixels.min() == 255
+
+
+def jpeg_of(scans: int) -> bytes:
+    """A progressive JPEG of one grey component whose last scans are empty: end-of-band runs of zeros."""
+    small = io.BytesIO()
+    Image.new("L", (64, 64), 90).save(small, "JPEG", progressive=True)
+    whole = small.getvalue()
+    last = whole.rindex(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * scans + whole[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_decoding() -> None:
+    """Each scan is a pass over all pixels: 171 kB held a decoder for a minute."""
+    usual = saved(photo(500, 300), progressive=True)
+    assert usual.count(b"\xff\xda") <= 10
+    SQUASH.decode_image(usual)
+    begun = jpeg_of(1).count(b"\xff\xda")
+    assert SQUASH.decode_image(jpeg_of(MAX_SCANS - begun + 1)).orig_hw == (64, 64)
+    for scans in (MAX_SCANS - begun + 2, 1000):
+        assert status_of(jpeg_of(scans)) is Status.TOO_COSTLY
+    # What only looks like a scan, in a comment or behind the end, is none.
+    plain = saved(photo(64, 48))
+    comment = b"\xff\xfe" + struct.pack(">H", 40_002) + b"\xff\xda" * 20_000
+    for harmless in (plain[:2] + comment + plain[2:], plain + b"\xff\xda" * 20_000):
+        assert SQUASH.decode_image(harmless).orig_hw == (48, 64)
+
+
+def in_front_of_the_frame(blocks: bytes) -> bytes:
+    whole = saved(photo(8, 8), "GIF")
+    at = 13 + 3 * 2 ** ((whole[10] & 7) + 1)  # header and colours
+    return whole[:at] + blocks + whole[at:]
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        lambda: with_chunks(chunk(b"IDAT", b"") * 200_000),
+        lambda: saved(photo(8, 8))[:2] + b"\xff\xe5\0\2" * 300_000 + saved(photo(8, 8))[2:],
+        lambda: b"\xff\xd8" + b"\xff" * 600_000 + saved(photo(8, 8))[2:],
+        lambda: in_front_of_the_frame(b"\x21\xfe\1c\0" * 200_000),
+    ],
+    ids=["PNG chunks", "JPEG segments", "JPEG fill bytes", "GIF comments"],
+)
+def test_a_file_in_very_many_pieces_is_given_up(flood: Callable[[], bytes]) -> None:
+    """Pillow takes them one by one, in Python: 20 MB took 22 s and 640 MB of memory."""
+    assert status_of(flood()) is Status.TOO_COSTLY
+
+
+def test_a_decoder_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU time of its own thread: a busy machine costs no picture."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8))
+    for kind in ("JPEG", "PNG", "GIF", "BMP"):
+        data = saved(noise, kind)
+        SQUASH.decode_image(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "thread_time", itertools.count(0, MAX_SECONDS).__next__)
+            assert status_of(data) is Status.TOO_COSTLY
 
 
 def test_what_is_recorded() -> None:
