@@ -111,13 +111,13 @@ class Conversation:
         self,
         messages: Sequence[dict[str, str]],
         thinking: bool = False,
-        generated: Mapping[str, Sequence[int]] | None = None,
+        generated: Mapping[int, Sequence[int]] | None = None,
     ) -> list[int]:
         """Token ids of a chat that waits for the assistant's next answer, or for its thoughts before that.
 
         `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
-        `generated` has the ids of answers that the model gave itself, by their text: some texts can be
-        written in several ways. Raises LlavaError if the template drops or repeats an answer.
+        `generated` has the ids of answers that the model gave itself, 0 for the first: some tokenizers cannot
+        tell them from the text. Raises LlavaError if the template drops or repeats an answer.
         """
         roles: list[Role] = [
             (m["role"], None if m["role"] == "assistant" else m["content"]) for m in messages
@@ -125,9 +125,9 @@ class Conversation:
         pieces = self._frame(tuple(roles), thinking)
         ids = list(pieces[0])
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        for answer, after in zip(answers, pieces[1:], strict=True):
-            if generated and answer in generated:
-                ids += generated[answer]
+        for k, (answer, after) in enumerate(zip(answers, pieces[1:], strict=True)):
+            if generated and k in generated:
+                ids += generated[k]
                 after = after[len(self._layout.trail_ids) * self._layout.trails(ids) :]
             else:
                 ids += self._answer(self._without_thoughts(answer), ids)

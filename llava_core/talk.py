@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator
 
 import torch
-from transformers import DynamicCache
 
 from llava_core.compiled import CompiledStep
 from llava_core.conversation import Conversation
@@ -68,6 +67,8 @@ class Talk:
     def clear(self) -> None:
         """Forget the turns; the image stays, in the cache as well."""
         self.messages: list[dict[str, str]] = []
+        self._generated: dict[int, list[int]] = {}
+        """Tokens of the answers, 0 for the first, which not every tokenizer can tell from the text."""
         self._retries = 0
 
     def ask(self, question: str) -> Generator[str, None, None]:
@@ -86,14 +87,14 @@ class Talk:
         return self._answer(self.messages[:-1])
 
     def _forget(self) -> None:
-        self.cache = DynamicCache()
+        self.cache = self.llm.new_cache()
         self.cached: list[int] = []
         """Text tokens in the cache, after the visual ones."""
 
     def _answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
         began = first = time.perf_counter()
         told = [{"role": "system", "content": self.system}] if self.system else []
-        ids = self.conversation.prompt([*told, *messages], self.thinking)
+        ids = self.conversation.prompt([*told, *messages], self.thinking, self._generated)
         spoken, whole = Spoken(self.conversation.text, self.sampling.stop), False
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:
@@ -126,7 +127,11 @@ class Talk:
             else:  # torn within a forward pass: some layers have read more than others
                 self._forget()
             if spoken.tokens:
-                self.messages = [*messages, {"role": "assistant", "content": spoken.text.strip()}]
+                answer, k = spoken.text.strip(), len(messages) // 2
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+                self._generated.pop(k, None)
+                if not self.thinking and self.conversation.text(spoken.tokens).strip() == answer:
+                    self._generated[k] = spoken.tokens
 
     def _require_context(self, later: bool) -> None:
         """Raise LlavaError if no token of an answer fits; `later`: there are turns to forget."""
@@ -142,6 +147,8 @@ class Talk:
         new prompt need not continue the old one.
         """
         same = already_read(self.cached, ids)
+        if self.cache.get_seq_length() and not self.llm.can_rewind:  # nor can it go on: see `new_cache`
+            self._forget()
         if self.cache.get_seq_length() == 0:
             return torch.cat([self.visual, self._embed(ids)], dim=1)
         if surplus := self.cache.get_seq_length() - self.visual.shape[1] - same:
