@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llava_core.errors import LlavaError
@@ -80,10 +80,6 @@ class Layout:
     after: str
     """All that follows the answer."""
 
-    def trails(self, ids: Sequence[int]) -> bool:
-        """Whether these ids end with the trail."""
-        return list(ids[len(ids) - len(self.trail_ids) :]) == self.trail_ids
-
 
 class Conversation:
     """Builds prompts and training examples with one tokenizer's chat template.
@@ -107,17 +103,11 @@ class Conversation:
         """Whether the template has Qwen3's switch for thinking."""
         return "enable_thinking" in str(self.tokenizer.chat_template)
 
-    def prompt(
-        self,
-        messages: Sequence[dict[str, str]],
-        thinking: bool = False,
-        generated: Mapping[int, Sequence[int]] | None = None,
-    ) -> list[int]:
+    def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> list[int]:
         """Token ids of a chat that waits for the assistant's next answer, or for its thoughts before that.
 
         `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
-        `generated` has the ids of answers that the model gave itself, 0 for the first: some tokenizers cannot
-        tell them from the text. Raises LlavaError if the template drops or repeats an answer.
+        Raises LlavaError if the template drops or repeats an answer.
         """
         roles: list[Role] = [
             (m["role"], None if m["role"] == "assistant" else m["content"]) for m in messages
@@ -125,13 +115,8 @@ class Conversation:
         pieces = self._frame(tuple(roles), thinking)
         ids = list(pieces[0])
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        for k, (answer, after) in enumerate(zip(answers, pieces[1:], strict=True)):
-            if generated and k in generated:
-                ids += generated[k]
-                after = after[len(self._layout.trail_ids) * self._layout.trails(ids) :]
-            else:
-                ids += self._answer(self._without_thoughts(answer), ids)
-            ids += after
+        for answer, after in zip(answers, pieces[1:], strict=True):
+            ids += self._answer(self._without_thoughts(answer), ids) + after
         return ids
 
     def text(self, ids: Sequence[int]) -> str:

@@ -114,9 +114,10 @@ class LanguageModel:
         if self.can_rewind:
             return DynamicCache()
         if self._no_cache:
+            kinds = ", ".join(self.layer_types)
             raise LlavaError(
                 f"cannot generate with a {self.identity['architecture']}",
-                expected=f"that transformers {transformers.__version__} caches {', '.join(self.layer_types)}",
+                expected=f"a cache for {kinds} in transformers {transformers.__version__}",
                 got=self._no_cache,
                 do="pip install --upgrade transformers, or use a model of attention layers",
             )
@@ -256,7 +257,7 @@ def _require_causal(folder: Path) -> None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
             raise LlavaError(
-                f"the model in {folder} is code of its own, which is not run",
+                f"the model in {folder} needs code of its own, which is not run",
                 expected="a model that transformers has itself",
                 got=f"model_type {kind} with auto_map",
                 do=OWN_CODE,

@@ -67,8 +67,6 @@ class Talk:
     def clear(self) -> None:
         """Forget the turns; the image stays, in the cache as well."""
         self.messages: list[dict[str, str]] = []
-        self._generated: dict[int, list[int]] = {}
-        """Tokens of the answers, 0 for the first, which not every tokenizer can tell from the text."""
         self._retries = 0
 
     def ask(self, question: str) -> Generator[str, None, None]:
@@ -94,7 +92,7 @@ class Talk:
     def _answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
         began = first = time.perf_counter()
         told = [{"role": "system", "content": self.system}] if self.system else []
-        ids = self.conversation.prompt([*told, *messages], self.thinking, self._generated)
+        ids = self.conversation.prompt([*told, *messages], self.thinking)
         spoken, whole = Spoken(self.conversation.text, self.sampling.stop), False
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:
@@ -127,11 +125,7 @@ class Talk:
             else:  # torn within a forward pass: some layers have read more than others
                 self._forget()
             if spoken.tokens:
-                answer, k = spoken.text.strip(), len(messages) // 2
-                self.messages = [*messages, {"role": "assistant", "content": answer}]
-                self._generated.pop(k, None)
-                if not self.thinking and self.conversation.text(spoken.tokens).strip() == answer:
-                    self._generated[k] = spoken.tokens
+                self.messages = [*messages, {"role": "assistant", "content": spoken.text.strip()}]
 
     def _require_context(self, later: bool) -> None:
         """Raise LlavaError if no token of an answer fits; `later`: there are turns to forget."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -127,17 +127,32 @@ def check_words(family: str, template: str, turns: list[Turn]) -> None:
 
 
 @every_family
-@settings(max_examples=12, deadline=None)
-@given(template=templates, turns=dialogues)
-@example(template="llama2", turns=[Turn("☃", "☃ a red"), Turn("a", "A star </s>"), Turn("b", "blue")])
-@example(template="mistral", turns=[Turn("a red", "a red circle"), Turn(" a", "a"), Turn("a", "a")])
-def test_a_dialogue_reads_what_training_saw(family: str, template: str, turns: list[Turn]) -> None:
+def test_a_dialogue_reads_what_training_saw(family: str) -> None:
     """A model that answers as it was taught: what its cache holds after the last turn, and what it read."""
+    turns = [Turn("☃ a", "a red"), Turn(" a</s>", "star : a"), Turn("<|im_end|>", "star : a")]
+    for template in TEMPLATES:
+        check_dialogue(family, template, turns)
+
+
+@every_family
+@settings(max_examples=10, deadline=None)
+@given(template=templates, turns=st.lists(st.builds(Turn, odd, phrases), min_size=1, max_size=3))
+def test_any_dialogue_reads_what_training_saw(family: str, template: str, turns: list[Turn]) -> None:
+    check_dialogue(family, template, turns)
+
+
+@settings(max_examples=25, deadline=None)
+@given(template=templates, turns=dialogues)
+def test_any_answer_is_read_as_training_saw_it(template: str, turns: list[Turn]) -> None:
+    """Of a tokenizer that can write every text."""
+    check_dialogue("byte-level", template, [Turn(turn.question, f"a{turn.answer}") for turn in turns])
+
+
+def check_dialogue(family: str, template: str, turns: list[Turn]) -> None:
     chat = conversation(family, template)
     dialogue = chat.example(turns, max_answer_tokens=99)
     learnt = iter([label for label in dialogue.labels if label != IGNORE])
     answers = [list(itertools.takewhile(lambda label: label not in chat.eos_ids, learnt)) for _ in turns]
-    assume(all(answers))  # a turn without an answer is not remembered
     talk = Talk(model(chat), chat, Sampling(max_tokens=99))
     talk.begin(torch.zeros(1, VISUAL, talk.llm.hidden))
     end = next(iter(chat.eos_ids))

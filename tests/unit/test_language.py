@@ -136,7 +136,7 @@ def test_every_turn_of_a_dialogue_is_answered_as_if_it_were_the_first(tmp_path: 
     talk.begin(visual)
     for question in ("看", "what else?"):
         answer = "".join(talk.ask(question))
-        prompt = conversation.prompt(talk.messages[:-1], generated=talk._generated)
+        prompt = conversation.prompt(talk.messages[:-1])
         embedded = torch.cat([visual, llm.embed(torch.tensor([prompt]))], dim=1)
         ids = list(prompt)
         for _ in range(6):  # without a cache
