@@ -200,13 +200,14 @@ class Conversation:
             for role, text in roles
         ]
         texts = _split(self._render(messages, add_generation_prompt=True, thinking=thinking), marks)
+        hides = any(text and text != m["content"] for m, (_, text) in zip(messages, roles, strict=True))
         pieces = []
         for k, text in enumerate(texts):
             if k < count:
                 text = text.removesuffix(self._layout.lead)
             if k:
                 text = text.removeprefix(self._layout.trail)
-            ids = self._plain.with_hidden(text, word) if word in text else self._tokens(text)
+            ids = self._plain.with_hidden(text, word) if hides and word in text else self._tokens(text)
             pieces.append([*self._layout.trail_ids, *ids] if k else ids)
         return pieces
 
