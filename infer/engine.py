@@ -91,5 +91,6 @@ def _language_model(
 ) -> LanguageModel:
     llm = load_language_model(config.llm, device)
     checkpoint.provenance.require_language_model(llm.identity)
+    llm.new_cache()  # raises for a model that cannot generate here
     say(f"{source} → {checkpoint.folder} → {llm.identity['id']} on {device}")
     return llm

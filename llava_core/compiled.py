@@ -21,6 +21,13 @@ class CompiledStep:
 
     def __init__(self, llm: LanguageModel, length: int = LEAST_LENGTH) -> None:
         """Raises LlavaError if this transformers has no fixed cache that counts for itself (5 has)."""
+        if not llm.can_rewind:
+            raise LlavaError(
+                "--compile cannot keep what this language model remembers",
+                expected="layers of attention",
+                got=", ".join(llm.layer_types),
+                do="leave out --compile",
+            )
         self._llm = llm
         self._grow(length)
         if not hasattr(next(iter(getattr(self._fixed, "layers", [])), None), "cumulative_length"):
@@ -32,7 +39,7 @@ class CompiledStep:
     def warm_up(self) -> None:
         """Compile now, so that the first answer need not wait."""
         token = self._llm.embed(torch.zeros(1, 1, dtype=torch.long, device=self._llm.device))
-        self.begin(DynamicCache(), self._length)
+        self.begin(self._llm.new_cache(), self._length)
         for _ in range(4):  # the prompt, and on a GPU a graph is recorded in the second step
             self.read(token)
 

@@ -7,7 +7,6 @@ on every answer and the end token that closes it, on nothing else.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import signal
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llava_core.errors import LlavaError, first_line
+from llava_core.plain_text import PlainText
 
 CONVERSATION_FORMAT = "visual-prefix/1"
 """Name of the layout `[visual][template text]`, kept in checkpoints; another layout gets another name."""
@@ -67,20 +67,41 @@ class Example:
     """Turns after that answer, which were left out."""
 
 
+Role = tuple[str, str | None]
+"""Who speaks and what; None stands for an answer, which is not the template's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a chat template writes beside an answer."""
+
+    lead: str
+    """Blanks between the prompt and the answer, the model's to write: ' ' in Llama 2's and Mistral's."""
+    trail: str
+    """Blanks between the answer and its end token: ' ' in Llama 2's."""
+    trail_ids: list[int]
+    end: list[int]
+    """The id after the trail: that of the end token, in a template that has one."""
+    after: str
+    """All that follows the answer."""
+
+
 class Conversation:
     """Builds prompts and training examples with one tokenizer's chat template.
 
-    Thinking is switched off, but for prompts that ask for it.
+    Thinking is switched off, but for prompts that ask for it. What the template writes is tokenised in whole,
+    with the questions in it; an answer is tokenised by itself, as what follows, since a model that answers
+    has read nothing of it before. Control tokens are the template's alone: in a question, an answer or a
+    system prompt their text is text.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+        """Raises LlavaError for a tokenizer that `PlainText` does not take."""
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
-        # Splitting is a state of the tokenizer, which threads share: those that split have one of their own.
-        self._plain_tokenizer = copy.deepcopy(tokenizer)
-        self._plain_tokens("")
+        self._plain = PlainText(tokenizer, eos_ids)
         # The template's text around answers depends on the questions alone, and captions have few of them.
-        self._frame = functools.lru_cache(maxsize=4096)(self._render_frame)
+        self._known_frame = functools.lru_cache(maxsize=4096)(self._frame)
         self.prompt([{"role": "user", "content": QUESTION}])  # or fail before any work has begun
 
     @property
@@ -92,8 +113,17 @@ class Conversation:
         """Token ids of a chat that waits for the assistant's next answer, or for its thoughts before that.
 
         `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
+        Raises LlavaError if the template drops or repeats an answer.
         """
-        return self._tokens(self._render(messages, add_generation_prompt=True, thinking=thinking))
+        roles: list[Role] = [
+            (m["role"], None if m["role"] == "assistant" else m["content"]) for m in messages
+        ]
+        pieces = self._frame(tuple(roles), thinking)
+        ids = list(pieces[0])
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        for answer, after in zip(answers, pieces[1:], strict=True):
+            ids += self._answer(self._without_thoughts(answer), ids) + after
+        return ids
 
     def text(self, ids: Sequence[int]) -> str:
         """What generated ids say, without special tokens."""
@@ -107,48 +137,84 @@ class Conversation:
 
         Each answer may have `max_answer_tokens` tokens; one that is longer is cut there and ends the
         dialogue, since the next question is about the whole answer. The ids before the last answer are those
-        `prompt` gives for the same history, so training and inference agree on every token.
+        `prompt` gives for the same history, so training and inference agree on every token. Raises
+        LlavaError if the template drops or repeats an answer, or closes it without an end token.
         """
-        answers, cut = [], False
+        layout = self._layout
+        closing = [*layout.trail_ids, *layout.end]
+        roles: list[Role] = []
         for turn in turns:
-            answers.append(self._plain_tokens(turn.answer.strip()))
-            if cut := len(answers[-1]) > max_answer_tokens:
-                break
-        frame = self._frame(tuple(turn.question for turn in turns[: len(answers)]))
-        ids, labels = list(frame[0]), [IGNORE] * len(frame[0])
-        for answer, after in zip(answers, frame[1:], strict=True):
+            roles += [("user", turn.question), ("assistant", None)]
+        pieces = [*self._known_frame(tuple(roles[:-1])), closing]
+        ids, labels = list(pieces[0]), [IGNORE] * len(pieces[0])
+        for k, (turn, after) in enumerate(zip(turns, pieces[1:], strict=True), 1):
+            if not after[len(layout.trail_ids) :] or after[len(layout.trail_ids)] not in self.eos_ids:
+                raise LlavaError(
+                    "the chat template closes an answer without an end token",
+                    expected=f"one of {self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))}",
+                    got=[layout.after],
+                )
+            answer = self._answer(turn.answer, ids)
+            if len(answer) > max_answer_tokens:
+                if k < len(turns):  # a template may write the last turn otherwise
+                    cut = self.example(turns[:k], max_answer_tokens)
+                    return dataclasses.replace(cut, dropped=len(turns) - k)
+                answer = answer[:max_answer_tokens]
+                return Example(ids + answer, labels + answer, cut=True)
             ids += answer + after
-            labels += answer + after[:1] + [IGNORE] * (len(after) - 1)
-        if cut:
-            excess = len(answers[-1]) - max_answer_tokens + len(frame[-1])
-            del ids[-excess:], labels[-excess:]
-        return Example(ids, labels, cut, dropped=len(turns) - len(answers))
+            labels += answer + after[: len(closing)] + [IGNORE] * (len(after) - len(closing))
+        return Example(ids, labels, cut=False)
 
-    def _render_frame(self, questions: tuple[str, ...]) -> list[list[int]]:
-        """Token ids of the template's text around the answers: before the first, and after each.
+    def _answer(self, text: str, before: Sequence[int]) -> list[int]:
+        """Ids of an answer after those of the text before it."""
+        return self._plain(self._layout.lead + text.strip(), begins=self._plain.begins_after(before))
 
-        Everything before the last answer is the very prompt that inference would send, with marks in place
-        of the earlier answers. Slicing by the length of the previous turns would be wrong: Qwen3's template
-        drops the empty think block from earlier answers.
+    def _without_thoughts(self, answer: str) -> str:
+        """An earlier answer as templates of models that think write it."""
+        if self.can_think and answer.startswith("<think>"):
+            return answer.rpartition("</think>")[2]
+        return answer
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        """How the template writes one turn. Raises LlavaError if it drops or repeats the answer."""
+        question, mark = {"role": "user", "content": "question"}, "answer-0-of-1"
+        whole = self._render([question, {"role": "assistant", "content": mark}], add_generation_prompt=False)
+        before, after = _split(whole, [mark])
+        prompt = self._render([question], add_generation_prompt=True)
+        lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        end = self._tokens(after)[:1]
+        blank = "" if self.eos_ids.issuperset(end) else after[: len(after) - len(after.lstrip())]
+        end = self._tokens(after[len(blank) :])[:1]
+        return Layout(lead if lead.isspace() else "", blank, self._plain(blank, begins=False), end, after)
+
+    def _frame(self, roles: tuple[Role, ...], thinking: bool = False) -> list[list[int]]:
+        """Token ids of the text around the answers: before the first, and after each.
+
+        It is the very prompt that inference sends, with marks in place of the answers. Slicing by the length
+        of the previous turns would be wrong: Qwen3's template drops the empty think block from earlier
+        answers.
         """
         word = "answer"
-        while any(word in question for question in questions):  # a mark must be nowhere but where it was put
+        while any(word in content for _, content in roles if content):  # a mark must be only where it was put
             word += "~"
-        marks = [f"{word}-{i}-of-{len(questions)}" for i in range(len(questions))]
-        messages = []
-        for question, mark in zip(questions, marks, strict=True):
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": mark}]
-        prompt = self._render(messages[:-1], add_generation_prompt=True)
-        whole = self._render(messages, add_generation_prompt=False)
-        texts = _split(prompt, marks[:-1]) + _split(whole, marks)[-1:]
-        pieces = [self._tokens(text) for text in texts]
-        if any(not piece or piece[0] not in self.eos_ids for piece in pieces[1:]):
-            raise LlavaError(
-                "the chat template closes an answer without an end token",
-                expected=f"one of {self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))}",
-                got=texts[1:],
-            )
-        pieces[-1] = pieces[-1][:1]
+        count = sum(content is None for _, content in roles)
+        marks = [f"{word}-{i}-of-{count}" for i in range(count)]
+        contents = iter(marks)
+        messages = [
+            {"role": role, "content": next(contents) if text is None else self._plain.hide(text, word)}
+            for role, text in roles
+        ]
+        texts = _split(self._render(messages, add_generation_prompt=True, thinking=thinking), marks)
+        hides = any(text and text != m["content"] for m, (_, text) in zip(messages, roles, strict=True))
+        pieces = []
+        for k, text in enumerate(texts):
+            if k < count:
+                text = text.removesuffix(self._layout.lead)
+            if k:
+                text = text.removeprefix(self._layout.trail)
+            ids = self._plain.with_hidden(text, word) if hides and word in text else self._tokens(text)
+            pieces.append([*self._layout.trail_ids, *ids] if k else ids)
         return pieces
 
     def _render(
@@ -175,12 +241,6 @@ class Conversation:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _plain_tokens(self, text: str) -> list[int]:
-        """A caption is text whatever it says: <|im_end|> in it does not end it."""
-        split = {"add_special_tokens": False, "split_special_tokens": True}
-        ids: list[int] = self._plain_tokenizer(text, **split)["input_ids"]
-        return ids
-
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
@@ -204,8 +264,9 @@ def _at_most(seconds: float) -> Iterator[None]:
 def _split(text: str, marks: Sequence[str]) -> list[str]:
     pieces = []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
-            raise LlavaError("the chat template drops an assistant's answer", do="use another model")
+        if text.count(mark) != 1:
+            what = "repeats" if mark in text else "drops"
+            raise LlavaError(f"the chat template {what} an assistant's answer", do="use another model")
+        before, _, text = text.partition(mark)
         pieces.append(before)
     return [*pieces, text]

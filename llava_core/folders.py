@@ -29,6 +29,18 @@ def config_of(folder: Path) -> JsonDict:
     return config if isinstance(config, dict) else {}
 
 
+def require_plain_weights(folder: Path) -> None:
+    """Raise LlavaError if the config.json of a model says that its weights are quantised."""
+    if quantised := config_of(folder).get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise LlavaError(
+            f"the weights in {folder} are quantised",
+            expected="weights in bf16, fp16 or fp32 (a language model's may be a GGUF file)",
+            got=method or "quantization_config in config.json",
+            do="use the folder that the model was published in before it was quantised",
+        )
+
+
 def contents(folder: Path) -> str:
     """Its first files by name, for an error's `got`."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"

@@ -31,7 +31,7 @@ def generate(
     Once closed, `cache` holds what was read. A single sequence may be read by `compiled`. Each sequence draws
     by its own one of `seeds`, whatever its company; by default all have the sampling's.
     """
-    cache = DynamicCache() if cache is None else cache
+    cache = llm.new_cache() if cache is None else cache
     seeds = [sampling.seed] * len(embedded) if seeds is None else seeds
     generators = [torch.Generator(llm.device).manual_seed(seed) for seed in seeds]
     known = cache.get_seq_length() + embedded.shape[1]

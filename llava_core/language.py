@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import warnings
@@ -13,17 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from llava_core.console import say
-from llava_core.device import default_dtype
+from llava_core.device import default_dtype, is_device_failure
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import config_of, contents, require_language_model, weight_files
+from llava_core.folders import (
+    config_of,
+    contents,
+    require_language_model,
+    require_plain_weights,
+    weight_files,
+)
 
 logging.disable_progress_bar()
+
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers whose memory is one key and one value for each token."""
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no folder's own code is run: unless told so, transformers would ask on stdin."""
+OWN_CODE = "use the model in the format that transformers has itself (often NAME-hf), a GGUF file, or another"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +56,11 @@ class LanguageModel:
     identity: JsonDict
     """id (folder name), weights_sha256, architecture, hidden: what a projector checkpoint remembers of it."""
     embedding_rms: float
-    """Root mean square of one number of the text embeddings: the scale projected tokens start at."""
+    """Root mean square of one number of what `embed` gives: the scale projected tokens start at."""
     eos_ids: frozenset[int]
     """Tokens that end an answer."""
+    embedding_scale: float = 1.0
+    """What `embed` multiplies the embedding's weights by: the root of `hidden` in Gemma, 1 in most models."""
 
     @property
     def hidden(self) -> int:
@@ -78,8 +100,53 @@ class LanguageModel:
                 do=do,
             )
 
+    @property
+    def layer_types(self) -> list[str]:
+        """Kinds of its layers, by the names that transformers has for them; attention where it names none."""
+        config = self.model.config.get_text_config()
+        return sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
+
+    @functools.cached_property
+    def can_rewind(self) -> bool:
+        """Whether a cache can drop its last tokens, as one of attention layers can."""
+        takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
+        return takes_cache and ATTENTION.issuperset(self.layer_types)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for generating.
+
+        That of a model with recurrent or convolutional layers keeps a state of all that was read, which
+        cannot be rewound, nor safely be given several tokens more. Raises LlavaError if this transformers has
+        none that gives the answers of the model.
+        """
+        if self.can_rewind:
+            return DynamicCache()
+        if self._no_cache:
+            kinds = ", ".join(self.layer_types)
+            raise LlavaError(
+                f"cannot generate with a {self.identity['architecture']}",
+                expected=f"a cache for {kinds} in transformers {transformers.__version__}",
+                got=self._no_cache,
+                do="pip install --upgrade transformers, or use a model of attention layers",
+            )
+        return DynamicCache(config=self.model.config)
+
+    @functools.cached_property
+    def _no_cache(self) -> str:
+        """Why a model that cannot rewind cannot generate either; "" if it can."""
+        try:
+            with torch.inference_mode():
+                embedded = self.embed(torch.arange(4, device=self.device)[None])
+                whole = self.model(inputs_embeds=embedded, use_cache=False).logits[:, -1]
+                cache = DynamicCache(config=self.model.config)
+                for part in (embedded[:, :3], embedded[:, 3:]):
+                    out = self.model(inputs_embeds=part, past_key_values=cache, use_cache=True)
+            return "other logits than without it" if _differ(out.logits[:, -1], whole) else ""
+        except Exception as error:  # each model has an own way to say that it takes no such cache
+            return first_line(error)
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [...] -> embeddings [..., hidden]."""
+        """Token ids [...] -> embeddings [..., hidden], as the model's blocks take them."""
         embedded: torch.Tensor = self.embedding(ids)
         return embedded
 
@@ -109,9 +176,9 @@ def load_language_model(
     try:
         with warnings.catch_warnings(), no_gguf_bar():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **where)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **where
+                folder, output_loading_info=True, **LOCAL, **where
             )
     except ImportError as error:
         raise LlavaError(
@@ -122,6 +189,7 @@ def load_language_model(
             f"cannot load the language model in {folder}",
             expected="a causal model and tokenizer that transformers loads",
             got=first_line(error),
+            do=OWN_CODE if "trust_remote_code" in str(error) else None,
         ) from None
     if missing := sorted(loading["missing_keys"]):
         raise LlavaError(
@@ -138,8 +206,8 @@ def load_language_model(
     # Not the buffers: rotary frequencies rounded to bf16 turn by wrong angles.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or default_dtype(device))
-    embedding = model.get_input_embeddings().weight
-    return LanguageModel(
+    embedding, scale = model.get_input_embeddings().weight, _embedding_scale(model)
+    llm = LanguageModel(
         model=model,
         tokenizer=tokenizer,
         identity={
@@ -148,9 +216,12 @@ def load_language_model(
             "architecture": type(model).__name__,
             "hidden": embedding.shape[1],
         },
-        embedding_rms=float(embedding.float().pow(2).mean().sqrt()),
+        embedding_rms=scale * float(embedding.float().pow(2).mean().sqrt()),
         eos_ids=_end_tokens(folder, model, tokenizer),
+        embedding_scale=scale,
     )
+    _require_embeddings_alone(llm)
+    return llm
 
 
 def outline_language_model(folder: Path) -> LanguageModel:
@@ -164,8 +235,8 @@ def outline_language_model(folder: Path) -> LanguageModel:
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, **where)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **where)
+            config = AutoConfig.from_pretrained(folder, **LOCAL, **where)
             model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     except Exception as error:  # as above
         raise LlavaError(
@@ -178,7 +249,8 @@ def outline_language_model(folder: Path) -> LanguageModel:
         "architecture": type(model).__name__,
         "hidden": model.get_input_embeddings().weight.shape[1],
     }
-    return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(folder, model, tokenizer))
+    scale = _embedding_scale(model)
+    return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(folder, model, tokenizer), scale)
 
 
 def _require_causal(folder: Path) -> None:
@@ -189,14 +261,21 @@ def _require_causal(folder: Path) -> None:
         return
     config = config_of(folder)
     kind = config.get("model_type")
-    own_code = config.get("auto_map") or {}
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_code:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+            raise LlavaError(
+                f"the model in {folder} needs code of its own, which is not run",
+                expected="a model that transformers has itself",
+                got=f"model_type {kind} with auto_map",
+                do=OWN_CODE,
+            )
         raise LlavaError(
             f"{folder} holds no language model",
             expected="config.json of a causal model that transformers knows, or *.gguf",
             got=f"model_type {kind}" if kind else contents(folder),
             do="give --llm the folder of one, or download it again",
         )
+    require_plain_weights(folder)
 
 
 def _require_readable(path: Path) -> None:
@@ -206,6 +285,47 @@ def _require_readable(path: Path) -> None:
             raise ValueError("no object in braces")
     except (ValueError, RecursionError) as error:
         raise LlavaError(f"damaged {path}", got=first_line(error), do="download it again") from None
+
+
+def _embedding_scale(model: Any) -> float:
+    """Of transformers' ScaledWordEmbedding classes; rounded, since bf16 and fp32 are to agree."""
+    layer = model.get_input_embeddings()
+    scale = getattr(layer, "embed_scale", 1.0)
+    if isinstance(scale, torch.Tensor) and scale.is_meta:
+        scale = layer.weight.shape[1] ** 0.5
+    return round(float(scale), 4)
+
+
+def _require_embeddings_alone(llm: LanguageModel) -> None:
+    """Raise LlavaError if the model makes more of token ids than of what `embed` gives for them.
+
+    Gemma 3n and others add embeddings of their own in every layer, which no visual token has.
+    """
+    ids = torch.arange(2, device=llm.device)[None]
+    try:
+        with torch.inference_mode():
+            embedded = llm.embed(ids)
+            logits = llm.model(inputs_embeds=embedded, use_cache=False).logits
+            different = _differ(logits, llm.model(input_ids=ids, use_cache=False).logits)
+            llm.model(inputs_embeds=embedded.mean(1, keepdim=True), use_cache=False)  # one of no token
+        got = "other logits for embeddings" if different else ""
+    except Exception as error:  # each model has an own way to say that it takes none
+        if isinstance(error, torch.OutOfMemoryError) or is_device_failure(error):
+            raise
+        got = first_line(error)
+    if got:
+        raise LlavaError(
+            f"a {llm.identity['architecture']} cannot read visual tokens",
+            expected="a model that reads embeddings as it reads the tokens they are of",
+            got=got,
+            do="use another language model",
+        )
+
+
+def _differ(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits differ by more than rounding."""
+    close = 1e-3 if expected.dtype == torch.float32 else 5e-2
+    return not float((logits.float() - expected.float()).norm()) <= close * float(expected.float().norm())
 
 
 def _end_tokens(folder: Path, model: Any, tokenizer: Any) -> frozenset[int]:

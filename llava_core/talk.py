@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator
 
 import torch
-from transformers import DynamicCache
 
 from llava_core.compiled import CompiledStep
 from llava_core.conversation import Conversation
@@ -86,7 +85,7 @@ class Talk:
         return self._answer(self.messages[:-1])
 
     def _forget(self) -> None:
-        self.cache = DynamicCache()
+        self.cache = self.llm.new_cache()
         self.cached: list[int] = []
         """Text tokens in the cache, after the visual ones."""
 
@@ -142,6 +141,8 @@ class Talk:
         new prompt need not continue the old one.
         """
         same = already_read(self.cached, ids)
+        if self.cache.get_seq_length() and not self.llm.can_rewind:  # nor can it go on: see `new_cache`
+            self._forget()
         if self.cache.get_seq_length() == 0:
             return torch.cat([self.visual, self._embed(ids)], dim=1)
         if surplus := self.cache.get_seq_length() - self.visual.shape[1] - same:

@@ -21,7 +21,7 @@ from llava_core.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, fingerprint, sha256_files
-from llava_core.folders import MODELSCOPE_FILES, require_vision_encoder
+from llava_core.folders import MODELSCOPE_FILES, require_plain_weights, require_vision_encoder
 from llava_core.preprocess import FILTERS, Preprocess
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -186,6 +186,7 @@ def _open_hugging_face(
             expected=f"model_type {', '.join(k for k in HUGGING_FACE if '_model' not in k)}",
             got=kind,
         )
+    require_plain_weights(folder)
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights or not (folder / "preprocessor_config.json").exists():
         raise LlavaError(
@@ -199,7 +200,7 @@ def _open_hugging_face(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, loading = getattr(transformers, HUGGING_FACE[kind]).from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # a damaged file makes each library raise kinds of its own
         raise LlavaError(f"cannot load the vision encoder in {folder}", got=first_line(error)) from None

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -41,6 +43,38 @@ QWEN3_TEMPLATE = """\
 {%- endif %}"""
 """As Qwen3's own: an empty think block before the last answer, dropped from earlier ones."""
 
+SETTINGS: dict[str, dict[str, object]] = {
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "pad_token_id": 0},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "mamba": {"state_size": 4},
+    "gemma3n_text": {
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": [48, 48],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 264,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+    },
+}
+"""Of a small model of each model_type, beside the common sizes."""
+
 LLAMA_TEMPLATE = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -69,7 +103,10 @@ def byte_tokenizer(template: str | None = QWEN3_TEMPLATE) -> PreTrainedTokenizer
 def write_language_model(
     folder: Path, kind: str = "qwen3", seed: int = 0, template: str | None = QWEN3_TEMPLATE
 ) -> Path:
-    """Save a random causal model of 2 blocks, hidden 32, 4 query and 2 key heads; returns the folder."""
+    """Save a random causal model of 2 blocks, hidden 32, 4 query and 2 key heads; returns the folder.
+
+    `kind` is "qwen3", "llama" or a model_type of SETTINGS.
+    """
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 264,
@@ -85,7 +122,14 @@ def write_language_model(
     }
     if kind == "qwen3":
         Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)).save_pretrained(folder)
-    else:
+    elif kind == "llama":
         LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    else:
+        config = AutoConfig.for_model(kind, **{**sizes, **SETTINGS[kind]})
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if not parameter.any():  # such as a scale of 0, which would hide what it scales
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
     byte_tokenizer(template).save_pretrained(folder)
     return folder
