@@ -47,6 +47,8 @@ class Prediction:
 
     samples: int
     steps: int
+    ending: str
+    """What ends the run (Schedule.ending)."""
     frozen_parameters: int
     trained_parameters: int
     visual_tokens: int
@@ -173,6 +175,7 @@ def predict(
     return Prediction(
         samples=len(samples),
         steps=schedule.steps,
+        ending=schedule.ending,
         frozen_parameters=parameter_count(model),
         trained_parameters=parameter_count(projector),
         visual_tokens=visual,
@@ -239,6 +242,7 @@ def outcome_line(outcome: JsonDict) -> str:
 def _print(predicted: Prediction, figures: JsonDict) -> None:
     total = sum(predicted.memory.values())
     rows = [(key.replace("_", " "), f"{figures[key]:,.0f}") for key in COUNTS]
+    rows.insert(COUNTS.index("steps") + 1, ("the run", predicted.ending))
     rows += [("feature bytes per epoch", human_bytes(figures["feature_bytes_per_epoch"]))]
     rows += [(f"memory: {key.replace('_', ' ')}", human_bytes(n)) for key, n in predicted.memory.items()]
     rows += [
