@@ -39,8 +39,8 @@ class Row:
     """Without the seed."""
     records: list[Record]
     above: JsonDict = dataclasses.field(default_factory=dict)
-    """`above_best`, its loss minus the best row's, with its interval; empty for the best row, and for one that
-    has no held-out losses of the same rows and seeds."""
+    """`above_best`, its loss minus the best row's, with its interval. Empty for the best row, and for one
+    without held-out losses of the same rows and seeds."""
 
     @property
     def is_none(self) -> bool:
@@ -126,12 +126,13 @@ def _above(rows: Sequence[Row]) -> list[JsonDict]:
 
 
 def _difference(sums: np.ndarray, seeds: int) -> JsonDict:
-    """Of the nats and tokens [pictures, seeds * 4] of two points: mean over the seeds of the first's loss less
-    the second's."""
+    """`Row.above` from [pictures, seeds * 4]: for each seed nats and tokens of the row, and of the best."""
 
     def less(totals: np.ndarray) -> np.ndarray:
-        nats, tokens = np.moveaxis(totals.reshape(*totals.shape[:-1], seeds, 2, 2), -1, 0)
-        return -np.diff(nats / tokens)[..., 0]
+        """Loss of the row less that of the best [..., seeds]."""
+        each = totals.reshape(*totals.shape[:-1], seeds, 2, 2)
+        losses: np.ndarray = each[..., 0] / each[..., 1]
+        return np.asarray(losses[..., 0] - losses[..., 1])
 
     each = less(redrawn(sums))
     drawn = np.random.default_rng(0).integers(seeds, size=each.shape)
@@ -160,13 +161,9 @@ def how_sure(rows: Sequence[Row]) -> str:
     unknown, none = sum(not row.above for row in others), sum(row.is_none for row in others)
     if not others:
         return ""
-    return (
-        f"{none} of {counted(len(others), 'other point')} no worse than the best, as far as the held-out rows tell"
-        + (
-            f"; of {unknown} that cannot be told: no held-out losses of the same rows and seeds"
-            * bool(unknown)
-        )
-    )
+    points = counted(len(others), "other point")
+    told = f"of {points}, {none} cannot be told from the best by these held-out rows"
+    return told + (f", and {unknown} kept no losses of the same rows and seeds" if unknown else "")
 
 
 def text_table(rows: Sequence[Row]) -> str:

@@ -168,7 +168,7 @@ def test_scores_of_a_file(
     assert figures["rouge_l"] == pytest.approx(1)
     expected = 2.5 * float(cosines[[0, 2, 3, 4]].clamp(min=0).mean())
     assert figures["clipscore"] == pytest.approx(expected, abs=1e-5)
-    assert figures["clipscore_of_captions"] == figures["clipscore"] != figures["clipscore_of_the_next_answer"]
+    assert figures["clipscore_of_captions"] == figures["clipscore"] != figures["clipscore_of_another_answer"]
     assert "tokenizer" in capsys.readouterr().out
 
     stored = score.run(ScoreConfig(**flags, **vision, features=features))

@@ -286,9 +286,15 @@ def test_more_steps_than_there_are_is_said(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train_run(config(world, tmp_path / "run", epochs=1, max_steps=99, eval_features=None))
-    assert "12 steps of 4 on cpu; --epochs 1 has no more\n" in capfd.readouterr().err
+    more = "ends with --epochs 1: --max-steps 99 would take --epochs 9"
+    assert f"12 steps of 4 on cpu; {more}\n" in capfd.readouterr().err
+    plan_run(config(world, tmp_path / "plan", epochs=1, max_steps=99))
+    assert more in capfd.readouterr().out
     train_run(config(world, tmp_path / "other", epochs=1, max_steps=2, eval_features=None))
-    assert "2 steps of 4 on cpu\n" in capfd.readouterr().err
+    fewer = "ends with --max-steps 2, after 0.167 of --epochs 1"
+    assert f"2 steps of 4 on cpu; {fewer}\n" in capfd.readouterr().err
+    plan_run(config(world, tmp_path / "other", epochs=1, max_steps=2, eval_features=None))
+    assert fewer in capfd.readouterr().out
 
 
 def test_a_start_that_failed_leaves_the_folder_free(world: Path, tmp_path: Path) -> None:

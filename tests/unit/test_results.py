@@ -37,13 +37,13 @@ def test_seeds_are_one_row_with_their_mean_and_spread() -> None:
         ]
     )
     lines = [line.split() for line in text_table(rows).splitlines()]
-    assert lines[0] == ["lr", "held-out", "loss", "spread", "grounding", "gap", "finished", "time"]
+    assert lines[0] == "lr held-out loss above the best spread grounding gap finished time".split()
     assert lines[2:] == [
-        ["0.1", "1.7500", "0.5000", "0.6000", "2", "of", "2", "1.02", "min"],
-        ["0.2", "2.0000", "2.0000", "-", "2", "of", "2", "0", "s"],
-        ["0.5", "9.0000", "-", "-", "1", "of", "2", "0", "s"],
-        ["0.3", "0.5000", "pruned", "-", "-", "0", "of", "1", "0", "s"],
-        ["0.4", "failed", "-", "-", "0", "of", "2", "0", "s"],
+        ["0.1", "1.7500", "-", "0.5000", "0.6000", "2", "of", "2", "1.02", "min"],
+        ["0.2", "2.0000", "-", "2.0000", "-", "2", "of", "2", "0", "s"],
+        ["0.5", "9.0000", "-", "-", "-", "1", "of", "2", "0", "s"],
+        ["0.3", "0.5000", "pruned", "-", "-", "-", "0", "of", "1", "0", "s"],
+        ["0.4", "failed", "-", "-", "-", "0", "of", "2", "0", "s"],
     ]
     best = best_of(rows)
     assert best is not None
