@@ -24,7 +24,7 @@ COLUMNS, ROWS = 3, 3
 MARGIN, TEXT_LINES, TEXT_SIZE = 28, 4, 18
 MARK = 16
 """Radius of a mark, in pixels."""
-RIGHT, WRONG = (40, 130, 60), (200, 50, 40)
+RIGHT, WRONG, EDGE = (40, 130, 60), (200, 50, 40), (190, 190, 190)
 
 
 def loss_curve(metrics: Sequence[JsonDict], path: Path) -> None:
@@ -62,6 +62,7 @@ def contact_sheet(
         row, column = divmod(k, COLUMNS)
         x, y = MARGIN + column * (cell[0] + MARGIN), MARGIN + row * (cell[1] + MARGIN)
         sheet.paste(Image.fromarray(same.decode_image(picture.read_bytes()).pixels), (x, y))
+        draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), outline=EDGE)
         said = Scene(tuple(parse(answer)), parse_background(answer))
         sheet.paste(render(said, random.Random(0)), (x + SIDE + MARGIN // 2, y))
         left = x + SIDE + MARGIN // 2
