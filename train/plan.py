@@ -43,7 +43,7 @@ COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of a run. Time is a guess within a factor of 2, memory within a third."""
+    """Of a run. Time is a guess within a factor of 2, if nothing else runs; memory within a third."""
 
     samples: int
     steps: int
@@ -251,6 +251,6 @@ def _print(predicted: Prediction, figures: JsonDict) -> None:
         ("matmul rate of this machine, measured", f"{predicted.matmul_rate / 1e12:.3g} TFLOP/s"),
         ("share of it that is assumed", f"{predicted.efficiency:.0%}"),
         ("steps per second", f"{predicted.steps_per_s:.3g}"),
-        ("time, within about a factor of 2", human_seconds(predicted.seconds)),
+        ("time if nothing else runs, within about a factor of 2", human_seconds(predicted.seconds)),
     ]
     print(table(rows))
