@@ -94,7 +94,7 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
     say(
         f"{counted(trials, 'trial')}: {counted(points, 'point')} of {', '.join(space.axes) or 'one'}"
         + (f", each with {counted(len(space.seeds), 'seed')}" if space.seeds else "")
-        + f"; one after the other {human_seconds(predicted)} here if nothing else runs, within about a factor of 2"
+        + f"; one after the other {human_seconds(predicted)} here, within about a factor of 2"
     )
     return {"trials": trials, "points": points, "planned_seconds": predicted}
 
