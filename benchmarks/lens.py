@@ -18,15 +18,15 @@ from infer.config import Aligned
 from infer.engine import Speaker, open_speaker
 from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
 from llava.config import MODELS
-from llava.world.captions import parse
+from llava.world.captions import ATTRIBUTES, parse
 from llava.world.scene import PLACES, Thing
 from llava_core.console import table
 from llava_core.conversation import QUESTION, Turn
 from llava_core.features import open_shards
+from llava_core.pairing import other_pictures, same_pictures
 from llava_core.projector import grid_side
 from llava_core.shards import Shard
 
-ATTRIBUTES = ("shape", "colour", "place", "size")
 TOP = 5
 
 
@@ -89,14 +89,17 @@ def captions_lost(demo: Path, pictures: int) -> dict[str, float]:
     speaker, shard, rows = opened(demo, pictures)
     totals: dict[str, float] = {}
     count = 0
-    for row, next_row in zip(rows, rows[1:] + rows[:1], strict=True):
+    others = other_pictures(same_pictures(map(shard.picture_keys, rows)))
+    if others is None:
+        raise SystemExit(f"{demo}: one picture has no other beside it")
+    for row, other in zip(rows, others, strict=True):
         visual = speaker.project(torch.from_numpy(shard.read(row))[None])[0]
         order = torch.randperm(len(visual), generator=torch.Generator().manual_seed(row))
         seen = {
             "the right picture": visual,
             "its tokens in another order": visual[order],
             "the mean of its tokens": visual.mean(0, keepdim=True).expand_as(visual),
-            "another picture": speaker.project(torch.from_numpy(shard.read(next_row))[None])[0],
+            "another picture": speaker.project(torch.from_numpy(shard.read(rows[other]))[None])[0],
             "no picture": visual[:0],
         }
         turn = Turn(QUESTION, shard.caption(row))

@@ -205,7 +205,7 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
     if isinstance(model, Whitened):
         model.fold()
     seconds = time.process_time() - began
-    figures = evaluate(shared.llm, projector, held_out, 32, packing, world)
+    figures = evaluate(shared.llm, projector, held_out, 32, packing, world).figures
     return Outcome(figures["loss"], len(taken), seconds)
 
 

@@ -27,9 +27,10 @@ from benchmarks.reference import command
 from llava.config import MODELS
 from llava.contact_sheet import loss_curve
 from llava.world import english
-from llava.world.captions import accuracy
+from llava.world.captions import accuracy, shuffled
 from llava.world.dataset import draw
 from llava.world.scene import Scene
+from llava_core.bootstrap import with_interval
 from llava_core.console import table
 from llava_core.files import read_json_lines
 from llava_core.fingerprint import JsonDict
@@ -135,11 +136,11 @@ def measure(settings: Settings) -> JsonDict:
         "seconds": seconds,
         "tokens_per_s": statistics.median(rates),
         "curve": {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line},
-        "grounding_gap": trained["eval_grounding_gap"],
+        **{f"grounding_gap{end}": trained[f"eval_grounding_gap{end}"] for end in ("", "_low", "_high")},
         "right_picture": accuracy(there, answers, english.parse),
-        # An answer depends on its picture alone, so the next one's is what a shuffled picture gets.
-        "shuffled_picture": accuracy(there, answers[1:] + answers[:1], english.parse),
-        "chance": accuracy(there, captions[1:] + captions[:1], english.parse),
+        # An answer depends on its picture alone, so another one's is what a shuffled picture gets.
+        "shuffled_picture": accuracy(there, shuffled(there, answers), english.parse),
+        "chance": accuracy(there, shuffled(there, captions), english.parse),
     }
 
 
@@ -149,7 +150,8 @@ def report(figures: JsonDict) -> None:
     print(
         table([(step, f"{loss:.3f}") for step, loss in figures["curve"].items()], ("step", "held-out loss"))
     )
-    print(f"\ngrounding gap (loss with shuffled pictures - loss): {figures['grounding_gap']:.3f}\n")
+    gap = with_interval(figures, "grounding_gap", 3)
+    print(f"\ngrounding gap (loss with shuffled pictures - loss): {gap}\n")
     judged = [figures[key] for key in ("right_picture", "shuffled_picture", "chance")]
     rows = [(name, *(f"{shares[name]:.1%}" for shares in judged)) for name in judged[0]]
     print(table(rows, ("attributes named rightly", "right picture", "shuffled picture", "another's caption")))

@@ -44,6 +44,7 @@ from llava_core.console import human_bytes, table
 from llava_core.conversation import IGNORE, Example
 from llava_core.device import pick_device
 from llava_core.language import LanguageModel
+from llava_core.matmul import utilisation, utilisation_shown
 from llava_core.shard_writer import RowRecord, ShardWriter
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
@@ -177,7 +178,7 @@ def report(settings: Settings, bench: Bench, passes: dict[str, list[Pass]]) -> N
                 f"{settings.samples / median[kind]:.2f}",
                 f"{settings.samples / slow:.2f} – {settings.samples / fast:.2f}",
                 f"{tokens / median[kind]:.0f}",
-                f"{operations / median[kind] / rate:.1%}",
+                utilisation_shown(utilisation(operations, median[kind], rate)),
                 human_bytes(max(p.peak for p in some)),
                 f"{waiting:.1%} / {encoding:.1%} / {1 - waiting - encoding:.1%}",
                 f"{some[0].first_loss:.4f}",

@@ -17,6 +17,7 @@ from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_pro
 from infer.session import Session
 from llava_core.console import say, show, table
 from llava_core.conversation import Turn
+from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.images import not_an_image, read_image
 from llava_core.preprocess import ImageError
@@ -51,6 +52,13 @@ def run(config: LensConfig) -> JsonDict:
 def look(engine: Engine, config: LensConfig) -> Seen:
     """The words of every patch, and the caption's losses with the image and with the other one."""
     pixels = _pixels(engine, config.image)
+    if config.other is None:
+        blank, other = np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape), "a blank image"
+    else:
+        blank, other = _pixels(engine, config.other), config.other
+    if np.array_equal(blank, pixels):
+        what = "--other shows the same picture" if config.other else f"{config.image} is a blank image itself"
+        raise LlavaError(f"{what}: nothing to compare it with", do="give another image with --other")
     features = engine.tower.encode(pixels[None])
     visual = engine.project(features)
     tokens = visual.shape[1]
@@ -69,10 +77,6 @@ def look(engine: Engine, config: LensConfig) -> Seen:
             class_words = words[0] if tokens > side**2 else []
             panels.append(Panel(projector, reading, words[tokens - side**2 :], class_words))
     caption = config.caption if config.caption is not None else _answer(engine, visual, config)
-    if config.other is None:
-        blank, other = np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape), "a blank image"
-    else:
-        blank, other = _pixels(engine, config.other), config.other
     turn = Turn(config.prompt, caption)
     pieces, loss = losses(engine, visual[0], turn)
     _, other_loss = losses(engine, engine.project(engine.tower.encode(np.array(blank)[None]))[0], turn)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from infer.config import ScoreConfig
 from infer.lines import read_lines
 from infer.metrics import bleu, cider_d, rouge_l
 from infer.words import open_tokenizer
-from llava_core.console import progress, show, table
+from llava_core.bootstrap import by_picture, figure_names, interval, redrawn, with_interval
+from llava_core.console import progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
 from llava_core.fetch import FetchLimits
 from llava_core.fingerprint import JsonDict
 from llava_core.images import not_an_image, read_images, strangers
+from llava_core.pairing import other_pictures, same_pictures
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard
 from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
@@ -42,7 +46,7 @@ def run(config: ScoreConfig) -> JsonDict:
         references = []
     if config.vision is not None:
         figures |= look(answered, answers, references, config)
-    show(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
+    show(table([(name.replace("_", " "), _shown(figures, name)) for name in figure_names(figures)]))
     return figures
 
 
@@ -61,57 +65,74 @@ def look(
     references: Sequence[Sequence[str]],
     config: ScoreConfig,
 ) -> JsonDict:
-    """CLIPScore of the answers, and, to read it by, of each next line's answer and of the captions."""
+    """CLIPScore of the answers, and, to read it by, of another picture's answer and of the captions."""
     assert config.vision is not None
     shards = open_shards(config.features) if config.features else []
     tower = open_both_towers(config.vision, pick_device(config.device), shards)
     folder, limits = config.images or config.input.parent, strangers(config.allow_private)
     with progress(len(lines), "pictures") as bar:
-        parts = []
+        parts, keys = [], []
         for start in range(0, len(lines), TOGETHER):
             part = lines[start : start + TOGETHER]
-            parts.append(_stored(tower, shards, part) if shards else _live(tower, part, folder, limits))
+            embedded, own = _stored(tower, shards, part) if shards else _live(tower, part, folder, limits)
+            parts.append(embedded)
+            keys += own
             bar.update(len(part))
-    pictures = torch.cat(parts)
-    said = embed_texts(tower, answers)
-    figures = {
-        "clip": tower.encoder["model_id"],
-        "clipscore": _clipscore(pictures, said),
-        "clipscore_of_the_next_answer": _clipscore(pictures, said.roll(-1, 0)),
-    }
+    embeddings, pictures = torch.cat(parts), same_pictures(keys)
+    said, others = embed_texts(tower, answers), other_pictures(pictures)
+    figures = {"clip": tower.encoder["model_id"], "pictures": max(pictures) + 1}
+    figures |= _clipscore("clipscore", embeddings, said, pictures)
+    if others is None:
+        say("every line is of one picture: no other one's answer to compare with")
+        figures["clipscore_of_another_answer"] = None
+    else:
+        figures |= _clipscore("clipscore_of_another_answer", embeddings, said[others], pictures)
     if references:
-        figures["clipscore_of_captions"] = _clipscore(
-            pictures, embed_texts(tower, [texts[0] for texts in references])
-        )
+        captions = embed_texts(tower, [texts[0] for texts in references])
+        figures |= _clipscore("clipscore_of_captions", embeddings, captions, pictures)
     return figures
 
 
-def _clipscore(pictures: torch.Tensor, texts: torch.Tensor) -> float:
-    """Mean over rows of L2-normalised embeddings [N, P]."""
-    return CLIP_WEIGHT * float((pictures * texts).sum(-1).clamp(min=0).mean())
+def _clipscore(name: str, images: torch.Tensor, texts: torch.Tensor, pictures: Sequence[int]) -> JsonDict:
+    """Mean over rows of L2-normalised embeddings [N, P], and its interval over the pictures they show."""
+    each = CLIP_WEIGHT * (images * texts).sum(-1).clamp(min=0).double().cpu().numpy()
+    sums = by_picture(np.stack([each, np.ones_like(each)], 1), pictures)
+    figures: JsonDict = {name: float(each.mean())}
+    if len(sums) > 1:
+        score, rows = redrawn(sums).T
+        figures |= interval(name, score / rows)
+    return figures
 
 
-def _live(tower: VisionTower, lines: Sequence[JsonDict], folder: Path, limits: FetchLimits) -> torch.Tensor:
-    """Embeddings of the images that the lines name. Raises LlavaError for one that cannot be read."""
+def _live(
+    tower: VisionTower, lines: Sequence[JsonDict], folder: Path, limits: FetchLimits
+) -> tuple[torch.Tensor, list[list[bytes | str]]]:
+    """Embeddings of the images that the lines name, and the keys of each: its sha256 and its name.
+
+    Raises LlavaError for one that cannot be read.
+    """
     names = [line.get("image") for line in lines]
     if not all(isinstance(name, str) for name in names):
         raise LlavaError("a line names no `image`", do="give --features, if these are rows of shards")
-    pixels = []
+    pixels, keys = [], list[list[bytes | str]]()
     files = read_images([str(name) for name in names], limits, folder)
     for name, file in zip(names, files, strict=True):
         if isinstance(file, LlavaError):
             raise file
         try:
             pixels.append(torch.from_numpy(tower.preprocess.decode_image(file).pixels))
+            keys.append([hashlib.sha256(file).digest(), str(name)])
         except ImageError as error:
             raise not_an_image(str(name), error) from None
-    return tower.encode_image_embedding(torch.stack(pixels))
+    return tower.encode_image_embedding(torch.stack(pixels)), keys
 
 
-def _stored(tower: VisionTower, shards: Sequence[Shard], lines: Sequence[JsonDict]) -> torch.Tensor:
-    """Embeddings of the rows that the lines name, from their features."""
+def _stored(
+    tower: VisionTower, shards: Sequence[Shard], lines: Sequence[JsonDict]
+) -> tuple[torch.Tensor, list[list[bytes | str]]]:
+    """Embeddings of the rows that the lines name, from their features, and the keys of their pictures."""
     by_name = {shard.path.name: shard for shard in shards}
-    features = []
+    features, keys = [], list[list[bytes | str]]()
     for line in lines:
         shard, row = by_name.get(str(line.get("shard"))), line.get("row")
         if shard is None or not isinstance(row, int) or not 0 <= row < shard.rows:
@@ -123,7 +144,8 @@ def _stored(tower: VisionTower, shards: Sequence[Shard], lines: Sequence[JsonDic
         if not shard.check(row):
             raise LlavaError(f"row {row} of {shard.path} is damaged", do="see `extract verify`")
         features.append(torch.from_numpy(shard.read_first(row)))
-    return tower.embed_features(torch.stack(features))
+        keys.append(shard.picture_keys(row))
+    return tower.embed_features(torch.stack(features)), keys
 
 
 def _text(line: JsonDict, key: str, path: Path) -> str:
@@ -148,7 +170,8 @@ def _references(line: JsonDict, key: str, path: Path) -> list[str]:
     return texts
 
 
-def _shown(value: object) -> str:
+def _shown(figures: JsonDict, name: str) -> str:
+    value = figures[name]
     if isinstance(value, dict):
         return f"{value['name']} {value['version']}"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return with_interval(figures, name) if value is None or isinstance(value, float) else str(value)

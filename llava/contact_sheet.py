@@ -20,8 +20,11 @@ from llava_core.preprocess import Preprocess
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLUMNS, ROWS = 3, 4
-MARGIN, TEXT_LINES, TEXT_SIZE = 16, 4, 15
+COLUMNS, ROWS = 3, 3
+MARGIN, TEXT_LINES, TEXT_SIZE = 28, 4, 18
+MARK = 16
+"""Radius of a mark, in pixels."""
+RIGHT, WRONG, EDGE = (40, 130, 60), (200, 50, 40), (190, 190, 190)
 
 
 def loss_curve(metrics: Sequence[JsonDict], path: Path) -> None:
@@ -43,6 +46,7 @@ def contact_sheet(
 ) -> None:
     """For the first pictures: the picture, the answer drawn by the world's own rules, and its words.
 
+    A tick and a green frame where all is right, a cross and a red one where anything is wrong or missing.
     Words need a Chinese font on this machine; without one they are left out.
     """
     font = chinese_font(TEXT_SIZE)
@@ -58,18 +62,34 @@ def contact_sheet(
         row, column = divmod(k, COLUMNS)
         x, y = MARGIN + column * (cell[0] + MARGIN), MARGIN + row * (cell[1] + MARGIN)
         sheet.paste(Image.fromarray(same.decode_image(picture.read_bytes()).pixels), (x, y))
+        draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), outline=EDGE)
         said = Scene(tuple(parse(answer)), parse_background(answer))
         sheet.paste(render(said, random.Random(0)), (x + SIDE + MARGIN // 2, y))
-        right = all(right == asked for right, asked in score(scene, answer).values())
-        outline = (60, 150, 70) if right else (205, 60, 50)
-        draw.rectangle(
-            (x + SIDE + MARGIN // 2, y, x + 2 * SIDE + MARGIN // 2, y + SIDE), outline=outline, width=3
-        )
+        left = x + SIDE + MARGIN // 2
+        right = is_right(scene, answer)
+        draw.rectangle((left, y, left + SIDE, y + SIDE), outline=RIGHT if right else WRONG, width=4)
+        _mark(draw, (left + SIDE, y), right)
         if font:
             wide = (2 * SIDE) // TEXT_SIZE
             lines = "\n".join(wrapped(answer, wide)[:TEXT_LINES])
             draw.multiline_text((x, y + SIDE + 6), lines, "black", font, spacing=5)
     sheet.save(path)
+
+
+def is_right(scene: Scene, answer: str) -> bool:
+    """Whether the answer names every object, with all its attributes, no other one, and the background."""
+    objects = all(right == asked for right, asked in score(scene, answer).values())
+    return objects and scene.background in answer
+
+
+def _mark(draw: ImageDraw.ImageDraw, at: tuple[int, int], right: bool) -> None:
+    """A tick or a cross on a disc; drawn, for a font may lack them."""
+    x, y = at
+    disc = (x - MARK, y - MARK, x + MARK, y + MARK)
+    draw.ellipse(disc, fill=RIGHT if right else WRONG, outline="white", width=2)
+    strokes = [[(-8, 0), (-2, 6), (8, -6)]] if right else [[(-6, -6), (6, 6)], [(-6, 6), (6, -6)]]
+    for stroke in strokes:
+        draw.line([(x + dx, y + dy) for dx, dy in stroke], "white", width=5, joint="curve")
 
 
 def wrapped(text: str, wide: int) -> list[str]:

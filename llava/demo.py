@@ -15,9 +15,10 @@ from typing import Any
 
 from llava.commands import run_command
 from llava.config import MODELS, DemoConfig
-from llava.world.captions import accuracy, chance
+from llava.world.captions import ATTRIBUTES, accuracy, chance, shuffled
 from llava.world.dataset import Split, write_split
 from llava.world.server import TROUBLES, serve
+from llava_core.bootstrap import with_interval
 from llava_core.cli import INTERRUPTED
 from llava_core.console import show, table
 from llava_core.conversation import QUESTION
@@ -53,14 +54,15 @@ def _demo(config: DemoConfig) -> JsonDict:
         show(f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}")
         figures = _commands(config, train, held_out, url)
     answers = [line["answer"] for line in read_json_lines(out / "answers.jsonl")]
-    # An answer depends on nothing but picture and question, so the next picture's answer is what a shuffled
+    # An answer depends on nothing but picture and question, so another picture's answer is what a shuffled
     # picture gets.
     figures["right_picture"] = accuracy(held_out.scenes, answers)
-    figures["shuffled_picture"] = accuracy(held_out.scenes, answers[1:] + answers[:1])
+    figures["shuffled_picture"] = accuracy(held_out.scenes, shuffled(held_out.scenes, answers))
     figures["chance"] = chance(held_out.scenes, random.Random(config.seed))
     metrics = read_json_lines(out / "run/metrics.jsonl")
-    losses = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
-    figures["loss_before"], figures["loss_after"] = losses[0][1], losses[-1][1]
+    evaluations = [line for line in metrics if "eval_loss" in line]
+    for name, line in (("loss_before", evaluations[0]), ("loss_after", evaluations[-1])):
+        figures |= {f"{name}{end}": line[f"eval_loss{end}"] for end in ("", "_low", "_high")}
     loss_curve(metrics, out / "loss.png")
     contact_sheet(held_out.pictures, answers, held_out.scenes, out / "answers.png")
     figures["seconds"] = {"draw": drawing, **figures["seconds"], "all": time.monotonic() - started}
@@ -112,7 +114,8 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
     for summary in extracted:
         for label, n in summary["by_status"].items():
             by_status[label] = by_status.get(label, 0) + n
-    return {"rows": by_status, "grounding_gap": evaluated["grounding_gap"], "seconds": seconds}
+    gap = {name: value for name, value in evaluated.items() if name.startswith("grounding_gap")}
+    return {"rows": by_status, **gap, "seconds": seconds}
 
 
 def _clear(out: Path) -> None:
@@ -129,9 +132,9 @@ def _print(figures: JsonDict, out: Path) -> None:
     rows: list[tuple[Any, ...]] = [(f"rows: {label}", n) for label, n in figures["rows"].items()]
     rows += [(f"seconds: {phase}", f"{value:.1f}") for phase, value in seconds.items()]
     rows += [
-        ("held-out loss before training", f"{figures['loss_before']:.3f}"),
-        ("held-out loss after training", f"{figures['loss_after']:.3f}"),
-        ("grounding gap (loss with shuffled pictures - loss)", f"{figures['grounding_gap']:.3f}"),
+        ("held-out loss before training", with_interval(figures, "loss_before", 3)),
+        ("held-out loss after training", with_interval(figures, "loss_after", 3)),
+        ("grounding gap (loss with shuffled pictures - loss)", with_interval(figures, "grounding_gap", 3)),
     ]
     show("\n" + table(rows))
     named = [
@@ -139,7 +142,7 @@ def _print(figures: JsonDict, out: Path) -> None:
             attribute,
             *(f"{figures[key][attribute]:.1%}" for key in ("right_picture", "shuffled_picture", "chance")),
         )
-        for attribute in ("shape", "colour", "place", "all")
+        for attribute in (*ATTRIBUTES, "all")
     ]
     header = ("attributes named rightly", "right picture", "shuffled picture", "another's caption")
     show("\n" + table(named, header))

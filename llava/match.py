@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llava_core.errors import LlavaError
 from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 from llava_core.images import SUFFIXES
+from llava_core.pairing import same_pictures
 from llava_core.preprocess import ImageError
 from llava_core.shards import Shard
 from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
@@ -39,6 +41,12 @@ class Candidate:
         if self.file is not None:
             return self.file.read_bytes()
         return self.shard.thumbnail(self.row) if self.shard else None
+
+    def keys(self) -> list[bytes | str]:
+        """What tells its picture from others (llava_core.pairing)."""
+        if self.shard is not None:
+            return self.shard.picture_keys(self.row)
+        return [hashlib.sha256(self.read() or b"").digest()]
 
     @property
     def caption(self) -> str:
@@ -74,6 +82,11 @@ def run(config: MatchConfig) -> JsonDict:
         candidates, embeddings = encode(tower, config.images)
     else:
         candidates, embeddings = recall(tower, shards)
+    pictures = same_pictures(candidate.keys() for candidate in candidates)
+    firsts = sorted({picture: k for k, picture in reversed(list(enumerate(pictures)))}.values())
+    if more := len(candidates) - len(firsts):
+        say(f"{counted(more, 'image')} left out: each shows the same picture as one before it")
+        candidates, embeddings = [candidates[k] for k in firsts], embeddings[firsts]
     say(f"{counted(len(candidates), 'image')} by {tower.encoder['model_id']} on {tower.device}")
     if shards and not any(shard.layout.thumbnails for shard in shards):
         say("no pictures in the chart: these shards keep no thumbnails, as `extract run --thumbnails` does")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from llava_core.bootstrap import figure_names
 from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
@@ -58,7 +59,8 @@ def model_card(
     imported = "imported" in training
     if usage is None:
         usage = ASK if imported else f"{ASK}\n{FLAGS}"
-    figures = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
+    names = figure_names(metrics)
+    figures = "\n".join(f"| {name} | {metrics[name]}{_interval(metrics, name)} |" for name in names)
     return f"""{_block(header)}# {title}
 
 A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {projector["in_width"]} to
@@ -124,8 +126,8 @@ def _model_index(title: str, training: JsonDict, metrics: JsonDict) -> JsonDict:
     """What was measured on held-out rows, as Hugging Face lists results; nothing if nothing was."""
     measured = [
         {"type": name.removeprefix("eval_"), "name": name.replace("_", " "), "value": value}
-        for name, value in metrics.items()
-        if name.startswith("eval_") and isinstance(value, float) and math.isfinite(value)
+        for name in figure_names(metrics)
+        if name.startswith("eval_") and isinstance(value := metrics[name], float) and math.isfinite(value)
     ]
     if not measured:
         return {}
@@ -133,6 +135,11 @@ def _model_index(title: str, training: JsonDict, metrics: JsonDict) -> JsonDict:
     rows = {"type": "image-caption-pairs", "name": Path(training.get("eval_features") or "held out").name}
     results = [{"task": {"type": TASK}, "dataset": rows, "metrics": measured}]
     return {"model-index": [{"name": title, "results": results}]}
+
+
+def _interval(metrics: JsonDict, name: str) -> str:
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return "" if low is None else f" (95 %: {low:.4f} to {high:.4f})"
 
 
 def _origin(training: JsonDict) -> str:

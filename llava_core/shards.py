@@ -315,6 +315,14 @@ class Shard:
     def url(self, row: int) -> str:
         return self._text("url", row)
 
+    def picture_keys(self, row: int) -> list[bytes | str]:
+        """What tells its picture from others (llava_core.pairing): sha256 and address, where they are known.
+
+        Of a local image the sha256 alone: one name may be that of several, in several folders.
+        """
+        digest, url = self.sha256[row].tobytes(), "" if self.local else self.url(row)
+        return [*([digest] if any(digest) else ()), *([url] if url else ())]
+
     def id(self, row: int) -> str:
         return self._text("id", row)
 

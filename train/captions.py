@@ -15,13 +15,28 @@ from train.prepare import own_attention
 from train.samples import Samples
 
 GREEDY = Sampling(max_tokens=48)
+SHOWN = 200
+"""Characters of an answer, or a caption, in the log."""
+
+
+def beside_its_caption(line: JsonDict) -> str:
+    """What was said of a row, and below it the row's own caption, for the log."""
+    said = _shown(line["generated"], line["cut"])
+    return f"  {line['row']} says: {said}\n  {' ' * len(line['row'])} true: {_shown(line['written'])}"
+
+
+def _shown(text: str, cut: bool = False) -> str:
+    """On one line, with "…" where more would follow."""
+    text = " ".join(text.split())
+    return text[:SHOWN] + ("…" if cut or len(text) > SHOWN else "")
 
 
 @torch.inference_mode()
 def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, count: int) -> list[JsonDict]:
-    """The first `count` samples as {"row", "question", "written", "generated"}, in their order.
+    """The first `count` samples as {"row", "question", "written", "generated", "cut"}, in their order.
 
-    `written` is the row's own answer to its first question. Prompts of one length are read together.
+    `written` is the row's own answer to its first question; `cut` says that GREEDY.max_tokens ended what is
+    generated. Prompts of one length are read together.
     """
     lines: list[JsonDict] = []
     for s, row in samples.rows[:count]:
@@ -43,4 +58,5 @@ def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, c
                         tokens.append(token)
             for index, tokens in zip(indices, said, strict=True):
                 lines[index]["generated"] = conversation.text(tokens).strip()
+                lines[index]["cut"] = len(tokens) == GREEDY.max_tokens
     return lines

@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
+import numpy as np
 import torch
 
+from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import progress, say, show, table
 from llava_core.conversation import Conversation
 from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
+from llava_core.pairing import other_pictures
 from llava_core.projector import Projector
 from train.config import EvalConfig
-from train.objective import summed_losses
+from train.objective import sample_losses
 from train.packing import Packing
 from train.parallel import World, joined
 from train.prepare import prepare
 from train.samples import Batch, Samples, answer_tokens
+
+INTERVALS = ("loss", "perplexity", "grounding_gap")
+"""Figures that have a 95 % interval."""
+ONE_PICTURE = "grounding gap not defined: all held-out rows show one picture"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out losses, and what follows from them."""
+
+    samples: int
+    sums: np.ndarray
+    """Of each picture, fp64 [pictures, 3]: nats of its answers; nats of the same beside another picture, 0 if
+    there is none; tokens of these answers."""
+
+    @functools.cached_property
+    def figures(self) -> JsonDict:
+        """`loss` in nats per answer token, `perplexity`, `loss_shuffled`, `grounding_gap`, counts.
+
+        The gap is the loss with every caption beside another picture minus the loss with the right one: 0
+        means that the answers ignore the picture, None that there is one picture only. `_low` and `_high` end
+        the 95 % interval of a figure, over pictures (llava_core.bootstrap); None for a single one.
+        """
+        several = len(self.sums) > 1
+        right, shuffled, tokens = self.sums.sum(0).tolist()
+        loss = right / tokens
+        figures: JsonDict = {"loss": loss, "perplexity": _perplexity(loss)}
+        figures |= {"loss_shuffled": shuffled / tokens if several else None}
+        figures |= {"grounding_gap": (shuffled - right) / tokens if several else None}
+        figures |= {f"{name}_{end}": None for name in INTERVALS for end in ("low", "high")}
+        if several:
+            rights, others, tokens_drawn = redrawn(self.sums).T
+            losses = rights / tokens_drawn
+            figures |= interval("loss", losses)
+            figures |= {f"perplexity_{end}": _perplexity(figures[f"loss_{end}"]) for end in ("low", "high")}
+            figures |= interval("grounding_gap", others / tokens_drawn - losses)
+        return figures | {
+            "samples": self.samples,
+            "pictures": len(self.sums),
+            "answer_tokens": round(tokens),
+        }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
 
 
 @torch.no_grad()
@@ -29,38 +79,30 @@ def evaluate(
     batch_size: int,
     packing: Packing,
     world: World,
-) -> JsonDict:
-    """Held-out `loss` (nats per answer token), `perplexity`, `loss_shuffled`, `grounding_gap`.
-
-    The grounding gap is the loss with every caption beside the next row's picture, minus the loss with the
-    right one: 0 means that the answers ignore the picture. It is None for a single sample.
-    """
-    n, shuffle = len(samples), len(samples) > 1
+) -> Evaluation:
+    """The losses of these samples, with the right pictures and with others (llava_core.pairing)."""
+    n, others = len(samples), other_pictures(samples.pictures)
     visual = projector.tokens_out(samples.tokens)
-    right, shuffled, tokens = 0.0, 0.0, 0
+    sums = np.zeros((n, 3))
+
+    def losses(batch: Batch) -> np.ndarray:
+        rows = packing.rows(batch.to(llm.device), [visual])
+        return torch.cat([sample_losses(llm, projector, row) for row in rows]).numpy()
+
     starts = world.part(range(0, n, batch_size))
     with world.together(), progress(n, "samples", desc="evaluate", leave=False) as bar:
         for start in starts:
             indices = list(range(start, min(start + batch_size, n)))
             batch = samples.batch(indices, epoch=0)
-            for row in packing.rows(batch.to(llm.device), [visual]):
-                right += float(*summed_losses(llm, [projector], row))
-            tokens += answer_tokens(batch.examples)
-            if shuffle:
-                others = Batch(samples.features([(i + 1) % n for i in indices]), batch.examples)
-                for row in packing.rows(others.to(llm.device), [visual]):
-                    shuffled += float(*summed_losses(llm, [projector], row))
+            sums[indices, 0] = losses(batch)
+            if others:
+                sums[indices, 1] = losses(
+                    Batch(samples.features([others[i] for i in indices]), batch.examples)
+                )
+            sums[indices, 2] = [answer_tokens([example]) for example in batch.examples]
             bar.update(len(indices) * world.size)
-    right, shuffled, tokens = *world.sum(right, shuffled), int(world.sum(tokens)[0])
-    loss = right / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
-        "loss_shuffled": shuffled / tokens if shuffle else None,
-        "grounding_gap": (shuffled - right) / tokens if shuffle else None,
-        "samples": n,
-        "answer_tokens": tokens,
-    }
+    sums = np.reshape(world.sum(*sums.ravel().tolist()), sums.shape)
+    return Evaluation(n, by_picture(sums, samples.pictures))
 
 
 def run(config: EvalConfig) -> JsonDict:
@@ -69,8 +111,10 @@ def run(config: EvalConfig) -> JsonDict:
         with world.together():
             llm, projector, samples = _load(config, world)
         packing = Packing(config.micro_tokens)
-        figures = evaluate(llm, projector, samples, config.batch_size, packing, world)
-    show(table([(name.replace("_", " "), _shown(value)) for name, value in figures.items()]))
+        figures = evaluate(llm, projector, samples, config.batch_size, packing, world).figures
+    show(table(figure_rows(figures)))
+    if figures["grounding_gap"] is None:
+        say(ONE_PICTURE)
     return figures
 
 
@@ -87,7 +131,3 @@ def _load(config: EvalConfig, world: World) -> tuple[LanguageModel, Projector, S
     samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, seed=0)
     say(f"{len(samples)} held-out samples of {config.features}")
     return llm, checkpoint.projector.to(device), samples
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else f"{value:,}"

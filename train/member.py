@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from llava_core.bootstrap import with_interval
 from llava_core.console import say
 from llava_core.conversation import Example
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.projector import parameter_count
-from train.captions import captions
+from train.captions import beside_its_caption, captions
 from train.config import RunConfig
-from train.evaluate import evaluate
+from train.evaluate import INTERVALS, ONE_PICTURE, evaluate
 from train.optimizer import build_optimizer, learning_rate
 from train.packing import Packing
 from train.plan import predict, projector_of
@@ -78,13 +79,12 @@ class Member:
         )
         if config.init is not None and not self.step:
             say(f"{title}starts from {config.init}")
-        fewer = self.schedule.steps < (config.max_steps or 0)
         say(
             f"{title}{len(self.samples)} samples, features {self.samples.place}; "
             f"{self.schedule.steps} steps of {config.batch_size} on {self.llm.device}"
             + (f" in {self.world.size} processes" if self.world.size > 1 else "")
             + (f", continued at step {self.step}" if self.step else "")
-            + (f"; --epochs {config.epochs} has no more" if fewer else "")
+            + f"; {self.schedule.ending}"
         )
 
     def kept_rows(self) -> int:
@@ -140,22 +140,28 @@ class Member:
         if not self.held_out:
             return False
         config = self.config
-        figures = evaluate(self.llm, self.projector, self.held_out, config.batch_size, packing, self.world)
-        self.figures = {f"eval_{name}": figures[name] for name in ("loss", "perplexity", "grounding_gap")}
+        held_out = self.held_out
+        evaluated = evaluate(self.llm, self.projector, held_out, config.batch_size, packing, self.world)
+        figures = evaluated.figures
+        self.figures = {
+            f"eval_{name}{end}": figures[name + end] for name in INTERVALS for end in ("", "_low", "_high")
+        }
         self.figures["eval_step"] = self.step
         lines: list[JsonDict] = []
         with self.world.together():
             if config.eval_captions and self.world.main:
-                lines = captions(self.llm, self.projector, self.held_out, config.eval_captions)
+                lines = captions(self.llm, self.projector, held_out, config.eval_captions)
+            if self.world.main:
+                self.folder.keep_held_out(evaluated.sums, held_out.identity)
         self.report.log(self.step, self.figures | ({"eval_captions": lines} if lines else {}))
-        gap = figures["grounding_gap"]
+        gap = f"grounding gap {with_interval(figures, 'grounding_gap')}"
         say(
-            f"{self.title}step {self.step}: held-out loss {figures['loss']:.4f}, "
-            f"perplexity {figures['perplexity']:.2f}"
-            + (f", grounding gap {gap:.4f}" if gap is not None else "")
+            f"{self.title}step {self.step}: held-out loss {with_interval(figures, 'loss')}, "
+            f"perplexity {with_interval(figures, 'perplexity', 2)}, "
+            f"{ONE_PICTURE if figures['grounding_gap'] is None else gap}"
         )
         for line in lines[:2]:
-            say(f"  {line['row']}: {line['generated']}")
+            say(beside_its_caption(line))
         if not self.step:
             self.before = figures["loss"]
         better: bool = figures["loss"] < self.best

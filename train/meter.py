@@ -11,6 +11,7 @@ import torch
 
 from llava_core.console import human_bytes
 from llava_core.fingerprint import JsonDict
+from llava_core.matmul import utilisation, utilisation_shown
 from train.samples import Batch
 
 
@@ -45,15 +46,16 @@ class Meter:
         self.operations += operations
 
     def rates(self) -> JsonDict:
-        """Samples and tokens per second, model FLOPs utilisation, share of time that data was waited for,
-        and the most bytes held so far."""
+        """Samples and tokens per second, model FLOPs utilisation or None if it would be over 1, share of time
+        that data was waited for, and the most bytes held so far."""
         seconds = time.perf_counter() - self.started
         self.steps += self.counted
         self.seconds += seconds
+        share = utilisation(self.operations, seconds, self.rate)
         rates = {
             "samples_per_s": round(self.samples / seconds, 2),
             "tokens_per_s": round(self.tokens / seconds, 1),
-            "mfu": round(self.operations / seconds / self.rate, 4),
+            "mfu": None if share is None else round(share, 4),
             "data_wait": round(self.waited / seconds, 5),
             "memory_bytes": peak_memory(self.device),
         }
@@ -65,7 +67,7 @@ def progress_line(metrics: JsonDict) -> str:
     """Beside the bar, which tells steps and the time left."""
     return (
         f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['samples_per_s']:.0f} samples/s, "
-        f"{metrics['tokens_per_s']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}, "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s, MFU {utilisation_shown(metrics['mfu'])}, "
         f"waits {metrics['data_wait']:.1%}, {human_bytes(metrics['memory_bytes'])}"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +29,36 @@ def summed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row
 
     No sample sees another, so a projector's gradient is what it would be alone.
     """
+    return [
+        head_loss(own[pack.predicting], llm.head, pack.targets)
+        for own, (_, pack) in zip(_hidden(llm, projectors, row), row.packs, strict=False)
+    ]
+
+
+@torch.no_grad()
+def sample_losses(llm: LanguageModel, projector: torch.nn.Module, row: Row) -> torch.Tensor:
+    """Log loss in nats of each sample, summed over its answer tokens: fp64 [samples in the row]."""
+    losses = []
+    for hidden, (_, pack) in zip(_hidden(llm, [projector], row), row.packs, strict=False):
+        each = [
+            F.nll_loss(log_p, pack.targets[part], reduction="none")
+            for part, log_p in _chunks(hidden[pack.predicting], llm.head)
+        ]
+        sample = torch.bucketize(pack.predicting.cpu(), torch.tensor(pack.lengths).cumsum(0), right=True)
+        total = torch.zeros(len(pack.lengths), dtype=torch.float64)
+        losses.append(total.index_add_(0, sample, torch.cat(each).cpu().double()))  # in one order, on a CPU
+    return torch.cat(losses)
+
+
+def _hidden(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> tuple[torch.Tensor, ...]:
+    """What the last block makes of each pack's tokens, normed, [N, hidden] each; the padding's come last."""
     parts = []
     for k, pack in row.packs:
         projected = projectors[k](pack.features.float()).flatten(0, 1)
         parts.append(llm.embed(pack.ids).index_copy(0, pack.visual, projected.to(llm.dtype)))
     padding = llm.embed(row.starts.new_zeros(row.padding))
-    hidden = read(llm, torch.cat([*parts, padding]), row).split([*map(len, parts), row.padding])  # type: ignore[no-untyped-call]
-    return [
-        head_loss(own[pack.predicting], llm.head, pack.targets)
-        for own, (_, pack) in zip(hidden, row.packs, strict=False)
-    ]
+    hidden = read(llm, torch.cat([*parts, padding]), row)
+    return hidden.split([*map(len, parts), row.padding])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def read(llm: LanguageModel, embedded: torch.Tensor, row: Row) -> torch.Tensor:
@@ -70,12 +90,9 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_LOGITS // head.shape[0])
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            log_p = F.log_softmax((hidden[part] @ head.T).float(), dim=-1)
+        for part, log_p in _chunks(hidden, head):
             total += F.nll_loss(log_p, targets[part], reduction="sum")
             if gradient is not None:
                 error = log_p.exp_()
@@ -89,3 +106,11 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * outputs[0]).to(gradient.dtype), None, None
+
+
+def _chunks(hidden: torch.Tensor, head: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Log probabilities in fp32 of some rows of hidden [A, H] at a time, at most CHUNK_LOGITS of them."""
+    rows = max(1, CHUNK_LOGITS // head.shape[0])
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        yield part, F.log_softmax((hidden[part] @ head.T).float(), dim=-1)

@@ -43,10 +43,12 @@ COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of a run. Time is a guess within a factor of 2, memory within a third."""
+    """Of a run. Time is a guess within a factor of 2, if nothing else runs; memory within a third."""
 
     samples: int
     steps: int
+    ending: str
+    """What ends the run (Schedule.ending)."""
     frozen_parameters: int
     trained_parameters: int
     visual_tokens: int
@@ -173,6 +175,7 @@ def predict(
     return Prediction(
         samples=len(samples),
         steps=schedule.steps,
+        ending=schedule.ending,
         frozen_parameters=parameter_count(model),
         trained_parameters=parameter_count(projector),
         visual_tokens=visual,
@@ -239,6 +242,7 @@ def outcome_line(outcome: JsonDict) -> str:
 def _print(predicted: Prediction, figures: JsonDict) -> None:
     total = sum(predicted.memory.values())
     rows = [(key.replace("_", " "), f"{figures[key]:,.0f}") for key in COUNTS]
+    rows.insert(COUNTS.index("steps") + 1, ("the run", predicted.ending))
     rows += [("feature bytes per epoch", human_bytes(figures["feature_bytes_per_epoch"]))]
     rows += [(f"memory: {key.replace('_', ' ')}", human_bytes(n)) for key, n in predicted.memory.items()]
     rows += [
@@ -247,6 +251,6 @@ def _print(predicted: Prediction, figures: JsonDict) -> None:
         ("matmul rate of this machine, measured", f"{predicted.matmul_rate / 1e12:.3g} TFLOP/s"),
         ("share of it that is assumed", f"{predicted.efficiency:.0%}"),
         ("steps per second", f"{predicted.steps_per_s:.3g}"),
-        ("time, within about a factor of 2", human_seconds(predicted.seconds)),
+        ("time if nothing else runs, within about a factor of 2", human_seconds(predicted.seconds)),
     ]
     show(table(rows))

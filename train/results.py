@@ -7,13 +7,16 @@ import dataclasses
 import io
 import json
 import shlex
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 
+from llava_core.bootstrap import interval, redrawn, with_interval
 from llava_core.checkpoint import point_to
-from llava_core.console import human_seconds, table
+from llava_core.console import counted, human_seconds, table
 from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from train.config import RunConfig
@@ -35,6 +38,14 @@ class Row:
     point: Point
     """Without the seed."""
     records: list[Record]
+    above: JsonDict = dataclasses.field(default_factory=dict)
+    """`above_best`, its loss minus the best row's, with its interval. Empty for the best row, and for one
+    without held-out losses of the same rows and seeds."""
+
+    @property
+    def is_none(self) -> bool:
+        """Whether the held-out rows do not tell it from the best one."""
+        return bool(self.above) and self.above["above_best_low"] <= 0 <= self.above["above_best_high"]
 
     @property
     def finished(self) -> list[Record]:
@@ -70,7 +81,8 @@ class Row:
         some = [f"{len(self.finished)} of {len(self.records)}", human_seconds(self.seconds)]
         loss = [] if self.loss is None else [decimal(self.loss)]
         state = [] if self.state == "finished" else [self.state]
-        return [" ".join([*loss, *state]), decimal(self.spread), decimal(self.gap), *some]
+        above = ("none: " if self.is_none else "") + with_interval(self.above, "above_best")
+        return [" ".join([*loss, *state]), above, decimal(self.spread), decimal(self.gap), *some]
 
     def _mean(self, figure: Callable[[Record], float | None]) -> float | None:
         chosen = [figure(record) for record in self.records if record.state == self.state]
@@ -78,7 +90,8 @@ class Row:
         return sum(known) / len(known) if known else None
 
 
-COLUMNS = ("held-out loss", "spread", "grounding gap", "finished", "time")
+ABOVE = ("above_best", "above_best_low", "above_best_high")
+COLUMNS = ("held-out loss", "above the best", "spread", "grounding gap", "finished", "time")
 
 
 def rows_of(records: Sequence[Record]) -> list[Row]:
@@ -87,13 +100,70 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     for record in records:
         point = {key: value for key, value in record.point.items() if key != "seed"}
         rows.setdefault(tuple(point.items()), Row(point, [])).records.append(record)
-    return sorted(rows.values(), key=_rank)
+    ranked = sorted(rows.values(), key=_rank)
+    return [dataclasses.replace(row, above=above) for row, above in zip(ranked, _above(ranked), strict=True)]
+
+
+def _above(rows: Sequence[Row]) -> list[JsonDict]:
+    """`Row.above` of each row, paired by picture and by seed.
+
+    Seeds are drawn again as pictures are; of a single seed, the interval leaves out what another would do.
+    """
+    kept = [
+        {record.point.get("seed"): sums for record in row.finished if (sums := _held_out(record.folder))}
+        for row in rows
+    ]
+    above: list[JsonDict] = [{} for _ in rows]
+    for k, own in enumerate(kept[1:], 1):
+        pairs = [
+            np.concatenate([sums, kept[0][seed][1]], 1)
+            for seed, (held_out, sums) in own.items()
+            if seed in kept[0] and kept[0][seed][0] == held_out and len(sums) > 1
+        ]
+        if pairs:
+            above[k] = _difference(np.concatenate(pairs, 1), len(pairs))
+    return above
+
+
+def _difference(sums: np.ndarray, seeds: int) -> JsonDict:
+    """`Row.above` from [pictures, seeds * 4]: for each seed nats and tokens of the row, and of the best."""
+
+    def less(totals: np.ndarray) -> np.ndarray:
+        """Loss of the row less that of the best [..., seeds]."""
+        each = totals.reshape(*totals.shape[:-1], seeds, 2, 2)
+        losses: np.ndarray = each[..., 0] / each[..., 1]
+        return np.asarray(losses[..., 0] - losses[..., 1])
+
+    each = less(redrawn(sums))
+    drawn = np.random.default_rng(0).integers(seeds, size=each.shape)
+    means = np.take_along_axis(each, drawn, 1).mean(1)
+    return {"above_best": float(less(sums.sum(0)).mean()), **interval("above_best", means)}
+
+
+def _held_out(folder: Path) -> tuple[str, np.ndarray] | None:
+    """Which rows a trial was measured on, and nats and tokens [pictures, 2]; None if it kept none."""
+    try:
+        with np.load(folder / "held_out.npz") as file:
+            return str(file["rows"]), np.stack([file["loss"], file["tokens"]], 1).astype(float)
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile):
+        return None
 
 
 def best_of(rows: Sequence[Row]) -> Record | None:
     """Of the best row, the trial with the lowest loss; None if none has finished."""
     finished = rows[0].finished if rows else []
     return min(finished, key=lambda record: record.loss or 0.0) if finished else None
+
+
+def how_sure(rows: Sequence[Row]) -> str:
+    """How many points the held-out rows do not tell from the best one; "" if there is nothing to compare."""
+    others = [row for row in rows[1:] if row.finished]
+    unknown, none = sum(not row.above for row in others), sum(row.is_none for row in others)
+    if not others:
+        return ""
+    points = counted(len(others), "other point")
+    told = f"of {points}, {none} cannot be told from the best by these held-out rows"
+    return told + (f", and {unknown} kept no losses of the same rows and seeds" if unknown else "")
 
 
 def text_table(rows: Sequence[Row]) -> str:
@@ -107,7 +177,8 @@ def text_table(rows: Sequence[Row]) -> str:
 
 def write_results(folder: Path, records: Sequence[Record], keys: Sequence[str]) -> None:
     """results.csv and results.jsonl, a line for each trial, in the table's order."""
-    lines = [_line(record) for row in rows_of(records) for record in sorted(row.records, key=_rank_of)]
+    rows = rows_of(records)
+    lines = [_line(record, row.above) for row in rows for record in sorted(row.records, key=_rank_of)]
     text = io.StringIO()
     fixed = list(_line(Record(0, "failed", {}, folder)))
     writer = csv.DictWriter(text, [*fixed[:2], *keys, *fixed[2:]], lineterminator="\n")
@@ -149,13 +220,15 @@ def _rank_of(record: Record) -> tuple[int, float]:
     return ORDER.index(record.state), record.loss if record.loss is not None else 0.0
 
 
-def _line(record: Record) -> JsonDict:
+def _line(record: Record, above: JsonDict | None = None) -> JsonDict:
     summary = record.summary
     return {
         "trial": record.number,
         "state": record.state,
         **record.point,
         "eval_loss": record.loss,
+        **{f"eval_loss_{end}": summary.get(f"eval_loss_{end}") for end in ("low", "high")},
+        **{key: (above or {}).get(key) for key in ABOVE},
         "eval_perplexity": summary.get("eval_perplexity"),
         "eval_grounding_gap": summary.get("eval_grounding_gap"),
         "steps": summary.get("steps"),

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from llava_core.bootstrap import figure_rows
 from llava_core.cli import stop_signals
 from llava_core.console import progress, say, show, table
 from llava_core.conversation import Example
@@ -246,10 +247,8 @@ class Trainer:
                 self.end(key, member.finish(outcome))
                 if outcome:
                     say(outcome_line(outcome))
-                figures = {k: v for k, v in member.figures.items() if v is not None}
-                if figures:
-                    cells = {k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in figures.items()}
-                    show(table([(k.replace("_", " "), cell) for k, cell in cells.items()]))
+                if member.figures:
+                    show(table(figure_rows(member.figures)))
 
 
 def require_same_steps(first: RunConfig, other: RunConfig) -> None:

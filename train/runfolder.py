@@ -2,6 +2,7 @@
 
 training_config.yaml   the flags, written once
 metrics.jsonl          one line of metrics a time
+held_out.npz           held-out losses of the last evaluation, by picture: what a sweep compares
 step-00000500/ ...     checkpoints (llava_core.checkpoint)
 last, best             links to two of them
 """
@@ -14,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
@@ -82,6 +84,15 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.training, allow_unicode=True, sort_keys=False)
         replace_text(self.path / "training_config.yaml", text)
+
+    def keep_held_out(self, sums: np.ndarray, rows: str) -> None:
+        """Write down Evaluation.sums, and which rows they are of."""
+        partial = self.path / "held_out.npz.part"
+        with partial.open("wb") as file:
+            np.savez(
+                file, rows=np.array(rows), loss=sums[:, 0].astype("<f4"), tokens=sums[:, 2].astype("<u4")
+            )
+        partial.replace(self.path / "held_out.npz")
 
     def finished(self) -> JsonDict | None:
         """The summary of a run that reached its last step."""

@@ -15,6 +15,7 @@ import torch
 
 from llava_core.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
 from llava_core.errors import LlavaError
+from llava_core.pairing import same_pictures
 from llava_core.shards import Shard
 from train.config import RunConfig
 from train.resident import Kept
@@ -72,6 +73,11 @@ class Samples:
     def row_bytes(self) -> int:
         """Of one sample's features, as fp16."""
         return self.tokens * self.shards[0].width * 2
+
+    @functools.cached_property
+    def pictures(self) -> list[int]:
+        """The number of each sample's picture (llava_core.pairing): some samples may show one."""
+        return same_pictures(self.shards[shard].picture_keys(row) for shard, row in self.rows)
 
     @property
     def identity(self) -> str:
@@ -158,6 +164,18 @@ class Schedule:
     def steps(self) -> int:
         steps = self.epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def ending(self) -> str:
+        """Which flag ends the run, and what the other would have to be to do so."""
+        whole = self.epochs * self.steps_per_epoch
+        if self.max_steps is None or self.max_steps == whole:
+            return f"ends with --epochs {self.epochs}"
+        if self.max_steps < whole:
+            share = self.max_steps / self.steps_per_epoch
+            return f"ends with --max-steps {self.max_steps}, after {share:.3g} of --epochs {self.epochs}"
+        needed = -(-self.max_steps // self.steps_per_epoch)
+        return f"ends with --epochs {self.epochs}: --max-steps {self.max_steps} would take --epochs {needed}"
 
     @property
     def repeats(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from llava_core.bootstrap import with_interval
 from llava_core.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.fingerprint import JsonDict
@@ -16,7 +17,7 @@ from train.config import SweepConfig
 from train.page import write_page
 from train.parallel import World
 from train.plots import draw
-from train.results import best_of, rows_of, text_table, write_best, write_results
+from train.results import best_of, how_sure, rows_of, text_table, write_best, write_results
 from train.run import MEMBER_KEYS, train
 from train.runfolder import FREE_KEYS, RunFolder
 from train.shared import Shared
@@ -126,7 +127,7 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
             continue
         claim.ended(outcome)
         pruned = f", pruned at step {outcome['pruned']}" if "pruned" in outcome else ""
-        say(f"{claim.title}: held-out loss {outcome['eval_loss']:.4f}{pruned}")
+        say(f"{claim.title}: held-out loss {with_interval(outcome, 'eval_loss')}{pruned}")
 
 
 def as_failure(error: Exception) -> LlavaError:
@@ -164,6 +165,8 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
             got = f"{counted(len(errors), 'failure')}, the last: {errors[-1]}"
             raise LlavaError("no trial finished", got=got)
         return figures
+    if sure := how_sure(rows):
+        say(sure)
     show(f"\nthe best again: {command}")
     link = config.out / "best"
     kept = f"{link} is" if link.exists() else f"{best.folder} is gone, and with it"

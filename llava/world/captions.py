@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from llava.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+from llava_core.pairing import other_pictures
 
 COUNTS = ("一", "两", "三")
-ATTRIBUTES = ("shape", "colour", "place")
-"""What the demo's accuracy counts."""
+ATTRIBUTES = ("shape", "colour", "place", "size")
+"""Of an object: what the demo's accuracy counts."""
 
 _OPENINGS = (
     "图中有{n}个图形",
@@ -106,6 +107,13 @@ def accuracy(scenes: Sequence[Scene], texts: Sequence[str], parse: Parse = parse
 
 
 def chance(scenes: Sequence[Scene], rng: random.Random) -> dict[str, float]:
-    """What true captions of other pictures score: each scene beside the next one's caption."""
-    texts = [caption(scene, rng) for scene in scenes]
-    return accuracy(scenes, texts[1:] + texts[:1])
+    """What true captions of other pictures score: each scene beside another one's caption."""
+    return accuracy(scenes, shuffled(scenes, [caption(scene, rng) for scene in scenes]))
+
+
+def shuffled(scenes: Sequence[Scene], texts: Sequence[str]) -> list[str]:
+    """For each scene the text of a picture that shows another one. Raises ValueError if all show one."""
+    others = other_pictures(scenes)
+    if others is None:
+        raise ValueError(f"{len(scenes)} pictures of one scene")
+    return [texts[other] for other in others]

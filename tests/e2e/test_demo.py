@@ -39,7 +39,8 @@ def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
         "truncated": 1,
         "not an image": 1,
     }
-    assert figures["grounding_gap"] > 1
+    assert figures["grounding_gap_high"] > figures["grounding_gap"] > figures["grounding_gap_low"] > 1
+    assert {"shape", "colour", "place", "size", "all"} == figures["right_picture"].keys()
     assert figures["loss_after"] < 0.2 * figures["loss_before"]
     for command in ("extract run", "train run", "train eval", "infer ask", "infer batch"):
         assert f"$ python -m {command} " in ended.stdout

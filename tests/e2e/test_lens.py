@@ -12,7 +12,7 @@ from infer.config import LensConfig
 from infer.engine import open_engine
 from infer.lens import look
 from tests.browser import dom_of
-from tests.e2e.commands import run
+from tests.e2e.commands import call, run
 from tests.small_features import models
 from tests.small_world import write_world
 
@@ -55,3 +55,12 @@ def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
     assert shown.count('class="patch"') == 8
     assert "<b>" not in dom  # no caption becomes markup
     assert shown.count('class="piece') == len(seen.pieces)
+
+
+def test_an_image_is_compared_with_another(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    flags = [*world.flags, "--image", world.images[0], "--caption", "红", "--out", tmp_path / "lens"]
+    same = call("infer", "lens", *flags, "--other", world.images[0], code=1).one_line()
+    assert "--other shows the same picture" in same
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(world.images[0])
+    assert "is a blank image itself" in call("infer", "lens", *flags, code=1).one_line()

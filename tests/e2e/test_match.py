@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_images_and_their_features_are_found_by_their_captions(
     (folder / ".trash").mkdir()
     render(random_scene(rng), rng).save(folder / ".trash/hidden.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff?")
+    shutil.copy(folder / names[0], folder / "图9.png")
 
     flags = ["--vision", VISION, "--images", folder, "--device", "cpu", "--top", 3, "--json"]
     ended = subprocess.run(
@@ -54,7 +56,9 @@ def test_images_and_their_features_are_found_by_their_captions(
     assert ended.returncode == 0, ended.stderr
     assert "broken.jpg is left out: " in ended.stderr
     live = json.loads(ended.stdout.splitlines()[-1])
+    assert "1 image left out: each shows the same picture as one before it" in ended.stderr
     assert live["images"] == 8
+    (folder / "图9.png").unlink()
     assert [found["text"] for found in live["texts"]] == texts
     assert [found["matches"][0]["image"] for found in live["texts"]] == names
     for found in live["texts"]:

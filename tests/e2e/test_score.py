@@ -168,7 +168,7 @@ def test_scores_of_a_file(
     assert figures["rouge_l"] == pytest.approx(1)
     expected = 2.5 * float(cosines[[0, 2, 3, 4]].clamp(min=0).mean())
     assert figures["clipscore"] == pytest.approx(expected, abs=1e-5)
-    assert figures["clipscore_of_captions"] == figures["clipscore"] != figures["clipscore_of_the_next_answer"]
+    assert figures["clipscore_of_captions"] == figures["clipscore"] != figures["clipscore_of_another_answer"]
     assert "tokenizer" in capsys.readouterr().out
 
     stored = score.run(ScoreConfig(**flags, **vision, features=features))
@@ -177,6 +177,21 @@ def test_scores_of_a_file(
                 "--device", "cpu", "--images", world.vision.parent, "--json")  # fmt: skip
     assert alone.summary["clipscore"] == figures["clipscore"]
     assert "bleu_1" not in alone.summary
+    assert figures["clipscore_low"] < figures["clipscore"] < figures["clipscore_high"]
+
+    # Two answers about each picture: the other answer is one about the other picture.
+    twice = [lines[0], {**lines[0], "answer": "b"}, lines[2], {**lines[2], "answer": "a"}]
+    source.write_text("\n".join(map(json.dumps, twice)))
+    shown = tower.encode_image_embedding(pixels[[0, 0, 2, 2]])
+    crossed = 2.5 * (shown * tower.encode_text(["红 b", "a", "红色的圆", "b"])).sum(-1).clamp(min=0).mean()
+    paired = score.run(ScoreConfig(**flags, **vision, features=features))
+    assert paired["clipscore_of_another_answer"] == pytest.approx(float(crossed), abs=2e-3)
+    source.write_text("\n".join(map(json.dumps, twice[:2])))
+    capsys.readouterr()
+    alike = score.run(ScoreConfig(**flags, **vision, images=world.vision.parent))
+    assert (alike["pictures"], alike["clipscore_of_another_answer"]) == (1, None)
+    assert "every line is of one picture" in capsys.readouterr().err
+    source.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(LlavaError, match=r"no reference under 'caption'.*got a line with image, shard"):
         score.run(ScoreConfig(input=source))
     with pytest.raises(LlavaError, match="some references are Chinese and some are not"):

@@ -104,9 +104,9 @@ def test_the_best_is_made_again_by_the_command_that_is_given(
     assert again["best"] == {key: first[key] for key in ("trial", "lr", "projector", "weight_decay", "seed")}
     assert (
         out.splitlines()[0].split()
-        == "lr projector weight_decay held-out loss spread grounding gap finished time".split()
+        == "lr projector weight_decay held-out loss above the best spread grounding gap finished time".split()
     )
-    assert re.match(r"0\.02 +mlp +0 +\d\.\d{4} +\d\.\d{4} +-?\d\.\d{4} +2 of 2", out.splitlines()[2])
+    assert re.match(r"0\.02 +mlp +0 +\d\.\d{4} +- +\d\.\d{4} +-?\d\.\d{4} +2 of 2", out.splitlines()[2])
     assert out.splitlines()[-1] == f"the best again: {again['command']}"
     arguments = shlex.split(again["command"])
     run(*arguments[2:], cwd=tmp_path)

@@ -17,6 +17,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_core.checkpoint import load_checkpoint
+from llava_core.dialogue import turns_to_text
 from llava_core.errors import LlavaError
 from llava_core.files import read_json_lines
 from llava_core.shard_writer import ShardWriter
@@ -45,6 +46,9 @@ def test_a_run_learns_and_leaves_a_whole_checkpoint(world: Path, whole: Path) ->
     assert list(held_out) == [0, 10, 20, 24]
     spoken = curve(whole, "eval_captions")
     assert [len(lines) for lines in spoken.values()] == [4, 4, 4, 4]  # type: ignore[arg-type]
+    for name in ("eval_loss", "eval_perplexity", "eval_grounding_gap"):
+        low, high = curve(whole, f"{name}_low"), curve(whole, f"{name}_high")
+        assert all(low[step] < value < high[step] for step, value in curve(whole, name).items())
     assert held_out[24] < 0.95 * held_out[0]
     rates = curve(whole, "lr")
     assert max(rates.values()) == rates[2] == 0.02
@@ -79,6 +83,32 @@ def test_eval_measures_what_the_run_measured(world: Path, whole: Path) -> None:
     assert figures["grounding_gap"] == pytest.approx(figures["loss_shuffled"] - figures["loss"], rel=1e-6)
     assert figures["perplexity"] == pytest.approx(torch.tensor(figures["loss"]).exp().item(), rel=1e-5)
     assert figures["samples"] == 10
+
+
+def test_captions_of_one_picture_are_not_paired(
+    world: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each picture three times, one after the other, gives the gap of each once, and is no surer of it."""
+    figures = []
+    for name, times, pictures in (("once", 1, 8), ("thrice", 3, 8), ("one", 4, 1)):
+        rows = [picture for picture in range(pictures) for _ in range(times)]
+        texts = [turns_to_text([("问", f"红{'a blue square'[:own]}")]) for own in rows]
+        made = dataclasses.replace(header(texts), conversations=True)
+        with ShardWriter(tmp_path / name / "a.h5", made) as writer:
+            writer.write([dataclasses.replace(outcome(own), row=k) for k, own in enumerate(rows)])
+            writer.finish()
+        config = EvalConfig(checkpoint=whole / "last", features=tmp_path / name, llm=world / "llm")
+        figures.append(evaluate_run(config))
+    once, thrice, one = figures
+    assert (once["samples"], thrice["samples"], once["pictures"], thrice["pictures"]) == (8, 24, 8, 8)
+    for key in ("loss", "perplexity", "grounding_gap"):
+        for end in ("", "_low", "_high"):
+            assert thrice[key + end] == pytest.approx(once[key + end], rel=1e-4), key + end
+        assert once[f"{key}_low"] < once[key] < once[f"{key}_high"]
+    assert (one["grounding_gap"], one["grounding_gap_low"], one["loss_low"]) == (None, None, None)
+    out, err = capsys.readouterr()
+    assert f"{once['loss']:.4f} ({once['loss_low']:.4f} to {once['loss_high']:.4f})" in out
+    assert "grounding gap not defined: all held-out rows show one picture" in err
 
 
 def test_a_finished_run_is_left_alone(world: Path, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -286,9 +316,15 @@ def test_more_steps_than_there_are_is_said(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train_run(config(world, tmp_path / "run", epochs=1, max_steps=99, eval_features=None))
-    assert "12 steps of 4 on cpu; --epochs 1 has no more\n" in capfd.readouterr().err
+    more = "ends with --epochs 1: --max-steps 99 would take --epochs 9"
+    assert f"12 steps of 4 on cpu; {more}\n" in capfd.readouterr().err
+    plan_run(config(world, tmp_path / "plan", epochs=1, max_steps=99))
+    assert more in capfd.readouterr().out
     train_run(config(world, tmp_path / "other", epochs=1, max_steps=2, eval_features=None))
-    assert "2 steps of 4 on cpu\n" in capfd.readouterr().err
+    fewer = "ends with --max-steps 2, after 0.167 of --epochs 1"
+    assert f"2 steps of 4 on cpu; {fewer}\n" in capfd.readouterr().err
+    plan_run(config(world, tmp_path / "other", epochs=1, max_steps=2, eval_features=None))
+    assert fewer in capfd.readouterr().out
 
 
 def test_a_start_that_failed_leaves_the_folder_free(world: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from llava_core.language import load_language_model
 from llava_core.projector import build_projector
 from tests.small_models import write_language_model
 from tests.small_shards import WIDTH, write_shard
-from train.captions import GREEDY, captions
+from train.captions import GREEDY, SHOWN, beside_its_caption, captions
 from train.objective import summed_loss
 from train.packing import pack
 from train.prepare import prepare
@@ -51,4 +51,19 @@ def test_captions_are_greedy_and_packs_still_work_after(tmp_path: Path) -> None:
             pad_token_id=0,
         )
         assert line["generated"] == chat.text(said[0].tolist()).strip()
+    assert [line["cut"] for line in lines] == [
+        len(chat.tokenizer(line["generated"])["input_ids"]) >= GREEDY.max_tokens for line in lines
+    ]
     assert len({line["generated"] for line in lines}) > 1
+
+
+def test_the_true_caption_stands_below_what_was_said() -> None:
+    line = {
+        "row": "a.h5:7",
+        "generated": "一个红色的圆",
+        "cut": True,
+        "written": "一个\n蓝色的圆" + "。" * 300,
+    }
+    assert beside_its_caption(line) == (
+        "  a.h5:7 says: 一个红色的圆…\n         true: 一个 蓝色的圆" + "。" * (SHOWN - 7) + "…"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llava_core.projector import build_projector
 from tests.small_models import write_language_model
 from tests.unit.test_objective import VISUAL, WIDTH, a_batch, reference_loss
 from train.flops import Work
+from train.meter import Meter, progress_line
 from train.objective import summed_loss
 from train.packing import Pack, pack
 from train.prepare import prepare
@@ -71,3 +73,24 @@ def test_the_outline_has_the_same_sizes(llm: LanguageModel, tmp_path: Path) -> N
 
 def test_the_matmul_rate_is_that_of_some_machine() -> None:
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, 0.05) < 1e15
+
+
+def test_neighbours_do_not_slow_the_matmul_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product takes a second by the clock on the wall, a hundredth of one of every thread's time."""
+    walls, cpus = itertools.count(), itertools.count()
+    monkeypatch.setattr("llava_core.matmul.time.perf_counter", lambda: float(next(walls)))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("llava_core.matmul.time.process_time", lambda: 0.01 * threads * next(cpus))
+    rate = matmul_rate.__wrapped__(torch.device("cpu"), torch.float32)
+    assert rate == pytest.approx(2 * 1024**3 / 0.01)
+
+
+def test_an_impossible_utilisation_is_said_to_be_one() -> None:
+    meter = Meter(torch.device("cpu"), rate=1.0)
+    meter.count(samples=1, tokens=1, operations=10**15)
+    metrics = meter.rates()
+    assert metrics["mfu"] is None
+    line = progress_line({"loss": 1.0, "lr": 0.1, **metrics})
+    assert "MFU unknown (over 100%: the matmul rate was measured too low), waits" in line
+    meter.count(samples=1, tokens=1, operations=0)
+    assert "MFU 0%" in progress_line({"loss": 1.0, "lr": 0.1, **meter.rates()})

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from train.config import SweepConfig
 from train.page import write_page
 from train.plots import draw
-from train.results import best_of, rows_of, text_table
+from train.results import best_of, how_sure, rows_of, text_table
 from train.space import Point, Space
 from train.study import Record, State
 
@@ -37,17 +39,46 @@ def test_seeds_are_one_row_with_their_mean_and_spread() -> None:
         ]
     )
     lines = [line.split() for line in text_table(rows).splitlines()]
-    assert lines[0] == ["lr", "held-out", "loss", "spread", "grounding", "gap", "finished", "time"]
+    assert lines[0] == "lr held-out loss above the best spread grounding gap finished time".split()
     assert lines[2:] == [
-        ["0.1", "1.7500", "0.5000", "0.6000", "2", "of", "2", "1.02", "min"],
-        ["0.2", "2.0000", "2.0000", "-", "2", "of", "2", "0", "s"],
-        ["0.5", "9.0000", "-", "-", "1", "of", "2", "0", "s"],
-        ["0.3", "0.5000", "pruned", "-", "-", "0", "of", "1", "0", "s"],
-        ["0.4", "failed", "-", "-", "0", "of", "2", "0", "s"],
+        ["0.1", "1.7500", "-", "0.5000", "0.6000", "2", "of", "2", "1.02", "min"],
+        ["0.2", "2.0000", "-", "2.0000", "-", "2", "of", "2", "0", "s"],
+        ["0.5", "9.0000", "-", "-", "-", "1", "of", "2", "0", "s"],
+        ["0.3", "0.5000", "pruned", "-", "-", "-", "0", "of", "1", "0", "s"],
+        ["0.4", "failed", "-", "-", "-", "0", "of", "2", "0", "s"],
     ]
     best = best_of(rows)
     assert best is not None
     assert best.number == 3  # the better one of the best row, not the best of all
+
+
+def test_the_table_says_which_differences_are_none(tmp_path: Path) -> None:
+    """Paired by picture and by seed: what all trials find hard widens no difference."""
+    random = np.random.default_rng(0)
+    hard, tokens = random.uniform(5, 50, size=60), np.full(60, 20)
+    records = []
+    points = [(1, 0.0), (1, 0.1), (2, 0.2), (2, -0.1), (3, 2.0), (3, 2.2), (4, 3.0), (5, 4.0)]
+    for number, (lr, more) in enumerate(points):
+        losses = hard + more + random.normal(0, 1, size=60)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        held_out = np.array("others" if lr == 4 else "rows")
+        if lr != 5:  # a trial of an earlier version
+            np.savez(folder / "held_out.npz", rows=held_out, loss=losses, tokens=tokens)
+        point: Point = {"lr": lr, "seed": number % 2}
+        records.append(Record(number, "finished", point, folder, losses.sum() / tokens.sum()))
+    rows = rows_of(records)
+    assert [row.point["lr"] for row in rows[2:]] == [3, 4, 5]
+    assert [row.is_none for row in rows] == [False, True, False, False, False]
+    assert rows[3].above == rows[4].above == {}
+    difference = rows[2].above
+    assert difference["above_best"] == pytest.approx((rows[2].loss or 0) - (rows[0].loss or 0))
+    assert 0 < difference["above_best_low"] < difference["above_best"] < difference["above_best_high"] < 0.2
+    lines = text_table(rows).splitlines()
+    assert re.search(r" none: -?0\.\d{4} \(-0\.\d{4} to 0\.\d{4}\) ", lines[3])
+    assert re.search(r"[^:] 0\.1\d{3} \(0\.\d{4} to 0\.\d{4}\) ", lines[4])
+    told = "of 4 other points, 1 cannot be told from the best by these held-out rows"
+    assert how_sure(rows) == f"{told}, and 2 kept no losses of the same rows and seeds"
 
 
 def test_a_sweep_of_nothing_finished_has_no_best() -> None:

@@ -12,8 +12,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from llava.contact_sheet import is_right
 from llava.world import english
-from llava.world.captions import accuracy, caption, chance, parse, parse_background, short_caption
+from llava.world.captions import (
+    accuracy,
+    caption,
+    chance,
+    parse,
+    parse_background,
+    short_caption,
+    shuffled,
+)
 from llava.world.dataset import write_split
 from llava.world.render import SIDE, render
 from llava.world.scene import PLACES, Scene, Thing, near_scene, random_scene
@@ -56,7 +65,8 @@ def test_english_captions_say_exactly_what_is_there() -> None:
         "shape": 1,
         "colour": 0.5,
         "place": 1,
-        "all": 5 / 6,
+        "size": 1,
+        "all": 7 / 8,
     }
 
 
@@ -69,7 +79,8 @@ def test_the_judge() -> None:
         "shape": 1,
         "colour": 0.5,
         "place": 1,
-        "all": 5 / 6,
+        "size": 1,
+        "all": 7 / 8,
     }
     # Naming everything there might be does not help.
     much = "，".join(f"{place}有一个大的红色圆形" for place in PLACES)
@@ -80,9 +91,25 @@ def test_the_judge() -> None:
     assert accuracy([scene], [swapped])["all"] == 1
 
 
+def test_a_wrong_size_is_wrong() -> None:
+    scene = Scene((Thing("上方", "大", "红色", "圆形"), Thing("中央", "小", "蓝色", "菱形")), "白色")
+    right = caption(scene, random.Random(0))
+    assert accuracy([scene], [right.replace("小", "大")])["size"] == 0.5
+    assert is_right(scene, right)
+    wrong = [("小", "大"), ("红色", "绿色"), ("白色", "灰色"), ("中央", "左侧"), ("菱形", "圆形")]
+    assert not any(is_right(scene, right.replace(*words)) for words in wrong)
+
+
+def test_a_shuffled_picture_shows_another_scene() -> None:
+    one, other = scenes(2)
+    assert shuffled([one, one, other, other], ["a", "b", "c", "d"]) == ["c", "d", "a", "b"]
+    with pytest.raises(ValueError, match="3 pictures of one scene"):
+        shuffled([one] * 3, ["a"] * 3)
+
+
 def test_chance_is_what_a_stranger_scores() -> None:
     level = chance(scenes(2000), random.Random(0))
-    assert 0.1 < level["all"] < 0.25
+    assert 0.15 < level["all"] < 0.3
     assert accuracy(scenes(2000), [caption(s, random.Random(0)) for s in scenes(2000)])["all"] == 1
 
 

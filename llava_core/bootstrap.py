@@ -1,0 +1,74 @@
+"""95 % intervals of measures on held-out rows: the percentile bootstrap (Efron and Tibshirani 1993, ch. 13).
+
+What is drawn again, with replacement, are pictures: the rows of one are alike. Draws are a pure function of
+how many pictures there are, so that measures of the same pictures are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llava_core.fingerprint import JsonDict
+
+DRAWS = 2000
+MOST_COUNTS = 1 << 22
+"""Numbers in memory at once: how often each picture is in some of the draws."""
+
+
+def by_picture(values: np.ndarray, pictures: Sequence[int]) -> np.ndarray:
+    """Sums of the rows [N, K] of each picture, which are numbered from 0: [pictures, K] in fp64."""
+    sums = np.zeros((max(pictures) + 1, values.shape[1]))
+    np.add.at(sums, np.asarray(pictures), values)
+    return sums
+
+
+def redrawn(sums: np.ndarray) -> np.ndarray:
+    """Totals [DRAWS, K] of each draw of as many pictures as `sums` [pictures, K] has."""
+    n, random = len(sums), np.random.default_rng(0)
+    totals = np.empty((DRAWS, sums.shape[1]))
+    block = max(1, MOST_COUNTS // n)
+    for start in range(0, DRAWS, block):
+        size = min(block, DRAWS - start)
+        drawn = random.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+        totals[start : start + size] = counts.astype(float) @ sums
+    return totals
+
+
+def interval(name: str, draws: np.ndarray) -> JsonDict:
+    """`name_low` and `name_high`: between them are 95 % of the measure's values in the draws [DRAWS]."""
+    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def with_interval(figures: Mapping[str, Any], name: str, digits: int = 4) -> str:
+    """Such as "0.1884 (0.1790 to 0.1980)"; without an interval the number alone, "-" without a number."""
+    value, low, high = (figures.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None:
+        return "-"
+    shown = f"{value:.{digits}f}"
+    return shown if low is None or high is None else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def figure_names(figures: Mapping[str, Any]) -> list[str]:
+    """Those that are no end of another's interval."""
+    return [
+        name
+        for name in figures
+        if not (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in figures)
+    ]
+
+
+def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Figures for a table: each with its interval, if it has one."""
+    return [(name.replace("_", " "), _shown(figures, name)) for name in figure_names(figures)]
+
+
+def _shown(figures: Mapping[str, Any], name: str) -> str:
+    value = figures[name]
+    if value is None or isinstance(value, float):
+        return with_interval(figures, name)
+    return f"{value:,}" if isinstance(value, int) else str(value)
