@@ -23,23 +23,14 @@ import numpy as np
 from llava_core import __version__
 from llava_core.dialogue import Turns, turns_from_text
 from llava_core.errors import LlavaError, first_line
+from llava_core.files import SparseFile
 from llava_core.fingerprint import JsonDict, fingerprint
-from llava_core.layout import THUMBNAIL_BYTES, Layout, disk_bytes
+from llava_core.layout import CHECKSUMS, COLUMNS, FORMAT_VERSION, SLOT_BYTES, Layout, columns, disk_bytes
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, parts_of
 
-FORMAT, FORMAT_VERSION = "llava-features", 1
+FORMAT = "llava-features"
 ALIGNMENT = 4096
-COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "status": ("|u1", ()),
-    "crc32": ("<u4", ()),
-    "http": ("<u2", ()),
-    "attempts": ("|u1", ()),
-    "nbytes": ("<u4", ()),
-    "orig_hw": ("<u4", (2,)),
-    "sha256": ("|u1", (32,)),
-}
-"""Per-row columns: number type and the shape of one row's value."""
 
 TEXTS = ("caption", "url", "id")
 
@@ -81,8 +72,12 @@ class ShardHeader:
 
 
 def create_file(path: Path, header: ShardHeader) -> None:
-    """Write a whole shard file with its text; the space of the features is reserved and left sparse."""
-    with h5py.File(path, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+    """Write a whole shard file with its text; the space of the features is reserved and left sparse.
+
+    Raises OSError if it cannot be written, or what is read back is not what was written.
+    """
+    content = SparseFile()
+    with h5py.File(content, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
         file.attrs.update(
             format=FORMAT,
             format_version=FORMAT_VERSION,
@@ -108,7 +103,14 @@ def create_file(path: Path, header: ShardHeader) -> None:
         for name, (dtype, shape) in parts_of(header.storage, header.tokens, header.width).items():
             _create(file, name, (header.rows, *shape), dtype)
         if header.thumbnails:
-            _create(file, "thumbnails", (header.rows, THUMBNAIL_BYTES), np.dtype("|u1"))
+            _create(file, "thumbnails", (header.rows, SLOT_BYTES), np.dtype("|u1"))
+        _create(file, "checksums", (2,), CHECKSUM_TYPE)
+    with h5py.File(content, "r") as file:
+        layout = _layout(path, file, content.seek(0, os.SEEK_END))
+    common = layout.common_checksum(content)
+    content.seek(layout.offsets["checksums"])
+    content.write(np.array([common, 0], CHECKSUM_TYPE))
+    content.save(path)
 
 
 def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -127,33 +129,42 @@ def read_layout(path: Path) -> Layout:
 
     Raises LlavaError, naming what is wrong, for anything that is not a whole shard of this format version.
     """
-    path.open("rb").close()  # what keeps a whole file from being read says so itself
-    try:
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        reason = str(error).split("(")[-1].rstrip(")")
-        raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=_AGAIN) from None
-    with file:
+    with path.open("rb") as plain:  # what keeps a whole file from being read says so itself
         try:
-            return _layout(path, file)
-        except LlavaError:
-            raise
-        except Exception as error:  # h5py and json raise whatever a flipped bit makes them trip over
-            raise LlavaError(f"damaged shard {path}", got=first_line(error), do=_AGAIN) from None
+            file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            reason = str(error).split("(")[-1].rstrip(")")
+            raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=_AGAIN) from None
+        with file:
+            try:
+                layout = _layout(path, file, os.path.getsize(path))
+            except LlavaError:
+                raise
+            except Exception as error:  # h5py and json raise whatever a flipped bit makes them trip over
+                raise LlavaError(f"damaged shard {path}", got=first_line(error), do=_AGAIN) from None
+        if layout.version > 1:
+            recorded = os.pread(plain.fileno(), CHECKSUM_TYPE.itemsize, layout.offsets["checksums"])
+            if layout.common_checksum(plain) != np.frombuffer(recorded, CHECKSUM_TYPE)[0]:
+                raise LlavaError(f"damaged shard {path}", got="other texts or attributes", do=_AGAIN)
+    return layout
 
 
 _AGAIN = "delete it and run extract again"
+CHECKSUM_TYPE = np.dtype("<u8")
+"""Of `checksums`: Layout.common_checksum, and one over the columns, one after the other."""
 
 
-def _layout(path: Path, file: Any) -> Layout:
+def _layout(path: Path, file: Any, end: int) -> Layout:
+    """`end`: bytes of the file."""
     attributes = dict(file.attrs)
     kind = (attributes.get("format"), attributes.get("format_version"))
-    if kind != (FORMAT, FORMAT_VERSION):
+    if kind not in [(FORMAT, version) for version in CHECKSUMS]:
         raise LlavaError(
             f"{path} has another format",
-            expected=f"{FORMAT} version {FORMAT_VERSION}",
+            expected=f"{FORMAT} version {' or '.join(map(str, CHECKSUMS))}",
             got=f"{kind[0]} version {kind[1]}",
         )
+    version = int(kind[1])
     encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
     if fingerprint(encoder, preprocess) != attributes["fingerprint"]:
         raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=_AGAIN)
@@ -163,16 +174,17 @@ def _layout(path: Path, file: Any) -> Layout:
             f"{path} stores features in another way", expected=" or ".join(STORAGES), got=storage
         )
     rows, tokens, width = file["features"].shape
-    wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in COLUMNS.items()}
+    wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in columns(version).items()}
     for name, (dtype, shape) in parts_of(storage, tokens, width).items():
         wanted[name] = (dtype, (rows, *shape))
     if "thumbnails" in file:
-        wanted["thumbnails"] = (np.dtype("|u1"), (rows, THUMBNAIL_BYTES))
+        wanted["thumbnails"] = (np.dtype("|u1"), (rows, SLOT_BYTES))
+    if version > 1:
+        wanted["checksums"] = (CHECKSUM_TYPE, (2,))
     for name in TEXTS:
         wanted[f"{name}_offsets"] = (np.dtype("<i8"), (rows + 1,))
         wanted[f"{name}_bytes"] = (np.dtype("|u1"), file[f"{name}_bytes"].shape)
     offsets, sizes = {}, {}
-    end = os.path.getsize(path)
     for name, (dtype, shape) in wanted.items():
         dataset = file[name]
         if dataset.dtype != dtype or dataset.shape != shape:
@@ -198,6 +210,7 @@ def _layout(path: Path, file: Any) -> Layout:
         raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=_AGAIN)
     return Layout(
         path=path,
+        version=version,
         rows=rows,
         tokens=tokens,
         width=width,
@@ -217,11 +230,12 @@ def _layout(path: Path, file: Any) -> Layout:
 class Shard:
     """A finished shard, opened strictly; HDF5 is closed again once this exists.
 
-    Columns are arrays of all rows: `status`, `crc32`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
+    Columns are arrays of all rows: `status`, `checksums`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
+    A row's features are compared with their checksum when a process first reads them.
     """
 
     status: np.ndarray
-    crc32: np.ndarray
+    checksums: np.ndarray
     http: np.ndarray
     attempts: np.ndarray
     nbytes: np.ndarray
@@ -237,8 +251,13 @@ class Shard:
         self.fingerprint = layout.fingerprint
         self.conversations, self.local = layout.text == "conversation", layout.images == "local"
         self._open: tuple[int, int] | None = None
-        for name, (kind, shape) in COLUMNS.items():
-            setattr(self, name, self._array(name, kind).reshape(self.rows, *shape))
+        self._checked = np.zeros(self.rows, bool)
+        held = {name: self._array(name, kind) for name, (kind, _) in columns(layout.version).items()}
+        if layout.version > 1 and checksum([*held.values()]) != self._array("checksums", CHECKSUM_TYPE.str)[1]:
+            raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=_AGAIN)
+        for name, (_, shape) in columns(layout.version).items():
+            column = held[name].reshape(self.rows, *shape)
+            setattr(self, "checksums" if name == layout.checksum else name, column)
         self._ends = {name: self._array(f"{name}_offsets", "<i8") for name in TEXTS}
         for name, ends in self._ends.items():
             if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:
@@ -248,18 +267,16 @@ class Shard:
         self._close()  # a folder may hold more shards than a process may have open files
 
     def read_into(self, row: int, out: np.ndarray) -> None:
-        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]."""
-        self.layout.read_into(self._descriptor(), row, out)
+        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]. Raises LlavaError if damaged."""
+        recorded = None if self._checked[row] else int(self.checksums[row])
+        self.layout.read_into(self._descriptor(), row, out, recorded)
+        self._checked[row] = True
 
     def read(self, row: int) -> np.ndarray:
-        """Features of `row`: fp16 [T, D]."""
+        """Features of `row`: fp16 [T, D]. Raises LlavaError if they are damaged."""
         out = np.empty((self.tokens, self.width), FEATURE_TYPE)
         self.read_into(row, out)
         return out
-
-    def read_first(self, row: int) -> np.ndarray:
-        """The first token of `row`, such as CLS: fp16 [1, D], without reading the others."""
-        return self.layout.read_first(self._descriptor(), row)
 
     def ok_rows(self) -> list[int]:
         """The rows that have features, in their order."""
@@ -267,22 +284,27 @@ class Shard:
         return rows
 
     def failed(self, failures: Iterable[Failure]) -> np.ndarray:
-        """Which rows ended in one of these ways, bool [N]."""
+        """Which rows ended in one of these ways, bool [N]; for `damaged`, reads every row."""
         mask = np.zeros(self.rows, bool)
         for failure in failures:
             mask |= failure.mask(self.status, self.http)
+            if failure.status is Status.DAMAGED:
+                mask[[row for row in self.ok_rows() if not self.check(row)]] = True
         return mask
 
     def check(self, row: int) -> bool:
-        """Whether the features of `row` still have their checksum."""
-        return self.checksum(row) == int(self.crc32[row])
+        """Whether features and thumbnail of `row`, which is ok, still have their checksums."""
+        return self.layout.is_whole(self._descriptor(), row, int(self.checksums[row]))
 
     def checksum(self, row: int) -> int:
-        """crc32 of the features of `row` as they lie on disk now."""
-        return checksum(self.layout.read_parts(self._descriptor(), row))
+        """Of the features of `row` as they lie on disk now."""
+        return self.layout.row_checksum(self._descriptor(), row)
 
     def thumbnail(self, row: int) -> bytes | None:
-        """A small JPEG of `row`; None if the shard keeps none or the row is not ok."""
+        """A small JPEG of `row`; None if the shard keeps none or the row is not ok.
+
+        Raises LlavaError if it is damaged.
+        """
         if self.status[row] != Status.OK:
             return None
         return self.layout.read_thumbnail(self._descriptor(), row)
@@ -335,7 +357,7 @@ class Shard:
         return self._open[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
+        return {**self.__dict__, "_open": None, "_checked": np.zeros(self.rows, bool)}
 
     def __del__(self) -> None:
         self._close()
