@@ -37,7 +37,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_all(descriptor: int, data: bytes | bytearray | np.ndarray, offset: int) -> None:
-    """pwrite until everything is written, then read it back. Raises OSError: disk full, or bytes that differ."""
+    """pwrite until everything is written, then read it back. Raises OSError: a full disk, or other bytes."""
     view = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
     start, rest = offset, view
     while rest:
@@ -144,7 +144,7 @@ def require_sums(folder: Path, names: Iterable[str]) -> None:
                 f"{folder / name} is damaged, or was edited",
                 expected=f"sha256 {sums[name][:12]}…, as {SUMS} says" if name in sums else f"it in {SUMS}",
                 got=f"{now[:12]}…",
-                do=f"{RESTORE}; or, if you edited it, put the line that `sha256sum {name}` prints into {SUMS}",
+                do=f"{RESTORE}; if you edited it, put the line that `sha256sum {name}` prints into {SUMS}",
             )
 
 

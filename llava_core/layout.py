@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import xxhash
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
-from llava_core.storage import FEATURE_TYPE, Storage, checksum, dequantise, parts_of, row_bytes
+from llava_core.storage import Storage, checksum, dequantise, parts_of, row_bytes
 
 FORMAT_VERSION = 2
 CHECKSUMS = {1: ("crc32", "<u4"), 2: ("xxh3", "<u8")}
 """Of a row's features, by format version: the kind, which names the column, and its number type."""
 SLOT_BYTES = 4096
-"""Of a row in `thumbnails`: a JPEG, zeros, and the slot's own checksum."""
-BLOCK = 1 << 22
-"""Bytes that are read at a time."""
+"""Of a row in `thumbnails`: a JPEG, zeros, and the checksum of both, its seed the row's number."""
 THUMBNAIL_BYTES = SLOT_BYTES - 8
 """Most bytes of the JPEG."""
 
@@ -143,21 +139,16 @@ class Layout:
         self._read(descriptor, "thumbnails", row, slot)
         if self.version > 1:
             slot, recorded = slot[:THUMBNAIL_BYTES], slot[THUMBNAIL_BYTES:]
-            if checksum([slot]) != int.from_bytes(recorded.tobytes(), "little"):
+            if checksum([slot], seed=row) != int.from_bytes(recorded.tobytes(), "little"):
                 raise self.damaged(f"the thumbnail of row {row}")
         return slot.tobytes().rstrip(b"\0") or None
 
-    def common_checksum(self, file: BinaryIO | io.RawIOBase) -> int:
-        """Of the whole file but for what rows add to it: their features, thumbnails and columns."""
-        apart = {*self.parts, "thumbnails", *columns(self.version), "checksums"} & self.sizes.keys()
-        size, at, digest = file.seek(0, os.SEEK_END), 0, xxhash.xxh3_64()
-        for start, length in [*sorted((self.offsets[name], self.sizes[name]) for name in apart), (size, 0)]:
-            file.seek(at)
-            while at < start and (block := file.read(min(BLOCK, start - at))):
-                digest.update(block)
-                at += len(block)
-            at = max(at, start + length)
-        return digest.intdigest()
+    @property
+    def ranges(self) -> list[int]:
+        """Starts and ends of what rows are written to: their features, thumbnails and columns."""
+        apart = {*self.parts, "thumbnails", *columns(self.version)} & self.sizes.keys()
+        spans = sorted((self.offsets[name], self.offsets[name] + self.sizes[name]) for name in apart)
+        return [place for span in spans for place in span]
 
     def _read(self, descriptor: int, name: str, row: int, out: np.ndarray) -> None:
         start = self.offsets[name] + row * out.nbytes

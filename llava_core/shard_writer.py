@@ -20,6 +20,7 @@ from types import TracebackType
 
 import numpy as np
 
+from llava_core import user_block
 from llava_core.console import counted, human_bytes, say
 from llava_core.errors import LlavaError
 from llava_core.files import fsync, write_all
@@ -27,7 +28,7 @@ from llava_core.fingerprint import first_difference
 from llava_core.journal import Journal, record_type, write_file
 from llava_core.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.lock import Lock
-from llava_core.shards import CHECKSUM_TYPE, Shard, ShardHeader, create_file, read_layout
+from llava_core.shards import Shard, ShardHeader, create_file, read_layout
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, Storage, checksum, pack
 
@@ -170,7 +171,7 @@ class ShardWriter:
     def _write_thumbnail(self, outcome: RowRecord) -> None:
         slot = (outcome.thumbnail or b"").ljust(THUMBNAIL_BYTES, b"\0")
         assert len(slot) == THUMBNAIL_BYTES, len(slot)
-        own = checksum([np.frombuffer(slot, np.uint8)]) if self.layout.version > 1 else 0
+        own = checksum([np.frombuffer(slot, np.uint8)], seed=outcome.row) if self.layout.version > 1 else 0
         slot += own.to_bytes(SLOT_BYTES - THUMBNAIL_BYTES, "little")
         write_all(self._descriptor, slot, self.layout.offsets["thumbnails"] + outcome.row * SLOT_BYTES)
 
@@ -197,8 +198,8 @@ class ShardWriter:
         for name, column in held.items():
             write_all(self._descriptor, column, self.layout.offsets[name])
         if self.layout.version > 1:
-            whole = np.array([checksum([*held.values()])], CHECKSUM_TYPE)
-            write_all(self._descriptor, whole, self.layout.offsets["checksums"] + whole.nbytes)
+            whole = np.array([checksum([*held.values()])], user_block.NUMBER)
+            write_all(self._descriptor, whole, user_block.COLUMNS * whole.nbytes)
         os.fsync(self._descriptor)
         self.part.replace(self.path)
         fsync(self.path.parent)

@@ -20,7 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from llava_core import __version__
+from llava_core import __version__, user_block
 from llava_core.dialogue import Turns, turns_from_text
 from llava_core.errors import LlavaError, first_line
 from llava_core.files import SparseFile
@@ -28,6 +28,7 @@ from llava_core.fingerprint import JsonDict, fingerprint
 from llava_core.layout import CHECKSUMS, COLUMNS, FORMAT_VERSION, SLOT_BYTES, Layout, columns, disk_bytes
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, parts_of
+from llava_core.user_block import AGAIN, require_common, write_user_block
 
 FORMAT = "llava-features"
 ALIGNMENT = 4096
@@ -77,7 +78,8 @@ def create_file(path: Path, header: ShardHeader) -> None:
     Raises OSError if it cannot be written, or what is read back is not what was written.
     """
     content = SparseFile()
-    with h5py.File(content, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+    room = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT, "userblock_size": user_block.BYTES}
+    with h5py.File(content, "w", **room) as file:
         file.attrs.update(
             format=FORMAT,
             format_version=FORMAT_VERSION,
@@ -104,12 +106,9 @@ def create_file(path: Path, header: ShardHeader) -> None:
             _create(file, name, (header.rows, *shape), dtype)
         if header.thumbnails:
             _create(file, "thumbnails", (header.rows, SLOT_BYTES), np.dtype("|u1"))
-        _create(file, "checksums", (2,), CHECKSUM_TYPE)
     with h5py.File(content, "r") as file:
         layout = _layout(path, file, content.seek(0, os.SEEK_END))
-    common = layout.common_checksum(content)
-    content.seek(layout.offsets["checksums"])
-    content.write(np.array([common, 0], CHECKSUM_TYPE))
+    write_user_block(content, layout.ranges)
     content.save(path)
 
 
@@ -130,28 +129,20 @@ def read_layout(path: Path) -> Layout:
     Raises LlavaError, naming what is wrong, for anything that is not a whole shard of this format version.
     """
     with path.open("rb") as plain:  # what keeps a whole file from being read says so itself
+        require_common(path, plain)
         try:
             file = h5py.File(path, "r", locking=False)
         except OSError as error:
             reason = str(error).split("(")[-1].rstrip(")")
-            raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=_AGAIN) from None
+            raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=AGAIN) from None
         with file:
             try:
                 layout = _layout(path, file, os.path.getsize(path))
             except LlavaError:
                 raise
             except Exception as error:  # h5py and json raise whatever a flipped bit makes them trip over
-                raise LlavaError(f"damaged shard {path}", got=first_line(error), do=_AGAIN) from None
-        if layout.version > 1:
-            recorded = os.pread(plain.fileno(), CHECKSUM_TYPE.itemsize, layout.offsets["checksums"])
-            if layout.common_checksum(plain) != np.frombuffer(recorded, CHECKSUM_TYPE)[0]:
-                raise LlavaError(f"damaged shard {path}", got="other texts or attributes", do=_AGAIN)
+                raise LlavaError(f"damaged shard {path}", got=first_line(error), do=AGAIN) from None
     return layout
-
-
-_AGAIN = "delete it and run extract again"
-CHECKSUM_TYPE = np.dtype("<u8")
-"""Of `checksums`: Layout.common_checksum, and one over the columns, one after the other."""
 
 
 def _layout(path: Path, file: Any, end: int) -> Layout:
@@ -167,7 +158,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
     version = int(kind[1])
     encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
     if fingerprint(encoder, preprocess) != attributes["fingerprint"]:
-        raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=_AGAIN)
+        raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=AGAIN)
     storage = attributes.get("storage", "float16")
     if storage not in STORAGES:
         raise LlavaError(
@@ -179,8 +170,6 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
         wanted[name] = (dtype, (rows, *shape))
     if "thumbnails" in file:
         wanted["thumbnails"] = (np.dtype("|u1"), (rows, SLOT_BYTES))
-    if version > 1:
-        wanted["checksums"] = (CHECKSUM_TYPE, (2,))
     for name in TEXTS:
         wanted[f"{name}_offsets"] = (np.dtype("<i8"), (rows + 1,))
         wanted[f"{name}_bytes"] = (np.dtype("|u1"), file[f"{name}_bytes"].shape)
@@ -192,22 +181,24 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
                 f"{path}: dataset {name}",
                 expected=f"{dtype} {shape}",
                 got=f"{dataset.dtype} {dataset.shape}",
-                do=_AGAIN,
+                do=AGAIN,
             )
         offsets[name], sizes[name] = dataset.id.get_offset() or 0, dataset.size * dtype.itemsize
         if sizes[name] and not offsets[name]:
-            raise LlavaError(f"{path}: dataset {name} is not contiguous", do=_AGAIN)
+            raise LlavaError(f"{path}: dataset {name} is not contiguous", do=AGAIN)
         if offsets[name] + sizes[name] > end:
             raise LlavaError(
                 f"truncated shard {path}",
                 expected=f"{offsets[name] + sizes[name]:,} bytes",
                 got=f"{end:,}",
-                do=_AGAIN,
+                do=AGAIN,
             )
+    if version > 1 and not file.userblock_size:
+        raise LlavaError(f"damaged shard {path}", got="no checksums in it", do=AGAIN)
     source, uid = json.loads(attributes["source"]), attributes["uid"]
     text, images = attributes.get("text", "caption"), attributes.get("images", "address")
     if text not in ("caption", "conversation") or images not in ("address", "local"):
-        raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=_AGAIN)
+        raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=AGAIN)
     return Layout(
         path=path,
         version=version,
@@ -253,17 +244,19 @@ class Shard:
         self._open: tuple[int, int] | None = None
         self._checked = np.zeros(self.rows, bool)
         held = {name: self._array(name, kind) for name, (kind, _) in columns(layout.version).items()}
-        if layout.version > 1 and checksum([*held.values()]) != self._array("checksums", CHECKSUM_TYPE.str)[1]:
-            raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=_AGAIN)
+        head = os.pread(self._descriptor(), user_block.BYTES, 0)
+        recorded = np.frombuffer(head, user_block.NUMBER)[user_block.COLUMNS]
+        if layout.version > 1 and checksum([*held.values()]) != recorded:
+            raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=AGAIN)
         for name, (_, shape) in columns(layout.version).items():
             column = held[name].reshape(self.rows, *shape)
             setattr(self, "checksums" if name == layout.checksum else name, column)
         self._ends = {name: self._array(f"{name}_offsets", "<i8") for name in TEXTS}
         for name, ends in self._ends.items():
             if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:
-                raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=_AGAIN)
+                raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=AGAIN)
         if unknown := set(self.status.tolist()) - set(Status):
-            raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=_AGAIN)
+            raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=AGAIN)
         self._close()  # a folder may hold more shards than a process may have open files
 
     def read_into(self, row: int, out: np.ndarray) -> None:
@@ -325,7 +318,7 @@ class Shard:
         try:
             return turns_from_text(text)
         except ValueError:
-            raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=_AGAIN) from None
+            raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=AGAIN) from None
 
     def url(self, row: int) -> str:
         return self._text("url", row)
@@ -344,7 +337,7 @@ class Shard:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=_AGAIN) from None
+            raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=AGAIN) from None
 
     def _array(self, name: str, kind: str) -> np.ndarray:
         data = os.pread(self._descriptor(), self.layout.sizes[name], self.layout.offsets[name])

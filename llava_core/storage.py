@@ -42,14 +42,14 @@ def pack(storage: Storage, features: np.ndarray) -> list[np.ndarray]:
     return [features] if storage == "float16" else list(quantise(features))
 
 
-def checksum(parts: Sequence[np.ndarray], kind: str = "xxh3") -> int:
+def checksum(parts: Sequence[np.ndarray], kind: str = "xxh3", seed: int = 0) -> int:
     """xxh3 (XXH3, 64 bits) or crc32 over the bytes of contiguous arrays, one after the other."""
     if kind == "crc32":
         crc = 0
         for part in parts:
             crc = zlib.crc32(part.data, crc)
         return crc
-    digest = xxhash.xxh3_64()  # ten times as fast as zlib's crc32
+    digest = xxhash.xxh3_64(seed=seed)  # ten times as fast as zlib's crc32
     for part in parts:
         digest.update(part.data)
     return digest.intdigest()

@@ -10,13 +10,13 @@ import struct
 import subprocess
 import sys
 import termios
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from extract.again import ImagesAgain
 from llava_core.fetch import Fetched
@@ -25,6 +25,7 @@ from llava_core.status import Status
 from tests.e2e.commands import ENVIRONMENT, ROOT, call, run
 from tests.e2e.pictures import good, image, write_parquet
 from tests.servers import serving
+from tests.small_shards import reseal
 from tests.small_vision import write_vision_folder
 
 
@@ -62,8 +63,10 @@ def put(path: Path, row: int, features: np.ndarray, with_checksum: bool = False)
         data = np.ascontiguousarray(features, "<f2").tobytes()
         os.pwrite(file.fileno(), data, shard.layout.offsets["features"] + row * len(data))
         if with_checksum:
-            crc = zlib.crc32(data).to_bytes(4, "little")
-            os.pwrite(file.fileno(), crc, shard.layout.offsets["crc32"] + 4 * row)
+            digest = xxhash.xxh3_64_intdigest(data).to_bytes(8, "little")
+            os.pwrite(file.fileno(), digest, shard.layout.offsets["xxh3"] + 8 * row)
+    if with_checksum:
+        reseal(path)
 
 
 def swap(path: Path, one: int, other: int, with_checksum: bool = False) -> None:
@@ -99,8 +102,8 @@ def test_checksums_name_damaged_and_exchanged_rows(out: Path) -> None:
     assert ended.one_line() == (
         "error: 6 of 24 rows do not have their checksum; got b.h5: row 2 holds the features of row 1 of "
         "a.h5, b.h5: row 3 is damaged, b.h5: row 5 holds the features of row 7, b.h5: row 7 holds the "
-        "features of row 5, b.h5: row 8 is damaged and 1 more; delete those shards and run `extract run` "
-        "again"
+        "features of row 5, b.h5: row 8 is damaged and 1 more; `extract retry-failed --out "
+        f"{out} --status damaged` makes them again"
     )
 
 
