@@ -20,9 +20,9 @@ BYTES = 4096
 MAGIC = b"LLVASHD2"
 NUMBER = np.dtype("<u8")
 COMMON, COLUMNS, SIZE, RANGES = 1, 2, 3, 4
-"""Places of the numbers that follow MAGIC. COMMON: xxh3 of what all rows share. COLUMNS: xxh3 of the columns, 0
-until they are written. SIZE: bytes of the file. RANGES: how many parts of it COMMON leaves out, then where each
-starts and ends."""
+"""Places of the numbers that follow MAGIC. COMMON: xxh3 of what all rows share. COLUMNS: xxh3 of the columns,
+0 until they are written. SIZE: bytes of the file. RANGES: how many parts of it COMMON leaves out, then where
+each starts and ends."""
 HDF5 = b"\x89HDF\r\n\x1a\n"
 """What a file without a user block begins with, such as a shard of format version 1."""
 BLOCK = 1 << 22

@@ -19,6 +19,7 @@ import pytest
 import xxhash
 
 from extract.again import ImagesAgain
+from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched
 from llava_core.shards import Shard
 from llava_core.status import Status
@@ -27,6 +28,8 @@ from tests.e2e.pictures import good, image, write_parquet
 from tests.servers import serving
 from tests.small_shards import reseal
 from tests.small_vision import write_vision_folder
+
+GOLDEN = ROOT / "tests/golden"
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +192,27 @@ def test_downloads_show_a_bar(out: Path, vision: Path) -> None:
 def test_usage(out: Path) -> None:
     line = call("extract", "verify", "--out", out, "--sample", -1, code=2).one_line()
     assert line == "error: --sample; expected 0 (every row) or more; got -1"
+
+
+def test_damaged_rows_are_made_again_on_request(out: Path, vision: Path) -> None:
+    before = Shard(out / "b.h5").read(3)
+    put(out / "b.h5", 3, np.zeros_like(before))
+    again = ("extract", "retry-failed", "--out", out, "--vision", vision, "--allow-private", "--json")
+    assert "0 failed rows" in call(*again).err
+    ended = call(*again, "--status", "damaged")
+    assert "1 failed row in 1 of 2 shards to try again" in ended.err
+    assert ended.summary["ok"] == 24
+    np.testing.assert_allclose(Shard(out / "b.h5").read(3), before, rtol=2e-3, atol=2e-3)
+    call("extract", "verify", "--out", out)
+
+
+def test_a_shard_of_version_1_is_said_to_be_checked_in_part(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "version_1/features/a.h5", tmp_path)
+    assert "1 shard of format version 1: texts" in call("extract", "verify", "--out", tmp_path).err
+    data = bytearray((tmp_path / "a.h5").read_bytes())
+    data[Shard(tmp_path / "a.h5").layout.offsets["features"] + 7] ^= 1
+    (tmp_path / "a.h5").write_bytes(data)
+    line = call("extract", "verify", "--out", tmp_path, code=1).one_line()
+    assert "row 0 is damaged" in line
+    with pytest.raises(LlavaError, match=r"row 0 of .*a\.h5 is damaged"):
+        Shard(tmp_path / "a.h5").read(0)
