@@ -69,9 +69,9 @@ class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises OSError first if a file of a local folder is not what SHA256SUMS says."""
-        sums = Path(folder) / "SHA256SUMS"
+        sums = Path(pretrained_model_name_or_path) / "SHA256SUMS"
         for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
             wanted, _, name = line.partition("  ")
             with (sums.parent / name).open("rb") as file:
@@ -81,7 +81,7 @@ class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
             if digest.hexdigest() != wanted:
                 do = f"copy it again; if you changed it yourself, delete {sums}"
                 raise OSError(f"{sums.parent / name} is not the file that was exported: {do}")
-        return super().from_pretrained(folder, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()

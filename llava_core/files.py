@@ -45,7 +45,7 @@ def write_all(descriptor: int, data: bytes | bytearray | np.ndarray, offset: int
         if not written:
             raise OSError(errno.EIO, "a write to this disk does nothing")
         rest, start = rest[written:], start + written
-    if os.pread(descriptor, len(view), offset) != view:
+    if os.pread(descriptor, len(view), offset) != bytes(view):  # a memoryview compares byte by byte
         raise OSError(errno.EIO, "bytes read back are not those written: this disk or file system is faulty")
 
 
@@ -105,7 +105,7 @@ class SparseFile(io.RawIOBase):
 
     def save(self, path: Path) -> None:
         """Write it to a new file; raises OSError if what is read back is not what was written."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             os.ftruncate(descriptor, self._size)
             for page, held in sorted(self._pages.items()):
