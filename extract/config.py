@@ -135,7 +135,9 @@ class RetryConfig(Encoding):
     """Try the failed rows of finished shards again; all others stay as they are."""
 
     status: tuple[str, ...] = ()
-    """Failures to try again, such as timeout http-5xx http-429; without it, every one but a bad caption."""
+    """Failures to try again, such as timeout http-5xx http-429; without it, every one but a bad caption.
+
+    damaged: rows that no longer have their checksum; every row is read to find them."""
     data: str | None = None
     """What the shards were made from, as for `run`; needed if that had images of its own."""
     images: Path | None = None

@@ -30,8 +30,10 @@ class Contents:
     lengths: np.ndarray
     """Characters of the captions of ok rows."""
     norms: np.ndarray
-    """L2 norms of all tokens of `norm_rows` ok rows."""
+    """L2 norms of all tokens of `norm_rows` ok rows that are finite numbers."""
     norm_rows: int
+    not_finite_rows: int
+    """Of those rows, the ones with a token that holds NaN or infinity."""
     hosts: dict[str, HostFailures]
     """Hosts with failures, the worst first."""
     figures: JsonDict
@@ -61,13 +63,17 @@ def look_into(shards: Sequence[Shard]) -> Contents:
     lengths = np.array([sum(len(said) for _, said in shard.turns(row)) for shard, row in ok], np.int64)
     sample = spread(ok, SAMPLE)
     norms = [np.linalg.norm(shard.read(row).astype(np.float32), axis=-1) for shard, row in sample]
+    norm = np.concatenate(norms) if norms else np.zeros(0, np.float32)
+    norm = norm[np.isfinite(norm)]
+    not_finite = sum(not np.isfinite(row).all() for row in norms)
     hosts = _by_host(shards)
     first = shards[0]
     contents = Contents(
         shards,
         lengths,
-        np.concatenate(norms) if norms else np.zeros(0, np.float32),
+        norm,
         len(sample),
+        not_finite,
         hosts,
         {
             **summarise(shards),
@@ -81,7 +87,8 @@ def look_into(shards: Sequence[Shard]) -> Contents:
                 for host, found in hosts.items()
             },
             "caption_characters": quantiles(lengths, 0),
-            "token_norms": quantiles(np.concatenate(norms) if norms else np.zeros(0), 3),
+            "token_norms": quantiles(norm, 3),
+            "not_finite_rows": not_finite,
             "encoder": first.encoder,
             "preprocess": first.preprocess,
             "fingerprint": first.fingerprint,

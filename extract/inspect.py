@@ -24,6 +24,11 @@ def run(config: InspectConfig) -> JsonDict:
     if contents.hosts:
         parts.insert(1, _hosts(contents))
     show("\n\n".join(parts))
+    if contents.not_finite_rows:
+        say(
+            f"{contents.not_finite_rows} of {contents.norm_rows} sampled rows hold NaN or infinite features; "
+            "their norms are left out, and `train` would diverge on them"
+        )
     if config.html is not None:
         write_page(config.html, contents, config.sample)
         say(f"page written: {config.html}")

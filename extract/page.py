@@ -135,6 +135,8 @@ def _chart(name: str, shape: Histogram, contents: Contents) -> str:
         f"<b>{name.capitalize()}</b> of {of}: median {found['p50']:,}, 95 % up to {found['p95']:,}, "
         f"from {found['p0']:,} to {found['p100']:,}"
     )
+    if contents.not_finite_rows and not shape.whole:
+        words += f"; {contents.not_finite_rows:,} rows hold NaN or infinite features, left out"
     return f"<figure>{bars(name, shape)}<figcaption>{words}</figcaption></figure>"
 
 

@@ -62,7 +62,9 @@ def run(config: RunConfig) -> JsonDict:
 def retry_failed(config: RetryConfig) -> JsonDict:
     """Fill the failed rows of finished shards again; returns the figures of the summary."""
     chosen = [Failure.parse(name) for name in config.status] or [
-        Failure(status) for status in Status if status.failed and status is not Status.BAD_CAPTION
+        Failure(status)
+        for status in Status
+        if status.failed and status not in (Status.BAD_CAPTION, Status.DAMAGED)
     ]
     shards, config = _part(open_shards(config.out), "shards", config)
     if not shards:

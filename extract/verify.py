@@ -13,7 +13,7 @@ import numpy as np
 
 from extract.again import ImagesAgain
 from extract.config import VerifyConfig
-from llava_core.console import progress, say, show, table
+from llava_core.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.features import find_shards
@@ -77,9 +77,11 @@ def run(config: VerifyConfig) -> JsonDict:
             LlavaError(
                 f"{len(damaged)} of {len(rows):,} rows do not have their checksum",
                 got=_named(damaged),
-                do="delete those shards and run `extract run` again",
+                do=f"`extract retry-failed --out {config.out} --status damaged` makes them again",
             )
         )
+    if old := [shard for shard in shards if shard.layout.version == 1]:
+        say(f"{counted(len(old), 'shard')} of format version 1: texts, outcomes and thumbnails are unchecked")
 
     changed: list[Fault] = []
     if tower is not None:
@@ -143,22 +145,29 @@ def _stale(shards: Sequence[Shard], tower: VisionTower | None) -> tuple[list[Fau
 
 
 def _damaged(rows: Sequence[Row]) -> list[Fault]:
-    """The rows whose features do not have their checksum. Raises LlavaError if a text is none any more."""
+    """The rows whose features, or thumbnail, do not have their checksum.
+
+    Raises LlavaError if a text is none any more, as only format version 1 lets it come to.
+    """
     found: list[tuple[Row, int]] = []
+    thumbnails: list[Fault] = []
     with progress(len(rows), "rows", desc="checksums") as bar:
         for shard, row in rows:
             shard.turns(row), shard.url(row)
-            if (crc := shard.checksum(row)) != int(shard.crc32[row]):
+            if (crc := shard.checksum(row)) != int(shard.checksums[row]):
                 found.append(((shard, row), crc))
+            elif shard.layout.thumbnails and not shard.check(row):
+                thumbnails.append(Fault(shard, row, "has a damaged thumbnail"))
             bar.update()
     owners = _by_checksum(rows) if found else {}
-    return [_held(place, _other(place, owners.get(crc, [])), "is damaged") for place, crc in found]
+    held = [_held(place, _other(place, owners.get(crc, [])), "is damaged") for place, crc in found]
+    return held + thumbnails
 
 
 def _by_checksum(rows: Sequence[Row]) -> dict[int, list[Row]]:
     places = collections.defaultdict(list)
     for shard, row in rows:
-        places[int(shard.crc32[row])].append((shard, row))
+        places[int(shard.checksums[row])].append((shard, row))
     return places
 
 
@@ -228,7 +237,7 @@ def _changed(
 def _owner(row: _Changed, changed: Sequence[_Changed], copied: dict[int, list[Row]]) -> Row | None:
     """Whose features a changed row holds: another that has its checksum, or one that is encoded to them."""
     shard, number = row.place
-    if other := _other(row.place, copied[int(shard.crc32[number])]):
+    if other := _other(row.place, copied[int(shard.checksums[number])]):
         return other
     stored = shard.read(number)
     others = [(_distance(o.now, stored), o.place) for o in changed if o is not row and o.now is not None]

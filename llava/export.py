@@ -1,7 +1,8 @@
 """`llava export`: encoder, projector and language model as one Hugging Face folder.
 
 It holds weights under the names of modeling_llava_align.py, that file and processing_llava_align.py, so that
-transformers loads it with `trust_remote_code` and without this project.
+transformers loads it with `trust_remote_code` and without this project. SHA256SUMS has the sha256 of every
+file but the card; they are checked when the model is loaded or pushed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.chinese_clip import ChineseClip, VisionTransformer
 from llava_core.console import human_bytes, say, show
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.files import write_sums
+from llava_core.fingerprint import JsonDict, sha256_files
 from llava_core.folders import nearest_existing
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.model_card import model_card
@@ -87,6 +89,7 @@ def run(config: ExportConfig) -> JsonDict:
     for path in partial.glob("*.safetensors"):  # which are written for their owner's eyes alone
         shutil.copymode(partial / "config.json", path)
     licences = copy_licences({"vision": config.vision, "llm": config.llm}, partial)
+    write_sums(partial, {path.name: sha256_files([path]) for path in partial.iterdir()})
     (partial / "README.md").write_text(card(checkpoint, config.dtype, licences), encoding="utf-8")
     if config.out.exists():
         config.out.rmdir()

@@ -156,7 +156,7 @@ def recall(tower: VisionTower, shards: Sequence[Shard]) -> tuple[list[Candidate]
     with progress(len(candidates), "rows") as bar:
         for start in range(0, len(candidates), 1024):
             rows = candidates[start : start + 1024]
-            tokens = np.stack([c.shard.read_first(c.row) for c in rows if c.shard])
+            tokens = np.stack([c.shard.read(c.row)[:1] for c in rows if c.shard])
             parts.append(tower.embed_features(torch.from_numpy(tokens)))
             bar.update(len(rows))
     return candidates, torch.cat(parts)

@@ -7,7 +7,9 @@ takes hidden states from before the encoder's last layer norm, and knows no pool
 
 from __future__ import annotations
 
+import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +67,21 @@ class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         self.projector = _projector(**config.projector)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises OSError first if a file of a local folder is not what SHA256SUMS says."""
+        sums = Path(pretrained_model_name_or_path) / "SHA256SUMS"
+        for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
+            wanted, _, name = line.partition("  ")
+            with (sums.parent / name).open("rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            if digest.hexdigest() != wanted:
+                do = f"copy it again; if you changed it yourself, delete {sums}"
+                raise OSError(f"{sums.parent / name} is not the file that was exported: {do}")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()

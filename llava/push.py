@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from llava.config import PushConfig
 from llava.hub_client import cure, open_modelscope
-from llava_core.checkpoint import load_checkpoint
+from llava_core.checkpoint import STATE, load_checkpoint, load_state
 from llava_core.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError, reason
-from llava_core.files import replace_text
+from llava_core.files import SUMS, read_sums, replace_text, require_sums
 from llava_core.fingerprint import JsonDict
 from llava_core.folders import config_of
 from llava_core.model_card import header_of, with_header
@@ -109,6 +109,10 @@ def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
         )
     if kind is None:
         load_checkpoint(folder)  # says what is wrong with any other folder
+        if with_state and (folder / STATE).exists():
+            load_state(folder)
+    elif (folder / SUMS).exists():  # what an earlier version exported has none
+        require_sums(folder, read_sums(folder))
     files = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -117,7 +121,7 @@ def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
     if CARD not in files:
         raise LlavaError(f"{folder} has no model card", expected=CARD, do="write one, with YAML on top")
     if not with_state:
-        files.pop("state.pt", None)
+        files.pop(STATE, None)
     return files
 
 

@@ -6,7 +6,8 @@ Its files:
     config.json           format version, projector, encoder, language model, conversation format
     training_config.yaml  the flags of the run
     metrics.json          its figures when it was saved
-    README.md             model card
+    README.md             model card; may be edited, and is the one file that SHA256SUMS leaves out
+    SHA256SUMS            sha256 of every other file, as `sha256sum --check` reads it
     state.pt              optimizer, step and random state, for resuming; none if it was imported
 """
 
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,16 @@ from safetensors.torch import load_file, save
 
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import LACKING, fsync
+from llava_core.files import LACKING, RESTORE, SUMS, fsync, require_sums, write_sums
 from llava_core.fingerprint import JsonDict, first_difference
 from llava_core.folders import require_checkpoint
 from llava_core.model_card import model_card
 from llava_core.projector import Projector, build_projector, parameter_count
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+"""Version 1 has no SHA256SUMS."""
+CHECKED = ("model.safetensors", "config.json", "training_config.yaml", "metrics.json")
+STATE = "state.pt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +115,22 @@ def save_checkpoint(
         for name, tensor in projector.map.state_dict().items()
     }
     # As bytes: of a full disk the libraries' own writers raise errors of other kinds than OSError.
-    (partial / "model.safetensors").write_bytes(save(weights))
-    _write(partial / "config.json", json.dumps(config, ensure_ascii=False, indent=2))
-    _write(partial / "training_config.yaml", yaml.safe_dump(training, allow_unicode=True, sort_keys=False))
-    _write(partial / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=2))
-    _write(partial / "README.md", model_card(config, training, metrics, parameter_count(projector)))
+    files: dict[str, bytes | memoryview] = {
+        "model.safetensors": save(weights),
+        "config.json": _text(json.dumps(config, ensure_ascii=False, indent=2)),
+        "training_config.yaml": _text(yaml.safe_dump(training, allow_unicode=True, sort_keys=False)),
+        "metrics.json": _text(json.dumps(metrics, ensure_ascii=False, indent=2)),
+    }
     if state is not None:
         content = io.BytesIO()
         torch.save(state, content)
-        (partial / "state.pt").write_bytes(content.getbuffer())
+        files[STATE] = content.getbuffer()
+    for name, data in files.items():
+        (partial / name).write_bytes(data)
+    write_sums(partial, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    require_sums(partial, files)  # read back
+    card = model_card(config, training, metrics, parameter_count(projector))
+    (partial / "README.md").write_bytes(_text(card))
     for path in [*partial.iterdir(), partial]:
         fsync(path)
     if folder.exists():
@@ -129,17 +142,18 @@ def save_checkpoint(
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder strictly.
 
-    Raises LlavaError if a file is missing or damaged, or of another format version.
+    Raises LlavaError if a file is missing, damaged or edited, or of another format version.
     """
     require_checkpoint(folder)
     try:
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        if config.get("format") != "llava-projector" or config.get("version") != CHECKPOINT_VERSION:
+        if config.get("format") != "llava-projector" or config.get("version") not in (1, CHECKPOINT_VERSION):
             raise LlavaError(
                 f"{folder} has another checkpoint format",
-                expected=f"llava-projector version {CHECKPOINT_VERSION}",
+                expected=f"llava-projector version 1 or {CHECKPOINT_VERSION}",
                 got=f"{config.get('format')} version {config.get('version')}",
             )
+        _require_sums(folder, config["version"], CHECKED)
         projector = build_projector(**config["projector"])
         projector.map.load_state_dict(load_file(folder / "model.safetensors"))
         provenance = Provenance(**{f.name: config[f.name] for f in dataclasses.fields(Provenance)})
@@ -160,13 +174,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def load_state(folder: Path) -> dict[str, Any]:
     """The resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged or missing."""
-    if not (folder / "state.pt").is_file():
+    if not (folder / STATE).is_file():
         raise LlavaError(
             f"{folder} has no state.pt, so no run goes on from it",
             do="it is of use to infer and `train eval`, as what was imported or downloaded is",
         )
+    _require_sums(folder, 1, [STATE])  # of which version it is, load_checkpoint has seen
     try:
-        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise _damaged(folder, error) from None
     return state
@@ -196,5 +211,13 @@ def _describe(identity: JsonDict) -> str:
     return f"{identity['id']} (weights {identity['weights_sha256'][:12]}, hidden {identity['hidden']})"
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+def _require_sums(folder: Path, version: int, names: Sequence[str]) -> None:
+    """Raise LlavaError unless these files are what SHA256SUMS says; version 1 may have none."""
+    if (folder / SUMS).exists():
+        require_sums(folder, names)
+    elif version > 1:
+        raise LlavaError(f"damaged checkpoint {folder}", expected=SUMS, got="none", do=RESTORE)
+
+
+def _text(text: str) -> bytes:
+    return (text + "\n").encode()

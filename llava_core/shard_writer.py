@@ -20,14 +20,15 @@ from types import TracebackType
 
 import numpy as np
 
-from llava_core.console import human_bytes
-from llava_core.errors import LlavaError, first_line
-from llava_core.files import flush, fsync
+from llava_core import user_block
+from llava_core.console import counted, human_bytes, say
+from llava_core.errors import LlavaError
+from llava_core.files import flush, fsync, write_all
 from llava_core.fingerprint import first_difference
-from llava_core.journal import RECORD, Journal, write_all, write_file
-from llava_core.layout import THUMBNAIL_BYTES, Layout
+from llava_core.journal import Journal, record_type, write_file
+from llava_core.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.lock import Lock
-from llava_core.shards import COLUMNS, Shard, ShardHeader, create_file, read_layout
+from llava_core.shards import Shard, ShardHeader, create_file, read_layout
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, Storage, checksum, pack
 
@@ -72,7 +73,7 @@ class ShardWriter:
     """Writes the rows of one shard in any order; use it in a `with` block.
 
     Leaving the block without `finish` keeps everything written for the next time. `done` [N] says which rows
-    are finished already.
+    are finished already; one whose features are not what the journal says is not, and that is said.
     """
 
     def __init__(
@@ -101,14 +102,17 @@ class ShardWriter:
             if header is not None:
                 self._require_same(header)
             # Beside a finished shard a part is a copy on which rows are retried, with a journal from birth.
-            self._journal = Journal(journal_of(path), self.layout.uid, may_begin=not path.exists())
+            self._journal = Journal(
+                journal_of(path), self.layout.uid, self.layout.version, may_begin=not path.exists()
+            )
             stack.callback(self._journal.close)
             self._descriptor = os.open(self.part, os.O_RDWR | os.O_CLOEXEC)
             stack.callback(os.close, self._descriptor)
+            self._records: np.ndarray = np.zeros(self.layout.rows, record_type(self.layout.version))
+            self._records["row"] = np.arange(self.layout.rows)
+            self._records[self._journal.records["row"]] = self._journal.records
+            self._drop_damaged()
             self._stack = stack.pop_all()
-        self._records = np.zeros(self.layout.rows, RECORD)
-        self._records["row"] = np.arange(self.layout.rows)
-        self._records[self._journal.records["row"]] = self._journal.records
 
     @property
     def done(self) -> np.ndarray:
@@ -125,10 +129,10 @@ class ShardWriter:
 
         Raises OSError if the disk is full; what was written before stays.
         """
-        records = np.zeros(len(outcomes), RECORD)
+        records = np.zeros(len(outcomes), self._records.dtype)
         for record, outcome in zip(records, outcomes, strict=True):
             if outcome.features is not None:
-                record["crc32"] = self._write_features(outcome.row, outcome.features)
+                record[self.layout.checksum] = self._write_features(outcome.row, outcome.features)
                 if self.layout.thumbnails:
                     self._write_thumbnail(outcome)
             if "mtime" in self.layout.offsets:
@@ -156,9 +160,9 @@ class ShardWriter:
         )
 
     def read(self, row: int) -> np.ndarray:
-        """The features that were written of a row: fp16 [T, D]."""
+        """The features that were written of a row: fp16 [T, D]. Raises LlavaError if they are damaged."""
         out = np.empty((self.layout.tokens, self.layout.width), FEATURE_TYPE)
-        self.layout.read_into(self._descriptor, row, out)
+        self.layout.read_into(self._descriptor, row, out, int(self._records[row][self.layout.checksum]))
         return out
 
     def thumbnail(self, row: int) -> bytes | None:
@@ -166,24 +170,47 @@ class ShardWriter:
         return self.layout.read_thumbnail(self._descriptor, row)
 
     def _write_features(self, row: int, features: np.ndarray) -> int:
-        """Returns their crc32."""
+        """Returns their checksum."""
         assert features.shape == (self.layout.tokens, self.layout.width), features.shape
         arrays = pack(self.layout.storage, features)
         for name, array in zip(self.layout.parts, arrays, strict=True):
             write_all(self._descriptor, array, self.layout.offsets[name] + row * array.nbytes)
-        return checksum(arrays)
+        return checksum(arrays, self.layout.checksum)
 
     def _write_thumbnail(self, outcome: RowRecord) -> None:
         slot = (outcome.thumbnail or b"").ljust(THUMBNAIL_BYTES, b"\0")
         assert len(slot) == THUMBNAIL_BYTES, len(slot)
-        write_all(self._descriptor, slot, self.layout.offsets["thumbnails"] + outcome.row * THUMBNAIL_BYTES)
+        own = checksum([np.frombuffer(slot, np.uint8)], seed=outcome.row) if self.layout.version > 1 else 0
+        slot += own.to_bytes(SLOT_BYTES - THUMBNAIL_BYTES, "little")
+        write_all(self._descriptor, slot, self.layout.offsets["thumbnails"] + outcome.row * SLOT_BYTES)
+
+    def _drop_damaged(self) -> None:
+        """Rows whose bytes are not what the journal says of them are to be made again."""
+        recorded = self._records[self.layout.checksum]
+        damaged = [
+            row
+            for row in np.flatnonzero(self.status == Status.OK).tolist()
+            if not self.layout.is_whole(self._descriptor, row, int(recorded[row]))
+        ]
+        if damaged:
+            self._records["status"][damaged] = Status.PENDING
+            named = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
+            say(f"{counted(len(damaged), 'row')} of {self.part} damaged, to be made again: {named}")
 
     def finish(self) -> None:
         """Write the columns and give the shard its name. Every row must have an outcome."""
         assert self.done.all(), f"{(~self.done).sum()} rows without an outcome"
-        for name, (kind, _) in COLUMNS.items():
-            column = np.ascontiguousarray(self._records[name], kind)
+        held = {
+            name: np.ascontiguousarray(self._records[name], kind)
+            for name, (kind, _) in columns(self.layout.version).items()
+        }
+        for name, column in held.items():
             write_all(self._descriptor, column, self.layout.offsets[name])
+        if self.layout.version > 1:
+            whole = np.array(
+                [checksum([*held.values(), *self.layout.mtime(self._descriptor)])], user_block.NUMBER
+            )
+            write_all(self._descriptor, whole, user_block.COLUMNS * whole.nbytes)
         fsync(self.part)
         self.part.replace(self.path)
         fsync(self.path.parent)
@@ -217,16 +244,17 @@ class ShardWriter:
     def _reopen(self, retry: Sequence[Failure] | np.ndarray) -> None:
         """Copy a finished shard to a part in which these rows are pending again."""
         shard = Shard(self.path)
-        records = np.zeros(shard.rows, RECORD)
+        version = shard.layout.version
+        records = np.zeros(shard.rows, record_type(version))
         records["row"] = np.arange(shard.rows)
-        for name in COLUMNS:
-            records[name] = getattr(shard, name)
+        for name in columns(version):
+            records[name] = getattr(shard, "checksums" if name == shard.layout.checksum else name)
         again = retry if isinstance(retry, np.ndarray) else shard.failed(retry)
         self._require_space(self.path.stat().st_size)
         with self._partial() as partial:
             shutil.copyfile(self.path, partial)
             # The journal first: alone it means nothing, while a part alone would start from nothing.
-            write_file(journal_of(self.path), shard.layout.uid, records[~again])
+            write_file(journal_of(self.path), shard.layout.uid, version, records[~again])
 
     @contextlib.contextmanager
     def _partial(self) -> Iterator[Path]:
@@ -235,10 +263,8 @@ class ShardWriter:
         try:
             yield partial
             fsync(partial)
-        except Exception as error:
+        except Exception:
             partial.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError):  # what h5py says of a full disk
-                raise LlavaError(f"cannot write {partial}", got=first_line(error)) from None
             raise
         partial.replace(self.part)
         fsync(self.path.parent)

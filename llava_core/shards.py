@@ -20,26 +20,18 @@ from typing import Any
 import h5py
 import numpy as np
 
-from llava_core import __version__
+from llava_core import __version__, user_block
 from llava_core.dialogue import Turns, turns_from_text
 from llava_core.errors import LlavaError, first_line
+from llava_core.files import SparseFile
 from llava_core.fingerprint import JsonDict, fingerprint
-from llava_core.layout import THUMBNAIL_BYTES, Layout, disk_bytes
+from llava_core.layout import CHECKSUMS, COLUMNS, FORMAT_VERSION, SLOT_BYTES, Layout, columns, disk_bytes
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, parts_of
+from llava_core.user_block import AGAIN, require_common, write_user_block
 
-FORMAT, FORMAT_VERSION = "llava-features", 1
+FORMAT = "llava-features"
 ALIGNMENT = 4096
-COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "status": ("|u1", ()),
-    "crc32": ("<u4", ()),
-    "http": ("<u2", ()),
-    "attempts": ("|u1", ()),
-    "nbytes": ("<u4", ()),
-    "orig_hw": ("<u4", (2,)),
-    "sha256": ("|u1", (32,)),
-}
-"""Per-row columns: number type and the shape of one row's value."""
 
 TEXTS = ("caption", "url", "id")
 
@@ -81,8 +73,13 @@ class ShardHeader:
 
 
 def create_file(path: Path, header: ShardHeader) -> None:
-    """Write a whole shard file with its text; the space of the features is reserved and left sparse."""
-    with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
+    """Write a whole shard file with its text; the space of the features is reserved and left sparse.
+
+    Raises OSError if it cannot be written, or what is read back is not what was written.
+    """
+    content = SparseFile()
+    room = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT, "userblock_size": user_block.BYTES}
+    with h5py.File(content, "w", **room) as file:
         file.attrs.update(
             format=FORMAT,
             format_version=FORMAT_VERSION,
@@ -110,7 +107,11 @@ def create_file(path: Path, header: ShardHeader) -> None:
         if header.local:
             _create(file, "mtime", (header.rows,), np.dtype("<i8"))
         if header.thumbnails:
-            _create(file, "thumbnails", (header.rows, THUMBNAIL_BYTES), np.dtype("|u1"))
+            _create(file, "thumbnails", (header.rows, SLOT_BYTES), np.dtype("|u1"))
+    with h5py.File(content, "r") as file:
+        layout = _layout(path, file, content.seek(0, os.SEEK_END))
+    write_user_block(content, layout.ranges)
+    content.save(path)
 
 
 def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -129,54 +130,54 @@ def read_layout(path: Path) -> Layout:
 
     Raises LlavaError, naming what is wrong, for anything that is not a whole shard of this format version.
     """
-    path.open("rb").close()  # what keeps a whole file from being read says so itself
-    try:
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        reason = str(error).split("(")[-1].rstrip(")")
-        raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=_AGAIN) from None
-    with file:
+    with path.open("rb") as plain:  # what keeps a whole file from being read says so itself
+        require_common(path, plain)
         try:
-            return _layout(path, file)
-        except LlavaError:
-            raise
-        except Exception as error:  # h5py and json raise whatever a flipped bit makes them trip over
-            raise LlavaError(f"damaged shard {path}", got=first_line(error), do=_AGAIN) from None
+            file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            reason = str(error).split("(")[-1].rstrip(")")
+            raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=AGAIN) from None
+        with file:
+            try:
+                layout = _layout(path, file, os.path.getsize(path))
+            except LlavaError:
+                raise
+            except Exception as error:  # h5py and json raise whatever a flipped bit makes them trip over
+                raise LlavaError(f"damaged shard {path}", got=first_line(error), do=AGAIN) from None
+    return layout
 
 
-_AGAIN = "delete it and run extract again"
-
-
-def _layout(path: Path, file: Any) -> Layout:
+def _layout(path: Path, file: Any, end: int) -> Layout:
+    """`end`: bytes of the file."""
     attributes = dict(file.attrs)
     kind = (attributes.get("format"), attributes.get("format_version"))
-    if kind != (FORMAT, FORMAT_VERSION):
+    if kind not in [(FORMAT, version) for version in CHECKSUMS]:
         raise LlavaError(
             f"{path} has another format",
-            expected=f"{FORMAT} version {FORMAT_VERSION}",
+            expected=f"{FORMAT} version {' or '.join(map(str, CHECKSUMS))}",
             got=f"{kind[0]} version {kind[1]}",
         )
+    version = int(kind[1])
     encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
     if fingerprint(encoder, preprocess) != attributes["fingerprint"]:
-        raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=_AGAIN)
+        raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=AGAIN)
     storage = attributes.get("storage", "float16")
     if storage not in STORAGES:
         raise LlavaError(
             f"{path} stores features in another way", expected=" or ".join(STORAGES), got=storage
         )
     rows, tokens, width = file["features"].shape
-    wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in COLUMNS.items()}
+    wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in columns(version).items()}
     for name, (dtype, shape) in parts_of(storage, tokens, width).items():
         wanted[name] = (dtype, (rows, *shape))
     if "mtime" in file:
         wanted["mtime"] = (np.dtype("<i8"), (rows,))
     if "thumbnails" in file:
-        wanted["thumbnails"] = (np.dtype("|u1"), (rows, THUMBNAIL_BYTES))
+        wanted["thumbnails"] = (np.dtype("|u1"), (rows, SLOT_BYTES))
     for name in TEXTS:
         wanted[f"{name}_offsets"] = (np.dtype("<i8"), (rows + 1,))
         wanted[f"{name}_bytes"] = (np.dtype("|u1"), file[f"{name}_bytes"].shape)
     offsets, sizes = {}, {}
-    end = os.path.getsize(path)
     for name, (dtype, shape) in wanted.items():
         dataset = file[name]
         if dataset.dtype != dtype or dataset.shape != shape:
@@ -184,24 +185,27 @@ def _layout(path: Path, file: Any) -> Layout:
                 f"{path}: dataset {name}",
                 expected=f"{dtype} {shape}",
                 got=f"{dataset.dtype} {dataset.shape}",
-                do=_AGAIN,
+                do=AGAIN,
             )
         offsets[name], sizes[name] = dataset.id.get_offset() or 0, dataset.size * dtype.itemsize
         if sizes[name] and not offsets[name]:
-            raise LlavaError(f"{path}: dataset {name} is not contiguous", do=_AGAIN)
+            raise LlavaError(f"{path}: dataset {name} is not contiguous", do=AGAIN)
         if offsets[name] + sizes[name] > end:
             raise LlavaError(
                 f"truncated shard {path}",
                 expected=f"{offsets[name] + sizes[name]:,} bytes",
                 got=f"{end:,}",
-                do=_AGAIN,
+                do=AGAIN,
             )
+    if version > 1 and not file.userblock_size:
+        raise LlavaError(f"damaged shard {path}", got="no checksums in it", do=AGAIN)
     source, uid = json.loads(attributes["source"]), attributes["uid"]
     text, images = attributes.get("text", "caption"), attributes.get("images", "address")
     if text not in ("caption", "conversation") or images not in ("address", "local"):
-        raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=_AGAIN)
+        raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=AGAIN)
     return Layout(
         path=path,
+        version=version,
         rows=rows,
         tokens=tokens,
         width=width,
@@ -221,11 +225,12 @@ def _layout(path: Path, file: Any) -> Layout:
 class Shard:
     """A finished shard, opened strictly; HDF5 is closed again once this exists.
 
-    Columns are arrays of all rows: `status`, `crc32`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
+    Columns are arrays of all rows: `status`, `checksums`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
+    A row's features are compared with their checksum when a process first reads them.
     """
 
     status: np.ndarray
-    crc32: np.ndarray
+    checksums: np.ndarray
     http: np.ndarray
     attempts: np.ndarray
     nbytes: np.ndarray
@@ -241,32 +246,37 @@ class Shard:
         self.fingerprint = layout.fingerprint
         self.conversations, self.local = layout.text == "conversation", layout.images == "local"
         self._open: tuple[int, int] | None = None
-        for name, (kind, shape) in COLUMNS.items():
-            setattr(self, name, self._array(name, kind).reshape(self.rows, *shape))
-        known = "mtime" in layout.offsets
-        self.mtime = self._array("mtime", "<i8") if known else np.zeros(self.rows, "<i8")
+        self._checked = np.zeros(self.rows, bool)
+        held = {name: self._array(name, kind) for name, (kind, _) in columns(layout.version).items()}
+        mtime = layout.mtime(self._descriptor())
+        head = os.pread(self._descriptor(), user_block.BYTES, 0)
+        recorded = np.frombuffer(head, user_block.NUMBER)[user_block.COLUMNS]
+        if layout.version > 1 and checksum([*held.values(), *mtime]) != recorded:
+            raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=AGAIN)
+        for name, (_, shape) in columns(layout.version).items():
+            column = held[name].reshape(self.rows, *shape)
+            setattr(self, "checksums" if name == layout.checksum else name, column)
+        self.mtime = mtime[0] if mtime else np.zeros(self.rows, "<i8")
         """When each row's image file was last modified, in ns since 1970; 0 for what came from no file."""
         self._ends = {name: self._array(f"{name}_offsets", "<i8") for name in TEXTS}
         for name, ends in self._ends.items():
             if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:
-                raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=_AGAIN)
+                raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=AGAIN)
         if unknown := set(self.status.tolist()) - set(Status):
-            raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=_AGAIN)
+            raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=AGAIN)
         self._close()  # a folder may hold more shards than a process may have open files
 
     def read_into(self, row: int, out: np.ndarray) -> None:
-        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]."""
-        self.layout.read_into(self._descriptor(), row, out)
+        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]. Raises LlavaError if damaged."""
+        recorded = None if self._checked[row] else int(self.checksums[row])
+        self.layout.read_into(self._descriptor(), row, out, recorded)
+        self._checked[row] = True
 
     def read(self, row: int) -> np.ndarray:
-        """Features of `row`: fp16 [T, D]."""
+        """Features of `row`: fp16 [T, D]. Raises LlavaError if they are damaged."""
         out = np.empty((self.tokens, self.width), FEATURE_TYPE)
         self.read_into(row, out)
         return out
-
-    def read_first(self, row: int) -> np.ndarray:
-        """The first token of `row`, such as CLS: fp16 [1, D], without reading the others."""
-        return self.layout.read_first(self._descriptor(), row)
 
     def ok_rows(self) -> list[int]:
         """The rows that have features, in their order."""
@@ -274,22 +284,27 @@ class Shard:
         return rows
 
     def failed(self, failures: Iterable[Failure]) -> np.ndarray:
-        """Which rows ended in one of these ways, bool [N]."""
+        """Which rows ended in one of these ways, bool [N]; for `damaged`, reads every row."""
         mask = np.zeros(self.rows, bool)
         for failure in failures:
             mask |= failure.mask(self.status, self.http)
+            if failure.status is Status.DAMAGED:
+                mask[[row for row in self.ok_rows() if not self.check(row)]] = True
         return mask
 
     def check(self, row: int) -> bool:
-        """Whether the features of `row` still have their checksum."""
-        return self.checksum(row) == int(self.crc32[row])
+        """Whether features and thumbnail of `row`, which is ok, still have their checksums."""
+        return self.layout.is_whole(self._descriptor(), row, int(self.checksums[row]))
 
     def checksum(self, row: int) -> int:
-        """crc32 of the features of `row` as they lie on disk now."""
-        return checksum(self.layout.read_parts(self._descriptor(), row))
+        """Of the features of `row` as they lie on disk now."""
+        return self.layout.row_checksum(self._descriptor(), row)
 
     def thumbnail(self, row: int) -> bytes | None:
-        """A small JPEG of `row`; None if the shard keeps none or the row is not ok."""
+        """A small JPEG of `row`; None if the shard keeps none or the row is not ok.
+
+        Raises LlavaError if it is damaged.
+        """
         if self.status[row] != Status.OK:
             return None
         return self.layout.read_thumbnail(self._descriptor(), row)
@@ -310,7 +325,7 @@ class Shard:
         try:
             return turns_from_text(text)
         except ValueError:
-            raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=_AGAIN) from None
+            raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=AGAIN) from None
 
     def url(self, row: int) -> str:
         return self._text("url", row)
@@ -337,7 +352,7 @@ class Shard:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=_AGAIN) from None
+            raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=AGAIN) from None
 
     def _array(self, name: str, kind: str) -> np.ndarray:
         data = os.pread(self._descriptor(), self.layout.sizes[name], self.layout.offsets[name])
@@ -350,7 +365,7 @@ class Shard:
         return self._open[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
+        return {**self.__dict__, "_open": None, "_checked": np.zeros(self.rows, bool)}
 
     def __del__(self) -> None:
         self._close()

@@ -38,6 +38,8 @@ class Status(enum.IntEnum):
     TOO_COSTLY = 25
     BAD_CAPTION = 30
     NOT_FINITE = 31
+    DAMAGED = 32
+    """What a check finds, and `retry-failed` can be asked for; in no file."""
 
     @property
     def label(self) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import xxhash
 
 Storage = Literal["float16", "int8"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
@@ -41,12 +42,17 @@ def pack(storage: Storage, features: np.ndarray) -> list[np.ndarray]:
     return [features] if storage == "float16" else list(quantise(features))
 
 
-def checksum(parts: Sequence[np.ndarray]) -> int:
-    """crc32 over the bytes of a row's parts, one after the other."""
-    crc = 0
+def checksum(parts: Sequence[np.ndarray], kind: str = "xxh3", seed: int = 0) -> int:
+    """xxh3 (XXH3, 64 bits) or crc32 over the bytes of contiguous arrays, one after the other."""
+    if kind == "crc32":
+        crc = 0
+        for part in parts:
+            crc = zlib.crc32(part.data, crc)
+        return crc
+    digest = xxhash.xxh3_64(seed=seed)  # ten times as fast as zlib's crc32
     for part in parts:
-        crc = zlib.crc32(part.data, crc)
-    return crc
+        digest.update(part.data)
+    return digest.intdigest()
 
 
 def quantise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from llava_core.sampling import Sampling
 from tests.e2e.commands import call, started, wait_until
 from tests.local_data import write_parquet, write_pictures
 from tests.small_models import write_language_model
-from tests.small_runs import config, curve, flags_of, weights
+from tests.small_runs import config, curve, edited, flags_of, weights
 from tests.small_shards import TOKENS, WIDTH, write_shard
 from tests.small_vision import VISION, write_vision_folder
 from train.plan import run as plan_run
@@ -158,6 +158,7 @@ def test_a_run_from_before_a_flag_existed_goes_on(world: Path, tmp_path: Path) -
     path = (tmp_path / "run/last").resolve() / "training_config.yaml"
     lines = [line for line in path.read_text().splitlines() if "visual_tokens" not in line]
     path.write_text("\n".join(lines))
+    edited(path.parent)
     with pytest.raises(LlavaError, match="another --visual-tokens; expected all; got pool"):
         train_run(dataclasses.replace(given, visual_tokens="pool"))
     train_run(given)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import h5py
 import pytest
+import xxhash
 
 from llava_core.errors import LlavaError
 from llava_core.files import read_json_lines
+from llava_core.shards import Shard
 from tests.e2e.commands import call
 from tests.small_runs import config, curve, flags_of
+from tests.small_shards import reseal
 from train.run import run as train_run
 
 
@@ -77,7 +80,25 @@ def test_features_that_are_no_numbers_are_not_the_rate_s_fault(world: Path, tmp_
     shutil.copytree(world / "held-out", tmp_path / "held-out")
     with h5py.File(tmp_path / "held-out/c.h5", "r+") as file:
         file["features"][2, 0, 0] = math.nan
+        file["xxh3"][2] = xxhash.xxh3_64_intdigest(file["features"][2].tobytes())
+    reseal(tmp_path / "held-out/c.h5")
     given = config(world, tmp_path / "run", eval_features=tmp_path / "held-out")
     with pytest.raises(LlavaError, match="held-out loss is nan before the first step; look for numbers"):
         train_run(given)
     assert [line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")] == [0]
+
+
+def test_a_damaged_row_ends_a_run_where_it_is_first_read(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "features", tmp_path / "features")
+    path = tmp_path / "features/b.h5"
+    data = bytearray(path.read_bytes())
+    layout = Shard(path).layout
+    zeros = slice(
+        layout.offsets["features"] + 5 * layout.row_bytes, layout.offsets["features"] + 6 * layout.row_bytes
+    )
+    data[zeros] = bytes(layout.row_bytes)
+    path.write_bytes(data)
+    given = config(world, tmp_path / "run", features=tmp_path / "features")
+    line = call("train", "run", *flags_of(given), code=1).one_line()
+    assert line.startswith(f"error: row 5 of {path} is damaged; `extract verify --out {path.parent}` names")
+    assert f"`extract retry-failed --out {path.parent} --status damaged --vision …`" in line

@@ -54,6 +54,7 @@ def test_a_run_learns_and_leaves_a_whole_checkpoint(world: Path, whole: Path) ->
     assert max(rates.values()) == rates[2] == 0.02
     assert rates[24] < 0.001
     files = {
+        "SHA256SUMS",
         "model.safetensors",
         "config.json",
         "training_config.yaml",

@@ -10,22 +10,26 @@ import struct
 import subprocess
 import sys
 import termios
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from extract.again import ImagesAgain
+from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched
 from llava_core.shards import Shard
 from llava_core.status import Status
 from tests.e2e.commands import ENVIRONMENT, ROOT, call, run
 from tests.e2e.pictures import good, image, write_parquet
 from tests.servers import serving
+from tests.small_shards import reseal
 from tests.small_vision import write_vision_folder
+
+GOLDEN = ROOT / "tests/golden"
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,10 @@ def put(path: Path, row: int, features: np.ndarray, with_checksum: bool = False)
         data = np.ascontiguousarray(features, "<f2").tobytes()
         os.pwrite(file.fileno(), data, shard.layout.offsets["features"] + row * len(data))
         if with_checksum:
-            crc = zlib.crc32(data).to_bytes(4, "little")
-            os.pwrite(file.fileno(), crc, shard.layout.offsets["crc32"] + 4 * row)
+            digest = xxhash.xxh3_64_intdigest(data).to_bytes(8, "little")
+            os.pwrite(file.fileno(), digest, shard.layout.offsets["xxh3"] + 8 * row)
+    if with_checksum:
+        reseal(path)
 
 
 def swap(path: Path, one: int, other: int, with_checksum: bool = False) -> None:
@@ -99,8 +105,8 @@ def test_checksums_name_damaged_and_exchanged_rows(out: Path) -> None:
     assert ended.one_line() == (
         "error: 6 of 24 rows do not have their checksum; got b.h5: row 2 holds the features of row 1 of "
         "a.h5, b.h5: row 3 is damaged, b.h5: row 5 holds the features of row 7, b.h5: row 7 holds the "
-        "features of row 5, b.h5: row 8 is damaged and 1 more; delete those shards and run `extract run` "
-        "again"
+        "features of row 5, b.h5: row 8 is damaged and 1 more; `extract retry-failed --out "
+        f"{out} --status damaged` makes them again"
     )
 
 
@@ -186,3 +192,27 @@ def test_downloads_show_a_bar(out: Path, vision: Path) -> None:
 def test_usage(out: Path) -> None:
     line = call("extract", "verify", "--out", out, "--sample", -1, code=2).one_line()
     assert line == "error: --sample; expected 0 (every row) or more; got -1"
+
+
+def test_damaged_rows_are_made_again_on_request(out: Path, vision: Path) -> None:
+    before = Shard(out / "b.h5").read(3)
+    put(out / "b.h5", 3, np.zeros_like(before))
+    again = ("extract", "retry-failed", "--out", out, "--vision", vision, "--allow-private", "--json")
+    assert "0 failed rows" in call(*again).err
+    ended = call(*again, "--status", "damaged")
+    assert "1 failed row in 1 of 2 shards to try again" in ended.err
+    assert ended.summary["ok"] == 24
+    np.testing.assert_allclose(Shard(out / "b.h5").read(3), before, rtol=2e-3, atol=2e-3)
+    call("extract", "verify", "--out", out)
+
+
+def test_a_shard_of_version_1_is_said_to_be_checked_in_part(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "version_1/features/a.h5", tmp_path)
+    assert "1 shard of format version 1: texts" in call("extract", "verify", "--out", tmp_path).err
+    data = bytearray((tmp_path / "a.h5").read_bytes())
+    data[Shard(tmp_path / "a.h5").layout.offsets["features"] + 7] ^= 1
+    (tmp_path / "a.h5").write_bytes(data)
+    line = call("extract", "verify", "--out", tmp_path, code=1).one_line()
+    assert "row 0 is damaged" in line
+    with pytest.raises(LlavaError, match=r"row 0 of .*a\.h5 is damaged"):
+        Shard(tmp_path / "a.h5").read(0)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
+from llava_core.files import SUMS, read_sums
 from llava_core.fingerprint import fingerprint
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS, build_projector
 
@@ -48,7 +52,8 @@ def test_a_checkpoint_from_before_there_was_a_choice_of_tokens(tmp_path: Path) -
     projector = save(tmp_path / "c", "linear")
     config = json.loads((tmp_path / "c/config.json").read_text())
     assert config["projector"].pop("visual_tokens") == "all"
-    (tmp_path / "c/config.json").write_text(json.dumps(config))
+    (tmp_path / "c/config.json").write_text(json.dumps({**config, "version": 1}))
+    (tmp_path / "c/SHA256SUMS").unlink()
     assert set(load_file(tmp_path / "c/model.safetensors")) == {"weight", "bias"}
     x = torch.randn(3, 5, 6)
     assert torch.equal(load_checkpoint(tmp_path / "c").projector(x), projector(x))
@@ -85,7 +90,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, name: str) -> None:
     file.write_bytes(
         file.read_bytes()[: file.stat().st_size // 2] if name != "training_config.yaml" else b"a: ["
     )
-    with pytest.raises(LlavaError, match="damaged checkpoint"):
+    with pytest.raises(LlavaError, match=f"{name} is damaged, or was edited|damaged checkpoint"):
         load_checkpoint(tmp_path / "c")
     file.unlink()
     with pytest.raises(LlavaError, match="checkpoint"):
@@ -95,8 +100,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, name: str) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "c")
     config = json.loads((tmp_path / "c/config.json").read_text())
-    (tmp_path / "c/config.json").write_text(json.dumps({**config, "version": 2}))
-    with pytest.raises(LlavaError, match="version 1"):
+    (tmp_path / "c/config.json").write_text(json.dumps({**config, "version": 3}))
+    with pytest.raises(LlavaError, match=r"expected llava-projector version 1 or 2; got .* version 3"):
         load_checkpoint(tmp_path / "c")
 
 
@@ -106,3 +111,52 @@ def test_links_are_relative_and_replaced(tmp_path: Path) -> None:
         point_to(tmp_path / "last", tmp_path / f"step-{step}")
     moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "-moved"))
     assert load_state(moved / "last")["step"] == 2
+
+
+def test_every_byte_but_the_card_s_is_checked(tmp_path: Path) -> None:
+    save(tmp_path / "c")
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "training_config.yaml",
+        "metrics.json",
+        "state.pt",
+        SUMS,
+    ):
+        path = tmp_path / "c" / name
+        whole = path.read_bytes()
+        for place in random.Random(0).sample(range(len(whole)), min(25, len(whole))):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(LlavaError):
+                load_checkpoint(tmp_path / "c"), load_state(tmp_path / "c")
+        path.unlink()
+        with pytest.raises(LlavaError):
+            load_checkpoint(tmp_path / "c"), load_state(tmp_path / "c")
+        path.write_bytes(whole)
+    (tmp_path / "c/README.md").write_text("mine")
+    load_checkpoint(tmp_path / "c"), load_state(tmp_path / "c")
+
+
+def test_an_edited_file_is_taken_as_the_message_says(tmp_path: Path) -> None:
+    save(tmp_path / "c")
+    (tmp_path / "c/training_config.yaml").write_text("lr: 0.2")
+    told = "put the line that `sha256sum training_config.yaml` prints into SHA256SUMS"
+    with pytest.raises(LlavaError, match=re.escape(told)):
+        load_checkpoint(tmp_path / "c")
+    sums = read_sums(tmp_path / "c")
+    printed = hashlib.sha256((tmp_path / "c/training_config.yaml").read_bytes()).hexdigest()
+    text = (tmp_path / "c" / SUMS).read_text().replace(sums["training_config.yaml"], printed)
+    (tmp_path / "c" / SUMS).write_text(text)
+    assert load_checkpoint(tmp_path / "c").training == {"lr": 0.2}
+    (tmp_path / "c/state.pt").unlink()  # as `llava push` leaves it out
+    load_checkpoint(tmp_path / "c")
+
+
+def test_a_write_that_puts_down_something_else_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: write(path, bytes(len(data))))
+    with pytest.raises(LlavaError, match="is damaged"):
+        save(tmp_path / "c")
+    assert not (tmp_path / "c").exists()

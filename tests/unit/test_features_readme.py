@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_core.shards import COLUMNS, TEXTS, Shard
+from llava_core.layout import COLUMNS
+from llava_core.shards import TEXTS, Shard
 from llava_core.status import Status
 from tests.small_shards import write_shard
 

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from extract.config import InspectConfig
 from extract.contents import look_into, spread
+from extract.inspect import run as inspect
 from extract.page import choose, write_page
 from llava_core.features import open_shards
+from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.small_shards import write_shard
+from tests.small_shards import TOKENS, WIDTH, header, outcome, write_shard
 
 
 @pytest.fixture
@@ -56,3 +62,21 @@ def test_without_pictures_the_page_says_how_to_get_them(shards: list[Shard], tmp
     assert "data:image/jpeg" not in text
     assert text.count("<li ") == 12
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["page.html"]
+
+
+def test_features_that_are_no_numbers_are_counted_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ShardWriter(tmp_path / "a.h5", header(["a"] * 6)) as writer:
+        for row, value in enumerate((1, math.nan, math.inf, -math.inf, 2, 3)):
+            writer.write([dataclasses.replace(outcome(row), features=np.full((TOKENS, WIDTH), value, "<f2"))])
+        writer.finish()
+    figures = inspect(InspectConfig(out=tmp_path, html=tmp_path / "page.html"))
+    said = capsys.readouterr()
+    assert "3 of 6 sampled rows hold NaN or infinite features" in said.err
+    assert (figures["not_finite_rows"], figures["token_norms"]["p100"]) == (3, round(3 * WIDTH**0.5, 3))
+    assert "3 rows hold NaN or infinite features" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    with ShardWriter(tmp_path / "b/b.h5", header(["a"])) as writer:
+        writer.write([dataclasses.replace(outcome(0), features=np.full((TOKENS, WIDTH), math.nan, "<f2"))])
+        writer.finish()
+    assert inspect(InspectConfig(out=tmp_path / "b", html=tmp_path / "b.html"))["token_norms"]["p100"] == 0
