@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """Shards of one fingerprint, and what was counted in them."""
+    """Shards of one encoder, and what was counted in them."""
 
     shards: Sequence[Shard]
     lengths: np.ndarray
@@ -84,7 +84,7 @@ def look_into(shards: Sequence[Shard]) -> Contents:
             "token_norms": quantiles(np.concatenate(norms) if norms else np.zeros(0), 3),
             "encoder": first.encoder,
             "preprocess": first.preprocess,
-            "fingerprint": first.fingerprint,
+            "fingerprint": first.identity.fingerprint,
             "sources": [shard.source for shard in shards],
         },
     )

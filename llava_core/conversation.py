@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import functools
 import zlib
 from collections.abc import Sequence
@@ -17,6 +18,10 @@ from llava_core.errors import LlavaError
 
 CONVERSATION_FORMAT = "visual-prefix/1"
 """Name of the layout `[visual][template text]`, kept in checkpoints; another layout gets another name."""
+
+TODAY = datetime.datetime(2024, 7, 26)
+"""The date of templates that write today's: training and inference must agree on it, whenever they run. It
+is the one that Llama 3's template has by default."""
 
 IGNORE = -100
 """Label of a token that is context only."""
@@ -153,6 +158,7 @@ class Conversation:
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=thinking,
+            strftime_now=TODAY.strftime,
         )
         return text
 

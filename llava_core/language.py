@@ -16,12 +16,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeli
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from llava_core.console import say
+from llava_core.conversation import TODAY
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
 from llava_core.folders import config_of, contents
+from llava_core.identity import LanguageModelIdentity
 
 logging.disable_progress_bar()
+
+SETTINGS = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation"),
+    *("rms_norm_eps", "layer_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("sliding_window", "rope_theta", "rope_type", "factor", "partial_rotary_factor"),
+)
+"""Of config.json: what no shape of a weight shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +41,34 @@ class LanguageModel:
     model: Any
     """The transformers model; `.model` in it is the stack of blocks, without the vocabulary head."""
     tokenizer: Any
-    identity: JsonDict
-    """id (folder name), weights_sha256, architecture, hidden: what a projector checkpoint remembers of it."""
+    id: str
+    """Name of its folder."""
+    weights_sha256: str | None
+    """None of an outline."""
     embedding_rms: float
     """Root mean square of one number of the text embeddings: the scale projected tokens start at."""
     eos_ids: frozenset[int]
     """Tokens that end an answer."""
+    embedding_scale: float = 1.0
+    """What the embeddings of the table are multiplied by before the first block."""
+
+    @functools.cached_property
+    def identity(self) -> LanguageModelIdentity:
+        """What a projector checkpoint remembers of it."""
+        return LanguageModelIdentity.of_tokenizer(
+            self.tokenizer,
+            self.eos_ids,
+            id=self.id,
+            weights_sha256=self.weights_sha256,
+            hidden=self.hidden,
+            architecture=type(self.model).__name__,
+            settings=_settings(self.model.config),
+            embedding_scale=self.embedding_scale,
+        )
 
     @property
     def hidden(self) -> int:
-        return int(self.identity["hidden"])
+        return self.embedding.weight.shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +160,8 @@ def load_language_model(
             f"the tokenizer in {folder} has no chat template",
             do="use an instruct model, or add chat_template.jinja to the folder",
         )
+    if "strftime_now" in str(tokenizer.chat_template):
+        say(f"the chat template in {folder} writes today's date, which is always {TODAY:%d %B %Y} here")
     model = model.to(device).eval().requires_grad_(False)
     # Not the buffers: rotary frequencies rounded to bf16 turn by wrong angles.
     for parameter in model.parameters():
@@ -140,12 +170,8 @@ def load_language_model(
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
-        identity={
-            "id": folder.resolve().name,
-            "weights_sha256": sha256_files(weights),
-            "architecture": type(model).__name__,
-            "hidden": embedding.shape[1],
-        },
+        id=folder.resolve().name,
+        weights_sha256=sha256_files(weights),
         embedding_rms=float(embedding.float().pow(2).mean().sqrt()),
         eos_ids=_end_tokens(model, tokenizer),
     )
@@ -171,12 +197,9 @@ def outline_language_model(folder: Path) -> LanguageModel:
             expected="config.json and tokenizer of a causal model that transformers loads",
             got=first_line(error),
         ) from None
-    identity = {
-        "id": folder.resolve().name,
-        "architecture": type(model).__name__,
-        "hidden": model.get_input_embeddings().weight.shape[1],
-    }
-    return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(model, tokenizer))
+    return LanguageModel(
+        model, tokenizer, folder.resolve().name, None, math.nan, _end_tokens(model, tokenizer)
+    )
 
 
 def _require_causal(folder: Path) -> None:
@@ -208,6 +231,15 @@ def weight_files(folder: Path) -> list[Path]:
         expected="*.safetensors, pytorch_model*.bin or *.gguf",
         do="download it again",
     )
+
+
+def _settings(config: Any) -> JsonDict:
+    """Those of SETTINGS that the configuration has."""
+    text = config.get_text_config()
+    # transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters.
+    rope = {**(getattr(text, "rope_scaling", None) or {}), **(getattr(text, "rope_parameters", None) or {})}
+    every = {**text.to_dict(), **rope}
+    return {key: every[key] for key in SETTINGS if every.get(key) is not None}
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

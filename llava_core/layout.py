@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.identity import EncoderIdentity
 from llava_core.storage import FEATURE_TYPE, Storage, dequantise, parts_of, row_bytes
 
 THUMBNAIL_BYTES = 4096
@@ -37,7 +38,6 @@ class Layout:
     """Bytes of each dataset."""
     encoder: JsonDict
     preprocess: JsonDict
-    fingerprint: str
     source: JsonDict
     uid: str
     storage: Storage
@@ -45,6 +45,10 @@ class Layout:
     """caption or conversation: what `caption_*` holds."""
     images: str
     """address or local."""
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        return EncoderIdentity(self.encoder, self.preprocess)
 
     @property
     def thumbnails(self) -> bool:

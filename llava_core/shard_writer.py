@@ -23,7 +23,6 @@ import numpy as np
 from llava_core.console import human_bytes
 from llava_core.errors import LlavaError, first_line
 from llava_core.files import fsync
-from llava_core.fingerprint import first_difference
 from llava_core.journal import RECORD, Journal, write_all, write_file
 from llava_core.layout import THUMBNAIL_BYTES, Layout
 from llava_core.lock import Lock
@@ -235,14 +234,11 @@ class ShardWriter:
         fsync(self.path.parent)
 
     def _require_same(self, header: ShardHeader) -> None:
-        if self.layout.fingerprint != header.fingerprint:
-            before = {**self.layout.encoder, **self.layout.preprocess}
-            difference = first_difference(before, {**header.encoder, **header.preprocess})
-            raise LlavaError(
-                f"{self.part} was begun with another encoder",
-                got=difference,
-                do=f"use that encoder, choose another --out, or delete {self.part.name}",
-            )
+        self.layout.identity.require_same(
+            header.identity,
+            f"{self.part} was begun with another encoder",
+            do=f"use that encoder, choose another --out, or delete {self.part.name}",
+        )
         if self.layout.source != header.source:
             raise LlavaError(
                 f"{self.part} was begun from another file",

@@ -23,7 +23,8 @@ import numpy as np
 from llava_core import __version__
 from llava_core.dialogue import Turns, turns_from_text
 from llava_core.errors import LlavaError, first_line
-from llava_core.fingerprint import JsonDict, fingerprint
+from llava_core.fingerprint import JsonDict
+from llava_core.identity import EncoderIdentity
 from llava_core.layout import THUMBNAIL_BYTES, Layout, disk_bytes
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, parts_of
@@ -71,8 +72,8 @@ class ShardHeader:
         return len(self.captions)
 
     @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.encoder, self.preprocess)
+    def identity(self) -> EncoderIdentity:
+        return EncoderIdentity(self.encoder, self.preprocess)
 
     @property
     def disk_bytes(self) -> int:
@@ -89,7 +90,7 @@ def create_file(path: Path, header: ShardHeader) -> None:
             tool_version=__version__,
             encoder=json.dumps(header.encoder, sort_keys=True),
             preprocess=json.dumps(header.preprocess, sort_keys=True),
-            fingerprint=header.fingerprint,
+            fingerprint=header.identity.fingerprint,
             source=json.dumps(header.source, sort_keys=True),
             uid=uuid.uuid4().hex,
             storage=header.storage,
@@ -155,7 +156,7 @@ def _layout(path: Path, file: Any) -> Layout:
             got=f"{kind[0]} version {kind[1]}",
         )
     encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
-    if fingerprint(encoder, preprocess) != attributes["fingerprint"]:
+    if EncoderIdentity(encoder, preprocess).fingerprint != attributes["fingerprint"]:
         raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=_AGAIN)
     storage = attributes.get("storage", "float16")
     if storage not in STORAGES:
@@ -205,7 +206,6 @@ def _layout(path: Path, file: Any) -> Layout:
         sizes=sizes,
         encoder=encoder,
         preprocess=preprocess,
-        fingerprint=attributes["fingerprint"],
         source=source,
         uid=uid,
         storage=storage,
@@ -234,7 +234,7 @@ class Shard:
         self.layout = layout
         self.rows, self.tokens, self.width = layout.rows, layout.tokens, layout.width
         self.encoder, self.preprocess, self.source = layout.encoder, layout.preprocess, layout.source
-        self.fingerprint = layout.fingerprint
+        self.identity = layout.identity
         self.conversations, self.local = layout.text == "conversation", layout.images == "local"
         self._open: tuple[int, int] | None = None
         for name, (kind, shape) in COLUMNS.items():

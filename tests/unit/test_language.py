@@ -17,8 +17,8 @@ def test_frozen_and_known(tmp_path: Path) -> None:
     llm = load_language_model(write_language_model(tmp_path / "small-qwen"))
     assert not llm.model.training
     assert not any(p.requires_grad for p in llm.model.parameters())
-    assert llm.identity["id"] == "small-qwen"
-    assert llm.identity["architecture"] == "Qwen3ForCausalLM"
+    assert llm.identity.id == "small-qwen"
+    assert llm.identity.architecture == "Qwen3ForCausalLM"
     assert llm.hidden == 32
     assert llm.eos_ids == {2}
     assert llm.embed(torch.tensor([[1, 2, 3]])).shape == (1, 3, 32)
@@ -27,7 +27,7 @@ def test_frozen_and_known(tmp_path: Path) -> None:
 
 def test_the_identity_follows_the_weights(tmp_path: Path) -> None:
     hashes = {
-        load_language_model(write_language_model(tmp_path / str(i), seed=seed)).identity["weights_sha256"]
+        load_language_model(write_language_model(tmp_path / str(i), seed=seed)).identity.weights_sha256
         for i, seed in enumerate([0, 0, 1])
     }
     assert len(hashes) == 2
