@@ -153,7 +153,14 @@ def read_shard(folder: Path) -> object:
     shard = Shard(folder / "x.h5")
     layout = shard.layout
     columns = [getattr(shard, name).tolist() for name in COLUMNS if name != layout.checksum]
-    about = (shard.encoder, shard.preprocess, shard.source, shard.fingerprint, layout.storage, layout.text)
+    about = (
+        shard.encoder,
+        shard.preprocess,
+        shard.source,
+        shard.identity.fingerprint,
+        layout.storage,
+        layout.text,
+    )
     rows = [
         (shard.turns(row), shard.url(row), shard.id(row), shard.thumbnail(row)) for row in range(shard.rows)
     ]
@@ -187,7 +194,7 @@ def go_on(folder: Path) -> object:
 def write_checkpoint(folder: Path, llm: Any, tower: Any) -> None:
     torch.manual_seed(0)
     projector = build_projector("mlp", tower.width, llm.hidden)
-    provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), llm.identity)
+    provenance = Provenance(tower.identity, llm.identity)
     state = {"step": 7, "best": 1.5, "momenta": torch.randn(200), "rows": {"train": "a" * 64}}
     training = {"lr": 0.002, "features": "features/train", "epochs": 3}
     save_checkpoint(folder, projector, provenance, training, {"step": 7, "eval_loss": 1.5}, state)

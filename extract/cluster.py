@@ -22,6 +22,7 @@ from llava_core.cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.identity import EncoderIdentity
 
 MOST_TRIES = 5
 """Workers that may die over one file before it counts as the cause."""
@@ -100,7 +101,7 @@ class Dispatch:
         self.tries: collections.Counter[Source] = collections.Counter()
         self.figures: list[JsonDict] = []
         self.errors: dict[Source, str] = {}
-        self.fingerprint: str | None = None
+        self.encoder: EncoderIdentity | None = None
         self.trouble = ""
         """Why the last worker that cannot work cannot."""
         self.heard = time.monotonic()
@@ -163,8 +164,8 @@ class Dispatch:
                 self._again(source, f"{MOST_TRIES} workers died over it")
             return
         self.heard = time.monotonic()
-        if isinstance(answer, Ready) and answer.fingerprint != (self.fingerprint or answer.fingerprint):
-            answer = Trouble(f"{answer.host} has another encoder in the same folder")
+        if isinstance(answer, Ready) and self.encoder and (other := self.encoder.differences(answer.encoder)):
+            answer = Trouble(f"{answer.host} has another encoder in the same folder: {other[0]}")
         if isinstance(answer, Trouble) and not answer.of_file:
             say(f"a worker is left out: {answer.text}")
             self.trouble = answer.text
@@ -173,8 +174,8 @@ class Dispatch:
                 self._again(source, answer.text)
             return
         self.idle.append(worker)
-        if isinstance(answer, Ready) and self.fingerprint is None:
-            self.fingerprint = answer.fingerprint
+        if isinstance(answer, Ready) and self.encoder is None:
+            self.encoder = answer.encoder
             say(answer.frozen)
         elif isinstance(answer, Trouble):
             assert source is not None

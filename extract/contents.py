@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """Shards of one fingerprint, and what was counted in them."""
+    """Shards of one encoder, and what was counted in them."""
 
     shards: Sequence[Shard]
     lengths: np.ndarray
@@ -91,7 +91,7 @@ def look_into(shards: Sequence[Shard]) -> Contents:
             "not_finite_rows": not_finite,
             "encoder": first.encoder,
             "preprocess": first.preprocess,
-            "fingerprint": first.fingerprint,
+            "fingerprint": first.identity.fingerprint,
             "sources": [shard.source for shard in shards],
         },
     )

@@ -18,7 +18,7 @@ from extract.summary import write_statistics
 from llava_core.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.fingerprint import JsonDict
 from llava_core.layout import Layout
 from llava_core.shard_writer import ShardWriter, is_finished, require_storage
 from llava_core.shards import Shard, ShardHeader
@@ -35,7 +35,7 @@ def open_tower(config: Encoding) -> VisionTower:
 def describe(tower: VisionTower) -> str:
     return (
         f"frozen: {tower.encoder['model_id']} on {tower.device} in {tower.encoder['dtype']}, "
-        f"[{tower.tokens}, {tower.width}] an image; fingerprint {tower.fingerprint[:12]}"
+        f"[{tower.tokens}, {tower.width}] an image; fingerprint {tower.identity.fingerprint[:12]}"
     )
 
 
@@ -72,13 +72,12 @@ def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
 
 
 def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
-    if shard.fingerprint != tower.fingerprint:
-        ours = {**tower.encoder, **tower.preprocess.to_json()}
-        raise LlavaError(
-            f"{path} holds features of another encoder",
-            got=first_difference({**shard.encoder, **shard.preprocess}, ours),
-            do="use that encoder, or choose another --out",
-        )
+    """Raise LlavaError unless the shard at `path` holds features of this encoder."""
+    shard.identity.require_same(
+        tower.identity,
+        f"{path} holds features of another encoder",
+        do="use that encoder, or choose another --out",
+    )
 
 
 def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:

@@ -79,7 +79,7 @@ def write_statistics(shard: Shard, seconds: float) -> None:
         "tool_version": __version__,
         "shard": shard.path.name,
         "source": shard.source,
-        "fingerprint": shard.fingerprint,
+        "fingerprint": shard.identity.fingerprint,
         "seconds": round(seconds, 2),
         **summarise([shard]),
     }

@@ -18,7 +18,7 @@ from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.features import find_shards
 from llava_core.fetch import FetchLimits
-from llava_core.fingerprint import JsonDict, differences
+from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -128,18 +128,15 @@ def _tower(config: VerifyConfig, shards: Sequence[Shard]) -> VisionTower | None:
 def _stale(shards: Sequence[Shard], tower: VisionTower | None) -> tuple[list[Fault], str]:
     """The shards of another encoder than the live one, or, without one, than most; and a name for that."""
     if tower is not None:
-        wanted, live = tower.fingerprint, {**tower.encoder, **tower.preprocess.to_json()}
-        reference = str(live["model_id"])
+        wanted, reference = tower.identity, str(tower.encoder["model_id"])
     else:
-        wanted, _ = collections.Counter(shard.fingerprint for shard in shards).most_common(1)[0]
-        live = next({**s.encoder, **s.preprocess} for s in shards if s.fingerprint == wanted)
+        (most, _), *_ = collections.Counter(shard.identity.fingerprint for shard in shards).most_common(1)
+        wanted = next(shard.identity for shard in shards if shard.identity.fingerprint == most)
         reference = "most have"
     stale = [
-        Fault(
-            shard, None, "differs in " + ", ".join(differences({**shard.encoder, **shard.preprocess}, live))
-        )
+        Fault(shard, None, "differs in " + ", ".join(differences))
         for shard in shards
-        if shard.fingerprint != wanted
+        if (differences := shard.identity.differences(wanted))
     ]
     return stale, reference
 

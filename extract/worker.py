@@ -20,6 +20,7 @@ from extract.summary import summarise
 from llava_core.cluster import Lines, other_version
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.identity import EncoderIdentity
 from llava_core.lock import Held
 from llava_core.shard_writer import FinishedMeanwhile
 from llava_core.shards import Shard
@@ -35,7 +36,7 @@ class Ready:
     """A worker whose tower is open."""
 
     host: str
-    fingerprint: str
+    encoder: EncoderIdentity
     frozen: str
     """The tower in words."""
 
@@ -66,7 +67,7 @@ class Worker:
         if text := other_version(self.code, *OUR_CODE):
             return Trouble(text)
         try:
-            return Ready(self.host, self.tower.fingerprint, describe(self.tower))
+            return Ready(self.host, self.tower.identity, describe(self.tower))
         except (LlavaError, OSError) as error:
             return Trouble(f"{self.host}: {error}")
 

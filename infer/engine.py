@@ -81,7 +81,7 @@ def open_engine(config: Models | BatchConfig) -> Engine:
 def open_speaker(config: Aligned, shard: Shard) -> Speaker:
     """Load what speaks of a shard's features. Raises LlavaError if the projector was trained on others."""
     checkpoint = load_checkpoint(config.checkpoint)
-    checkpoint.provenance.require_encoder(shard.fingerprint, shard.encoder, shard.preprocess)
+    checkpoint.provenance.require_encoder(shard.identity)
     llm = _language_model(config, checkpoint, str(shard.path.parent), pick_device(config.device))
     return Speaker(checkpoint.projector, llm)
 
@@ -92,5 +92,5 @@ def _language_model(
     llm = load_language_model(config.llm, device)
     checkpoint.provenance.require_language_model(llm.identity)
     llm.new_cache()  # raises for a model that cannot generate here
-    say(f"{source} → {checkpoint.folder} → {llm.identity['id']} on {device}")
+    say(f"{source} → {checkpoint.folder} → {llm.id} on {device}")
     return llm

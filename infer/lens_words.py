@@ -67,7 +67,7 @@ def logit_lens(llm: LanguageModel, visual: torch.Tensor, layer: int) -> torch.Te
         raise LlavaError("--layer", expected=f"1 to {blocks}", got=layer, exit_code=2)
     norm = getattr(llm.model.model, "norm", None)
     if norm is None:
-        raise LlavaError(f"the logit lens does not know the last norm of {llm.identity['architecture']}")
+        raise LlavaError(f"the logit lens does not know the last norm of {llm.identity.architecture}")
     out = llm.model(inputs_embeds=visual[None], output_hidden_states=True, use_cache=False, logits_to_keep=1)
     hidden = out.hidden_states[layer][0]
     if layer < blocks:  # transformers gives the last one after the norm

@@ -20,7 +20,7 @@ from llava_core.talk import Talk
 def run(config: ChatLlmConfig) -> JsonDict:
     """Raises LlavaError for --thinking with a model whose chat template cannot switch it."""
     llm = load_language_model(config.llm, pick_device(config.device))
-    say(f"{llm.identity['id']} on {llm.device}")
+    say(f"{llm.id} on {llm.device}")
     talk = Talk(llm, Conversation(llm.tokenizer, llm.eos_ids), sampling_of(config))
     talk.system = config.system
     chat = BareChat(talk, Phrases(pick_language(config.lang)))

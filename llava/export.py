@@ -273,7 +273,7 @@ def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
     """README.md of the folder."""
     terms = f"see {' and '.join(licences)}" if licences else "not found beside them: ask their publishers"
     return model_card(
-        {**dataclasses.asdict(checkpoint.provenance), "projector": checkpoint.projector.config},
+        {**checkpoint.provenance.to_json(), "projector": checkpoint.projector.config},
         checkpoint.training,
         checkpoint.metrics,
         parameter_count(checkpoint.projector),

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from llava.beside import require_as_given
 from llava.config import ImportConfig
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict, sha256_files
 from llava_core.folders import config_of, weight_files
-from llava_core.language import outline_language_model
+from llava_core.language import LanguageModel, outline_language_model
 from llava_core.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
 from llava_core.vision import VisionTower, open_vision_tower
 
@@ -82,7 +83,8 @@ NO_PREFIX = (*HALVES, "lm_head", "embed_tokens")
 def run(config: ImportConfig) -> JsonDict:
     """Write the checkpoint; returns what was found and assumed.
 
-    Raises LlavaError for a file of our own, without a projector known here, or that fits neither model.
+    Raises LlavaError for a file of our own, without a projector known here, that fits neither model, or that
+    holds other weights than these beside its projector.
     """
     if config.out.exists():
         raise LlavaError(f"--out {config.out} is there already", do="choose another, or delete it")
@@ -94,9 +96,12 @@ def run(config: ImportConfig) -> JsonDict:
     layer = project.layer if config.layer == "auto" else None if config.layer == "norm" else config.layer
     visual_tokens = project.visual_tokens if config.visual_tokens == "auto" else config.visual_tokens
     tower = open_vision_tower(config.vision, layer=layer, decode=config.decode)
-    language = outline_language_model(config.llm).identity
-    projector = fitted(kind, weights, tower, language, visual_tokens)
-    language = {**language, "weights_sha256": sha256_files(weight_files(config.llm))}
+    outline = outline_language_model(config.llm)
+    projector = fitted(kind, weights, tower, outline, visual_tokens)
+    language = require_as_given(config.file, beside(tensors), tower, outline, config.llm)
+    if language is None:
+        sha256 = sha256_files(weight_files(config.llm))
+        language = dataclasses.replace(outline.identity, weights_sha256=sha256)
     tokens = projector.tokens_out(tower.tokens)
 
     source = {
@@ -106,7 +111,7 @@ def run(config: ImportConfig) -> JsonDict:
         "layer": layer,
         "visual_tokens": visual_tokens,
     }
-    provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), language)
+    provenance = Provenance(tower.identity, language)
     metrics = {"imported_from": source["file"], "imported_sha256": source["sha256"]}
     save_checkpoint(config.out, projector, provenance, {"imported": source}, metrics, state=None)
 
@@ -124,14 +129,14 @@ def run(config: ImportConfig) -> JsonDict:
         rows.insert(1, ("between its layers", "exact GELU, not tanh's", "assumed: the weights do not say"))
     for name, value, why in rows:
         say(f"{name}: {value} ({why})")
-    say(f"{tower.encoder['model_id']} → {config.out} → {language['id']}")
-    show(table([("checkpoint", config.out), ("fingerprint", tower.fingerprint[:12])]))
+    say(f"{tower.encoder['model_id']} → {config.out} → {language.id}")
+    show(table([("checkpoint", config.out), ("fingerprint", tower.identity.fingerprint[:12])]))
     return {
         **source,
         "kind": kind,
         "out": str(config.out),
         "tokens": tokens,
-        "fingerprint": tower.fingerprint,
+        "fingerprint": tower.identity.fingerprint,
     }
 
 
@@ -191,13 +196,20 @@ def project_of(tensors: Tensors) -> Project:
     return next(project for project in PROJECTS if not project.marks or parts & set(project.marks))
 
 
+def beside(tensors: Tensors) -> Tensors:
+    """What by its names is no part of the projector; nothing if no name says which part is."""
+    marks = {mark for project in PROJECTS for mark in project.marks} | set(NAMES)
+    rest = {name: value for name, value in tensors.items() if not marks & set(name.split("."))}
+    return rest if len(rest) < len(tensors) else {}
+
+
 def find_projector(tensors: Tensors) -> tuple[str, Tensors]:
     """The kind of projector, and its weights by our names, fp32; a bias that it lacks is zero.
 
     Raises LlavaError unless the names, less what they begin with alike, are all those of one layout.
     """
-    marks = {mark for project in PROJECTS for mark in project.marks} | set(NAMES)
-    its = {name: value for name, value in tensors.items() if marks & set(name.split("."))} or tensors
+    rest = beside(tensors)
+    its = {name: value for name, value in tensors.items() if name not in rest}
     short = _without_prefix(its)
     for kind, layers in LAYOUTS.items():
         found: Tensors = {}
@@ -232,12 +244,12 @@ def find_projector(tensors: Tensors) -> tuple[str, Tensors]:
 
 
 def fitted(
-    kind: str, weights: Tensors, tower: VisionTower, language: JsonDict, visual_tokens: str
+    kind: str, weights: Tensors, tower: VisionTower, llm: LanguageModel, visual_tokens: str
 ) -> Projector:
     """The projector with these weights. Raises LlavaError unless its widths are those of the two models."""
     first, last = (weights[name] for name in _ends(weights))
     in_width, out_width = first.shape[1], last.shape[0]
-    projector = build_projector(kind, tower.width, int(language["hidden"]), visual_tokens)
+    projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
     wanted = tower.width * projector.select.widening
     if in_width != wanted:
         fits = [n for n, make in VISUAL_TOKENS.items() if tower.width * make().widening == in_width]
@@ -247,10 +259,10 @@ def fitted(
             got=f"{in_width}",
             do=f"give --visual-tokens {' or '.join(fits)}" if fits else "give the encoder it was trained on",
         )
-    if out_width != language["hidden"]:
+    if out_width != llm.hidden:
         raise LlavaError(
-            f"the projector does not fit {language['id']}",
-            expected=f"{language['hidden']} wide",
+            f"the projector does not fit {llm.id}",
+            expected=f"{llm.hidden} wide",
             got=f"{out_width}",
             do="give the language model it was trained for",
         )

@@ -70,7 +70,7 @@ def run(config: TraceConfig) -> JsonDict:
     projector = checkpoint.projector if checkpoint else _random_projector(tower, llm, features, config.seed)
     origin = str(config.checkpoint) if checkpoint else "random: no --checkpoint, so nothing is learnt yet"
     between = f"{projector.config['kind']} projector, {parameter_count(projector):,} weights ({origin})"
-    say(f"{tower.encoder['model_id']} → {between} → {llm.identity['id']}")
+    say(f"{tower.encoder['model_id']} → {between} → {llm.id}")
     with torch.inference_mode():
         visual = projector.to(device)(features.float()).to(llm.dtype)
     chat = Conversation(llm.tokenizer, llm.eos_ids)

@@ -31,8 +31,9 @@ from safetensors.torch import load_file, save
 from llava_core.conversation import CONVERSATION_FORMAT
 from llava_core.errors import LlavaError, first_line
 from llava_core.files import LACKING, RESTORE, SUMS, fsync, require_sums, write_sums
-from llava_core.fingerprint import JsonDict, first_difference
+from llava_core.fingerprint import JsonDict
 from llava_core.folders import require_checkpoint
+from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.model_card import model_card
 from llava_core.projector import Projector, build_projector, parameter_count
 
@@ -46,37 +47,44 @@ STATE = "state.pt"
 class Provenance:
     """What a projector was trained between; a checkpoint is useless beside anything else."""
 
-    fingerprint: str
-    encoder: JsonDict
-    preprocess: JsonDict
-    language_model: JsonDict
+    encoder: EncoderIdentity
+    language_model: LanguageModelIdentity
     conversation: str = CONVERSATION_FORMAT
 
-    def require_encoder(self, fingerprint: str, encoder: JsonDict, preprocess: JsonDict) -> None:
+    def require_encoder(self, other: EncoderIdentity) -> None:
         """Raise LlavaError naming both sides unless features of this encoder are the ones trained on."""
-        if fingerprint == self.fingerprint:
-            return
-        mine, theirs = {**self.encoder, **self.preprocess}, {**encoder, **preprocess}
-        do = "give --vision the encoder that made the features, or train on features of this one"
-        if {**mine, "layer": None} == {**theirs, "layer": None}:
-            flag = "without --layer" if mine["layer"] is None else f"--layer {mine['layer']}"
+        do = "give the encoder it was trained on, or its features, or train on features of this one"
+        if all(difference.startswith("layer: ") for difference in self.encoder.differences(other)):
+            layer = self.encoder.encoder.get("layer")
+            flag = "without --layer" if layer is None else f"--layer {layer}"
             do = f"make features of its layer: extract run {flag}"
-        raise LlavaError(
-            "this projector was trained on features of another vision encoder or preprocessing",
-            expected=f"{self.encoder.get('model_id')} ({self.fingerprint[:12]})",
-            got=f"{encoder.get('model_id')} ({fingerprint[:12]}): {first_difference(mine, theirs)}",
-            do=do,
+        message = "this projector was trained on features of another vision encoder or preprocessing"
+        self.encoder.require_same(other, message, do)
+
+    def require_language_model(self, other: LanguageModelIdentity) -> None:
+        """Raise LlavaError naming both sides unless this is the language model it was trained for."""
+        self.language_model.require_same(
+            other,
+            "this projector was trained for another language model, tokenizer or chat template",
+            do="give --llm the folder it was trained for, all files alike, or train a projector for this one",
         )
 
-    def require_language_model(self, identity: JsonDict) -> None:
-        """Raise LlavaError naming both sides unless this is the language model it was trained for."""
-        if identity["weights_sha256"] == self.language_model["weights_sha256"]:
-            return
-        raise LlavaError(
-            "this projector was trained for another language model",
-            expected=_describe(self.language_model),
-            got=_describe(identity),
-            do="give --llm the model it was trained for, or train a projector for this one",
+    def to_json(self) -> JsonDict:
+        """As config.json has it."""
+        return {
+            "fingerprint": self.encoder.fingerprint,
+            "encoder": self.encoder.encoder,
+            "preprocess": self.encoder.preprocess,
+            "language_model": self.language_model.to_json(),
+            "conversation": self.conversation,
+        }
+
+    @classmethod
+    def from_json(cls, config: JsonDict) -> Provenance:
+        return cls(
+            EncoderIdentity(config["encoder"], config["preprocess"]),
+            LanguageModelIdentity.from_json(config["language_model"]),
+            config["conversation"],
         )
 
 
@@ -108,7 +116,7 @@ def save_checkpoint(
         "format": "llava-projector",
         "version": CHECKPOINT_VERSION,
         "projector": projector.config,
-        **dataclasses.asdict(provenance),
+        **provenance.to_json(),
     }
     weights = {
         name: tensor.detach().float().cpu().contiguous()
@@ -156,7 +164,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         _require_sums(folder, config["version"], CHECKED)
         projector = build_projector(**config["projector"])
         projector.map.load_state_dict(load_file(folder / "model.safetensors"))
-        provenance = Provenance(**{f.name: config[f.name] for f in dataclasses.fields(Provenance)})
+        provenance = Provenance.from_json(config)
         training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except LlavaError:
@@ -205,10 +213,6 @@ def point_to(link: Path, target: Path) -> None:
             f"no symbolic link can be made in {link.parent}", got=error.strerror, do=do
         ) from None
     partial.replace(link)
-
-
-def _describe(identity: JsonDict) -> str:
-    return f"{identity['id']} (weights {identity['weights_sha256'][:12]}, hidden {identity['hidden']})"
 
 
 def _require_sums(folder: Path, version: int, names: Sequence[str]) -> None:

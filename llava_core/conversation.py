@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import signal
 import threading
@@ -23,6 +24,10 @@ CONVERSATION_FORMAT = "visual-prefix/1"
 
 RENDER_SECONDS = 30.0
 """Longest time that a chat template may take; a usual one takes milliseconds."""
+TODAY = datetime.datetime(2024, 7, 26)
+"""The date of templates that write today's: training and inference must agree on it, whenever they run. It
+is the one that Llama 3's template has by default."""
+
 IGNORE = -100
 """Label of a token that is context only."""
 
@@ -228,6 +233,7 @@ class Conversation:
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     enable_thinking=thinking,
+                    strftime_now=TODAY.strftime,
                 )
         except Exception as error:  # of Jinja, of Python by its hands, or what the template itself raises
             raise LlavaError(

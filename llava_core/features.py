@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_core.console import say
-from llava_core.errors import LlavaError
-from llava_core.fingerprint import first_difference
 from llava_core.folders import shard_paths
 from llava_core.shards import Shard
 
 
 def open_shards(path: Path) -> list[Shard]:
-    """The shards of a folder in the order of their names, or the one at a path; all of one fingerprint.
+    """The shards of a folder in the order of their names, or the one at a path; all of one encoder.
 
     Raises LlavaError if there are none, one is damaged, or two come from different encoders.
     """
     shards = find_shards(path)
-    require_same_fingerprint(shards)
+    require_one_encoder(shards)
     return shards
 
 
@@ -31,14 +29,8 @@ def find_shards(path: Path) -> list[Shard]:
     return shards
 
 
-def require_same_fingerprint(shards: Sequence[Shard]) -> None:
-    """Raise LlavaError naming two files and the key that differs unless all shards have one fingerprint."""
+def require_one_encoder(shards: Sequence[Shard]) -> None:
+    """Raise LlavaError naming two files and the key that differs unless all features are of one encoder."""
     for shard in shards[1:]:
-        if shard.fingerprint != shards[0].fingerprint:
-            ours = {**shards[0].encoder, **shards[0].preprocess}
-            difference = first_difference(ours, {**shard.encoder, **shard.preprocess})
-            raise LlavaError(
-                f"{shards[0].path} and {shard.path} hold features of different encoders",
-                got=difference,
-                do="train on one kind at a time",
-            )
+        message = f"{shards[0].path} and {shard.path} hold features of different encoders"
+        shards[0].identity.require_same(shard.identity, message, do="train on one kind at a time")

@@ -116,7 +116,8 @@ class SparseFile(io.RawIOBase):
             os.ftruncate(descriptor, self._size)
             for page, held in sorted(self._pages.items()):
                 write_all(descriptor, held[: max(0, self._size - page * PAGE)], page * PAGE)
-            os.fsync(descriptor)
+            with tolerated(path, without_flush):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from llava_core.console import say
+from llava_core.conversation import TODAY
 from llava_core.device import default_dtype, is_device_failure
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
@@ -36,6 +37,7 @@ from llava_core.folders import (
     require_plain_weights,
     weight_files,
 )
+from llava_core.identity import LanguageModelIdentity
 
 logging.disable_progress_bar()
 
@@ -45,6 +47,13 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is fetched, and no folder's own code is run: unless told so, transformers would ask on stdin."""
 OWN_CODE = "use the model in the format that transformers has itself (often NAME-hf), a GGUF file, or another"
 
+SETTINGS = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation"),
+    *("rms_norm_eps", "layer_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("sliding_window", "rope_theta", "rope_type", "factor", "partial_rotary_factor"),
+)
+"""Of config.json: what no shape of a weight shows."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
@@ -53,8 +62,10 @@ class LanguageModel:
     model: Any
     """The transformers model; `.model` in it is the stack of blocks, without the vocabulary head."""
     tokenizer: Any
-    identity: JsonDict
-    """id (folder name), weights_sha256, architecture, hidden: what a projector checkpoint remembers of it."""
+    id: str
+    """Name of its folder."""
+    weights_sha256: str | None
+    """None of an outline."""
     embedding_rms: float
     """Root mean square of one number of what `embed` gives: the scale projected tokens start at."""
     eos_ids: frozenset[int]
@@ -62,9 +73,23 @@ class LanguageModel:
     embedding_scale: float = 1.0
     """What `embed` multiplies the embedding's weights by: the root of `hidden` in Gemma, 1 in most models."""
 
+    @functools.cached_property
+    def identity(self) -> LanguageModelIdentity:
+        """What a projector checkpoint remembers of it."""
+        return LanguageModelIdentity.of_tokenizer(
+            self.tokenizer,
+            self.eos_ids,
+            id=self.id,
+            weights_sha256=self.weights_sha256,
+            hidden=self.hidden,
+            architecture=type(self.model).__name__,
+            settings=_settings(self.model.config),
+            embedding_scale=self.embedding_scale,
+        )
+
     @property
     def hidden(self) -> int:
-        return int(self.identity["hidden"])
+        return self.embedding.weight.shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +149,7 @@ class LanguageModel:
         if self._no_cache:
             kinds = ", ".join(self.layer_types)
             raise LlavaError(
-                f"cannot generate with a {self.identity['architecture']}",
+                f"cannot generate with a {type(self.model).__name__}",
                 expected=f"a cache for {kinds} in transformers {transformers.__version__}",
                 got=self._no_cache,
                 do="pip install --upgrade transformers, or use a model of attention layers",
@@ -202,6 +227,8 @@ def load_language_model(
             f"the tokenizer in {folder} has no chat template",
             do="use an instruct model, or add chat_template.jinja to the folder",
         )
+    if "strftime_now" in str(tokenizer.chat_template):
+        say(f"the chat template in {folder} writes today's date, which is always {TODAY:%d %B %Y} here")
     model = model.to(device).eval().requires_grad_(False)
     # Not the buffers: rotary frequencies rounded to bf16 turn by wrong angles.
     for parameter in model.parameters():
@@ -210,12 +237,8 @@ def load_language_model(
     llm = LanguageModel(
         model=model,
         tokenizer=tokenizer,
-        identity={
-            "id": folder.resolve().name,
-            "weights_sha256": sha256_files(weights),
-            "architecture": type(model).__name__,
-            "hidden": embedding.shape[1],
-        },
+        id=folder.resolve().name,
+        weights_sha256=sha256_files(weights),
         embedding_rms=scale * float(embedding.float().pow(2).mean().sqrt()),
         eos_ids=_end_tokens(folder, model, tokenizer),
         embedding_scale=scale,
@@ -244,13 +267,8 @@ def outline_language_model(folder: Path) -> LanguageModel:
             expected="config.json and tokenizer of a causal model that transformers loads",
             got=first_line(error),
         ) from None
-    identity = {
-        "id": folder.resolve().name,
-        "architecture": type(model).__name__,
-        "hidden": model.get_input_embeddings().weight.shape[1],
-    }
-    scale = _embedding_scale(model)
-    return LanguageModel(model, tokenizer, identity, math.nan, _end_tokens(folder, model, tokenizer), scale)
+    eos_ids, scale = _end_tokens(folder, model, tokenizer), _embedding_scale(model)
+    return LanguageModel(model, tokenizer, folder.resolve().name, None, math.nan, eos_ids, scale)
 
 
 def _require_causal(folder: Path) -> None:
@@ -287,6 +305,15 @@ def _require_readable(path: Path) -> None:
         raise LlavaError(f"damaged {path}", got=first_line(error), do="download it again") from None
 
 
+def _settings(config: Any) -> JsonDict:
+    """Those of SETTINGS that the configuration has."""
+    text = config.get_text_config()
+    # transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters.
+    rope = {**(getattr(text, "rope_scaling", None) or {}), **(getattr(text, "rope_parameters", None) or {})}
+    every = {**text.to_dict(), **rope}
+    return {key: every[key] for key in SETTINGS if every.get(key) is not None}
+
+
 def _embedding_scale(model: Any) -> float:
     """Of transformers' ScaledWordEmbedding classes; rounded, since bf16 and fp32 are to agree."""
     layer = model.get_input_embeddings()
@@ -315,7 +342,7 @@ def _require_embeddings_alone(llm: LanguageModel) -> None:
         got = first_line(error)
     if got:
         raise LlavaError(
-            f"a {llm.identity['architecture']} cannot read visual tokens",
+            f"a {type(llm.model).__name__} cannot read visual tokens",
             expected="a model that reads embeddings as it reads the tokens they are of",
             got=got,
             do="use another language model",

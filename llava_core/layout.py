@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.identity import EncoderIdentity
 from llava_core.storage import Storage, checksum, dequantise, parts_of, row_bytes
 
 FORMAT_VERSION = 2
@@ -61,7 +62,6 @@ class Layout:
     """Bytes of each dataset."""
     encoder: JsonDict
     preprocess: JsonDict
-    fingerprint: str
     source: JsonDict
     uid: str
     storage: Storage
@@ -69,6 +69,10 @@ class Layout:
     """caption or conversation: what `caption_*` holds."""
     images: str
     """address or local."""
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        return EncoderIdentity(self.encoder, self.preprocess)
 
     @property
     def thumbnails(self) -> bool:

@@ -24,7 +24,6 @@ from llava_core import user_block
 from llava_core.console import counted, human_bytes, say
 from llava_core.errors import LlavaError
 from llava_core.files import flush, fsync, write_all
-from llava_core.fingerprint import first_difference
 from llava_core.journal import Journal, record_type, write_file
 from llava_core.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.lock import Lock
@@ -270,14 +269,11 @@ class ShardWriter:
         fsync(self.path.parent)
 
     def _require_same(self, header: ShardHeader) -> None:
-        if self.layout.fingerprint != header.fingerprint:
-            before = {**self.layout.encoder, **self.layout.preprocess}
-            difference = first_difference(before, {**header.encoder, **header.preprocess})
-            raise LlavaError(
-                f"{self.part} was begun with another encoder",
-                got=difference,
-                do=f"use that encoder, choose another --out, or delete {self.part.name}",
-            )
+        self.layout.identity.require_same(
+            header.identity,
+            f"{self.part} was begun with another encoder",
+            do=f"use that encoder, choose another --out, or delete {self.part.name}",
+        )
         if self.layout.source != header.source:
             raise LlavaError(
                 f"{self.part} was begun from another file",

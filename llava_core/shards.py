@@ -24,7 +24,8 @@ from llava_core import __version__, user_block
 from llava_core.dialogue import Turns, turns_from_text
 from llava_core.errors import LlavaError, first_line
 from llava_core.files import SparseFile
-from llava_core.fingerprint import JsonDict, fingerprint
+from llava_core.fingerprint import JsonDict
+from llava_core.identity import EncoderIdentity
 from llava_core.layout import CHECKSUMS, COLUMNS, FORMAT_VERSION, SLOT_BYTES, Layout, columns, disk_bytes
 from llava_core.status import Failure, Status
 from llava_core.storage import FEATURE_TYPE, STORAGES, Storage, checksum, parts_of
@@ -63,8 +64,8 @@ class ShardHeader:
         return len(self.captions)
 
     @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.encoder, self.preprocess)
+    def identity(self) -> EncoderIdentity:
+        return EncoderIdentity(self.encoder, self.preprocess)
 
     @property
     def disk_bytes(self) -> int:
@@ -86,7 +87,7 @@ def create_file(path: Path, header: ShardHeader) -> None:
             tool_version=__version__,
             encoder=json.dumps(header.encoder, sort_keys=True),
             preprocess=json.dumps(header.preprocess, sort_keys=True),
-            fingerprint=header.fingerprint,
+            fingerprint=header.identity.fingerprint,
             source=json.dumps(header.source, sort_keys=True),
             uid=uuid.uuid4().hex,
             storage=header.storage,
@@ -159,7 +160,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
         )
     version = int(kind[1])
     encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
-    if fingerprint(encoder, preprocess) != attributes["fingerprint"]:
+    if EncoderIdentity(encoder, preprocess).fingerprint != attributes["fingerprint"]:
         raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=AGAIN)
     storage = attributes.get("storage", "float16")
     if storage not in STORAGES:
@@ -213,7 +214,6 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
         sizes=sizes,
         encoder=encoder,
         preprocess=preprocess,
-        fingerprint=attributes["fingerprint"],
         source=source,
         uid=uid,
         storage=storage,
@@ -243,7 +243,7 @@ class Shard:
         self.layout = layout
         self.rows, self.tokens, self.width = layout.rows, layout.tokens, layout.width
         self.encoder, self.preprocess, self.source = layout.encoder, layout.preprocess, layout.source
-        self.fingerprint = layout.fingerprint
+        self.identity = layout.identity
         self.conversations, self.local = layout.text == "conversation", layout.images == "local"
         self._open: tuple[int, int] | None = None
         self._checked = np.zeros(self.rows, bool)

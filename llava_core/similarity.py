@@ -33,12 +33,11 @@ def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard]
             do="use the images: leave --features out",
         )
     tower = open_vision_tower(vision, device, decode=first.preprocess.get("decode", "draft"), text=True)
-    if first.fingerprint != tower.fingerprint:
-        raise LlavaError(
-            f"{folder} holds features of another encoder",
-            expected=f"{tower.encoder['model_id']} ({tower.fingerprint[:12]})",
-            got=f"{first.encoder.get('model_id')} ({first.fingerprint[:12]})",
-        )
+    tower.identity.require_same(
+        first.identity,
+        f"{folder} holds features of another encoder",
+        do="give --vision the encoder that made them",
+    )
     return tower
 
 

@@ -12,7 +12,8 @@ from llava_core.vision import VisionTower, open_vision_tower
 
 def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:
     """The encoder as a projector was trained on it. Raises LlavaError if `folder` holds another."""
-    layer, decode = trained.encoder.get("layer"), trained.preprocess.get("decode", "draft")
+    layer = trained.encoder.encoder.get("layer")
+    decode = trained.encoder.preprocess.get("decode", "draft")
     tower = open_vision_tower(folder, device, layer=layer, decode=decode)
-    trained.require_encoder(tower.fingerprint, tower.encoder, tower.preprocess.to_json())
+    trained.require_encoder(tower.identity)
     return tower

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from llava_core.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
-from llava_core.fingerprint import JsonDict, fingerprint, sha256_files
+from llava_core.fingerprint import JsonDict, sha256_files
 from llava_core.folders import MODELSCOPE_FILES, require_plain_weights, require_vision_encoder
+from llava_core.identity import EncoderIdentity
 from llava_core.preprocess import FILTERS, Preprocess
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -67,8 +68,8 @@ class VisionTower:
         return int(self.encoder["width"])
 
     @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.encoder, self.preprocess.to_json())
+    def identity(self) -> EncoderIdentity:
+        return EncoderIdentity(self.encoder, self.preprocess.to_json())
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor | np.ndarray) -> torch.Tensor:

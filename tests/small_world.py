@@ -53,7 +53,7 @@ def write_world(root: Path) -> World:
     projector = build_projector("linear", tower.width, llm.hidden)
     # Far larger than a trained one's, so that pictures make a difference to a random model.
     match_scale(projector, torch.randn(64, tower.width), 4 * llm.embedding_rms)
-    provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), llm.identity)
+    provenance = Provenance(tower.identity, llm.identity)
     save_checkpoint(root / "run/last", projector, provenance, {}, {}, {})
     images = []
     for seed in range(5):

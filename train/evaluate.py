@@ -121,8 +121,7 @@ def run(config: EvalConfig) -> JsonDict:
 def _load(config: EvalConfig, world: World) -> tuple[LanguageModel, Projector, Samples]:
     checkpoint = load_checkpoint(config.checkpoint)
     shards = open_shards(config.features)
-    first = shards[0]
-    checkpoint.provenance.require_encoder(first.fingerprint, first.encoder, first.preprocess)
+    checkpoint.provenance.require_encoder(shards[0].identity)
     device = world.device(config.device)
     llm = load_language_model(config.llm, device)
     checkpoint.provenance.require_language_model(llm.identity)

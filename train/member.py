@@ -21,7 +21,7 @@ from train.optimizer import build_optimizer, learning_rate
 from train.packing import Packing
 from train.plan import predict, projector_of
 from train.report import Report
-from train.runfolder import RunFolder
+from train.runfolder import RunFolder, weights_sha256
 from train.samples import Schedule, answer_tokens
 from train.shared import Shared
 from train.start import initial_projector
@@ -66,13 +66,13 @@ class Member:
         """Held-out loss before the first step, if this process has measured it."""
         self.cut = self.dropped = 0
         """Answers cut so far, and turns left out after them."""
-        self.rows = {"samples": self.samples.identity}
-        if self.held_out:
-            self.rows["held_out"] = self.held_out.identity
+        self.rows = shared.rows(config)
+        self.init = None if folder.begun else weights_sha256(config.init)
+        """sha256 of the weights that it started from, if those of --init."""
         if self.world.main and (state := folder.resume(shared.provenance, self.rows)):
             self.restore(state)
         say(
-            f"{title}frozen: {self.llm.identity['id']} ({parameter_count(self.llm.model):,} parameters); "
+            f"{title}frozen: {self.llm.id} ({parameter_count(self.llm.model):,} parameters); "
             f"trained: {config.projector} projector {shared.shards[0].width}→{self.llm.hidden} "
             f"({parameter_count(self.projector):,} parameters); "
             f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
@@ -179,6 +179,7 @@ class Member:
             "cut": self.cut,
             "dropped": self.dropped,
             "rows": self.rows,
+            "init": self.init,
             "rng": torch.get_rng_state(),
         }
 
@@ -188,6 +189,7 @@ class Member:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
         self.cut, self.dropped = state["cut"], state["dropped"]
+        self.init = state.get("init")  # which earlier versions did not keep
         torch.set_rng_state(state["rng"])
 
     def follow_main(self) -> None:

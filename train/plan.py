@@ -12,7 +12,7 @@ from llava_core.console import human_bytes, human_seconds, show, table
 from llava_core.conversation import Conversation
 from llava_core.device import default_dtype, pick_device
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards, require_same_fingerprint
+from llava_core.features import open_shards, require_one_encoder
 from llava_core.fingerprint import JsonDict
 from llava_core.language import outline_language_model
 from llava_core.matmul import matmul_rate
@@ -109,7 +109,7 @@ class Outline:
     def __init__(self, config: RunConfig) -> None:
         self.shards = open_shards(config.features)
         held_out = open_shards(config.eval_features) if config.eval_features else []
-        require_same_fingerprint([*self.shards, *held_out])
+        require_one_encoder([*self.shards, *held_out])
         self.held_out_rows = sum(int((shard.status == Status.OK).sum()) for shard in held_out)
         self.device = pick_device(config.device)
         self.resident = peak_memory(self.device)

@@ -98,7 +98,7 @@ def prepare(llm: LanguageModel, compiled: Compile = "off") -> Prepared:
         passed_over[kernel.name] = reason
     else:
         raise LlavaError(
-            f"this trainer cannot pack samples for a {llm.identity['architecture']}",
+            f"this trainer cannot pack samples for a {llm.identity.architecture}",
             expected="plain causal attention and a plain vocabulary head, as in Qwen3 or Llama",
             got=reason,
         )

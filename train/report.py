@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +62,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Offline without an API key, so that no run ever waits at a login prompt."""
+    """Offline without an API key, so that no run ever waits at a login prompt.
+
+    A run that continues, after a kill as well, is the same one there: its id stays in its folder. Steps that
+    it had reported before are not taken twice.
+    """
 
     def __init__(self, folder: Path, training: JsonDict, name: str) -> None:
         try:
@@ -73,12 +78,23 @@ class WeightsAndBiases:
             mode = "offline"
         options: Any = {"mode": mode, "reinit": "create_new"}  # runs that train together have one each
         self.table: Any = wandb.Table
+        path = folder / "wandb_run_id"
+        known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        known = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # which `wandb agent` gives
+        replace_text(path, known + "\n")  # before there is a run: a kill may come at any time
         try:
             self.run: Any = wandb.init(
-                project="llava-align", name=name, dir=folder, config=training, **options
+                project="llava-align",
+                name=name,
+                dir=folder,
+                config=training,
+                id=known,
+                resume="allow",
+                allow_val_change=True,
+                **options,
             )
         except wandb.errors.Error as error:
-            do = "set WANDB_MODE=offline, or leave out --report-to wandb"
+            do = f"set WANDB_MODE=offline, leave out --report-to wandb, or delete {path} for a new run"
             raise LlavaError("Weights & Biases cannot begin a run", got=first_line(error), do=do) from None
 
     def log(self, step: int, metrics: JsonDict) -> None:

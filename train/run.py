@@ -72,6 +72,8 @@ def train(
                     projector_of(config, shared.shards[0], hidden=1).tokens_out(shared.shards[0].tokens)
                     folder = RunFolder(config.out, config)
                     if (finished := folder.finished()) is not None:
+                        if folder.moved:
+                            folder.resume(shared.provenance, shared.rows(config))  # or refuse
                         say(f"{config.out} is finished; nothing to do")
                         outcomes[index] = finished
                         continue

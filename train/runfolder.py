@@ -21,7 +21,7 @@ import yaml
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.files import replace_text
-from llava_core.fingerprint import JsonDict
+from llava_core.fingerprint import JsonDict, sha256_files
 from llava_core.folders import require_folder
 from llava_core.projector import Projector
 from train.config import RunConfig
@@ -31,6 +31,8 @@ FREE_KEYS = {
     *("micro_tokens", "resident", "eval_captions", "compile"),
 }
 """Flags that may differ when a run continues: they do not change what is learnt."""
+MOVABLE_KEYS = {"features", "eval_features", "llm", "init"}
+"""Flags that name folders. What lies in these is compared when a run continues, wherever they are by then."""
 
 
 def plain(value: object) -> object:
@@ -42,12 +44,30 @@ DEFAULTS = {field.name: plain(field.default) for field in dataclasses.fields(Run
 """A flag that is newer than a run, or a sweep, had its default's effect there."""
 
 
+def moved_of(before: JsonDict, now: JsonDict) -> set[str]:
+    """Which of MOVABLE_KEYS are folders in both, by different names."""
+    both = {key for key in MOVABLE_KEYS if before.get(key) is not None and now.get(key) is not None}
+    return {key for key in both if before[key] != now[key]}
+
+
+def weights_sha256(checkpoint: Path | None) -> str | None:
+    """Of a checkpoint's projector; None without one, or if it is gone."""
+    path = (checkpoint or Path()) / "model.safetensors"
+    return sha256_files([path]) if checkpoint and path.is_file() else None
+
+
+def _flag(key: str) -> str:
+    return key.replace("_", "-")
+
+
 class RunFolder:
     """Raises LlavaError if the folder holds a run with other flags, or none although --resume was given."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
         self.training: JsonDict = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+        self.moved: set[str] = set()
+        """Folders that have another name than when the run began."""
         require_folder(path)
         if (path / "config.json").exists():
             raise LlavaError(f"--out {path} is a checkpoint", do="choose another; --init starts from it")
@@ -59,6 +79,9 @@ class RunFolder:
             self._require_same_flags(load_checkpoint(last).training)
         elif (path / "summary.json").exists():  # finished, and its checkpoints deleted
             self._require_same_flags(yaml.safe_load((path / "training_config.yaml").read_text("utf-8")))
+            if self.moved:
+                what = f"{path} has no checkpoint left to compare --{_flag(min(self.moved))} with"
+                raise LlavaError(what, do="name the folder as before, or choose another --out")
         elif config.resume:
             raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
 
@@ -70,14 +93,17 @@ class RunFolder:
     def _require_same_flags(self, flags: JsonDict) -> None:
         before = {**DEFAULTS, **flags}
         differing = [k for k in self.training if k not in FREE_KEYS and before[k] != self.training[k]]
-        if differing:
-            key = differing[0]
-            raise LlavaError(
-                f"{self.path} holds a run with another --{key.replace('_', '-')}",
-                expected=before[key],
-                got=self.training[key],
-                do="choose another --out, or delete that folder",
-            )
+        self.moved = moved_of(before, self.training) & set(differing)
+        if left := [key for key in differing if key not in self.moved]:
+            raise self._another(left[0], before[left[0]])
+
+    def _another(self, key: str, before: object) -> LlavaError:
+        return LlavaError(
+            f"{self.path} holds a run with another --{_flag(key)}",
+            expected=before,
+            got=self.training[key],
+            do="choose another --out, or delete that folder",
+        )
 
     def begin(self) -> None:
         """Write down the flags."""
@@ -113,20 +139,22 @@ class RunFolder:
     def resume(self, provenance: Provenance, rows: JsonDict) -> dict[str, Any] | None:
         """State of the last checkpoint, `projector` weights included; None for a new run.
 
-        Raises LlavaError if the encoder, the language model or the `rows` have changed since.
+        Raises LlavaError if the encoder, the language model or the `rows` have changed since, or --init names
+        another folder with another projector in it.
         """
         if not self.begun:
             return None
         checkpoint = load_checkpoint(self.path / "last")
-        before = checkpoint.provenance
-        before.require_encoder(provenance.fingerprint, provenance.encoder, provenance.preprocess)
-        before.require_language_model(provenance.language_model)
+        checkpoint.provenance.require_encoder(provenance.encoder)
+        checkpoint.provenance.require_language_model(provenance.language_model)
         state = load_state(checkpoint.folder)
         if state["rows"] != rows:
             raise LlavaError(
                 f"the shards have changed since the run in {self.path} began: files or rows were added",
                 do="restore them, or train anew in another --out",
             )
+        if "init" in self.moved and weights_sha256(self.config.init) != state.get("init"):
+            raise self._another("init", checkpoint.training.get("init"))
         return {**state, "projector": checkpoint.projector.state_dict()}
 
     def save(

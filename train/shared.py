@@ -7,8 +7,9 @@ import functools
 import torch
 
 from llava_core.checkpoint import Provenance
-from llava_core.conversation import CONVERSATION_FORMAT, Conversation
-from llava_core.features import open_shards, require_same_fingerprint
+from llava_core.conversation import Conversation
+from llava_core.features import open_shards, require_one_encoder
+from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
 from train.config import RunConfig
 from train.meter import peak_memory
@@ -32,7 +33,7 @@ class Shared:
         self.config, self.world, self.again = config, world, again
         self.shards = open_shards(config.features)
         self.held_out_shards = open_shards(config.eval_features) if config.eval_features else []
-        require_same_fingerprint([*self.shards, *self.held_out_shards])
+        require_one_encoder([*self.shards, *self.held_out_shards])
         self.prepared: Prepared | None = None
         """How the language model takes packs, once it is loaded."""
         self.unit = 0
@@ -67,14 +68,7 @@ class Shared:
 
     @functools.cached_property
     def provenance(self) -> Provenance:
-        first = self.shards[0]
-        return Provenance(
-            fingerprint=first.fingerprint,
-            encoder=first.encoder,
-            preprocess=first.preprocess,
-            language_model=self.llm.identity,
-            conversation=CONVERSATION_FORMAT,
-        )
+        return Provenance(self.shards[0].identity, self.llm.identity)
 
     def samples(self, config: RunConfig) -> tuple[Samples, Samples | None]:
         """The rows a run trains on, and those held out."""
@@ -82,6 +76,11 @@ class Shared:
         if not self.held_out_shards:
             return training, None
         return training, self._rows(config, held_out=True).worded(config.max_text_tokens, EVAL_SEED)
+
+    def rows(self, config: RunConfig) -> JsonDict:
+        """What tells apart the rows that a run trains on, and is judged by."""
+        samples, held_out = self.samples(config)
+        return {"samples": samples.identity} | ({"held_out": held_out.identity} if held_out else {})
 
     def keep_features(self, config: RunConfig) -> None:
         """Keep features where --resident says."""

@@ -44,7 +44,7 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
 def kept_projector(folder: Path, config: RunConfig, samples: Samples, llm: LanguageModel) -> Projector:
     """A checkpoint's. Raises LlavaError if it belongs to other models, or is not what the flags ask for."""
     checkpoint, shard = load_checkpoint(folder), samples.shards[0]
-    checkpoint.provenance.require_encoder(shard.fingerprint, shard.encoder, shard.preprocess)
+    checkpoint.provenance.require_encoder(shard.identity)
     checkpoint.provenance.require_language_model(llm.identity)
     require_same_kind(checkpoint, projector_of(config, shard, llm.hidden))
     return checkpoint.projector.train().requires_grad_()

@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.identity import LanguageModelIdentity
 from llava_core.lock import Held, Lock
 from train.config import SweepConfig
 from train.space import Point, Space, words
@@ -32,6 +33,8 @@ STARTUP = 8
 """Points drawn at random before the others are a guide."""
 UNPRUNED = 5
 """Trials of one seed that must have finished before another of that seed is pruned."""
+
+LANGUAGE_MODEL = "the language model"
 
 State = Literal["finished", "pruned", "failed", "running", "interrupted"]
 
@@ -63,7 +66,8 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.turn = Turn(self.folder / "study.lock")
         with self.turn, quiet():
-            require_same(self.folder, {"space": space.plain(), "flags": shared_flags})
+            self.moved = require_same(self.folder, {"space": space.plain(), "flags": shared_flags})
+            """Whether folders have other names than when it began."""
             self.study = open_journal(self.folder)
         self.prunes = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
 
@@ -86,17 +90,24 @@ class Study:
                 claims.append(claim)
         return claims
 
-    def require_same_data(self, data: JsonDict) -> None:
+    def require_same_data(self, data: JsonDict, llm: LanguageModelIdentity) -> None:
         """Keep what the trials read, or raise LlavaError naming what of it has changed since the first."""
+        data = {**data, LANGUAGE_MODEL: llm.to_json()}
+        do = "restore them, or choose another --out: the losses of one table are of the same data"
         with self.turn, quiet():
             before = self.study.user_attrs.get("data")
             if before is None:
                 self.study.set_user_attr("data", before := data)
-        if changed := [name for name in data if data[name] != before.get(name)]:
-            raise LlavaError(
-                f"{' and '.join(changed)} of the sweep in {self.folder} have changed since it began",
-                do="restore them, or choose another --out: the losses of one table are of the same data",
-            )
+        if isinstance(known := before[LANGUAGE_MODEL], str):  # version 0.1 kept the weights' sha256 alone
+            known = {"id": llm.id, "hidden": llm.hidden, "weights_sha256": known}
+        message = f"{LANGUAGE_MODEL} of the sweep in {self.folder} has changed since it began"
+        LanguageModelIdentity.from_json(known).require_same(llm, message, do)
+        unknown = {} if self.moved else data  # what an earlier version did not keep
+        kept = {name: before.get(name, unknown.get(name)) for name in data if name != LANGUAGE_MODEL}
+        changed = [name for name, value in kept.items() if value != data[name]]
+        if changed:
+            what = f"{' and '.join(changed)} of the sweep in {self.folder} have changed since it began"
+            raise LlavaError(what, do=do)
 
     def records(self) -> list[Record]:
         """Every trial so far, in the order in which they began; call it while holding `turn`."""

@@ -67,7 +67,7 @@ def run(config: SweepConfig) -> JsonDict:
     left = study.left()
     if left < planned["trials"]:
         say(f"{counted(left, 'trial')} left")
-    if config.ray:
+    if config.ray and left:
         from train.cluster import work_on_ray  # few sweeps have a cluster
 
         work_on_ray(config, space)

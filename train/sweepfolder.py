@@ -24,7 +24,7 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.files import replace_text, tolerated, without_flush
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import flock
-from train.runfolder import DEFAULTS
+from train.runfolder import DEFAULTS, moved_of
 
 
 class Turn(JournalFileOpenLock):
@@ -71,8 +71,12 @@ def open_journal(folder: Path) -> optuna.Study:
         raise LlavaError(f"{journal} is damaged", got=first_line(error), do=do) from None
 
 
-def require_same(folder: Path, contents: JsonDict) -> None:
-    """Keep what is varied and what all trials share, or raise LlavaError if the folder's sweep has others."""
+def require_same(folder: Path, contents: JsonDict) -> bool:
+    """Keep what is varied and what all trials share, or raise LlavaError if the folder's sweep has others.
+
+    Returns whether folders are named otherwise than when the sweep began, so that what lies in them is to be
+    compared.
+    """
     path = folder / "sweep.yaml"
     if not path.exists():
         if (folder / "training_config.yaml").exists():
@@ -80,7 +84,7 @@ def require_same(folder: Path, contents: JsonDict) -> None:
         if (folder / "study.journal").exists():
             raise LlavaError(f"{path} of this sweep is gone", do="restore it, or choose another --out")
         replace_text(path, yaml.safe_dump(contents, allow_unicode=True, sort_keys=False))
-        return
+        return False
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
         flags = {key: read["flags"].get(key, DEFAULTS.get(key)) for key in contents["flags"]}
@@ -88,16 +92,18 @@ def require_same(folder: Path, contents: JsonDict) -> None:
     except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         do = "restore it, or choose another --out"
         raise LlavaError(f"{path} is damaged", got=first_line(error), do=do) from None
+    moved = moved_of(flags, contents["flags"])
     for part, prefix in (("space", "--space "), ("flags", "--")):
         for key in {**before[part], **contents[part]}:
             old, new = before[part].get(key), contents[part].get(key)
-            if old != new:
+            if old != new and (part == "space" or key not in moved):
                 raise LlavaError(
                     f"{folder} holds a sweep with another {prefix}{key.replace('_', '-')}",
                     expected="none" if old is None else old,
                     got="none" if new is None else new,
                     do="choose another --out: what is drawn next, and the table, are of one space",
                 )
+    return bool(moved)
 
 
 def _cut_torn_line(journal: Path) -> None:

@@ -19,7 +19,7 @@ from train.parallel import World
 from train.plots import draw
 from train.results import best_of, how_sure, rows_of, text_table, write_best, write_results
 from train.run import MEMBER_KEYS, train
-from train.runfolder import FREE_KEYS, RunFolder
+from train.runfolder import FREE_KEYS, RunFolder, weights_sha256
 from train.shared import Shared
 from train.space import Point, Space, run_config, words
 from train.study import Claim, Study
@@ -39,6 +39,9 @@ def open_study(config: SweepConfig, space: Space) -> Study:
 def work(config: SweepConfig, space: Space) -> None:
     """Run trials until none is left that nobody works on; other processes may do the same."""
     study, shared = open_study(config, space), None
+    if study.moved:
+        shared = opened(config)
+        study.require_same_data(data_of(config, shared), shared.llm.identity)
     while claims := study.claim(config.together, alike):
         with contextlib.ExitStack() as stack:
             for claim in claims:
@@ -46,7 +49,7 @@ def work(config: SweepConfig, space: Space) -> None:
             with blameless(claims):
                 if shared is None:
                     shared = opened(config)
-                    study.require_same_data(data_of(config, shared))
+                    study.require_same_data(data_of(config, shared), shared.llm.identity)
             kinds = {alike(claim.point) for claim in claims}
             for kind in sorted(kinds):
                 run_claims(config, shared, [claim for claim in claims if alike(claim.point) == kind])
@@ -74,13 +77,12 @@ def opened(config: SweepConfig) -> Shared:
 
 def data_of(config: SweepConfig, shared: Shared) -> JsonDict:
     """What tells apart the data that the trials read, by what it is called."""
-    samples, held_out = shared.samples(config)
-    assert held_out is not None
+    rows = shared.rows(config)
     return {
-        "the training rows": samples.identity,
-        "the held-out rows": held_out.identity,
-        "the encoder": shared.provenance.fingerprint,
-        "the language model": shared.llm.identity["weights_sha256"],
+        "the training rows": rows["samples"],
+        "the held-out rows": rows["held_out"],
+        "the encoder": shared.provenance.encoder.fingerprint,
+        **({"the projector of --init": weights_sha256(config.init)} if config.init else {}),
     }
 
 

@@ -80,7 +80,7 @@ def write_checkpoint(
     torch.manual_seed(1)
     projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
     match_scale(projector, torch.randn(4, tower.tokens, tower.width), llm.embedding_rms)
-    provenance = Provenance(tower.fingerprint, tower.encoder, tower.preprocess.to_json(), llm.identity)
+    provenance = Provenance(tower.identity, llm.identity)
     save_checkpoint(folder, projector, provenance, {"lr": 0.1}, {"eval_loss": 1.25}, {})
     return ExportConfig(checkpoint=folder, vision=vision, llm=llm_folder, out=folder.with_name("exported"))
 

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_one_line(world: World, tmp_path: Path) -> None:
         import_run(shuffled)
     told = dataclasses.replace(shuffled, visual_tokens="shuffle", layer="norm")
     assert import_run(told)["tokens"] == 4
-    assert load_checkpoint(told.out).provenance.encoder["layer"] is None
+    assert load_checkpoint(told.out).provenance.encoder.encoder["layer"] is None
     for weights, message in (
         (llava_mlp(in_width=60), "expected 64 wide; got 60; give the encoder it was trained on"),
         (llava_mlp(out_width=40), "does not fit llm; expected 32 wide; got 40; give the language model"),

@@ -36,7 +36,7 @@ def smollm2(pytestconfig: pytest.Config) -> Path:
 
 def test_its_chat_template_and_end_token(smollm2: Path) -> None:
     llm = load_language_model(smollm2)
-    assert llm.identity["architecture"] == "LlamaForCausalLM"
+    assert llm.identity.architecture == "LlamaForCausalLM"
     chat = Conversation(llm.tokenizer, llm.eos_ids)
     example = chat.example([Turn("What is it?", "A red circle.")], max_answer_tokens=99)
     learnt = [token for token in example.labels if token != IGNORE]

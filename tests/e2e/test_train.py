@@ -66,7 +66,7 @@ def test_a_run_learns_and_leaves_a_whole_checkpoint(world: Path, whole: Path) ->
     checkpoint = load_checkpoint(whole / "last")
     assert checkpoint.metrics["step"] == 24
     assert checkpoint.training["lr"] == 0.02
-    assert checkpoint.provenance.language_model["hidden"] == 32
+    assert checkpoint.provenance.language_model.hidden == 32
     assert sorted(path.name for path in whole.glob("step-*")) == ["step-00000020", "step-00000024"]
 
 

@@ -73,7 +73,7 @@ def test_round_trip(table: list[tuple], random, batch: int, thumbnails: bool, st
         assert [p.name for p in Path(folder).iterdir()] == ["x.h5"]
         shard = Shard(path)
         assert (shard.rows, shard.tokens, shard.width) == (len(table), TOKENS, WIDTH)
-        assert (shard.fingerprint, shard.source) == (made.fingerprint, made.source)
+        assert (shard.identity, shard.source) == (made.identity, made.source)
         for record, (caption, *_) in zip(records, table, strict=True):
             i = record.row
             assert shard.caption(i) == caption.encode("utf-8", "replace").decode()

@@ -198,9 +198,8 @@ def model(chat: Conversation) -> LanguageModel:
         num_hidden_layers=1,
         num_attention_heads=2,
     )
-    identity = {"id": "small", "architecture": "LlamaForCausalLM", "hidden": 16}
     network = LlamaForCausalLM(config).eval()
-    return LanguageModel(network, chat.tokenizer, identity, 1.0, chat.eos_ids)
+    return LanguageModel(network, chat.tokenizer, "small", None, 1.0, chat.eos_ids)
 
 
 class scripted:

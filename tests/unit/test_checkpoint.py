@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.files import SUMS, read_sums
-from llava_core.fingerprint import fingerprint
+from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS, build_projector
 
 ENCODER = {"model_id": "clip", "weights_sha256": "a" * 64, "layer": None, "tokens": 5, "width": 6}
 PREPROCESS = {"size": 32, "filter": "bicubic"}
-LANGUAGE = {"id": "qwen", "weights_sha256": "b" * 64, "hidden": 8}
-PROVENANCE = Provenance(fingerprint(ENCODER, PREPROCESS), ENCODER, PREPROCESS, LANGUAGE)
+LANGUAGE = LanguageModelIdentity("qwen", "b" * 64, hidden=8, rendered=("1 a", "2 b"))
+PROVENANCE = Provenance(EncoderIdentity(ENCODER, PREPROCESS), LANGUAGE)
 
 
 def save(folder: Path, kind: str = "mlp", step: int = 1, visual_tokens: str = "all") -> torch.nn.Module:
@@ -42,7 +43,7 @@ def test_round_trip(tmp_path: Path, kind: str, visual_tokens: str) -> None:
     assert (loaded.training, loaded.metrics) == ({"lr": 0.1}, {"eval_loss": 2.5})
     assert load_state(tmp_path / "c")["step"] == 1
     card = (tmp_path / "c/README.md").read_text(encoding="utf-8")
-    assert PROVENANCE.fingerprint in card
+    assert PROVENANCE.encoder.fingerprint in card
     assert "| eval_loss | 2.5 |" in card
     # whoever may read the one may read the other
     assert (tmp_path / "c/model.safetensors").stat().st_mode == (tmp_path / "c/config.json").stat().st_mode
@@ -70,17 +71,18 @@ def test_an_older_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused_by_name() -> None:
-    other = {**LANGUAGE, "id": "llama", "weights_sha256": "c" * 64}
+    other = dataclasses.replace(LANGUAGE, id="llama", weights_sha256="c" * 64)
     with pytest.raises(LlavaError, match=r"expected qwen \(weights bbbb.*got llama \(weights cccc"):
         PROVENANCE.require_language_model(other)
-    PROVENANCE.require_language_model({**LANGUAGE, "id": "the same in another folder"})
-    larger = {**PREPROCESS, "size": 64}
+    PROVENANCE.require_language_model(dataclasses.replace(LANGUAGE, id="the same in another folder"))
+    larger = EncoderIdentity(ENCODER, {**PREPROCESS, "size": 64})
     with pytest.raises(LlavaError, match=r"expected clip \(.*got clip \(.*size: 32 vs 64"):
-        PROVENANCE.require_encoder(fingerprint(ENCODER, larger), ENCODER, larger)
-    PROVENANCE.require_encoder(PROVENANCE.fingerprint, ENCODER, PREPROCESS)
-    inner = {**ENCODER, "layer": 3}
+        PROVENANCE.require_encoder(larger)
+    renamed = EncoderIdentity({**ENCODER, "model_id": "the same in another folder"}, PREPROCESS)
+    PROVENANCE.require_encoder(renamed)
+    inner = EncoderIdentity({**ENCODER, "layer": 3}, PREPROCESS)
     with pytest.raises(LlavaError, match=r"make features of its layer: extract run without --layer$"):
-        PROVENANCE.require_encoder(fingerprint(inner, PREPROCESS), inner, PREPROCESS)
+        PROVENANCE.require_encoder(inner)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training_config.yaml", "metrics.json"])

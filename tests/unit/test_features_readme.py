@@ -27,7 +27,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         exec(example, {})
     assert str(shard.read(1)) in out.getvalue()
     assert shard.caption(1) in out.getvalue()
-    assert shard.fingerprint in out.getvalue()
+    assert shard.identity.fingerprint in out.getvalue()
 
 
 def test_every_status_and_dataset_is_listed() -> None:

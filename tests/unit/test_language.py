@@ -24,8 +24,8 @@ def test_frozen_and_known(tmp_path: Path) -> None:
     llm = load_language_model(write_language_model(tmp_path / "small-qwen"))
     assert not llm.model.training
     assert not any(p.requires_grad for p in llm.model.parameters())
-    assert llm.identity["id"] == "small-qwen"
-    assert llm.identity["architecture"] == "Qwen3ForCausalLM"
+    assert llm.identity.id == "small-qwen"
+    assert llm.identity.architecture == "Qwen3ForCausalLM"
     assert llm.hidden == 32
     assert llm.eos_ids == {2}
     assert llm.embed(torch.tensor([[1, 2, 3]])).shape == (1, 3, 32)
@@ -34,7 +34,7 @@ def test_frozen_and_known(tmp_path: Path) -> None:
 
 def test_the_identity_follows_the_weights(tmp_path: Path) -> None:
     hashes = {
-        load_language_model(write_language_model(tmp_path / str(i), seed=seed)).identity["weights_sha256"]
+        load_language_model(write_language_model(tmp_path / str(i), seed=seed)).identity.weights_sha256
         for i, seed in enumerate([0, 0, 1])
     }
     assert len(hashes) == 2
@@ -189,7 +189,7 @@ def test_a_folder_s_own_code_is_neither_run_nor_asked_about(
         code = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", None]}
         edit(known / file, auto_map=code)
     (known / "own.py").write_text("raise SystemExit('run')")
-    assert load(known).identity["architecture"] == "Qwen3ForCausalLM"  # transformers' own
+    assert load(known).identity.architecture == "Qwen3ForCausalLM"  # transformers' own
 
     edit(known / "config.json", model_type="baichuan")
     with pytest.raises(LlavaError, match=r"code of its own, which is not run; .* GGUF file, or another"):

@@ -172,7 +172,7 @@ def test_shards_of_both_kinds_lie_side_by_side(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.h5")
     write_shard(tmp_path / "b.h5", storage="int8")
     full, small = open_shards(tmp_path)
-    assert full.fingerprint == small.fingerprint
+    assert full.identity == small.identity
     assert full.read(3).dtype == small.read(3).dtype == np.float16
     assert np.allclose(full.read(3), small.read(3), atol=0.02)
     copy: Shard = pickle.loads(pickle.dumps(small))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.conversation import Conversation
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards
+from llava_core.identity import EncoderIdentity
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from tests.small_models import write_language_model
@@ -110,7 +112,7 @@ def test_the_default_start_has_the_scale_of_the_embeddings(samples: Samples, llm
 
 def test_a_kept_projector_goes_on(llm: LanguageModel, samples: Samples, tmp_path: Path) -> None:
     shard = samples.shards[0]
-    provenance = Provenance(shard.fingerprint, shard.encoder, shard.preprocess, llm.identity)
+    provenance = Provenance(shard.identity, llm.identity)
     kept = build_projector("mlp", WIDTH, llm.hidden)
     save_checkpoint(tmp_path / "kept", kept, provenance, {}, {}, state=None)
     features = samples.read(range(3)).float()
@@ -127,12 +129,11 @@ def test_a_kept_projector_of_other_models_is_refused(
     llm: LanguageModel, samples: Samples, tmp_path: Path
 ) -> None:
     shard = samples.shards[0]
-    identity = {**llm.identity, "weights_sha256": "0" * 64}
-    for name, fingerprint, model in (
-        ("encoder", "f" * 64, llm.identity),
-        ("llm", shard.fingerprint, identity),
+    smaller = EncoderIdentity(shard.encoder, {**shard.preprocess, "size": 1})
+    for name, provenance in (
+        ("encoder", Provenance(smaller, llm.identity)),
+        ("llm", Provenance(shard.identity, dataclasses.replace(llm.identity, weights_sha256="0" * 64))),
     ):
-        provenance = Provenance(fingerprint, shard.encoder, {**shard.preprocess, "size": 1}, model)
         kept = build_projector("linear", WIDTH, llm.hidden)
         save_checkpoint(tmp_path / name, kept, provenance, {}, {}, state=None)
         with pytest.raises(LlavaError, match="this projector was trained"):

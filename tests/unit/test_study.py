@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Timeout
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
+from llava_core.identity import LanguageModelIdentity
 from train.config import SweepConfig
 from train.space import Point, Space
 from train.study import MOST_DEATHS, Claim, Study
@@ -254,12 +256,17 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_other_data_than_the_trials_before_read_is_refused(tmp_path: Path) -> None:
     data = {"the training rows": "a", "the held-out rows": "b", "the encoder": "c"}
-    study(tmp_path, "lr=1,2").require_same_data(data)
-    study(tmp_path, "lr=1,2").require_same_data({**data})
+    llm = LanguageModelIdentity("llm", "w", hidden=8)
+    study(tmp_path, "lr=1,2").require_same_data(data, llm)
+    study(tmp_path, "lr=1,2").require_same_data({**data}, dataclasses.replace(llm, id="moved"))
     with pytest.raises(
         LlavaError, match=r"^the training rows and the encoder of the sweep in .* have changed"
     ):
-        study(tmp_path, "lr=1,2").require_same_data({**data, "the training rows": "A", "the encoder": "C"})
+        study(tmp_path, "lr=1,2").require_same_data(
+            {**data, "the training rows": "A", "the encoder": "C"}, llm
+        )
+    with pytest.raises(LlavaError, match=r"^the language model of the sweep in .*: other weights; restore"):
+        study(tmp_path, "lr=1,2").require_same_data(data, dataclasses.replace(llm, weights_sha256="v"))
 
 
 def test_a_folder_without_its_space_or_with_a_damaged_journal_is_one_line(tmp_path: Path) -> None:

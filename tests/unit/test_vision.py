@@ -136,8 +136,8 @@ def test_the_frozen_tower_is_what_it_says(tmp_path: Path) -> None:
 def test_layers_count_as_in_transformers(tmp_path: Path) -> None:
     folder = write_vision_folder(tmp_path)
     last, same = open_vision_tower(folder, layer=-1), open_vision_tower(folder, layer=2)
-    assert last.fingerprint == same.fingerprint
-    assert len({open_vision_tower(folder, layer=k).fingerprint for k in (None, -1, -2, -3)}) == 4
+    assert last.identity.fingerprint == same.identity.fingerprint
+    assert len({open_vision_tower(folder, layer=k).identity.fingerprint for k in (None, -1, -2, -3)}) == 4
     clip = last._clip
     assert clip is not None
     normed = clip.visual.ln_post(last.encode(some_pixels(32)))
@@ -149,11 +149,11 @@ def test_layers_count_as_in_transformers(tmp_path: Path) -> None:
 def test_the_fingerprint_follows_weights_and_preprocessing(tmp_path: Path) -> None:
     folder = write_vision_folder(tmp_path / "a")
     prints = [
-        open_vision_tower(folder).fingerprint,
-        open_vision_tower(write_vision_folder(tmp_path / "b")).fingerprint,
-        open_vision_tower(folder, dtype=torch.bfloat16).fingerprint,
-        open_vision_tower(folder, decode="exact").fingerprint,
-        open_vision_tower(write_vision_folder(tmp_path / "c", seed=1)).fingerprint,
+        open_vision_tower(folder).identity.fingerprint,
+        open_vision_tower(write_vision_folder(tmp_path / "b")).identity.fingerprint,
+        open_vision_tower(folder, dtype=torch.bfloat16).identity.fingerprint,
+        open_vision_tower(folder, decode="exact").identity.fingerprint,
+        open_vision_tower(write_vision_folder(tmp_path / "c", seed=1)).identity.fingerprint,
     ]
     assert prints[0] == prints[1] == prints[2]
     assert len(set(prints)) == 3

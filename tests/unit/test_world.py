@@ -155,7 +155,7 @@ def test_data_in_both_forms_with_its_troubles(tmp_path: Path, caplog: pytest.Log
 
 def test_the_shipped_models_are_small_frozen_and_strangers() -> None:
     tower, llm = open_vision_tower(MODELS / "vision", text=True), load_language_model(MODELS / "llm")
-    assert llm.identity["architecture"] == "Qwen3ForCausalLM"
+    assert llm.identity.architecture == "Qwen3ForCausalLM"
     assert tower.tokens == 37
     assert sum(path.stat().st_size for path in MODELS.rglob("*")) < 8_000_000
     assert not any(parameter.requires_grad for parameter in llm.model.parameters())

@@ -1,0 +1,81 @@
+"""The weights beside a projector: a file of a whole model is imported only if its models are those given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from llava_core.errors import LlavaError
+from llava_core.identity import LanguageModelIdentity
+from llava_core.language import LanguageModel, load_language_model
+from llava_core.vision import VisionTower
+
+COMPUTED = ("inv_freq", "position_ids", "masked_bias")
+"""Last parts of names of buffers that older versions of transformers saved, and that no training changes."""
+
+
+def require_as_given(
+    path: Path, beside: Mapping[str, torch.Tensor], tower: VisionTower, outline: LanguageModel, llm: Path
+) -> LanguageModelIdentity | None:
+    """Compare what lies in `path` beside a projector with the two models that it is imported for.
+
+    `outline` is of the language model in the folder `llm`, which is loaded if the file holds weights by its
+    names; returns its identity then, with the weights' sha256. Raises LlavaError if a weight has other values
+    than the model given, so that it was trained together with the projector, or belongs to neither.
+    """
+    rest = {name: value for name, value in beside.items() if name.rpartition(".")[2] not in COMPUTED}
+    spoken = _by_name(rest, outline.model.state_dict())
+    seen = _by_name([name for name in rest if name not in spoken], tower.network.state_dict())
+    identity = None
+    if spoken:
+        dtype = next(iter(rest[name].dtype for name in spoken))
+        loaded = load_language_model(llm, dtype=dtype if dtype.is_floating_point else None)
+        identity = loaded.identity
+        do = "import stage 1's file, or give --llm a folder with these weights and the tokenizer"
+        _require_equal(path, rest, loaded.model.state_dict(), spoken, f"language model in {llm}", do)
+    do = "give --vision the encoder that was trained with it"
+    _require_equal(path, rest, tower.network.state_dict(), seen, str(tower.encoder["model_id"]), do)
+    if left := [name for name in rest if name not in spoken and name not in seen]:
+        raise LlavaError(
+            f"{path} holds more than a projector, and what cannot be compared",
+            expected="weights by the names of the two models given",
+            got=f"{len(left):,} others, such as {left[0]}",
+            do="if both models are as published, save the projector's weights alone and import that file",
+        )
+    return identity
+
+
+def _by_name(names: Iterable[str], known: Mapping[str, object]) -> dict[str, str]:
+    """Those of `names` that end in a name of `known`, or in one without its first part: each with that."""
+    short = {name.partition(".")[2]: name for name in known}
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        ends = [".".join(parts[k:]) for k in range(len(parts) - 1)]
+        match = next((end for end in ends if end in known), None)
+        if match or (match := next((short[end] for end in ends if end in short), None)):
+            found[name] = match
+    return found
+
+
+def _require_equal(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    whose: str,
+    do: str,
+) -> None:
+    """Raise LlavaError unless each weight has the values of the one of `given` that `names` says."""
+    for name, theirs in names.items():
+        ours, other = weights[name], given[theirs]
+        if ours.shape != other.shape or not torch.equal(ours, other.to(ours.dtype)):
+            alike = ours.shape == other.shape
+            raise LlavaError(
+                f"{path} holds other weights than the {whose}: trained together with the projector, it seems",
+                expected=f"{name} as there" if alike else f"{name} {list(other.shape)}",
+                got="other values" if alike else list(ours.shape),
+                do=do,
+            )

@@ -1,0 +1,191 @@
+"""What a projector belongs to: the encoder whose features it reads, and the language model it speaks through.
+
+A path is no part of either: folders are moved and renamed, and what lies in them is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llava_core.console import say
+from llava_core.conversation import Conversation
+from llava_core.errors import LlavaError
+from llava_core.fingerprint import JsonDict
+
+ENCODER_KEYS = ("weights_sha256", "layer", "tokens", "width")
+PREPROCESS_KEYS = ("size", "filter", "crop", "decode", "exif", "mean", "std")
+"""What decides the values of features. A folder's name, the number type and Pillow's version are recorded
+beside these but not compared: a laptop in fp32 must be able to use what a GPU in bf16 has cached."""
+
+DIALOGUE = (
+    {"role": "user", "content": "请描述这张图片。"},
+    {"role": "assistant", "content": "一只橘猫趴在木桌上，旁边有 3 本书、1 杯咖啡。"},
+    {"role": "user", "content": "What does the cat's collar say?"},
+    {"role": "assistant", "content": 'It reads "Mimi 2024";\n  behind it: a naïve drawing 🐱 (≈15 % of it).'},
+    {"role": "user", "content": "还有什么？"},
+)
+"""What chat templates are compared by. Changed, it would make every recorded rendering another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderIdentity:
+    """A frozen vision encoder and how it is given pictures, as a shard and a checkpoint record them."""
+
+    encoder: JsonDict
+    """model_id, weights_sha256, layer, tokens, width, dtype."""
+    preprocess: JsonDict
+    """size, filter, crop, decode, exif, mean, std, pillow."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256, in hex, over the canonical JSON of what is compared; a missing key counts as null."""
+        content = {
+            "encoder": {key: self.encoder.get(key) for key in ENCODER_KEYS},
+            "preprocess": {key: self.preprocess.get(key) for key in PREPROCESS_KEYS},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def differences(self, other: EncoderIdentity) -> list[str]:
+        """Each compared key whose values differ, as 'size: 224 vs 336'."""
+        ours, theirs = {**self.encoder, **self.preprocess}, {**other.encoder, **other.preprocess}
+        return [
+            f"{key}: {_short(ours.get(key))} vs {_short(theirs.get(key))}"
+            for key in ENCODER_KEYS + PREPROCESS_KEYS
+            if ours.get(key) != theirs.get(key)
+        ]
+
+    def require_same(self, other: EncoderIdentity, message: str, do: str) -> None:
+        """Raise LlavaError naming both, and the first key that differs, unless their features are alike."""
+        if different := self.differences(other):
+            raise LlavaError(message, expected=self, got=f"{other}: {different[0]}", do=do)
+
+    def __str__(self) -> str:
+        return f"{self.encoder.get('model_id')} ({self.fingerprint[:12]})"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelIdentity:
+    """A frozen language model with its tokenizer and chat template.
+
+    None stands for what is not known: of an outline its weights, in files of earlier versions all but
+    weights, architecture and hidden.
+    """
+
+    id: str
+    """Name of its folder, which is not compared."""
+    weights_sha256: str | None
+    """Over the weight files, in the order of their names."""
+    hidden: int
+    """Width of its embeddings."""
+    architecture: str | None = None
+    """Name of its class in transformers."""
+    settings: JsonDict | None = None
+    """Numbers of its config.json that decide what the same weights compute (llava_core.language.SETTINGS)."""
+    embedding_scale: float | None = None
+    """What its embeddings are multiplied by before the first block."""
+    rendered: tuple[str, ...] | None = None
+    """DIALOGUE as its chat template writes it for a next answer: of each token the id and its text."""
+    vocabulary_sha256: str | None = None
+    """Over every token's id and text."""
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any, eos_ids: frozenset[int], **known: Any) -> LanguageModelIdentity:
+        """With `rendered` and `vocabulary_sha256` of a transformers tokenizer; the other fields are given."""
+        ids = Conversation(tokenizer, eos_ids).prompt(DIALOGUE)
+        texts = tokenizer.convert_ids_to_tokens(ids)
+        vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+        return cls(
+            rendered=tuple(f"{i} {text}" for i, text in zip(ids, texts, strict=True)),
+            vocabulary_sha256=hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
+            **known,
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> LanguageModelIdentity:
+        """From `to_json` of this version or an earlier one; keys of a later one are passed over."""
+        known: JsonDict = {field.name: content.get(field.name) for field in dataclasses.fields(cls)}
+        if known["rendered"] is not None:
+            known["rendered"] = tuple(known["rendered"])
+        return cls(**known)
+
+    def to_json(self) -> JsonDict:
+        return dataclasses.asdict(self)
+
+    def first_difference(self, other: LanguageModelIdentity) -> str | None:
+        """The first token or key that differs among what both know, as 'hidden: 896 vs 1024'."""
+        compared: dict[str, Callable[[Any, Any], str | None]] = {
+            "weights_sha256": _other_weights,
+            "hidden": _unequal,
+            "architecture": _unequal,
+            "settings": _other_setting,
+            "embedding_scale": _other_scale,
+            "rendered": _other_token,
+            "vocabulary_sha256": _unequal,
+        }
+        for key, difference in compared.items():
+            ours, theirs = getattr(self, key), getattr(other, key)
+            if ours is not None and theirs is not None and (found := difference(ours, theirs)):
+                return f"{key}: {found}" if difference is _unequal else found
+        return None
+
+    def require_same(self, other: LanguageModelIdentity, message: str, do: str) -> None:
+        """Raise LlavaError naming both, and the first token or key that differs, unless they are alike.
+
+        Says on standard error what could not be compared, since one side does not know it.
+        """
+        if different := self.first_difference(other):
+            raise LlavaError(message, expected=self, got=f"{other}: {different}", do=do)
+        unknown = [name for key, name in _NAMES.items() if getattr(self, key) is None]
+        if unknown:
+            say(f"{self} was recorded without {', '.join(unknown)}: these could not be compared")
+
+    def __str__(self) -> str:
+        return f"{self.id} (weights {(self.weights_sha256 or 'unknown')[:12]}, hidden {self.hidden})"
+
+
+_NAMES = {
+    "settings": "settings of its config.json",
+    "embedding_scale": "embedding scale",
+    "rendered": "chat template",
+    "vocabulary_sha256": "vocabulary",
+}
+"""What earlier versions did not record."""
+
+
+def _other_weights(ours: str, theirs: str) -> str | None:
+    return None if ours == theirs else "other weights"
+
+
+def _unequal(ours: object, theirs: object) -> str | None:
+    return None if ours == theirs else f"{_short(ours)} vs {_short(theirs)}"
+
+
+def _other_scale(ours: float, theirs: float) -> str | None:
+    alike = math.isclose(ours, theirs, rel_tol=0.01)  # it may have been rounded to bf16
+    return None if alike else f"embedding scale: {ours:g} vs {theirs:g}"
+
+
+def _other_setting(ours: JsonDict, theirs: JsonDict) -> str | None:
+    """Of the settings that both versions of transformers know."""
+    return next(
+        (f"{k}: {ours[k]} vs {theirs[k]}" for k in ours if k in theirs and ours[k] != theirs[k]), None
+    )
+
+
+def _other_token(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str | None:
+    for k, (mine, other) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="none")):
+        if mine != other:
+            return f"token {k} of a fixed dialogue through the chat template: {mine} vs {other}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:12] + "…"
