@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -201,6 +202,7 @@ def _expanded(
     named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
     fields = {field.name: field for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(config)
     flags: list[str] = []
     for key, value in settings(named).items():
         flag = "--" + key.replace("_", "-")
@@ -210,6 +212,9 @@ def _expanded(
         if field is not None and field.type == "bool":
             flags.append(_switch(flag, value))
             continue
+        on = SWITCH.get(str(value).lower())
+        if on is not None and field is not None and "on" in typing.get_args(hints[field.name]):
+            value = "on" if on else "off"  # YAML's other words for it
         if isinstance(value, list) and (field is None or "tuple" not in str(field.type)):
             expected, got = "one value", f"a list of {len(value)}"
             raise LlavaError(f"{key} in {named}", expected=expected, got=got, exit_code=2)
@@ -220,9 +225,12 @@ def _expanded(
     return flags + rest
 
 
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""What YAML 1.1 calls booleans."""
+
+
 def _switch(flag: str, value: object) -> str:
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    on = words.get(str(value).lower())
+    on = SWITCH.get(str(value).lower())
     if on is None:
         raise LlavaError(flag, expected="true or false", got=value, exit_code=2)
     return flag if on else flag.replace("--", "--no-", 1)
