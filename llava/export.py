@@ -23,6 +23,7 @@ from llava.config import ExportConfig
 from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.chinese_clip import ChineseClip, VisionTransformer
 from llava_core.console import human_bytes, say, show
+from llava_core.conversation import with_fixed_date
 from llava_core.errors import LlavaError
 from llava_core.files import write_sums
 from llava_core.fingerprint import JsonDict, sha256_files
@@ -257,6 +258,9 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     write_json(path, settings)
+    template = tokenizer.get_chat_template()
+    if (fixed := with_fixed_date(template)) != template:
+        (out / "chat_template.jinja").write_text(fixed, encoding="utf-8")
 
 
 def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
