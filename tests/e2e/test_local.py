@@ -29,6 +29,7 @@ from tests.e2e.pictures import picture
 from tests.local_data import llava, write_json, write_parquet, write_pictures
 from tests.servers import answer, serving
 from tests.small_models import write_language_model
+from tests.small_shards import reseal
 from tests.small_vision import write_vision_folder
 from train.samples import Samples
 
@@ -271,5 +272,8 @@ def test_a_damaged_dialogue_is_named(vision: Path, tmp_path: Path) -> None:
         assert file.read(4) == b'[["q'
         file.seek(-2, os.SEEK_CUR)
         file.write(b"7")
+    with pytest.raises(LlavaError, match=r"damaged shard .*own.h5; got other texts"):
+        verify(VerifyConfig(out=tmp_path / "out"))
+    reseal(shard.path)
     with pytest.raises(LlavaError, match=r"damaged shard .*own.h5; got dialogue of row 0"):
         verify(VerifyConfig(out=tmp_path / "out"))
