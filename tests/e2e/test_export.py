@@ -142,14 +142,15 @@ def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
         said.insert(0, "".join(session.ask(QUESTIONS[0])))
     assert len(set(said)) > 1
     second = "".join(session.ask(QUESTIONS[1]))
-    assert theirs["alone"] == said
     assert theirs["again"] == theirs["batch"]
-    assert theirs["second"] == second
-    if config.dtype == "float32":  # what is rounded more rounds otherwise in company
+    session.begin(session.nothing())
+    bare = "".join(session.ask(QUESTIONS[0]))
+    if config.dtype == "float32":  # of rounded logits the two likeliest may be equal: processors differ then
+        assert theirs["alone"] == said
+        assert theirs["second"] == second
         assert theirs["batch"] == said
         assert theirs["unlike"] == [second, said[1]]
-    session.begin(session.nothing())
-    assert theirs["text"] == "".join(session.ask(QUESTIONS[0]))
+        assert theirs["text"] == bare
     return theirs
 
 
