@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -54,12 +55,34 @@ def templates() -> tuple[re.Pattern[str], ...]:
             if isinstance(node, ast.FunctionDef) and node.name in SPEAKERS:
                 returns = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
                 found += [_pattern(value) for value in returns if value]
+            elif isinstance(node, ast.FunctionDef):
+                found += _identities(node)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 if node.func.id == "LlavaError":
                     found.append(_error(node))
                 elif node.func.id in ("say", "show"):
                     found.append(_pattern(node.args[0]))
     return tuple(re.compile(pattern, re.DOTALL) for pattern, own in found if own >= LITERAL)
+
+
+def _identities(function: ast.FunctionDef) -> list[tuple[str, int]]:
+    """What its calls of `require_same` of an identity raise: their message and advice, or what is assigned
+    to the names that stand for these."""
+    assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    found = []
+    for call in ast.walk(function):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "require_same":
+            given = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
+            texts = [
+                [node.value for node in assigned if getattr(node.targets[0], "id", "") == part.id]
+                if isinstance(part, ast.Name)
+                else [part]
+                for part in given[:2]
+            ]
+            for message, do in itertools.product(*texts):
+                (first, few), (last, more) = _pattern(message), _pattern(do)
+                found.append((f"{first}; expected .*; got .*: .*; {last}", few + more))
+    return found
 
 
 def _error(node: ast.Call) -> tuple[str, int]:
