@@ -80,7 +80,7 @@ class Settings:
     """Of the DataLoader."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Compile = "auto"
-    """As of `train run`; "on" adds ours without it."""
+    """As of `train run`; on a GPU, unless off, ours without it is measured too."""
     trainer: bool = False
     """Add transformers' own Trainer."""
 
@@ -157,7 +157,7 @@ def open_bench(
         }
         if settings.trainer:
             kinds["(e) cached, transformers' Trainer"] = bench.transformers_trainer
-        if settings.compile == "on":
+        if settings.compile != "off" and bench.member.llm.device.type == "cuda":
             kinds["(f) ours, not compiled"] = bench_of("off").ours
         kinds["(d) ours"] = bench.ours
         yield bench, kinds

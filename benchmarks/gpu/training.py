@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -98,7 +99,7 @@ def step(bench: Bench, clock: Clock) -> Iterator[Row]:
         width=width,
         height=height,
         workers=2 if small else 8,
-        compile="off" if small else "on",
+        compile="off" if small else "auto",
         trainer=True,
     )
     folder = bench.folder / f"step-{time.monotonic_ns()}"
@@ -108,7 +109,7 @@ def step(bench: Bench, clock: Clock) -> Iterator[Row]:
             began = time.monotonic()
             measure(1)
             if kind == "(d) ours":
-                note = "with what it compiles" if settings.compile == "on" else ""
+                note = "" if small else "with what it compiles, on a GPU"
                 yield Row("ours: first step", time.monotonic() - began, "s", predicted="10–20", note=note)
         peaks: dict[str, int] = {}
 
@@ -132,7 +133,7 @@ def step(bench: Bench, clock: Clock) -> Iterator[Row]:
 def breakdown(bench: Bench, clock: Clock) -> Iterator[Row]:
     """Milliseconds of a step by kinds of kernels, and of its parts alone at the same shapes."""
     batch = BATCH[bench.shape]
-    shared = bench.shared("on" if bench.device.type == "cuda" else "off")
+    shared = bench.shared("auto")
     llm = shared.llm
     projector = build_projector("linear", bench.tower.width, llm.hidden).to(bench.device)
     some = bench.batch(batch)
@@ -238,34 +239,45 @@ def end_to_end(bench: Bench, clock: Clock) -> Iterator[Row]:
         )
         seconds = time.monotonic() - began
         per_s = told.get("steps_per_s", float("nan"))
-        note = f"{per_s:.2f} steps/s once begun, planned {told.get('planned_steps_per_s', float('nan')):.2f}"
+        note = (
+            f"{per_s:.2f} steps/s once begun, planned {told.get('planned_steps_per_s', float('nan')):.2f}; "
+            f"1,250 steps would take {seconds + (1250 - steps) / per_s:.0f} s"
+        )
         yield Row(
-            f"train run, {steps} steps, {name}", seconds, "s", predicted="50 + 50–200 to compile", note=note
+            f"train run, {steps} steps, {name}",
+            seconds,
+            "s",
+            predicted="of 1,250 steps: 50, and 50–200 to compile",
+            note=note,
         )
 
 
 def sweep(bench: Bench, clock: Clock) -> Iterator[Row]:
-    """Runs of unlike learning rates in one pass, beside the same runs one by one."""
+    """Samples per second of runs of unlike learning rates in one pass; of one run, as they do one by one.
+
+    Each number of runs has its own length of rows, for which the model is compiled: they cannot take turns.
+    """
     shared = bench.shared("auto")
     one = bench.config(max_steps=bench.sizes.passes, batch_size=BATCH[bench.shape], micro_tokens=1 << 20)
-    seconds_together(bench.folder, shared, [one])
-    share = clock.left / len(bench.sizes.together)
+    share, single = clock.left / len(bench.sizes.together), 0.0
     for members in bench.sizes.together:
         runs = [dataclasses.replace(one, lr=1e-3 * (k + 1)) for k in range(members)]
-        kinds = {
-            "together": lambda runs=runs: seconds_together(bench.folder, shared, runs),
-            "one by one": lambda runs=runs: sum(seconds_together(bench.folder, shared, [r]) for r in runs),
-        }
-        if members == 1:
-            del kinds["one by one"]
-        for name, seconds in in_turns(kinds, share / 2, most=3).items():
-            rates = [members * one.batch_size * bench.sizes.passes / s for s in seconds]
-            yield row(
-                f"{members} run{'s' if members > 1 else ''}, {name}",
-                rates,
-                "samples/s",
-                "≥ 55 % MFU of 4" if members == 4 else "",
-            )
+        began = time.monotonic()
+        seconds_together(bench.folder, shared, runs)  # warms up, and compiles
+        left = share - (time.monotonic() - began)
+        again = functools.partial(seconds_together, bench.folder, shared, runs)
+        seconds = in_turns({"": again}, left, most=3)[""]
+        rates = [members * one.batch_size * bench.sizes.passes / s for s in seconds]
+        middle = sorted(rates)[len(rates) // 2]
+        single = single or middle
+        name = f"{members} run{'s' if members > 1 else ''} together"
+        yield row(
+            name,
+            rates,
+            "samples/s",
+            "≥ 55 % MFU of 4" if members == 4 else "",
+            f"{middle / single:.2f} × one",
+        )
 
 
 def tokens(bench: Bench, clock: Clock) -> Iterator[Row]:
@@ -277,6 +289,9 @@ def tokens(bench: Bench, clock: Clock) -> Iterator[Row]:
     share = clock.left / len(bench.sizes.tokens)
     ceiling = bench.ceilings.get("matmul")
     for wanted in bench.sizes.tokens:
+        if clock.left < 0:
+            yield Row(f"{wanted:,} tokens", "not begun: its time is used up")
+            continue
         batch = bench.batch(max(1, round(wanted / (visual + 120))))
         lengths = [visual + len(example.ids) for example in batch.examples]
 
