@@ -239,7 +239,7 @@ def image_token(llm: LanguageModel) -> int:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
-    """The tokenizer's files as they are; those of a GGUF file are made."""
+    """The tokenizer's files as they are, but for the date in the template; those of a GGUF file are made."""
     if (folder / "tokenizer_config.json").exists():
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
@@ -248,6 +248,11 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
+    # The template as it was loaded: with a fixed date, if it writes today's.
+    if "chat_template" in settings:
+        settings["chat_template"] = tokenizer.chat_template
+    if (template := out / "chat_template.jinja").exists():
+        template.write_text(tokenizer.chat_template, encoding="utf-8")
     # Two words of transformers 5 that 4 does not know.
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -6,7 +6,6 @@ Pictures are resized by Pillow, as they were for training; torchvision's pixels 
 
 from __future__ import annotations
 
-import datetime
 import io
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,6 @@ ORIENTATION = 0x0112
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
          7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 """EXIF's orientation -> what makes the picture upright."""
-
-
-TODAY = datetime.datetime(2024, 7, 26)
-"""The date of templates that write today's, as the projector was trained."""
 
 
 class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -63,8 +58,7 @@ class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         """
         many = isinstance(conversation[0], (list, tuple))
         plain = [_plain(messages) for messages in (conversation if many else [conversation])]
-        settings = {"enable_thinking": False, "strftime_now": TODAY.strftime, **template}
-        settings["add_generation_prompt"] = add_generation_prompt
+        settings = {"enable_thinking": False, **template, "add_generation_prompt": add_generation_prompt}
         texts = [self.tokenizer.apply_chat_template(m, tokenize=False, **settings) for m, _ in plain]
         if not tokenize:
             return texts if many else texts[0]

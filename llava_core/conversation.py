@@ -10,6 +10,8 @@ import copy
 import dataclasses
 import datetime
 import functools
+import json
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +24,7 @@ CONVERSATION_FORMAT = "visual-prefix/1"
 TODAY = datetime.datetime(2024, 7, 26)
 """The date of templates that write today's: training and inference must agree on it, whenever they run. It
 is the one that Llama 3's template has by default."""
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
 
 IGNORE = -100
 """Label of a token that is context only."""
@@ -41,6 +44,23 @@ INSTRUCTIONS = (
 """Questions that a caption answers."""
 QUESTION = INSTRUCTIONS[0]
 """What is asked where nothing else is."""
+
+
+def with_fixed_date(template: str) -> str:
+    """A chat template that writes TODAY wherever it would write today's date.
+
+    Templates have that from transformers' `strftime_now(format)`, which nothing can be put in place of while
+    they are rendered. Raises LlavaError for a format that is no literal.
+    """
+    fixed = _DATE_CALL.sub(lambda call: json.dumps(TODAY.strftime(call[2])), template)
+    if "strftime_now(" in fixed:
+        raise LlavaError(
+            "the chat template writes today's date in a format that it computes",
+            expected='strftime_now("%d %b %Y"), or another literal',
+            got=fixed[fixed.index("strftime_now(") :][:60],
+            do="write a date into the template instead, so that every day has the same prompt",
+        )
+    return fixed
 
 
 def pick_instruction(seed: int, key: str) -> str:
@@ -158,7 +178,6 @@ class Conversation:
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=thinking,
-            strftime_now=TODAY.strftime,
         )
         return text
 

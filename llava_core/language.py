@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from llava_core.console import say
-from llava_core.conversation import TODAY
+from llava_core.conversation import TODAY, with_fixed_date
 from llava_core.device import default_dtype
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
@@ -135,7 +135,7 @@ def load_language_model(
     try:
         with warnings.catch_warnings(), no_gguf_bar():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+            tokenizer = _tokenizer(folder, where)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, **where
             )
@@ -143,6 +143,8 @@ def load_language_model(
         raise LlavaError(
             f"cannot load {weights[0]}", got=first_line(error), do="pip install 'llava-align[gguf]'"
         ) from None
+    except LlavaError:
+        raise
     except Exception as error:  # a damaged file makes each library raise kinds of its own
         raise LlavaError(
             f"cannot load the language model in {folder}",
@@ -160,8 +162,6 @@ def load_language_model(
             f"the tokenizer in {folder} has no chat template",
             do="use an instruct model, or add chat_template.jinja to the folder",
         )
-    if "strftime_now" in str(tokenizer.chat_template):
-        say(f"the chat template in {folder} writes today's date, which is always {TODAY:%d %B %Y} here")
     model = model.to(device).eval().requires_grad_(False)
     # Not the buffers: rotary frequencies rounded to bf16 turn by wrong angles.
     for parameter in model.parameters():
@@ -188,9 +188,11 @@ def outline_language_model(folder: Path) -> LanguageModel:
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+            tokenizer = _tokenizer(folder, where)
             config = AutoConfig.from_pretrained(folder, local_files_only=True, **where)
             model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    except LlavaError:
+        raise
     except Exception as error:  # as above
         raise LlavaError(
             f"cannot read the language model's shape in {folder}",
@@ -200,6 +202,20 @@ def outline_language_model(folder: Path) -> LanguageModel:
     return LanguageModel(
         model, tokenizer, folder.resolve().name, None, math.nan, _end_tokens(model, tokenizer)
     )
+
+
+def _tokenizer(folder: Path, where: dict[str, str]) -> Any:
+    """The tokenizer in `folder`, with a chat template that is the same every day."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **where)
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if "strftime_now(" in str(template):
+        say(f"the chat template in {folder} writes today's date, which is always {TODAY:%d %B %Y} here")
+        if isinstance(template, dict):  # several of them, by their names
+            template = {name: with_fixed_date(text) for name, text in template.items()}
+        else:
+            template = with_fixed_date(template)
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def _require_causal(folder: Path) -> None:

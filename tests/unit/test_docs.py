@@ -47,7 +47,7 @@ def fenced(text: str, kind: str) -> list[str]:
 
 @functools.cache
 def templates() -> tuple[re.Pattern[str], ...]:
-    """What `say`, `print`, LlavaError and SPEAKERS of our packages can print, as patterns of whole lines."""
+    """What `say`, `print`, LlavaError, `require_same` and SPEAKERS of our packages can print, as patterns."""
     found = []
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -59,12 +59,17 @@ def templates() -> tuple[re.Pattern[str], ...]:
                     found.append(_error(node))
                 elif node.func.id in ("say", "print"):
                     found.append(_pattern(node.args[0]))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args[1:]:
+                if node.func.attr == "require_same":
+                    found.append(_error(node))
     return tuple(re.compile(pattern, re.DOTALL) for pattern, own in found if own >= LITERAL)
 
 
 def _error(node: ast.Call) -> tuple[str, int]:
     named = {keyword.arg: keyword.value for keyword in node.keywords}
-    pattern, own = _pattern(node.args[0])
+    pattern, own = _pattern(node.args[-1])
+    if isinstance(node.func, ast.Attribute):
+        pattern += "; expected .*; got .*"
     for key, word in (("expected", "expected "), ("got", "got "), ("do", "")):
         if key in named:
             part, more = _pattern(named[key])
