@@ -23,7 +23,6 @@ from llava.config import ExportConfig
 from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.chinese_clip import ChineseClip, VisionTransformer
 from llava_core.console import human_bytes, say, show
-from llava_core.conversation import with_fixed_date
 from llava_core.errors import LlavaError
 from llava_core.files import write_sums
 from llava_core.fingerprint import JsonDict, sha256_files
@@ -243,7 +242,7 @@ def image_token(llm: LanguageModel) -> int:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
-    """The tokenizer's files as they are; those of a GGUF file are made."""
+    """The tokenizer's files as they are, but for the date in the template; those of a GGUF file are made."""
     if (folder / "tokenizer_config.json").exists():
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
@@ -252,15 +251,17 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
+    # The template as it was loaded: with a fixed date, if it writes today's.
+    if "chat_template" in settings:
+        settings["chat_template"] = tokenizer.chat_template
+    if (template := out / "chat_template.jinja").exists():
+        template.write_text(tokenizer.chat_template, encoding="utf-8")
     # Two words of transformers 5 that 4 does not know.
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     write_json(path, settings)
-    template = tokenizer.get_chat_template()
-    if (fixed := with_fixed_date(template)) != template:
-        (out / "chat_template.jinja").write_text(fixed, encoding="utf-8")
 
 
 def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:

@@ -58,8 +58,7 @@ class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         """
         many = isinstance(conversation[0], (list, tuple))
         plain = [_plain(messages) for messages in (conversation if many else [conversation])]
-        settings = {"enable_thinking": False, **template}
-        settings["add_generation_prompt"] = add_generation_prompt
+        settings = {"enable_thinking": False, **template, "add_generation_prompt": add_generation_prompt}
         texts = [self.tokenizer.apply_chat_template(m, tokenize=False, **settings) for m, _ in plain]
         if not tokenize:
             return texts if many else texts[0]

@@ -58,8 +58,9 @@ class Provenance:
             layer = self.encoder.encoder.get("layer")
             flag = "without --layer" if layer is None else f"--layer {layer}"
             do = f"make features of its layer: extract run {flag}"
-        message = "this projector was trained on features of another vision encoder or preprocessing"
-        self.encoder.require_same(other, message, do)
+        self.encoder.require_same(
+            other, "this projector was trained on features of another vision encoder or preprocessing", do=do
+        )
 
     def require_language_model(self, other: LanguageModelIdentity) -> None:
         """Raise LlavaError naming both sides unless this is the language model it was trained for."""

@@ -28,6 +28,7 @@ TODAY = datetime.datetime(2024, 7, 26)
 """The date of templates that write today's: training and inference must agree on it, whenever they run. It
 is the one that Llama 3's template has by default."""
 
+DATE_MACRO = "{%- macro strftime_now(format) -%}"
 DATE_CODES = "aAbBcdHIjmMpSUwWxXyY"
 """Of strftime, in C's locale."""
 IGNORE = -100
@@ -235,7 +236,6 @@ class Conversation:
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     enable_thinking=thinking,
-                    chat_template=with_fixed_date(self.tokenizer.get_chat_template()),
                 )
         except Exception as error:  # of Jinja, of Python by its hands, or what the template itself raises
             raise LlavaError(
@@ -253,11 +253,11 @@ class Conversation:
 def with_fixed_date(template: str) -> str:
     """A chat template in which transformers' `strftime_now` writes TODAY: as a macro of the template's own,
     since newer versions of transformers hand no function over to a template."""
-    if "strftime_now" not in template:
+    if "strftime_now" not in template or DATE_MACRO in template:
         return template
     codes = [f"%{flag}{code}" for code in DATE_CODES for flag in ("-", "")]
     written = "".join(f" | replace('{code}', '{TODAY.strftime(code)}')" for code in codes)
-    return f"{{%- macro strftime_now(format) -%}}{{{{- format{written} -}}}}{{%- endmacro -%}}{template}"
+    return f"{DATE_MACRO}{{{{- format{written} -}}}}{{%- endmacro -%}}{template}"
 
 
 @contextlib.contextmanager

@@ -32,5 +32,8 @@ def find_shards(path: Path) -> list[Shard]:
 def require_one_encoder(shards: Sequence[Shard]) -> None:
     """Raise LlavaError naming two files and the key that differs unless all features are of one encoder."""
     for shard in shards[1:]:
-        message = f"{shards[0].path} and {shard.path} hold features of different encoders"
-        shards[0].identity.require_same(shard.identity, message, do="train on one kind at a time")
+        shards[0].identity.require_same(
+            shard.identity,
+            f"{shards[0].path} and {shard.path} hold features of different encoders",
+            do="train on one kind at a time",
+        )

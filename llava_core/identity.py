@@ -144,14 +144,14 @@ class LanguageModelIdentity:
             raise LlavaError(message, expected=self, got=f"{other}: {different}", do=do)
         unknown = [name for key, name in _NAMES.items() if getattr(self, key) is None]
         if unknown:
-            say(f"{self} was recorded without {', '.join(unknown)}: these could not be compared")
+            say(f"{self} was recorded without its {', '.join(unknown)}: these could not be compared")
 
     def __str__(self) -> str:
         return f"{self.id} (weights {(self.weights_sha256 or 'unknown')[:12]}, hidden {self.hidden})"
 
 
 _NAMES = {
-    "settings": "settings of its config.json",
+    "settings": "settings",
     "embedding_scale": "embedding scale",
     "rendered": "chat template",
     "vocabulary_sha256": "vocabulary",

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from llava_core.console import say
-from llava_core.conversation import TODAY
+from llava_core.conversation import DATE_MACRO, TODAY, with_fixed_date
 from llava_core.device import default_dtype, is_device_failure
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict, sha256_files
@@ -201,7 +201,7 @@ def load_language_model(
     try:
         with warnings.catch_warnings(), no_gguf_bar():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **where)
+            tokenizer = _tokenizer(folder, where)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder, output_loading_info=True, **LOCAL, **where
             )
@@ -227,8 +227,6 @@ def load_language_model(
             f"the tokenizer in {folder} has no chat template",
             do="use an instruct model, or add chat_template.jinja to the folder",
         )
-    if "strftime_now" in str(tokenizer.chat_template):
-        say(f"the chat template in {folder} writes today's date, which is always {TODAY:%d %B %Y} here")
     model = model.to(device).eval().requires_grad_(False)
     # Not the buffers: rotary frequencies rounded to bf16 turn by wrong angles.
     for parameter in model.parameters():
@@ -258,7 +256,7 @@ def outline_language_model(folder: Path) -> LanguageModel:
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **where)
+            tokenizer = _tokenizer(folder, where)
             config = AutoConfig.from_pretrained(folder, **LOCAL, **where)
             model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     except Exception as error:  # as above
@@ -269,6 +267,20 @@ def outline_language_model(folder: Path) -> LanguageModel:
         ) from None
     eos_ids, scale = _end_tokens(folder, model, tokenizer), _embedding_scale(model)
     return LanguageModel(model, tokenizer, folder.resolve().name, None, math.nan, eos_ids, scale)
+
+
+def _tokenizer(folder: Path, where: dict[str, str]) -> Any:
+    """The tokenizer in `folder`, with a chat template that is the same every day."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **where)
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if "strftime_now(" in str(template) and DATE_MACRO not in str(template):
+        say(f"the chat template in {folder} writes today's date, which is always {TODAY:%d %B %Y} here")
+        if isinstance(template, dict):  # several of them, by their names
+            template = {name: with_fixed_date(text) for name, text in template.items()}
+        else:
+            template = with_fixed_date(template)
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def _require_causal(folder: Path) -> None:

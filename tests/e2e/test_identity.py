@@ -14,10 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_core.conversation import Conversation
 from llava_core.language import load_language_model
 from tests.e2e.commands import Ended, call
-from tests.small_models import QWEN3_TEMPLATE, write_language_model
 from tests.small_runs import config, weights, write_runs
 from tests.small_world import World, write_world
 from train.report import WeightsAndBiases
@@ -138,24 +136,13 @@ def test_a_run_goes_on_where_its_folders_have_moved(tmp_path: Path) -> None:
     )
 
 
-def test_todays_date_does_not_reach_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dated = QWEN3_TEMPLATE.replace(
-        "{%- set ns", "{{- 'Today is ' + strftime_now('%d %B %Y') + '\n' }}\n{%- set ns", 1
-    )
-    llm = load_language_model(write_language_model(tmp_path / "llm", template=dated))
-    text = llm.tokenizer.decode(
-        Conversation(llm.tokenizer, llm.eos_ids).prompt([{"role": "user", "content": "a"}])
-    )
-    assert "Today is 26 July 2024" in text
-
-
 def test_a_checkpoint_of_version_1_says_what_could_not_be_compared() -> None:
     ended = call(
         *("train", "eval", "--checkpoint", OLD / "checkpoint", "--features", OLD / "held-out"),
         *("--llm", MODELS / "llm", "--device", "cpu"),
     )
     (line,) = (line for line in ended.err.splitlines() if "was recorded without" in line)
-    assert "settings of its config.json, embedding scale, chat template, vocabulary" in line
+    assert "its settings, embedding scale, chat template, vocabulary" in line
 
 
 def test_a_stage_2_file_is_compared_with_the_models_given(world: World, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib
 import io
-import itertools
 import re
 import shlex
 from pathlib import Path
@@ -48,46 +47,29 @@ def fenced(text: str, kind: str) -> list[str]:
 
 @functools.cache
 def templates() -> tuple[re.Pattern[str], ...]:
-    """What `say`, `show`, LlavaError and SPEAKERS of our packages can print, as patterns of whole lines."""
+    """What `say`, `show`, LlavaError, `require_same` and SPEAKERS of our packages can print, as patterns."""
     found = []
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name in SPEAKERS:
                 returns = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
                 found += [_pattern(value) for value in returns if value]
-            elif isinstance(node, ast.FunctionDef):
-                found += _identities(node)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 if node.func.id == "LlavaError":
                     found.append(_error(node))
                 elif node.func.id in ("say", "show"):
                     found.append(_pattern(node.args[0]))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args[1:]:
+                if node.func.attr == "require_same":
+                    found.append(_error(node))
     return tuple(re.compile(pattern, re.DOTALL) for pattern, own in found if own >= LITERAL)
-
-
-def _identities(function: ast.FunctionDef) -> list[tuple[str, int]]:
-    """What its calls of `require_same` of an identity raise: their message and advice, or what is assigned
-    to the names that stand for these."""
-    assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
-    found = []
-    for call in ast.walk(function):
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "require_same":
-            given = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
-            texts = [
-                [node.value for node in assigned if getattr(node.targets[0], "id", "") == part.id]
-                if isinstance(part, ast.Name)
-                else [part]
-                for part in given[:2]
-            ]
-            for message, do in itertools.product(*texts):
-                (first, few), (last, more) = _pattern(message), _pattern(do)
-                found.append((f"{first}; expected .*; got .*: .*; {last}", few + more))
-    return found
 
 
 def _error(node: ast.Call) -> tuple[str, int]:
     named = {keyword.arg: keyword.value for keyword in node.keywords}
-    pattern, own = _pattern(node.args[0])
+    pattern, own = _pattern(node.args[-1])
+    if isinstance(node.func, ast.Attribute):
+        pattern += "; expected .*; got .*"
     for key, word in (("expected", "expected "), ("got", "got "), ("do", "")):
         if key in named:
             part, more = _pattern(named[key])
