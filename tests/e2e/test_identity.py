@@ -1,185 +1,275 @@
-"""A projector belongs to an encoder, a language model, its tokenizer and its template; never to a path."""
+"""Every command that takes a checkpoint notices other files beside the same weights, wherever they lie."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from llava_core.language import load_language_model
-from tests.e2e.commands import Ended, call
-from tests.small_runs import config, weights, write_runs
+from llava.imported import run as import_run
+from llava_core.checkpoint import load_checkpoint, point_to
+from llava_core.errors import LlavaError
+from tests.e2e.commands import call
+from tests.e2e.test_import import config as import_config
+from tests.small_features import write_features
+from tests.small_runs import config, flags_of, weights
 from tests.small_world import World, write_world
-from train.report import WeightsAndBiases
+from train.config import RunConfig, SweepConfig
 from train.run import run as train_run
+from train.sweep import run as sweep_run
 
-OLD = Path(__file__).parents[1] / "golden/version_1"
-MODELS = Path(__file__).parents[2] / "llava/world/models"
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A world, features of its encoder, and a run of 4 steps on them with a checkpoint after 2."""
+
+    world: World
+    given: RunConfig
+    other: Path
+    """The language model with another chat template."""
+
+    @property
+    def out(self) -> Path:
+        return self.given.out
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    world = write_world(root / "world")
+    for name in ("features", "held-out"):
+        write_features(world, root / name / "part.h5")
+    given = config(root, root / "run", llm=world.llm, batch_size=2, epochs=2, eval_every=2, save_every=2)
+    train_run(given)
+    other = shutil.copytree(world.llm, root / "other/llm")
+    template = other / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    template.write_text(text.replace("user\n", "user "), encoding="utf-8")
+    return Trained(world, given, other)
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards, a language model, and a run of 10 of its 24 steps."""
-    root = write_runs(tmp_path_factory.mktemp("runs"))
-    train_run(config(root, root / "run", max_steps=10))
-    return root
+@pytest.fixture
+def unfinished(trained: Trained, tmp_path: Path) -> RunConfig:
+    """The run as a kill after step 3 leaves it, in a folder of its own."""
+    out = shutil.copytree(trained.out, tmp_path / "run", symlinks=True)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "step-00000004")
+    for link in ("last", "best"):
+        point_to(out / link, out / "step-00000002")
+    return dataclasses.replace(trained.given, out=out)
 
 
-def another_template(llm: Path) -> None:
-    path = llm / "chat_template.jinja"
-    path.write_text(path.read_text().replace("<|im_start|>user\n", "<|im_start|>human\n"))
+@pytest.fixture
+def moved(trained: Trained, tmp_path: Path) -> dict[str, Any]:
+    """The run's data and language model under other names."""
+    given = trained.given
+    assert given.eval_features
+    return {
+        "features": shutil.copytree(given.features, tmp_path / "cache"),
+        "eval_features": shutil.copytree(given.eval_features, tmp_path / "judged"),
+        "llm": shutil.copytree(given.llm, tmp_path / "qwen"),
+    }
 
 
-def rotated_ids(llm: Path) -> None:
-    """The same tokens with other numbers."""
-    path = llm / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocabulary = content["model"]["vocab"]
-    plain = [token for token in vocabulary if not token.startswith("<")]
-    numbers = [vocabulary[token] for token in plain]
-    vocabulary.update(zip(plain, numbers[1:] + numbers[:1], strict=True))
-    path.write_text(json.dumps(content))
-
-
-def other_scaling(llm: Path) -> None:
-    path = llm / "config.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "num_key_value_heads": 2, "rms_norm_eps": 0.1}))
-
-
-CHANGES: list[tuple[Callable[[Path], None], str]] = [
-    (another_template, "token 1 of a fixed dialogue through the chat template: "),
-    (rotated_ids, "of a fixed dialogue through the chat template: "),
-    (other_scaling, "rms_norm_eps: "),
-]
-
-
-def changed(llm: Path, to: Path, change: Callable[[Path], None]) -> Path:
-    shutil.copytree(llm, to)
-    change(to)
-    return to
-
-
-@pytest.mark.parametrize(("change", "told"), CHANGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_the_same_weights_beside_another_tokenizer_or_template_are_refused(
-    world: World, begun: Path, tmp_path: Path, change: Callable[[Path], None], told: str
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "eval", "--features"),
+        ("infer", "ask", "--vision", "--image"),
+        ("infer", "batch", "--vision", "--input", "--output"),
+        ("infer", "batch", "--features", "--output"),
+        ("infer", "chat", "--vision"),
+        ("infer", "serve", "--vision"),
+        ("infer", "lens", "--vision", "--image", "--out"),
+        ("llava", "export", "--vision", "--out"),
+        ("llava", "trace", "--vision", "--image", "--caption"),
+    ],
+    ids=" ".join,
+)
+def test_another_template_beside_the_same_weights(
+    trained: Trained, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    llm = changed(world.llm, tmp_path / "llm", change)
-    models = ("--checkpoint", world.checkpoint, "--vision", world.vision, "--llm", llm, "--device", "cpu")
+    world = trained.world
     (tmp_path / "in.jsonl").write_text(json.dumps({"image": str(world.images[0])}) + "\n")
-    refused = [
-        call("infer", "ask", *models, "--image", world.images[0], code=1),
-        call("infer", "batch", *models, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "o", code=1),
-        call("infer", "lens", *models, "--image", world.images[0], "--out", tmp_path / "lens", code=1),
-        call("llava", "export", *models[:-2], "--out", tmp_path / "export", code=1),
-    ]
-    trained = changed(begun / "llm", tmp_path / "trained", change)
-    held_out, checkpoint = ("--features", begun / "held-out", "--device", "cpu"), begun / "run/last"
-    refused.append(call("train", "eval", "--checkpoint", checkpoint, *held_out, "--llm", trained, code=1))
-    shutil.copytree(begun / "run", tmp_path / "run", symlinks=True)
-    refused.append(goes_on(begun, tmp_path / "run", llm=trained, code=1))
-    for ended in refused:
-        assert "another language model, tokenizer or chat template; expected" in ended.one_line()
-        assert told in ended.one_line()
-
-
-def goes_on(root: Path, out: Path, code: int = 0, **folders: Any) -> Ended:
-    """`train run --resume` of the run that `begun` began."""
-    given = {
-        "features": root / "features",
-        "eval-features": root / "held-out",
-        "llm": root / "llm",
-        **folders,
+    values = {
+        "--features": trained.given.features,
+        "--vision": world.vision,
+        "--image": world.images[0],
+        "--input": tmp_path / "in.jsonl",
+        "--output": tmp_path / "out.jsonl",
+        "--out": tmp_path / "out",
+        "--caption": "圆",
     }
-    named = [part for flag, folder in given.items() for part in (f"--{flag}", folder)]
-    flags = ("--batch-size", 4, "--epochs", 2, "--lr", 0.02, "--eval-every", 10, "--save-every", 10,
-             "--log-every", 1, "--max-steps", 10, "--device", "cpu", "--resume")  # fmt: skip
-    return call("train", "run", *named, "--out", out, *flags, code=code)
-
-
-def test_a_run_goes_on_where_its_folders_have_moved(tmp_path: Path) -> None:
-    """Absolute for relative, or another mount; other rows by the old name are another thing."""
-    root = write_runs(tmp_path / "here")
-    train_run(config(root, root / "whole", max_steps=10))
-    train_run(config(root, root / "run", max_steps=10))
-    for name in ("step-00000010", "summary.json"):  # as if it had been killed before its end
-        path = root / "run" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (root / "run/last").unlink()
-    (root / "run/best").unlink(missing_ok=True)
-    train_run(config(root, root / "again", max_steps=10))
-    (tmp_path / "there").mkdir()
-    moved: dict[str, Any] = {}
-    for flag, name in (("features", "features"), ("eval-features", "held-out"), ("llm", "llm")):
-        moved[flag] = Path(shutil.copytree(root / name, tmp_path / "there" / f"{name}-2"))
-    goes_on(root, root / "again", **moved)
-    expected, got = weights(root / "whole"), weights(root / "again")
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
-    others = {**moved, "features": moved["eval-features"]}
-    (root / "again/summary.json").unlink()
+    module, verb, *flags = command
+    models = ("--checkpoint", trained.out / "last", "--llm", trained.other)
+    given = [part for flag in flags for part in (flag, values[flag])]
+    line = call(module, verb, *models, *given, code=1).one_line()
+    assert "expected llm (weights " in line
     assert (
-        "has changed" in (line := goes_on(root, root / "again", code=1, **others).one_line())
-        or "rows" in line
+        "token 5 of a fixed dialogue through the chat template: 203 Ċ vs 225 Ġ; give --llm the folder" in line
     )
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_version_1_says_what_could_not_be_compared() -> None:
-    ended = call(
-        *("train", "eval", "--checkpoint", OLD / "checkpoint", "--features", OLD / "held-out"),
-        *("--llm", MODELS / "llm", "--device", "cpu"),
-    )
-    (line,) = (line for line in ended.err.splitlines() if "was recorded without" in line)
-    assert "its settings, embedding scale, chat template, vocabulary" in line
+def test_another_template_ends_a_run_and_starts_none(
+    trained: Trained, unfinished: RunConfig, tmp_path: Path
+) -> None:
+    for given in (
+        dataclasses.replace(unfinished, llm=trained.other),
+        dataclasses.replace(trained.given, llm=trained.other),  # which is finished
+        dataclasses.replace(
+            trained.given, llm=trained.other, init=trained.out / "last", out=tmp_path / "new"
+        ),
+    ):
+        line = call("train", "run", *flags_of(given), code=1).one_line()
+        assert "token 5 of a fixed dialogue" in line
+    assert not (tmp_path / "new").exists()
 
 
-def test_a_stage_2_file_is_compared_with_the_models_given(world: World, tmp_path: Path) -> None:
-    """The course's: `llm.*` beside `projection.*`."""
-    llm = load_language_model(world.llm).model.state_dict()
-    projection = {
-        f"projection.{name}": value
-        for name, value in load_file(world.checkpoint / "model.safetensors").items()
-    }
-    whole = {**projection, **{f"llm.{name}": value for name, value in llm.items()}}
-    flags = ("--vision", world.vision, "--llm", world.llm)
-    torch.save(whole, tmp_path / "frozen.pt")
-    call("llava", "import", "--file", tmp_path / "frozen.pt", *flags, "--out", tmp_path / "frozen")
-    name = next(name for name in llm if name.endswith("q_proj.weight"))
-    torch.save({**whole, f"llm.{name}": llm[name] + 0.01}, tmp_path / "stage2_1.pt")
-    ended = call(
-        *("llava", "import", "--file", tmp_path / "stage2_1.pt", *flags, "--out", tmp_path / "trained"),
-        code=1,
-    )
-    assert "other weights than the language model in" in ended.one_line()
-    assert not (tmp_path / "trained").exists()
+def test_a_run_goes_on_wherever_its_folders_are(
+    trained: Trained, unfinished: RunConfig, moved: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_run(dataclasses.replace(unfinished, **moved, resume=True))
+    assert "continued at step 2" in capfd.readouterr().err
+    for name, value in weights(trained.out).items():
+        assert torch.equal(weights(unfinished.out)[name], value)
+    # Of a finished run what lies there is compared, too.
+    train_run(dataclasses.replace(trained.given, **moved))
+    assert "is finished; nothing to do" in capfd.readouterr().err
+    for key, message in (("features", "shards have changed"), ("eval_features", "shards have changed")):
+        (shard,) = moved[key].glob("*.h5")
+        shard.rename(shard.with_name("other.h5"))
+        with pytest.raises(LlavaError, match=message):
+            train_run(dataclasses.replace(trained.given, **moved))
+        shard.with_name("other.h5").rename(shard)
 
 
-def test_weights_and_biases_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_the_projector_of_its_init(
+    trained: Trained, unfinished: RunConfig, tmp_path: Path
+) -> None:
+    given = dataclasses.replace(trained.given, init=trained.out / "last", out=tmp_path / "new")
+    train_run(given)
+    elsewhere = shutil.copytree(trained.out / "last", tmp_path / "elsewhere")
+    train_run(dataclasses.replace(given, init=elsewhere))
+    with pytest.raises(LlavaError, match=r"holds a run with another --init; expected .*last; got"):
+        train_run(dataclasses.replace(given, init=trained.out / "step-00000002"))
+    shutil.rmtree(given.out / "step-00000004")
+    (given.out / "last").unlink()
+    with pytest.raises(LlavaError, match="has no checkpoint left to compare --init with; name the folder as"):
+        train_run(dataclasses.replace(given, init=elsewhere))
+
+
+def test_a_sweep_goes_on_wherever_its_folders_are(
+    trained: Trained, moved: dict[str, Any], tmp_path: Path
+) -> None:
+    flags = {**vars(trained.given), "out": tmp_path / "sweep", "max_steps": 2}
+    sweep_run(SweepConfig(**flags, space=("lr=0.01,0.02",), trials=1))
+    sweep_run(SweepConfig(**{**flags, **moved}, space=("lr=0.01,0.02",)))
+    figures = sweep_run(SweepConfig(**{**flags, **moved}, space=("lr=0.01,0.02",)))
+    assert figures["finished"] == 2
+    other = SweepConfig(**{**flags, **moved, "llm": trained.other}, space=("lr=0.01,0.02",))
+    with pytest.raises(
+        LlavaError, match=r"^the language model of the sweep in .*: token 5 of a fixed dialogue"
+    ):
+        sweep_run(other)
+    (shard,) = moved["features"].glob("*.h5")
+    shard.rename(shard.with_name("other.h5"))
+    with pytest.raises(LlavaError, match=r"^the training rows of the sweep in"):
+        sweep_run(SweepConfig(**{**flags, **moved}, space=("lr=0.01,0.02",)))
+
+
+def test_wandb_goes_on_in_the_same_run(unfinished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[dict[str, Any]] = []
 
-    def init(**options: Any) -> object:
-        begun.append(options)
-        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    class Run:
+        def log(self, *_: object, **__: object) -> None: ...
+        def finish(self) -> None: ...
 
-    fake = types.SimpleNamespace(init=init, Table=None, errors=types.SimpleNamespace(Error=RuntimeError))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    def init(**given: Any) -> Run:
+        begun.append(given)
+        return Run()
+
+    wandb = types.SimpleNamespace(
+        init=init, Table=lambda **_: None, errors=types.SimpleNamespace(Error=OSError)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
-    for _ in range(2):  # the second as after a kill: nothing was closed
-        WeightsAndBiases(tmp_path, {}, "run")
-    assert begun[0]["id"] == begun[1]["id"]
-    assert begun[1]["resume"] == "allow"
-    (tmp_path / "other").mkdir()
-    WeightsAndBiases(tmp_path / "other", {}, "run")
+    shutil.rmtree(unfinished.out)
+    given = dataclasses.replace(unfinished, report_to=("wandb",), max_steps=3)
+    with monkeypatch.context() as killed:
+        killed.setattr(Run, "log", lambda self, *_, step: interrupt_at(2, step))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(given)
+    train_run(given)
+    assert [run["id"] for run in begun] == [(unfinished.out / "wandb_run_id").read_text().strip()] * 2
+    assert {run["resume"] for run in begun} == {"allow"}
+    shutil.rmtree(unfinished.out)
+    train_run(given)
     assert begun[2]["id"] != begun[0]["id"]
+
+
+def interrupt_at(last: int, step: int) -> None:
+    if step == last:
+        raise KeyboardInterrupt
+
+
+def test_a_whole_model_is_imported_only_beside_its_own_language_model(
+    trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The course's stage2_*.pt: `llm.*` beside `projection.*`."""
+    world = trained.world
+    projector = load_checkpoint(trained.out / "last").projector.map.state_dict()
+    stage2 = {f"projection.{name}": value for name, value in projector.items()}
+    model = AutoModelForCausalLM.from_pretrained(world.llm)
+    stage2 |= {f"llm.{name}": value.clone() for name, value in model.state_dict().items()}
+    stage2["llm.model.rotary_emb.inv_freq"] = torch.ones(8)
+    given = import_config(world, tmp_path, {name: value.bfloat16() for name, value in stage2.items()})
+    import_run(given)
+    imported = load_checkpoint(given.out).provenance.language_model
+    assert imported == load_checkpoint(trained.out / "last").provenance.language_model
+
+    stage2["llm.model.norm.weight"] += 0.5
+    given = dataclasses.replace(import_config(world, tmp_path, stage2), out=tmp_path / "stage2")
+    with pytest.raises(
+        LlavaError,
+        match=r"given\.bin holds other weights than the language model in .*trained t"
+        r"ogether.*; expected llm\.model\.norm\.weight as there; got other values; import sta",
+    ):
+        import_run(given)
+    assert not given.out.exists()
+    # As the message says: with the trained weights as a folder, projector and model belong together.
+    model.load_state_dict({"model.norm.weight": stage2["llm.model.norm.weight"]}, strict=False)
+    own = shutil.copytree(world.llm, tmp_path / "own")
+    model.save_pretrained(own)
+    import_run(dataclasses.replace(given, llm=own))
+    line = call("infer", "ask", "--checkpoint", given.out, "--vision", world.vision, "--llm", world.llm,
+                "--image", world.images[0], code=1).one_line()  # fmt: skip
+    assert "other weights" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llm.model.layers.0.self_attn.q_proj.lora_A.default.weight", "holds more than a projector"),
+        ("decoder.blocks.0.attn.out.weight", r"such as decoder\.blocks\.0.*save the projector's weights"),
+        ("clip.visual.ln_post.weight", r"other weights than the vision: .*expected clip\.visual\.ln_post"),
+        ("llm.lm_head.weight", r"expected llm\.lm_head\.weight \[264, 32\]; got \[3, 4\]"),
+    ],
+)  # fmt: skip
+def test_what_lies_beside_a_projector_is_not_passed_over(
+    trained: Trained, tmp_path: Path, name: str, message: str
+) -> None:
+    projector = load_checkpoint(trained.out / "last").projector.map.state_dict()
+    beside = {f"projection.{key}": value for key, value in projector.items()} | {name: torch.ones(3, 4)}
+    if name.endswith("ln_post.weight"):
+        beside[name] = torch.full((64,), 7.0)
+    with pytest.raises(LlavaError, match=message):
+        import_run(import_config(trained.world, tmp_path, beside))

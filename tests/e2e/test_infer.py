@@ -250,7 +250,7 @@ def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
     other = write_language_model(tmp_path / "other", seed=7)
     ask = ("infer", "ask", "--checkpoint", world.checkpoint, "--image", world.images[0])
     line = call(*ask, "--vision", world.vision, "--llm", other, code=1).one_line()
-    assert "trained for another language model; expected llm (weights" in line
+    assert "trained for another language model, tokenizer or chat template; expected llm (weights" in line
     assert "got other (weights" in line
     vision = write_vision_folder(tmp_path / "vision2", seed=7)
     line = call(*ask, "--vision", vision, "--llm", world.llm, code=1).one_line()

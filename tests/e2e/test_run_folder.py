@@ -85,7 +85,8 @@ def test_features_that_are_no_numbers_are_not_the_rate_s_fault(world: Path, tmp_
     given = config(world, tmp_path / "run", eval_features=tmp_path / "held-out")
     with pytest.raises(LlavaError, match="held-out loss is nan before the first step; look for numbers"):
         train_run(given)
-    assert [line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")] == [0]
+    lines = read_json_lines(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in lines if "attention" not in line] == [0]
 
 
 def test_a_damaged_row_ends_a_run_where_it_is_first_read(world: Path, tmp_path: Path) -> None:

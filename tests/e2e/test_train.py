@@ -217,7 +217,8 @@ def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == told - {"step"}
     spoken = events.Tensors("eval_captions/text_summary")
     assert [event.step for event in spoken] == [0, 3]
-    assert lines[0]["eval_captions"][0]["written"] in spoken[0].tensor_proto.string_val[0].decode()
+    assert lines[0]["attention"] == "per-sample-cpu"
+    assert lines[1]["eval_captions"][0]["written"] in spoken[0].tensor_proto.string_val[0].decode()
 
 
 def test_wandb_stays_offline_without_a_key(
