@@ -85,7 +85,8 @@ def write_shard(
 def reseal(path: Path) -> None:
     """Make the checksums of a whole shard fit what was changed in it by hand."""
     with h5py.File(path) as file:
-        columns = checksum([np.ascontiguousarray(file[name][:]) for name in COLUMNS])
+        names = [*COLUMNS, *({"mtime"} & file.keys())]
+        columns = checksum([np.ascontiguousarray(file[name][:]) for name in names])
     with path.open("r+b") as plain:
         _put(plain, user_block.SIZE, path.stat().st_size)
         _put(plain, user_block.COMMON, user_block.common_checksum(plain))
