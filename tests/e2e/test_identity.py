@@ -62,10 +62,19 @@ def other_scaling(llm: Path) -> None:
     path.write_text(json.dumps({**content, "num_key_value_heads": 2, "rms_norm_eps": 0.1}))
 
 
+def fewer_blocks(llm: Path) -> None:
+    """The weights of the others are then passed over."""
+    path = llm / "config.json"
+    content = json.loads(path.read_text())
+    content.pop("layer_types", None)
+    path.write_text(json.dumps({**content, "num_hidden_layers": 1}))
+
+
 CHANGES: list[tuple[Callable[[Path], None], str]] = [
     (another_template, "token 1 of a fixed dialogue through the chat template: "),
     (rotated_ids, "of a fixed dialogue through the chat template: "),
     (other_scaling, "rms_norm_eps: "),
+    (fewer_blocks, "num_hidden_layers: 2 vs 1"),
 ]
 
 
