@@ -57,13 +57,16 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
         )
     require_storage(path, shard.layout, config.dtype)
     _mention_thumbnails(path, shard.layout, config)
-    rows = np.flatnonzero(changed(source.images, shard)).tolist()
-    if rows:
-        say(
-            f"{path}: {counted(len(rows), 'image')} changed since encoded, such as {shard.url(rows[0])}; "
-            "encoding again"
-        )
-    return not rows
+    rows = changed(source.images, shard)
+    if rows.any():
+        _mention_changed(path, shard.urls(), rows)
+    return not rows.any()
+
+
+def _mention_changed(path: Path, places: Sequence[str], changed: np.ndarray) -> None:
+    rows = np.flatnonzero(changed).tolist()
+    images = counted(len(rows), "image")
+    say(f"{path}: {images} changed since encoded, such as {places[rows[0]]}; encoding again")
 
 
 def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
@@ -82,7 +85,7 @@ def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
 
 def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
     again = changed(source.images, Shard(path)) if is_finished(path) else np.zeros(0, bool)
-    return filling_of(path, source.read(), source.identity(), tower, config, again)
+    return filling_of(path, source.read(), source.identity(), tower, config, again, source.images)
 
 
 def filling_of(
@@ -92,10 +95,12 @@ def filling_of(
     tower: VisionTower,
     config: RunConfig,
     again: np.ndarray | tuple[()] = (),
+    images: Path | None = None,
 ) -> Filling:
     """Begin, or continue, the shard of these rows; `source` is what it remembers of where they are from.
 
-    Of a finished shard, fill the rows in the mask `again` anew.
+    Of a finished shard, fill the rows in the mask `again` anew; of one that was begun, those whose file in
+    the folder `images` has changed since.
     """
     header = ShardHeader(
         encoder=tower.encoder,
@@ -113,6 +118,9 @@ def filling_of(
     )
     writer = ShardWriter(path, header, again if np.any(again) else ())
     _mention_thumbnails(writer.part, writer.layout, config)
+    if images is not None and (found := changed(images, writer, rows.places)).any():
+        _mention_changed(path, rows.places, found)
+        writer.make_again(found)
     return Filling(writer, rows.places, rows.texts, rows.images)
 
 

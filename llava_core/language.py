@@ -48,7 +48,8 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 OWN_CODE = "use the model in the format that transformers has itself (often NAME-hf), a GGUF file, or another"
 
 SETTINGS = (
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("hidden_act", "hidden_activation"),
     *("rms_norm_eps", "layer_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"),
     *("sliding_window", "rope_theta", "rope_type", "factor", "partial_rotary_factor"),
 )

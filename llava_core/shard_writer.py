@@ -123,6 +123,26 @@ class ShardWriter:
         """Outcome of every row so far, u1 [N]."""
         return np.asarray(self._records["status"])
 
+    @property
+    def mtime(self) -> np.ndarray:
+        """When the image file of each row that has its outcome was last modified, i8 [N], as in Shard."""
+        found = self.layout.mtime(self._descriptor)
+        return np.where(self.done, found[0] if found else 0, 0)
+
+    @property
+    def nbytes(self) -> np.ndarray:
+        """Of each image, u4 [N]."""
+        return np.asarray(self._records["nbytes"])
+
+    @property
+    def sha256(self) -> np.ndarray:
+        """Of each image, u1 [N, 32]."""
+        return np.asarray(self._records["sha256"])
+
+    def make_again(self, rows: np.ndarray) -> None:
+        """Forget the outcomes of these rows, a mask [N]."""
+        self._records["status"][rows] = Status.PENDING
+
     def write(self, outcomes: Sequence[RowRecord]) -> None:
         """Put rows on disk: features first, then, once those are safe, the journal. Best 64-256 at a time.
 

@@ -14,6 +14,7 @@ from extract.sources.base import is_address
 from llava_core.errors import LlavaError, first_line
 from llava_core.fetch import Fetched
 from llava_core.fingerprint import sha256_files
+from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard
 from llava_core.status import Status
 
@@ -75,20 +76,22 @@ def read_image(folder: Path, place: str, max_bytes: int) -> Fetched:
         os.close(descriptor)
 
 
-def changed(folder: Path, shard: Shard) -> np.ndarray:
-    """Rows whose image file holds something else than when it was read, bool [N].
+def changed(folder: Path, shard: Shard | ShardWriter, places: Sequence[str] = ()) -> np.ndarray:
+    """Rows whose image file holds something else than when it was read, bool [N]; `places` if it is begun.
 
     Only a file of another size or mtime is read. One that is gone has not changed: its features stay.
     """
-    rows = np.zeros(shard.rows, bool)
-    urls = shard.urls() if shard.mtime.any() else []
-    for row in np.flatnonzero(shard.mtime).tolist():
-        path = _inside(folder, urls[row])
+    mtime, nbytes, sha256 = shard.mtime, shard.nbytes, shard.sha256
+    rows = np.zeros(len(mtime), bool)
+    if isinstance(shard, Shard) and mtime.any():
+        places = shard.urls()
+    for row in np.flatnonzero(mtime).tolist():
+        path = _inside(folder, places[row])
         try:
             found = os.stat(path or "")
-            same = found.st_mtime_ns == shard.mtime[row] and shard.nbytes[row] in (found.st_size, 0)
+            same = found.st_mtime_ns == mtime[row] and nbytes[row] in (found.st_size, 0)
             if path and stat.S_ISREG(found.st_mode) and not same:
-                rows[row] = sha256_files([Path(path)]) != shard.sha256[row].tobytes().hex()
+                rows[row] = sha256_files([Path(path)]) != sha256[row].tobytes().hex()
         except (OSError, ValueError):
             continue
     return rows

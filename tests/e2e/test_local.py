@@ -21,6 +21,7 @@ from extract.verify import run as verify
 from llava_core.conversation import INSTRUCTIONS, Conversation
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
+from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.vision import open_vision_tower
@@ -184,6 +185,29 @@ def test_an_image_replaced_under_its_name_is_encoded_again(vision: Path, tmp_pat
     assert "1 image changed" in call(*command).err
     assert Shard(path).ok_rows() == [0, 1, 2, 4, 5]
     assert "changed" not in call(*command).err
+
+
+def test_an_image_replaced_before_its_shard_is_finished_is_encoded_again(
+    vision: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "set", tmp_path / "out"
+    write_pictures(folder, names := ["a.jpg", "b.jpg", "c.jpg"])
+    for name in names:
+        (folder / name).with_suffix(".txt").write_text("a picture")
+    command = ("extract", "run", "--data", folder, "--vision", vision, "--out", out)
+    call(*command)
+    path = out / "set.h5"
+    with ShardWriter(path, retry=np.array([False, False, True])):
+        pass  # killed before its last row
+    path.unlink()
+    (folder / "a.jpg").write_bytes(picture(77))
+    (folder / "b.jpg").touch()
+    ended = call(*command)
+    assert f"{path}: 1 image changed since encoded, such as a.jpg; encoding again" in ended.err
+    hashes = [hashlib.sha256((folder / name).read_bytes()).digest() for name in names]
+    shard = Shard(path)
+    assert [stored.tobytes() for stored in shard.sha256] == hashes
+    assert all(shard.check(row) for row in range(3))
 
 
 def test_images_that_are_gone_keep_their_features(vision: Path, tmp_path: Path) -> None:

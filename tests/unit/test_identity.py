@@ -98,6 +98,9 @@ def test_settings_beside_the_same_weights(llm: LanguageModel, tmp_path: Path) ->
     slower = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     other = edited(tmp_path / "b", "config.json", lambda c: c.update(rope_parameters=slower))
     assert "rope_type: default vs linear" in refusal(llm.identity, other)
+    fewer = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}  # the others' weights are passed over
+    other = edited(tmp_path / "c", "config.json", lambda c: c.update(fewer))
+    assert "num_hidden_layers: 2 vs 1" in refusal(llm.identity, other)
 
 
 def test_the_scale_of_embeddings_may_be_rounded(llm: LanguageModel) -> None:
