@@ -19,10 +19,10 @@ SHOWN = 200
 """Characters of an answer, or a caption, in the log."""
 
 
-def beside_its_caption(line: JsonDict) -> str:
-    """What was said of a row, and below it the row's own caption, for the log."""
-    said = _shown(line["generated"], line["cut"])
-    return f"  {line['row']} says: {said}\n  {' ' * len(line['row'])} true: {_shown(line['written'])}"
+def beside_its_caption(line: JsonDict) -> tuple[str, str]:
+    """What was said of a row, and the row's own caption to stand below it: two lines of the log."""
+    said = f"  {line['row']} says: {_shown(line['generated'], line['cut'])}"
+    return said, f"  {' ' * len(line['row'])} true: {_shown(line['written'])}"
 
 
 def _shown(text: str, cut: bool = False) -> str:

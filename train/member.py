@@ -161,7 +161,8 @@ class Member:
             f"{ONE_PICTURE if figures['grounding_gap'] is None else gap}"
         )
         for line in lines[:2]:
-            say(beside_its_caption(line))
+            for text in beside_its_caption(line):
+                say(text)
         if not self.step:
             self.before = figures["loss"]
         better: bool = figures["loss"] < self.best

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from llava_core.console import visible
 from llava_core.conversation import INSTRUCTIONS, Conversation
 from llava_core.features import open_shards
 from llava_core.language import load_language_model
@@ -64,6 +65,8 @@ def test_the_true_caption_stands_below_what_was_said() -> None:
         "cut": True,
         "written": "一个\n蓝色的圆" + "。" * 300,
     }
-    assert beside_its_caption(line) == (
-        "  a.h5:7 says: 一个红色的圆…\n         true: 一个 蓝色的圆" + "。" * (SHOWN - 7) + "…"
-    )
+    said, true = beside_its_caption(line)
+    assert said == "  a.h5:7 says: 一个红色的圆…"
+    assert true == "         true: 一个 蓝色的圆" + "。" * (SHOWN - 7) + "…"
+    for text in (said, true):
+        assert visible(text) == text, "the log would show a character of it escaped"
