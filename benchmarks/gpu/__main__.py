@@ -57,7 +57,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[name for name in SECTIONS if name not in NEEDED])
     parser.add_argument("--shape", choices=["reference", "small"], default="reference")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    if not given.budget >= LEAST:
+        parser.error(f"--budget is too small: at least {LEAST:g} seconds")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as of an interrupt: the worker is ended, too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {given.out}: {error.strerror}")
     todo = given.only or [name for name in SECTIONS if name not in NEEDED]
     rows = Supervisor(given.out, given.budget, given.shape).run(todo)
     text = tables(rows)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+
+import pytest
 
 from benchmarks.gpu.__main__ import NEEDED, SECTIONS
 from benchmarks.gpu.tables import MOST_CHARACTERS, shortened
 from llava_core.files import read_json_lines
-from tests.e2e.commands import ROOT, run
+from tests.e2e.commands import ROOT, run, started, wait_until
 
 
 def test_every_section_measures(tmp_path: Path) -> None:
@@ -50,6 +54,30 @@ def test_what_fails_is_a_row_and_the_next_section_runs(tmp_path: Path) -> None:
     run("benchmarks.gpu", "--out", tmp_path / "bare", *flags, code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     last = json.loads((tmp_path / "bare/gpu.jsonl").read_text().splitlines()[-2])
     assert (last["section"], last["name"], last["value"]) == ("imports", "cannot be imported", "tyro")
+
+
+def test_its_worker_does_not_outlive_it(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\nif 'benchmarks.gpu.worker' in ' '.join(sys.orig_argv):\n"
+        f"    open({str(tmp_path / 'worker')!r}, 'w').write(f'{{os.getpid()}} ')\n    time.sleep(200)\n"
+    )
+    flags = ("--out", tmp_path / "out", "--shape", "small", "--only", "ceilings")
+    with started("benchmarks.gpu", *flags, PYTHONPATH=f"{tmp_path}:{ROOT}") as process:
+        told = tmp_path / "worker"
+        worker = wait_until(process, lambda: told.exists() and told.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(worker), 0)
+
+
+def test_a_budget_and_a_folder_that_are_of_no_use_are_refused(tmp_path: Path) -> None:
+    for budget in (0, "nan", 2):
+        ended = run("benchmarks.gpu", "--out", tmp_path / "out", "--budget", budget, code=2)
+        assert "--budget is too small: at least 3 seconds" in ended.err
+    (tmp_path / "file").write_text("")
+    ended = run("benchmarks.gpu", "--out", tmp_path / "file", code=2)
+    assert "file: File exists" in ended.err
 
 
 def test_tables_that_are_too_long_say_so() -> None:
