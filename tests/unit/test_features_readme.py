@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+import xxhash
 
 from llava_core.layout import COLUMNS
+from llava_core.shard_writer import ShardWriter
 from llava_core.shards import TEXTS, Shard
 from llava_core.status import Status
-from tests.small_shards import write_shard
+from tests.small_shards import CAPTIONS, header, outcome, write_shard
 
 DOCUMENT = (Path(__file__).parents[2] / "features/README.md").read_text(encoding="utf-8")
 
@@ -44,3 +48,16 @@ def test_every_status_and_dataset_is_listed() -> None:
         assert f"`{name}`" in DOCUMENT
     for name, (kind, _) in COLUMNS.items():
         assert np.dtype(kind).str.replace("|", "") in DOCUMENT, name
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_the_columns_checksum_is_over_the_columns_that_it_lists(tmp_path: Path, local: bool) -> None:
+    path = tmp_path / "a.h5"
+    with ShardWriter(path, dataclasses.replace(header(CAPTIONS), local=local)) as writer:
+        writer.write([dataclasses.replace(outcome(row), mtime=row + 1) for row in range(len(CAPTIONS))])
+        writer.finish()
+    (listed,) = re.findall(r"\| the columns (.*), end to end", DOCUMENT)
+    with h5py.File(path) as file:
+        held = [file[name][:].tobytes() for name in re.findall("`([a-z0-9_]+)`", listed) if name in file]
+    recorded = np.frombuffer(path.read_bytes()[:4096], "<u8")[2]
+    assert xxhash.xxh3_64_intdigest(b"".join(held)) == recorded
