@@ -19,6 +19,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -66,7 +67,10 @@ def main() -> None:
     except OSError as error:
         parser.error(f"--out {given.out}: {error.strerror}")
     todo = given.only or [name for name in SECTIONS if name not in NEEDED]
-    rows = Supervisor(given.out, given.budget, given.shape).run(todo)
+    shared = Path("/dev/shm")  # in memory
+    where = shared if os.access(shared, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where, prefix="llava-gpu-") as memory:
+        rows = Supervisor(given.out, given.budget, given.shape, memory).run(todo)
     text = tables(rows)
     (given.out / "gpu.md").write_text(text + "\n", encoding="utf-8")
     print(shortened(text), flush=True)
@@ -77,8 +81,8 @@ def main() -> None:
 class Supervisor:
     """Runs sections in worker processes, one after another, and keeps their rows."""
 
-    def __init__(self, out: Path, budget: float, shape: str) -> None:
-        self.out, self.shape = out, shape
+    def __init__(self, out: Path, budget: float, shape: str, memory: str) -> None:
+        self.out, self.shape, self.memory = out, shape, memory
         self.end = time.monotonic() + budget
         self.scale = budget / sum(SECTIONS.values())
         self.rows: list[dict[str, Any]] = []
@@ -101,7 +105,7 @@ class Supervisor:
     def work(self, todo: list[str], kept: IO[str], log: IO[str]) -> list[str]:
         """Start a worker on these sections; returns those after the one in which it was lost."""
         budgets = [f"{name}={SECTIONS[name] * self.scale:.1f}" for name in (*NEEDED, *todo)]
-        words = [sys.executable, "-m", "benchmarks.gpu.worker", "--shape", self.shape, *budgets]
+        words = [sys.executable, "-m", "benchmarks.gpu.worker", self.shape, self.memory, *budgets]
         worker = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, cwd=Path.cwd()
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,14 +69,6 @@ class Bench:
         self.ceilings: dict[str, float] = {}
         """What `ceilings` measured: matmul, in operations per second, and copy, in bytes per second."""
         self._made = 0
-
-    @staticmethod
-    @contextlib.contextmanager
-    def made(shape: str) -> Iterator[Bench]:
-        memory = Path("/dev/shm")
-        where = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-        with tempfile.TemporaryDirectory(dir=where, prefix="llava-gpu-") as folder:
-            yield Bench(shape, Path(folder))
 
     def setup(self) -> Iterator[Row]:
         began = time.monotonic()

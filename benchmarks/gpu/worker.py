@@ -1,4 +1,7 @@
-"""Runs sections one after another and writes their rows, a line of JSON each, to standard output."""
+"""Runs sections one after another and writes their rows, a line of JSON each, to standard output.
+
+Arguments: shape, a folder for models and features, and SECTION=SECONDS for each.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import json
 import os
 import pkgutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +31,7 @@ SHIPPED = ("llava.modeling_llava_align", "llava.processing_llava_align")
 
 
 def main() -> None:
-    shape, budgets = sys.argv[2], [word.split("=") for word in sys.argv[3:]]
+    shape, memory, budgets = sys.argv[1], Path(sys.argv[2]), [word.split("=") for word in sys.argv[3:]]
     rows = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the product prints goes to the log
     write(rows, {"event": "begin", "section": "imports"})
@@ -57,19 +62,19 @@ def main() -> None:
     for each in machine.versions():
         write(rows, dataclasses.asdict(each))
     write(rows, {"event": "end", "section": "imports"})
-    with Bench.made(shape) as bench:
-        for name, seconds in budgets[1:]:
-            write(rows, {"event": "begin", "section": name})
-            clock = Clock(SMALL_S if shape == "small" else float(seconds))
-            try:
-                for each in bench.setup() if name == "setup" else sections[name](bench, clock):
-                    write(rows, dataclasses.asdict(each if shape == "reference" else no_prediction(each)))
-            except Exception as error:  # a row, and the next section
-                traceback.print_exc()
-                text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                write(rows, {"name": "failed", "value": text, "unit": "failed"})
-                bench.forget()
-            write(rows, {"event": "end", "section": name})
+    bench = Bench(shape, Path(tempfile.mkdtemp(dir=memory)))
+    for name, seconds in budgets[1:]:
+        write(rows, {"event": "begin", "section": name})
+        clock = Clock(SMALL_S if shape == "small" else float(seconds))
+        try:
+            for each in bench.setup() if name == "setup" else sections[name](bench, clock):
+                write(rows, dataclasses.asdict(each if shape == "reference" else no_prediction(each)))
+        except Exception as error:  # a row, and the next section
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            write(rows, {"name": "failed", "value": text, "unit": "failed"})
+            bench.forget()
+        write(rows, {"event": "end", "section": name})
 
 
 def import_everything() -> list[str]:
