@@ -204,8 +204,7 @@ def test_bad_input_is_one_clear_line(base: str, vision: Path, tmp_path: Path) ->
     other = write_vision_folder(tmp_path / "other", seed=3)
     command = ("extract", "run", "--data", tmp_path / "data", "--out", out)
     assert (
-        "holds features of another encoder; expected"
-        in call(*command, "--vision", other, code=1).one_line()
+        "holds features of another encoder; expected" in call(*command, "--vision", other, code=1).one_line()
     )
     with h5py.File(out / "a.h5"):  # nothing was lost
         pass
