@@ -46,9 +46,9 @@ class Completions:
     ) -> None:
         self.config, self.model, self.metrics = config, model, metrics
         self.inside = 0
-        """How many they are."""
+        """Requests that are here."""
         self._placed = 0
-        """Those of them whose body and image have come."""
+        """Requests whose body and image have come, and that are not answered yet."""
         self._coming = 0
         """Bytes of bodies that are still coming."""
         self._batcher, self._fetcher = batcher, fetcher

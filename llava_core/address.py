@@ -72,9 +72,9 @@ class Hops:
     """The addresses that one request, with its redirects, has been led to."""
 
     public: bool = False
-    """This hop has tried a public one."""
+    """Whether this hop has tried a public address."""
     was_public: bool = False
-    """An earlier hop has."""
+    """Whether an earlier hop has tried one."""
 
     def redirected(self) -> None:
         self.public, self.was_public = False, self.public or self.was_public

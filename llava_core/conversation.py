@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.plain_text import PlainText
 
 CONVERSATION_FORMAT = "visual-prefix/1"
 """Name of the layout `[visual][template text]`, kept in checkpoints; another layout gets another name."""
@@ -105,6 +104,8 @@ class Conversation:
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         """Raises LlavaError for a tokenizer that `PlainText` does not take."""
+        from llava_core.plain_text import PlainText  # with tokenizers, which --help does without
+
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self._plain = PlainText(tokenizer, eos_ids)

@@ -63,7 +63,7 @@ class FetchLimits:
     allow_private: bool = False
     """Let loopback and private addresses through."""
     private_redirects: bool = True
-    """Then also let a public address redirect to them."""
+    """With `allow_private`: let a public address, too, redirect to a private one."""
     ignore_robots: bool = False
     """Keep images whose X-Robots-Tag asks not to be used."""
     patience: float = 0.0

@@ -26,7 +26,6 @@ PAGE = 4096
 
 LACKING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """Of an OSError from a lock or a flush: the file system, such as some over a network or FUSE, has none."""
-UNSAFE = ("its file system does not wait for the disk", "a loss of power may cost what was written last")
 
 
 def read_json_lines(path: Path) -> list[JsonDict]:

@@ -48,7 +48,7 @@ class Prepared:
     """Name of the kernel."""
     distances: Distances
     own: Distances
-    """The same of the model's own attention, in the model's type."""
+    """Distances from fp32 of the model's own attention, in the model's type."""
     passed_over: dict[str, str]
     """Faster kernels -> why they were not taken."""
     compiled: bool = False

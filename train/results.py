@@ -43,7 +43,7 @@ class Row:
     without held-out losses of the same rows and seeds."""
 
     @property
-    def is_none(self) -> bool:
+    def is_tied(self) -> bool:
         """Whether the held-out rows do not tell it from the best one."""
         return bool(self.above) and self.above["above_best_low"] <= 0 <= self.above["above_best_high"]
 
@@ -81,7 +81,7 @@ class Row:
         some = [f"{len(self.finished)} of {len(self.records)}", human_seconds(self.seconds)]
         loss = [] if self.loss is None else [decimal(self.loss)]
         state = [] if self.state == "finished" else [self.state]
-        above = ("none: " if self.is_none else "") + with_interval(self.above, "above_best")
+        above = ("none: " if self.is_tied else "") + with_interval(self.above, "above_best")
         return [" ".join([*loss, *state]), above, decimal(self.spread), decimal(self.gap), *some]
 
     def _mean(self, figure: Callable[[Record], float | None]) -> float | None:
@@ -158,11 +158,11 @@ def best_of(rows: Sequence[Row]) -> Record | None:
 def how_sure(rows: Sequence[Row]) -> str:
     """How many points the held-out rows do not tell from the best one; "" if there is nothing to compare."""
     others = [row for row in rows[1:] if row.finished]
-    unknown, none = sum(not row.above for row in others), sum(row.is_none for row in others)
+    unknown, tied = sum(not row.above for row in others), sum(row.is_tied for row in others)
     if not others:
         return ""
     points = counted(len(others), "other point")
-    told = f"of {points}, {none} cannot be told from the best by these held-out rows"
+    told = f"of {points}, {tied} cannot be told from the best by these held-out rows"
     return told + (f", and {unknown} kept no losses of the same rows and seeds" if unknown else "")
 
 

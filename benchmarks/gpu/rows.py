@@ -12,7 +12,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One figure: the median of `passes`, with what the audit predicted for an H100 (shared GPU.md)."""
+    """One figure: the median of `passes`, with what was predicted for an H100 before it was measured."""
 
     name: str
     value: float | str | None

@@ -69,7 +69,7 @@ def test_the_table_says_which_differences_are_none(tmp_path: Path) -> None:
         records.append(Record(number, "finished", point, folder, losses.sum() / tokens.sum()))
     rows = rows_of(records)
     assert [row.point["lr"] for row in rows[2:]] == [3, 4, 5]
-    assert [row.is_none for row in rows] == [False, True, False, False, False]
+    assert [row.is_tied for row in rows] == [False, True, False, False, False]
     assert rows[3].above == rows[4].above == {}
     difference = rows[2].above
     assert difference["above_best"] == pytest.approx((rows[2].loss or 0) - (rows[0].loss or 0))
