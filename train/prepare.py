@@ -103,9 +103,9 @@ def prepare(llm: LanguageModel, compiled: Compile = "off") -> Prepared:
             got=reason,
         )
     for name, why in passed_over.items():
-        say(f"attention: not by {name}, which {why}")
+        say(f"attention: not {name}, which {why}")
     beside = f"; the model's own in {dtype}: {_shown(own)}" if llm.dtype != torch.float32 else ""
-    say(f"attention: by {kernel.name}; from fp32 {_shown(distances)}{beside}")
+    say(f"attention: {kernel.name}; distance from fp32: {_shown(distances)}{beside}")
     prepared = Prepared(kernel.name, distances, own, passed_over)
     # Where it pays: on a GPU, unless the attention is a loop of Python's.
     if compiled == "off" or (compiled == "auto" and (llm.device.type == "cpu" or kernel.loops)):

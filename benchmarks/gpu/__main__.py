@@ -111,21 +111,27 @@ class Supervisor:
         )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(worker.stdout, lines), daemon=True).start()
-        current, due = NEEDED[0], time.monotonic() + LENIENT * SECTIONS[NEEDED[0]] * self.scale + 10
+        current = NEEDED[0]  # which takes what it takes, whatever the budget
+        due = time.monotonic() + max(60, LENIENT * SECTIONS[current] * self.scale)
         why = "its process ended"
         try:
             while (line := lines.get(timeout=max(0.1, min(due, self.end) - time.monotonic()))) is not None:
                 event = json.loads(line)
                 if event.get("event") == "begin":
                     current = event["section"]
-                    due = time.monotonic() + LENIENT * SECTIONS[current] * self.scale + LEAST
+                    if current != NEEDED[0]:
+                        due = time.monotonic() + LENIENT * SECTIONS[current] * self.scale + LEAST
                 elif event.get("event") == "end":
                     self.done.add(event["section"])
                     todo = [name for name in todo if name != event["section"]]
                 elif current not in self.done or event["unit"] == "failed":
                     self.keep(kept, current, event)
         except queue.Empty:
-            why = "it ran past its time" if time.monotonic() < self.end else "the budget is used up"
+            why = (
+                "it ran past its time: raise --budget"
+                if time.monotonic() < self.end
+                else "the budget is used up"
+            )
         finally:
             _end(worker)
         if worker.returncode:

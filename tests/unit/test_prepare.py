@@ -96,8 +96,8 @@ def test_a_wrong_kernel_is_not(
     assert prepared.attention == "right"
     assert "away from those of samples alone" in prepared.passed_over["wrong"]
     said = capsys.readouterr().err
-    assert "attention: not by wrong, which gives " in said
-    assert "attention: by right; from fp32 logits " in said
+    assert "attention: not wrong, which gives " in said
+    assert "attention: right; distance from fp32: logits " in said
     figures = prepared.figures()
     assert figures["attention_passed_over"].startswith("wrong: gives ")
     assert figures["attention_logits_distance"] == prepared.distances["logits"]
