@@ -231,6 +231,9 @@ class PushConfig(Options):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.name, re.ASCII):
             raise LlavaError("--name", expected="OWNER/NAME", got=self.name, exit_code=2)
 
+    def require_inputs(self) -> None:
+        require_checkpoint(self.folder)  # an exported folder has a config.json, too
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(Options):

@@ -57,6 +57,7 @@ def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
             (["train", "eval", "--checkpoint", tmp_path / "run", "--features", shard, "--llm", nix],
              f"give {tmp_path / 'run/last'}"),
             (["infer", "ask", "--checkpoint", nix, *models, "--image", "a"], "no checkpoint in"),
+            (["llava", "push", "--folder", nix, "--to", "hf", "--name", "a/b"], "no checkpoint in"),
             (["infer", "ask", *aligned, "--image", nix], "no image file"),
             (["infer", "ask", *aligned[:4], "--vision", nix, "--image", nix], "no vision folder"),
             (["infer", "chat", *aligned, "--image", nix], "no image file"),
