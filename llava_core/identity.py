@@ -34,6 +34,10 @@ DIALOGUE = (
 """What chat templates are compared by. Changed, it would make every recorded rendering another."""
 
 
+TOGETHER = 256
+"""Tokens of a vocabulary that are tokenised as one text."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderIdentity:
     """A frozen vision encoder and how it is given pictures, as a shard and a checkpoint record them."""
@@ -93,7 +97,7 @@ class LanguageModelIdentity:
     rendered: tuple[str, ...] | None = None
     """DIALOGUE as its chat template writes it for a next answer: of each token the id and its text."""
     vocabulary_sha256: str | None = None
-    """Over every token's id and text."""
+    """Over every token's id and text, and the ids that the texts are tokenised to (normaliser, merges)."""
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any, eos_ids: frozenset[int], **known: Any) -> LanguageModelIdentity:
@@ -101,9 +105,13 @@ class LanguageModelIdentity:
         ids = Conversation(tokenizer, eos_ids).prompt(DIALOGUE)
         texts = tokenizer.convert_ids_to_tokens(ids)
         vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+        tokens, backend = [token for _, token in vocabulary], tokenizer.backend_tokenizer
+        parts = [tokens[start : start + TOGETHER] for start in range(0, len(tokens), TOGETHER)]
+        written = [backend.decoder.decode(part) if backend.decoder else " ".join(part) for part in parts]
+        read = [part.ids for part in backend.encode_batch(written, add_special_tokens=False)]
         return cls(
             rendered=tuple(f"{i} {text}" for i, text in zip(ids, texts, strict=True)),
-            vocabulary_sha256=hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
+            vocabulary_sha256=hashlib.sha256(json.dumps([vocabulary, read]).encode()).hexdigest(),
             **known,
         )
 

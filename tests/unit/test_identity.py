@@ -92,6 +92,13 @@ def test_a_template_that_renders_alike_is_the_same(llm: LanguageModel, tmp_path:
     llm.identity.require_same(load_language_model(folder).identity, "another", do="")
 
 
+def test_a_normaliser_that_no_dialogue_shows(llm: LanguageModel, tmp_path: Path) -> None:
+    normaliser = {"type": "Replace", "pattern": {"String": "}"}, "content": "{"}
+    other = edited(tmp_path / "a", "tokenizer.json", lambda c: c.update(normalizer=normaliser))
+    assert other.rendered == llm.identity.rendered
+    assert "vocabulary_sha256: " in refusal(llm.identity, other)
+
+
 def test_settings_beside_the_same_weights(llm: LanguageModel, tmp_path: Path) -> None:
     other = edited(tmp_path / "a", "config.json", lambda c: c.update(rms_norm_eps=0.1))
     assert "rms_norm_eps: 1e-06 vs 0.1" in refusal(llm.identity, other)
