@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.pictures import image, picture, slow
-from tests.servers import answer, serving
-from tests.small_runs import write_runs
-from tests.small_vision import write_vision_folder
+from tests.support.pictures import image, picture, slow
+from tests.support.runs import write_runs
+from tests.support.servers import answer, serving
+from tests.support.vision_encoders import write_vision_folder
 
 
 @pytest.fixture(scope="module")

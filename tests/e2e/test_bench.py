@@ -15,10 +15,10 @@ from extract.config import BenchConfig
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard, read_by_hdf5
 from llava_core.storage import STORAGES, Storage
-from tests.e2e.commands import run, started, wait_until
-from tests.e2e.pictures import asked, good, write_parquet
-from tests.local_data import write_pictures
-from tests.small_shards import TOKENS, WIDTH, features_of, write_shard
+from tests.support.commands import run, started, wait_until
+from tests.support.local_data import write_pictures
+from tests.support.pictures import asked, good, write_parquet
+from tests.support.shards import TOKENS, WIDTH, features_of, write_shard
 
 ROW_BYTES = 5 * 64 * 2
 """Of the small vision folder's features."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_core import conversation
-from tests.e2e.commands import Ended, call
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
+from tests.support.commands import Ended, call
 
 FAILS = "the chat template of {llm} fails; got "
 

@@ -17,10 +17,11 @@ from infer.engine import Engine, open_engine
 from infer.session import Session
 from llava_core.phrases import Phrases
 from llava_core.sampling import Sampling
-from tests.e2e.commands import ENVIRONMENT, ROOT
-from tests.servers import answer, serving
-from tests.small_world import World, write_world
-from tests.tmux import terminal
+from tests.support.aligned import World, write_world
+from tests.support.commands import ENVIRONMENT
+from tests.support.paths import ROOT
+from tests.support.servers import answer, serving
+from tests.support.tmux import terminal
 
 SHORT = Sampling(max_tokens=12)
 

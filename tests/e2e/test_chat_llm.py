@@ -15,8 +15,9 @@ from llava import chat_llm
 from llava.config import ChatLlmConfig
 from llava_core.errors import LlavaError
 from llava_core.savedchat import SavedChat, write_chat
-from tests.e2e.commands import ENVIRONMENT, ROOT
-from tests.small_models import LLAMA_TEMPLATE, write_language_model
+from tests.support.commands import ENVIRONMENT
+from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
+from tests.support.paths import ROOT
 
 LENGTH = 9
 

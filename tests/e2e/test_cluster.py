@@ -17,12 +17,12 @@ from llava_core.features import open_shards
 from llava_core.journal import HEADER_BYTES, RECORD
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.e2e.commands import holder, run, started, wait_until
-from tests.e2e.pictures import features_are_right, good, picture, write_parquet
-from tests.ray_cluster import ACCESS, Node, ray_cluster
-from tests.servers import answer, serving
-from tests.small_runs import config, flags_of, write_runs
-from tests.small_vision import write_vision_folder
+from tests.support.commands import holder, run, started, wait_until
+from tests.support.pictures import features_are_right, good, picture, write_parquet
+from tests.support.ray_cluster import ACCESS, Node, ray_cluster
+from tests.support.runs import config, flags_of, write_runs
+from tests.support.servers import answer, serving
+from tests.support.vision_encoders import write_vision_folder
 
 asked: collections.Counter[str] = collections.Counter()
 

@@ -14,7 +14,8 @@ from benchmarks.lens import measure
 from llava import demo
 from llava.config import DemoConfig
 from llava.contact_sheet import wrapped
-from tests.e2e.commands import ENVIRONMENT, ROOT, call
+from tests.support.commands import ENVIRONMENT, call
+from tests.support.paths import ROOT
 
 
 def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:

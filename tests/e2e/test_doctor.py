@@ -9,7 +9,8 @@ import torch
 
 from llava.config import DoctorConfig
 from llava.doctor import run as doctor_run
-from tests.e2e.commands import ROOT, run
+from tests.support.commands import run
+from tests.support.paths import ROOT
 
 BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable"
 TORCH_OF_A_BUSY_GPU = f"""

@@ -13,8 +13,9 @@ import pytest
 from llava.config import DownloadConfig
 from llava.download import DATA
 from llava_core.errors import LlavaError
-from tests.e2e.commands import ROOT, Ended, call, run, started, wait_until
-from tests.model_scope import ModelScope, model_scope
+from tests.support.commands import Ended, call, run, started, wait_until
+from tests.support.model_scope import ModelScope, model_scope
+from tests.support.paths import ROOT
 
 LARGE = os.urandom(6_000_000)
 PARQUET = {f"data/train-{i:05d}-of-00166.parquet": bytes([i]) * (i + 1) for i in range(166)}

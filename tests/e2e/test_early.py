@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.e2e.commands import ENVIRONMENT, ROOT, run
-from tests.small_world import write_world
+from tests.support.aligned import write_world
+from tests.support.commands import ENVIRONMENT, run
+from tests.support.paths import ROOT
 
 CHECK = """
 import importlib, json, sys

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from tests.e2e.commands import call, run, started, wait_until
-from tests.e2e.pictures import picture
-from tests.local_data import write_parquet
-from tests.servers import answer, serving
+from tests.support.commands import call, run, started, wait_until
+from tests.support.local_data import write_parquet
+from tests.support.pictures import picture
+from tests.support.servers import answer, serving
 
 
 def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_path: Path) -> None:

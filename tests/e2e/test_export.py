@@ -34,10 +34,11 @@ from llava_core.language import load_language_model
 from llava_core.projector import build_projector, match_scale
 from llava_core.sampling import Sampling
 from llava_core.vision import open_vision_tower
-from tests.e2e.commands import ROOT, run
-from tests.exported import QUESTIONS
-from tests.small_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model
-from tests.small_vision import VISION, write_vision_folder
+from tests.support.commands import run
+from tests.support.exported import QUESTIONS
+from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model
+from tests.support.paths import ROOT
+from tests.support.vision_encoders import VISION, write_vision_folder
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
 PAD = 263
@@ -86,10 +87,10 @@ def write_checkpoint(
 
 
 def talk_elsewhere(folder: Path, pictures: list[Path]) -> dict[str, Any]:
-    """tests/exported.py in a process that knows installed packages, but not this project."""
+    """tests/support/exported.py in a process that knows installed packages, but not this project."""
     # -S leaves out the .pth file that makes this project importable.
     subprocess.run(
-        [sys.executable, "-S", ROOT / "tests/exported.py", folder, *pictures],
+        [sys.executable, "-S", ROOT / "tests/support/exported.py", folder, *pictures],
         cwd=folder.parent,
         env={
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},

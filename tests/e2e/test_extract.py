@@ -16,10 +16,10 @@ from PIL import Image
 from llava_core.features import open_shards
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.e2e.commands import call, run
-from tests.e2e.pictures import asked, features_are_right, good, image, picture, write_parquet
-from tests.servers import answer, serving
-from tests.small_vision import write_vision_folder
+from tests.support.commands import call, run
+from tests.support.pictures import asked, features_are_right, good, image, picture, write_parquet
+from tests.support.servers import answer, serving
+from tests.support.vision_encoders import write_vision_folder
 
 
 def test_every_row_gets_an_outcome(base: str, vision: Path, tmp_path: Path) -> None:

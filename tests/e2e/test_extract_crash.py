@@ -17,8 +17,8 @@ import pytest
 from extract.pipeline import Pipeline
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.e2e.commands import call, holder, started, wait_until
-from tests.e2e.pictures import asked, good, write_parquet
+from tests.support.commands import call, holder, started, wait_until
+from tests.support.pictures import asked, good, write_parquet
 
 
 def writes(process: subprocess.Popen[str], out: Path) -> bool:

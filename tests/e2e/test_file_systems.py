@@ -12,9 +12,9 @@ import pytest
 
 from llava_core import files
 from llava_core.shards import Shard
-from tests.e2e.commands import call
-from tests.e2e.pictures import good, write_parquet
-from tests.small_runs import config, curve, flags_of
+from tests.support.commands import call
+from tests.support.pictures import good, write_parquet
+from tests.support.runs import config, curve, flags_of
 
 LOCKS = "its file system has no locks"
 FLUSHES = "its file system does not wait for the disk"

@@ -12,7 +12,8 @@ import pytest
 from benchmarks.gpu.__main__ import NEEDED, SECTIONS
 from benchmarks.gpu.tables import MOST_CHARACTERS, shortened
 from llava_core.files import read_json_lines
-from tests.e2e.commands import ROOT, run, started, wait_until
+from tests.support.commands import run, started, wait_until
+from tests.support.paths import ROOT
 
 
 def test_every_section_measures(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from PIL import Image
 
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.e2e.commands import ENVIRONMENT, ROOT
-from tests.e2e.pictures import picture
-from tests.servers import answer, raw_serving, serving
-from tests.small_vision import write_vision_folder
+from tests.support.commands import ENVIRONMENT
+from tests.support.paths import ROOT
+from tests.support.pictures import picture
+from tests.support.servers import answer, raw_serving, serving
+from tests.support.vision_encoders import write_vision_folder
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from llava.imported import run as import_run
 from llava_core.checkpoint import load_checkpoint, point_to
 from llava_core.errors import LlavaError
-from tests.e2e.commands import call
 from tests.e2e.test_import import config as import_config
-from tests.small_features import write_features
-from tests.small_runs import config, flags_of, weights
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
+from tests.support.commands import call
+from tests.support.features import write_features
+from tests.support.runs import config, flags_of, weights
 from train.config import RunConfig, SweepConfig
 from train.run import run as train_run
 from train.sweep import run as sweep_run

@@ -19,10 +19,10 @@ from llava_core.checkpoint import load_checkpoint, load_state
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
 from llava_core.vision import open_vision_tower
-from tests.e2e.commands import run
-from tests.local_data import write_parquet, write_pictures
-from tests.small_vision import VISION, write_vision_folder
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
+from tests.support.commands import run
+from tests.support.local_data import write_parquet, write_pictures
+from tests.support.vision_encoders import VISION, write_vision_folder
 from train.config import EvalConfig
 from train.evaluate import run as eval_run
 

@@ -19,11 +19,11 @@ from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 from llava_core.savedchat import SavedChat, read_chat, write_chat
-from tests.e2e.commands import call, run
-from tests.servers import answer, serving
-from tests.small_models import write_language_model
-from tests.small_vision import write_vision_folder
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
+from tests.support.commands import call, run
+from tests.support.language_models import write_language_model
+from tests.support.servers import answer, serving
+from tests.support.vision_encoders import write_vision_folder
 
 SHORT = Sampling(max_tokens=12)
 

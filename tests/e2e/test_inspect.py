@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 
-from tests.browser import dom_of
-from tests.e2e.commands import Ended, call, run
-from tests.e2e.pictures import image
-from tests.servers import answer, serving
-from tests.small_vision import write_vision_folder
+from tests.support.browser import dom_of
+from tests.support.commands import Ended, call, run
+from tests.support.pictures import image
+from tests.support.servers import answer, serving
+from tests.support.vision_encoders import write_vision_folder
 
 leaked: list[str] = []
 

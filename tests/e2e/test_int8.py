@@ -9,11 +9,11 @@ from aiohttp import web
 from llava_core.features import open_shards
 from llava_core.files import read_json_lines
 from llava_core.shards import Shard
-from tests.e2e.commands import call
-from tests.e2e.pictures import good, picture, write_parquet
-from tests.servers import answer, serving
-from tests.small_models import write_language_model
-from tests.small_vision import write_vision_folder
+from tests.support.commands import call
+from tests.support.language_models import write_language_model
+from tests.support.pictures import good, picture, write_parquet
+from tests.support.servers import answer, serving
+from tests.support.vision_encoders import write_vision_folder
 from train.config import RunConfig
 from train.run import run as train_run
 

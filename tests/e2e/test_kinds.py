@@ -20,12 +20,12 @@ from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS
 from llava_core.sampling import Sampling
-from tests.e2e.commands import call, started, wait_until
-from tests.local_data import write_parquet, write_pictures
-from tests.small_models import write_language_model
-from tests.small_runs import config, curve, edited, flags_of, weights
-from tests.small_shards import TOKENS, WIDTH, write_shard
-from tests.small_vision import VISION, write_vision_folder
+from tests.support.commands import call, started, wait_until
+from tests.support.language_models import write_language_model
+from tests.support.local_data import write_parquet, write_pictures
+from tests.support.runs import config, curve, edited, flags_of, weights
+from tests.support.shards import TOKENS, WIDTH, write_shard
+from tests.support.vision_encoders import VISION, write_vision_folder
 from train.plan import run as plan_run
 from train.run import run as train_run
 

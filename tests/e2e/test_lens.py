@@ -11,10 +11,10 @@ from PIL import Image
 from infer.config import LensConfig
 from infer.engine import open_engine
 from infer.lens import look
-from tests.browser import dom_of
-from tests.e2e.commands import call, run
-from tests.small_features import models
-from tests.small_world import write_world
+from tests.support.aligned import write_world
+from tests.support.browser import dom_of
+from tests.support.commands import call, run
+from tests.support.features import models
 
 
 def test_picture_and_page_show_the_words(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.vision import open_vision_tower
-from tests.e2e.commands import call, run
-from tests.e2e.pictures import picture
-from tests.local_data import llava, write_json, write_parquet, write_pictures
-from tests.servers import answer, serving
-from tests.small_models import write_language_model
-from tests.small_shards import reseal
-from tests.small_vision import write_vision_folder
+from tests.support.commands import call, run
+from tests.support.language_models import write_language_model
+from tests.support.local_data import llava, write_json, write_parquet, write_pictures
+from tests.support.pictures import picture
+from tests.support.servers import answer, serving
+from tests.support.shards import reseal
+from tests.support.vision_encoders import write_vision_folder
 from train.samples import Samples
 
 NAMES = ["猫 1.jpg", "b/狗.JPG", "c.jpg"]

@@ -22,7 +22,8 @@ from llava.world.render import render
 from llava.world.scene import random_scene
 from llava_core.errors import LlavaError
 from llava_core.fonts import chinese_font
-from tests.e2e.commands import ENVIRONMENT, ROOT, call
+from tests.support.commands import ENVIRONMENT, call
+from tests.support.paths import ROOT
 
 VISION = ROOT / "llava/world/models/vision"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.e2e.commands import run
+from tests.support.commands import run
 
 
 def test_damage_at_random_is_noticed_or_hits_nothing(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.e2e.commands import started
-from tests.notebook import NOTEBOOK, read
+from tests.support.commands import started
+from tests.support.notebook import NOTEBOOK, read
 
 
 def test_every_cell_runs_and_the_projector_learns(tmp_path: Path) -> None:
-    with started("tests.notebook", "--to", tmp_path / "demo.ipynb", LLAVA_DEMO_ROWS=160) as process:
+    with started("tests.support.notebook", "--to", tmp_path / "demo.ipynb", LLAVA_DEMO_ROWS=160) as process:
         _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     cells = {cell.id: cell for cell in read(tmp_path / "demo.ipynb").cells}

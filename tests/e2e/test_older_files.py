@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.commands import run
+from tests.support.commands import run
+from tests.support.paths import GOLDEN, WORLD_MODELS
 
-FILES = Path(__file__).parents[1] / "golden/version_1"
-MODELS = Path(__file__).parents[2] / "llava/world/models"
+FILES = GOLDEN / "version_1"
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     """A copy of the files, in a folder that has the models where the recorded settings name them."""
     shutil.copytree(FILES, tmp_path / "old", symlinks=True)
-    (tmp_path / "old/models").symlink_to(MODELS)
+    (tmp_path / "old/models").symlink_to(WORLD_MODELS)
     return tmp_path / "old"
 
 

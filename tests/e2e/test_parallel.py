@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from llava_core.shard_writer import ShardWriter
-from tests.e2e.commands import Ended, holder, started, wait_until
-from tests.small_runs import config, curve, flags_of, weights
-from tests.small_shards import header, outcome
+from tests.support.commands import Ended, holder, started, wait_until
+from tests.support.runs import config, curve, flags_of, weights
+from tests.support.shards import header, outcome
 from train.config import RunConfig
 from train.parallel import World
 from train.run import run as train_run

@@ -18,8 +18,8 @@ from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard, ShardHeader
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
-from tests.e2e.pictures import good, picture
-from tests.servers import serving
+from tests.support.pictures import good, picture
+from tests.support.servers import serving
 
 
 @pytest.fixture(scope="module")

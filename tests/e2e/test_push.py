@@ -14,9 +14,10 @@ from llava_core.checkpoint import load_checkpoint, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.model_card import header_of
 from llava_core.projector import build_projector
-from tests.e2e.commands import ROOT, Ended, run
-from tests.hubs import TOKEN, Hubs, hubs
-from tests.unit.test_checkpoint import PROVENANCE
+from tests.support.commands import Ended, run
+from tests.support.hubs import TOKEN, Hubs, hubs
+from tests.support.paths import ROOT
+from tests.unit.llava_core.test_checkpoint import PROVENANCE
 
 FIGURES = {"step": 300, "eval_loss": 0.25}
 CARD = ("--license", "apache-2.0", "--language", "zh", "--base-model", "Qwen/Qwen3-0.6B")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from tests.e2e.commands import call, started, wait_until
-from tests.small_runs import config, curve, flags_of, weights
+from tests.support.commands import call, started, wait_until
+from tests.support.runs import config, curve, flags_of, weights
 from train.config import RunConfig
 from train.recipe import RECIPES
 from train.run import run as train_run

@@ -14,9 +14,9 @@ import xxhash
 from llava_core.errors import LlavaError
 from llava_core.files import read_json_lines
 from llava_core.shards import Shard
-from tests.e2e.commands import call
-from tests.small_runs import config, curve, flags_of
-from tests.small_shards import reseal
+from tests.support.commands import call
+from tests.support.runs import config, curve, flags_of
+from tests.support.shards import reseal
 from train.run import run as train_run
 
 

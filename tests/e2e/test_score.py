@@ -19,10 +19,11 @@ from llava_core.errors import LlavaError
 from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard
 from llava_core.vision import open_vision_tower
-from tests.e2e.commands import ENVIRONMENT, ROOT, call, run
-from tests.small_features import models, write_features
-from tests.small_shards import header, outcome, write_shard
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
+from tests.support.commands import ENVIRONMENT, call, run
+from tests.support.features import models, write_features
+from tests.support.paths import ROOT
+from tests.support.shards import header, outcome, write_shard
 
 
 @pytest.fixture(scope="module")

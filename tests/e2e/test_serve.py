@@ -24,10 +24,10 @@ import pytest
 
 from infer.session import Session
 from llava_core.sampling import Sampling
-from tests.e2e.commands import ENVIRONMENT, run
-from tests.llava_server import Served, llava_server
-from tests.servers import answer, serving
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
+from tests.support.commands import ENVIRONMENT, run
+from tests.support.llava_server import Served, llava_server
+from tests.support.servers import answer, serving
 
 TOKENS = 24
 ENDLESS = {"max_tokens": 10_000, "messages": [{"role": "user", "content": "说"}]}

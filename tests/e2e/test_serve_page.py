@@ -11,9 +11,9 @@ from PIL import Image
 
 from infer.session import Session
 from llava_core.sampling import Sampling
-from tests.devtools import Tab, browsing
-from tests.llava_server import Served, llava_server
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
+from tests.support.devtools import Tab, browsing
+from tests.support.llava_server import Served, llava_server
 
 LONG = 300
 

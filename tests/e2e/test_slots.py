@@ -15,7 +15,7 @@ from infer.slotcache import longest_context
 from infer.slots import Batcher
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
-from tests.small_world import World, write_world
+from tests.support.aligned import World, write_world
 
 SHORT = Sampling(max_tokens=20)
 

@@ -16,12 +16,13 @@ from llava.world.dataset import draw
 from llava_core.conversation import IGNORE, Conversation, Turn
 from llava_core.files import read_json_lines
 from llava_core.language import load_language_model
-from tests.e2e.commands import run
-from tests.unit.test_prepare import RIGHT, WRONG, kernel, offer
+from tests.support.commands import run
+from tests.support.paths import WORLD_MODELS
+from tests.unit.train.test_packed_model import RIGHT, WRONG, kernel, offer
 from train.prepare import prepare
 
 pytestmark = pytest.mark.slow
-VISION = Path(__file__).parents[2] / "llava/world/models/vision"
+VISION = WORLD_MODELS / "vision"
 
 
 @pytest.fixture(scope="module")

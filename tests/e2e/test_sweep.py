@@ -23,11 +23,11 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
-from tests.browser import dom_of
-from tests.e2e.commands import ENVIRONMENT, call, holder, run, started, wait_until
-from tests.ray_cluster import ACCESS, ray_cluster
-from tests.small_runs import config, curve, flags_of, weights, write_runs
-from tests.small_shards import write_shard
+from tests.support.browser import dom_of
+from tests.support.commands import ENVIRONMENT, call, holder, run, started, wait_until
+from tests.support.ray_cluster import ACCESS, ray_cluster
+from tests.support.runs import config, curve, flags_of, weights, write_runs
+from tests.support.shards import write_shard
 from train import member, trials
 from train.config import SweepConfig
 from train.report import Report

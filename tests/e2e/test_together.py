@@ -11,7 +11,7 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
-from tests.small_runs import config, curve, weights
+from tests.support.runs import config, curve, weights
 from train.config import RunConfig
 from train.parallel import World
 from train.run import run, train

@@ -15,8 +15,8 @@ from llava_core.conversation import pick_instruction
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
 from llava_core.shards import Shard
-from tests.e2e.commands import call, run
-from tests.small_world import write_world
+from tests.support.aligned import write_world
+from tests.support.commands import call, run
 from train.config import EvalConfig
 from train.evaluate import run as evaluate
 

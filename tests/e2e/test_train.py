@@ -21,10 +21,10 @@ from llava_core.dialogue import turns_to_text
 from llava_core.errors import LlavaError
 from llava_core.files import read_json_lines
 from llava_core.shard_writer import ShardWriter
-from tests.e2e.commands import ENVIRONMENT, call, holder, run, started, wait_until
-from tests.small_models import write_language_model
-from tests.small_runs import GOLDEN, config, curve, flags_of, weights
-from tests.small_shards import TOKENS, WIDTH, header, outcome, write_shard
+from tests.support.commands import ENVIRONMENT, call, holder, run, started, wait_until
+from tests.support.language_models import write_language_model
+from tests.support.runs import LOSS_CURVE, config, curve, flags_of, weights
+from tests.support.shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig
 from train.evaluate import run as evaluate_run
 from train.plan import run as plan_run
@@ -73,7 +73,7 @@ def test_a_run_learns_and_leaves_a_whole_checkpoint(world: Path, whole: Path) ->
 def test_the_golden_curve(whole: Path) -> None:
     """The same numbers as when they were written down: a refactor must not move them."""
     now = [round(loss, 6) for loss in curve(whole).values()]
-    assert now == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+    assert now == pytest.approx(json.loads(LOSS_CURVE.read_text()), rel=1e-4)
 
 
 def test_eval_measures_what_the_run_measured(world: Path, whole: Path) -> None:

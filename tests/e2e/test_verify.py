@@ -23,13 +23,12 @@ from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched
 from llava_core.shards import Shard
 from llava_core.status import Status
-from tests.e2e.commands import ENVIRONMENT, ROOT, call, run
-from tests.e2e.pictures import good, image, write_parquet
-from tests.servers import serving
-from tests.small_shards import reseal
-from tests.small_vision import write_vision_folder
-
-GOLDEN = ROOT / "tests/golden"
+from tests.support.commands import ENVIRONMENT, call, run
+from tests.support.paths import GOLDEN, ROOT
+from tests.support.pictures import good, image, write_parquet
+from tests.support.servers import serving
+from tests.support.shards import reseal
+from tests.support.vision_encoders import write_vision_folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.small_runs import GOLDEN, config, curve, write_runs
+from tests.support.runs import LOSS_CURVE, config, curve, write_runs
 from train.run import run
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = write_runs(Path(folder))
         run(config(world, world / "run"))
-        GOLDEN.write_text(json.dumps([round(loss, 6) for loss in curve(world / "run").values()]) + "\n")
+        LOSS_CURVE.write_text(json.dumps([round(loss, 6) for loss in curve(world / "run").values()]) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from llava_core.shard_writer import RowRecord, ShardWriter, is_finished, journal
 from llava_core.shards import Shard
 from llava_core.status import Status
 from llava_core.storage import STORAGES, Storage, dequantise, quantise
-from tests.small_shards import TOKENS, WIDTH, features_of, header
+from tests.support.shards import TOKENS, WIDTH, features_of, header
 
 rows = st.builds(
     lambda *columns: columns,

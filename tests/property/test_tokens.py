@@ -18,7 +18,7 @@ from llava_core.conversation import IGNORE, Conversation, Turn
 from llava_core.language import LanguageModel
 from llava_core.sampling import Sampling
 from llava_core.talk import Talk
-from tests.small_tokenizers import FAMILIES, TEMPLATES, WORDS, small_tokenizer
+from tests.support.tokenizers import FAMILIES, TEMPLATES, WORDS, small_tokenizer
 
 VISUAL = 3
 CONTROL_TEXTS = ["<|im_end|>", "<|im_start|>user\n", "</s>", "<s>", "[/INST]", "<think>", "</think>", "<unk>"]

@@ -22,13 +22,13 @@ from llava_core.errors import LlavaError
 from llava_core.features import open_shards
 from llava_core.language import load_language_model
 from llava_core.shards import Shard
-from tests.small_models import LLAMA_TEMPLATE, write_language_model
-from tests.small_shards import write_shard
+from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
+from tests.support.paths import ROOT
+from tests.support.shards import write_shard
 from train.config import RunConfig
 from train.resident import pick_residence
 from train.runfolder import RunFolder
 
-ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
 PACKAGES = ("extract", "train", "infer", "llava", "llava_core")
 SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 PHASES = ("extract", "train", "infer")
 SHIPPED = [ROOT / "llava/modeling_llava_align.py", ROOT / "llava/processing_llava_align.py"]
 """Copied into exported folders, where this project is not."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.notebook import NOTEBOOK, normal, read
+from tests.support.notebook import NOTEBOOK, normal, read
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,9 @@ def code() -> list[Any]:
 
 
 def test_the_file_is_in_its_normal_form() -> None:
-    assert NOTEBOOK.read_text(encoding="utf-8") == normal(read(NOTEBOOK)), "run python -m tests.notebook"
+    assert NOTEBOOK.read_text(encoding="utf-8") == normal(read(NOTEBOOK)), (
+        "run python -m tests.support.notebook"
+    )
     assert NOTEBOOK.stat().st_size < 1_000_000
     ids = [cell.id for cell in read(NOTEBOOK).cells]
     assert all(re.fullmatch("[a-z]+(-[a-z]+)?", name) for name in ids), "a name, not what an editor draws"

@@ -12,8 +12,8 @@ from llava_core.conversation import Conversation
 from llava_core.features import open_shards
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector
-from tests.small_models import write_language_model
-from tests.small_shards import WIDTH, write_shard
+from tests.support.language_models import write_language_model
+from tests.support.shards import WIDTH, write_shard
 from train.samples import Samples
 
 

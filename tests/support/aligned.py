@@ -1,0 +1,64 @@
+"""Three random models that fit each other, and pictures: all that `infer` needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from infer.config import AskConfig
+from infer.engine import Engine, open_engine
+from llava_core.checkpoint import Provenance, save_checkpoint
+from llava_core.language import load_language_model
+from llava_core.projector import build_projector, match_scale
+from llava_core.vision import open_vision_tower
+from tests.support.language_models import write_language_model
+from tests.support.vision_encoders import write_vision_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    vision: Path
+    llm: Path
+    checkpoint: Path
+    images: list[Path]
+
+    @property
+    def flags(self) -> tuple[object, ...]:
+        return (
+            "--checkpoint",
+            self.checkpoint,
+            "--vision",
+            self.vision,
+            "--llm",
+            self.llm,
+            "--device",
+            "cpu",
+        )
+
+    def engine(self) -> Engine:
+        image = (str(self.images[0]),)
+        return open_engine(
+            AskConfig(checkpoint=self.checkpoint, vision=self.vision, llm=self.llm, image=image)
+        )
+
+
+def write_world(root: Path) -> World:
+    vision, llm_folder = write_vision_folder(root / "vision"), write_language_model(root / "llm")
+    tower, llm = open_vision_tower(vision), load_language_model(llm_folder)
+    torch.manual_seed(0)
+    projector = build_projector("linear", tower.width, llm.hidden)
+    # Far larger than a trained one's, so that pictures make a difference to a random model.
+    match_scale(projector, torch.randn(64, tower.width), 4 * llm.embedding_rms)
+    provenance = Provenance(tower.identity, llm.identity)
+    save_checkpoint(root / "run/last", projector, provenance, {}, {}, {})
+    images = []
+    for seed in range(5):
+        path = root / f"{seed}.png"
+        pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 30)).save(path)
+        images.append(path)
+    return World(vision, llm_folder, root / "run/last", images)

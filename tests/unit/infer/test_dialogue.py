@@ -1,0 +1,33 @@
+"""What a turn of a dialogue costs, to the token."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_core.conversation import Conversation
+from llava_core.language import load_language_model
+from llava_core.sampling import Sampling
+from llava_core.talk import Talk
+from tests.support.language_models import LLAMA_TEMPLATE
+from tests.support.paths import WORLD_MODELS
+
+MODEL = WORLD_MODELS / "llm"
+VISUAL = 9
+
+
+def test_a_turn_reads_its_own_tokens_alone() -> None:
+    """With a template that leaves earlier answers as they were."""
+    llm = load_language_model(MODEL)
+    llm.tokenizer.chat_template = LLAMA_TEMPLATE
+    conversation = Conversation(llm.tokenizer, llm.eos_ids)
+    talk = Talk(llm, conversation, Sampling(max_tokens=5))
+    talk.begin(torch.randn(1, VISUAL, llm.hidden, generator=torch.Generator().manual_seed(0)))
+    known = 0
+    for question in ("描述图中的内容。", "颜色？", "还有什么？"):
+        assert "".join(talk.ask(question))
+        prompt = VISUAL + len(conversation.prompt(talk.messages[:-1]))
+        assert (talk.figures.cached, talk.figures.prefilled) == (known, prompt - known)
+        # An answer that ended was read to its last token; of one that was cut, the last is read next.
+        known = prompt + min(talk.figures.tokens, 4)
+    "".join(talk.retry())
+    assert (talk.figures.cached, talk.figures.prefilled) == (prompt - 1, 1)

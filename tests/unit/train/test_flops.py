@@ -1,0 +1,96 @@
+"""The formula of needed operations against what torch counts, on tiny models."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_core.language import LanguageModel, load_language_model, outline_language_model
+from llava_core.matmul import matmul_rate
+from llava_core.projector import build_projector
+from tests.support.language_models import write_language_model
+from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
+from train.flops import Work
+from train.meter import Meter, progress_line
+from train.objective import summed_loss
+from train.packing import Pack, pack
+from train.prepare import prepare
+
+
+@pytest.fixture(params=["linear", "mlp"])
+def projector(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return build_projector(request.param, WIDTH, 32)
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> LanguageModel:
+    return load_language_model(write_language_model(tmp_path / "llm"))
+
+
+def needed(work: Work, pack: Pack) -> int:
+    return work.operations(pack.lengths, len(pack.lengths) * VISUAL, len(pack.targets))
+
+
+def test_the_step_makes_the_needed_operations_and_no_others(
+    llm: LanguageModel, projector: torch.nn.Module
+) -> None:
+    """Exactly, but for attention, which torch does not count on a CPU."""
+    prepare(llm)
+    batch = a_batch(llm)
+    packed = pack(batch.features, batch.features.shape[1], batch.examples)
+    with FlopCounterMode(display=False) as counter:
+        summed_loss(llm, projector, packed).backward()  # type: ignore[no-untyped-call]
+    work = Work.of(llm.model, projector)
+    attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
+    assert counter.get_total_flops() == needed(work, packed) - attention
+
+
+def test_attention_is_half_of_what_the_eager_one_does(llm: LanguageModel) -> None:
+    """Eager attention computes every score and masks those of the future; all else is counted as above."""
+    projector = build_projector("linear", WIDTH, 32)
+    batch = a_batch(llm)
+    packed = pack(batch.features, batch.features.shape[1], batch.examples)
+    with FlopCounterMode(display=False) as counter:
+        reference_loss(llm, projector, batch).backward()  # type: ignore[no-untyped-call]
+    work = Work.of(llm.model, projector)
+    attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
+    needless_logits = 4 * work.head * (len(packed.ids) - len(packed.targets))
+    expected = needed(work, packed) + attention + needless_logits
+    assert counter.get_total_flops() == expected
+
+
+def test_the_outline_has_the_same_sizes(llm: LanguageModel, tmp_path: Path) -> None:
+    projector = build_projector("linear", WIDTH, 32)
+    outline = outline_language_model(tmp_path / "llm")
+    assert outline.device.type == "meta"
+    assert Work.of(outline.model, projector) == Work.of(llm.model, projector)
+    assert outline.eos_ids == llm.eos_ids
+
+
+def test_the_matmul_rate_is_that_of_some_machine() -> None:
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, 0.05) < 1e15
+
+
+def test_neighbours_do_not_slow_the_matmul_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product takes a second by the clock on the wall, a hundredth of one of every thread's time."""
+    walls, cpus = itertools.count(), itertools.count()
+    monkeypatch.setattr("llava_core.matmul.time.perf_counter", lambda: float(next(walls)))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("llava_core.matmul.time.process_time", lambda: 0.01 * threads * next(cpus))
+    rate = matmul_rate.__wrapped__(torch.device("cpu"), torch.float32)
+    assert rate == pytest.approx(2 * 1024**3 / 0.01)
+
+
+def test_an_impossible_utilisation_is_said_to_be_one() -> None:
+    meter = Meter(torch.device("cpu"), rate=1.0)
+    meter.count(samples=1, tokens=1, operations=10**15)
+    metrics = meter.rates()
+    assert metrics["mfu"] is None
+    line = progress_line({"loss": 1.0, "lr": 0.1, **metrics})
+    assert "MFU unknown (over 100%: the matmul rate was measured too low), waits" in line
+    meter.count(samples=1, tokens=1, operations=0)
+    assert "MFU 0%" in progress_line({"loss": 1.0, "lr": 0.1, **meter.rates()})

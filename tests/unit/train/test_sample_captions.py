@@ -1,0 +1,72 @@
+"""Captions while training are what the model would say by itself, and leave it able to take packs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llava_core.console import visible
+from llava_core.conversation import INSTRUCTIONS, Conversation
+from llava_core.features import open_shards
+from llava_core.language import load_language_model
+from llava_core.projector import build_projector
+from tests.support.language_models import write_language_model
+from tests.support.shards import WIDTH, write_shard
+from train.captions import GREEDY, SHOWN, beside_its_caption, captions
+from train.objective import summed_loss
+from train.packing import pack
+from train.prepare import prepare
+from train.samples import Samples
+
+
+def test_captions_are_greedy_and_packs_still_work_after(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.h5", rows=5, failed=[1])
+    folder = write_language_model(tmp_path / "llm")
+    llm = load_language_model(folder)
+    prepare(llm)
+    chat = Conversation(llm.tokenizer, llm.eos_ids)
+    samples = Samples(open_shards(tmp_path), chat, 20, 100, seed=0)
+    torch.manual_seed(3)
+    projector = build_projector("linear", WIDTH, llm.hidden)
+    batch = samples.batch([0, 1], epoch=0)
+    visual = batch.features.shape[1]
+    before = summed_loss(llm, projector, pack(batch.features, visual, batch.examples))
+
+    lines = captions(llm, projector, samples, 3)
+
+    assert torch.equal(before, summed_loss(llm, projector, pack(batch.features, visual, batch.examples)))
+    assert [line["row"] for line in lines] == ["a.h5:0", "a.h5:2", "a.h5:3"]
+    assert lines[0]["written"] == "红色的圆形0"
+    plain = load_language_model(folder)
+    prompt = torch.tensor(chat.prompt([{"role": "user", "content": INSTRUCTIONS[0]}]))
+    for k, line in enumerate(lines):
+        visual = projector(samples.batch([k], epoch=0).features[0].float())
+        embedded = torch.cat([visual, plain.embed(prompt)])[None]
+        said = plain.model.generate(
+            inputs_embeds=embedded,
+            attention_mask=torch.ones(embedded.shape[:2]),
+            max_new_tokens=GREEDY.max_tokens,
+            do_sample=False,
+            eos_token_id=sorted(llm.eos_ids),
+            pad_token_id=0,
+        )
+        assert line["generated"] == chat.text(said[0].tolist()).strip()
+    assert [line["cut"] for line in lines] == [
+        len(chat.tokenizer(line["generated"])["input_ids"]) >= GREEDY.max_tokens for line in lines
+    ]
+    assert len({line["generated"] for line in lines}) > 1
+
+
+def test_the_true_caption_stands_below_what_was_said() -> None:
+    line = {
+        "row": "a.h5:7",
+        "generated": "一个红色的圆",
+        "cut": True,
+        "written": "一个\n蓝色的圆" + "。" * 300,
+    }
+    said, true = beside_its_caption(line)
+    assert said == "  a.h5:7 says: 一个红色的圆…"
+    assert true == "         true: 一个 蓝色的圆" + "。" * (SHOWN - 7) + "…"
+    for text in (said, true):
+        assert visible(text) == text, "the log would show a character of it escaped"
