@@ -36,7 +36,7 @@ from aiohttp import web
 from PIL import Image
 
 from extract.config import RunConfig
-from extract.filling import Filling
+from extract.open_shard import Filling
 from extract.pipeline import WRITE_ROWS, Pipeline
 from llava.config import MODELS
 from llava.reference import write_vision

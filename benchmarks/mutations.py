@@ -36,7 +36,7 @@ import transformers
 import tyro
 
 from extract.config import InspectConfig, VerifyConfig
-from extract.inspect import run as inspect
+from extract.inspect.command import run as inspect
 from extract.verify import run as verify
 from llava.config import MODELS, ExportConfig
 from llava.export import run as export

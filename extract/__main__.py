@@ -9,7 +9,7 @@ COMMANDS = {
     "run": cli.Command(RunConfig, "extract.run:run", continues=True),
     "retry-failed": cli.Command(RetryConfig, "extract.run:retry_failed", continues=True),
     "verify": cli.Command(VerifyConfig, "extract.verify:run"),
-    "inspect": cli.Command(InspectConfig, "extract.inspect:run"),
+    "inspect": cli.Command(InspectConfig, "extract.inspect.command:run"),
     "bench": cli.Command(BenchConfig, "extract.bench:run"),
 }
 

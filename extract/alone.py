@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from extract.config import Stages
-from extract.duplicates import First, Known, Place
-from extract.filling import Filling
+from extract.deduplicate import First, Known, Place
+from extract.open_shard import Filling
 from extract.pipeline import Body, Picture, Pipeline
 from llava_core.shard_writer import RowRecord
 from llava_core.vision import VisionTower

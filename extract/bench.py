@@ -13,13 +13,13 @@ from pathlib import Path
 
 from extract.alone import Alone, Pace
 from extract.config import BenchConfig, RunConfig
-from extract.fill import describe, filling_of, open_tower
-from extract.filling import Filling
+from extract.extract_shards import describe, filling_of, open_tower
+from extract.open_shard import Filling
+from extract.outcomes import TOO_MANY_FAILED, host_of, outcome_table, summarise
 from extract.pipeline import Pipeline
-from extract.readrate import read_rates
+from extract.read_throughput import read_rates
 from extract.sources.base import Rows, Source
 from extract.sources.find import find_sources
-from extract.summary import TOO_MANY_FAILED, host_of, outcome_table, summarise
 from llava_core.console import counted, human_bytes, human_seconds, progress, say, show, table
 from llava_core.device import cpu_cores
 from llava_core.errors import LlavaError

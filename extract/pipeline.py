@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from extract.config import Stages
-from extract.duplicates import Duplicates, First, Known, Place
-from extract.filling import Filling
-from extract.gauges import Gauges
-from extract.hostqueues import HostQueues
+from extract.deduplicate import Duplicates, First, Known, Place
+from extract.open_shard import Filling
+from extract.stages.host_queue import HostQueues
+from extract.stages.metrics import Gauges
 from llava_core.cli import stop_signals
 from llava_core.console import say
 from llava_core.device import cpu_cores

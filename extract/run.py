@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from extract.cluster import fill_on_ray
 from extract.config import Encoding, RetryConfig, RunConfig
-from extract.fill import describe, fill, is_done, open_filling, open_tower, require_same
-from extract.filling import Filling
-from extract.share import share_of
+from extract.extract_shards import describe, fill, is_done, open_filling, open_tower, require_same
+from extract.open_shard import Filling
+from extract.outcomes import TOO_MANY_FAILED, outcome_table, summarise
+from extract.partition import share_of
+from extract.ray_driver import fill_on_ray
 from extract.sources.base import Source
 from extract.sources.find import find_sources, sources_of
-from extract.summary import TOO_MANY_FAILED, outcome_table, summarise
 from llava_core.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from extract.again import ImagesAgain
 from extract.config import VerifyConfig
+from extract.sources.refetch import ImagesAgain
 from llava_core.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError

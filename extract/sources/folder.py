@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from extract.sources.base import Rows, Source, captions_of
-from extract.sources.files import Files
+from extract.sources.local_images import Files
 from llava_core.console import say
 from llava_core.fingerprint import JsonDict
 from llava_core.images import SUFFIXES

@@ -9,7 +9,7 @@ from typing import Any
 
 from extract.sources.base import Rows, Source
 from extract.sources.conversations import conversation_text
-from extract.sources.files import local_files
+from extract.sources.local_images import local_files
 from llava_core.errors import LlavaError, first_line
 
 SUFFIXES = (".json", ".jsonl")

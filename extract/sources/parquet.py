@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from extract.sources.base import Images, Rows, Source, captions_of, is_address
 from extract.sources.conversations import conversation_text
-from extract.sources.files import Files, local_files
-from extract.sources.stored import StoredImages
+from extract.sources.local_images import Files, local_files
+from extract.sources.parquet_images import StoredImages
 from llava_core.errors import LlavaError, first_line
 
 CAPTION_KEY = "global_caption"

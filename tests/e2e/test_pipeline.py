@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from extract.config import RunConfig
-from extract.filling import Filling
+from extract.open_shard import Filling
 from extract.pipeline import Pipeline
 from llava_core.console import progress
 from llava_core.shard_writer import ShardWriter

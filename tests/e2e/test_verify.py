@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from extract.again import ImagesAgain
+from extract.sources.refetch import ImagesAgain
 from llava_core.errors import LlavaError
 from llava_core.fetch import Fetched
 from llava_core.shards import Shard

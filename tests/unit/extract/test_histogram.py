@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.histogram import bar, histogram
+from extract.inspect.histogram import bar, histogram
 
 
 def test_edges_read_well() -> None:

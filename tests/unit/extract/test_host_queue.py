@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.hostqueues import HostQueues
+from extract.stages.host_queue import HostQueues
 
 
 def test_hosts_take_turns_and_none_gets_more_than_its_share() -> None:

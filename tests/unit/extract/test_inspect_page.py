@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from extract.config import InspectConfig
-from extract.contents import look_into, spread
-from extract.inspect import run as inspect
-from extract.page import choose, write_page
+from extract.inspect.command import run as inspect
+from extract.inspect.page import choose, write_page
+from extract.statistics import look_into, spread
 from llava_core.features import open_shards
 from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from extract.cluster import merged
 from extract.config import RunConfig
-from extract.share import Share, share_of
+from extract.partition import Share, share_of
+from extract.ray_driver import merged
+from extract.ray_worker import OUR_CODE, Trouble, Worker
 from extract.sources.find import find_sources
-from extract.worker import OUR_CODE, Trouble, Worker
 from llava_core.cluster import Plan, code_digest, connected, plan_workers
 from llava_core.device import cpu_cores, local_gpu
 from llava_core.errors import LlavaError

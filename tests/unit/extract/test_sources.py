@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from extract.outcomes import write_statistics
 from extract.sources.base import Rows
 from extract.sources.conversations import conversation_text
-from extract.sources.files import Files, read_image
 from extract.sources.find import find_sources
-from extract.sources.stored import StoredImages
-from extract.summary import write_statistics
+from extract.sources.local_images import Files, read_image
+from extract.sources.parquet_images import StoredImages
 from llava_core.errors import LlavaError
 from llava_core.shards import Shard
 from llava_core.status import Status
@@ -232,7 +232,7 @@ def stored(path: Path, images: list[bytes], **options: Any) -> StoredImages:
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "threads"])
 def test_stored_images_in_any_order(tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.sources.stored.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("extract.sources.parquet_images.BATCH_BYTES", 20_000)
     images = random_bytes(300, 1000)
     store = stored(tmp_path / "x.parquet", images, row_group_size=130)
     rows = list(range(300))
@@ -251,7 +251,7 @@ def test_stored_images_in_any_order(tmp_path: Path, order: str, monkeypatch: pyt
 
 
 def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.sources.stored.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("extract.sources.parquet_images.BATCH_BYTES", 20_000)
     path, images = tmp_path / "x.parquet", random_bytes(300, 1000)
     stored(path, images, row_group_size=100, use_dictionary=False, data_page_size=1000, write_batch_size=20)
     data = bytearray(path.read_bytes())
@@ -270,8 +270,8 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path, monkeypatch: pyt
 READ_ALL = """
 import sys
 from pathlib import Path
-from extract.sources.files import Files
-from extract.sources.stored import StoredImages
+from extract.sources.local_images import Files
+from extract.sources.parquet_images import StoredImages
 
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from extract.histogram import Histogram, histogram
-from extract.summary import host_of, summarise
+from extract.inspect.histogram import Histogram, histogram
+from extract.outcomes import host_of, summarise
 from llava_core.fingerprint import JsonDict
 from llava_core.shards import Shard
 from llava_core.status import Status

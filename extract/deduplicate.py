@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.filling import Filling
+from extract.open_shard import Filling
 from extract.sources.base import is_address
 from llava_core.errors import LlavaError
 from llava_core.shard_writer import RowRecord

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from extract.config import InspectConfig
-from extract.contents import Contents, look_into, stored_as
-from extract.histogram import Histogram, bar
-from extract.page import write_page
-from extract.summary import outcome_table
+from extract.inspect.histogram import Histogram, bar
+from extract.inspect.page import write_page
+from extract.outcomes import outcome_table
+from extract.statistics import Contents, look_into, stored_as
 from llava_core.console import human_bytes, say, show, table
 from llava_core.features import open_shards
 from llava_core.fingerprint import JsonDict

@@ -1,4 +1,4 @@
-"""What runs on the nodes of a Ray cluster for `extract.cluster`."""
+"""What runs on the nodes of a Ray cluster for `extract.ray_driver`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from extract.config import RunConfig
-from extract.fill import describe, fill, is_done, open_filling, open_tower
-from extract.filling import Filling
+from extract.extract_shards import describe, fill, is_done, open_filling, open_tower
+from extract.open_shard import Filling
+from extract.outcomes import summarise
 from extract.sources.base import Source
-from extract.summary import summarise
 from llava_core.cluster import Lines, other_version
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from extract.outcomes import host_of
 from extract.sources.base import Images, is_address
-from extract.summary import host_of
 from llava_core.shard_writer import RowRecord, ShardWriter
 from llava_core.shards import Shard
 from llava_core.status import Status

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from extract.sources.base import Images
-from extract.sources.files import loaded
+from extract.sources.local_images import loaded
 from llava_core.errors import first_line
 from llava_core.fetch import Fetched
 from llava_core.status import Status

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from extract.histogram import Histogram
+from extract.inspect.histogram import Histogram
 from llava_core.status import Status
 
 WIDTH, HEIGHT = 420, 130

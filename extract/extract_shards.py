@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from extract.config import Encoding, RunConfig
-from extract.filling import Filling
+from extract.open_shard import Filling
+from extract.outcomes import write_statistics
 from extract.pipeline import Pipeline
 from extract.sources.base import Rows, Source
-from extract.sources.files import changed
-from extract.summary import write_statistics
+from extract.sources.local_images import changed
 from llava_core.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError

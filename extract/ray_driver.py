@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from extract.config import RunConfig
-from extract.share import Share
+from extract.outcomes import TOP_HOSTS
+from extract.partition import Share
+from extract.ray_worker import OUR_CODE, Ready, Trouble, Worker
 from extract.sources.base import Source
-from extract.summary import TOP_HOSTS
-from extract.worker import OUR_CODE, Ready, Trouble, Worker
 from llava_core.cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_tally
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError

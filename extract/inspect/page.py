@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from extract.charts import bars, outline, share_bar
-from extract.contents import Contents, spread, stored_as
-from extract.histogram import Histogram
-from extract.summary import host_of
+from extract.inspect.histogram import Histogram
+from extract.inspect.svg import bars, outline, share_bar
+from extract.outcomes import host_of
+from extract.statistics import Contents, spread, stored_as
 from llava_core.console import human_bytes
 from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
