@@ -21,7 +21,7 @@ from llava.config import MODELS
 from llava_core.console import table
 from llava_core.files import read_json_lines
 from train.config import RunConfig
-from train.recipe import RECIPES
+from train.recipes import RECIPES
 from train.run import run
 
 STEPS, EVERY, HELD_OUT = 150, 10, 64

@@ -21,16 +21,16 @@ import tyro
 
 from llava.config import MODELS
 from llava_core.projector import Projector
-from train import start
+from train import initialization as start
 from train.config import RunConfig
+from train.data.packing import Packing
+from train.data.samples import Samples, Schedule, answer_tokens
+from train.distributed import World, joined
 from train.evaluate import evaluate
-from train.objective import summed_losses
+from train.model.loss import summed_losses
 from train.optimizer import build_optimizer, learning_rate
-from train.packing import Packing
-from train.parallel import World, joined
-from train.recipe import RECIPES
-from train.samples import Samples, Schedule, answer_tokens
-from train.shared import Shared
+from train.recipes import RECIPES
+from train.resources import Shared
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,10 +22,10 @@ from llava_core.console import table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from train.config import RunConfig
-from train.meter import peak_memory
-from train.parallel import World
+from train.distributed import World
+from train.resources import Shared
 from train.run import train
-from train.shared import Shared
+from train.throughput import peak_memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,15 +49,15 @@ from llava_core.shard_writer import RowRecord, ShardWriter
 from llava_core.status import Status
 from llava_core.vision import VisionTower, open_vision_tower
 from train.config import Compile, RunConfig
-from train.loader import prefetch
-from train.member import Member
-from train.meter import peak_memory
-from train.parallel import World
-from train.prepare import own_attention
+from train.data.prefetch import prefetch
+from train.data.samples import Samples
+from train.distributed import World
+from train.model.packed_model import own_attention
+from train.resources import Shared
 from train.run import Trainer as Ours
-from train.runfolder import RunFolder
-from train.samples import Samples
-from train.shared import Shared
+from train.run_folder import RunFolder
+from train.throughput import peak_memory
+from train.training_run import Member
 
 SENTENCES = {"small": 1, "reference": 6}
 """Captions of the demo's world that make one caption: the reference's have about 130 tokens."""

@@ -9,11 +9,11 @@ import time
 from llava_core import cli
 from llava_core.console import silence
 from train.config import EvalConfig, PlanConfig, RunConfig, SweepConfig
-from train.recipe import RECIPES
+from train.recipes import RECIPES
 
 COMMANDS = {
     "run": cli.Command(RunConfig, "train.run:run", RECIPES, continues=True),
-    "sweep": cli.Command(SweepConfig, "train.sweep:run", RECIPES, continues=True),
+    "sweep": cli.Command(SweepConfig, "train.sweep.command:run", RECIPES, continues=True),
     "plan": cli.Command(PlanConfig, "train.plan:run", RECIPES),
     "eval": cli.Command(EvalConfig, "train.evaluate:run"),
 }

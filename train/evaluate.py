@@ -19,11 +19,11 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.pairing import other_pictures
 from llava_core.projector import Projector
 from train.config import EvalConfig
-from train.objective import sample_losses
-from train.packing import Packing
-from train.parallel import World, joined
-from train.prepare import prepare
-from train.samples import Batch, Samples, answer_tokens
+from train.data.packing import Packing
+from train.data.samples import Batch, Samples, answer_tokens
+from train.distributed import World, joined
+from train.model.loss import sample_losses
+from train.model.packed_model import prepare
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""

@@ -20,14 +20,14 @@ from llava_core.projector import Projector, build_projector, parameter_count
 from llava_core.shards import Shard
 from llava_core.status import Status
 from train.config import RunConfig
+from train.data.feature_cache import pick_residence, worth_keeping
+from train.data.packing import cut
+from train.data.prefetch import AHEAD
+from train.data.samples import Samples, Schedule, answer_tokens
 from train.flops import Work, head_width
-from train.loader import AHEAD
-from train.meter import Meter, peak_memory
-from train.objective import CHUNK_LOGITS
-from train.packing import cut
-from train.resident import pick_residence, worth_keeping
-from train.runfolder import RunFolder
-from train.samples import Samples, Schedule, answer_tokens
+from train.model.loss import CHUNK_LOGITS
+from train.run_folder import RunFolder
+from train.throughput import Meter, peak_memory
 
 LOOKED_AT = 256
 """Samples, spread over all, whose words are counted."""

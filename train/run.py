@@ -18,18 +18,18 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import Lock
 from train.config import RunConfig
-from train.loader import prefetch
-from train.member import Member
-from train.meter import Meter, progress_line
-from train.objective import summed_losses
-from train.packing import Packing
-from train.parallel import joined
+from train.data.packing import Packing
+from train.data.prefetch import prefetch
+from train.data.samples import Batch, answer_tokens
+from train.distributed import joined
+from train.model.loss import summed_losses
+from train.model.packed_model import compilations
 from train.plan import outcome_line, projector_of
 from train.plan import run as plan
-from train.prepare import compilations
-from train.runfolder import RunFolder
-from train.samples import Batch, answer_tokens
-from train.shared import Shared
+from train.resources import Shared
+from train.run_folder import RunFolder
+from train.throughput import Meter, progress_line
+from train.training_run import Member
 
 SHAPES = 24
 """Rows are padded to whole parts of a usual step, so many in all, if the model is compiled for each shape."""

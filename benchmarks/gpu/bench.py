@@ -20,9 +20,9 @@ from llava_core.device import pick_device
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.vision import VisionTower, open_vision_tower
 from train.config import Compile, RunConfig
-from train.parallel import World
-from train.samples import Batch, Samples
-from train.shared import Shared
+from train.data.samples import Batch, Samples
+from train.distributed import World
+from train.resources import Shared
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,12 +22,12 @@ from llava_core.errors import LlavaError
 from llava_core.files import read_json_lines
 from llava_core.fingerprint import JsonDict
 from llava_core.projector import build_projector
+from train.data.packing import Packing
+from train.data.samples import answer_tokens
 from train.flops import Work
-from train.objective import head_loss, summed_losses
-from train.packing import Packing
-from train.prepare import compilations, prepare
+from train.model.loss import head_loss, summed_losses
+from train.model.packed_model import compilations, prepare
 from train.run import train
-from train.samples import answer_tokens
 
 KINDS = {
     "GEMM": r"gemm|cutlass|nvjet|xmma|cublas|wgmma|splitK",

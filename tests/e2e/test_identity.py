@@ -24,7 +24,7 @@ from tests.support.features import write_features
 from tests.support.runs import config, flags_of, weights
 from train.config import RunConfig, SweepConfig
 from train.run import run as train_run
-from train.sweep import run as sweep_run
+from train.sweep.command import run as sweep_run
 
 
 @dataclasses.dataclass(frozen=True)

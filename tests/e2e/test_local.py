@@ -32,7 +32,7 @@ from tests.support.pictures import picture
 from tests.support.servers import answer, serving
 from tests.support.shards import reseal
 from tests.support.vision_encoders import write_vision_folder
-from train.samples import Samples
+from train.data.samples import Samples
 
 NAMES = ["猫 1.jpg", "b/狗.JPG", "c.jpg"]
 CAPTIONS = ["一只猫", "一只狗", "a fish"]

@@ -18,7 +18,7 @@ from tests.support.commands import Ended, holder, started, wait_until
 from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome
 from train.config import RunConfig
-from train.parallel import World
+from train.distributed import World
 from train.run import run as train_run
 
 

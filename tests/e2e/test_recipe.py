@@ -11,7 +11,7 @@ import yaml
 from tests.support.commands import call, started, wait_until
 from tests.support.runs import config, curve, flags_of, weights
 from train.config import RunConfig
-from train.recipe import RECIPES
+from train.recipes import RECIPES
 from train.run import run as train_run
 
 

@@ -19,7 +19,7 @@ from llava_core.language import load_language_model
 from tests.support.commands import run
 from tests.support.paths import WORLD_MODELS
 from tests.unit.train.test_packed_model import RIGHT, WRONG, kernel, offer
-from train.prepare import prepare
+from train.model.packed_model import prepare
 
 pytestmark = pytest.mark.slow
 VISION = WORLD_MODELS / "vision"

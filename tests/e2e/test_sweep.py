@@ -28,12 +28,13 @@ from tests.support.commands import ENVIRONMENT, call, holder, run, started, wait
 from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
-from train import member, trials
+from train import training_run as member
 from train.config import SweepConfig
-from train.report import Report
-from train.shared import Shared
-from train.study import MOST_DEATHS
-from train.sweep import run as sweep_run
+from train.metric_writers import Report
+from train.resources import Shared
+from train.sweep import trials
+from train.sweep.command import run as sweep_run
+from train.sweep.study import MOST_DEATHS
 
 SPACE = ("lr=5e-3,2e-2", "projector=linear,mlp", "weight_decay=0,1e38", "seed=0,1")
 """The weights of the last decay are not finite for long."""

@@ -13,9 +13,9 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from tests.support.runs import config, curve, weights
 from train.config import RunConfig
-from train.parallel import World
+from train.distributed import World
+from train.resources import Shared
 from train.run import run, train
-from train.shared import Shared
 
 
 def members(world: Path, out: Path) -> list[RunConfig]:

@@ -27,8 +27,8 @@ from tests.support.runs import LOSS_CURVE, config, curve, flags_of, weights
 from tests.support.shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig
 from train.evaluate import run as evaluate_run
+from train.metric_writers import has_key
 from train.plan import run as plan_run
-from train.report import has_key
 from train.run import run as train_run
 
 

@@ -26,8 +26,8 @@ from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
 from tests.support.paths import ROOT
 from tests.support.shards import write_shard
 from train.config import RunConfig
-from train.resident import pick_residence
-from train.runfolder import RunFolder
+from train.data.feature_cache import pick_residence
+from train.run_folder import RunFolder
 
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
 PACKAGES = ("extract", "train", "infer", "llava", "llava_core")

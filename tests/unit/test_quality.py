@@ -14,7 +14,7 @@ from llava_core.language import load_language_model
 from llava_core.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.support.shards import WIDTH, write_shard
-from train.samples import Samples
+from train.data.samples import Samples
 
 
 @torch.no_grad()

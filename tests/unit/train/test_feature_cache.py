@@ -10,7 +10,7 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.memory import free_ram
-from train.resident import Kept, pick_residence
+from train.data.feature_cache import Kept, pick_residence
 
 CPU = torch.device("cpu")
 

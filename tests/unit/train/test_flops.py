@@ -14,11 +14,11 @@ from llava_core.matmul import matmul_rate
 from llava_core.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
+from train.data.packing import Pack, pack
 from train.flops import Work
-from train.meter import Meter, progress_line
-from train.objective import summed_loss
-from train.packing import Pack, pack
-from train.prepare import prepare
+from train.model.loss import summed_loss
+from train.model.packed_model import prepare
+from train.throughput import Meter, progress_line
 
 
 @pytest.fixture(params=["linear", "mlp"])

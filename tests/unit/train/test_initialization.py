@@ -18,9 +18,9 @@ from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.support.shards import WIDTH, write_shard
-from train import start
+from train import initialization as start
 from train.config import RunConfig
-from train.samples import Samples
+from train.data.samples import Samples
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from llava_core.projector import build_projector
 from tests.support.language_models import byte_tokenizer, write_language_model
-from train.attention import KERNELS, Kernel, flash_varlen, on_a_cpu, torch_varlen
-from train.objective import head_loss, summed_loss, summed_losses
-from train.packing import Packing, pack
-from train.prepare import compilations, own_attention, prepare
-from train.samples import Batch
+from train.data.packing import Packing, pack
+from train.data.samples import Batch
+from train.model.loss import head_loss, summed_loss, summed_losses
+from train.model.packed_attention import KERNELS, Kernel, flash_varlen, on_a_cpu, torch_varlen
+from train.model.packed_model import compilations, own_attention, prepare
 
 VISUAL, WIDTH = 5, 12
 
@@ -177,7 +177,7 @@ def test_the_model_takes_no_gradients(llm: LanguageModel) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7 * 11, 10**6])
 def test_head_loss_equals_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.objective.CHUNK_LOGITS", chunk)
+    monkeypatch.setattr("train.model.loss.CHUNK_LOGITS", chunk)
     torch.manual_seed(0)
     head, targets = torch.randn(11, 6, dtype=torch.double), torch.randint(0, 11, (23,))
     hidden = torch.randn(23, 6, dtype=torch.double, requires_grad=True)
@@ -211,7 +211,7 @@ def peak_of_head_loss(answers: int) -> int:
     """Bytes resident at most in a process that takes the loss and gradient of so many answer tokens."""
     script = f"""
 import resource, torch
-from train.objective import head_loss
+from train.model.loss import head_loss
 hidden, head = torch.randn({answers}, 8, requires_grad=True), torch.randn(65_536, 8)
 head_loss(hidden, head, torch.randint(0, 65_536, ({answers},))).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -13,8 +13,8 @@ from llava_core.errors import LlavaError
 from llava_core.language import LanguageModel, load_language_model
 from tests.support.language_models import write_language_model
 from tests.support.paths import WORLD_MODELS
-from train.attention import KERNELS, Attend, Kernel, on_a_cpu, one_by_one
-from train.prepare import own_attention, prepare
+from train.model.packed_attention import KERNELS, Attend, Kernel, on_a_cpu, one_by_one
+from train.model.packed_model import own_attention, prepare
 
 WORLD = WORLD_MODELS / "llm"
 
@@ -153,6 +153,6 @@ def test_a_device_that_fails_is_no_kernel_that_is_not_there(
 
 def test_a_type_that_hides_wrong_kernels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = load_language_model(write_language_model(tmp_path / "llm"), "cpu", torch.bfloat16)
-    monkeypatch.setattr("train.prepare.BLURRED", 1e-4)
+    monkeypatch.setattr("train.model.packed_model.BLURRED", 1e-4)
     with pytest.raises(LlavaError, match="in bfloat16 is too far from fp32 to be checked"):
         prepare(llm)

@@ -12,10 +12,10 @@ from llava_core.language import load_language_model
 from llava_core.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import WIDTH, a_batch
-from train.objective import summed_loss
-from train.packing import pack
+from train.data.packing import pack
+from train.model.loss import summed_loss
+from train.model.packed_model import prepare
 from train.plan import activation_bytes
-from train.prepare import prepare
 
 
 def test_activations_are_those_that_autograd_keeps(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from train.config import SweepConfig
-from train.page import write_page
-from train.plots import draw
-from train.results import best_of, how_sure, rows_of, text_table
-from train.space import Point, Space
-from train.study import Record, State
+from train.sweep.page import write_page
+from train.sweep.plots import draw
+from train.sweep.results import best_of, how_sure, rows_of, text_table
+from train.sweep.space import Point, Space
+from train.sweep.study import Record, State
 
 
 def record(

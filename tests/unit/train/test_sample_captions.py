@@ -13,11 +13,11 @@ from llava_core.language import load_language_model
 from llava_core.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.support.shards import WIDTH, write_shard
-from train.captions import GREEDY, SHOWN, beside_its_caption, captions
-from train.objective import summed_loss
-from train.packing import pack
-from train.prepare import prepare
-from train.samples import Samples
+from train.data.packing import pack
+from train.data.samples import Samples
+from train.model.loss import summed_loss
+from train.model.packed_model import prepare
+from train.sample_captions import GREEDY, SHOWN, beside_its_caption, captions
 
 
 def test_captions_are_greedy_and_packs_still_work_after(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.identity import LanguageModelIdentity
 from train.config import SweepConfig
-from train.space import Point, Space
-from train.study import MOST_DEATHS, Claim, Study
-from train.sweepfolder import Turn
+from train.sweep.space import Point, Space
+from train.sweep.study import MOST_DEATHS, Claim, Study
+from train.sweep.study_folder import Turn
 
 
 def study(out: Path, *space: str, flags: JsonDict | None = None, **given: object) -> Study:

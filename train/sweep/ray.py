@@ -29,9 +29,9 @@ from llava_core.console import counted, progress, say
 from llava_core.errors import LlavaError
 from train.config import SweepConfig
 from train.run import stop_request
-from train.space import Space
-from train.study import Study
-from train.trials import open_study, work
+from train.sweep.space import Space
+from train.sweep.study import Study
+from train.sweep.trials import open_study, work
 
 OUR_CODE = ("train", "llava_core")
 MOST_DEATHS = 10

@@ -2,7 +2,7 @@
 
 sweep.yaml        what is varied, and the flags that all trials share
 study.journal     the trials: their values, held-out losses, and how they ended (Optuna's format)
-trials/0003/      one run each (train.runfolder)
+trials/0003/      one run each (train.run_folder)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.files import replace_text, tolerated, without_flush
 from llava_core.fingerprint import JsonDict
 from llava_core.lock import flock
-from train.runfolder import DEFAULTS, moved_of
+from train.run_folder import DEFAULTS, moved_of
 
 
 class Turn(JournalFileOpenLock):

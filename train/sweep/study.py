@@ -24,8 +24,8 @@ from llava_core.fingerprint import JsonDict
 from llava_core.identity import LanguageModelIdentity
 from llava_core.lock import Held, Lock
 from train.config import SweepConfig
-from train.space import Point, Space, words
-from train.sweepfolder import Turn, open_journal, quiet, require_same
+from train.sweep.space import Point, Space, words
+from train.sweep.study_folder import Turn, open_journal, quiet, require_same
 
 MOST_DEATHS = 3
 """Processes that may die over one trial, without a checkpoint between, before it counts as the cause."""

@@ -12,11 +12,11 @@ from llava_core.features import open_shards, require_one_encoder
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel, load_language_model
 from train.config import RunConfig
-from train.meter import peak_memory
-from train.parallel import World
-from train.prepare import Prepared, prepare
-from train.resident import pick_residence, worth_keeping
-from train.samples import Samples, Schedule
+from train.data.feature_cache import pick_residence, worth_keeping
+from train.data.samples import Samples, Schedule
+from train.distributed import World
+from train.model.packed_model import Prepared, prepare
+from train.throughput import peak_memory
 
 EVAL_SEED = 0
 """Of the held-out rows' instructions: the same questions for every run."""
@@ -37,7 +37,7 @@ class Shared:
         self.prepared: Prepared | None = None
         """How the language model takes packs, once it is loaded."""
         self.unit = 0
-        """Of the rows that it is compiled for (train.packing)."""
+        """Of the rows that it is compiled for (train.data.packing)."""
         self._samples: dict[tuple[bool, int], Samples] = {}
 
     @functools.cached_property

@@ -15,9 +15,9 @@ from typing import Any
 import matplotlib
 
 from llava_core.files import read_json_lines
-from train.results import Row, best_of
-from train.space import Choices, Range, Space, shown
-from train.study import Record
+from train.sweep.results import Row, best_of
+from train.sweep.space import Choices, Range, Space, shown
+from train.sweep.study import Record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,17 +14,17 @@ from llava_core.conversation import Example
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.projector import parameter_count
-from train.captions import beside_its_caption, captions
 from train.config import RunConfig
+from train.data.packing import Packing
+from train.data.samples import Schedule, answer_tokens
 from train.evaluate import INTERVALS, ONE_PICTURE, evaluate
+from train.initialization import initial_projector
+from train.metric_writers import Report
 from train.optimizer import build_optimizer, learning_rate
-from train.packing import Packing
 from train.plan import predict, projector_of
-from train.report import Report
-from train.runfolder import RunFolder, weights_sha256
-from train.samples import Schedule, answer_tokens
-from train.shared import Shared
-from train.start import initial_projector
+from train.resources import Shared
+from train.run_folder import RunFolder, weights_sha256
+from train.sample_captions import beside_its_caption, captions
 
 
 class Member:

@@ -11,7 +11,7 @@ import torch
 
 from llava_core.conversation import IGNORE, Example
 from llava_core.errors import LlavaError
-from train.samples import Batch
+from train.data.samples import Batch
 
 SAMPLES_UNIT = 32
 LONGEST_UNIT = 128

@@ -13,8 +13,8 @@ from llava_core.console import say
 from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from train.config import RunConfig, SweepConfig
-from train.results import NOT_KEPT
-from train.space import Choices, Range, Space
+from train.sweep.results import NOT_KEPT
+from train.sweep.space import Choices, Range, Space
 
 
 def export(config: SweepConfig, space: Space, path: Path) -> JsonDict:

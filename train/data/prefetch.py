@@ -6,8 +6,8 @@ import collections
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from train.parallel import World
-from train.samples import Batch, Samples, Schedule
+from train.data.samples import Batch, Samples, Schedule
+from train.distributed import World
 
 AHEAD = 4
 """Batches in flight."""

@@ -11,8 +11,8 @@ from llava_core.checkpoint import load_checkpoint
 from llava_core.language import LanguageModel
 from llava_core.projector import Projector, match_scale
 from train.config import RunConfig
+from train.data.samples import Samples
 from train.plan import projector_of, require_same_kind
-from train.samples import Samples
 
 SCALE_SAMPLES = 64
 """Samples whose features set the scale of a random projector."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_core.language import LanguageModel
-from train.packing import Pack, Packing, Row
+from train.data.packing import Pack, Packing, Row
 
 CHUNK_LOGITS = 1 << 25
 """Most logits that exist at once: 128 MiB in fp32."""

@@ -14,15 +14,15 @@ from llava_core.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
-from train.page import write_page
-from train.parallel import World
-from train.plots import draw
-from train.results import best_of, how_sure, rows_of, text_table, write_best, write_results
+from train.distributed import World
+from train.resources import Shared
 from train.run import MEMBER_KEYS, train
-from train.runfolder import FREE_KEYS, RunFolder, weights_sha256
-from train.shared import Shared
-from train.space import Point, Space, run_config, words
-from train.study import Claim, Study
+from train.run_folder import FREE_KEYS, RunFolder, weights_sha256
+from train.sweep.page import write_page
+from train.sweep.plots import draw
+from train.sweep.results import best_of, how_sure, rows_of, text_table, write_best, write_results
+from train.sweep.space import Point, Space, run_config, words
+from train.sweep.study import Claim, Study
 
 
 def open_study(config: SweepConfig, space: Space) -> Study:

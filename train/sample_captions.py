@@ -11,8 +11,8 @@ from llava_core.fingerprint import JsonDict
 from llava_core.generate import generate
 from llava_core.language import LanguageModel
 from llava_core.sampling import Sampling
-from train.prepare import own_attention
-from train.samples import Samples
+from train.data.samples import Samples
+from train.model.packed_model import own_attention
 
 GREEDY = Sampling(max_tokens=48)
 SHOWN = 200

@@ -16,8 +16,8 @@ from llava_core.fingerprint import JsonDict
 from train.config import SweepConfig
 from train.plan import Outline
 from train.run import MEMBER_KEYS
-from train.runfolder import DEFAULTS
-from train.space import MOST_TRIALS, Choices, Space, run_config
+from train.run_folder import DEFAULTS
+from train.sweep.space import MOST_TRIALS, Choices, Space, run_config
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
@@ -48,7 +48,7 @@ def run(config: SweepConfig) -> JsonDict:
         )
         raise LlavaError("a sweep wants no torchrun", got="WORLD_SIZE", do=do, exit_code=2)
     if config.export_wandb:
-        from train.wandb_sweep import export  # most sweeps have no use for it
+        from train.sweep.wandb_export import export  # most sweeps have no use for it
 
         return export(config, space, config.export_wandb)
     _require_extra()
@@ -57,7 +57,7 @@ def run(config: SweepConfig) -> JsonDict:
     planned = plan(config, space)
     if config.dry_run:
         return planned
-    from train.trials import conclude, open_study, work  # need the extra
+    from train.sweep.trials import conclude, open_study, work  # need the extra
 
     study = open_study(config, space)  # or refuse, before anything is loaded
     if config.retry_failed:
@@ -68,7 +68,7 @@ def run(config: SweepConfig) -> JsonDict:
     if left < planned["trials"]:
         say(f"{counted(left, 'trial')} left")
     if config.ray and left:
-        from train.cluster import work_on_ray  # few sweeps have a cluster
+        from train.sweep.ray import work_on_ray  # few sweeps have a cluster
 
         work_on_ray(config, space)
     else:

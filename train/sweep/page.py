@@ -11,10 +11,10 @@ from llava_core.console import counted, human_seconds
 from llava_core.files import replace_text
 from llava_core.webpage import REPORT_STYLE, fill
 from train.config import SweepConfig
-from train.plots import Picture
-from train.results import COLUMNS, Row, best_of, decimal
-from train.space import Space, shown, words
-from train.study import Record
+from train.sweep.plots import Picture
+from train.sweep.results import COLUMNS, Row, best_of, decimal
+from train.sweep.space import Space, shown, words
+from train.sweep.study import Record
 
 
 def write_page(

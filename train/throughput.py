@@ -12,7 +12,7 @@ import torch
 from llava_core.console import human_bytes
 from llava_core.fingerprint import JsonDict
 from llava_core.matmul import utilisation, utilisation_shown
-from train.samples import Batch
+from train.data.samples import Batch
 
 
 class Meter:

@@ -2,7 +2,7 @@
 
 On a GPU one kernel does all samples: torch's own variable-length attention (torch >= 2.10), or flash-attn's.
 Elsewhere one call per sample. Either way no mask and no score between samples ever exists.
-`train.prepare` picks the kernel of a model.
+`train.model.packed_model` picks the kernel of a model.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from llava_core.errors import LlavaError
 from llava_core.pairing import same_pictures
 from llava_core.shards import Shard
 from train.config import RunConfig
-from train.resident import Kept
+from train.data.feature_cache import Kept
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ from llava_core.console import counted, human_seconds, table
 from llava_core.files import replace_text
 from llava_core.fingerprint import JsonDict
 from train.config import RunConfig
-from train.runfolder import plain
-from train.space import Point, shown
-from train.study import Record, State
+from train.run_folder import plain
+from train.sweep.space import Point, shown
+from train.sweep.study import Record, State
 
 ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
 SHOWN = 30

@@ -16,10 +16,10 @@ from llava_core.device import is_device_failure
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict
 from llava_core.language import LanguageModel
-from train.attention import KERNELS, Kernel
 from train.config import Compile
-from train.objective import read
-from train.packing import Packing, pack
+from train.data.packing import Packing, pack
+from train.model.loss import read
+from train.model.packed_attention import KERNELS, Kernel
 
 LENGTHS = [24, 17, 9]
 """Tokens of the samples by which a kernel is checked."""
