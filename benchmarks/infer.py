@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from infer.aligned_model import open_engine
+from infer.chat.image_dialogue import Session
 from infer.config import ChatConfig
-from infer.engine import open_engine
-from infer.session import Session
 from llava.config import MODELS
 from llava_core.compiled import CompiledStep
 from llava_core.console import say, table

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import tyro
 
+from infer.aligned_model import Speaker, open_speaker
 from infer.config import Aligned
-from infer.engine import Speaker, open_speaker
-from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
+from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
 from llava.config import MODELS
 from llava.world.captions import ATTRIBUTES, parse
 from llava.world.scene import PLACES, Thing

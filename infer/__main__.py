@@ -7,11 +7,11 @@ from llava_core import cli
 
 COMMANDS = {
     "ask": cli.Command(AskConfig, "infer.ask:run"),
-    "chat": cli.Command(ChatConfig, "infer.chat:run"),
-    "batch": cli.Command(BatchConfig, "infer.batch:run", continues=True),
-    "serve": cli.Command(ServeConfig, "infer.serve:run"),
-    "score": cli.Command(ScoreConfig, "infer.score:run"),
-    "lens": cli.Command(LensConfig, "infer.lens:run"),
+    "chat": cli.Command(ChatConfig, "infer.chat.command:run"),
+    "batch": cli.Command(BatchConfig, "infer.batch.command:run", continues=True),
+    "serve": cli.Command(ServeConfig, "infer.serve.server:run"),
+    "score": cli.Command(ScoreConfig, "infer.score.command:run"),
+    "lens": cli.Command(LensConfig, "infer.lens.command:run"),
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from infer.aligned_model import open_engine
+from infer.chat.image_dialogue import Session
 from infer.config import AskConfig
-from infer.engine import open_engine
-from infer.session import Session
 from llava_core.console import say, show
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict

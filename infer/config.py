@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from infer.listen import listening
+from infer.serve.listen import listening
 from llava_core.cli import Options
 from llava_core.conversation import QUESTION
 from llava_core.errors import LlavaError

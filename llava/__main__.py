@@ -21,7 +21,7 @@ COMMANDS = {
     "trace": cli.Command(TraceConfig, "llava.trace:run"),
     "examples": cli.Command(ExamplesConfig, "extract.examples:run"),
     "match": cli.Command(MatchConfig, "llava.match:run"),
-    "chat-llm": cli.Command(ChatLlmConfig, "llava.chat_llm:run"),
+    "chat-llm": cli.Command(ChatLlmConfig, "infer.chat.chat_llm:run"),
     "import": cli.Command(ImportConfig, "llava.imported:run"),
     "push": cli.Command(PushConfig, "llava.push:run", continues=True),
     "export": cli.Command(ExportConfig, "llava.export:run"),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from infer.chat import ImageChat
+from infer.aligned_model import Engine, open_engine
+from infer.chat.command import ImageChat
+from infer.chat.image_dialogue import Session
 from infer.config import ChatConfig
-from infer.engine import Engine, open_engine
-from infer.session import Session
 from llava_core.phrases import Phrases
 from llava_core.sampling import Sampling
 from tests.support.aligned import World, write_world

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llava import chat_llm
+from infer.chat import chat_llm
 from llava.config import ChatLlmConfig
 from llava_core.errors import LlavaError
 from llava_core.savedchat import SavedChat, write_chat

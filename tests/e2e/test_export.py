@@ -22,9 +22,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from infer.aligned_model import Engine, open_engine
+from infer.chat.image_dialogue import Session
 from infer.config import AskConfig
-from infer.engine import Engine, open_engine
-from infer.session import Session
 from llava.config import MODELS, ExportConfig
 from llava.export import run as export_run
 from llava.export import write_settings

@@ -69,7 +69,7 @@ def test_strangers_have_no_hand_in_the_terminal(tmp_path: Path) -> None:
 def test_an_answer_is_exact_in_a_pipe_and_visible_in_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infer.session import Session
+    from infer.chat.image_dialogue import Session
     from tests.support.aligned import write_world
 
     world = write_world(tmp_path)

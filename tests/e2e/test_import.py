@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
+from infer.aligned_model import open_engine
 from infer.config import AskConfig
-from infer.engine import open_engine
 from llava.config import ImportConfig
 from llava.imported import run as import_run
 from llava_core.checkpoint import load_checkpoint, load_state

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from infer.batch import answers
-from infer.engine import Engine
-from infer.questions import live
-from infer.session import Session
+from infer.aligned_model import Engine
+from infer.batch.command import answers
+from infer.batch.questions import live
+from infer.chat.image_dialogue import Session
 from llava_core.compiled import CompiledStep
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling

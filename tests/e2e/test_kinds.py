@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
+from infer.aligned_model import Engine, open_engine
+from infer.chat.image_dialogue import Session
 from infer.config import AskConfig
-from infer.engine import Engine, open_engine
-from infer.session import Session
 from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.projector import PROJECTORS, VISUAL_TOKENS

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from infer.aligned_model import open_engine
 from infer.config import LensConfig
-from infer.engine import open_engine
-from infer.lens import look
+from infer.lens.command import look
 from tests.support.aligned import write_world
 from tests.support.browser import dom_of
 from tests.support.commands import call, run

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infer import batch, score
 from infer.ask import run as ask
+from infer.batch import command as batch
 from infer.config import AskConfig, BatchConfig, ScoreConfig
+from infer.score import command as score
 from llava_core.errors import LlavaError
 from llava_core.shard_writer import ShardWriter
 from llava_core.shards import Shard

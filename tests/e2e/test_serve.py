@@ -22,7 +22,7 @@ from typing import Any
 import openai
 import pytest
 
-from infer.session import Session
+from infer.chat.image_dialogue import Session
 from llava_core.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.commands import ENVIRONMENT, run

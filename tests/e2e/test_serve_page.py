@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.session import Session
+from infer.chat.image_dialogue import Session
 from llava_core.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.devtools import Tab, browsing

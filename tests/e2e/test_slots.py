@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from infer.engine import Engine
-from infer.jobs import Job, Picture, Piece
-from infer.session import Session
-from infer.slotcache import longest_context
-from infer.slots import Batcher
+from infer.aligned_model import Engine
+from infer.chat.image_dialogue import Session
+from infer.serve.kv_cache import longest_context
+from infer.serve.request import Job, Picture, Piece
+from infer.serve.scheduler import Batcher
 from llava_core.errors import LlavaError
 from llava_core.sampling import Sampling
 from tests.support.aligned import World, write_world

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from infer.aligned_model import Engine, open_engine
 from infer.config import AskConfig
-from infer.engine import Engine, open_engine
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.language import load_language_model
 from llava_core.projector import build_projector, match_scale

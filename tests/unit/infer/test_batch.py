@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer.batch import alike
-from infer.questions import read_questions
+from infer.batch.command import alike
+from infer.batch.questions import read_questions
 from llava_core.errors import LlavaError
 
 

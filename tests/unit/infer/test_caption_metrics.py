@@ -1,4 +1,4 @@
-"""infer.metrics against COCO's own code, and infer.words spelt out."""
+"""infer.score.caption_metrics against COCO's own code, and infer.score.word_split spelt out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from infer.metrics import bleu, cider_d, longest_common, rouge_l
-from infer.words import characters, is_chinese, open_tokenizer, spaces
+from infer.score.caption_metrics import bleu, cider_d, longest_common, rouge_l
+from infer.score.word_split import characters, is_chinese, open_tokenizer, spaces
 from llava.world.captions import caption
 from llava.world.scene import random_scene
 from llava_core.errors import LlavaError

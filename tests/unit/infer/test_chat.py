@@ -14,7 +14,7 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.color import Color
 from rich.console import Console
 
-from infer.chat import bare_image
+from infer.chat.command import bare_image
 from llava_core.chat import changed, unquoted
 from llava_core.errors import LlavaError
 from llava_core.phrases import PHRASES, pick_language

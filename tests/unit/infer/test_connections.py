@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
-from infer import connections
-from infer.connections import REFUSED, Connections
-from infer.listen import listening
+from infer.serve import connections
+from infer.serve.connections import REFUSED, Connections
+from infer.serve.listen import listening
 from llava_core.errors import LlavaError
 from llava_core.tasks import in_background
 from tests.support.commands import ENVIRONMENT
@@ -149,7 +149,7 @@ def test_two_servers_that_start_together_do_not_both_get_the_port() -> None:
 def test_a_decoder_that_never_ends_does_not_keep_the_process() -> None:
     script = """
 import asyncio, threading, types
-from infer.pictures import Pictures
+from infer.serve.image_cache import Pictures
 
 async def main():
     begun = threading.Event()

@@ -1,4 +1,4 @@
-"""infer.lens_words where the right words are known."""
+"""infer.lens.readout where the right words are known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infer.engine import Speaker
-from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
+from infer.aligned_model import Speaker
+from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
 from llava_core.conversation import Turn
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model

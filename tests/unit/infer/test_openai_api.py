@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from infer.openai_api import ApiError, ChatRequest, Shapes, Usage, event, parse_request, read_data_url
+from infer.serve.openai_api import ApiError, ChatRequest, Shapes, Usage, event, parse_request, read_data_url
 from llava_core.sampling import Sampling
 
 USER = {"role": "user", "content": "看"}

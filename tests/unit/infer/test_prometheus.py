@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import re
 
-from infer.prometheus import Metrics
+from infer.serve.prometheus import Metrics
 
 
 def test_the_text_form() -> None:

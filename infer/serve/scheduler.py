@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from infer.engine import Engine
-from infer.jobs import STOPPING, Job, Piece
-from infer.slotcache import SlotCache, longest_context
+from infer.aligned_model import Engine
+from infer.serve.kv_cache import SlotCache, longest_context
+from infer.serve.request import STOPPING, Job, Piece
 from llava_core.console import say_fault
 from llava_core.errors import first_line
 from llava_core.generate import already_read, choose

@@ -8,8 +8,8 @@ import hashlib
 
 import torch
 
-from infer.jobs import Picture
-from infer.slots import Batcher
+from infer.serve.request import Picture
+from infer.serve.scheduler import Batcher
 from llava_core.tasks import in_thread
 
 KEPT = 64

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from infer.batch.jsonl import read_lines
 from infer.config import ScoreConfig
-from infer.lines import read_lines
-from infer.metrics import bleu, cider_d, rouge_l
-from infer.words import open_tokenizer
+from infer.score.caption_metrics import bleu, cider_d, rouge_l
+from infer.score.word_split import open_tokenizer
 from llava_core.bootstrap import by_picture, figure_names, interval, redrawn, with_interval
 from llava_core.console import progress, say, show, table
 from llava_core.device import pick_device

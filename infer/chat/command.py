@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from infer.aligned_model import open_engine
+from infer.chat.image_dialogue import Session
 from infer.config import ChatConfig
-from infer.engine import open_engine
-from infer.session import Session
 from llava_core.chat import Chat, unquoted
 from llava_core.compiled import CompiledStep
 from llava_core.console import say

@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from infer.aligned_model import Engine, open_engine
+from infer.chat.image_dialogue import Session
 from infer.config import LensConfig
-from infer.engine import Engine, open_engine
-from infer.lens_page import write_page
-from infer.lens_picture import draw
-from infer.lens_seen import Panel, Seen
-from infer.lens_words import Vocabulary, logit_lens, losses, nearest, random_projector
-from infer.session import Session
+from infer.lens.page import write_page
+from infer.lens.picture import draw
+from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
+from infer.lens.result import Panel, Seen
 from llava_core.console import say, show, table
 from llava_core.conversation import Turn
 from llava_core.errors import LlavaError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from infer.engine import Engine, Speaker
-from infer.lines import read_lines
+from infer.aligned_model import Engine, Speaker
+from infer.batch.jsonl import read_lines
 from llava_core.errors import LlavaError
 from llava_core.fingerprint import JsonDict
 from llava_core.images import not_an_image, read_images, strangers

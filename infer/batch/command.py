@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 import torch
 
+from infer.aligned_model import Speaker, open_engine, open_speaker
+from infer.batch.jsonl import to_line
+from infer.batch.questions import Looked, live, questions_of, read_questions, stored
 from infer.config import BatchConfig
-from infer.engine import Speaker, open_engine, open_speaker
-from infer.lines import to_line
-from infer.questions import Looked, live, questions_of, read_questions, stored
 from llava_core.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.features import open_shards

@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from infer import openai_api as api
 from infer.config import ServeConfig
-from infer.jobs import STOPPING, Job, Picture, Piece
-from infer.openai_api import ApiError
-from infer.pictures import Pictures
-from infer.prometheus import Metrics
-from infer.slots import Batcher
+from infer.serve import openai_api as api
+from infer.serve.image_cache import Pictures
+from infer.serve.openai_api import ApiError
+from infer.serve.prometheus import Metrics
+from infer.serve.request import STOPPING, Job, Picture, Piece
+from infer.serve.scheduler import Batcher
 from llava_core.console import say
 from llava_core.errors import first_line
 from llava_core.fetch import Fetcher

@@ -12,7 +12,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from infer.engine import Speaker
+from infer.aligned_model import Speaker
 from llava_core.answers import answer_logits
 from llava_core.conversation import Turn
 from llava_core.errors import LlavaError

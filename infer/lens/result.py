@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from infer.lens_words import Words
+from infer.lens.readout import Words
 
 
 @dataclasses.dataclass(frozen=True)

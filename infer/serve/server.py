@@ -13,16 +13,16 @@ from importlib import resources
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from infer import openai_api as api
-from infer.completions import Completions
+from infer.aligned_model import Engine, open_engine
 from infer.config import ServeConfig
-from infer.connections import Connections
-from infer.engine import Engine, open_engine
-from infer.guard import check_key, check_origin, is_loopback
-from infer.listen import listening
-from infer.openai_api import ApiError
-from infer.prometheus import Metrics
-from infer.slots import Batcher
+from infer.serve import openai_api as api
+from infer.serve.access import check_key, check_origin, is_loopback
+from infer.serve.completions import Completions
+from infer.serve.connections import Connections
+from infer.serve.listen import listening
+from infer.serve.openai_api import ApiError
+from infer.serve.prometheus import Metrics
+from infer.serve.scheduler import Batcher
 from llava_core.cli import stop_signals
 from llava_core.console import say, say_fault
 from llava_core.errors import first_line
@@ -79,7 +79,7 @@ class Server:
         numbers = stop_signals()
         for number in numbers:
             loop.add_signal_handler(number, stop.set)
-        log = logging.getLogger("infer.serve")
+        log = logging.getLogger("infer.serve.server")
         log.addFilter(_is_ours)
         runner = web.AppRunner(
             self.app(),

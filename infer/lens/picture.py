@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from infer.lens_seen import Panel, Seen
+from infer.lens.result import Panel, Seen
 from llava_core.console import say, visible
 from llava_core.fonts import chinese_font
 

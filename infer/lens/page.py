@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from infer.lens_seen import Seen
+from infer.lens.result import Seen
 from llava_core.files import replace_text
 from llava_core.webpage import fill
 

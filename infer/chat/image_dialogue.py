@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infer.engine import Engine
+from infer.aligned_model import Engine
 from llava_core.fetch import FetchLimits
 from llava_core.images import TYPED, is_url, not_an_image, read_image, strangers
 from llava_core.preprocess import Decoded, ImageError
