@@ -2,7 +2,7 @@
 
 demo: ## the whole job on a small built-in world
 	@scripts/setup.sh demo
-	@.venv/bin/python -m llava demo
+	@.venv/bin/python -m llava_align demo
 
 test: check ## ruff, mypy and every test but the slow ones
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder -m "not slow"

@@ -1,6 +1,6 @@
 """The pictures of docs/curves.md: OMP_NUM_THREADS=1 python -m benchmarks.curves --demo demo-out --out DIR
 
-DEMO is a folder that `python -m llava demo` has filled. Trains a few short runs on its features, each in a
+DEMO is a folder that `llava demo` has filled. Trains a few short runs on its features, each in a
 folder under OUT (one that is finished is not trained again), and draws their metrics into docs/.
 """
 
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from llava.config import MODELS
+from llava_align.config import MODELS
 from llava_core.console import table
 from llava_core.files import read_json_lines
 from train.config import RunConfig

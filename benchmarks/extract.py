@@ -38,8 +38,8 @@ from PIL import Image
 from extract.config import RunConfig
 from extract.open_shard import Filling
 from extract.pipeline import WRITE_ROWS, Pipeline
-from llava.config import MODELS
-from llava.reference import write_vision
+from llava_align.config import MODELS
+from llava_align.reference_models import write_vision
 from llava_core.console import progress, table
 from llava_core.fetch import FetchLimits, fetch_all
 from llava_core.shard_writer import RowRecord, ShardWriter

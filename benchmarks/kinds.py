@@ -1,6 +1,6 @@
 """Every kind of projector side by side on the demo's features: python -m benchmarks.kinds --demo demo-out
 
-DEMO is a folder that `python -m llava demo` has filled. For each kind: `train run` on its features, `infer
+DEMO is a folder that `llava demo` has filled. For each kind: `train run` on its features, `infer
 batch` on its held-out pictures, and the share of attributes that the answers name rightly.
 """
 
@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava.config import MODELS
-from llava.world.captions import accuracy
-from llava.world.scene import Scene, random_scene
+from llava_align.config import MODELS
+from llava_align.demo.world.captions import accuracy
+from llava_align.demo.world.scene import Scene, random_scene
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import table
 from llava_core.conversation import QUESTION

@@ -17,9 +17,9 @@ import tyro
 from infer.aligned_model import Speaker, open_speaker
 from infer.config import Aligned
 from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
-from llava.config import MODELS
-from llava.world.captions import ATTRIBUTES, parse
-from llava.world.scene import PLACES, Thing
+from llava_align.config import MODELS
+from llava_align.demo.world.captions import ATTRIBUTES, parse
+from llava_align.demo.world.scene import PLACES, Thing
 from llava_core.console import table
 from llava_core.conversation import QUESTION, Turn
 from llava_core.features import open_shards

@@ -38,9 +38,9 @@ import tyro
 from extract.config import InspectConfig, VerifyConfig
 from extract.inspect.command import run as inspect
 from extract.verify import run as verify
-from llava.config import MODELS, ExportConfig
-from llava.export import run as export
-from llava.push import files_to_push
+from llava_align.config import MODELS, ExportConfig
+from llava_align.hub.export import run as export
+from llava_align.hub.push import files_to_push
 from llava_core.checkpoint import Provenance, load_checkpoint, load_state, save_checkpoint
 from llava_core.console import table
 from llava_core.errors import LlavaError

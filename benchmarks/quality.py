@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from llava.config import MODELS
+from llava_align.config import MODELS
 from llava_core.projector import Projector
 from train import initialization as start
 from train.config import RunConfig

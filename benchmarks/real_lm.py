@@ -4,8 +4,8 @@
     python -m benchmarks.real_lm --out DIR
 
 The public commands, one after the other: the demo's encoder sees pictures of the small world, a projector
-between it and SmolLM2-135M-Instruct learns their English captions (llava.world.english), and what the two
-then say of held-out pictures is judged. The same command continues.
+between it and SmolLM2-135M-Instruct learns their English captions (llava_align.demo.world.english), and what the
+two then say of held-out pictures is judged. The same command continues.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Literal
 import tyro
 
 from benchmarks.reference import command
-from llava.config import MODELS
-from llava.contact_sheet import loss_curve
-from llava.world import english
-from llava.world.captions import accuracy, shuffled
-from llava.world.dataset import draw
-from llava.world.scene import Scene
+from llava_align.config import MODELS
+from llava_align.demo.contact_sheet import loss_curve
+from llava_align.demo.world import english
+from llava_align.demo.world.captions import accuracy, shuffled
+from llava_align.demo.world.dataset import draw
+from llava_align.demo.world.scene import Scene
 from llava_core.bootstrap import with_interval
 from llava_core.console import table
 from llava_core.files import read_json_lines

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import tyro
 
-from llava.reference import write_language_model, write_vision
-from llava.world.dataset import write_split
-from llava.world.server import serve
+from llava_align.demo.world.dataset import write_split
+from llava_align.demo.world.server import serve
+from llava_align.reference_models import write_language_model, write_vision
 from llava_core.files import read_json_lines
 
 

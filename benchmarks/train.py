@@ -36,10 +36,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.extract import DRAWN, header, photo, serving, with_comment
-from llava.config import MODELS
-from llava.reference import write_language_model, write_vision
-from llava.world.captions import caption
-from llava.world.scene import random_scene
+from llava_align.config import MODELS
+from llava_align.demo.world.captions import caption
+from llava_align.demo.world.scene import random_scene
+from llava_align.reference_models import write_language_model, write_vision
 from llava_core.console import human_bytes, table
 from llava_core.conversation import IGNORE, Example
 from llava_core.device import pick_device

@@ -251,3 +251,25 @@ class LensConfig(Models):
         require_file_place("--out", self.out)
         require_image(self.image)
         require_image(self.other)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatLlmConfig(Sampling, Options):
+    """Talk to the bare language model at the terminal, or over a pipe: no image, no projector."""
+
+    llm: Path
+    """Folder of the language model."""
+    system: str = ""
+    """What the model is told before the first turn; nothing by default."""
+    thinking: bool = False
+    """Let it think before it answers, if its chat template has that switch. Qwen3 then wants
+    --temperature 0.6 --top-p 0.95 --top-k 20: the likeliest thoughts go in circles."""
+    max_tokens: int = 2048
+    """Longest answer, in tokens, with the thoughts before it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    lang: Literal["auto", "zh", "en"] = "auto"
+    """Language of remarks and help; auto: that of the locale."""
+
+    def require_inputs(self) -> None:
+        require_language_model(self.llm)

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, in_turns, row, seconds_of
 from benchmarks.serve import measure, server_command
-from llava.commands import run_command
+from llava_align.subprocess_command import run_command
 from llava_core.compiled import CompiledStep
 from llava_core.conversation import QUESTION
 from llava_core.generate import generate

@@ -12,7 +12,7 @@ import transformers
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, median_of, row
-from llava.doctor import driver
+from llava_align.doctor.command import driver
 from llava_core import __version__
 from llava_core.device import cpu_cores, default_dtype
 
@@ -28,7 +28,8 @@ def versions() -> Iterator[Row]:
     if torch.cuda.is_available():
         found |= {"GPU": torch.cuda.get_device_name(), "NVIDIA driver": driver()}
     modules = sum(
-        name.split(".")[0] in ("llava_core", "extract", "train", "infer", "llava") for name in sys.modules
+        name.split(".")[0] in ("llava_core", "extract", "train", "infer", "llava_align")
+        for name in sys.modules  # fmt: skip
     )
     for name, value in {**found, "product modules imported": str(modules)}.items():
         yield Row(name, value)

@@ -12,8 +12,8 @@ from transformers import ChineseCLIPVisionConfig, ChineseCLIPVisionModel
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, in_turns, median_of, row, seconds_of
-from llava.commands import run_command
-from llava.reference import VIT_B_16
+from llava_align.reference_models import VIT_B_16
+from llava_align.subprocess_command import run_command
 from llava_core.device import cpu_cores
 from llava_core.vision import VisionTower, open_vision_tower
 

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from benchmarks.gpu.bench import Bench
     from benchmarks.gpu.rows import Clock, Row
 
-PACKAGES = ("llava_core", "extract", "train", "infer", "llava")
+PACKAGES = ("llava_core", "extract", "train", "infer", "llava_align")
 SMALL_S = 1.0
 """What a section measures for with the small shape, whatever its deadline."""
 OPTIONAL = ("optuna", "matplotlib", "ray", "jieba", "gguf", "wandb", "modelscope", "tensorboard")
 """Of extras; what needs them is not measured."""
-SHIPPED = ("llava.modeling_llava_align", "llava.processing_llava_align")
+SHIPPED = ("llava_align.hub.modeling_llava_align", "llava_align.hub.processing_llava_align")
 """Run from exported folders alone."""
 
 

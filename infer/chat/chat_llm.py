@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llava.config import ChatLlmConfig
+from infer.config import ChatLlmConfig
 from llava_core.chat import Chat
 from llava_core.console import say
 from llava_core.conversation import Conversation

@@ -171,7 +171,8 @@ class Server:
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         name, kind = PAGE[request.path]
-        return web.Response(body=resources.files("infer").joinpath(name).read_bytes(), content_type=kind)
+        body = resources.files("infer.serve").joinpath(name).read_bytes()
+        return web.Response(body=body, content_type=kind)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"status": "ok", "model": self.model})

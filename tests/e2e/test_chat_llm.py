@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer.chat import chat_llm
-from llava.config import ChatLlmConfig
+from infer.config import ChatLlmConfig
 from llava_core.errors import LlavaError
 from llava_core.savedchat import SavedChat, write_chat
 from tests.support.commands import ENVIRONMENT
@@ -43,7 +43,7 @@ def test_over_a_pipe_with_system_prompt_and_thoughts(tmp_path: Path) -> None:
              about, "never read"]  # fmt: skip
     flags = ["--llm", folder, "--device", "cpu", "--system", "红", "--thinking", "--max-tokens", LENGTH]
     ended = subprocess.run(
-        [sys.executable, "-m", "llava", "chat-llm", *map(str, flags), "--lang", "en", "--json"],
+        [sys.executable, "-m", "llava_align", "chat-llm", *map(str, flags), "--lang", "en", "--json"],
         input="\n".join(lines),
         capture_output=True,
         text=True,

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.lens import measure
-from llava import demo
-from llava.config import DemoConfig
-from llava.contact_sheet import wrapped
+from llava_align.config import DemoConfig
+from llava_align.demo import command as demo
+from llava_align.demo.contact_sheet import wrapped
 from tests.support.commands import ENVIRONMENT, call
 from tests.support.paths import ROOT
 
@@ -21,7 +21,7 @@ from tests.support.paths import ROOT
 def test_the_projector_makes_the_language_model_see(tmp_path: Path) -> None:
     """The demo as `make demo` runs it: what is asked of it, it must reach."""
     ended = subprocess.run(
-        [sys.executable, "-m", "llava", "demo", "--out", str(tmp_path / "out"), "--json"],
+        [sys.executable, "-m", "llava_align", "demo", "--out", str(tmp_path / "out"), "--json"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -67,13 +67,13 @@ def test_an_interrupt_says_what_it_means_for_the_demo(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "_demo", interrupted)
-    line = call("llava", "demo", "--out", tmp_path, code=130).one_line()
+    line = call("llava_align", "demo", "--out", tmp_path, code=130).one_line()
     assert line == "error: interrupted; unlike its commands, the demo begins anew next time"
 
 
 def test_it_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "holds something else" in call("llava", "demo", "--out", tmp_path, code=1).one_line()
+    assert "holds something else" in call("llava_align", "demo", "--out", tmp_path, code=1).one_line()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    line = call("llava", "demo", "--out", tmp_path / "thesis.tex", code=2).one_line()
+    line = call("llava_align", "demo", "--out", tmp_path / "thesis.tex", code=2).one_line()
     assert line.startswith("error: --out; expected a folder; got the file ")

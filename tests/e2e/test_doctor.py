@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.config import DoctorConfig
-from llava.doctor import run as doctor_run
+from llava_align.config import DoctorConfig
+from llava_align.doctor.command import run as doctor_run
 from tests.support.commands import run
 from tests.support.paths import ROOT
 
@@ -27,7 +27,7 @@ cuda = types.SimpleNamespace(
 
 
 def test_it_measures_this_machine(tmp_path: Path) -> None:
-    ended = run("llava", "doctor", "--folder", tmp_path, "--json")
+    ended = run("llava_align", "doctor", "--folder", tmp_path, "--json")
     assert ended.summary["missing"] == []
     assert ended.summary["commands"]["extract, train, infer"] == "ready"
     assert ended.summary["commands"]["train sweep"] == "ready"
@@ -47,7 +47,7 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path: Path) -> None:
         folder = tmp_path / f"{name}-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    ended = run("llava", "doctor", "--json", code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    ended = run("llava_align", "doctor", "--json", code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert ended.summary["missing"] == ["h5py", "plots"]
     assert ended.summary["packages"]["h5py>=3.10"] == "2.0: too old or new"
     lacking = ended.summary["commands"]["llava demo"]
@@ -61,7 +61,7 @@ def test_a_self_test_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "train/__init__.py").touch()
     (tmp_path / "train/__main__.py").write_text("raise SystemExit('no luck')")
     ended = run(
-        "llava", "doctor", "--folder", tmp_path, code=1, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}"
+        "llava_align", "doctor", "--folder", tmp_path, code=1, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}"
     )
     why = "the self-test failed: `python -m train run` ended with exit code 1; got no luck"
     assert why in ended.err
@@ -88,7 +88,7 @@ def test_a_torch_that_is_of_no_use_here_is_in_the_report(
 ) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text(text)
-    ended = run("llava", "doctor", "--json", code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    ended = run("llava_align", "doctor", "--json", code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert section.items() <= ended.summary["torch"].items()
     assert ended.summary["commands"]["extract, train, infer"] == "cannot run: see torch"
     assert ended.summary["missing"] == []

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llava.config import DownloadConfig
-from llava.download import DATA
+from llava_align.config import DownloadConfig
+from llava_align.hub.download import DATA
 from llava_core.errors import LlavaError
 from tests.support.commands import Ended, call, run, started, wait_until
 from tests.support.model_scope import ModelScope, model_scope
@@ -38,7 +38,7 @@ def hub() -> Iterator[ModelScope]:
 
 
 def download(hub: ModelScope, out: Path, *arguments: object, code: int = 0) -> Ended:
-    command = ("llava", "download", *arguments, "--out", out, "--json")
+    command = ("llava_align", "download", *arguments, "--out", out, "--json")
     return run(*command, code=code, MODELSCOPE_ENDPOINT=hub.url)
 
 
@@ -55,7 +55,9 @@ def test_models_continue_after_an_interruption(hub: ModelScope, tmp_path: Path) 
     def half_done() -> bool:
         return any(path.stat().st_size > 1_000_000 for path in large.rglob("*") if path.is_file())
 
-    with started("llava", "download", "models", "--out", tmp_path, MODELSCOPE_ENDPOINT=hub.url) as process:
+    with started(
+        "llava_align", "download", "models", "--out", tmp_path, MODELSCOPE_ENDPOINT=hub.url
+    ) as process:
         wait_until(process, half_done)
         process.send_signal(signal.SIGHUP)
         out, err = process.communicate(timeout=60)
@@ -73,7 +75,7 @@ def test_models_continue_after_an_interruption(hub: ModelScope, tmp_path: Path) 
     assert asked is not None
     assert int(asked.removeprefix("bytes=").rstrip("-")) > 1_000_000
     assert "weights/pytorch_model.bin" not in dict(hub.asked)
-    assert ended.summary["next"] == f"python -m llava download train --out {tmp_path}"
+    assert ended.summary["next"] == f"python -m llava_align download train --out {tmp_path}"
 
 
 def test_data_lands_where_the_next_command_reads_it(hub: ModelScope, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_what_it_cannot_do_is_one_line(hub: ModelScope, tmp_path: Path) -> None:
     assert "expected 909494.7 TiB free" in error
     assert not hub.asked
     nowhere = run(
-        "llava", "download", "models", "--out", tmp_path, code=1,
+        "llava_align", "download", "models", "--out", tmp_path, code=1,
         MODELSCOPE_ENDPOINT="http://127.0.0.1:9", **IMPATIENT,
     )  # fmt: skip
     assert "got [Errno 111] Connection refused; check the network" in nowhere.one_line()
@@ -108,7 +110,7 @@ def test_what_it_cannot_do_is_one_line(hub: ModelScope, tmp_path: Path) -> None:
     (tmp_path / "without/modelscope").mkdir(parents=True)
     (tmp_path / "without/modelscope/__init__.py").write_text("raise ImportError")
     path = f"{tmp_path / 'without'}:{ROOT}"
-    error = run("llava", "download", "eval", "--out", tmp_path, code=1, PYTHONPATH=path).one_line()
+    error = run("llava_align", "download", "eval", "--out", tmp_path, code=1, PYTHONPATH=path).one_line()
     assert "pip install 'llava-align[modelscope]'" in error
 
 
@@ -122,8 +124,10 @@ def test_a_file_that_would_land_elsewhere_is_refused(
         def get_dataset_files(self, *_: object, **__: object) -> list[dict[str, object]]:
             return [{"Path": name, "Size": 1}]
 
-    monkeypatch.setattr("llava.download.open_modelscope", lambda doing: Client())
-    line = call("llava", "download", "train", "--out", tmp_path, "--include", "data/*", code=1).one_line()
+    monkeypatch.setattr("llava_align.hub.download.open_modelscope", lambda doing: Client())
+    line = call(
+        "llava_align", "download", "train", "--out", tmp_path, "--include", "data/*", code=1
+    ).one_line()
     assert "has a file that would land elsewhere" in line
     assert "\x1b" not in line
 

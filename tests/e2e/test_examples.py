@@ -20,7 +20,7 @@ def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_
     urls = [f"{base}/{name}" for name in ("0.jpg", "gone", "page", "3.jpg", "4.jpg", "5.jpg", "6.jpg")]
     captions = ["红色的圆形", "gone", "a page", None, "four", "five", "six"]
     data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=captions)
-    command = ("llava", "examples", "--data", data, "--allow-private", "--json")
+    command = ("llava_align", "examples", "--data", data, "--allow-private", "--json")
     ended = run(*command, "--out", tmp_path / "out", "--count", 3)
     saved = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert saved == {
@@ -37,13 +37,13 @@ def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_
     assert not (tmp_path / "new").exists()
     line = call(*command[:4], "--out", data / "new", code=2).one_line()
     assert line == f"error: --out; expected a folder; got the file {data}"
-    again = call("llava", "examples", "--data", tmp_path / "out", "--out", tmp_path / "again", "--json")
+    again = call("llava_align", "examples", "--data", tmp_path / "out", "--out", tmp_path / "again", "--json")
     assert again.summary["examples"] == 3
 
 
 def test_rows_without_captions_are_said(tmp_path: Path) -> None:
     data = write_parquet(tmp_path / "a.parquet", url=["http://127.0.0.1/a.jpg"], caption=[None])
-    ended = call("llava", "examples", "--data", data, "--out", tmp_path / "out", code=1)
+    ended = call("llava_align", "examples", "--data", data, "--out", tmp_path / "out", code=1)
     assert ended.one_line() == f"error: no row of {data} has a caption"
 
 
@@ -52,7 +52,7 @@ def test_a_dead_network_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         closed.bind(("127.0.0.1", 0))  # and never listens
         urls = [f"http://127.0.0.1:{closed.getsockname()[1]}/{n}" for n in range(1000)]
         data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=["x"] * len(urls))
-        command = ("llava", "examples", "--data", data, "--out", tmp_path / "out", "--allow-private")
+        command = ("llava_align", "examples", "--data", data, "--out", tmp_path / "out", "--allow-private")
         monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:80")
         ended = call(*command, "--count", 100, code=1)
     assert ended.one_line() == (
@@ -73,7 +73,7 @@ def test_rows_without_a_picture_end_it_with_what_was_found(tmp_path: Path) -> No
     with serving({"/0.jpg": answer(picture(0)), "/{n}": gone}) as base:
         urls = [f"{base}/0.jpg", *(f"{base}/{n}" for n in range(1000))]
         data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=["x"] * len(urls))
-        command = ("llava", "examples", "--data", data, "--out", tmp_path / "out", "--allow-private")
+        command = ("llava_align", "examples", "--data", data, "--out", tmp_path / "out", "--allow-private")
         ended = call(*command, "--count", 2, code=1)
     assert "gave up after 207 rows in a row without a picture; got 207 http 4xx" in ended.one_line()
     assert asked == 207
@@ -84,7 +84,7 @@ def test_the_same_command_begins_anew_after_an_interrupt_or_a_kill(base: str, tm
     urls = [f"{base}/{name}" for name in ("0.jpg", *["slow"] * 20)]
     data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=["x"] * len(urls))
     out = tmp_path / "out"
-    command = ("llava", "examples", "--data", data, "--out", out, "--allow-private", "--count")
+    command = ("llava_align", "examples", "--data", data, "--out", out, "--allow-private", "--count")
     for signum in (signal.SIGINT, signal.SIGKILL):
         with started(*command, 2) as process:
             wait_until(process, lambda: list(out.glob(".part/*.jpg")))

@@ -25,9 +25,9 @@ from transformers import (
 from infer.aligned_model import Engine, open_engine
 from infer.chat.image_dialogue import Session
 from infer.config import AskConfig
-from llava.config import MODELS, ExportConfig
-from llava.export import run as export_run
-from llava.export import write_settings
+from llava_align.config import MODELS, ExportConfig
+from llava_align.hub.export import run as export_run
+from llava_align.hub.export import write_settings
 from llava_core.checkpoint import Provenance, load_checkpoint, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
@@ -162,9 +162,9 @@ def test_chinese_clip_and_qwen3(tmp_path: Path) -> None:
     (llm / "LICENSE").write_text("as you like")
     config = write_checkpoint(tmp_path / "c", vision, llm, "mlp", "shuffle", None, "draft")
     flags = ("--checkpoint", tmp_path / "c", "--vision", vision, "--llm", llm, "--out", config.out)
-    planned = run("llava", "export", *flags, "--dry-run", "--json").summary
+    planned = run("llava_align", "export", *flags, "--dry-run", "--json").summary
     assert not config.out.exists()
-    assert run("llava", "export", *flags, "--json").summary["bytes"] == planned["bytes"]
+    assert run("llava_align", "export", *flags, "--json").summary["bytes"] == planned["bytes"]
     weights = load_file(config.out / "model.safetensors")
     assert sum(tensor.nbytes for tensor in weights.values()) == planned["bytes"]
     assert "language_model.lm_head.weight" not in weights
@@ -175,7 +175,7 @@ def test_chinese_clip_and_qwen3(tmp_path: Path) -> None:
     assert "| eval_loss | 1.25 |" in card
     assert str(tmp_path) not in "".join(path.read_text() for path in config.out.glob("*.json"))
     equals_infer(config, write_pictures(tmp_path))
-    assert "exists; expected a new or empty folder" in run("llava", "export", *flags, code=1).one_line()
+    assert "exists; expected a new or empty folder" in run("llava_align", "export", *flags, code=1).one_line()
 
 
 def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:

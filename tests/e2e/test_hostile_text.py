@@ -47,7 +47,7 @@ def test_strangers_have_no_hand_in_the_terminal(tmp_path: Path) -> None:
     seen("extract", "inspect", "--out", out / "web")
     seen("extract", "verify", "--out", out / "local")
     seen("extract", "inspect", "--out", tmp_path / f"none{NAME}", code=1).one_line()
-    match = ("llava", "match", "--vision", vision, "--text", f"红{NAME}", "--out", tmp_path / "m.png")
+    match = ("llava_align", "match", "--vision", vision, "--text", f"红{NAME}", "--out", tmp_path / "m.png")
     assert "\\u202e" in seen(*match, "--images", local).out
     seen(*match, "--features", out / "local")
 
@@ -63,7 +63,7 @@ def test_strangers_have_no_hand_in_the_terminal(tmp_path: Path) -> None:
                  "--json", code=1)  # fmt: skip
     assert json.loads(asked.out.splitlines()[-1])["answers"][0]["image"] == str(image)
     seen("infer", "lens", *infer, "--image", image, "--caption", f"红{NAME}", "--out", tmp_path / f"l{NAME}")
-    seen("llava", "trace", *infer, "--image", image, "--caption", f"红{NAME}")
+    seen("llava_align", "trace", *infer, "--image", image, "--caption", f"红{NAME}")
 
 
 def test_an_answer_is_exact_in_a_pipe_and_visible_in_a_terminal(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llava.imported import run as import_run
+from llava_align.hub.import_projector import run as import_run
 from llava_core.checkpoint import load_checkpoint, point_to
 from llava_core.errors import LlavaError
 from tests.e2e.test_import import config as import_config
@@ -89,8 +89,8 @@ def moved(trained: Trained, tmp_path: Path) -> dict[str, Any]:
         ("infer", "chat", "--vision"),
         ("infer", "serve", "--vision"),
         ("infer", "lens", "--vision", "--image", "--out"),
-        ("llava", "export", "--vision", "--out"),
-        ("llava", "trace", "--vision", "--image", "--caption"),
+        ("llava_align", "export", "--vision", "--out"),
+        ("llava_align", "trace", "--vision", "--image", "--caption"),
     ],
     ids=" ".join,
 )

@@ -13,8 +13,8 @@ from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
 from infer.aligned_model import open_engine
 from infer.config import AskConfig
-from llava.config import ImportConfig
-from llava.imported import run as import_run
+from llava_align.config import ImportConfig
+from llava_align.hub.import_projector import run as import_run
 from llava_core.checkpoint import load_checkpoint, load_state
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
@@ -62,7 +62,7 @@ def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) ->
         {f"projection.{name}": value for name, value in trained.projector.map.state_dict().items()}, file
     )
     models = ("--vision", world.vision, "--llm", world.llm)
-    ended = run("llava", "import", "--file", file, *models, "--out", out, "--json")
+    ended = run("llava_align", "import", "--file", file, *models, "--out", out, "--json")
     assert "layer: after the last norm (assumed, since the course projects all tokens" in ended.err
     assert "trained by: course (assumed: no other project's names)" in ended.err
     assert "GELU" not in ended.err
@@ -88,7 +88,7 @@ def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) ->
         LlavaError, match=r"has no state\.pt, so no run goes on from it; it is of use to infer"
     ):
         load_state(out)
-    again = run("llava", "import", "--file", file, *models, "--out", out, code=1)
+    again = run("llava_align", "import", "--file", file, *models, "--out", out, code=1)
     assert "is there already; choose another" in again.one_line()
 
 

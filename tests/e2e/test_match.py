@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava import match
-from llava.config import MatchConfig
-from llava.match_chart import BLUE, MARGIN, PICTURE, draw
-from llava.world.captions import short_caption
-from llava.world.render import render
-from llava.world.scene import random_scene
+from llava_align.config import MatchConfig
+from llava_align.demo.world.captions import short_caption
+from llava_align.demo.world.render import render
+from llava_align.demo.world.scene import random_scene
+from llava_align.match import command as match
+from llava_align.match.chart import BLUE, MARGIN, PICTURE, draw
 from llava_core.errors import LlavaError
 from llava_core.fonts import chinese_font
 from tests.support.commands import ENVIRONMENT, call
 from tests.support.paths import ROOT
 
-VISION = ROOT / "llava/world/models/vision"
+VISION = ROOT / "llava_align/demo/world/models/vision"
 
 
 def test_images_and_their_features_are_found_by_their_captions(
@@ -46,7 +46,15 @@ def test_images_and_their_features_are_found_by_their_captions(
 
     flags = ["--vision", VISION, "--images", folder, "--device", "cpu", "--top", 3, "--json"]
     ended = subprocess.run(
-        [sys.executable, "-m", "llava", "match", *map(str, flags), "--out", str(tmp_path / "new/typed.png")],
+        [
+            sys.executable,
+            "-m",
+            "llava_align",
+            "match",
+            *map(str, flags),
+            "--out",
+            str(tmp_path / "new/typed.png"),
+        ],
         input="\n".join(texts),
         capture_output=True,
         text=True,
@@ -116,7 +124,7 @@ def test_chinese_labels_are_characters_and_not_boxes() -> None:
 
 
 def test_without_a_chinese_font_it_says_so(tmp_path: Path) -> None:
-    code = 'from llava.match_chart import draw; print(draw([("红", [("a.png", -0.1, None)])]).size)'
+    code = 'from llava_align.match.chart import draw; print(draw([("红", [("a.png", -0.1, None)])]).size)'
     ended = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava.push import files_to_push
+from llava_align.hub.push import files_to_push
 from llava_core.checkpoint import load_checkpoint, save_checkpoint
 from llava_core.errors import LlavaError
 from llava_core.model_card import header_of
@@ -54,8 +54,18 @@ def push(hub: Hubs, tmp_path: Path, folder: Path, to: str, *arguments: object, *
         "MODELSCOPE_API_MAX_RETRIES": 1,
     }
     code = given.pop("code", 0)
-    command = ("llava", "push", "--folder", folder, "--to", to, "--name", "somebody/projector", *arguments)
-    return run(*command, "--json", code=code, **{**variables, **given})
+    command = (
+        "llava_align",
+        "push",
+        "--folder",
+        folder,
+        "--to",
+        to,
+        "--name",
+        "somebody/projector",
+        *arguments,
+    )
+    return run(*command, *arguments, "--json", code=code, **{**variables, **given})
 
 
 @pytest.mark.parametrize("to", ["hf", "modelscope"])

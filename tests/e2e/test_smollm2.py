@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.real_lm import PACKAGE, SMOLLM2
-from llava.world import english
-from llava.world.dataset import draw
+from llava_align.demo.world import english
+from llava_align.demo.world.dataset import draw
 from llava_core.conversation import IGNORE, Conversation, Turn
 from llava_core.files import read_json_lines
 from llava_core.language import load_language_model

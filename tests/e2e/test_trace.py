@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava import trace
-from llava.config import TraceConfig
+from llava_align.config import TraceConfig
+from llava_align.demo import trace
 from llava_core.conversation import pick_instruction
 from llava_core.errors import LlavaError
 from llava_core.language import load_language_model
@@ -31,7 +31,7 @@ def test_its_figures_are_those_of_extract_and_train(tmp_path: Path) -> None:
     (folder / "one.txt").write_text(CAPTION, encoding="utf-8")
     call("extract", "run", "--data", folder, "--out", tmp_path / "features", "--vision", world.vision,
         "--device", "cpu")  # fmt: skip
-    traced = run("llava", "trace", *world.flags, "--image", folder / "one.png", "--caption", CAPTION,
+    traced = run("llava_align", "trace", *world.flags, "--image", folder / "one.png", "--caption", CAPTION,
                  "--prompt", pick_instruction(0, "0/pics/0"), "--json")  # fmt: skip
     figures, stages = traced.summary, {stage["name"].strip(): stage for stage in traced.summary["stages"]}
 

@@ -25,7 +25,7 @@ def message(role: str, text: str, image: Any = None) -> dict[str, Any]:
 
 
 def main(folder: str, pictures: list[str]) -> dict[str, Any]:
-    assert not any(importlib.util.find_spec(name) for name in ("llava_core", "llava", "infer"))
+    assert not any(importlib.util.find_spec(name) for name in ("llava_core", "llava_align", "infer"))
     as_written = {"torch_dtype": "auto"} if transformers.__version__.startswith("4.") else {}
     open_model = functools.partial(
         transformers.AutoModelForImageTextToText.from_pretrained, **{"trust_remote_code": True, **as_written}

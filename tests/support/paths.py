@@ -6,4 +6,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
-WORLD_MODELS = ROOT / "llava/world/models"
+WORLD_MODELS = ROOT / "llava_align/demo/world/models"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from extract.config import Encoding
-from llava import trace
-from llava.config import TraceConfig
+from llava_align.config import TraceConfig
+from llava_align.demo import trace
 from llava_core import cli
 from llava_core.conversation import Conversation, Turn
 from llava_core.errors import LlavaError
@@ -30,7 +30,7 @@ from train.data.feature_cache import pick_residence
 from train.run_folder import RunFolder
 
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
-PACKAGES = ("extract", "train", "infer", "llava", "llava_core")
+PACKAGES = ("extract", "train", "infer", "llava_align", "llava_core")
 SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")
 """Functions that return a line to print."""
 LITERAL = 8

@@ -10,11 +10,14 @@ import pytest
 from tests.support.paths import ROOT
 
 PHASES = ("extract", "train", "infer")
-SHIPPED = [ROOT / "llava/modeling_llava_align.py", ROOT / "llava/processing_llava_align.py"]
+SHIPPED = [
+    ROOT / "llava_align/hub/modeling_llava_align.py",
+    ROOT / "llava_align/hub/processing_llava_align.py",
+]
 """Copied into exported folders, where this project is not."""
 SOURCES = [
     path
-    for name in ("llava_core", *PHASES, "llava")
+    for name in ("llava_core", *PHASES, "llava_align")
     for path in sorted((ROOT / name).rglob("*.py"))
     if path not in SHIPPED
 ]
@@ -39,26 +42,26 @@ def importers(module: str) -> set[str]:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_phases_import_only_the_core(phase: str) -> None:
-    others = {*PHASES, "llava"} - {phase}
+    others = {*PHASES, "llava_align"} - {phase}
     for path in (ROOT / phase).rglob("*.py"):
         assert not imported(path) & others, path
 
 
 def test_core_imports_none_of_its_siblings() -> None:
     for path in (ROOT / "llava_core").rglob("*.py"):
-        assert not imported(path) & {*PHASES, "llava"}, path
+        assert not imported(path) & {*PHASES, "llava_align"}, path
 
 
 def test_llava_reaches_the_phases_only_through_their_commands() -> None:
-    for path in (ROOT / "llava").rglob("*.py"):
-        if path != ROOT / "llava/__main__.py":  # its `examples` is a command of extract's
+    for path in (ROOT / "llava_align").rglob("*.py"):
+        if path != ROOT / "llava_align/__main__.py":  # its `examples` is a command of extract's
             assert not imported(path) & set(PHASES), path
 
 
 def test_what_is_exported_needs_nothing_of_ours() -> None:
     for path in SHIPPED:
-        assert not imported(path) & {*PHASES, "llava", "llava_core"}, path
-        assert not importers(f"llava.{path.stem}"), path
+        assert not imported(path) & {*PHASES, "llava_align", "llava_core"}, path
+        assert not importers(f"llava_align.hub.{path.stem}"), path
 
 
 def reachable(start: Path) -> set[str]:

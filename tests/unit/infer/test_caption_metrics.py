@@ -11,8 +11,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from infer.score.caption_metrics import bleu, cider_d, longest_common, rouge_l
 from infer.score.word_split import characters, is_chinese, open_tokenizer, spaces
-from llava.world.captions import caption
-from llava.world.scene import random_scene
+from llava_align.demo.world.captions import caption
+from llava_align.demo.world.scene import random_scene
 from llava_core.errors import LlavaError
 
 

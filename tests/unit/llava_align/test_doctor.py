@@ -9,10 +9,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from llava.__main__ import COMMANDS
-from llava.doctor import EXTRAS, SHARED, TORCH, driver, environment, gpu, requirements, state
-from llava.doctor import _torch as about_torch
-from llava.flash_attention import Place, advice, wheel
+from llava_align.__main__ import COMMANDS
+from llava_align.doctor.command import EXTRAS, SHARED, TORCH, driver, environment, gpu, requirements, state
+from llava_align.doctor.command import _torch as about_torch
+from llava_align.doctor.flash_attention import Place, advice, wheel
 
 RENTED = Place((3, 12), "2.7.1+cu126", "12.6", cxx11_abi=True, platform="linux_x86_64")
 RELEASES = "https://github.com/Dao-AILab/flash-attention/releases/download/v2.8.3/"

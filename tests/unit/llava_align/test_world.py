@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from llava.contact_sheet import is_right
-from llava.world import english
-from llava.world.captions import (
+from llava_align.demo.contact_sheet import is_right
+from llava_align.demo.world import english
+from llava_align.demo.world.captions import (
     accuracy,
     caption,
     chance,
@@ -23,10 +23,10 @@ from llava.world.captions import (
     short_caption,
     shuffled,
 )
-from llava.world.dataset import write_split
-from llava.world.render import SIDE, render
-from llava.world.scene import PLACES, Scene, Thing, near_scene, random_scene
-from llava.world.server import TROUBLES, serve
+from llava_align.demo.world.dataset import write_split
+from llava_align.demo.world.render import SIDE, render
+from llava_align.demo.world.scene import PLACES, Scene, Thing, near_scene, random_scene
+from llava_align.demo.world.server import TROUBLES, serve
 from llava_core.chinese_clip import CONTEXT
 from llava_core.fetch import FetchLimits, fetch_all
 from llava_core.language import load_language_model

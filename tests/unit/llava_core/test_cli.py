@@ -303,7 +303,7 @@ def test_unknown_flags_are_wrong_usage() -> None:
         ("extract", ["run", "retry-failed", "verify", "inspect"]),
         ("train", ["run", "sweep", "plan", "eval"]),
         ("infer", ["ask", "chat", "batch"]),
-        ("llava", ["demo", "trace", "match", "chat-llm"]),
+        ("llava_align", ["demo", "trace", "match", "chat-llm"]),
     ],
 )
 def test_help_of_every_command(module: str, commands: list[str]) -> None:
@@ -313,7 +313,7 @@ def test_help_of_every_command(module: str, commands: list[str]) -> None:
     assert "--json" in run(module, commands[0], "--help").out
 
 
-@pytest.mark.parametrize("module", ["extract", "train", "infer", "llava"])
+@pytest.mark.parametrize("module", ["extract", "train", "infer", "llava_align"])
 def test_help_loads_nothing_heavy(module: str) -> None:
     heavy = {"torch", "transformers", "tokenizers", "h5py", "PIL"}
     code = f"import {module}.__main__, sys; print({heavy} & set(sys.modules))"

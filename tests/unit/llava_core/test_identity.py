@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llava.export import write_tokenizer
+from llava_align.hub.export import write_tokenizer
 from llava_core import conversation
 from llava_core.conversation import Conversation, with_fixed_date
 from llava_core.errors import LlavaError

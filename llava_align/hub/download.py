@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.config import DownloadConfig
-from llava.hub_client import cure, open_modelscope
+from llava_align.config import DownloadConfig
+from llava_align.hub.client import cure, open_modelscope
 from llava_core.console import counted, human_bytes, say, show, table, visible
 from llava_core.errors import LlavaError, reason
 from llava_core.fingerprint import JsonDict
@@ -47,7 +47,7 @@ DOWNLOADS = {
 }
 EXTRACT = "python -m extract run --vision {out}/models/clip"
 NEXT = {
-    "models": "python -m llava download train --out {out}",
+    "models": "python -m llava_align download train --out {out}",
     "train": f"{EXTRACT} --data {{out}}/sa1b --limit 100000 --out features/train",
     "eval": f"{EXTRACT} --data {{out}}/sa1b-eval --limit 2000 --out features/eval",
 }

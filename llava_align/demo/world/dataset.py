@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava.world.captions import caption
-from llava.world.render import jpeg, render
-from llava.world.scene import Scene, random_scene
+from llava_align.demo.world.captions import caption
+from llava_align.demo.world.render import jpeg, render
+from llava_align.demo.world.scene import Scene, random_scene
 
 
 @dataclasses.dataclass(frozen=True)

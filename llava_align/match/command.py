@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llava.config import MatchConfig
-from llava.match_chart import draw
+from llava_align.config import MatchConfig
+from llava_align.match.chart import draw
 from llava_core.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError

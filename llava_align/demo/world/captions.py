@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from llava.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+from llava_align.demo.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 from llava_core.pairing import other_pictures
 
 COUNTS = ("一", "两", "三")
@@ -71,7 +71,7 @@ _CLAUSE = re.compile(f"{_any(PLACES)}[^，。]*?{_any(SIZES)}的?{_any(COLOURS)}
 
 
 Parse = Callable[[str], list[Thing]]
-"""How a language's captions are read: `parse`, or that of llava.world.english."""
+"""How a language's captions are read: `parse`, or that of llava_align.demo.world.english."""
 
 
 def score(scene: Scene, text: str, parse: Parse = parse) -> dict[str, tuple[int, int]]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from llava.world.captions import COUNTS, caption, phrase
-from llava.world.scene import PLACES, SHAPES, Scene, Thing, random_scene
+from llava_align.demo.world.captions import COUNTS, caption, phrase
+from llava_align.demo.world.scene import PLACES, SHAPES, Scene, Thing, random_scene
 from llava_core.conversation import INSTRUCTIONS, Turn
 
 Slot = list[tuple[str, float]]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.world.scene import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+from llava_align.demo.world.scene import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 QUESTION = "Describe the picture."
 
@@ -32,7 +32,7 @@ _ENGLISH = {
         )
     ),
 }
-"""Attributes in the order in which they are said; words of llava.world.scene -> English."""
+"""Attributes in the order in which they are said; words of llava_align.demo.world.scene -> English."""
 
 
 def caption(scene: Scene) -> str:

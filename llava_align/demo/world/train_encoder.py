@@ -1,6 +1,6 @@
 """Make the small world's vision encoder: a Chinese-CLIP trained from scratch on pictures and captions.
 
-    python -m llava.world.train_encoder --out FOLDER
+    python -m llava_align.demo.world.train_encoder --out FOLDER
 
 It never meets the language model. Two contrastive losses: CLIP's, between a picture's class token and its
 caption, and one between patch tokens and phrases about what lies there (as in RegionCLIP, arXiv:2112.09106),
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 
-from llava.world.captions import caption, phrase, short_caption
-from llava.world.render import render
-from llava.world.scene import (
+from llava_align.demo.world.captions import caption, phrase, short_caption
+from llava_align.demo.world.render import render
+from llava_align.demo.world.scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

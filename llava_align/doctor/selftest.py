@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from llava.commands import run_command
-from llava.config import MODELS
-from llava.reference import TOKENS, WIDTH, write_features, write_language_model
-from llava.world.captions import caption
-from llava.world.dataset import draw
+from llava_align.config import MODELS
+from llava_align.demo.world.captions import caption
+from llava_align.demo.world.dataset import draw
+from llava_align.reference_models import TOKENS, WIDTH, write_features, write_language_model
+from llava_align.subprocess_command import run_command
 from llava_core.device import default_dtype, pick_device
 from llava_core.files import flush, read_json_lines
 from llava_core.fingerprint import JsonDict

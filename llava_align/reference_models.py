@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from llava.config import MODELS
-from llava.world.captions import caption
-from llava.world.scene import random_scene
+from llava_align.config import MODELS
+from llava_align.demo.world.captions import caption
+from llava_align.demo.world.scene import random_scene
 from llava_core.fingerprint import JsonDict
 from llava_core.shard_writer import RowRecord, ShardWriter
 from llava_core.shards import ShardHeader

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from llava.config import PushConfig
-from llava.hub_client import cure, open_modelscope
+from llava_align.config import PushConfig
+from llava_align.hub.client import cure, open_modelscope
 from llava_core.checkpoint import STATE, load_checkpoint, load_state
 from llava_core.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError, reason

@@ -21,9 +21,8 @@ from llava_core.folders import (
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.sampling import Sampling
 
-MODELS = Path(os.path.relpath(Path(__file__).parent / "world/models"))
+MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""
 CHARTS = (".png", ".jpg", ".jpeg", ".webp")
 """Kinds of image file that a chart can be written as."""
@@ -127,28 +126,6 @@ class MatchConfig(Options):
             shard_paths(self.features)
         if self.images is not None and not self.images.is_dir():
             raise LlavaError(f"no folder {self.images}", do="give --images a folder of images")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatLlmConfig(Sampling, Options):
-    """Talk to the bare language model at the terminal, or over a pipe: no image, no projector."""
-
-    llm: Path
-    """Folder of the language model."""
-    system: str = ""
-    """What the model is told before the first turn; nothing by default."""
-    thinking: bool = False
-    """Let it think before it answers, if its chat template has that switch. Qwen3 then wants
-    --temperature 0.6 --top-p 0.95 --top-k 20: the likeliest thoughts go in circles."""
-    max_tokens: int = 2048
-    """Longest answer, in tokens, with the thoughts before it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    lang: Literal["auto", "zh", "en"] = "auto"
-    """Language of remarks and help; auto: that of the locale."""
-
-    def require_inputs(self) -> None:
-        require_language_model(self.llm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

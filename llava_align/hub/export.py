@@ -19,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
 
-from llava.config import ExportConfig
+from llava_align.config import ExportConfig
 from llava_core.checkpoint import Checkpoint, load_checkpoint
 from llava_core.chinese_clip import ChineseClip, VisionTransformer
 from llava_core.console import human_bytes, say, show

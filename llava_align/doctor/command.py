@@ -20,8 +20,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from llava import flash_attention
-from llava.config import DoctorConfig
+from llava_align.config import DoctorConfig
+from llava_align.doctor import flash_attention
 from llava_core.console import human_bytes, say, show, table
 from llava_core.errors import LlavaError, first_line
 from llava_core.fingerprint import JsonDict
@@ -87,7 +87,7 @@ def run(config: DoctorConfig) -> JsonDict:
         except (LlavaError, OSError, RuntimeError) as error:  # the last is torch's own
             say(f"the self-test failed: {first_line(error)}")
             return {**report, "exit_code": 1}
-    show("\nthe demo can run here: python -m llava demo")
+    show("\nthe demo can run here: python -m llava_align demo")
     return report
 
 
@@ -255,7 +255,7 @@ def environment(variables: Mapping[str, str]) -> JsonDict:
 
 def _self_test(folder: Path) -> JsonDict:
     """Measure and print."""
-    from llava.selftest import measure
+    from llava_align.doctor.selftest import measure
 
     rates = measure(folder)
     _print(

@@ -9,10 +9,10 @@ import random
 import torch
 import torch.nn.functional as F
 
-from llava.config import TraceConfig
-from llava.world.captions import caption as describe
-from llava.world.render import jpeg, render
-from llava.world.scene import random_scene
+from llava_align.config import TraceConfig
+from llava_align.demo.world.captions import caption as describe
+from llava_align.demo.world.render import jpeg, render
+from llava_align.demo.world.scene import random_scene
 from llava_core.answers import answer_logits
 from llava_core.checkpoint import load_checkpoint
 from llava_core.console import say, show, table

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llava.beside import require_as_given
-from llava.config import ImportConfig
+from llava_align.config import ImportConfig
+from llava_align.hub.whole_model import require_as_given
 from llava_core.checkpoint import Provenance, save_checkpoint
 from llava_core.console import say, show, table
 from llava_core.errors import LlavaError

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llava.commands import run_command
-from llava.config import MODELS, DemoConfig
-from llava.world.captions import ATTRIBUTES, accuracy, chance, shuffled
-from llava.world.dataset import Split, write_split
-from llava.world.server import TROUBLES, serve
+from llava_align.config import MODELS, DemoConfig
+from llava_align.demo.world.captions import ATTRIBUTES, accuracy, chance, shuffled
+from llava_align.demo.world.dataset import Split, write_split
+from llava_align.demo.world.server import TROUBLES, serve
+from llava_align.subprocess_command import run_command
 from llava_core.bootstrap import with_interval
 from llava_core.cli import INTERRUPTED
 from llava_core.console import show, table
@@ -42,7 +42,7 @@ def run(config: DemoConfig) -> JsonDict:
 
 
 def _demo(config: DemoConfig) -> JsonDict:
-    from llava.contact_sheet import contact_sheet, loss_curve
+    from llava_align.demo.contact_sheet import contact_sheet, loss_curve
 
     out = config.out
     _clear(out)

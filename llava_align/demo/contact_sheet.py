@@ -10,9 +10,9 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw
 
-from llava.world.captions import parse, parse_background, score
-from llava.world.render import SIDE, render
-from llava.world.scene import Scene
+from llava_align.demo.world.captions import parse, parse_background, score
+from llava_align.demo.world.render import SIDE, render
+from llava_align.demo.world.scene import Scene
 from llava_core.fingerprint import JsonDict
 from llava_core.fonts import chinese_font
 from llava_core.preprocess import Preprocess

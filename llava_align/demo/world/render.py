@@ -8,7 +8,7 @@ import random
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from llava.world.scene import PLACES, Scene, Thing
+from llava_align.demo.world.scene import PLACES, Scene, Thing
 
 SIDE = 192
 """Width and height of a picture in pixels."""
