@@ -18,8 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from llava_align.config import MODELS
-from llava_core.console import table
-from llava_core.files import read_json_lines
+from llava_core.cli.console import table
+from llava_core.filesystem import read_json_lines
 from train.config import RunConfig
 from train.recipes import RECIPES
 from train.run import run

@@ -18,16 +18,16 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from infer.aligned_model import open_engine
+from infer.chat.dialogue import Talk
 from infer.chat.image_dialogue import Session
 from infer.config import ChatConfig
 from llava_align.config import MODELS
-from llava_core.compiled import CompiledStep
-from llava_core.console import say, table
-from llava_core.conversation import INSTRUCTIONS, Conversation
+from llava_core.cli.console import say, table
 from llava_core.device import pick_device
-from llava_core.language import load_language_model
-from llava_core.sampling import Sampling
-from llava_core.talk import Talk
+from llava_core.language.compiled_decode import CompiledStep
+from llava_core.language.conversation import INSTRUCTIONS, Conversation
+from llava_core.language.model import load_language_model
+from llava_core.language.sampling import Sampling
 
 VISUAL_TOKENS = 197
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import accuracy
 from llava_align.demo.world.scene import Scene, random_scene
-from llava_core.checkpoint import load_checkpoint
-from llava_core.console import table
-from llava_core.conversation import QUESTION
-from llava_core.files import read_json_lines
-from llava_core.projector import PROJECTORS, VISUAL_TOKENS, parameter_count
+from llava_core.cli.console import table
+from llava_core.filesystem import read_json_lines
+from llava_core.language.conversation import QUESTION
+from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.projector.projector import PROJECTORS, VISUAL_TOKENS, parameter_count
 
 
 def main() -> None:

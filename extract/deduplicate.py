@@ -17,9 +17,9 @@ import numpy as np
 from extract.open_shard import Filling
 from extract.sources.base import is_address
 from llava_core.errors import LlavaError
-from llava_core.shard_writer import RowRecord
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import RowRecord
 
 Key = str | bytes
 Place = tuple[Filling, int]

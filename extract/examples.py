@@ -12,13 +12,13 @@ from typing import Any
 from extract.config import ExamplesConfig
 from extract.sources.base import Rows, Source
 from extract.sources.find import find_sources
-from llava_core.console import counted, progress, say
+from llava_core.cli.console import counted, progress, say
 from llava_core.errors import LlavaError
-from llava_core.fetch import Fetched, FetchLimits, fetch_each
-from llava_core.fingerprint import JsonDict
-from llava_core.health import SILENT, proxy_hint
-from llava_core.preprocess import ImageError, image_format
-from llava_core.status import Status
+from llava_core.network.fetch import Fetched, FetchLimits, fetch_each
+from llava_core.network.outage import SILENT, proxy_hint
+from llava_core.row_status import Status
+from llava_core.types import JsonDict
+from llava_core.vision.preprocess import ImageError, image_format
 
 HIDDEN = ".part"
 """Folder in --out for what is there before all is."""

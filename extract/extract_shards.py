@@ -15,15 +15,15 @@ from extract.outcomes import write_statistics
 from extract.pipeline import Pipeline
 from extract.sources.base import Rows, Source
 from extract.sources.local_images import changed
-from llava_core.console import counted, progress, say
+from llava_core.cli.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.layout import Layout
-from llava_core.shard_writer import ShardWriter, is_finished, require_storage
-from llava_core.shards import Shard, ShardHeader
-from llava_core.status import Status
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.row_status import Status
+from llava_core.shards.layout import Layout
+from llava_core.shards.reader import Shard, ShardHeader
+from llava_core.shards.writer import ShardWriter, is_finished, require_storage
+from llava_core.types import JsonDict
+from llava_core.vision.tower import VisionTower, open_vision_tower
 
 
 def open_tower(config: Encoding) -> VisionTower:

@@ -10,9 +10,9 @@ import numpy as np
 
 from extract.outcomes import host_of
 from extract.sources.base import Images, is_address
-from llava_core.shard_writer import RowRecord, ShardWriter
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import RowRecord, ShardWriter
 
 
 class Filling:

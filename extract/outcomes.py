@@ -13,11 +13,11 @@ import numpy as np
 
 from extract.sources.base import is_address
 from llava_core import __version__
-from llava_core.console import table
-from llava_core.files import replace_text
-from llava_core.fingerprint import JsonDict
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.cli.console import table
+from llava_core.filesystem import replace_text
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
 
 TOO_MANY_FAILED = 3
 """Exit code when more than --max-failed of the rows have failed."""

@@ -26,18 +26,18 @@ from extract.deduplicate import Duplicates, First, Known, Place
 from extract.open_shard import Filling
 from extract.stages.host_queue import HostQueues
 from extract.stages.metrics import Gauges
-from llava_core.cli import stop_signals
-from llava_core.console import say
-from llava_core.device import cpu_cores
+from llava_core.cli.command import stop_signals
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.fetch import Fetched, Fetcher, FetchLimits
-from llava_core.layout import THUMBNAIL_BYTES
-from llava_core.preprocess import ImageError
-from llava_core.shard_writer import FinishedMeanwhile, RowRecord
-from llava_core.shards import Shard
-from llava_core.status import Status
-from llava_core.tasks import in_background, signals_restored, time_limit, together
-from llava_core.vision import VisionTower
+from llava_core.launcher import cpu_cores
+from llava_core.network.async_tasks import in_background, signals_restored, time_limit, together
+from llava_core.network.fetch import Fetched, Fetcher, FetchLimits
+from llava_core.row_status import Status
+from llava_core.shards.layout import THUMBNAIL_BYTES
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import FinishedMeanwhile, RowRecord
+from llava_core.vision.preprocess import ImageError
+from llava_core.vision.tower import VisionTower
 
 OPEN_SHARDS = 4
 """Shards that are filled at a time, so that one straggler keeps nobody waiting."""

@@ -15,14 +15,15 @@ from typing import Any
 
 from extract.config import RunConfig
 from extract.outcomes import TOP_HOSTS
-from extract.partition import Share
+from extract.partition import limits_of
 from extract.ray_worker import OUR_CODE, Ready, Trouble, Worker
 from extract.sources.base import Source
-from llava_core.cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_tally
-from llava_core.console import progress, say
+from llava_core.cli.console import progress, say
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
 from llava_core.identity import EncoderIdentity
+from llava_core.launcher import WorkerIndex
+from llava_core.ray_cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_tally
+from llava_core.types import JsonDict
 
 MOST_TRIES = 5
 """Workers that may die over one file before it counts as the cause."""
@@ -111,7 +112,7 @@ class Dispatch:
             num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_restarts=-1
         )
         config = dataclasses.replace(
-            Share(of=plan.workers).limits(config),
+            limits_of(config, WorkerIndex(world_size=plan.workers)),
             out=config.out.absolute(),
             vision=config.vision.absolute(),
             device="cuda" if plan.gpus else "cpu",

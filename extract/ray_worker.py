@@ -17,14 +17,14 @@ from extract.extract_shards import describe, fill, is_done, open_filling, open_t
 from extract.open_shard import Filling
 from extract.outcomes import summarise
 from extract.sources.base import Source
-from llava_core.cluster import Lines, other_version
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.filesystem import Held
 from llava_core.identity import EncoderIdentity
-from llava_core.lock import Held
-from llava_core.shard_writer import FinishedMeanwhile
-from llava_core.shards import Shard
-from llava_core.vision import VisionTower
+from llava_core.ray_cluster import Lines, other_version
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import FinishedMeanwhile
+from llava_core.types import JsonDict
+from llava_core.vision.tower import VisionTower
 
 OUR_CODE = ("extract", "llava_core")
 TELL_SECONDS = 1.0

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_core.console import counted, progress, say, show, table
+from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
-from llava_core.files import fsync
-from llava_core.fingerprint import JsonDict
-from llava_core.shards import Shard, read_by_hdf5
-from llava_core.storage import FEATURE_TYPE
+from llava_core.filesystem import fsync
+from llava_core.shards.folder import open_shards
+from llava_core.shards.quantize import FEATURE_TYPE
+from llava_core.shards.reader import Shard, read_by_hdf5
+from llava_core.types import JsonDict
 
 BATCH, THREADS = 16, 2
 """Rows of a batch and threads that read them, as in training."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,20 +13,21 @@ from extract.config import Encoding, RetryConfig, RunConfig
 from extract.extract_shards import describe, fill, is_done, open_filling, open_tower, require_same
 from extract.open_shard import Filling
 from extract.outcomes import TOO_MANY_FAILED, outcome_table, summarise
-from extract.partition import share_of
+from extract.partition import limits_of, partition
 from extract.ray_driver import fill_on_ray
 from extract.sources.base import Source
 from extract.sources.find import find_sources, sources_of
-from llava_core.console import counted, human_bytes, say, show, table
+from llava_core.cli.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
-from llava_core.fingerprint import JsonDict
-from llava_core.folders import nearest_existing
-from llava_core.layout import disk_bytes
-from llava_core.shard_writer import ShardWriter, is_finished, part_of
-from llava_core.shards import Shard
-from llava_core.status import Failure, Status
-from llava_core.vision import VisionTower
+from llava_core.filesystem import nearest_existing
+from llava_core.launcher import worker_index
+from llava_core.row_status import Failure, Status
+from llava_core.shards.folder import open_shards
+from llava_core.shards.layout import disk_bytes
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import ShardWriter, is_finished, part_of
+from llava_core.types import JsonDict
+from llava_core.vision.tower import VisionTower
 
 T = TypeVar("T")
 Flags = TypeVar("Flags", bound=Encoding)
@@ -94,11 +94,11 @@ def _require_other_names(paths: dict[Source, Path]) -> None:
 
 def _part(things: Sequence[T], noun: str, config: Flags) -> tuple[list[T], Flags]:
     """What of the files is this worker's, and the flags with its part of the limits."""
-    share = share_of(os.environ)
-    part = share.take(things)
-    if share.of > 1:
-        say(f"worker {share.index + 1} of {share.of}: {len(part)} of {len(things)} {noun}")
-    return part, share.limits(config)
+    this = worker_index()
+    part = partition(things, this)
+    if this.world_size > 1:
+        say(f"worker {this.rank + 1} of {this.world_size}: {len(part)} of {len(things)} {noun}")
+    return part, limits_of(config, this)
 
 
 def _nothing(config: Encoding) -> JsonDict:

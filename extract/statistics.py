@@ -11,9 +11,9 @@ import numpy as np
 
 from extract.inspect.histogram import Histogram, histogram
 from extract.outcomes import host_of, summarise
-from llava_core.fingerprint import JsonDict
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
 
 SAMPLE = 256
 """Rows whose norms are looked at."""

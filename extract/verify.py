@@ -13,14 +13,14 @@ import numpy as np
 
 from extract.config import VerifyConfig
 from extract.sources.refetch import ImagesAgain
-from llava_core.console import counted, progress, say, show, table
+from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.features import find_shards
-from llava_core.fetch import FetchLimits
-from llava_core.fingerprint import JsonDict
-from llava_core.shards import Shard
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.network.fetch import FetchLimits
+from llava_core.shards.folder import find_shards
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
+from llava_core.vision.tower import VisionTower, open_vision_tower
 
 TOLERANCE = {"float16": 0.02, "int8": 0.04}
 """Largest relative distance of features encoded again: bf16 on another device stays below the first. int8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, ScoreConfig, ServeConfig
-from llava_core import cli
+from llava_core.cli import command as cli
 
 COMMANDS = {
     "ask": cli.Command(AskConfig, "infer.ask:run"),

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 
 from infer.config import Aligned, BatchConfig, Models
-from llava_core.checkpoint import Checkpoint, load_checkpoint
-from llava_core.console import say
-from llava_core.conversation import Conversation
+from llava_core.cli.console import say
 from llava_core.device import pick_device
-from llava_core.generate import generate
-from llava_core.language import LanguageModel, load_language_model
-from llava_core.preprocess import Decoded
-from llava_core.sampling import Sampling
-from llava_core.shards import Shard
-from llava_core.trained_tower import open_trained_tower
-from llava_core.vision import VisionTower
+from llava_core.language.conversation import Conversation
+from llava_core.language.generate import generate
+from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.sampling import Sampling
+from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
+from llava_core.shards.reader import Shard
+from llava_core.vision.preprocess import Decoded
+from llava_core.vision.tower import VisionTower
+from llava_core.vision.trained_tower import open_trained_tower
 
 
 class Speaker:
@@ -38,7 +38,7 @@ class Speaker:
     def generate(
         self, embedded: torch.Tensor, sampling: Sampling, over: Callable[[int], bool], seeds: Sequence[int]
     ) -> Iterator[list[int | None]]:
-        """`llava_core.generate` with this language model."""
+        """`llava_core.language.generate` with this language model."""
         return generate(self.llm, embedded, sampling, over=over, seeds=seeds)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:

@@ -8,10 +8,10 @@ import sys
 from infer.aligned_model import open_engine
 from infer.chat.image_dialogue import Session
 from infer.config import AskConfig
-from llava_core.console import say, show
+from llava_core.cli.console import say, show
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.sampling import sampling_of
+from llava_core.language.sampling import sampling_of
+from llava_core.types import JsonDict
 
 
 def run(config: AskConfig) -> JsonDict:

@@ -11,18 +11,17 @@ from typing import Literal
 import tyro
 
 from infer.serve.listen import listening
-from llava_core.cli import Options
-from llava_core.conversation import QUESTION
+from llava_core.cli.command import Options
 from llava_core.errors import LlavaError
-from llava_core.folders import (
+from llava_core.filesystem import require_file, require_file_place
+from llava_core.input_folders import (
     require_checkpoint,
-    require_file,
-    require_file_place,
     require_language_model,
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.sampling import Sampling
+from llava_core.language.conversation import QUESTION
+from llava_core.language.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ class AskConfig(Models):
             raise LlavaError("--image and --prompt", expected="at most one -", exit_code=2)
 
     def require_inputs(self) -> None:
-        from llava_core.images import require_image  # with aiohttp, which --help does without
+        from llava_core.vision.image_files import require_image  # with aiohttp, which --help does without
 
         super().require_inputs()
         if len(self.image) == 1:  # of several, those that can be read are asked about
@@ -96,7 +95,7 @@ class ChatConfig(Models):
     """Let the image address of a dialogue that is loaded lead to this machine or a private network."""
 
     def require_inputs(self) -> None:
-        from llava_core.images import require_image  # with aiohttp, which --help does without
+        from llava_core.vision.image_files import require_image  # with aiohttp, which --help does without
 
         super().require_inputs()
         require_image(self.image)
@@ -245,7 +244,7 @@ class LensConfig(Models):
         self.require_above_zero("top")
 
     def require_inputs(self) -> None:
-        from llava_core.images import require_image  # with aiohttp, which --help does without
+        from llava_core.vision.image_files import require_image  # with aiohttp, which --help does without
 
         super().require_inputs()
         require_file_place("--out", self.out)

@@ -14,7 +14,7 @@ from llava_align.config import (
     PushConfig,
     TraceConfig,
 )
-from llava_core import cli
+from llava_core.cli import command as cli
 
 COMMANDS = {
     "demo": cli.Command(DemoConfig, "llava_align.demo.command:run"),

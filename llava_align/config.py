@@ -10,17 +10,16 @@ from typing import Literal
 
 import tyro
 
-from llava_core.cli import Options
-from llava_core.conversation import QUESTION
+from llava_core.cli.command import Options
 from llava_core.errors import LlavaError
-from llava_core.folders import (
+from llava_core.filesystem import require_file, require_folder
+from llava_core.input_folders import (
     require_checkpoint,
-    require_file,
-    require_folder,
     require_language_model,
     require_vision_encoder,
     shard_paths,
 )
+from llava_core.language.conversation import QUESTION
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""
@@ -80,7 +79,7 @@ class TraceConfig(Options):
             raise LlavaError("--image and --caption", expected="both or neither", exit_code=2)
 
     def require_inputs(self) -> None:
-        from llava_core.images import require_image  # with aiohttp, which --help does without
+        from llava_core.vision.image_files import require_image  # with aiohttp, which --help does without
 
         if self.checkpoint is not None:
             require_checkpoint(self.checkpoint)

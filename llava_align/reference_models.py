@@ -13,10 +13,10 @@ import numpy as np
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
 from llava_align.demo.world.scene import random_scene
-from llava_core.fingerprint import JsonDict
-from llava_core.shard_writer import RowRecord, ShardWriter
-from llava_core.shards import ShardHeader
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.reader import ShardHeader
+from llava_core.shards.writer import RowRecord, ShardWriter
+from llava_core.types import JsonDict
 
 VIT_B_16 = {
     "embed_dim": 512,
@@ -49,7 +49,7 @@ def write_vision(folder: Path) -> None:
     """Chinese-CLIP with a ViT-B/16, as ModelScope publishes it."""
     import torch
 
-    from llava_core.chinese_clip import ChineseClip
+    from llava_core.vision.chinese_clip import ChineseClip
 
     folder.mkdir()
     shutil.copy(MODELS / "vision/vocab.txt", folder)

@@ -8,9 +8,9 @@ import shlex
 import subprocess
 import sys
 
-from llava_core.console import show
+from llava_core.cli.console import show
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 
 
 def run_command(*arguments: object, echo: bool = True) -> JsonDict:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 
 DRAWS = 2000
 MOST_COUNTS = 1 << 22

@@ -1,16 +1,21 @@
-"""Where tensors live and how precise they are, decided in one place."""
+"""Devices: which one, in which precision, how much memory is free, and how fast it multiplies at best."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping
+import time
+from pathlib import Path
 
 import torch
 
 from llava_core.errors import LlavaError
+from llava_core.launcher import local_gpu
 
 DEVICE_ERRORS = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|device-side assert")
+LEAST_PRODUCTS = 8
+"""Matrix products that are timed, however long they take."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -24,35 +29,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def local_gpu(environment: Mapping[str, str], visible: int) -> int:
-    """Which of several visible GPUs is this worker's: LOCAL_RANK (torchrun) or SLURM_LOCALID, else the first.
-
-    More workers than GPUs share them. Raises LlavaError (wrong usage) for anything but a number from 0 on.
-    """
-    name = "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
-    value = environment.get(name) or "0"
-    if not value.isdecimal():
-        raise LlavaError(name, expected="a whole number from 0 on", got=value, exit_code=2)
-    return int(value) % visible
-
-
-def whole_number(environment: Mapping[str, str], name: str) -> int | None:
-    """A launcher's variable; None if it is unset or empty. Raises LlavaError (wrong usage) for a text."""
-    value = environment.get(name, "").strip()
-    if not value:
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        raise LlavaError(name, expected="a whole number", got=value, exit_code=2) from None
-
-
-def cpu_cores(environment: Mapping[str, str] = os.environ) -> int:
-    """CPU cores for this process: those it may run on, among the LOCAL_WORLD_SIZE workers of torchrun."""
-    beside = environment.get("LOCAL_WORLD_SIZE", "")
-    return max(1, len(os.sched_getaffinity(0)) // max(1, int(beside) if beside.isdecimal() else 1))
-
-
 def default_dtype(device: torch.device) -> torch.dtype:
     """bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -62,3 +38,87 @@ def is_device_failure(error: Exception) -> bool:
     """Whether the device itself failed (a CUDA, cuDNN or cuBLAS error), so that other work fails too."""
     named = getattr(torch, "AcceleratorError", None)  # torch >= 2.8
     return (named is not None and isinstance(error, named)) or bool(DEVICE_ERRORS.search(str(error)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have on `device`."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
+
+
+def free_ram(root: Path = Path("/")) -> int:
+    """Bytes of RAM that are free or can be freed, in the machine and within every control group's limit."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min([available, *_group_rooms(root)])
+
+
+def _group_rooms(root: Path) -> list[int]:
+    """What the limits of this process's control groups, version 2 or 1, leave; none without a limit."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        # Inside a container the path may be the host's; the container's own group is then the top.
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if limit != "max":
+                rooms.append(max(0, int(limit) - int(used) + int(stat.get(names[2], 0))))
+    return rooms
+
+
+@functools.lru_cache(maxsize=4)
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations per second of large matrix products, the best of several for about so many seconds.
+
+    On a CPU the seconds are those that its threads computed, over how many they are: on a busy machine the
+    clock on the wall counts the neighbours' work too. If some threads of torch stay idle, that is too fast.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
+
+    def timed() -> float:
+        cpu, wall = time.process_time(), time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        wall = time.perf_counter() - wall
+        if device.type != "cpu":
+            return wall
+        return min(wall, (time.process_time() - cpu) / torch.get_num_threads())
+
+    timed()
+    end, best, count = time.perf_counter() + seconds, float("inf"), 0
+    while time.perf_counter() < end or count < LEAST_PRODUCTS:
+        best, count = min(best, timed()), count + 1
+    return 2 * size**3 / best
+
+
+def utilisation(operations: float, seconds: float, rate: float) -> float | None:
+    """Share of a device's rate, in operations per second, that these took (MFU).
+
+    None for one above 1, which cannot be: the rate was measured too low.
+    """
+    share = operations / seconds / rate
+    return share if share <= 1 else None
+
+
+def utilisation_shown(share: float | None) -> str:
+    """Such as "38%"."""
+    return "unknown (over 100%: the matmul rate was measured too low)" if share is None else f"{share:.0%}"

@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llava_core.console import say
-from llava_core.conversation import Conversation
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.language.conversation import Conversation
+from llava_core.types import JsonDict
 
 ENCODER_KEYS = ("weights_sha256", "layer", "tokens", "width")
 PREPROCESS_KEYS = ("size", "filter", "crop", "decode", "exif", "mean", "std")
@@ -91,7 +91,7 @@ class LanguageModelIdentity:
     architecture: str | None = None
     """Name of its class in transformers."""
     settings: JsonDict | None = None
-    """Numbers of its config.json that decide what the same weights compute (llava_core.language.SETTINGS)."""
+    """Numbers of its config.json that decide what the same weights compute (SETTINGS)."""
     embedding_scale: float | None = None
     """What its embeddings are multiplied by before the first block."""
     rendered: tuple[str, ...] | None = None

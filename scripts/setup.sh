@@ -45,7 +45,7 @@ if [ "$extras" = dev ]; then
 fi
 # pip compiles one file after another, this on every core; files that are no Python 3 are templates of others.
 .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
-if ! .venv/bin/python -c 'import sys; from llava_core.fonts import chinese_font; sys.exit(not chinese_font(9))'; then
+if ! .venv/bin/python -c 'import sys; from llava_core.report.fonts import chinese_font; sys.exit(not chinese_font(9))'; then
     debian fonts-wqy-microhei || echo "no Chinese font: the demo's contact sheet will go without words" >&2
 fi
 if [ "$extras" = dev ] && ! command -v chromium google-chrome >/dev/null; then

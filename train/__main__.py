@@ -6,8 +6,8 @@ import os
 import signal
 import time
 
-from llava_core import cli
-from llava_core.console import silence
+from llava_core.cli import command as cli
+from llava_core.cli.console import silence
 from train.config import EvalConfig, PlanConfig, RunConfig, SweepConfig
 from train.recipes import RECIPES
 

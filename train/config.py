@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from llava_core.cli import Options
+from llava_core.cli.command import Options
 from llava_core.errors import LlavaError
-from llava_core.folders import require_checkpoint, require_folder, require_language_model, shard_paths
+from llava_core.filesystem import require_folder
+from llava_core.input_folders import require_checkpoint, require_language_model, shard_paths
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
 

@@ -22,9 +22,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from llava_core.console import speak
-from llava_core.device import pick_device, whole_number
+from llava_core.cli.console import speak
+from llava_core.device import pick_device
 from llava_core.errors import LlavaError, first_line
+from llava_core.launcher import whole_number
 
 Item = TypeVar("Item")
 

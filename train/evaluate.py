@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
-from llava_core.checkpoint import load_checkpoint
-from llava_core.console import progress, say, show, table
-from llava_core.conversation import Conversation
-from llava_core.features import open_shards
-from llava_core.fingerprint import JsonDict
-from llava_core.language import LanguageModel, load_language_model
+from llava_core.cli.console import progress, say, show, table
+from llava_core.language.conversation import Conversation
+from llava_core.language.model import LanguageModel, load_language_model
 from llava_core.pairing import other_pictures
-from llava_core.projector import Projector
+from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.projector.projector import Projector
+from llava_core.shards.folder import open_shards
+from llava_core.types import JsonDict
 from train.config import EvalConfig
 from train.data.packing import Packing
 from train.data.samples import Batch, Samples, answer_tokens

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llava_core.checkpoint import load_checkpoint
-from llava_core.language import LanguageModel
-from llava_core.projector import Projector, match_scale
+from llava_core.language.model import LanguageModel
+from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.projector.projector import Projector, match_scale
 from train.config import RunConfig
 from train.data.samples import Samples
 from train.plan import projector_of, require_same_kind

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import replace_text
-from llava_core.fingerprint import JsonDict
+from llava_core.filesystem import replace_text
+from llava_core.types import JsonDict
 
 
 class Sink(Protocol):

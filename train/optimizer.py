@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llava_core.projector import Projector
+from llava_core.projector.projector import Projector
 from train.config import RunConfig
 
 MOMENTUM = 0.6

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 
-from llava_core.checkpoint import Checkpoint, load_checkpoint
-from llava_core.console import human_bytes, human_seconds, show, table
-from llava_core.conversation import Conversation
-from llava_core.device import default_dtype, pick_device
+from llava_core.cli.console import human_bytes, human_seconds, show, table
+from llava_core.device import default_dtype, matmul_rate, pick_device
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards, require_one_encoder
-from llava_core.fingerprint import JsonDict
-from llava_core.language import outline_language_model
-from llava_core.matmul import matmul_rate
-from llava_core.projector import Projector, build_projector, parameter_count
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.language.conversation import Conversation
+from llava_core.language.model import outline_language_model
+from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
+from llava_core.projector.projector import Projector, build_projector, parameter_count
+from llava_core.row_status import Status
+from llava_core.shards.folder import open_shards, require_one_encoder
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence, worth_keeping
 from train.data.packing import cut

@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-from llava_core.checkpoint import Provenance
-from llava_core.conversation import Conversation
-from llava_core.features import open_shards, require_one_encoder
-from llava_core.fingerprint import JsonDict
-from llava_core.language import LanguageModel, load_language_model
+from llava_core.language.conversation import Conversation
+from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.projector.checkpoint import Provenance
+from llava_core.shards.folder import open_shards, require_one_encoder
+from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence, worth_keeping
 from train.data.samples import Samples, Schedule

@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from llava_core.bootstrap import figure_rows
-from llava_core.cli import stop_signals
-from llava_core.console import progress, say, show, table
-from llava_core.conversation import Example
+from llava_core.cli.command import stop_signals
+from llava_core.cli.console import progress, say, show, table
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.lock import Lock
+from llava_core.filesystem import Lock
+from llava_core.language.conversation import Example
+from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.packing import Packing
 from train.data.prefetch import prefetch

@@ -3,7 +3,7 @@
 training_config.yaml   the flags, written once
 metrics.jsonl          one line of metrics a time
 held_out.npz           held-out losses of the last evaluation, by picture: what a sweep compares
-step-00000500/ ...     checkpoints (llava_core.checkpoint)
+step-00000500/ ...     checkpoints (llava_core.projector.checkpoint)
 last, best             links to two of them
 """
 
@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from llava_core.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.errors import LlavaError
-from llava_core.files import replace_text
-from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import require_folder
-from llava_core.projector import Projector
+from llava_core.filesystem import replace_text, require_folder, sha256_files
+from llava_core.projector.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
+from llava_core.projector.projector import Projector
+from llava_core.types import JsonDict
 from train.config import RunConfig
 
 FREE_KEYS = {

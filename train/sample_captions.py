@@ -6,11 +6,11 @@ import itertools
 
 import torch
 
-from llava_core.conversation import QUESTION
-from llava_core.fingerprint import JsonDict
-from llava_core.generate import generate
-from llava_core.language import LanguageModel
-from llava_core.sampling import Sampling
+from llava_core.language.conversation import QUESTION
+from llava_core.language.generate import generate
+from llava_core.language.model import LanguageModel
+from llava_core.language.sampling import Sampling
+from llava_core.types import JsonDict
 from train.data.samples import Samples
 from train.model.packed_model import own_attention
 

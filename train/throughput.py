@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from llava_core.console import human_bytes
-from llava_core.fingerprint import JsonDict
-from llava_core.matmul import utilisation, utilisation_shown
+from llava_core.cli.console import human_bytes
+from llava_core.device import utilisation, utilisation_shown
+from llava_core.types import JsonDict
 from train.data.samples import Batch
 
 

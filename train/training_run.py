@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from llava_core.bootstrap import with_interval
-from llava_core.console import say
-from llava_core.conversation import Example
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.projector import parameter_count
+from llava_core.language.conversation import Example
+from llava_core.projector.projector import parameter_count
+from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.packing import Packing
 from train.data.samples import Schedule, answer_tokens

@@ -16,10 +16,10 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, in_turns, row, seconds_of
 from benchmarks.serve import measure, server_command
 from llava_align.subprocess_command import run_command
-from llava_core.compiled import CompiledStep
-from llava_core.conversation import QUESTION
-from llava_core.generate import generate
-from llava_core.sampling import Sampling
+from llava_core.language.compiled_decode import CompiledStep
+from llava_core.language.conversation import QUESTION
+from llava_core.language.generate import generate
+from llava_core.language.sampling import Sampling
 
 
 def decode(bench: Bench, clock: Clock) -> Iterator[Row]:

@@ -12,9 +12,11 @@ import transformers
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, median_of, row
+from benchmarks.gpu.worker import PACKAGES
 from llava_align.doctor.command import driver
 from llava_core import __version__
-from llava_core.device import cpu_cores, default_dtype
+from llava_core.device import default_dtype
+from llava_core.launcher import cpu_cores
 
 
 def versions() -> Iterator[Row]:
@@ -27,10 +29,7 @@ def versions() -> Iterator[Row]:
     }
     if torch.cuda.is_available():
         found |= {"GPU": torch.cuda.get_device_name(), "NVIDIA driver": driver()}
-    modules = sum(
-        name.split(".")[0] in ("llava_core", "extract", "train", "infer", "llava_align")
-        for name in sys.modules  # fmt: skip
-    )
+    modules = sum(name.split(".")[0] in PACKAGES for name in sys.modules)
     for name, value in {**found, "product modules imported": str(modules)}.items():
         yield Row(name, value)
 

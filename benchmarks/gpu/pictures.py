@@ -14,8 +14,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, in_turns, median_of, row, seconds_of
 from llava_align.reference_models import VIT_B_16
 from llava_align.subprocess_command import run_command
-from llava_core.device import cpu_cores
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.launcher import cpu_cores
+from llava_core.vision.tower import VisionTower, open_vision_tower
 
 BATCH = {"reference": 256, "small": 4}
 

@@ -19,9 +19,9 @@ from llava_align.config import MODELS
 from llava_align.reference_models import write_features
 from llava_align.subprocess_command import run_command
 from llava_core.errors import LlavaError
-from llava_core.files import read_json_lines
-from llava_core.fingerprint import JsonDict
-from llava_core.projector import build_projector
+from llava_core.filesystem import read_json_lines
+from llava_core.projector.projector import build_projector
+from llava_core.types import JsonDict
 from train.data.packing import Packing
 from train.data.samples import answer_tokens
 from train.flops import Work

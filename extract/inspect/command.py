@@ -7,9 +7,9 @@ from extract.inspect.histogram import Histogram, bar
 from extract.inspect.page import write_page
 from extract.outcomes import outcome_table
 from extract.statistics import Contents, look_into, stored_as
-from llava_core.console import human_bytes, say, show, table
-from llava_core.features import open_shards
-from llava_core.fingerprint import JsonDict
+from llava_core.cli.console import human_bytes, say, show, table
+from llava_core.shards.folder import open_shards
+from llava_core.types import JsonDict
 
 BINS, BAR = 10, 32
 """Of a histogram in the terminal: bins, and columns of the longest bar."""

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
 

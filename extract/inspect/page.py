@@ -17,12 +17,12 @@ from extract.inspect.histogram import Histogram
 from extract.inspect.svg import bars, outline, share_bar
 from extract.outcomes import host_of
 from extract.statistics import Contents, spread, stored_as
-from llava_core.console import human_bytes
-from llava_core.files import replace_text
-from llava_core.fingerprint import JsonDict
-from llava_core.shards import Shard
-from llava_core.status import Status
-from llava_core.webpage import REPORT_STYLE, fill
+from llava_core.cli.console import human_bytes
+from llava_core.filesystem import replace_text
+from llava_core.report.page import REPORT_STYLE, fill
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
 
 BINS = 24
 HOSTS, SOURCES = 15, 15

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from extract.inspect.histogram import Histogram
-from llava_core.status import Status
+from llava_core.row_status import Status
 
 WIDTH, HEIGHT = 420, 130
 """Of a histogram, in its own units: it grows and shrinks with the page."""

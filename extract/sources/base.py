@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from llava_core.fetch import Fetched
-from llava_core.fingerprint import JsonDict, sha256_files
+from llava_core.filesystem import sha256_files
+from llava_core.network.fetch import Fetched
+from llava_core.types import JsonDict
 
 
 class Images(Protocol):
@@ -27,7 +28,7 @@ class Rows:
     """Where each image is, as the source says: an address, a path, or what it was called before it was put
     into a parquet file. Shards keep it as the url."""
     texts: list[str | None]
-    """A caption, or a dialogue (llava_core.dialogue); None where there is none, or none that can be read."""
+    """A caption, or a dialogue (`shards/dialogue.py`); None where there is none, or none that can be read."""
     ids: list[str]
     images: Images | None = None
     """None: every image is at an address."""

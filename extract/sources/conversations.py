@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llava_core.dialogue import turns_to_text
 from llava_core.errors import LlavaError
+from llava_core.shards.dialogue import turns_to_text
 
 IMAGE_MARK = "<image>"
 """Where LLaVA puts the picture; here it always comes first."""

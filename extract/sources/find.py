@@ -13,8 +13,8 @@ from extract.sources.folder import Folder
 from extract.sources.llava_json import LlavaJson
 from extract.sources.parquet import Parquet
 from llava_core.errors import LlavaError
-from llava_core.images import SUFFIXES
-from llava_core.shards import Shard
+from llava_core.shards.reader import Shard
+from llava_core.vision.image_files import SUFFIXES
 
 STATISTICS_HEAD = 1024
 """Bytes at the beginning of a shard's statistics in which it is named."""

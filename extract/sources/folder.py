@@ -12,9 +12,9 @@ from pathlib import Path
 
 from extract.sources.base import Rows, Source, captions_of
 from extract.sources.local_images import Files
-from llava_core.console import say
-from llava_core.fingerprint import JsonDict
-from llava_core.images import SUFFIXES
+from llava_core.cli.console import say
+from llava_core.types import JsonDict
+from llava_core.vision.image_files import SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ import numpy as np
 
 from extract.sources.base import is_address
 from llava_core.errors import LlavaError, first_line
-from llava_core.fetch import Fetched
-from llava_core.fingerprint import sha256_files
-from llava_core.shard_writer import ShardWriter
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.filesystem import sha256_files
+from llava_core.network.fetch import Fetched
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import ShardWriter
 
 
 class Files:

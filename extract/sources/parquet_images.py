@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from extract.sources.base import Images
 from extract.sources.local_images import loaded
 from llava_core.errors import first_line
-from llava_core.fetch import Fetched
-from llava_core.status import Status
+from llava_core.network.fetch import Fetched
+from llava_core.row_status import Status
 
 BATCH_BYTES = 4_000_000
 LEAST_ROWS = 16

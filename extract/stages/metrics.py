@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 
 BUSY = 0.7
 """Share of its time above which a stage is what the others wait for."""

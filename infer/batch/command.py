@@ -16,13 +16,13 @@ from infer.aligned_model import Speaker, open_engine, open_speaker
 from infer.batch.jsonl import to_line
 from infer.batch.questions import Looked, live, questions_of, read_questions, stored
 from infer.config import BatchConfig
-from llava_core.console import progress, say
+from llava_core.cli.console import progress, say
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
-from llava_core.fingerprint import JsonDict
-from llava_core.lock import Lock
-from llava_core.sampling import Sampling, sampling_of
-from llava_core.spoken import Spoken
+from llava_core.filesystem import Lock
+from llava_core.language.detokenize import Spoken
+from llava_core.language.sampling import Sampling, sampling_of
+from llava_core.shards.folder import open_shards
+from llava_core.types import JsonDict
 
 WINDOW = 32
 """Batches of questions among which prompts of one length are looked for."""

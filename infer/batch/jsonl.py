@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 
 
 def read_lines(path: Path) -> list[JsonDict]:

@@ -10,10 +10,10 @@ import torch
 from infer.aligned_model import Engine, Speaker
 from infer.batch.jsonl import read_lines
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.images import not_an_image, read_images, strangers
-from llava_core.preprocess import ImageError
-from llava_core.shards import Shard
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
+from llava_core.vision.image_files import not_an_image, read_images, strangers
+from llava_core.vision.preprocess import ImageError
 
 OURS = ("answer", "error", "checkpoint", "sampling")
 """Keys that the output adds."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from infer.chat.dialogue import Talk
+from infer.chat.messages import Phrases, pick_language
+from infer.chat.repl import Chat
 from infer.config import ChatLlmConfig
-from llava_core.chat import Chat
-from llava_core.console import say
-from llava_core.conversation import Conversation
+from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.language import load_language_model
-from llava_core.phrases import Phrases, pick_language
-from llava_core.sampling import sampling_of
-from llava_core.talk import Talk
+from llava_core.language.conversation import Conversation
+from llava_core.language.model import load_language_model
+from llava_core.language.sampling import sampling_of
+from llava_core.types import JsonDict
 
 
 def run(config: ChatLlmConfig) -> JsonDict:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from infer.aligned_model import open_engine
 from infer.chat.image_dialogue import Session
+from infer.chat.messages import Phrases, pick_language
+from infer.chat.repl import Chat, unquoted
+from infer.chat.transcript import SavedChat
 from infer.config import ChatConfig
-from llava_core.chat import Chat, unquoted
-from llava_core.compiled import CompiledStep
-from llava_core.console import say
+from llava_core.cli.console import say
+from llava_core.cli.terminal import PREVIEW_COLUMNS
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.images import SUFFIXES, is_url
-from llava_core.phrases import Phrases, pick_language
-from llava_core.preprocess import Decoded
-from llava_core.sampling import sampling_of
-from llava_core.savedchat import SavedChat
-from llava_core.terminal import PREVIEW_COLUMNS
+from llava_core.language.compiled_decode import CompiledStep
+from llava_core.language.sampling import sampling_of
+from llava_core.types import JsonDict
+from llava_core.vision.image_files import SUFFIXES, is_url
+from llava_core.vision.preprocess import Decoded
 
 
 def run(config: ChatConfig) -> JsonDict:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from infer.aligned_model import Engine
-from llava_core.fetch import FetchLimits
-from llava_core.images import TYPED, is_url, not_an_image, read_image, strangers
-from llava_core.preprocess import Decoded, ImageError
-from llava_core.sampling import Sampling
-from llava_core.savedchat import SavedChat
-from llava_core.talk import Talk
+from infer.chat.dialogue import Talk
+from infer.chat.transcript import SavedChat
+from llava_core.language.sampling import Sampling
+from llava_core.network.fetch import FetchLimits
+from llava_core.vision.image_files import TYPED, is_url, not_an_image, read_image, strangers
+from llava_core.vision.preprocess import Decoded, ImageError
 
 
 class Session(Talk):

@@ -15,14 +15,14 @@ from infer.lens.page import write_page
 from infer.lens.picture import draw
 from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
 from infer.lens.result import Panel, Seen
-from llava_core.console import say, show, table
-from llava_core.conversation import Turn
+from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.images import not_an_image, read_image
-from llava_core.preprocess import ImageError
-from llava_core.projector import grid_side
-from llava_core.sampling import sampling_of
+from llava_core.language.conversation import Turn
+from llava_core.language.sampling import sampling_of
+from llava_core.projector.projector import grid_side
+from llava_core.types import JsonDict
+from llava_core.vision.image_files import not_an_image, read_image
+from llava_core.vision.preprocess import ImageError
 
 
 def run(config: LensConfig) -> JsonDict:

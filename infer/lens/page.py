@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from infer.lens.result import Seen
-from llava_core.files import replace_text
-from llava_core.webpage import fill
+from llava_core.filesystem import replace_text
+from llava_core.report.page import fill
 
 
 def write_page(path: Path, seen: Seen) -> None:

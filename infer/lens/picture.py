@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from infer.lens.result import Panel, Seen
-from llava_core.console import say, visible
-from llava_core.fonts import chinese_font
+from llava_core.cli.console import say, visible
+from llava_core.report.fonts import chinese_font
 
 MARGIN, CELL, LEAST = 20, 54, 420
 """Pixels: between panels, of a patch at least, and of a panel's side at least."""

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from infer.aligned_model import Speaker
-from llava_core.answers import answer_logits
-from llava_core.conversation import Turn
 from llava_core.errors import LlavaError
-from llava_core.language import LanguageModel
-from llava_core.projector import match_scale
+from llava_core.language.conversation import Turn
+from llava_core.language.model import LanguageModel
+from llava_core.language.target_logits import answer_logits
+from llava_core.projector.projector import match_scale
 
 Words = list[tuple[str, float]]
 """Words and how near they are, the nearest first."""

@@ -14,18 +14,18 @@ from infer.config import ScoreConfig
 from infer.score.caption_metrics import bleu, cider_d, rouge_l
 from infer.score.word_split import open_tokenizer
 from llava_core.bootstrap import by_picture, figure_names, interval, redrawn, with_interval
-from llava_core.console import progress, say, show, table
+from llava_core.cli.console import progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
-from llava_core.fetch import FetchLimits
-from llava_core.fingerprint import JsonDict
-from llava_core.images import not_an_image, read_images, strangers
+from llava_core.network.fetch import FetchLimits
 from llava_core.pairing import other_pictures, same_pictures
-from llava_core.preprocess import ImageError
-from llava_core.shards import Shard
-from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
-from llava_core.vision import VisionTower
+from llava_core.shards.folder import open_shards
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
+from llava_core.vision.image_files import not_an_image, read_images, strangers
+from llava_core.vision.preprocess import ImageError
+from llava_core.vision.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.vision.tower import VisionTower
 
 CLIP_WEIGHT = 2.5
 """CLIPScore is this times the cosine, 0 for one below 0 (arXiv:2104.08718)."""

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 
 RULES = "1"
 """Version of `char` and `space` below; another rule gets another number."""

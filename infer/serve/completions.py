@@ -21,14 +21,14 @@ from infer.serve.openai_api import ApiError
 from infer.serve.prometheus import Metrics
 from infer.serve.request import STOPPING, Job, Picture, Piece
 from infer.serve.scheduler import Batcher
-from llava_core.console import say
+from llava_core.cli.console import say
 from llava_core.errors import first_line
-from llava_core.fetch import Fetcher
-from llava_core.fingerprint import JsonDict
-from llava_core.preprocess import ImageError
-from llava_core.sampling import sampling_of
-from llava_core.status import Status
-from llava_core.tasks import in_thread, time_limit
+from llava_core.language.sampling import sampling_of
+from llava_core.network.async_tasks import in_thread, time_limit
+from llava_core.network.fetch import Fetcher
+from llava_core.row_status import Status
+from llava_core.types import JsonDict
+from llava_core.vision.preprocess import ImageError
 
 SLOW_BODY = 60.0
 """Seconds in which a request's body must have come."""

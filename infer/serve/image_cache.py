@@ -10,7 +10,7 @@ import torch
 
 from infer.serve.request import Picture
 from infer.serve.scheduler import Batcher
-from llava_core.tasks import in_thread
+from llava_core.network.async_tasks import in_thread
 
 KEPT = 64
 """Pictures; a visual prefix of the reference takes 0.8 MB in fp32."""

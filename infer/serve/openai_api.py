@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
-from llava_core.sampling import Sampling
+from llava_core.language.sampling import Sampling
+from llava_core.types import JsonDict
 
 MAX_STOPS = 16
 """Stop texts of a request."""

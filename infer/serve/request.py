@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from llava_core.sampling import Sampling
+from llava_core.language.sampling import Sampling
 
 Finish = Literal["stop", "length"]
 

@@ -20,10 +20,10 @@ import torch
 from infer.aligned_model import Engine
 from infer.serve.kv_cache import SlotCache, longest_context
 from infer.serve.request import STOPPING, Job, Piece
-from llava_core.console import say_fault
+from llava_core.cli.console import say_fault
 from llava_core.errors import first_line
-from llava_core.generate import already_read, choose
-from llava_core.spoken import Spoken
+from llava_core.language.detokenize import Spoken
+from llava_core.language.generate import already_read, choose
 
 T = TypeVar("T")
 READ_AT_ONCE = 2048

@@ -23,12 +23,12 @@ from infer.serve.listen import listening
 from infer.serve.openai_api import ApiError
 from infer.serve.prometheus import Metrics
 from infer.serve.scheduler import Batcher
-from llava_core.cli import stop_signals
-from llava_core.console import say, say_fault
+from llava_core.cli.command import stop_signals
+from llava_core.cli.console import say, say_fault
 from llava_core.errors import first_line
-from llava_core.fetch import Fetcher, FetchLimits
-from llava_core.fingerprint import JsonDict
-from llava_core.tasks import in_background
+from llava_core.network.async_tasks import in_background
+from llava_core.network.fetch import Fetcher, FetchLimits
+from llava_core.types import JsonDict
 
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
         "/page.js": ("page.js", "text/javascript")}  # fmt: skip

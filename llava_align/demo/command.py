@@ -19,12 +19,12 @@ from llava_align.demo.world.dataset import Split, write_split
 from llava_align.demo.world.server import TROUBLES, serve
 from llava_align.subprocess_command import run_command
 from llava_core.bootstrap import with_interval
-from llava_core.cli import INTERRUPTED
-from llava_core.console import show, table
-from llava_core.conversation import QUESTION
+from llava_core.cli.command import INTERRUPTED
+from llava_core.cli.console import show, table
 from llava_core.errors import LlavaError
-from llava_core.files import read_json_lines
-from llava_core.fingerprint import JsonDict
+from llava_core.filesystem import read_json_lines
+from llava_core.language.conversation import QUESTION
+from llava_core.types import JsonDict
 
 MARK = ".llava-demo"
 BATCH_SIZE = 16

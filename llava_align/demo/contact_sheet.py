@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from llava_align.demo.world.captions import parse, parse_background, score
 from llava_align.demo.world.render import SIDE, render
 from llava_align.demo.world.scene import Scene
-from llava_core.fingerprint import JsonDict
-from llava_core.fonts import chinese_font
-from llava_core.preprocess import Preprocess
+from llava_core.report.fonts import chinese_font
+from llava_core.types import JsonDict
+from llava_core.vision.preprocess import Preprocess
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,19 +13,19 @@ from llava_align.config import TraceConfig
 from llava_align.demo.world.captions import caption as describe
 from llava_align.demo.world.render import jpeg, render
 from llava_align.demo.world.scene import random_scene
-from llava_core.answers import answer_logits
-from llava_core.checkpoint import load_checkpoint
-from llava_core.console import say, show, table
-from llava_core.conversation import IGNORE, Conversation, Example, Turn
+from llava_core.cli.console import say, show, table
 from llava_core.device import pick_device
-from llava_core.fingerprint import JsonDict
-from llava_core.images import not_an_image, read_image
-from llava_core.language import LanguageModel, load_language_model
-from llava_core.preprocess import ImageError, image_format
-from llava_core.projector import Projector, build_projector, match_scale, parameter_count
-from llava_core.spoken import HALF
-from llava_core.trained_tower import open_trained_tower
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.language.conversation import IGNORE, Conversation, Example, Turn
+from llava_core.language.detokenize import HALF
+from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.target_logits import answer_logits
+from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.projector.projector import Projector, build_projector, match_scale, parameter_count
+from llava_core.types import JsonDict
+from llava_core.vision.image_files import not_an_image, read_image
+from llava_core.vision.preprocess import ImageError, image_format
+from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.trained_tower import open_trained_tower
 
 
 @dataclasses.dataclass(frozen=True)

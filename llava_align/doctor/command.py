@@ -22,9 +22,9 @@ from packaging.requirements import Requirement
 
 from llava_align.config import DoctorConfig
 from llava_align.doctor import flash_attention
-from llava_core.console import human_bytes, say, show, table
+from llava_core.cli.console import human_bytes, say, show, table
 from llava_core.errors import LlavaError, first_line
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 
 PACKAGE = "llava-align"
 TORCH = "https://pytorch.org/get-started/locally"
@@ -110,7 +110,7 @@ def _torch() -> tuple[JsonDict, list[str]]:
     try:
         import torch
 
-        from llava_core.memory import free_ram
+        from llava_core.device import free_ram
     except (ImportError, OSError) as error:  # of another Python, or without CUDA's libraries
         why = first_line(error)
         fault = f"torch cannot be imported: {why}; install one for this machine: {TORCH}"

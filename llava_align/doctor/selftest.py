@@ -15,11 +15,10 @@ from llava_align.demo.world.captions import caption
 from llava_align.demo.world.dataset import draw
 from llava_align.reference_models import TOKENS, WIDTH, write_features, write_language_model
 from llava_align.subprocess_command import run_command
-from llava_core.device import default_dtype, pick_device
-from llava_core.files import flush, read_json_lines
-from llava_core.fingerprint import JsonDict
-from llava_core.matmul import matmul_rate
-from llava_core.vision import open_vision_tower
+from llava_core.device import default_dtype, matmul_rate, pick_device
+from llava_core.filesystem import flush, read_json_lines
+from llava_core.types import JsonDict
+from llava_core.vision.tower import open_vision_tower
 
 ROW_BYTES = 2 * TOKENS * WIDTH
 """Features of an image of the reference encoder."""

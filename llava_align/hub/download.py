@@ -15,10 +15,10 @@ from typing import Any
 
 from llava_align.config import DownloadConfig
 from llava_align.hub.client import cure, open_modelscope
-from llava_core.console import counted, human_bytes, say, show, table, visible
+from llava_core.cli.console import counted, human_bytes, say, show, table, visible
 from llava_core.errors import LlavaError, reason
-from llava_core.fingerprint import JsonDict
-from llava_core.folders import nearest_existing
+from llava_core.filesystem import nearest_existing
+from llava_core.types import JsonDict
 
 PAGE = 100
 """Files in one answer about a data set."""

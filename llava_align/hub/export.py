@@ -20,19 +20,19 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 
 from llava_align.config import ExportConfig
-from llava_core.checkpoint import Checkpoint, load_checkpoint
-from llava_core.chinese_clip import ChineseClip, VisionTransformer
-from llava_core.console import human_bytes, say, show
+from llava_core.cli.console import human_bytes, say, show
 from llava_core.errors import LlavaError
-from llava_core.files import write_sums
-from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import nearest_existing
-from llava_core.language import LanguageModel, load_language_model
-from llava_core.model_card import model_card
-from llava_core.projector import parameter_count
-from llava_core.sampling import Sampling
-from llava_core.trained_tower import open_trained_tower
-from llava_core.vision import VisionTower
+from llava_core.filesystem import nearest_existing, sha256_files
+from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.sampling import Sampling
+from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
+from llava_core.projector.model_card import model_card
+from llava_core.projector.projector import parameter_count
+from llava_core.sha256sums import write_sums
+from llava_core.types import JsonDict
+from llava_core.vision.chinese_clip import ChineseClip, VisionTransformer
+from llava_core.vision.tower import VisionTower
+from llava_core.vision.trained_tower import open_trained_tower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
 AUTO_MAP = {

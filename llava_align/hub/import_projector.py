@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from llava_align.config import ImportConfig
 from llava_align.hub.whole_model import require_as_given
-from llava_core.checkpoint import Provenance, save_checkpoint
-from llava_core.console import say, show, table
+from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict, sha256_files
-from llava_core.folders import config_of, weight_files
-from llava_core.language import LanguageModel, outline_language_model
-from llava_core.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.filesystem import sha256_files
+from llava_core.input_folders import config_of, weight_files
+from llava_core.language.model import LanguageModel, outline_language_model
+from llava_core.projector.checkpoint import Provenance, save_checkpoint
+from llava_core.projector.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
+from llava_core.types import JsonDict
+from llava_core.vision.tower import VisionTower, open_vision_tower
 
 Tensors = dict[str, torch.Tensor]
 

@@ -18,13 +18,14 @@ from typing import NamedTuple
 
 from llava_align.config import PushConfig
 from llava_align.hub.client import cure, open_modelscope
-from llava_core.checkpoint import STATE, load_checkpoint, load_state
-from llava_core.console import counted, human_bytes, say, show, table
+from llava_core.cli.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError, reason
-from llava_core.files import SUMS, read_sums, replace_text, require_sums
-from llava_core.fingerprint import JsonDict
-from llava_core.folders import config_of
-from llava_core.model_card import header_of, with_header
+from llava_core.filesystem import replace_text
+from llava_core.input_folders import config_of
+from llava_core.projector.checkpoint import STATE, load_checkpoint, load_state
+from llava_core.projector.model_card import header_of, with_header
+from llava_core.sha256sums import SUMS, read_sums, require_sums
+from llava_core.types import JsonDict
 
 CARD = "README.md"
 OWNERS = ("license", "language", "base_model")

@@ -9,8 +9,8 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.identity import LanguageModelIdentity
-from llava_core.language import LanguageModel, load_language_model
-from llava_core.vision import VisionTower
+from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.vision.tower import VisionTower
 
 COMPUTED = ("inv_freq", "position_ids", "masked_bias")
 """Last parts of names of buffers that older versions of transformers saved, and that no training changes."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from llava_core.console import say, visible
-from llava_core.fonts import chinese_font
+from llava_core.cli.console import say, visible
+from llava_core.report.fonts import chinese_font
 
 WIDE, MARGIN, LINE, PICTURE = 760, 16, 72, 64
 """Pixels: of the chart, around it, of a bar with its label, and of a picture."""

@@ -12,18 +12,18 @@ import torch
 
 from llava_align.config import MatchConfig
 from llava_align.match.chart import draw
-from llava_core.console import counted, progress, say, show, table
+from llava_core.cli.console import counted, progress, say, show, table
+from llava_core.cli.terminal import Terminal
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
-from llava_core.fingerprint import JsonDict
-from llava_core.images import SUFFIXES
 from llava_core.pairing import same_pictures
-from llava_core.preprocess import ImageError
-from llava_core.shards import Shard
-from llava_core.similarity import TOGETHER, embed_texts, open_both_towers
-from llava_core.terminal import Terminal
-from llava_core.vision import VisionTower
+from llava_core.shards.folder import open_shards
+from llava_core.shards.reader import Shard
+from llava_core.types import JsonDict
+from llava_core.vision.image_files import SUFFIXES
+from llava_core.vision.preprocess import ImageError
+from llava_core.vision.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.vision.tower import VisionTower
 
 
 @dataclasses.dataclass(frozen=True)

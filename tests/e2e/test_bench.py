@@ -13,8 +13,8 @@ import pytest
 from extract.bench import run as bench
 from extract.config import BenchConfig
 from llava_core.errors import LlavaError
-from llava_core.shards import Shard, read_by_hdf5
-from llava_core.storage import STORAGES, Storage
+from llava_core.shards.quantize import STORAGES, Storage
+from llava_core.shards.reader import Shard, read_by_hdf5
 from tests.support.commands import run, started, wait_until
 from tests.support.local_data import write_pictures
 from tests.support.pictures import asked, good, write_parquet

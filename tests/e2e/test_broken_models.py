@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_core import conversation
+from llava_core.language import conversation
 from tests.support.aligned import World, write_world
 from tests.support.commands import Ended, call
 

@@ -14,9 +14,9 @@ import pytest
 from infer.aligned_model import Engine, open_engine
 from infer.chat.command import ImageChat
 from infer.chat.image_dialogue import Session
+from infer.chat.messages import Phrases
 from infer.config import ChatConfig
-from llava_core.phrases import Phrases
-from llava_core.sampling import Sampling
+from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.commands import ENVIRONMENT
 from tests.support.paths import ROOT

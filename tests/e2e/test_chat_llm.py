@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer.chat import chat_llm
+from infer.chat.transcript import SavedChat, write_chat
 from infer.config import ChatLlmConfig
 from llava_core.errors import LlavaError
-from llava_core.savedchat import SavedChat, write_chat
 from tests.support.commands import ENVIRONMENT
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
 from tests.support.paths import ROOT

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from llava_core.features import open_shards
-from llava_core.journal import HEADER_BYTES, RECORD
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.folder import open_shards
+from llava_core.shards.journal import HEADER_BYTES, RECORD
+from llava_core.shards.reader import Shard
 from tests.support.commands import holder, run, started, wait_until
 from tests.support.pictures import features_are_right, good, picture, write_parquet
 from tests.support.ray_cluster import ACCESS, Node, ray_cluster

@@ -28,12 +28,12 @@ from infer.config import AskConfig
 from llava_align.config import MODELS, ExportConfig
 from llava_align.hub.export import run as export_run
 from llava_align.hub.export import write_settings
-from llava_core.checkpoint import Provenance, load_checkpoint, save_checkpoint
 from llava_core.errors import LlavaError
-from llava_core.language import load_language_model
-from llava_core.projector import build_projector, match_scale
-from llava_core.sampling import Sampling
-from llava_core.vision import open_vision_tower
+from llava_core.language.model import load_language_model
+from llava_core.language.sampling import Sampling
+from llava_core.projector.checkpoint import Provenance, load_checkpoint, save_checkpoint
+from llava_core.projector.projector import build_projector, match_scale
+from llava_core.vision.tower import open_vision_tower
 from tests.support.commands import run
 from tests.support.exported import QUESTIONS
 from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from aiohttp import web
 from PIL import Image
 
-from llava_core.features import open_shards
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.folder import open_shards
+from llava_core.shards.reader import Shard
 from tests.support.commands import call, run
 from tests.support.pictures import asked, features_are_right, good, image, picture, write_parquet
 from tests.support.servers import answer, serving

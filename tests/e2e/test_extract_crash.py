@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from extract.pipeline import Pipeline
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
 from tests.support.commands import call, holder, started, wait_until
 from tests.support.pictures import asked, good, write_parquet
 

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import pytest
 
-from llava_core import files
-from llava_core.shards import Shard
+from llava_core import filesystem as files
+from llava_core.shards.reader import Shard
 from tests.support.commands import call
 from tests.support.pictures import good, write_parquet
 from tests.support.runs import config, curve, flags_of

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.gpu.__main__ import NEEDED, SECTIONS
 from benchmarks.gpu.tables import MOST_CHARACTERS, shortened
-from llava_core.files import read_json_lines
+from llava_core.filesystem import read_json_lines
 from tests.support.commands import run, started, wait_until
 from tests.support.paths import ROOT
 

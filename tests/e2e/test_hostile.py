@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from aiohttp import web
 from PIL import Image
 
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
 from tests.support.commands import ENVIRONMENT
 from tests.support.paths import ROOT
 from tests.support.pictures import picture

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llava_align.hub.import_projector import run as import_run
-from llava_core.checkpoint import load_checkpoint, point_to
 from llava_core.errors import LlavaError
+from llava_core.projector.checkpoint import load_checkpoint, point_to
 from tests.e2e.test_import import config as import_config
 from tests.support.aligned import World, write_world
 from tests.support.commands import call

@@ -15,10 +15,10 @@ from infer.aligned_model import Engine
 from infer.batch.command import answers
 from infer.batch.questions import live
 from infer.chat.image_dialogue import Session
-from llava_core.compiled import CompiledStep
+from infer.chat.transcript import SavedChat, read_chat, write_chat
 from llava_core.errors import LlavaError
-from llava_core.sampling import Sampling
-from llava_core.savedchat import SavedChat, read_chat, write_chat
+from llava_core.language.compiled_decode import CompiledStep
+from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.commands import call, run
 from tests.support.language_models import write_language_model

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from aiohttp import web
 
-from llava_core.features import open_shards
-from llava_core.files import read_json_lines
-from llava_core.shards import Shard
+from llava_core.filesystem import read_json_lines
+from llava_core.shards.folder import open_shards
+from llava_core.shards.reader import Shard
 from tests.support.commands import call
 from tests.support.language_models import write_language_model
 from tests.support.pictures import good, picture, write_parquet

@@ -21,7 +21,7 @@ from llava_align.demo.world.scene import random_scene
 from llava_align.match import command as match
 from llava_align.match.chart import BLUE, MARGIN, PICTURE, draw
 from llava_core.errors import LlavaError
-from llava_core.fonts import chinese_font
+from llava_core.report.fonts import chinese_font
 from tests.support.commands import ENVIRONMENT, call
 from tests.support.paths import ROOT
 

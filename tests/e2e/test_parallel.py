@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_core.shard_writer import ShardWriter
+from llava_core.shards.writer import ShardWriter
 from tests.support.commands import Ended, holder, started, wait_until
 from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome

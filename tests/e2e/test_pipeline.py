@@ -13,11 +13,11 @@ from aiohttp import web
 from extract.config import RunConfig
 from extract.open_shard import Filling
 from extract.pipeline import Pipeline
-from llava_core.console import progress
-from llava_core.shard_writer import ShardWriter
-from llava_core.shards import Shard, ShardHeader
-from llava_core.status import Status
-from llava_core.vision import VisionTower, open_vision_tower
+from llava_core.cli.console import progress
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard, ShardHeader
+from llava_core.shards.writer import ShardWriter
+from llava_core.vision.tower import VisionTower, open_vision_tower
 from tests.support.pictures import good, picture
 from tests.support.servers import serving
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llava_align.hub.push import files_to_push
-from llava_core.checkpoint import load_checkpoint, save_checkpoint
 from llava_core.errors import LlavaError
-from llava_core.model_card import header_of
-from llava_core.projector import build_projector
+from llava_core.projector.checkpoint import load_checkpoint, save_checkpoint
+from llava_core.projector.model_card import header_of
+from llava_core.projector.projector import build_projector
 from tests.support.commands import Ended, run
 from tests.support.hubs import TOKEN, Hubs, hubs
 from tests.support.paths import ROOT

@@ -12,8 +12,8 @@ import pytest
 import xxhash
 
 from llava_core.errors import LlavaError
-from llava_core.files import read_json_lines
-from llava_core.shards import Shard
+from llava_core.filesystem import read_json_lines
+from llava_core.shards.reader import Shard
 from tests.support.commands import call
 from tests.support.runs import config, curve, flags_of
 from tests.support.shards import reseal

@@ -23,7 +23,7 @@ import openai
 import pytest
 
 from infer.chat.image_dialogue import Session
-from llava_core.sampling import Sampling
+from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.commands import ENVIRONMENT, run
 from tests.support.llava_server import Served, llava_server

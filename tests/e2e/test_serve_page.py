@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from infer.chat.image_dialogue import Session
-from llava_core.sampling import Sampling
+from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.devtools import Tab, browsing
 from tests.support.llava_server import Served, llava_server

@@ -14,7 +14,7 @@ from infer.serve.kv_cache import longest_context
 from infer.serve.request import Job, Picture, Piece
 from infer.serve.scheduler import Batcher
 from llava_core.errors import LlavaError
-from llava_core.sampling import Sampling
+from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
 
 SHORT = Sampling(max_tokens=20)

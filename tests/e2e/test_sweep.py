@@ -21,8 +21,8 @@ import torch
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from llava_core.checkpoint import load_checkpoint
 from llava_core.errors import LlavaError
+from llava_core.projector.checkpoint import load_checkpoint
 from tests.support.browser import dom_of
 from tests.support.commands import ENVIRONMENT, call, holder, run, started, wait_until
 from tests.support.ray_cluster import ACCESS, ray_cluster

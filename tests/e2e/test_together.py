@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 from tests.support.runs import config, curve, weights
 from train.config import RunConfig
 from train.distributed import World

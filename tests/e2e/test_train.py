@@ -16,11 +16,11 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llava_core.checkpoint import load_checkpoint
-from llava_core.dialogue import turns_to_text
 from llava_core.errors import LlavaError
-from llava_core.files import read_json_lines
-from llava_core.shard_writer import ShardWriter
+from llava_core.filesystem import read_json_lines
+from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.shards.dialogue import turns_to_text
+from llava_core.shards.writer import ShardWriter
 from tests.support.commands import ENVIRONMENT, call, holder, run, started, wait_until
 from tests.support.language_models import write_language_model
 from tests.support.runs import LOSS_CURVE, config, curve, flags_of, weights

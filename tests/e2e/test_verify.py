@@ -20,9 +20,9 @@ import xxhash
 
 from extract.sources.refetch import ImagesAgain
 from llava_core.errors import LlavaError
-from llava_core.fetch import Fetched
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.network.fetch import Fetched
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
 from tests.support.commands import ENVIRONMENT, call, run
 from tests.support.paths import GOLDEN, ROOT
 from tests.support.pictures import good, image, write_parquet

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llava_core.storage import dequantise, pack, parts_of, quantise, row_bytes
+from llava_core.shards.quantize import dequantise, pack, parts_of, quantise, row_bytes
 
 SMALLEST_NORMAL = 2.0**-14
 

@@ -13,11 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_core import generate
-from llava_core.conversation import IGNORE, Conversation, Turn
-from llava_core.language import LanguageModel
-from llava_core.sampling import Sampling
-from llava_core.talk import Talk
+from infer.chat.dialogue import Talk
+from llava_core.language import generate
+from llava_core.language.conversation import IGNORE, Conversation, Turn
+from llava_core.language.model import LanguageModel
+from llava_core.language.sampling import Sampling
 from tests.support.tokenizers import FAMILIES, TEMPLATES, WORDS, small_tokenizer
 
 VISUAL = 3

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from llava_core import cli
+from llava_core.cli import command as cli
 from tests.support.paths import ROOT
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from aiohttp import web
 from PIL import Image
 
-from llava_core.shards import Shard
-from llava_core.vision import open_vision_tower
+from llava_core.shards.reader import Shard
+from llava_core.vision.tower import open_vision_tower
 
 asked: collections.Counter[str] = collections.Counter()
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llava_core.files import read_json_lines, read_sums, write_sums
-from llava_core.fingerprint import sha256_files
+from llava_core.filesystem import read_json_lines, sha256_files
+from llava_core.sha256sums import read_sums, write_sums
 from tests.support.language_models import write_language_model
 from tests.support.paths import GOLDEN
 from tests.support.shards import write_shard

@@ -11,13 +11,13 @@ from typing import BinaryIO
 import h5py
 import numpy as np
 
-from llava_core import user_block
-from llava_core.fingerprint import JsonDict
-from llava_core.layout import COLUMNS
-from llava_core.shard_writer import RowRecord, ShardWriter
-from llava_core.shards import ShardHeader
-from llava_core.status import Status
-from llava_core.storage import Storage, checksum
+from llava_core.row_status import Status
+from llava_core.shards import user_block
+from llava_core.shards.layout import COLUMNS
+from llava_core.shards.quantize import Storage, checksum
+from llava_core.shards.reader import ShardHeader
+from llava_core.shards.writer import RowRecord, ShardWriter
+from llava_core.types import JsonDict
 
 TOKENS, WIDTH = 5, 12
 CAPTIONS = ("红色的圆形", "a blue square", "左上角有一个大的黄色三角形，右侧有一个小的绿色菱形。", "two dots")

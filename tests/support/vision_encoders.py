@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava_core.chinese_clip import ChineseClip
+from llava_core.vision.chinese_clip import ChineseClip
 
 VISION: dict[str, Any] = {
     "embed_dim": 16,

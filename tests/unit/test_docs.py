@@ -16,12 +16,12 @@ import pytest
 from extract.config import Encoding
 from llava_align.config import TraceConfig
 from llava_align.demo import trace
-from llava_core import cli
-from llava_core.conversation import Conversation, Turn
+from llava_core.cli import command as cli
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
-from llava_core.language import load_language_model
-from llava_core.shards import Shard
+from llava_core.language.conversation import Conversation, Turn
+from llava_core.language.model import load_language_model
+from llava_core.shards.folder import open_shards
+from llava_core.shards.reader import Shard
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
 from tests.support.paths import ROOT
 from tests.support.shards import write_shard

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks.quality import Whitened
-from llava_core.conversation import Conversation
-from llava_core.features import open_shards
-from llava_core.language import load_language_model
-from llava_core.projector import build_projector
+from llava_core.language.conversation import Conversation
+from llava_core.language.model import load_language_model
+from llava_core.projector.projector import build_projector
+from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model
 from tests.support.shards import WIDTH, write_shard
 from train.data.samples import Samples

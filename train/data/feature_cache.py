@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from llava_core.console import human_bytes
+from llava_core.cli.console import human_bytes
+from llava_core.device import free_memory
 from llava_core.errors import LlavaError
-from llava_core.memory import free_memory
 from train.config import Residence
 
 AUTO_SHARE = 0.5

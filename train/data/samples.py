@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llava_core.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
 from llava_core.errors import LlavaError
+from llava_core.language.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
 from llava_core.pairing import same_pictures
-from llava_core.shards import Shard
+from llava_core.shards.reader import Shard
 from train.config import RunConfig
 from train.data.feature_cache import Kept
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llava_core.language import LanguageModel
+from llava_core.language.model import LanguageModel
 from train.data.packing import Pack, Packing, Row
 
 CHUNK_LOGITS = 1 << 25

@@ -9,10 +9,10 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from llava_core.console import counted, human_seconds, say
-from llava_core.device import whole_number
+from llava_core.cli.console import counted, human_seconds, say
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.launcher import whole_number
+from llava_core.types import JsonDict
 from train.config import SweepConfig
 from train.plan import Outline
 from train.run import MEMBER_KEYS

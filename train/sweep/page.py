@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from llava_core.console import counted, human_seconds
-from llava_core.files import replace_text
-from llava_core.webpage import REPORT_STYLE, fill
+from llava_core.cli.console import counted, human_seconds
+from llava_core.filesystem import replace_text
+from llava_core.report.page import REPORT_STYLE, fill
 from train.config import SweepConfig
 from train.sweep.plots import Picture
 from train.sweep.results import COLUMNS, Row, best_of, decimal

@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 
-from llava_core.files import read_json_lines
+from llava_core.filesystem import read_json_lines
 from train.sweep.results import Row, best_of
 from train.sweep.space import Choices, Range, Space, shown
 from train.sweep.study import Record

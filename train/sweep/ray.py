@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from llava_core.cluster import (
+from llava_core.cli.console import counted, progress, say
+from llava_core.errors import LlavaError
+from llava_core.ray_cluster import (
     LOCK_SECONDS,
     Lines,
     Plan,
@@ -25,8 +27,6 @@ from llava_core.cluster import (
     plan_for,
     start_tally,
 )
-from llava_core.console import counted, progress, say
-from llava_core.errors import LlavaError
 from train.config import SweepConfig
 from train.run import stop_request
 from train.sweep.space import Space

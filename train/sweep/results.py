@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 
 from llava_core.bootstrap import interval, redrawn, with_interval
-from llava_core.checkpoint import point_to
-from llava_core.console import counted, human_seconds, table
-from llava_core.files import replace_text
-from llava_core.fingerprint import JsonDict
+from llava_core.cli.console import counted, human_seconds, table
+from llava_core.filesystem import replace_text
+from llava_core.projector.checkpoint import point_to
+from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.run_folder import plain
 from train.sweep.space import Point, shown

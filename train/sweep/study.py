@@ -20,9 +20,9 @@ import optuna
 from optuna.trial import TrialState
 
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
+from llava_core.filesystem import Held, Lock
 from llava_core.identity import LanguageModelIdentity
-from llava_core.lock import Held, Lock
+from llava_core.types import JsonDict
 from train.config import SweepConfig
 from train.sweep.space import Point, Space, words
 from train.sweep.study_folder import Turn, open_journal, quiet, require_same

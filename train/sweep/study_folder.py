@@ -21,9 +21,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.files import replace_text, tolerated, without_flush
-from llava_core.fingerprint import JsonDict
-from llava_core.lock import flock
+from llava_core.filesystem import flock, replace_text, tolerated, without_flush
+from llava_core.types import JsonDict
 from train.run_folder import DEFAULTS, moved_of
 
 

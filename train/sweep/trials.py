@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from llava_core.bootstrap import with_interval
-from llava_core.console import counted, say, say_fault, show
+from llava_core.cli.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
-from llava_core.fingerprint import JsonDict
+from llava_core.types import JsonDict
 from train.config import SweepConfig
 from train.distributed import World
 from train.resources import Shared

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from llava_core.console import say
-from llava_core.files import replace_text
-from llava_core.fingerprint import JsonDict
+from llava_core.cli.console import say
+from llava_core.filesystem import replace_text
+from llava_core.types import JsonDict
 from train.config import RunConfig, SweepConfig
 from train.sweep.results import NOT_KEPT
 from train.sweep.space import Choices, Range, Space

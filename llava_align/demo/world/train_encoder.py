@@ -39,7 +39,7 @@ from llava_align.demo.world.scene import (
     near_scene,
     random_scene,
 )
-from llava_core.chinese_clip import PAD, ChineseClip, TextTokenizer
+from llava_core.vision.chinese_clip import PAD, ChineseClip, TextTokenizer
 
 RESOLUTION, PATCH = 96, 16
 GROUP = 4

@@ -12,10 +12,10 @@ from extract.config import InspectConfig
 from extract.inspect.command import run as inspect
 from extract.inspect.page import choose, write_page
 from extract.statistics import look_into, spread
-from llava_core.features import open_shards
-from llava_core.shard_writer import ShardWriter
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.folder import open_shards
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import ShardWriter
 from tests.support.shards import TOKENS, WIDTH, header, outcome, write_shard
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from extract.alone import Pace
-from llava_core.console import progress
+from llava_core.cli.console import progress
 
 
 def pace_of(came: list[float]) -> Pace:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from extract.config import RunConfig
-from extract.partition import Share, share_of
+from extract.partition import limits_of, partition
 from extract.ray_driver import merged
 from extract.ray_worker import OUR_CODE, Trouble, Worker
 from extract.sources.find import find_sources
-from llava_core.cluster import Plan, code_digest, connected, plan_workers
-from llava_core.device import cpu_cores, local_gpu
 from llava_core.errors import LlavaError
-from llava_core.lock import Held, Lock
+from llava_core.filesystem import Held, Lock
+from llava_core.launcher import WorkerIndex, cpu_cores, local_gpu, worker_index
+from llava_core.ray_cluster import Plan, code_digest, connected, plan_workers
 from tests.support.pictures import write_parquet
 from tests.support.vision_encoders import write_vision_folder
 
@@ -30,7 +30,7 @@ def slurm(**values: object) -> dict[str, str]:
 @pytest.mark.parametrize("workers", range(1, 9))
 def test_no_file_is_taken_twice_or_left_out(workers: int) -> None:
     files = list(range(5))
-    taken = [Share(index, workers).take(files) for index in range(workers)]
+    taken = [partition(files, WorkerIndex(index, workers)) for index in range(workers)]
     assert sorted(file for part in taken for file in part) == files
     assert max(map(len, taken)) - min(map(len, taken)) <= 1
 
@@ -38,28 +38,28 @@ def test_no_file_is_taken_twice_or_left_out(workers: int) -> None:
 @pytest.mark.parametrize(
     ("environment", "share"),
     [
-        ({}, Share(0, 1)),
-        ({"RANK": "", "WORLD_SIZE": ""}, Share(0, 1)),
-        ({"RANK": "2", "WORLD_SIZE": "16"}, Share(2, 16)),
-        (slurm(ID=0, MIN=0, MAX=15, COUNT=16, STEP=1), Share(0, 16)),
-        (slurm(ID=7, MIN=1, MAX=8, COUNT=8), Share(6, 8)),
-        (slurm(ID=30, MIN=10, MAX=30, COUNT=3, STEP=10), Share(2, 3)),
-        (slurm(ID=9, MIN=1, MAX=10, COUNT=5, STEP=2), Share(4, 5)),  # --array=1-10:2
-        (slurm(ID=3, MAX=15), Share(3, 16)),
-        (slurm(ID=5, MIN=5, MAX=5, COUNT=1, STEP=1), Share(0, 1)),
+        ({}, WorkerIndex(0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, WorkerIndex(0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "16"}, WorkerIndex(2, 16)),
+        (slurm(ID=0, MIN=0, MAX=15, COUNT=16, STEP=1), WorkerIndex(0, 16)),
+        (slurm(ID=7, MIN=1, MAX=8, COUNT=8), WorkerIndex(6, 8)),
+        (slurm(ID=30, MIN=10, MAX=30, COUNT=3, STEP=10), WorkerIndex(2, 3)),
+        (slurm(ID=9, MIN=1, MAX=10, COUNT=5, STEP=2), WorkerIndex(4, 5)),  # --array=1-10:2
+        (slurm(ID=3, MAX=15), WorkerIndex(3, 16)),
+        (slurm(ID=5, MIN=5, MAX=5, COUNT=1, STEP=1), WorkerIndex(0, 1)),
     ],
 )
-def test_shares(environment: dict[str, str], share: Share) -> None:
-    assert share_of(environment) == share
+def test_shares(environment: dict[str, str], share: WorkerIndex) -> None:
+    assert worker_index(environment) == share
 
 
 def test_a_rank_of_an_array_task_is_a_worker_of_its_own() -> None:
     shares = {
-        share_of({"RANK": str(rank), "WORLD_SIZE": "4", **slurm(ID=task, MIN=1, MAX=3, COUNT=3)})
+        worker_index({"RANK": str(rank), "WORLD_SIZE": "4", **slurm(ID=task, MIN=1, MAX=3, COUNT=3)})
         for rank in range(4)
         for task in (1, 2, 3)
     }
-    assert shares == {Share(index, 12) for index in range(12)}
+    assert shares == {WorkerIndex(index, 12) for index in range(12)}
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_a_rank_of_an_array_task_is_a_worker_of_its_own() -> None:
 )
 def test_nonsense_is_wrong_usage(environment: dict[str, str]) -> None:
     with pytest.raises(LlavaError) as caught:
-        share_of(environment)
+        worker_index(environment)
     assert caught.value.exit_code == 2
 
 
 def test_all_together_ask_no_more_of_a_host_than_one_would(tmp_path: Path) -> None:
     config = RunConfig(data="", out=tmp_path, vision=tmp_path, per_host=16)
-    assert [Share(0, of).limits(config).per_host for of in (1, 3, 16, 100)] == [16, 5, 1, 1]
+    assert [limits_of(config, WorkerIndex(0, of)).per_host for of in (1, 3, 16, 100)] == [16, 5, 1, 1]
 
 
 def test_the_gpu_of_a_worker() -> None:

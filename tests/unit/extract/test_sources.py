@@ -23,8 +23,8 @@ from extract.sources.find import find_sources
 from extract.sources.local_images import Files, read_image
 from extract.sources.parquet_images import StoredImages
 from llava_core.errors import LlavaError
-from llava_core.shards import Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
 from tests.support.local_data import llava, write_json, write_parquet, write_pictures
 from tests.support.paths import ROOT
 from tests.support.shards import write_shard

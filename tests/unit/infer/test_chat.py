@@ -15,13 +15,13 @@ from rich.color import Color
 from rich.console import Console
 
 from infer.chat.command import bare_image
-from llava_core.chat import changed, unquoted
+from infer.chat.messages import PHRASES, pick_language
+from infer.chat.repl import changed, unquoted
+from infer.chat.transcript import SavedChat, read_chat, write_chat
+from llava_core.cli.line_editor import history
+from llava_core.cli.terminal import Terminal, half_blocks
 from llava_core.errors import LlavaError
-from llava_core.phrases import PHRASES, pick_language
-from llava_core.prompt import history
-from llava_core.sampling import Sampling
-from llava_core.savedchat import SavedChat, read_chat, write_chat
-from llava_core.terminal import Terminal, half_blocks
+from llava_core.language.sampling import Sampling
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from infer.serve import connections
 from infer.serve.connections import REFUSED, Connections
 from infer.serve.listen import listening
 from llava_core.errors import LlavaError
-from llava_core.tasks import in_background
+from llava_core.network.async_tasks import in_background
 from tests.support.commands import ENVIRONMENT
 
 HALF = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "

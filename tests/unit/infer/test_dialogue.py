@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from llava_core.conversation import Conversation
-from llava_core.language import load_language_model
-from llava_core.sampling import Sampling
-from llava_core.talk import Talk
+from infer.chat.dialogue import Talk
+from llava_core.language.conversation import Conversation
+from llava_core.language.model import load_language_model
+from llava_core.language.sampling import Sampling
 from tests.support.language_models import LLAMA_TEMPLATE
 from tests.support.paths import WORLD_MODELS
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from infer.aligned_model import Speaker
 from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
-from llava_core.conversation import Turn
 from llava_core.errors import LlavaError
-from llava_core.language import load_language_model
-from llava_core.projector import build_projector
+from llava_core.language.conversation import Turn
+from llava_core.language.model import load_language_model
+from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 
 

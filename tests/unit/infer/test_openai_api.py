@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from infer.serve.openai_api import ApiError, ChatRequest, Shapes, Usage, event, parse_request, read_data_url
-from llava_core.sampling import Sampling
+from llava_core.language.sampling import Sampling
 
 USER = {"role": "user", "content": "看"}
 PNG = "data:image/png;base64,iVBORw0KGgo="

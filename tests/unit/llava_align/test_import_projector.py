@@ -11,7 +11,7 @@ from torch import nn
 
 from llava_align.hub.import_projector import find_projector, project_of, read_tensors, require_numbers
 from llava_core.errors import LlavaError
-from llava_core.projector import build_projector
+from llava_core.projector.projector import build_projector
 
 IN, OUT = 6, 8
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 from aiohttp import web
 
-from llava_core import address
-from llava_core.address import is_allowed
-from llava_core.fetch import Fetched, FetchLimits, fetch_all
-from llava_core.images import TYPED
-from llava_core.status import Status
+from llava_core.network import address_guard as address
+from llava_core.network.address_guard import is_allowed
+from llava_core.network.fetch import Fetched, FetchLimits, fetch_all
+from llava_core.row_status import Status
+from llava_core.vision.image_files import TYPED
 from tests.support.servers import answer, serving
 
 PUBLIC = """

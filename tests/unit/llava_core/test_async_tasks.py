@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from llava_core.tasks import time_limit, together
+from llava_core.network.async_tasks import time_limit, together
 
 
 def test_the_first_failure_ends_the_others_and_waits_for_them() -> None:

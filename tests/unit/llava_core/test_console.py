@@ -9,8 +9,8 @@ import logging
 
 import pytest
 
-from llava_core import console
-from llava_core.console import say, show, table, visible
+from llava_core.cli import console
+from llava_core.cli.console import say, show, table, visible
 from tests.support.hostile_text import ATTACKS, VILE, assert_harmless
 from tests.support.paths import ROOT
 
@@ -67,7 +67,7 @@ def test_what_a_library_logs_is_visible(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_nothing_is_printed_past_it() -> None:
     """`show` and `say` are the only ways out; Terminal adds colours of its own."""
-    owners = {"llava_core/console.py", "llava_core/terminal.py"}
+    owners = {"llava_core/cli/console.py", "llava_core/cli/terminal.py"}
     for name in ("llava_core", "extract", "train", "infer", "llava_align"):
         for path in (ROOT / name).rglob("*.py"):
             where = str(path.relative_to(ROOT))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_core.spoken import Spoken
+from llava_core.language.detokenize import Spoken
 from tests.support.language_models import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

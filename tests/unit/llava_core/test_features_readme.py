@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from llava_core.layout import COLUMNS
-from llava_core.shard_writer import ShardWriter
-from llava_core.shards import TEXTS, Shard
-from llava_core.status import Status
+from llava_core.row_status import Status
+from llava_core.shards.layout import COLUMNS
+from llava_core.shards.reader import TEXTS, Shard
+from llava_core.shards.writer import ShardWriter
 from tests.support.paths import ROOT
 from tests.support.shards import CAPTIONS, header, outcome, write_shard
 

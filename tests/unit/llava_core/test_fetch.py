@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 from aiohttp import web
 
-from llava_core import fetch
-from llava_core.fetch import Fetched, Fetcher, FetchLimits, fetch_all, fetch_each
-from llava_core.status import Status
+from llava_core.network import fetch
+from llava_core.network.fetch import Fetched, Fetcher, FetchLimits, fetch_all, fetch_each
+from llava_core.row_status import Status
 from tests.support.servers import answer, serving
 
 HERE = FetchLimits(allow_private=True, timeout=5, retries=0, max_bytes=100_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_core.files import read_json_lines
+from llava_core.filesystem import read_json_lines
 
 
 def test_a_line_of_json_may_hold_what_looks_like_the_end_of_one(tmp_path: Path) -> None:

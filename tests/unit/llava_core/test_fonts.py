@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_core.fonts import chinese_font
+from llava_core.report.fonts import chinese_font
 
 
 def found() -> Path | None:

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from llava_core.errors import LlavaError
-from llava_core.generate import choose
-from llava_core.sampling import Sampling
+from llava_core.language.generate import choose
+from llava_core.language.sampling import Sampling
 
 DRAWS = 20_000
 

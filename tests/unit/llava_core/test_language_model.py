@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import modeling_gguf_pytorch_utils
 
-from llava_core.compiled import CompiledStep
-from llava_core.conversation import Conversation
+from infer.chat.dialogue import Talk
 from llava_core.errors import LlavaError
-from llava_core.generate import generate
-from llava_core.language import LanguageModel, load_language_model, no_gguf_bar, outline_language_model
-from llava_core.sampling import Sampling
-from llava_core.talk import Talk
+from llava_core.language.compiled_decode import CompiledStep
+from llava_core.language.conversation import Conversation
+from llava_core.language.generate import generate
+from llava_core.language.model import LanguageModel, load_language_model, no_gguf_bar, outline_language_model
+from llava_core.language.sampling import Sampling
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
 
 

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llava_core.errors import LlavaError
-from llava_core.model_card import header_of, model_card, with_header
+from llava_core.projector.model_card import header_of, model_card, with_header
 
 CONFIG: dict[str, Any] = {
     "projector": {"kind": "mlp", "in_width": 768, "out_width": 1024, "visual_tokens": "pool"},

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import pytest
 from aiohttp import web
 
-from llava_core import health
 from llava_core.errors import LlavaError
-from llava_core.fetch import Fetched, Fetcher, FetchLimits, refuses_use
-from llava_core.status import Status
+from llava_core.network import outage as health
+from llava_core.network.fetch import Fetched, Fetcher, FetchLimits, refuses_use
+from llava_core.row_status import Status
 from tests.support.servers import answer, serving
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from llava_core.preprocess import (
+from llava_core.row_status import Status
+from llava_core.vision.preprocess import (
     MAX_PIXELS,
     MAX_SCANS,
     MAX_SECONDS,
@@ -21,7 +22,6 @@ from llava_core.preprocess import (
     Preprocess,
     image_format,
 )
-from llava_core.status import Status
 from tests.support.paths import ROOT
 
 SIDE = 32

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.projector import (
+from llava_core.projector.projector import (
     PROJECTORS,
     VISUAL_TOKENS,
     build_projector,

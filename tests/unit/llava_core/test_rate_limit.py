@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from llava_core.turns import ByteBudget, HostTurns
+from llava_core.network.rate_limit import ByteBudget, HostTurns
 
 
 def test_requests_to_a_host_keep_their_distance() -> None:

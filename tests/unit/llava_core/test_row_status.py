@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_core.errors import LlavaError
-from llava_core.status import Failure, Status
+from llava_core.row_status import Failure, Status
 
 
 @pytest.mark.parametrize(

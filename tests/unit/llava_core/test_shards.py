@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
-from llava_core.journal import HEADER_BYTES, RECORD
-from llava_core.layout import FORMAT_VERSION
-from llava_core.shard_writer import (
+from llava_core.row_status import Failure, Status
+from llava_core.shards.folder import open_shards
+from llava_core.shards.journal import HEADER_BYTES, RECORD
+from llava_core.shards.layout import FORMAT_VERSION
+from llava_core.shards.quantize import STORAGES, Storage
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import (
     FinishedMeanwhile,
     RowRecord,
     ShardWriter,
@@ -26,9 +29,6 @@ from llava_core.shard_writer import (
     journal_of,
     part_of,
 )
-from llava_core.shards import Shard
-from llava_core.status import Failure, Status
-from llava_core.storage import STORAGES, Storage
 from tests.support.paths import ROOT
 from tests.support.shards import TOKENS, WIDTH, features_of, header, outcome, reseal, write_shard
 
@@ -75,7 +75,7 @@ def test_thumbnails_are_kept_where_there_is_space_for_them(tmp_path: Path) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llava_core.shard_writer import ShardWriter
+from llava_core.shards.writer import ShardWriter
 from tests.support.shards import header, outcome
 
 path, rows, kill_after = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -349,7 +349,7 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
         write_shard(tmp_path / f"{k}.h5", rows=1)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30));"
-        "from pathlib import Path; from llava_core.features import open_shards;"
+        "from pathlib import Path; from llava_core.shards.folder import open_shards;"
         "print(len(open_shards(Path(sys.argv[1]))))"
     )
     ended = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
@@ -408,7 +408,7 @@ ssize_t pwrite64(int f, const void *d, size_t n, off_t o) { return faulty("pwrit
 CREATE = """
 import ctypes, sys
 from pathlib import Path
-from llava_core.shards import Shard
+from llava_core.shards.reader import Shard
 from tests.support.shards import CAPTIONS, write_shard
 
 faults, failed = ctypes.CDLL(sys.argv[1]), 0

@@ -20,9 +20,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llava_core.chinese_clip import CONTEXT
 from llava_core.errors import LlavaError
-from llava_core.vision import open_vision_tower
+from llava_core.vision.chinese_clip import CONTEXT
+from llava_core.vision.tower import open_vision_tower
 from tests.support.vision_encoders import (
     TEXT,
     VISION,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_core.device import free_ram
 from llava_core.errors import LlavaError
-from llava_core.memory import free_ram
 from train.data.feature_cache import Kept, pick_residence
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_core.language import LanguageModel, load_language_model, outline_language_model
-from llava_core.matmul import matmul_rate
-from llava_core.projector import build_projector
+from llava_core.device import matmul_rate
+from llava_core.language.model import LanguageModel, load_language_model, outline_language_model
+from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
 from train.data.packing import Pack, pack
@@ -78,9 +78,9 @@ def test_the_matmul_rate_is_that_of_some_machine() -> None:
 def test_neighbours_do_not_slow_the_matmul_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each product takes a second by the clock on the wall, a hundredth of one of every thread's time."""
     walls, cpus = itertools.count(), itertools.count()
-    monkeypatch.setattr("llava_core.matmul.time.perf_counter", lambda: float(next(walls)))
+    monkeypatch.setattr("llava_core.device.time.perf_counter", lambda: float(next(walls)))
     threads = torch.get_num_threads()
-    monkeypatch.setattr("llava_core.matmul.time.process_time", lambda: 0.01 * threads * next(cpus))
+    monkeypatch.setattr("llava_core.device.time.process_time", lambda: 0.01 * threads * next(cpus))
     rate = matmul_rate.__wrapped__(torch.device("cpu"), torch.float32)
     assert rate == pytest.approx(2 * 1024**3 / 0.01)
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from llava_core.checkpoint import Provenance, save_checkpoint
-from llava_core.conversation import Conversation
 from llava_core.errors import LlavaError
-from llava_core.features import open_shards
 from llava_core.identity import EncoderIdentity
-from llava_core.language import LanguageModel, load_language_model
-from llava_core.projector import build_projector
+from llava_core.language.conversation import Conversation
+from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.projector.checkpoint import Provenance, save_checkpoint
+from llava_core.projector.projector import build_projector
+from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model
 from tests.support.shards import WIDTH, write_shard
 from train import initialization as start

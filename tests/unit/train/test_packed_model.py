@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_core.errors import LlavaError
-from llava_core.language import LanguageModel, load_language_model
+from llava_core.language.model import LanguageModel, load_language_model
 from tests.support.language_models import write_language_model
 from tests.support.paths import WORLD_MODELS
 from train.model.packed_attention import KERNELS, Attend, Kernel, on_a_cpu, one_by_one

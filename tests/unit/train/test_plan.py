@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_core.console import human_seconds
-from llava_core.language import load_language_model
-from llava_core.projector import build_projector
+from llava_core.cli.console import human_seconds
+from llava_core.language.model import load_language_model
+from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import WIDTH, a_batch
 from train.data.packing import pack

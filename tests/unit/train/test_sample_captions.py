@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from llava_core.console import visible
-from llava_core.conversation import INSTRUCTIONS, Conversation
-from llava_core.features import open_shards
-from llava_core.language import load_language_model
-from llava_core.projector import build_projector
+from llava_core.cli.console import visible
+from llava_core.language.conversation import INSTRUCTIONS, Conversation
+from llava_core.language.model import load_language_model
+from llava_core.projector.projector import build_projector
+from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model
 from tests.support.shards import WIDTH, write_shard
 from train.data.packing import pack

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from llava_core.errors import LlavaError
-from llava_core.fingerprint import JsonDict
 from llava_core.identity import LanguageModelIdentity
+from llava_core.types import JsonDict
 from train.config import SweepConfig
 from train.sweep.space import Point, Space
 from train.sweep.study import MOST_DEATHS, Claim, Study

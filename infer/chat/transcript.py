@@ -1,0 +1,58 @@
+"""A dialogue as a file: the image's path or URL, and the turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_core.errors import LlavaError
+from llava_core.filesystem import replace_text
+
+FORMAT = "llava-align chat/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedChat:
+    image: str | None
+    """Path or URL; None for a dialogue without an image."""
+    messages: Sequence[dict[str, str]]
+    """{"role": "user"|"assistant", "content": text}, in turns, an answer last."""
+
+
+def write_chat(path: Path, chat: SavedChat) -> None:
+    """Write it whole or not at all. Raises LlavaError rather than replace a file that is no saved chat."""
+    if path.exists():
+        read_chat(path)
+    content = {"format": FORMAT, "image": chat.image, "messages": list(chat.messages)}
+    replace_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_chat(path: Path) -> SavedChat:
+    """Raises LlavaError for a file that `write_chat` has not written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError
+        chat = SavedChat(content["image"], content["messages"])
+        json.dumps(content, ensure_ascii=False).encode()  # half a character is no text
+        if not isinstance(chat.image, str | None) or not _in_turns(chat.messages):
+            raise ValueError
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RecursionError,
+    ):  # UnicodeDecodeError and JSONDecodeError among them
+        raise LlavaError(f"{path} is no saved chat", expected=f"a file of /save ({FORMAT})") from None
+    return chat
+
+
+def _in_turns(messages: Sequence[dict[str, str]]) -> bool:
+    """Questions and answers by turns, every one text, an answer last."""
+    roles = [message["role"] for message in messages]
+    return roles == ["user", "assistant"] * (len(roles) // 2) and all(
+        set(message) == {"role", "content"} and isinstance(message["content"], str) for message in messages
+    )

@@ -1,0 +1,185 @@
+"""Files: replaced atomically, flushed to disk, locked, hashed; and checks of paths given to commands."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from llava_core.cli.console import say
+from llava_core.errors import LlavaError
+from llava_core.types import JsonDict
+
+LACKING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Of an OSError from a lock or a flush: the file system, such as some over a network or FUSE, has none."""
+
+
+def read_json_lines(path: Path) -> list[JsonDict]:
+    """The objects of a file of ours, without a last line that is still being written."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # splitlines() splits at U+2028, too
+    return [json.loads(line) for line in lines]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, or replace it, in one step: UTF-8, under a temporary name first."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_all(descriptor: int, data: bytes | bytearray | np.ndarray, offset: int) -> None:
+    """pwrite until everything is written, then read it back. Raises OSError: a full disk, or other bytes."""
+    view = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
+    start, rest = offset, view
+    while rest:
+        written = os.pwrite(descriptor, rest, start)
+        if not written:
+            raise OSError(errno.EIO, "a write to this disk does nothing")
+        rest, start = rest[written:], start + written
+    if os.pread(descriptor, len(view), offset) != bytes(view):  # a memoryview compares byte by byte
+        raise OSError(errno.EIO, "bytes read back are not those written: this disk or file system is faulty")
+
+
+def sha256_files(paths: Sequence[Path]) -> str:
+    """sha256, in hex, over the contents of the files one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk, if its file system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with tolerated(path, without_flush):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush(descriptor: int, path: Path) -> None:
+    """Wait for the bytes, and they alone, that were written to the open file at `path`, likewise."""
+    with tolerated(path, without_flush):
+        os.fdatasync(descriptor)
+
+
+def without_flush(folder: Path, reason: str) -> str:
+    """The warning about a file system that cannot flush."""
+    return (
+        f"{folder}: its file system does not wait for the disk ({reason}); "
+        "a loss of power may cost what was written last"
+    )
+
+
+@contextlib.contextmanager
+def tolerated(path: Path, warning: Callable[[Path, str], str]) -> Iterator[None]:
+    """Say once of each file system that it lacks what the block asks for; other errors are raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        folder = path if path.is_dir() else path.absolute().parent
+        if (told := (os.stat(folder).st_dev, warning)) not in _told:
+            _told.add(told)
+            say(warning(folder, error.strerror or str(error)))
+
+
+_told: set[tuple[int, Callable[[Path, str], str]]] = set()
+
+
+def flock(descriptor: int, path: Path, operation: int) -> None:
+    """`fcntl.flock`, if the file system has it. Raises BlockingIOError as that does."""
+    with tolerated(path, without_locks):
+        fcntl.flock(descriptor, operation)
+
+
+def without_locks(folder: Path, reason: str) -> str:
+    """The warning about a file system that cannot lock."""
+    return f"{folder}: its file system has no locks ({reason}); let only one process at a time write there"
+
+
+class Held(LlavaError):
+    """Another process writes it."""
+
+
+class Lock:
+    """Keeps other processes from writing `what`, by a lock on the file `what`.lock, which says who holds it.
+
+    The kernel drops it when its holder dies. Raises Held, naming the holder, if there is one.
+    """
+
+    def __init__(self, what: Path) -> None:
+        what = what.absolute()  # "." has no name
+        self.path = path = what.with_name(what.name + ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                flock(self.descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
+                os.close(self.descriptor)
+                raise Held(f"{what} is being written", got=holder, do="wait for it, or stop it") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(self.descriptor).st_ino == path.stat().st_ino:
+                    break
+            os.close(self.descriptor)  # its holder removed the file between our open and our lock
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"by process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path if something is there, else the folder above it that is: its disk is the path's."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def require_folder(out: Path) -> None:
+    """Raise LlavaError (wrong usage) if --out, there or not, cannot be a folder that is written to."""
+    for place in (out, *out.absolute().parents):
+        if place.is_symlink() and not place.exists():
+            got = f"{place}, a link to nothing"
+            raise LlavaError("--out", expected="a folder", got=got, exit_code=2)
+    there = nearest_existing(out)
+    if not there.is_dir():
+        raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
+    if not os.access(there, os.W_OK):
+        raise LlavaError("--out", expected="a folder that can be written to", got=there, exit_code=2)
+
+
+def require_file(flag: str, path: Path) -> None:
+    """Raise LlavaError unless there is a file (or a pipe) to read at the path."""
+    if not path.exists():
+        raise LlavaError(f"no file {path}", do=f"give {flag} one that is there")
+    if path.is_dir():
+        raise LlavaError(flag, expected="a file", got=f"the folder {path}", exit_code=2)
+
+
+def require_file_place(flag: str, path: Path) -> None:
+    """Raise LlavaError (wrong usage) for a folder where a file is to be written."""
+    if path.is_dir():
+        raise LlavaError(flag, expected="a file", got=f"the folder {path}", exit_code=2)

@@ -1,0 +1,123 @@
+"""Folders given to commands: what must lie in a model's, a checkpoint's or one of shards.
+
+Whatever is checked here is checked before torch and transformers are imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llava_core.errors import LlavaError
+from llava_core.types import JsonDict
+
+MODELSCOPE_FILES = (
+    "vision_model_config.json",
+    "text_model_config.json",
+    "vocab.txt",
+    "pytorch_model.bin",
+)
+
+
+def config_of(folder: Path) -> JsonDict:
+    """Its config.json; empty if there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def require_plain_weights(folder: Path) -> None:
+    """Raise LlavaError if the config.json of a model says that its weights are quantised."""
+    if quantised := config_of(folder).get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise LlavaError(
+            f"the weights in {folder} are quantised",
+            expected="weights in bf16, fp16 or fp32 (a language model's may be a GGUF file)",
+            got=method or "quantization_config in config.json",
+            do="use the folder that the model was published in before it was quantised",
+        )
+
+
+def contents(folder: Path) -> str:
+    """Its first files by name, for an error's `got`."""
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
+
+
+def require_vision_encoder(folder: Path) -> None:
+    """Raise LlavaError unless the folder has the files of a vision encoder."""
+    if not folder.is_dir():
+        raise LlavaError(
+            f"no vision folder {folder}", do="give --vision a folder; README.md shows how to download one"
+        )
+    first = MODELSCOPE_FILES[0]
+    if not (folder / first).exists() and not (folder / "config.json").exists():
+        raise LlavaError(
+            f"{folder} holds no vision encoder",
+            expected=f"{first} (Chinese-CLIP from ModelScope) or config.json (Hugging Face)",
+            got=contents(folder),
+            do="download it again",
+        )
+    missing = [name for name in MODELSCOPE_FILES if not (folder / name).is_file()]
+    if first not in missing and missing:
+        raise LlavaError(
+            f"{folder} lacks {', '.join(missing)}",
+            expected=", ".join(MODELSCOPE_FILES),
+            do="download it again",
+        )
+
+
+def require_language_model(folder: Path) -> None:
+    """Raise LlavaError unless the folder has some model's config.json, or a GGUF file."""
+    if not folder.is_dir():
+        do = "give --llm a folder; README.md shows how to download one"
+        raise LlavaError(f"no language model folder {folder}", do=do)
+    if not any(folder.glob("*.gguf")) and not config_of(folder):
+        raise LlavaError(
+            f"{folder} holds no language model",
+            expected="config.json of a causal model that transformers knows, or *.gguf",
+            got=contents(folder),
+            do="give --llm the folder of one, or download it again",
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: every shard of the first format present."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise LlavaError(
+        f"no weights in {folder}",
+        expected="*.safetensors, pytorch_model*.bin or *.gguf",
+        do="download it again",
+    )
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Raise LlavaError unless the folder has a projector's configuration."""
+    if not (folder / "config.json").is_file():
+        inner = [name for name in ("best", "last") if (folder / name / "config.json").is_file()]
+        hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
+        raise LlavaError(f"no checkpoint in {folder}", expected="config.json and model.safetensors", do=hint)
+
+
+def shard_paths(path: Path) -> list[Path]:
+    """The finished shards of a folder, none of them opened. Raises LlavaError if there are none."""
+    if not path.exists():
+        raise LlavaError(f"no feature folder {path}", do="make it with `extract run --out`")
+    if path.is_file() and path.suffix != ".h5":
+        raise LlavaError(f"{path} is no feature shard", expected="a folder of *.h5 files, or one of them")
+    paths = [path] if path.is_file() else sorted(path.glob("*.h5"))
+    if not paths and (below := sorted({shard.parent for shard in path.glob("*/*.h5")})):
+        raise LlavaError(f"no shard (*.h5) in {path}", do=f"give one of {', '.join(map(str, below[:5]))}")
+    if not paths:
+        unfinished = sorted(path.glob("*.h5.part"))
+        raise LlavaError(
+            f"no finished shard (*.h5) in {path}",
+            got=f"{len(unfinished)} unfinished, such as {unfinished[0].name}" if unfinished else None,
+            do="run `extract run` again to finish them"
+            if unfinished
+            else "make some with `extract run --out`",
+        )
+    return paths

@@ -1,0 +1,291 @@
+"""Chat text as token ids and labels: the only caller of the chat template.
+
+The language model sees `[visual tokens][chat-template text]`; this module makes the second part. Loss falls
+on every answer and the end token that closes it, on nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import signal
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llava_core.errors import LlavaError, first_line
+
+CONVERSATION_FORMAT = "visual-prefix/1"
+"""Name of the layout `[visual][template text]`, kept in checkpoints; another layout gets another name."""
+
+RENDER_SECONDS = 30.0
+"""Longest time that a chat template may take; a usual one takes milliseconds."""
+TODAY = datetime.datetime(2024, 7, 26)
+"""The date of templates that write today's: training and inference must agree on it, whenever they run. It
+is the one that Llama 3's template has by default."""
+
+DATE_MACRO = "{%- macro strftime_now(format) -%}"
+DATE_CODES = "aAbBcdHIjmMpSUwWxXyY"
+"""Of strftime, in C's locale."""
+IGNORE = -100
+"""Label of a token that is context only."""
+
+INSTRUCTIONS = (
+    "请描述这张图片。",
+    "描述图中的内容。",
+    "这张图片里有什么？",
+    "请详细说明图片中的内容。",
+    "用中文描述一下这幅图。",
+    "你在图中看到了什么？",
+    "Describe the image.",
+    "What is in this picture?",
+    "Describe this image in detail.",
+    "What do you see?",
+)
+"""Questions that a caption answers."""
+QUESTION = INSTRUCTIONS[0]
+"""What is asked where nothing else is."""
+
+
+def pick_instruction(seed: int, key: str) -> str:
+    """One of INSTRUCTIONS, a pure function of (seed, key), alike on every machine."""
+    return INSTRUCTIONS[zlib.crc32(f"{seed}/{key}".encode()) % len(INSTRUCTIONS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Text of one training sample."""
+
+    ids: list[int]
+    labels: list[int]
+    """As long as `ids`: the token itself where it is to be learnt, IGNORE elsewhere (not shifted)."""
+    cut: bool
+    """An answer was longer than the budget; it lost its tail and therefore teaches no end token."""
+    dropped: int = 0
+    """Turns after that answer, which were left out."""
+
+
+Role = tuple[str, str | None]
+"""Who speaks and what; None stands for an answer, which is not the template's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a chat template writes beside an answer."""
+
+    lead: str
+    """Blanks between the prompt and the answer, the model's to write: ' ' in Llama 2's and Mistral's."""
+    trail: str
+    """Blanks between the answer and its end token: ' ' in Llama 2's."""
+    trail_ids: list[int]
+    end: list[int]
+    """The id after the trail: that of the end token, in a template that has one."""
+    after: str
+    """All that follows the answer."""
+
+
+class Conversation:
+    """Builds prompts and training examples with one tokenizer's chat template.
+
+    Thinking is switched off, but for prompts that ask for it. What the template writes is tokenised in whole,
+    with the questions in it; an answer is tokenised by itself, as what follows, since a model that answers
+    has read nothing of it before. Control tokens are the template's alone: in a question, an answer or a
+    system prompt their text is text.
+    """
+
+    def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+        """Raises LlavaError for a tokenizer that `PlainText` does not take."""
+        from llava_core.language.plain_text import PlainText  # with tokenizers, which --help does without
+
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self._plain = PlainText(tokenizer, eos_ids)
+        # The template's text around answers depends on the questions alone, and captions have few of them.
+        self._known_frame = functools.lru_cache(maxsize=4096)(self._frame)
+        self.prompt([{"role": "user", "content": QUESTION}])  # or fail before any work has begun
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the template has Qwen3's switch for thinking."""
+        return "enable_thinking" in str(self.tokenizer.chat_template)
+
+    def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> list[int]:
+        """Token ids of a chat that waits for the assistant's next answer, or for its thoughts before that.
+
+        `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
+        Raises LlavaError if the template drops or repeats an answer.
+        """
+        roles: list[Role] = [
+            (m["role"], None if m["role"] == "assistant" else m["content"]) for m in messages
+        ]
+        pieces = self._frame(tuple(roles), thinking)
+        ids = list(pieces[0])
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        for answer, after in zip(answers, pieces[1:], strict=True):
+            ids += self._answer(self._without_thoughts(answer), ids) + after
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What generated ids say, without special tokens."""
+        decoded: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    def example(self, turns: Sequence[Turn], max_answer_tokens: int) -> Example:
+        """Ids and labels of a dialogue; it ends after its last end token, or where an answer is cut.
+
+        Each answer may have `max_answer_tokens` tokens; one that is longer is cut there and ends the
+        dialogue, since the next question is about the whole answer. The ids before the last answer are those
+        `prompt` gives for the same history, so training and inference agree on every token. Raises
+        LlavaError if the template drops or repeats an answer, or closes it without an end token.
+        """
+        layout = self._layout
+        closing = [*layout.trail_ids, *layout.end]
+        roles: list[Role] = []
+        for turn in turns:
+            roles += [("user", turn.question), ("assistant", None)]
+        pieces = [*self._known_frame(tuple(roles[:-1])), closing]
+        ids, labels = list(pieces[0]), [IGNORE] * len(pieces[0])
+        for k, (turn, after) in enumerate(zip(turns, pieces[1:], strict=True), 1):
+            if not after[len(layout.trail_ids) :] or after[len(layout.trail_ids)] not in self.eos_ids:
+                raise LlavaError(
+                    "the chat template closes an answer without an end token",
+                    expected=f"one of {self.tokenizer.convert_ids_to_tokens(sorted(self.eos_ids))}",
+                    got=[layout.after],
+                )
+            answer = self._answer(turn.answer, ids)
+            if len(answer) > max_answer_tokens:
+                if k < len(turns):  # a template may write the last turn otherwise
+                    cut = self.example(turns[:k], max_answer_tokens)
+                    return dataclasses.replace(cut, dropped=len(turns) - k)
+                answer = answer[:max_answer_tokens]
+                return Example(ids + answer, labels + answer, cut=True)
+            ids += answer + after
+            labels += answer + after[: len(closing)] + [IGNORE] * (len(after) - len(closing))
+        return Example(ids, labels, cut=False)
+
+    def _answer(self, text: str, before: Sequence[int]) -> list[int]:
+        """Ids of an answer after those of the text before it."""
+        return self._plain(self._layout.lead + text.strip(), begins=self._plain.begins_after(before))
+
+    def _without_thoughts(self, answer: str) -> str:
+        """An earlier answer as templates of models that think write it."""
+        if self.can_think and answer.startswith("<think>"):
+            return answer.rpartition("</think>")[2]
+        return answer
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        """How the template writes one turn. Raises LlavaError if it drops or repeats the answer."""
+        question, mark = {"role": "user", "content": "question"}, "answer-0-of-1"
+        whole = self._render([question, {"role": "assistant", "content": mark}], add_generation_prompt=False)
+        before, after = _split(whole, [mark])
+        prompt = self._render([question], add_generation_prompt=True)
+        lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        end = self._tokens(after)[:1]
+        blank = "" if self.eos_ids.issuperset(end) else after[: len(after) - len(after.lstrip())]
+        end = self._tokens(after[len(blank) :])[:1]
+        return Layout(lead if lead.isspace() else "", blank, self._plain(blank, begins=False), end, after)
+
+    def _frame(self, roles: tuple[Role, ...], thinking: bool = False) -> list[list[int]]:
+        """Token ids of the text around the answers: before the first, and after each.
+
+        It is the very prompt that inference sends, with marks in place of the answers. Slicing by the length
+        of the previous turns would be wrong: Qwen3's template drops the empty think block from earlier
+        answers.
+        """
+        word = "answer"
+        while any(word in content for _, content in roles if content):  # a mark must be only where it was put
+            word += "~"
+        count = sum(content is None for _, content in roles)
+        marks = [f"{word}-{i}-of-{count}" for i in range(count)]
+        contents = iter(marks)
+        messages = [
+            {"role": role, "content": next(contents) if text is None else self._plain.hide(text, word)}
+            for role, text in roles
+        ]
+        texts = _split(self._render(messages, add_generation_prompt=True, thinking=thinking), marks)
+        hides = any(text and text != m["content"] for m, (_, text) in zip(messages, roles, strict=True))
+        pieces = []
+        for k, text in enumerate(texts):
+            if k < count:
+                text = text.removesuffix(self._layout.lead)
+            if k:
+                text = text.removeprefix(self._layout.trail)
+            ids = self._plain.with_hidden(text, word) if hides and word in text else self._tokens(text)
+            pieces.append([*self._layout.trail_ids, *ids] if k else ids)
+        return pieces
+
+    def _render(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, thinking: bool = False
+    ) -> str:
+        """Raises LlavaError if the template, a program of the model's publisher, fails or does not end."""
+        try:
+            with _at_most(RENDER_SECONDS):
+                text: str = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    enable_thinking=thinking,
+                )
+        except Exception as error:  # of Jinja, of Python by its hands, or what the template itself raises
+            raise LlavaError(
+                f"the chat template of {self.tokenizer.name_or_path} fails",
+                got=f"{type(error).__name__}: {first_line(error)}",
+                do="download the tokenizer again, or fix chat_template.jinja there",
+            ) from None
+        return text
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def with_fixed_date(template: str) -> str:
+    """A chat template in which transformers' `strftime_now` writes TODAY: as a macro of the template's own,
+    since newer versions of transformers hand no function over to a template."""
+    if "strftime_now" not in template or DATE_MACRO in template:
+        return template
+    codes = [f"%{flag}{code}" for code in DATE_CODES for flag in ("-", "")]
+    written = "".join(f" | replace('{code}', '{TODAY.strftime(code)}')" for code in codes)
+    return f"{DATE_MACRO}{{{{- format{written} -}}}}{{%- endmacro -%}}{template}"
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block if it takes longer; signals allow that in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"it runs for more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str]:
+    pieces = []
+    for mark in marks:
+        if text.count(mark) != 1:
+            what = "repeats" if mark in text else "drops"
+            raise LlavaError(f"the chat template {what} an assistant's answer", do="use another model")
+        before, _, text = text.partition(mark)
+        pieces.append(before)
+    return [*pieces, text]

@@ -1,0 +1,24 @@
+"""What a language model expects an answer to say, token by token, after an image's visual tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_core.language.conversation import IGNORE, Example
+from llava_core.language.model import LanguageModel
+
+
+@torch.inference_mode()
+def answer_logits(
+    llm: LanguageModel, visual: torch.Tensor, example: Example
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visual tokens [T, hidden] and a text -> logits [A, vocabulary] for its learnt tokens, and these [A].
+
+    Logits are fp32; the cross entropy of the two is the loss that training sees.
+    """
+    learnt = [k for k, label in enumerate(example.labels) if label != IGNORE]
+    ids = torch.tensor(example.ids, device=llm.device)
+    embedded = torch.cat([visual, llm.embed(ids)])
+    before = torch.tensor(learnt, device=llm.device) + len(visual) - 1  # a token is predicted by the last one
+    out = llm.model(inputs_embeds=embedded[None], use_cache=False, logits_to_keep=before)
+    return out.logits[0].float(), ids[learnt]

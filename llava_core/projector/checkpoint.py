@@ -1,0 +1,229 @@
+"""A projector on disk: a folder that says what it is, what it belongs to and how it was made.
+
+Its files:
+
+    model.safetensors     the projector's weights, fp32
+    config.json           format version, projector, encoder, language model, conversation format
+    training_config.yaml  the flags of the run
+    metrics.json          its figures when it was saved
+    README.md             model card; may be edited, and is the one file that SHA256SUMS leaves out
+    SHA256SUMS            sha256 of every other file, as `sha256sum --check` reads it
+    state.pt              optimizer, step and random state, for resuming; none if it was imported
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save
+
+from llava_core.errors import LlavaError, first_line
+from llava_core.filesystem import LACKING, fsync
+from llava_core.identity import EncoderIdentity, LanguageModelIdentity
+from llava_core.input_folders import require_checkpoint
+from llava_core.language.conversation import CONVERSATION_FORMAT
+from llava_core.projector.model_card import model_card
+from llava_core.projector.projector import Projector, build_projector, parameter_count
+from llava_core.sha256sums import RESTORE, SUMS, require_sums, write_sums
+from llava_core.types import JsonDict
+
+CHECKPOINT_VERSION = 2
+"""Version 1 has no SHA256SUMS."""
+CHECKED = ("model.safetensors", "config.json", "training_config.yaml", "metrics.json")
+STATE = "state.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What a projector was trained between; a checkpoint is useless beside anything else."""
+
+    encoder: EncoderIdentity
+    language_model: LanguageModelIdentity
+    conversation: str = CONVERSATION_FORMAT
+
+    def require_encoder(self, other: EncoderIdentity) -> None:
+        """Raise LlavaError naming both sides unless features of this encoder are the ones trained on."""
+        do = "give the encoder it was trained on, or its features, or train on features of this one"
+        if all(difference.startswith("layer: ") for difference in self.encoder.differences(other)):
+            layer = self.encoder.encoder.get("layer")
+            flag = "without --layer" if layer is None else f"--layer {layer}"
+            do = f"make features of its layer: extract run {flag}"
+        self.encoder.require_same(
+            other, "this projector was trained on features of another vision encoder or preprocessing", do=do
+        )
+
+    def require_language_model(self, other: LanguageModelIdentity) -> None:
+        """Raise LlavaError naming both sides unless this is the language model it was trained for."""
+        self.language_model.require_same(
+            other,
+            "this projector was trained for another language model, tokenizer or chat template",
+            do="give --llm the folder it was trained for, all files alike, or train a projector for this one",
+        )
+
+    def to_json(self) -> JsonDict:
+        """As config.json has it."""
+        return {
+            "fingerprint": self.encoder.fingerprint,
+            "encoder": self.encoder.encoder,
+            "preprocess": self.encoder.preprocess,
+            "language_model": self.language_model.to_json(),
+            "conversation": self.conversation,
+        }
+
+    @classmethod
+    def from_json(cls, config: JsonDict) -> Provenance:
+        return cls(
+            EncoderIdentity(config["encoder"], config["preprocess"]),
+            LanguageModelIdentity.from_json(config["language_model"]),
+            config["conversation"],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the projector in eval mode on the CPU, fp32, and where it belongs."""
+
+    folder: Path
+    projector: Projector
+    provenance: Provenance
+    training: JsonDict
+    """The run's flags."""
+    metrics: JsonDict
+
+
+def save_checkpoint(
+    folder: Path,
+    projector: Projector,
+    provenance: Provenance,
+    training: JsonDict,
+    metrics: JsonDict,
+    state: dict[str, Any] | None,
+) -> None:
+    """Write the folder under a temporary name, flush it, rename it. Without `state` no run can resume."""
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = {
+        "format": "llava-projector",
+        "version": CHECKPOINT_VERSION,
+        "projector": projector.config,
+        **provenance.to_json(),
+    }
+    weights = {
+        name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in projector.map.state_dict().items()
+    }
+    # As bytes: of a full disk the libraries' own writers raise errors of other kinds than OSError.
+    files: dict[str, bytes | memoryview] = {
+        "model.safetensors": save(weights),
+        "config.json": _text(json.dumps(config, ensure_ascii=False, indent=2)),
+        "training_config.yaml": _text(yaml.safe_dump(training, allow_unicode=True, sort_keys=False)),
+        "metrics.json": _text(json.dumps(metrics, ensure_ascii=False, indent=2)),
+    }
+    if state is not None:
+        content = io.BytesIO()
+        torch.save(state, content)
+        files[STATE] = content.getbuffer()
+    for name, data in files.items():
+        (partial / name).write_bytes(data)
+    write_sums(partial, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    require_sums(partial, files)  # read back
+    card = model_card(config, training, metrics, parameter_count(projector))
+    (partial / "README.md").write_bytes(_text(card))
+    for path in [*partial.iterdir(), partial]:
+        fsync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    fsync(folder.parent)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder strictly.
+
+    Raises LlavaError if a file is missing, damaged or edited, or of another format version.
+    """
+    require_checkpoint(folder)
+    try:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        if config.get("format") != "llava-projector" or config.get("version") not in (1, CHECKPOINT_VERSION):
+            raise LlavaError(
+                f"{folder} has another checkpoint format",
+                expected=f"llava-projector version 1 or {CHECKPOINT_VERSION}",
+                got=f"{config.get('format')} version {config.get('version')}",
+            )
+        _require_sums(folder, config["version"], CHECKED)
+        projector = build_projector(**config["projector"])
+        projector.map.load_state_dict(load_file(folder / "model.safetensors"))
+        provenance = Provenance.from_json(config)
+        training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except LlavaError:
+        raise
+    except Exception as error:  # each of the libraries raises kinds of its own for a damaged file
+        raise _damaged(folder, error) from None
+    if provenance.conversation != CONVERSATION_FORMAT:
+        raise LlavaError(
+            f"{folder} was trained with another conversation format",
+            expected=CONVERSATION_FORMAT,
+            got=provenance.conversation,
+        )
+    return Checkpoint(folder, projector.eval().requires_grad_(False), provenance, training, metrics)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged or missing."""
+    if not (folder / STATE).is_file():
+        raise LlavaError(
+            f"{folder} has no state.pt, so no run goes on from it",
+            do="it is of use to infer and `train eval`, as what was imported or downloaded is",
+        )
+    _require_sums(folder, 1, [STATE])  # of which version it is, load_checkpoint has seen
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _damaged(folder, error) from None
+    return state
+
+
+def _damaged(folder: Path, error: Exception) -> LlavaError:
+    return LlavaError(f"damaged checkpoint {folder}", got=first_line(error), do="use another checkpoint")
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Make `link` a relative symbolic link to `target`, replacing it in one step."""
+    partial = link.with_name(link.name + ".part")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(os.path.relpath(target, link.parent))
+    except OSError as error:
+        if error.errno not in (*LACKING, errno.EPERM):
+            raise
+        do = f"choose an --out that can; {target} is whole"
+        raise LlavaError(
+            f"no symbolic link can be made in {link.parent}", got=error.strerror, do=do
+        ) from None
+    partial.replace(link)
+
+
+def _require_sums(folder: Path, version: int, names: Sequence[str]) -> None:
+    """Raise LlavaError unless these files are what SHA256SUMS says; version 1 may have none."""
+    if (folder / SUMS).exists():
+        require_sums(folder, names)
+    elif version > 1:
+        raise LlavaError(f"damaged checkpoint {folder}", expected=SUMS, got="none", do=RESTORE)
+
+
+def _text(text: str) -> bytes:
+    return (text + "\n").encode()

@@ -1,0 +1,158 @@
+"""The model card: README.md of a projector, or of a whole model around one, for people and for the two hubs.
+
+Its header holds the keys of Hugging Face (https://huggingface.co/docs/hub/model-cards) and, beside them,
+those of ModelScope: frameworks, tasks, domain. What only its owner knows, such as the licence, `llava push`
+adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from llava_core.bootstrap import figure_names
+from llava_core.errors import LlavaError
+from llava_core.language.conversation import QUESTION
+from llava_core.types import JsonDict
+
+TASK = "image-text-to-text"
+ASK = f"""\
+Ask it about a picture, in the folder of this file:
+
+    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt {QUESTION}
+"""
+FLAGS = "`training_config.yaml` holds the flags it was trained with."
+TRAINED = "It was trained between these two, and is of no use beside others."
+IMPORTED = "It was imported for use between these two: only their widths were checked."
+BESIDE = "Vision encoder and language model are not part of it."
+
+
+def model_card(
+    config: JsonDict,
+    training: JsonDict,
+    metrics: JsonDict,
+    parameters: int,
+    usage: str | None = None,
+    beside: str = BESIDE,
+    library: str = "llava-align",
+    tags: Sequence[str] = ("projector",),
+) -> str:
+    """README.md from what a checkpoint's config.json, training_config.yaml and metrics.json hold.
+
+    `parameters` are the projector's; `usage` is Markdown, by default on `infer`; `beside` says where the two
+    models are; `library` is what opens the folder.
+    """
+    projector, encoder, language = config["projector"], config["encoder"], config["language_model"]
+    title = f"{language['id']} sees through {encoder.get('model_id')}"
+    header = {
+        "library_name": library,
+        "pipeline_tag": TASK,
+        "tags": ["llava", "multimodal", *tags],
+        "frameworks": ["Pytorch"],
+        "tasks": [TASK],
+        "domain": ["multi-modal"],
+        **_model_index(title, training, metrics),
+    }
+    imported = "imported" in training
+    if usage is None:
+        usage = ASK if imported else f"{ASK}\n{FLAGS}"
+    names = figure_names(metrics)
+    figures = "\n".join(f"| {name} | {metrics[name]}{_interval(metrics, name)} |" for name in names)
+    return f"""{_block(header)}# {title}
+
+A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {projector["in_width"]} to
+{projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}.
+{beside.strip()}
+
+## Use
+
+{usage.strip()}
+
+## Figures
+
+| figure | value |
+| --- | --- |
+{figures}
+
+## Provenance
+
+{IMPORTED if imported else TRAINED}
+
+| | vision encoder | language model |
+| --- | --- | --- |
+| name | {encoder.get("model_id")} | {language["id"]} |
+| weights, sha256 | `{encoder.get("weights_sha256")}` | `{language["weights_sha256"]}` |
+| width | {encoder.get("width")} | {language.get("hidden")} |
+
+- encoder and preprocessing: fingerprint `{config["fingerprint"]}`, {_layer(encoder)}
+- conversation: {config["conversation"]}
+"""
+
+
+def header_of(card: str) -> JsonDict:
+    """The YAML between the first two lines of `---`; empty without. Raises LlavaError if damaged."""
+    header, _ = _parted(card)
+    return header
+
+
+def with_header(card: str, more: JsonDict) -> str:
+    """The card with these keys in its header too; those there already give way."""
+    header, text = _parted(card)
+    return _block({**header, **more}) + text
+
+
+def _parted(card: str) -> tuple[JsonDict, str]:
+    first, *rest = card.splitlines(keepends=True) or [""]
+    if first.rstrip() != "---":
+        return {}, card
+    ends = [number for number, line in enumerate(rest) if line.rstrip() == "---"]
+    try:
+        header = yaml.safe_load("".join(rest[: ends[0]])) or {}
+    except (IndexError, yaml.YAMLError):
+        header = None
+    if not isinstance(header, dict):
+        raise LlavaError("damaged header of a model card", expected="YAML between two lines of ---")
+    return header, "".join(rest[ends[0] + 1 :])
+
+
+def _block(header: JsonDict) -> str:
+    return f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False)}---\n"
+
+
+def _model_index(title: str, training: JsonDict, metrics: JsonDict) -> JsonDict:
+    """What was measured on held-out rows, as Hugging Face lists results; nothing if nothing was."""
+    measured = [
+        {"type": name.removeprefix("eval_"), "name": name.replace("_", " "), "value": value}
+        for name in figure_names(metrics)
+        if name.startswith("eval_") and isinstance(value := metrics[name], float) and math.isfinite(value)
+    ]
+    if not measured:
+        return {}
+    # A name of theirs, but no path of theirs.
+    rows = {"type": "image-caption-pairs", "name": Path(training.get("eval_features") or "held out").name}
+    results = [{"task": {"type": TASK}, "dataset": rows, "metrics": measured}]
+    return {"model-index": [{"name": title, "results": results}]}
+
+
+def _interval(metrics: JsonDict, name: str) -> str:
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return "" if low is None else f" (95 %: {low:.4f} to {high:.4f})"
+
+
+def _origin(training: JsonDict) -> str:
+    if source := training.get("imported"):
+        return f"imported from\n`{source['file']}` (sha256 `{source['sha256']}`)"
+    return (
+        "trained on cached features of the frozen vision\nencoder, to caption loss through the frozen "
+        "language model"
+    )
+
+
+def _layer(encoder: JsonDict) -> str:
+    layer = encoder.get("layer")
+    return f"{encoder.get('tokens')} tokens " + (
+        "after the last layer norm" if layer is None else f"of hidden states {layer}"
+    )

@@ -1,0 +1,85 @@
+"""Image files by path or address: what was typed, to bytes, or to the reason why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_core.errors import LlavaError
+from llava_core.network.fetch import FetchLimits, fetch_all
+from llava_core.row_status import Status
+
+if TYPE_CHECKING:  # what checks flags does without torch
+    from llava_core.vision.preprocess import ImageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Of image files, in any case."""
+
+
+TYPED = FetchLimits(allow_private=True, private_redirects=False, retries=1)
+"""For addresses that the person at the terminal typed: their own network is theirs to ask, but a public
+address may not lead into it."""
+
+
+def strangers(allow_private: bool) -> FetchLimits:
+    """For addresses in a file, which may come from anybody."""
+    return FetchLimits(allow_private=allow_private, retries=1)
+
+
+def is_url(image: str) -> bool:
+    """Else it is a path."""
+    return image.startswith(("http://", "https://"))
+
+
+def read_images(
+    images: Sequence[str], limits: FetchLimits, folder: Path = Path()
+) -> list[bytes | LlavaError]:
+    """The files at URLs or at paths relative to `folder`; in place of one that cannot be had, the reason."""
+    urls = [image for image in images if is_url(image)]
+    fetched = iter(fetch_all(urls, limits) if urls else ())
+    files: list[bytes | LlavaError] = []
+    for image in images:
+        if is_url(image):
+            answer = next(fetched)
+            got = f"{answer.status.label} ({answer.detail})"
+            ok = answer.status is Status.OK
+            closed = answer.status is Status.FORBIDDEN_ADDRESS and not limits.allow_private
+            do = "--allow-private lets it lead to this machine or a private network" if closed else None
+            files.append(answer.body if ok else LlavaError("cannot fetch the image", got=got, do=do))
+            continue
+        try:
+            files.append((folder / Path(image).expanduser()).read_bytes())
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~nobody
+            files.append(_no_file(folder / image))
+    return files
+
+
+def require_image(image: str | None) -> None:
+    """Raise LlavaError for a path at which there is no file; what is at an address shows later."""
+    if image is not None and image != "-" and not is_url(image):
+        try:
+            there = Path(image).expanduser().exists()
+        except (OSError, ValueError, RuntimeError):
+            there = False
+        if not there:
+            raise _no_file(Path(image))
+
+
+def _no_file(path: Path) -> LlavaError:
+    return LlavaError(f"no image file {path}", do="give the path or the http(s) address of an image")
+
+
+def read_image(image: str, limits: FetchLimits = TYPED) -> bytes:
+    """The file at a URL or path. Raises LlavaError if there is none."""
+    (file,) = read_images([image], limits)
+    if isinstance(file, LlavaError):
+        raise file
+    return file
+
+
+def not_an_image(image: str, error: ImageError) -> LlavaError:
+    """What to say of a file that cannot be shown."""
+    return LlavaError(
+        f"cannot read {image} as an image: {error.status.label}", got=error, do="give another image"
+    )

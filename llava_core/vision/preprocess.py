@@ -1,0 +1,291 @@
+"""Image bytes to the pixels an encoder takes: the only module that decodes images.
+
+`extract` and `infer` both call it, so what a projector was trained on is what it is asked about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import time
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from llava_core.row_status import Status
+from llava_core.types import JsonDict
+
+MAX_PIXELS = 50_000_000
+"""Largest width × height that is decoded; read from the header, before any pixel."""
+
+MAX_RESIZED = 16_000_000
+"""Largest width × height of a picture resized by its shorter side."""
+
+MAX_SCANS = 100
+"""Most scans of a JPEG. Each is a pass over all pixels, in as little as 75 bytes; encoders write about 10."""
+
+MAX_SECONDS = 10.0
+"""Most CPU time of the decoding thread, looked at when Pillow reads on; 50 million pixels take up to 6."""
+
+MAX_READS = 500_000
+"""Most reads of one file; one of 20 MB takes some thousand. Run-length BMPs alone take one a run."""
+
+LARGE_READ = 4096
+"""Bytes of a read from which on the time is looked at before each, and not before one of 256."""
+
+MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+}
+"""First bytes of the formats that are read; WebP is told by bytes 0-3 and 8-11."""
+UNREAD = (b"II*\x00", b"MM\x00*", b"8BPS", b"\x00\x00\x01\x00", b"\xff\x0a", b"\x00\x00\x00\x0cJ", b"<svg")
+"""First bytes of images that are not read: TIFF, Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
+
+THUMBNAIL_SIDES = (128, 96, 64, 32)
+"""Longest sides of a thumbnail, tried until its JPEG is small enough."""
+THUMBNAIL_QUALITIES = (80, 65, 50, 35)
+
+FILTERS = {member.name.lower(): member for member in Image.Resampling}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead
+warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd EXIF and palettes; set once, for threads
+
+
+class ImageError(Exception):
+    """These bytes make no image; `status` says why."""
+
+    def __init__(self, status: Status, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    pixels: np.ndarray
+    """uint8 [size, size, 3], RGB."""
+    orig_hw: tuple[int, int]
+    """Height and width of the upright picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How one encoder wants its pixels."""
+
+    size: int
+    """Height and width of the result."""
+    mean: tuple[float, ...]
+    """Of the three channels, on a scale from 0 to 1."""
+    std: tuple[float, ...]
+    filter: str = "bicubic"
+    """One of FILTERS."""
+    crop: str = "squash"
+    """`squash`: the whole picture, whatever its aspect ratio (Chinese-CLIP, SigLIP). `center N`: the shorter
+    side to N pixels, then the middle `size` × `size` (CLIP, DINOv2)."""
+    decode: str = "draft"
+    """`draft`: JPEGs at the smallest DCT scale that keeps twice the wanted size; `exact`: in full."""
+
+    def to_json(self) -> JsonDict:
+        """What a shard records of it, EXIF policy and Pillow's version included."""
+        recorded: dict[str, Any] = dataclasses.asdict(self)
+        recorded.update(mean=list(self.mean), std=list(self.std), exif="apply", pillow=PIL.__version__)
+        return recorded
+
+    def decode_image(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
+        """Decode, resize, turn upright, crop. Transparent pixels turn white; an animation is its first frame.
+
+        Raises ImageError for bytes that are no whole image of a format in MAGIC, or WebP, or that take too
+        much of a machine.
+        """
+        kind = image_format(data)
+        if kind == "PNG":
+            data = _without_metadata(data)
+        elif kind == "JPEG" and (scans := _scans(data)) > MAX_SCANS:
+            raise ImageError(Status.TOO_COSTLY, f"{kind}: {scans:,} scans, at most {MAX_SCANS}")
+        try:
+            with Image.open(_Metered(data, kind), formats=(kind,)) as image:
+                if image.width * image.height > max_pixels:
+                    got = f"{image.width} × {image.height} pixels, at most {max_pixels:,}"
+                    raise ImageError(Status.TOO_MANY_PIXELS, got)
+                return self._prepare(image)
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them trip over
+            truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
+            detail = f"{kind}: {str(error) or type(error).__name__}"
+            raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None
+
+    def thumbnail(self, decoded: Decoded, max_bytes: int) -> bytes:
+        """A JPEG of what the encoder sees, in the aspect ratio it had before it was squashed.
+
+        At most 128 pixels long, never enlarged, smaller or coarser until it takes no more than `max_bytes`.
+        """
+        for side in THUMBNAIL_SIDES:
+            small = self._small(decoded, side)
+            for quality in THUMBNAIL_QUALITIES:
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=quality)
+                if buffer.tell() <= max_bytes:
+                    return buffer.getvalue()
+        raise AssertionError(f"no JPEG of {THUMBNAIL_SIDES[-1]} pixels takes {max_bytes} bytes")
+
+    def preview(self, decoded: Decoded, side: int) -> np.ndarray:
+        """What the encoder sees in the aspect ratio it had, uint8 [h, w, 3], h and w at most `side`."""
+        return np.asarray(self._small(decoded, side))
+
+    def _small(self, decoded: Decoded, side: int) -> Image.Image:
+        """Never enlarged."""
+        height, width = decoded.orig_hw if self.crop == "squash" else (1, 1)
+        scale = min(side, self.size) / max(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return Image.fromarray(decoded.pixels).resize(size, Image.Resampling.BICUBIC)
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, S, S, 3] -> fp32 [B, 3, S, S] on the same device."""
+        mean = torch.tensor(self.mean, device=pixels.device)
+        std = torch.tensor(self.std, device=pixels.device)
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    def _prepare(self, image: Image.Image) -> Decoded:
+        side = self.size if self.crop == "squash" else int(self.crop.split()[1])
+        width, height = image.size
+        box: tuple[float, float, float, float] = (0, 0, width, height)
+        if self.decode == "draft" and (drafted := image.draft("RGB", (2 * side, 2 * side))):
+            box = drafted[1]  # the picture's true edge: the last DCT block may reach beyond it
+        image.load()
+        turn = _orientation(image)
+        scale = side / min(width, height)
+        size = (side, side) if self.crop == "squash" else (round(width * scale), round(height * scale))
+        if size[0] * size[1] > MAX_RESIZED:  # a line of pixels, whose shorter side becomes `side`
+            raise ImageError(
+                Status.TOO_MANY_PIXELS, f"{width} × {height} pixels become {size[0]} × {size[1]}"
+            )
+        resized = _rgb(image).resize(size, FILTERS[self.filter], box=box)
+        # Turning the small picture is as good as turning the large one, and cheap.
+        if turn in _TURNS:
+            resized = resized.transpose(_TURNS[turn])
+        left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
+        cropped = resized.crop((left, top, left + self.size, top + self.size))
+        return Decoded(np.array(cropped), (width, height) if turn >= 5 else (height, width))
+
+
+def image_format(data: bytes) -> str:
+    """Pillow's name of the format, told by the first bytes. Raises ImageError for one that is not read."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    for magic, kind in MAGIC.items():
+        if data.startswith(magic):
+            return kind
+    if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: AVIF and HEIC
+        raise ImageError(
+            Status.UNSUPPORTED_FORMAT, f"expected JPEG, PNG, WebP, GIF or BMP; begins with {data[:12]!r}"
+        )
+    raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
+
+
+class _Metered(io.BytesIO):
+    """An image file that ends its own decoding with ImageError once that has cost too much.
+
+    A decoder cannot be stopped, but between any two pieces of its work it reads on.
+    """
+
+    def __init__(self, data: bytes, kind: str) -> None:
+        super().__init__(data)
+        self.kind, self.until = kind, time.thread_time() + MAX_SECONDS
+        self.reads_left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0 and self.kind != "BMP":
+            raise ImageError(Status.TOO_COSTLY, f"{self.kind}: in over {MAX_READS:,} pieces")
+        small = size is not None and 0 <= size < LARGE_READ
+        if not (small and self.reads_left % 256) and time.thread_time() > self.until:  # a system call
+            raise ImageError(Status.TOO_COSTLY, f"{self.kind}: not decoded within {MAX_SECONDS:g} s")
+        return super().read(size)
+
+
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+"""Of JPEG, those without a length left out; bytes that belong to none are passed over, as libjpeg does."""
+_SOS, _EOI = 0xDA, 0xD9
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG, or more if there are few."""
+    if (most := data.count(b"\xff\xda")) <= MAX_SCANS:  # a thumbnail's own scan counts among them
+        return most
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) and found[1][0] != _EOI:
+        scans += found[1][0] == _SOS
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return scans
+
+
+_SHOWN = {b"tRNS", b"eXIf"}
+"""Ancillary chunks of a PNG that decide what is seen."""
+_TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Texts that may tell its orientation."""
+_MAX_TEXT = 1 << 20
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without the ancillary chunks that decide nothing, or are damaged: only their own text is lost.
+
+    Pillow refuses the whole picture for a long text, and reads further frames before the end.
+    """
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if kind[0] & 0x20 and end <= len(data):  # a lower-case letter: ancillary
+            turning = end - at <= _MAX_TEXT and data.startswith(_TURNING, at + 8)
+            whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+            if not (whole and (kind in _SHOWN or turning)):
+                at = end
+                continue
+        kept.append(data[at:end])
+        at = end
+        if len(kept) > MAX_READS // 4:
+            raise ImageError(Status.TOO_COSTLY, f"PNG: over {MAX_READS // 4:,} chunks")
+        if kind == b"IEND":
+            break
+    else:
+        kept.append(data[at:])
+    return b"".join(kept)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF raises anything; the picture itself is whole
+        return 1
+    return turn if turn in _TURNS else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB on white; 16-bit grey by its upper byte."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
+            "RGB"
+        )
+    return image.convert("RGB")

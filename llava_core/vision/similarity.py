@@ -1,0 +1,50 @@
+"""Chinese-CLIP's two towers together: pictures and texts as vectors whose cosine says how well they match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llava_core.cli.console import counted, say
+from llava_core.errors import LlavaError
+from llava_core.shards.reader import Shard
+from llava_core.vision.chinese_clip import CONTEXT
+from llava_core.vision.tower import VisionTower, open_vision_tower
+
+TOGETHER = 32
+"""Pictures, or texts, encoded at a time."""
+
+
+def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard] = ()) -> VisionTower:
+    """The encoder in `vision` with its text tower, decoding as those of `shards`, if any, were.
+
+    Raises LlavaError if the features of these shards are of another encoder, or of a layer before the last.
+    """
+    if not shards:
+        return open_vision_tower(vision, device, text=True)
+    first, folder = shards[0], shards[0].path.parent
+    if (layer := first.encoder.get("layer")) is not None:
+        raise LlavaError(
+            f"{folder} lacks what the text tower is compared with",
+            expected="tokens after the last layer norm",
+            got=f"those of layer {layer}",
+            do="use the images: leave --features out",
+        )
+    tower = open_vision_tower(vision, device, decode=first.preprocess.get("decode", "draft"), text=True)
+    tower.identity.require_same(
+        first.identity,
+        f"{folder} holds features of another encoder",
+        do="give --vision the encoder that made them",
+    )
+    return tower
+
+
+def embed_texts(tower: VisionTower, texts: Sequence[str]) -> torch.Tensor:
+    """L2-normalised embeddings [texts, P]; says which texts are too long to be read whole."""
+    if cut := [text for text in texts if tower.cuts(text)]:
+        long = f"{counted(len(cut), 'text')}, such as {cut[0][:20]!r}…"
+        say(f"compared are only the first {CONTEXT - 2} tokens of {long}")
+    parts = [tower.encode_text(texts[k : k + TOGETHER]) for k in range(0, len(texts), TOGETHER)]
+    return torch.cat(parts)
