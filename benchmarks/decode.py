@@ -13,8 +13,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from llava_core.vision.preprocess import Preprocess
-from llava_core.vision.tower import CLIP_MEAN, CLIP_STD
+from llava_core.vision.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
 HEIGHT, WIDTH = 1500, 2250
 

@@ -43,9 +43,10 @@ from llava_align.reference_models import write_vision
 from llava_core.cli.console import progress, table
 from llava_core.network.fetch import FetchLimits, fetch_all
 from llava_core.row_status import Status
-from llava_core.shards.reader import ShardHeader
+from llava_core.shards.format import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 
 GRAIN = 10
 """Standard deviation of the pictures' noise, for about 0.9 bits a pixel as JPEG: what SA-1B's photos take."""

@@ -26,7 +26,7 @@ from llava_core.cli.console import say, table
 from llava_core.device import pick_device
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.conversation import INSTRUCTIONS, Conversation
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.language.sampling import Sampling
 
 VISUAL_TOKENS = 197

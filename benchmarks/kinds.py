@@ -23,7 +23,8 @@ from llava_core.cli.console import table
 from llava_core.filesystem import read_json_lines
 from llava_core.language.conversation import QUESTION
 from llava_core.projector.checkpoint import load_checkpoint
-from llava_core.projector.projector import PROJECTORS, VISUAL_TOKENS, parameter_count
+from llava_core.projector.projector import PROJECTORS, parameter_count
+from llava_core.projector.visual_tokens import VISUAL_TOKENS
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from llava_align.demo.world.scene import PLACES, Thing
 from llava_core.cli.console import table
 from llava_core.language.conversation import QUESTION, Turn
 from llava_core.pairing import other_pictures, same_pictures
-from llava_core.projector.projector import grid_side
+from llava_core.projector.visual_tokens import grid_side
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 

@@ -43,15 +43,16 @@ from llava_align.hub.export import run as export
 from llava_align.hub.push import files_to_push
 from llava_core.cli.console import table
 from llava_core.errors import LlavaError
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, load_state, save_checkpoint
 from llava_core.projector.projector import build_projector
 from llava_core.row_status import Status
+from llava_core.shards.format import ShardHeader
 from llava_core.shards.layout import COLUMNS
 from llava_core.shards.quantize import Storage
-from llava_core.shards.reader import Shard, ShardHeader
+from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 
 Outcome = Literal["refused", "repaired", "same", "wrong", "traceback", "hang"]
 ROWS, TOKENS, WIDTH = 24, 5, 12

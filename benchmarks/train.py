@@ -46,7 +46,8 @@ from llava_core.language.conversation import IGNORE, Example
 from llava_core.language.model import LanguageModel
 from llava_core.row_status import Status
 from llava_core.shards.writer import RowRecord, ShardWriter
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 from train.config import Compile, RunConfig
 from train.data.prefetch import prefetch
 from train.data.samples import Samples

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from llava_core.cli.command import Options
+from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file_place, require_folder
 from llava_core.input_folders import require_vision_encoder, shard_paths

@@ -16,8 +16,9 @@ from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import fsync
 from llava_core.shards.folder import open_shards
+from llava_core.shards.format import read_by_hdf5
 from llava_core.shards.quantize import FEATURE_TYPE
-from llava_core.shards.reader import Shard, read_by_hdf5
+from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 
 BATCH, THREADS = 16, 2
@@ -50,7 +51,7 @@ def read_rates(folder: Path, count: int) -> JsonDict:
     )
     rates: dict[str, float | None] = {}
     with contextlib.ExitStack() as stack, progress(2 * (1 + REPEATS) * len(rows), "rows") as bar:
-        files = {s: stack.enter_context(read_by_hdf5(shards[s])) for s in sorted({s for s, _ in rows})}
+        files = {s: stack.enter_context(read_by_hdf5(shards[s].path)) for s in sorted({s for s, _ in rows})}
 
         def by_hdf5(s: int, row: int, out: np.ndarray) -> None:
             out[:] = files[s](row)

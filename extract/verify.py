@@ -20,7 +20,8 @@ from llava_core.network.fetch import FetchLimits
 from llava_core.shards.folder import find_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 
 TOLERANCE = {"float16": 0.02, "int8": 0.04}
 """Largest relative distance of features encoded again: bf16 on another device stays below the first. int8

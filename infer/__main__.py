@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, ScoreConfig, ServeConfig
-from llava_core.cli import command as cli
+from llava_core.cli import command
+from llava_core.cli.options import Command
 
 COMMANDS = {
-    "ask": cli.Command(AskConfig, "infer.ask:run"),
-    "chat": cli.Command(ChatConfig, "infer.chat.command:run"),
-    "batch": cli.Command(BatchConfig, "infer.batch.command:run", continues=True),
-    "serve": cli.Command(ServeConfig, "infer.serve.server:run"),
-    "score": cli.Command(ScoreConfig, "infer.score.command:run"),
-    "lens": cli.Command(LensConfig, "infer.lens.command:run"),
+    "ask": Command(AskConfig, "infer.ask:run"),
+    "chat": Command(ChatConfig, "infer.chat.command:run"),
+    "batch": Command(BatchConfig, "infer.batch.command:run", continues=True),
+    "serve": Command(ServeConfig, "infer.serve.server:run"),
+    "score": Command(ScoreConfig, "infer.score.command:run"),
+    "lens": Command(LensConfig, "infer.lens.command:run"),
 }
 
 
 def main() -> None:
-    cli.main("llava-infer", "Ask a trained projector about live images.", COMMANDS)
+    command.main("llava-infer", "Ask a trained projector about live images.", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.language.conversation import Conversation
 from llava_core.language.generate import generate
-from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.load import load_language_model
+from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.shards.reader import Shard

@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from infer.serve.listen import listening
-from llava_core.cli.command import Options
+from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_file_place
 from llava_core.input_folders import (

@@ -1,4 +1,4 @@
-"""`python -m llava_align` and `llava`: what belongs to no single phase."""
+"""`python -m llava_align` and `llava`: tools around the three phases."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from llava_align.config import (
     PushConfig,
     TraceConfig,
 )
-from llava_core.cli import command as cli
+from llava_core.cli import command
+from llava_core.cli.options import Command
 
 COMMANDS = {
-    "demo": cli.Command(DemoConfig, "llava_align.demo.command:run"),
-    "trace": cli.Command(TraceConfig, "llava_align.demo.trace:run"),
-    "examples": cli.Command(ExamplesConfig, "extract.examples:run"),
-    "match": cli.Command(MatchConfig, "llava_align.match.command:run"),
-    "chat-llm": cli.Command(ChatLlmConfig, "infer.chat.chat_llm:run"),
-    "import": cli.Command(ImportConfig, "llava_align.hub.import_projector:run"),
-    "push": cli.Command(PushConfig, "llava_align.hub.push:run", continues=True),
-    "export": cli.Command(ExportConfig, "llava_align.hub.export:run"),
-    "doctor": cli.Command(DoctorConfig, "llava_align.doctor.command:run"),
-    "download": cli.Command(DownloadConfig, "llava_align.hub.download:run", continues=True),
+    "demo": Command(DemoConfig, "llava_align.demo.command:run"),
+    "trace": Command(TraceConfig, "llava_align.demo.trace:run"),
+    "examples": Command(ExamplesConfig, "extract.examples:run"),
+    "match": Command(MatchConfig, "llava_align.match.command:run"),
+    "chat-llm": Command(ChatLlmConfig, "infer.chat.chat_llm:run"),
+    "import": Command(ImportConfig, "llava_align.hub.import_projector:run"),
+    "push": Command(PushConfig, "llava_align.hub.push:run", continues=True),
+    "export": Command(ExportConfig, "llava_align.hub.export:run"),
+    "doctor": Command(DoctorConfig, "llava_align.doctor.command:run"),
+    "download": Command(DownloadConfig, "llava_align.hub.download:run", continues=True),
 }
 
 
 def main() -> None:
-    cli.main("llava", "What belongs to no single phase: see extract, train and infer for those.", COMMANDS)
+    command.main("llava", "Tools around the three phases: demo, download, doctor, …", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from llava_core.cli.command import Options
+from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_folder
 from llava_core.input_folders import (

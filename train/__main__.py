@@ -6,16 +6,17 @@ import os
 import signal
 import time
 
-from llava_core.cli import command as cli
+from llava_core.cli import command
 from llava_core.cli.console import silence
+from llava_core.cli.options import Command
 from train.config import EvalConfig, PlanConfig, RunConfig, SweepConfig
 from train.recipes import RECIPES
 
 COMMANDS = {
-    "run": cli.Command(RunConfig, "train.run:run", RECIPES, continues=True),
-    "sweep": cli.Command(SweepConfig, "train.sweep.command:run", RECIPES, continues=True),
-    "plan": cli.Command(PlanConfig, "train.plan:run", RECIPES),
-    "eval": cli.Command(EvalConfig, "train.evaluate:run"),
+    "run": Command(RunConfig, "train.run:run", RECIPES, continues=True),
+    "sweep": Command(SweepConfig, "train.sweep.command:run", RECIPES, continues=True),
+    "plan": Command(PlanConfig, "train.plan:run", RECIPES),
+    "eval": Command(EvalConfig, "train.evaluate:run"),
 }
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which its processes find each other."""
@@ -27,7 +28,7 @@ def main() -> None:
     if spoken_for:
         silence()
     try:
-        cli.main("llava-train", "Train projectors on cached features.", COMMANDS)
+        command.main("llava-train", "Train projectors on cached features.", COMMANDS)
     except SystemExit as leaving:
         if spoken_for and leaving.code in (1, 2):
             for signum in (signal.SIGTERM, signal.SIGHUP):

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from llava_core.cli.command import Options
+from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_folder
 from llava_core.input_folders import require_checkpoint, require_language_model, shard_paths

@@ -12,7 +12,8 @@ import torch
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
 from llava_core.language.conversation import Conversation
-from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.load import load_language_model
+from llava_core.language.model import LanguageModel
 from llava_core.pairing import other_pictures
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector

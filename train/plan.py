@@ -11,7 +11,7 @@ from llava_core.cli.console import human_bytes, human_seconds, show, table
 from llava_core.device import default_dtype, matmul_rate, pick_device
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Conversation
-from llava_core.language.model import outline_language_model
+from llava_core.language.load import outline_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.projector import Projector, build_projector, parameter_count
 from llava_core.row_status import Status

@@ -17,8 +17,10 @@ from llava_align.config import MODELS
 from llava_align.reference_models import write_features, write_language_model, write_vision
 from llava_core.device import pick_device
 from llava_core.language.conversation import Conversation
-from llava_core.language.model import LanguageModel, load_language_model
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.language.load import load_language_model
+from llava_core.language.model import LanguageModel
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 from train.config import Compile, RunConfig
 from train.data.samples import Batch, Samples
 from train.distributed import World

@@ -15,7 +15,8 @@ from benchmarks.gpu.rows import Clock, Row, in_turns, median_of, row, seconds_of
 from llava_align.reference_models import VIT_B_16
 from llava_align.subprocess_command import run_command
 from llava_core.launcher import cpu_cores
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 
 BATCH = {"reference": 256, "small": 4}
 

@@ -19,7 +19,7 @@ from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Turn
 from llava_core.language.sampling import sampling_of
-from llava_core.projector.projector import grid_side
+from llava_core.projector.visual_tokens import grid_side
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_image
 from llava_core.vision.preprocess import ImageError

@@ -17,14 +17,16 @@ from llava_core.cli.console import say, show, table
 from llava_core.device import pick_device
 from llava_core.language.conversation import IGNORE, Conversation, Example, Turn
 from llava_core.language.detokenize import HALF
-from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.load import load_language_model
+from llava_core.language.model import LanguageModel
 from llava_core.language.target_logits import answer_logits
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector, build_projector, match_scale, parameter_count
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_image
+from llava_core.vision.open import open_vision_tower
 from llava_core.vision.preprocess import ImageError, image_format
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.tower import VisionTower
 from llava_core.vision.trained_tower import open_trained_tower
 
 

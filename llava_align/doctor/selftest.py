@@ -18,7 +18,7 @@ from llava_align.subprocess_command import run_command
 from llava_core.device import default_dtype, matmul_rate, pick_device
 from llava_core.filesystem import flush, read_json_lines
 from llava_core.types import JsonDict
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 
 ROW_BYTES = 2 * TOKENS * WIDTH
 """Features of an image of the reference encoder."""

@@ -23,7 +23,8 @@ from llava_align.config import ExportConfig
 from llava_core.cli.console import human_bytes, say, show
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing, sha256_files
-from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.load import load_language_model
+from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.model_card import model_card

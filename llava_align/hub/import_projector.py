@@ -20,11 +20,14 @@ from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import sha256_files
 from llava_core.input_folders import config_of, weight_files
-from llava_core.language.model import LanguageModel, outline_language_model
+from llava_core.language.load import outline_language_model
+from llava_core.language.model import LanguageModel
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
-from llava_core.projector.projector import VISUAL_TOKENS, Projector, build_projector, parameter_count
+from llava_core.projector.projector import Projector, build_projector, parameter_count
+from llava_core.projector.visual_tokens import VISUAL_TOKENS
 from llava_core.types import JsonDict
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 
 Tensors = dict[str, torch.Tensor]
 

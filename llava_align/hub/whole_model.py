@@ -9,7 +9,8 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.identity import LanguageModelIdentity
-from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.load import load_language_model
+from llava_core.language.model import LanguageModel
 from llava_core.vision.tower import VisionTower
 
 COMPUTED = ("inv_freq", "position_ids", "masked_bias")

@@ -25,10 +25,11 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock, flush, fsync, write_all
 from llava_core.row_status import Failure, Status
 from llava_core.shards import user_block
+from llava_core.shards.format import ShardHeader, create_file, read_layout
 from llava_core.shards.journal import Journal, record_type, write_file
 from llava_core.shards.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.shards.quantize import FEATURE_TYPE, Storage, checksum, pack
-from llava_core.shards.reader import Shard, ShardHeader, create_file, read_layout
+from llava_core.shards.reader import Shard
 
 
 @dataclasses.dataclass

@@ -21,6 +21,8 @@ from PIL import Image
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 50_000_000
 """Largest width × height that is decoded; read from the header, before any pixel."""
 

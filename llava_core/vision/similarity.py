@@ -11,7 +11,8 @@ from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
 from llava_core.vision.chinese_clip import CONTEXT
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 
 TOGETHER = 32
 """Pictures, or texts, encoded at a time."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from llava_core.projector.checkpoint import Provenance
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 
 
 def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:

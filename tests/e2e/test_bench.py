@@ -13,8 +13,9 @@ import pytest
 from extract.bench import run as bench
 from extract.config import BenchConfig
 from llava_core.errors import LlavaError
+from llava_core.shards.format import read_by_hdf5
 from llava_core.shards.quantize import STORAGES, Storage
-from llava_core.shards.reader import Shard, read_by_hdf5
+from llava_core.shards.reader import Shard
 from tests.support.commands import run, started, wait_until
 from tests.support.local_data import write_pictures
 from tests.support.pictures import asked, good, write_parquet
@@ -143,7 +144,7 @@ def test_a_cache_is_read_as_training_reads_it(storage: Storage, tmp_path: Path) 
         assert rate["bytes_per_s"] == pytest.approx(rate["samples_per_s"] * row_bytes)
     assert "as training, warm" in ended.out
     shard = Shard(tmp_path / "features/a.h5")
-    with read_by_hdf5(shard) as read:
+    with read_by_hdf5(shard.path) as read:
         assert read(5).tobytes() == shard.read(5).tobytes()
         np.testing.assert_allclose(read(5), features_of(5), atol=0.02 * (storage == "int8"))
 

@@ -29,11 +29,11 @@ from llava_align.config import MODELS, ExportConfig
 from llava_align.hub.export import run as export_run
 from llava_align.hub.export import write_settings
 from llava_core.errors import LlavaError
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.language.sampling import Sampling
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, save_checkpoint
 from llava_core.projector.projector import build_projector, match_scale
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.commands import run
 from tests.support.exported import QUESTIONS
 from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model

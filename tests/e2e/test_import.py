@@ -16,9 +16,9 @@ from infer.config import AskConfig
 from llava_align.config import ImportConfig
 from llava_align.hub.import_projector import run as import_run
 from llava_core.errors import LlavaError
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import load_checkpoint, load_state
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import World, write_world
 from tests.support.commands import run
 from tests.support.local_data import write_parquet, write_pictures

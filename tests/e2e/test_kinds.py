@@ -19,7 +19,8 @@ from infer.config import AskConfig
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
 from llava_core.projector.checkpoint import load_checkpoint
-from llava_core.projector.projector import PROJECTORS, VISUAL_TOKENS
+from llava_core.projector.projector import PROJECTORS
+from llava_core.projector.visual_tokens import VISUAL_TOKENS
 from tests.support.commands import call, started, wait_until
 from tests.support.language_models import write_language_model
 from tests.support.local_data import write_parquet, write_pictures

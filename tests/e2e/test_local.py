@@ -20,11 +20,11 @@ from extract.run import run as extract_run
 from extract.verify import run as verify
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import INSTRUCTIONS, Conversation
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.commands import call, run
 from tests.support.language_models import write_language_model
 from tests.support.local_data import llava, write_json, write_parquet, write_pictures

@@ -15,9 +15,11 @@ from extract.open_shard import Filling
 from extract.pipeline import Pipeline
 from llava_core.cli.console import progress
 from llava_core.row_status import Status
-from llava_core.shards.reader import Shard, ShardHeader
+from llava_core.shards.format import ShardHeader
+from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
-from llava_core.vision.tower import VisionTower, open_vision_tower
+from llava_core.vision.open import open_vision_tower
+from llava_core.vision.tower import VisionTower
 from tests.support.pictures import good, picture
 from tests.support.servers import serving
 

@@ -19,7 +19,7 @@ from infer.score import command as score
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import World, write_world
 from tests.support.commands import ENVIRONMENT, call, run
 from tests.support.features import models, write_features

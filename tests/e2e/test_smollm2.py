@@ -15,7 +15,7 @@ from llava_align.demo.world import english
 from llava_align.demo.world.dataset import draw
 from llava_core.filesystem import read_json_lines
 from llava_core.language.conversation import IGNORE, Conversation, Turn
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from tests.support.commands import run
 from tests.support.paths import WORLD_MODELS
 from tests.unit.train.test_packed_model import RIGHT, WRONG, kernel, offer

@@ -13,7 +13,7 @@ from llava_align.config import TraceConfig
 from llava_align.demo import trace
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import pick_instruction
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.shards.reader import Shard
 from tests.support.aligned import write_world
 from tests.support.commands import call, run

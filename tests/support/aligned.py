@@ -11,10 +11,10 @@ from PIL import Image
 
 from infer.aligned_model import Engine, open_engine
 from infer.config import AskConfig
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
 from llava_core.projector.projector import build_projector, match_scale
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.language_models import write_language_model
 from tests.support.vision_encoders import write_vision_folder
 

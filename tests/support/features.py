@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.row_status import Status
-from llava_core.shards.reader import ShardHeader
+from llava_core.shards.format import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import World
 
 CAPTIONS = ["红色的圆", "蓝色的圆", "红的", "a 圆 b", ""]

@@ -15,7 +15,7 @@ from aiohttp import web
 from PIL import Image
 
 from llava_core.shards.reader import Shard
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 
 asked: collections.Counter[str] = collections.Counter()
 

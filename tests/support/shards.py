@@ -13,9 +13,9 @@ import numpy as np
 
 from llava_core.row_status import Status
 from llava_core.shards import user_block
+from llava_core.shards.format import ShardHeader
 from llava_core.shards.layout import COLUMNS
 from llava_core.shards.quantize import Storage, checksum
-from llava_core.shards.reader import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.types import JsonDict
 

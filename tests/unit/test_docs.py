@@ -16,10 +16,11 @@ import pytest
 from extract.config import Encoding
 from llava_align.config import TraceConfig
 from llava_align.demo import trace
-from llava_core.cli import command as cli
+from llava_core.cli.command import OUT_OF_MEMORY
+from llava_core.cli.options import Command
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Conversation, Turn
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
@@ -206,7 +207,7 @@ def test_commands_have_these_flags(path: Path) -> None:
         assert not unknown, line
 
 
-def known_flags(command: cli.Command) -> set[str]:
+def known_flags(command: Command) -> set[str]:
     names = [name.replace("_", "-") for name in command.config.__dataclass_fields__]
     return {f"--{prefix}{name}" for name in names for prefix in ("", "no-")} | {"--recipe", "--help"}
 
@@ -245,4 +246,4 @@ def test_sizes_are_those_of_the_reference() -> None:
     assert f"{197 * 768 + 2 * 768:,} bytes" in page("cache.md")
     assert f"{768 * 1024 + 1024:,} weights" in page("one-sample.md")
     assert f"over --max-failed {Encoding.max_failed:g}" in page("troubleshooting.md")
-    assert cli.OUT_OF_MEMORY in page("troubleshooting.md")
+    assert OUT_OF_MEMORY in page("troubleshooting.md")

@@ -87,7 +87,7 @@ def test_train_never_reaches_the_vision_tower_pillow_or_aiohttp() -> None:
 
 
 def test_one_module_owns_h5py() -> None:
-    assert importers("h5py") == {"llava_core/shards/reader.py"}
+    assert importers("h5py") == {"llava_core/shards/format.py"}
 
 
 def test_one_module_owns_the_http_client() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from llava_core.cli.command import read_settings
+from llava_core.cli.settings import read_settings
 from llava_core.errors import LlavaError, nearest
 from train.config import RunConfig
 from train.run_folder import FREE_KEYS

@@ -6,7 +6,7 @@ import torch
 
 from infer.chat.dialogue import Talk
 from llava_core.language.conversation import Conversation
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.language.sampling import Sampling
 from tests.support.language_models import LLAMA_TEMPLATE
 from tests.support.paths import WORLD_MODELS

@@ -12,7 +12,7 @@ from infer.aligned_model import Speaker
 from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Turn
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 

@@ -27,11 +27,11 @@ from llava_align.demo.world.dataset import write_split
 from llava_align.demo.world.render import SIDE, render
 from llava_align.demo.world.scene import PLACES, Scene, Thing, near_scene, random_scene
 from llava_align.demo.world.server import TROUBLES, serve
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.network.fetch import FetchLimits, fetch_all
 from llava_core.row_status import Status
 from llava_core.vision.chinese_clip import CONTEXT
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.paths import WORLD_MODELS
 
 

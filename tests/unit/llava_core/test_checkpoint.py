@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
-from llava_core.projector.projector import PROJECTORS, VISUAL_TOKENS, build_projector
+from llava_core.projector.projector import PROJECTORS, build_projector
+from llava_core.projector.visual_tokens import VISUAL_TOKENS
 from llava_core.sha256sums import SUMS, read_sums
 
 ENCODER = {"model_id": "clip", "weights_sha256": "a" * 64, "layer": None, "tokens": 5, "width": 6}

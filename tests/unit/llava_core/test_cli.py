@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from llava_core.cli import command as cli
-from llava_core.cli.command import Command, Options
+from llava_core.cli.options import Command, Options
 from llava_core.errors import LlavaError, first_line, reason
 from tests.support.commands import run
 from tests.support.paths import ROOT
@@ -111,7 +111,8 @@ def test_endings(ending: str, code: int, line: str, capsys: pytest.CaptureFixtur
 def test_nohup_is_nohup(tmp_path: Path) -> None:
     """Who has SIGHUP ignored from the start, goes on."""
     code = (
-        "import signal; from llava_core.cli.command import Command, Options, main, stop_signals\n"
+        "import signal; from llava_core.cli.command import main, stop_signals\n"
+        "from llava_core.cli.options import Command, Options\n"
         "def target(options):\n"
         "    signal.raise_signal(signal.SIGHUP)\n"
         "    return {'signals': [s.name for s in stop_signals()]}\n"
@@ -124,7 +125,8 @@ def test_nohup_is_nohup(tmp_path: Path) -> None:
 
 TALKER = """
 import fcntl, sys, termios, time
-from llava_core.cli.command import Command, Options, main
+from llava_core.cli.command import main
+from llava_core.cli.options import Command, Options
 from llava_core.cli.console import say, show
 
 def target(options):

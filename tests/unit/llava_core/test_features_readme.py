@@ -14,8 +14,9 @@ import pytest
 import xxhash
 
 from llava_core.row_status import Status
+from llava_core.shards.format import TEXTS
 from llava_core.shards.layout import COLUMNS
-from llava_core.shards.reader import TEXTS, Shard
+from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
 from tests.support.paths import ROOT
 from tests.support.shards import CAPTIONS, header, outcome, write_shard

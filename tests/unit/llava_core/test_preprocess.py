@@ -306,7 +306,7 @@ def test_what_is_recorded() -> None:
 def test_one_module_holds_the_constants() -> None:
     holders = [p for name in ("llava_core", "extract", "train", "infer") for p in (ROOT / name).rglob("*.py")
                if "0.48145466" in p.read_text(encoding="utf-8")]  # fmt: skip
-    assert [p.name for p in holders] == ["vision.py"]
+    assert [p.name for p in holders] == ["preprocess.py"]
 
 
 def test_a_line_of_pixels_does_not_grow_without_end() -> None:

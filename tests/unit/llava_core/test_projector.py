@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.projector.projector import (
-    PROJECTORS,
-    VISUAL_TOKENS,
-    build_projector,
-    grid_side,
-    match_scale,
-    parameter_count,
-)
+from llava_core.projector.projector import PROJECTORS, build_projector, match_scale, parameter_count
+from llava_core.projector.visual_tokens import VISUAL_TOKENS, grid_side
 
 EVERY = list(itertools.product(PROJECTORS, VISUAL_TOKENS))
 

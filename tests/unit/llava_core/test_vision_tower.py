@@ -22,7 +22,7 @@ from transformers import (
 
 from llava_core.errors import LlavaError
 from llava_core.vision.chinese_clip import CONTEXT
-from llava_core.vision.tower import open_vision_tower
+from llava_core.vision.open import open_vision_tower
 from tests.support.vision_encoders import (
     TEXT,
     VISION,

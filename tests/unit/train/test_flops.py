@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_core.device import matmul_rate
-from llava_core.language.model import LanguageModel, load_language_model, outline_language_model
+from llava_core.language.load import load_language_model, outline_language_model
+from llava_core.language.model import LanguageModel
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss

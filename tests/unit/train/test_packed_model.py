@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from llava_core.errors import LlavaError
-from llava_core.language.model import LanguageModel, load_language_model
+from llava_core.language.load import load_language_model
+from llava_core.language.model import LanguageModel
 from tests.support.language_models import write_language_model
 from tests.support.paths import WORLD_MODELS
 from train.model.packed_attention import KERNELS, Attend, Kernel, on_a_cpu, one_by_one

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_core.cli.console import human_seconds
-from llava_core.language.model import load_language_model
+from llava_core.language.load import load_language_model
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import WIDTH, a_batch

@@ -1,0 +1,45 @@
+"""Flags that every command has."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llava_core.errors import LlavaError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Flags that every command has."""
+
+    json: bool = False
+    """Make the last line of standard output one JSON object with the figures of the summary."""
+
+    def require_inputs(self) -> None:
+        """Raise LlavaError for files and folders that are seen to be wrong without reading them.
+
+        Called before what runs is imported: torch takes seconds.
+        """
+
+    def require_above_zero(self, *names: str) -> None:
+        """Raise LlavaError (wrong usage) unless these flags are finite numbers above 0, or None."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise LlavaError(
+                    f"--{name.replace('_', '-')}", expected="a number above 0", got=value, exit_code=2
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand: its flags and, as "module:function", what it runs."""
+
+    config: type[Options]
+    target: str
+    recipes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Values of several flags by the name that `--recipe` gives them."""
+    continues: bool = False
+    """Whether the same command goes on where an interrupted one stopped."""

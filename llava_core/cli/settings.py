@@ -1,0 +1,146 @@
+"""`-c run.yaml` and `--recipe NAME`: their values as flags, of which those typed win."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_core.cli.options import Command, Options
+from llava_core.errors import LlavaError, first_line, nearest
+
+
+def with_settings(command: Command, argv: list[str]) -> list[str]:
+    """Replace `-c FILE` and `--recipe NAME` by their flags: those typed win, then those of the file."""
+    config = command.config
+    known = [*(field.name for field in dataclasses.fields(config)), *(["recipe"] if command.recipes else [])]
+    _require_once(config, argv)
+    argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), known))
+    if not command.recipes:
+        return argv
+    return _expanded(
+        argv, config, "--recipe", next(iter(command.recipes)), lambda name: _recipe(command, name)
+    )
+
+
+def _require_once(config: type[Options], argv: list[str]) -> None:
+    """Of a list that is typed twice, the first would be forgotten; of one value the last wins, as usual."""
+    names = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
+    for field in dataclasses.fields(config):
+        name = f"--{field.name.replace('_', '-')}"
+        if names.count(name) > 1 and str(field.type).startswith("tuple"):
+            raise LlavaError(f"{name} is given twice", do="give it once, with all its values", exit_code=2)
+
+
+def _repeats(field: dataclasses.Field[Any]) -> bool:
+    """Whether a flag may be given again and again."""
+    return "UseAppendAction" in str(field.type)
+
+
+def _recipe(command: Command, name: str) -> Mapping[str, Any]:
+    if name not in command.recipes:
+        expected = " or ".join(command.recipes)
+        raise LlavaError(f"unknown --recipe {name!r}", expected=expected, exit_code=2)
+    return command.recipes[name]
+
+
+def _expanded(
+    argv: list[str],
+    config: type[Options],
+    option: str,
+    example: str,
+    settings: Callable[[str], Mapping[str, Any]],
+) -> list[str]:
+    """Put the flags in `settings` of its value in the place of `option`, less those in `argv`."""
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{option}=") else [arg])]
+    if option not in argv:
+        return argv
+    at = argv.index(option)
+    if at + 1 == len(argv):
+        raise LlavaError(f"{option} needs a value", do=f"write {option} {example}", exit_code=2)
+    named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
+    typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(config)
+    flags: list[str] = []
+    for key, value in settings(named).items():
+        flag = "--" + key.replace("_", "-")
+        if value is None or flag in typed or flag.replace("--", "--no-", 1) in typed:
+            continue
+        field = fields.get(key.replace("-", "_"))
+        if field is not None and field.type == "bool":
+            flags.append(_switch(flag, value))
+            continue
+        on = SWITCH.get(str(value).lower())
+        if on is not None and field is not None and "on" in typing.get_args(hints[field.name]):
+            value = "on" if on else "off"  # YAML's other words for it
+        if isinstance(value, list) and (field is None or "tuple" not in str(field.type)):
+            expected, got = "one value", f"a list of {len(value)}"
+            raise LlavaError(f"{key} in {named}", expected=expected, got=got, exit_code=2)
+        again = field is not None and _repeats(field)
+        for each in value if again and isinstance(value, list) else [value]:
+            # A text such as --x is a value only behind an equals sign.
+            flags += [flag, *map(str, each)] if isinstance(each, list) else [f"{flag}={each}"]
+    return flags + rest
+
+
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""What YAML 1.1 calls booleans."""
+
+
+def _switch(flag: str, value: object) -> str:
+    on = SWITCH.get(str(value).lower())
+    if on is None:
+        raise LlavaError(flag, expected="true or false", got=value, exit_code=2)
+    return flag if on else flag.replace("--", "--no-", 1)
+
+
+SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp", "value")}
+"""YAML's tags of what is one word, on the command line, too."""
+
+
+def read_settings(path: Path, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, its keys as Python's names: words, or lists of words, as they are written
+    (so that 010 stays ten); None for a key without a value.
+
+    Raises LlavaError (exit code 2) for a missing file, one that is no mapping, a value of another kind, or a
+    key that is there twice or none of `known`.
+    """
+    try:
+        top = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        at = getattr(error, "problem_mark", None)
+        got = f"{getattr(error, 'problem', None)} in line {at.line + 1}" if at else first_line(error)
+        raise LlavaError(f"cannot read settings from {path}", got=got, exit_code=2) from None
+    if not isinstance(top, yaml.MappingNode):
+        got = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a word"}.get(type(top), "nothing")
+        raise LlavaError(f"{path} holds no settings", expected="key: value lines", got=got, exit_code=2)
+    settings: dict[str, Any] = {}
+    for key, value in top.value:
+        where = f"in line {key.start_mark.line + 1} of {path}"
+        name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else None
+        if name is None:
+            raise LlavaError(f"no key {where}", expected="key: value", exit_code=2)
+        if known is not None and name not in known:
+            raise LlavaError(f"unknown key {key.value!r} in {path}", do=nearest(name, known), exit_code=2)
+        if name in settings:
+            raise LlavaError(f"{path} has the key {name!r} twice", do="keep one", exit_code=2)
+        if value.tag == "tag:yaml.org,2002:seq":
+            settings[name] = [_word(each, where) for each in value.value]
+        else:
+            settings[name] = None if value.tag == "tag:yaml.org,2002:null" else _word(value, where)
+    return settings
+
+
+def _word(node: yaml.Node, where: str) -> str:
+    """A YAML scalar as it is written. Raises LlavaError (wrong usage) for anything else."""
+    text = str(node.value)
+    if node.tag in SCALARS and "\0" not in text and text == text.encode(errors="replace").decode():
+        return text
+    got = ascii(text) if node.tag in SCALARS else node.tag.replace("tag:yaml.org,2002:", "!!")
+    expected = "a number, a text, or a list of them"
+    raise LlavaError(f"a value {where}", expected=expected, got=got, exit_code=2)

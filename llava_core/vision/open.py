@@ -1,0 +1,37 @@
+"""Opening a vision encoder: the layout of its folder says by which loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llava_core.device import default_dtype
+from llava_core.input_folders import MODELSCOPE_FILES, require_vision_encoder
+from llava_core.vision.hugging_face import open_hugging_face
+from llava_core.vision.modelscope import open_modelscope
+from llava_core.vision.tower import VisionTower
+
+
+def open_vision_tower(
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    layer: int | None = None,
+    decode: str = "draft",
+    text: bool = False,
+) -> VisionTower:
+    """Load the encoder in `folder`, frozen, bf16 on a GPU unless `dtype` says otherwise.
+
+    `layer` takes that entry of transformers' `hidden_states` (0 the input of the first block, -1 the output
+    of the last, -2 LLaVA's choice) instead of all tokens after the final layer norm. With `text`,
+    Chinese-CLIP's text tower is loaded as well.
+
+    Raises LlavaError if a file is missing or damaged, or the encoder is of no kind known here.
+    """
+    device = torch.device(device)
+    dtype = dtype or default_dtype(device)
+    require_vision_encoder(folder)
+    if (folder / MODELSCOPE_FILES[0]).exists():
+        return open_modelscope(folder, device, dtype, layer, decode, text)
+    return open_hugging_face(folder, device, dtype, layer, decode)
