@@ -23,8 +23,8 @@ from llava_core.cli.console import table
 from llava_core.filesystem import read_json_lines
 from llava_core.language.conversation import QUESTION
 from llava_core.projector.checkpoint import load_checkpoint
-from llava_core.projector.projector import PROJECTORS, parameter_count
-from llava_core.projector.visual_tokens import VISUAL_TOKENS
+from llava_core.projector.projector import parameter_count
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     (given.out / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
     rows = [
         measure(given.demo, given.out, kind, visual_tokens, given.steps, scenes)
-        for visual_tokens, kind in itertools.product(VISUAL_TOKENS, PROJECTORS)
+        for visual_tokens, kind in itertools.product(VISUAL_TOKENS.builtins, PROJECTORS.builtins)
     ]
     header = ("kind", "parameters", "samples/s", "CPU s", "data wait", "loss", "gap",
               "shape", "colour", "place", "all")  # fmt: skip

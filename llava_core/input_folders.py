@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from llava_core.errors import LlavaError
+from llava_core.registry import VISION_ENCODERS
 from llava_core.types import JsonDict
 
 MODELSCOPE_FILES = (
@@ -45,12 +47,20 @@ def contents(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
 
 
+def registered_layout(folder: Path) -> Any:
+    """The registered `vision.open.EncoderLayout` that recognises the folder; None if none does."""
+    layouts = (VISION_ENCODERS.get(name).target for name in VISION_ENCODERS.names())
+    return next((layout for layout in layouts if layout.recognises(folder)), None)
+
+
 def require_vision_encoder(folder: Path) -> None:
     """Raise LlavaError unless the folder has the files of a vision encoder."""
     if not folder.is_dir():
         raise LlavaError(
             f"no vision folder {folder}", do="give --vision a folder; README.md shows how to download one"
         )
+    if registered_layout(folder):
+        return
     first = MODELSCOPE_FILES[0]
     if not (folder / first).exists() and not (folder / "config.json").exists():
         raise LlavaError(

@@ -11,6 +11,7 @@ from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_folder
 from llava_core.input_folders import require_checkpoint, require_language_model, shard_paths
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
 
@@ -36,11 +37,12 @@ class RunConfig(Options):
     eval_features: Path | None = None
     """Folder of held-out shards; without it nothing is evaluated and there is no `best`."""
 
-    projector: Literal["linear", "mlp"] = "linear"
-    """Kind of projector; mlp is linear, GELU, linear."""
-    visual_tokens: Literal["all", "patches", "pool", "shuffle"] = "all"
-    """Which visual tokens it is given: all, the patches without CLS, the mean of each 2x2 patches, or those
-    four side by side in one token; of 197 these leave 197, 196, 49 and 49."""
+    projector: str = "linear"
+    """Kind of projector: linear; mlp, which is linear, GELU, linear; a registered name; or a class of your
+    own as package.module:Class."""
+    visual_tokens: str = "all"
+    """Which visual tokens it is given: all, patches (no CLS), pool (the mean of each 2x2 patches) or shuffle
+    (those four side by side in one token), of 197 tokens 197, 196, 49 and 49; or package.module:Class."""
     start: Literal["scale", "torch", "captions"] = "scale"
     """The projector before the first step: random at the scale of the model's embeddings, torch's default, or
     solved so that each visual token says what captions say beside such features."""
@@ -102,6 +104,8 @@ class RunConfig(Options):
             *("lr", "batch_size", "epochs", "max_steps", "max_samples", "max_text_tokens", "micro_tokens"),
             *("eval_every", "eval_samples", "save_every", "keep", "log_every"),
         )
+        PROJECTORS.require(self.projector)
+        VISUAL_TOKENS.require(self.visual_tokens)
         if self.lr > MOST_LR:
             raise LlavaError("--lr", expected=f"up to {MOST_LR}", got=self.lr, exit_code=2)
         if self.eval_captions < 0:

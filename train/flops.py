@@ -33,12 +33,12 @@ class Work:
         config = model.config
         layers = [module for module in model.base_model.modules() if not isinstance(module, nn.Embedding)]
         matrices = [p.numel() for m in layers for p in m.parameters(recurse=False) if p.ndim == 2]
-        linear = [m.weight.numel() for m in projector.modules() if isinstance(m, nn.Linear)]
+        linear = [weight.numel() for weight in projector.parameters() if weight.dim() > 1]
         return Work(
             blocks=sum(matrices),
             attention=config.num_hidden_layers * config.num_attention_heads * head_width(config),
             head=model.get_output_embeddings().weight.numel(),
-            projector=6 * sum(linear) - 2 * linear[0],  # the features take no gradient
+            projector=6 * sum(linear) - 2 * sum(linear[:1]),  # the features take no gradient
         )
 
     def operations(self, lengths: Sequence[int], visual: int, answers: int) -> int:

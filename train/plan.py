@@ -200,7 +200,9 @@ def predict(
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector of features such as the shard's to so wide embeddings."""
-    return build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+    projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+    projector.require_shapes(shard.tokens)
+    return projector
 
 
 def require_same_kind(checkpoint: Checkpoint, projector: Projector) -> None:

@@ -69,7 +69,9 @@ def train(
             try:
                 with world.together():
                     require_same_steps(configs[0], config)
-                    projector_of(config, shared.shards[0], hidden=1).tokens_out(shared.shards[0].tokens)
+                    projector_of(config, shared.shards[0], shared.llm.hidden).tokens_out(
+                        shared.shards[0].tokens
+                    )
                     folder = RunFolder(config.out, config)
                     if (finished := folder.finished()) is not None:
                         if folder.moved:

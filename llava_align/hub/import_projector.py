@@ -24,7 +24,7 @@ from llava_core.language.load import outline_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
 from llava_core.projector.projector import Projector, build_projector, parameter_count
-from llava_core.projector.visual_tokens import VISUAL_TOKENS
+from llava_core.registry import VISUAL_TOKENS
 from llava_core.types import JsonDict
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
@@ -256,7 +256,11 @@ def fitted(
     projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
     wanted = tower.width * projector.select.widening
     if in_width != wanted:
-        fits = [n for n, make in VISUAL_TOKENS.items() if tower.width * make().widening == in_width]
+        fits = [
+            n
+            for n in VISUAL_TOKENS.builtins
+            if tower.width * VISUAL_TOKENS.get(n).target.widening == in_width
+        ]
         raise LlavaError(
             f"the projector does not fit {tower.encoder['model_id']} with --visual-tokens {visual_tokens}",
             expected=f"{wanted} wide",

@@ -8,7 +8,9 @@ takes hidden states from before the encoder's last layer norm, and knows no pool
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -145,17 +147,31 @@ class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         )
 
 
-def _projector(kind: str, in_width: int, out_width: int, visual_tokens: str) -> nn.Module:
-    wide = 4 * in_width if visual_tokens == "shuffle" else in_width
+def _projector(kind: str, in_width: int, out_width: int, visual_tokens: str, **arguments: Any) -> nn.Module:
+    wide = in_width * (_class(visual_tokens).widening if ":" in visual_tokens else 1)
+    if visual_tokens == "shuffle":
+        wide = 4 * in_width
+    if ":" in kind:
+        module: nn.Module = _class(kind)(wide, out_width, **arguments)
+        return module
     if kind == "linear":
         return nn.Linear(wide, out_width)
     return nn.Sequential(nn.Linear(wide, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+
+
+def _class(reference: str) -> Any:
+    """What `module:Class` names. Raises ModuleNotFoundError if the package that has it is not installed."""
+    module, _, name = reference.partition(":")
+    return operator.attrgetter(name)(importlib.import_module(module))
 
 
 def _choose(features: torch.Tensor, visual_tokens: str) -> torch.Tensor:
     """Tokens [B, T, D] -> all, the patches without CLS, or of each 2x2 patches the mean, or all in one."""
     if visual_tokens == "all":
         return features
+    if ":" in visual_tokens:
+        chosen: torch.Tensor = _class(visual_tokens)()(features)
+        return chosen
     batch, tokens, width = features.shape
     side = math.isqrt(tokens)
     patches = features[:, -side * side :]

@@ -1,18 +1,21 @@
 """The one part that trains: vision features to token embeddings of the language model.
 
-A projector is a choice of visual tokens (VISUAL_TOKENS), which has no weights, then a map of each of them to
-the language model's width (PROJECTORS).
+A projector is a choice of visual tokens (`visual_tokens.py`), which has no weights, then a map of them to the
+language model's width. Both are named; `llava_core/registry.py` has the names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from llava_core.errors import LlavaError
-from llava_core.projector.visual_tokens import VISUAL_TOKENS
+from llava_core.errors import LlavaError, first_line
+from llava_core.projector.visual_tokens import VisualTokens
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS, Entry
 
 
 class Linear(nn.Linear):
@@ -26,22 +29,26 @@ class Mlp(nn.Sequential):
         super().__init__(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
 
 
-PROJECTORS: dict[str, Callable[[int, int], nn.Module]] = {"linear": Linear, "mlp": Mlp}
-
-
 class Projector(nn.Module):
     """Features [..., T, in_width] -> visual tokens [..., tokens_out(T), out_width]."""
 
-    def __init__(self, kind: str, in_width: int, out_width: int, visual_tokens: str = "all") -> None:
+    def __init__(
+        self, kind: str, in_width: int, out_width: int, visual_tokens: str, **arguments: Any
+    ) -> None:
         super().__init__()
+        chosen, tokens = PROJECTORS.get(kind), VISUAL_TOKENS.get(visual_tokens)
+        arguments = {**chosen.arguments, **arguments}
         self.config = {
-            "kind": kind,
+            "kind": chosen.reference,
             "in_width": in_width,
             "out_width": out_width,
-            "visual_tokens": visual_tokens,
+            "visual_tokens": tokens.reference,
+            **arguments,
         }
-        self.select = VISUAL_TOKENS[visual_tokens]()
-        self.map = PROJECTORS[kind](in_width * self.select.widening, out_width)
+        """What a checkpoint records, and `build_projector` takes."""
+        self.select: VisualTokens = _instance(tokens, ("widening", "tokens_out"), **tokens.arguments)
+        widened = in_width * self.select.widening
+        self.map: nn.Module = _instance(chosen, ("forward", "state_dict"), widened, out_width, **arguments)
         """All weights; a checkpoint holds them by their names in here."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -50,19 +57,55 @@ class Projector(nn.Module):
 
     def tokens_out(self, tokens: int) -> int:
         """Visual tokens the language model sees for an encoder's. Raises LlavaError if they do not fit."""
-        return self.select.tokens_out(tokens)
+        selected = self.select.tokens_out(tokens)
+        tokens_out: Any = getattr(self.map, "tokens_out", None)  # a resampler may change the number
+        return int(tokens_out(selected)) if tokens_out else selected
+
+    @torch.no_grad()
+    def require_shapes(self, tokens: int) -> None:
+        """Raise LlavaError unless features [2, tokens, in_width] become [2, tokens_out, out_width]."""
+        expected = (2, self.tokens_out(tokens), self.config["out_width"])
+        try:
+            got = tuple(self(torch.zeros(2, tokens, self.config["in_width"])).shape)
+        except Exception as error:  # a stranger's module raises anything
+            raise LlavaError(f"the projector {self.config['kind']} fails", got=first_line(error)) from None
+        if got != expected:
+            raise LlavaError(
+                f"the projector {self.config['kind']} gives another shape", expected=expected, got=got
+            )
 
 
-def build_projector(kind: str, in_width: int, out_width: int, visual_tokens: str = "all") -> Projector:
-    """A projector of a kind in PROJECTORS on a choice in VISUAL_TOKENS, with torch's default initialisation.
+def build_projector(
+    kind: str, in_width: int, out_width: int, visual_tokens: str = "all", **arguments: Any
+) -> Projector:
+    """A projector with its classes' own initialisation.
 
-    Raises LlavaError for an unknown kind or choice.
+    `kind` and `visual_tokens` are names or `module:Class`; `arguments` go to the projector's constructor.
+    Raises LlavaError for an unknown name.
     """
-    for name, known in ((kind, PROJECTORS), (visual_tokens, VISUAL_TOKENS)):
-        if name not in known:
-            what = "projector" if known is PROJECTORS else "visual tokens"
-            raise LlavaError(f"unknown {what} {name!r}", expected=" or ".join(known))
-    return Projector(kind, in_width, out_width, visual_tokens)
+    return Projector(kind, in_width, out_width, visual_tokens, **arguments)
+
+
+def _instance(entry: Entry, attributes: Sequence[str], *positional: int, **arguments: Any) -> Any:
+    """Of a registered class. Raises LlavaError if it is none, or cannot be constructed so."""
+    target = entry.target  # a checkpoint may name any object of any module: only such classes are called
+    if not isinstance(target, type) or not all(hasattr(target, name) for name in attributes):
+        expected = f"a class with {' and '.join(attributes)}"
+        raise LlavaError(f"{entry.reference} cannot be used", expected=expected, got=type(target).__name__)
+    try:
+        return target(*positional, **arguments)
+    except LlavaError:
+        raise
+    except Exception as error:
+        raise LlavaError(f"{entry.reference} cannot be constructed", got=first_line(error)) from None
+
+
+def last_linear(projector: nn.Module) -> nn.Linear:
+    """The linear layer that is constructed last. Raises LlavaError if there is none."""
+    layers = [module for module in projector.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise LlavaError("this projector has no nn.Linear to start from", do="use --start torch")
+    return layers[-1]
 
 
 @torch.no_grad()
@@ -70,11 +113,20 @@ def match_scale(projector: nn.Module, features: torch.Tensor, target_rms: float)
     """Scale the last linear layer so that projected `features` [..., T, in_width] have this RMS per number.
 
     A token far larger or smaller than the model's own embeddings leaves the range its first block was trained
-    on, and the first hundred steps go into undoing that.
+    on, and the first hundred steps go into undoing that. Raises LlavaError if the layer does not decide it.
     """
-    last = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
-    last.bias.zero_()
+    last = last_linear(projector)
+    if last.bias is not None:
+        last.bias.zero_()
     last.weight.mul_(target_rms / projector(features).pow(2).mean().sqrt())
+    reached = float(projector(features).pow(2).mean().sqrt())
+    if not math.isclose(reached, target_rms, rel_tol=0.01):
+        raise LlavaError(
+            "the last nn.Linear does not set the scale of this projector's tokens",
+            expected=f"an RMS of {target_rms:.3g}",
+            got=f"{reached:.3g}",
+            do="use --start torch",
+        )
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -72,14 +71,6 @@ class Shuffle:
 
     def tokens_out(self, tokens: int) -> int:
         return halved_side(tokens) ** 2
-
-
-VISUAL_TOKENS: dict[str, Callable[[], VisualTokens]] = {
-    "all": All,
-    "patches": Patches,
-    "pool": Pool,
-    "shuffle": Shuffle,
-}
 
 
 def grid_side(tokens: int) -> int:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from llava_core.device import default_dtype
-from llava_core.input_folders import MODELSCOPE_FILES, require_vision_encoder
+from llava_core.input_folders import MODELSCOPE_FILES, registered_layout, require_vision_encoder
 from llava_core.vision.hugging_face import open_hugging_face
 from llava_core.vision.modelscope import open_modelscope
 from llava_core.vision.tower import VisionTower
+
+
+class EncoderLayout(Protocol):
+    """A layout of folders that `registry.VISION_ENCODERS` has: a class, never instantiated."""
+
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        """Whether the folder has this layout; reads its names, and small files at most."""
+
+    @staticmethod
+    def open(
+        folder: Path, device: torch.device, dtype: torch.dtype, layer: int | None, decode: str
+    ) -> VisionTower:
+        """See `open_vision_tower`."""
 
 
 def open_vision_tower(
@@ -32,6 +47,9 @@ def open_vision_tower(
     device = torch.device(device)
     dtype = dtype or default_dtype(device)
     require_vision_encoder(folder)
+    if registered := registered_layout(folder):
+        tower: VisionTower = registered.open(folder, device, dtype, layer, decode)
+        return tower
     if (folder / MODELSCOPE_FILES[0]).exists():
         return open_modelscope(folder, device, dtype, layer, decode, text)
     return open_hugging_face(folder, device, dtype, layer, decode)

@@ -19,8 +19,7 @@ from infer.config import AskConfig
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
 from llava_core.projector.checkpoint import load_checkpoint
-from llava_core.projector.projector import PROJECTORS
-from llava_core.projector.visual_tokens import VISUAL_TOKENS
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from tests.support.commands import call, started, wait_until
 from tests.support.language_models import write_language_model
 from tests.support.local_data import write_parquet, write_pictures
@@ -60,8 +59,8 @@ def opened(world: Path, checkpoint: Path) -> Engine:
     return open_engine(models)
 
 
-@pytest.mark.parametrize("kind", PROJECTORS)
-@pytest.mark.parametrize("visual_tokens", VISUAL_TOKENS)
+@pytest.mark.parametrize("kind", PROJECTORS.builtins)
+@pytest.mark.parametrize("visual_tokens", VISUAL_TOKENS.builtins)
 def test_every_kind_learns_and_answers(
     world: Path, tmp_path: Path, kind: str, visual_tokens: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
-from llava_core.projector.projector import PROJECTORS, build_projector
-from llava_core.projector.visual_tokens import VISUAL_TOKENS
+from llava_core.projector.projector import build_projector
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from llava_core.sha256sums import SUMS, read_sums
 
 ENCODER = {"model_id": "clip", "weights_sha256": "a" * 64, "layer": None, "tokens": 5, "width": 6}
@@ -33,7 +33,9 @@ def save(folder: Path, kind: str = "mlp", step: int = 1, visual_tokens: str = "a
     return projector
 
 
-@pytest.mark.parametrize(("kind", "visual_tokens"), list(itertools.product(PROJECTORS, VISUAL_TOKENS)))
+@pytest.mark.parametrize(
+    ("kind", "visual_tokens"), list(itertools.product(PROJECTORS.builtins, VISUAL_TOKENS.builtins))
+)
 def test_round_trip(tmp_path: Path, kind: str, visual_tokens: str) -> None:
     projector = save(tmp_path / "c", kind, visual_tokens=visual_tokens).requires_grad_(False)
     loaded = load_checkpoint(tmp_path / "c")

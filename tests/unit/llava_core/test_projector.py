@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.projector.projector import PROJECTORS, build_projector, match_scale, parameter_count
-from llava_core.projector.visual_tokens import VISUAL_TOKENS, grid_side
+from llava_core.projector.projector import build_projector, match_scale, parameter_count
+from llava_core.projector.visual_tokens import grid_side
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 
-EVERY = list(itertools.product(PROJECTORS, VISUAL_TOKENS))
+EVERY = list(itertools.product(PROJECTORS.builtins, VISUAL_TOKENS.builtins))
 
 
 def numbered(tokens: int) -> torch.Tensor:
@@ -19,7 +20,7 @@ def numbered(tokens: int) -> torch.Tensor:
 
 
 def selected(name: str, tokens: int) -> list[list[float]]:
-    choice = VISUAL_TOKENS[name]()
+    choice = VISUAL_TOKENS.get(name).target()
     out = choice(numbered(tokens))[0]
     assert len(out) == choice.tokens_out(tokens)
     rows: list[list[float]] = out.tolist()
@@ -63,7 +64,7 @@ def test_a_grid_without_a_class_token() -> None:
      ("DINOv2, 224 pixels", 257, 256, 64), ("CLIP ViT-L/14, 336 pixels", 577, 576, 144)],
 )  # fmt: skip
 def test_tokens_of_known_encoders(encoder: str, tokens: int, patches: int, halved: int) -> None:
-    counts = [build_projector("linear", 4, 4, choice).tokens_out(tokens) for choice in VISUAL_TOKENS]
+    counts = [build_projector("linear", 4, 4, choice).tokens_out(tokens) for choice in VISUAL_TOKENS.builtins]
     assert counts == [tokens, patches, halved, halved]
 
 
@@ -88,7 +89,9 @@ def test_projected_tokens_start_at_the_scale_of_the_embeddings(kind: str, visual
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(LlavaError, match="unknown projector 'qformer'; expected linear or mlp"):
+    with pytest.raises(
+        LlavaError, match="unknown projector 'qformer'; known: linear, mlp; or give package.module:Class"
+    ):
         build_projector("qformer", 4, 4)
-    with pytest.raises(LlavaError, match="unknown visual tokens 'some'; expected all or"):
+    with pytest.raises(LlavaError, match="unknown visual tokens 'some'; known: all, patches"):
         build_projector("linear", 4, 4, "some")

@@ -76,7 +76,7 @@ def test_a_yaml_file_says_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("projector=lineer", "--space projector; expected one of linear, mlp; got lineer"),
+        ("projector=lineer", "unknown projector 'lineer'; did you mean 'linear'?"),
         ("lr=fast", "--space lr; expected a number; got fast"),
         ("lr=", "--space lr; expected a number; got nothing"),
         ("lr=-1", "--lr; expected a number above 0"),
