@@ -13,7 +13,7 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,11 +37,12 @@ class Entry:
 class Registry:
     """Names of one kind of part.
 
-    `group` is the entry-point group by which installed packages add theirs; `builtins` are references.
+    `group` is the entry-point group by which installed packages add theirs; `builtins` are references. Only
+    classes with these `attributes` are accepted: a checkpoint may name any object of any module.
     """
 
-    def __init__(self, noun: str, group: str, builtins: Mapping[str, str]) -> None:
-        self.noun, self.group, self.builtins = noun, group, dict(builtins)
+    def __init__(self, noun: str, group: str, attributes: Sequence[str], builtins: Mapping[str, str]) -> None:
+        self.noun, self.group, self.attributes, self.builtins = noun, group, attributes, dict(builtins)
         self.registered: dict[str, Entry] = {}
 
     def register(self, name: str, **arguments: Any) -> Callable[[Class], Class]:
@@ -53,6 +54,7 @@ class Registry:
         """
 
         def decorate(target: Class) -> Class:
+            self._require_class(name, target)
             entry = Entry(target, _reference(target, self.noun), arguments)
             known = self.registered.get(name)
             if name in self.builtins or ":" in name or (known and known.reference != entry.reference):
@@ -78,6 +80,7 @@ class Registry:
             return Entry(_imported(self.builtins[name], self.noun), name)
         if name not in self.registered and ":" in name:
             target = _imported(name, self.noun)
+            self._require_class(name, target)
             entries = (entry for entry in self.registered.values() if entry.target is target)
             return next((entry for entry in entries if not entry.arguments), Entry(target, name))
         for point in metadata.entry_points(group=self.group, name=name):
@@ -87,6 +90,15 @@ class Registry:
             do = f"{nearest(name, self.names())}; or give package.module:Class"
             raise LlavaError(f"unknown {self.noun} {name!r}", do=do, exit_code=2)
         return self.registered[name]
+
+    def _require_class(self, name: str, target: Any) -> None:
+        if not isinstance(target, type) or not all(hasattr(target, each) for each in self.attributes):
+            raise LlavaError(
+                f"{name} cannot be used as {self.noun}",
+                expected=f"a class with {' and '.join(self.attributes)}",
+                got=target.__name__ if isinstance(target, type) else type(target).__name__,
+                exit_code=2,
+            )
 
 
 def _reference(target: Any, noun: str) -> str:
@@ -140,17 +152,23 @@ def _current_folder() -> Iterator[None]:
 PROJECTORS = Registry(
     "projector",
     "llava_align.projectors",
+    ("forward", "state_dict"),
     {name: f"llava_core.projector.projector:{name.title()}" for name in ("linear", "mlp")},
 )
 """Modules (in_width, out_width, **arguments): [..., T, in_width] -> [..., T, out_width]."""
 VISUAL_TOKENS = Registry(
     "visual tokens",
     "llava_align.visual_tokens",
+    ("widening", "tokens_out"),
     {
         name: f"llava_core.projector.visual_tokens:{name.title()}"
         for name in ("all", "patches", "pool", "shuffle")
     },
 )
 """Classes like `visual_tokens.VisualTokens`."""
-VISION_ENCODERS = Registry("vision encoder", "llava_align.vision_encoders", {})
+VISION_ENCODERS = Registry("vision encoder", "llava_align.vision_encoders", ("recognises", "open"), {})
 """Classes like `vision.open.EncoderLayout`, asked before the folder layouts that are built in."""
+
+register_projector = PROJECTORS.register
+register_visual_tokens = VISUAL_TOKENS.register
+register_vision_encoder = VISION_ENCODERS.register

@@ -106,10 +106,15 @@ def speak() -> None:
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose cells show standard error as it comes."""
+    return "ipykernel.zmqshell" in sys.modules
+
+
 def progress(
     total: int | None, unit: str, initial: int = 0, desc: str | None = None, leave: bool = True
 ) -> tqdm[Any]:
-    """A bar with rate and ETA on standard error; silent when that is not a terminal."""
+    """A bar with rate and ETA on standard error; silent when that is neither a terminal nor a notebook."""
     return tqdm(
         total=total,
         unit=f" {unit}",
@@ -117,7 +122,7 @@ def progress(
         desc=None if desc is None else visible(desc),
         leave=leave,
         dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr.isatty() or in_notebook()),
         file=sys.stderr,
         smoothing=0.1,
     )

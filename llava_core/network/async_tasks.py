@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 if sys.version_info >= (3, 11):
@@ -18,9 +19,35 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as time_limit
 
-__all__ = ["in_background", "in_thread", "signals_restored", "time_limit", "together"]
+__all__ = ["in_background", "in_thread", "run", "signals_restored", "time_limit", "together"]
 
 T = TypeVar("T")
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, and also where a loop is running already, as in a notebook: in a thread of its own.
+
+    An interrupt of the caller cancels the coroutine, and is raised once that has ended.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
+
+    async def run_here() -> T:
+        task = asyncio.ensure_future(coroutine)
+        started.set_result((asyncio.get_running_loop(), task))
+        return await task
+
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(asyncio.run, run_here())
+        try:
+            return outcome.result()
+        except KeyboardInterrupt:
+            loop, task = started.result()
+            loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 async def in_thread(function: Callable[..., T], *args: object) -> T:

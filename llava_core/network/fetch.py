@@ -19,7 +19,7 @@ import yarl
 
 from llava_core import __version__
 from llava_core.network.address_guard import ForbiddenAddress, Hops, guarded_socket, hops
-from llava_core.network.async_tasks import time_limit
+from llava_core.network.async_tasks import run, time_limit
 from llava_core.network.outage import SILENT, Health
 from llava_core.network.rate_limit import ByteBudget, HostTurns
 from llava_core.row_status import Status
@@ -244,7 +244,7 @@ def fetch_each(urls: Sequence[str], limits: FetchLimits, take: Callable[[int, Fe
         async with Fetcher(limits) as fetcher:
             await asyncio.gather(*(fetch(fetcher, index, url) for index, url in enumerate(urls)))
 
-    asyncio.run(fetch_them())
+    run(fetch_them())
 
 
 def fetch_all(

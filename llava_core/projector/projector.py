@@ -7,7 +7,6 @@ language model's width. Both are named; `llava_core/registry.py` has the names.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,9 +45,9 @@ class Projector(nn.Module):
             **arguments,
         }
         """What a checkpoint records, and `build_projector` takes."""
-        self.select: VisualTokens = _instance(tokens, ("widening", "tokens_out"), **tokens.arguments)
+        self.select: VisualTokens = _instance(tokens, **tokens.arguments)
         widened = in_width * self.select.widening
-        self.map: nn.Module = _instance(chosen, ("forward", "state_dict"), widened, out_width, **arguments)
+        self.map: nn.Module = _instance(chosen, widened, out_width, **arguments)
         """All weights; a checkpoint holds them by their names in here."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -86,14 +85,10 @@ def build_projector(
     return Projector(kind, in_width, out_width, visual_tokens, **arguments)
 
 
-def _instance(entry: Entry, attributes: Sequence[str], *positional: int, **arguments: Any) -> Any:
-    """Of a registered class. Raises LlavaError if it is none, or cannot be constructed so."""
-    target = entry.target  # a checkpoint may name any object of any module: only such classes are called
-    if not isinstance(target, type) or not all(hasattr(target, name) for name in attributes):
-        expected = f"a class with {' and '.join(attributes)}"
-        raise LlavaError(f"{entry.reference} cannot be used", expected=expected, got=type(target).__name__)
+def _instance(entry: Entry, *positional: int, **arguments: Any) -> Any:
+    """An object of a registered class. Raises LlavaError if it cannot be constructed so."""
     try:
-        return target(*positional, **arguments)
+        return entry.target(*positional, **arguments)
     except LlavaError:
         raise
     except Exception as error:

@@ -90,7 +90,7 @@ def test_projected_tokens_start_at_the_scale_of_the_embeddings(kind: str, visual
 
 def test_unknown_kind() -> None:
     with pytest.raises(
-        LlavaError, match="unknown projector 'qformer'; known: linear, mlp; or give package.module:Class"
+        LlavaError, match=r"unknown projector 'qformer'; known: linear, mlp; or give package\.module:Class"
     ):
         build_projector("qformer", 4, 4)
     with pytest.raises(LlavaError, match="unknown visual tokens 'some'; known: all, patches"):

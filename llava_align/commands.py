@@ -1,0 +1,172 @@
+"""`extract`, `train` and `sweep` from Python: the commands, with their flags as keywords."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from llava_core.cli.options import Options
+from llava_core.errors import LlavaError, nearest
+from llava_core.types import JsonDict
+
+Config = TypeVar("Config", bound=Options)
+Summary = TypeVar("Summary")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractSummary:
+    """Figures of `extract run`."""
+
+    out: Path
+    rows: int
+    ok: int
+    failed: int
+    figures: JsonDict
+    """All that `extract run --json` prints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSummary:
+    """Figures of `train run`, those of its last checkpoint."""
+
+    out: Path
+    checkpoint: Path
+    """Folder for `AlignedModel.load`: `best` if held-out shards were given, else `last`."""
+    steps: int
+    loss: float | None
+    """Held-out loss in nats per answer token; None without --eval-features."""
+    grounding_gap: float | None
+    """Nats by which it rises with another row's image."""
+    figures: JsonDict
+    """All that `train run --json` prints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSummary:
+    """Figures of `train sweep`."""
+
+    out: Path
+    checkpoint: Path
+    """Folder of the best trial's checkpoint."""
+    figures: JsonDict
+    """All that `train sweep --json` prints."""
+
+
+def extract(data: str | Path, *, out: str | Path, vision: str | Path, **flags: Any) -> ExtractSummary:
+    """Encode the images of `data` once into feature shards in `out`; a second call continues.
+
+    Keywords are the flags of `extract run` (`max_failed=0.2`). Unlike the command it does not fail when more
+    rows failed than `max_failed`: look at `failed`. Raises LlavaError, TypeError for an unknown keyword, and
+    KeyboardInterrupt after what waited was written.
+    """
+    from extract.config import RunConfig
+    from extract.run import run
+
+    config = _config(RunConfig, {"data": data, "out": out, "vision": vision, **flags})
+    figures = run(config)
+    return ExtractSummary(config.out, figures["rows"], figures["ok"], figures["failed"], figures)
+
+
+def train(
+    features: str | Path, *, llm: str | Path, out: str | Path, recipe: str | None = None, **flags: Any
+) -> TrainSummary:
+    """Train a projector on feature shards; a second call with the same keywords continues where it stopped.
+
+    Keywords are the flags of `train run` (`lr=1e-3`, `eval_features=…`, `projector="package.module:Class"`).
+    Raises LlavaError, TypeError for an unknown keyword, and KeyboardInterrupt after a checkpoint was written.
+    """
+    from train.config import RunConfig
+    from train.recipes import RECIPES
+    from train.run import run
+
+    given = {"features": features, "llm": llm, "out": out, **_recipe(RECIPES, recipe), **flags}
+    config = _config(RunConfig, given)
+    figures = run(config)
+    return TrainSummary(
+        out=config.out,
+        checkpoint=config.out / ("best" if config.eval_features else "last"),
+        steps=figures["steps"],
+        loss=figures.get("eval_loss"),
+        grounding_gap=figures.get("eval_grounding_gap"),
+        figures=figures,
+    )
+
+
+def sweep(
+    features: str | Path,
+    *,
+    space: Mapping[str, Iterable[Any] | str] | str | Path,
+    eval_features: str | Path,
+    llm: str | Path,
+    out: str | Path,
+    recipe: str | None = None,
+    **flags: Any,
+) -> SweepSummary:
+    """Train many projectors with one load of the language model and the features.
+
+    `space` maps keys to lists of values, or to ranges such as "1e-4..1e-2:log", or is a YAML file of such
+    lines. Other keywords are the flags of `train sweep`. Raises as `train` does.
+    """
+    from train.config import SweepConfig
+    from train.recipes import RECIPES
+    from train.sweep.command import run
+
+    paths = {"features": features, "eval_features": eval_features, "llm": llm, "out": out}
+    given = {**paths, "space": _space(space), **_recipe(RECIPES, recipe), **flags}
+    config = _config(SweepConfig, given)
+    figures = run(config)
+    return SweepSummary(config.out, config.out / "best", figures)
+
+
+def _space(space: Mapping[str, Iterable[Any] | str] | str | Path) -> tuple[str, ...]:
+    """The words after --space."""
+    if not isinstance(space, Mapping):
+        return (str(space),)
+    values = {
+        key: value if isinstance(value, str) else ",".join(map(str, value)) for key, value in space.items()
+    }
+    return tuple(f"{key}={value}" for key, value in values.items())
+
+
+def _recipe(recipes: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    if name is not None and name not in recipes:
+        raise LlavaError(f"unknown recipe {name!r}", expected=" or ".join(recipes))
+    return {} if name is None else recipes[name]
+
+
+def _config(kind: type[Config], keywords: Mapping[str, Any]) -> Config:
+    """The flags as their dataclass, checked as the command checks them."""
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in ("json", "dry_run")]
+    for name in keywords:
+        if name not in known:
+            raise TypeError(f"unknown keyword {name!r}; {nearest(name, known)}")
+    config = kind(**{name: _value(name, value, hints[name]) for name, value in keywords.items()})
+    config.require_inputs()
+    return config
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    """A keyword's value as its flag's type. Raises LlavaError for one that the flag would refuse."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and types.NoneType in kinds:
+        return None
+    kind = next(each for each in kinds if each is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, (str, Path)) else value
+        return tuple(_value(name, item, typing.get_args(kind)[0]) for item in items)
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise LlavaError(name, expected=f"one of {', '.join(typing.get_args(kind))}", got=value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise LlavaError(name, expected=f"a value of type {kind.__name__}", got=repr(value))
+    return value

@@ -1,0 +1,101 @@
+"""Feature shards as a `torch.utils.data.Dataset`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from llava_core.identity import EncoderIdentity
+from llava_core.shards.dialogue import Turns
+from llava_core.shards.folder import find_shards, require_one_encoder
+from llava_core.shards.reader import Shard
+
+
+class FeatureRow(NamedTuple):
+    """One row of a shard; torch's `default_collate` makes a batch of several."""
+
+    features: torch.Tensor
+    """fp16 [T, D]: every visual token of the image, in the encoder's width."""
+    text: str
+    """Its caption; in a shard of conversations, the dialogue as JSON, which `FeatureDataset.turns` parses."""
+    id: str
+    url: str
+    """Address or path of the image, as the source had it."""
+
+
+class FeatureDataset(Dataset[FeatureRow]):
+    """The rows that have features, of one or several folders of shards, in the order of shards and rows.
+
+    Works with DataLoader workers, forked or spawned: shards are read by plain system calls, and each process
+    opens its own file descriptors. A row's checksum is verified when a process first reads it.
+
+    Raises LlavaError if there is no shard, one is damaged, or features are of different encoders.
+    """
+
+    def __init__(
+        self, path: str | Path | Sequence[str | Path], rows: slice | Sequence[int] | None = None
+    ) -> None:
+        """`path`: a folder of shards, one shard, or several of either; `rows`: as for `select`, or all."""
+        paths = [path] if isinstance(path, (str, Path)) else list(path)
+        self.shards: list[Shard] = [shard for each in paths for shard in find_shards(Path(each))]
+        require_one_encoder(self.shards)
+        self._rows = np.array(
+            [(s, row) for s, shard in enumerate(self.shards) for row in shard.ok_rows()], np.int64
+        ).reshape(-1, 2)
+        self.left_out = sum(shard.rows for shard in self.shards) - len(self._rows)
+        """Rows without features, such as failed downloads."""
+        if rows is not None:
+            self._rows = self.select(rows)._rows
+
+    def select(self, rows: slice | Sequence[int]) -> FeatureDataset:
+        """Some of the rows, in the order given; shares the open shards. Raises IndexError beyond the end."""
+        chosen = copy.copy(self)
+        chosen._rows = self._rows[rows if isinstance(rows, slice) else np.asarray(rows, np.int64).reshape(-1)]
+        return chosen
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """The encoder, its layer and its preprocessing, which projectors trained on these features need."""
+        return self.shards[0].identity
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, D) of each row's features."""
+        return self.shards[0].tokens, self.shards[0].width
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> FeatureRow:
+        """Reads the features of one row. Raises LlavaError if they are damaged."""
+        shard, row = self._place(index)
+        features = torch.from_numpy(shard.read(row))
+        return FeatureRow(features, shard.caption(row), shard.id(row), shard.url(row))
+
+    def __iter__(self) -> Iterator[FeatureRow]:
+        return (self[index] for index in range(len(self)))
+
+    def text(self, index: int) -> str:
+        """As `FeatureRow.text`, without reading features."""
+        shard, row = self._place(index)
+        return shard.caption(row)
+
+    def turns(self, index: int) -> Turns:
+        """(question, answer) of each turn; a caption is one answer, to the question None."""
+        shard, row = self._place(index)
+        return shard.turns(row)
+
+    def __repr__(self) -> str:
+        tokens, width = self.shape
+        left_out = f", {self.left_out:,} without features left out" if self.left_out else ""
+        return f"FeatureDataset({len(self):,} rows of [{tokens}, {width}]{left_out})"
+
+    def _place(self, index: int) -> tuple[Shard, int]:
+        shard, row = self._rows[index]
+        return self.shards[int(shard)], int(row)

@@ -1,0 +1,243 @@
+"""A projector, visual tokens and an encoder of one's own, through every command that loads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_core.errors import LlavaError
+from llava_core.projector.projector import build_projector, match_scale, parameter_count
+from llava_core.registry import PROJECTORS
+from tests.support.aligned import World, write_world
+from tests.support.commands import call, run
+from tests.support.features import write_features
+from tests.support.paths import ROOT
+
+MINE = '''
+import torch
+from torch import nn
+from llava_align import register_projector
+
+@register_projector("deep", depth=2)
+class Gated(nn.Module):
+    """A gate for each number, then a linear layer."""
+    def __init__(self, in_width, out_width, depth=1):
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(in_width, in_width) for _ in range(depth))
+        self.last = nn.Linear(in_width, out_width)
+
+    def forward(self, features):
+        for gate in self.gates:
+            features = features * torch.sigmoid(gate(features))
+        return self.last(features)
+
+class Doubled(nn.Linear):
+    def forward(self, features):
+        return torch.cat([super().forward(features)] * 2, -1)
+
+class Odd:
+    """Every second token."""
+    widening = 1
+    def __call__(self, features):
+        return features[..., 1::2, :]
+    def tokens_out(self, tokens):
+        return tokens // 2
+
+def factory(in_width, out_width):
+    return nn.Linear(in_width, out_width)
+'''
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = write_world(tmp_path_factory.mktemp("own"))
+    write_features(world, world.llm.parent / "features/a.h5")
+    return world
+
+
+@pytest.fixture(scope="module")
+def here(world: World) -> Path:
+    """A folder with the module, where commands are run."""
+    (world.llm.parent / "here").mkdir()
+    (world.llm.parent / "here/my_parts.py").write_text(MINE, encoding="utf-8")
+    return world.llm.parent / "here"
+
+
+@pytest.fixture
+def _in_its_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As for `python -m` there, and forgotten afterwards."""
+    monkeypatch.chdir(here)
+    yield
+    sys.modules.pop("my_parts", None)
+    PROJECTORS.registered.clear()
+
+
+def trained(world: World, here: Path, name: str, *flags: object) -> Path:
+    features = world.llm.parent / "features"
+    call(
+        *("train", "run", "--features", features, "--llm", world.llm, "--device", "cpu", "--batch-size", 2),
+        *("--out", here / name, "--max-steps", 2, *flags),
+    )
+    return here / name / "last"
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+def test_a_class_of_ones_own_trains_answers_explains_and_is_exported(world: World, here: Path) -> None:
+    mine = ("--projector", "my_parts:Gated", "--visual-tokens", "my_parts:Odd")
+    checkpoint = trained(world, here, "run", *mine)
+    recorded = json.loads((checkpoint / "config.json").read_text())["projector"]
+    assert (recorded["kind"], recorded["visual_tokens"]) == ("my_parts:Gated", "my_parts:Odd")
+    assert set(load_file(checkpoint / "model.safetensors")) == {
+        "gates.0.weight", "gates.0.bias", "last.weight", "last.bias"
+    }  # fmt: skip
+    models = ("--checkpoint", checkpoint, "--vision", world.vision, "--llm", world.llm, "--device", "cpu")
+    image = ("--image", world.images[0])
+    assert call("infer", "ask", *models, *image, "--json").summary["answer"]
+    lens = call("infer", "lens", *models, *image, "--out", here / "lens", "--json").summary
+    assert lens["loss"] > 0
+    exported = here / "exported"
+    call("llava_align", "export", *models[:6], "--out", exported)
+    code = (
+        "import sys, transformers; model = transformers.AutoModelForImageTextToText.from_pretrained("
+        "sys.argv[1], trust_remote_code=True); print(type(model.projector).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(exported)]
+    loaded = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    assert loaded.stdout == "Gated\n", loaded.stderr
+    elsewhere = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "No module named 'my_parts'" in elsewhere.stderr
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+def test_another_process_that_lacks_the_module_says_which(world: World, here: Path) -> None:
+    checkpoint = trained(world, here, "lacking", "--projector", "my_parts:Gated")
+    models = ("--checkpoint", checkpoint, "--vision", world.vision, "--llm", world.llm, "--device", "cpu")
+    line = run("infer", "ask", *models, "--image", world.images[0], code=2).one_line()
+    assert "the projector my_parts:Gated cannot be loaded; got no module named 'my_parts'" in line
+    assert "run where my_parts.py lies" in line
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+def test_a_sweep_over_ones_own_and_built_in_projectors_together(world: World, here: Path) -> None:
+    features = world.llm.parent / "features"
+    swept = call(
+        *("train", "sweep", "--features", features, "--eval-features", features, "--llm", world.llm),
+        *("--space", "projector=linear,my_parts:Gated", "--together", 2, "--out", here / "sweep"),
+        *("--max-steps", 2, "--batch-size", 2, "--device", "cpu", "--json"),
+    ).summary
+    assert swept["finished"] == 2
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nothing", "unknown projector 'nothing'; known: linear, mlp; or give package.module:Class"),
+        ("lineer", "unknown projector 'lineer'; did you mean 'linear'?"),
+        ("my_parts:Nothing", "the projector my_parts:Nothing cannot be loaded"),
+        ("my_parts:factory", "expected a class with forward and state_dict; got function"),
+        ("os:system", "expected a class with forward and state_dict; got builtin_function_or_method"),
+        ("my_parts:Doubled", "the projector my_parts:Doubled gives another shape; expected (2, "),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    world: World, here: Path, name: str, words: str
+) -> None:
+    features, out = world.llm.parent / "features", here / "refused"
+    command = ("train", "run", "--features", features, "--llm", world.llm, "--out", out, "--device", "cpu")
+    ended = call(*command, "--projector", name, code=1 if name == "my_parts:Doubled" else 2)
+    assert words in ended.one_line()
+    assert not list(out.glob("*"))
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+def test_a_registered_name_records_its_class_and_arguments() -> None:
+    with pytest.raises(LlavaError, match="unknown projector 'deep'"):
+        PROJECTORS.get("deep")
+    PROJECTORS.get("my_parts:Gated")  # imports the module, which registers it
+    projector = build_projector("deep", 4, 6)
+    sizes = {"in_width": 4, "out_width": 6}
+    assert projector.config == {"kind": "my_parts:Gated", **sizes, "visual_tokens": "all", "depth": 2}
+    again = build_projector(**projector.config)
+    assert parameter_count(again) == parameter_count(projector) == 2 * (4 * 4 + 4) + 4 * 6 + 6
+    with pytest.raises(LlavaError, match="the projector 'linear' exists"):
+        PROJECTORS.register("linear")(type(again.map))
+
+    class Local(torch.nn.Linear):
+        pass
+
+    with pytest.raises(LlavaError, match="cannot be loaded by another process"):
+        PROJECTORS.register("local")(Local)
+
+
+def test_an_installed_package_adds_names(here: Path, world: World, tmp_path: Path) -> None:
+    """By entry points, as pip writes them."""
+    site = tmp_path / "site"
+    (site / "my_parts-1.dist-info").mkdir(parents=True)
+    (site / "my_parts-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: my-parts\nVersion: 1\n")
+    (site / "my_parts-1.dist-info/entry_points.txt").write_text(
+        "[llava_align.projectors]\ngated = my_parts:Gated\n"
+        "[llava_align.vision_encoders]\nflat = my_encoder:Flat\n"
+    )
+    (site / "my_parts.py").write_text(MINE, encoding="utf-8")
+    (site / "my_encoder.py").write_text(ENCODER, encoding="utf-8")
+    path = f"{site}:{ROOT}"
+    features = world.llm.parent / "features"
+    out = tmp_path / "run"
+    run(
+        *("train", "run", "--features", features, "--llm", world.llm, "--out", out, "--max-steps", 1),
+        *("--batch-size", 2, "--device", "cpu", "--projector", "gated"),
+        PYTHONPATH=path,
+    )
+    recorded = json.loads((out / "last/config.json").read_text())["projector"]
+    assert recorded["kind"] == "my_parts:Gated"
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/flat.json").write_text('{"side": 8}')
+    (tmp_path / "images").mkdir()
+    shutil.copy(world.images[0], tmp_path / "images/a.png")
+    images = ("--data", tmp_path / "images", "--vision", tmp_path / "flat", "--out", tmp_path / "shards")
+    extracted = run(
+        "extract", "run", *images, "--device", "cpu", "--max-failed", 1, "--json", PYTHONPATH=path
+    )
+    assert extracted.summary["rows"] == 1
+
+
+ENCODER = '''
+import json
+import torch
+from llava_core.vision.preprocess import Preprocess
+from llava_core.vision.tower import VisionTower
+
+class Flat:
+    """Four tokens: the quarters of the image, as they are."""
+    @staticmethod
+    def recognises(folder):
+        return (folder / "flat.json").exists()
+
+    @staticmethod
+    def open(folder, device, dtype, layer, decode):
+        side = json.loads((folder / "flat.json").read_text())["side"]
+        def tokens(pixels):
+            quarters = pixels.unfold(2, side // 2, side // 2).unfold(3, side // 2, side // 2)
+            return quarters.flatten(2, 3).transpose(1, 2).flatten(2)
+        record = {"model_id": "flat", "weights_sha256": "", "layer": layer, "tokens": 4,
+                  "width": 3 * (side // 2) ** 2, "dtype": "float32"}
+        return VisionTower(Preprocess(side, (0.5,) * 3, (0.5,) * 3, decode=decode), record, device, dtype,
+                           tokens, torch.nn.Identity())
+'''
+
+
+def test_a_projector_whose_scale_no_linear_layer_sets_needs_another_start() -> None:
+    normed = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    with pytest.raises(LlavaError, match="does not set the scale"):
+        match_scale(normed, torch.randn(5, 3), 0.1)
+    with pytest.raises(LlavaError, match=r"no nn\.Linear to start from; use --start torch"):
+        match_scale(torch.nn.Identity(), torch.randn(5, 3), 0.1)

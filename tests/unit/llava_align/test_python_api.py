@@ -1,0 +1,112 @@
+"""`import llava_align`: what it loads, data sets, commands as functions, and classes of one's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import llava_align
+from llava_align import FeatureDataset, LlavaError
+from llava_core.shards.reader import Shard
+from tests.support.paths import ROOT
+from tests.support.runs import write_runs
+from tests.support.shards import write_shard
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_runs(tmp_path_factory.mktemp("api"))
+
+
+def test_importing_it_loads_nothing_heavy_and_every_name_is_there() -> None:
+    code = (
+        "import sys, llava_align; print({'torch', 'numpy', 'h5py', 'PIL'} & set(sys.modules));"
+        "[getattr(llava_align, name) for name in dir(llava_align)]"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout == "set()\n"
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        llava_align.Nothing  # noqa: B018
+
+
+def test_a_data_set_has_the_rows_with_features_of_all_folders(world: Path, tmp_path: Path) -> None:
+    data = FeatureDataset([world / "features", world / "held-out/c.h5"])
+    a, b, c = (Shard(world / name) for name in ("features/a.h5", "features/b.h5", "held-out/c.h5"))
+    assert len(data) == 24 + 24 + 10
+    assert data.left_out == 3
+    assert repr(data) == "FeatureDataset(58 rows of [5, 12], 3 without features left out)"
+    row = data[24]  # the first of b that is whole
+    assert row.features.dtype == torch.float16
+    np.testing.assert_array_equal(row.features, b.read(1))
+    assert (row.text, row.id, row.url) == (b.caption(1), b.id(1), b.url(1))
+    assert data[-1].text == c.caption(9)
+    chosen = data.select([57, 0]).select(slice(0, 1))
+    assert [row.text for row in chosen] == [c.caption(9)]
+    assert FeatureDataset(world / "features", rows=range(2)).text(1) == a.caption(1)
+    assert data.turns(0) == ((None, a.caption(0)),)
+    with pytest.raises(IndexError):
+        data.select([58])
+    write_shard(tmp_path / "other.h5", rows=2, size=9)
+    with pytest.raises(LlavaError, match="hold features of different encoders"):
+        FeatureDataset([world / "features", tmp_path])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_data_set_feeds_the_workers_of_a_loader(world: Path, start: str) -> None:
+    data = FeatureDataset(world / "features").select(range(16))
+    loader = DataLoader(data, batch_size=8, num_workers=2, multiprocessing_context=start)
+    batches = list(loader)
+    assert [tuple(batch.features.shape) for batch in batches] == [(8, 5, 12)] * 2
+    assert [text for batch in batches for text in batch.text] == [row.text for row in data]
+
+
+def test_training_and_a_sweep_from_python(world: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "llm": str(world / "llm"),
+        "device": "cpu",
+        "max_steps": 2,
+        "batch_size": 4,
+        "eval_captions": 0,
+    }
+    trained = llava_align.train(
+        world / "features", eval_features=world / "held-out", out=tmp_path / "run", lr=1, **common
+    )
+    assert (trained.steps, trained.checkpoint) == (2, tmp_path / "run/best")
+    assert trained.loss == json.loads((trained.checkpoint / "metrics.json").read_text())["eval_loss"]
+    again = llava_align.train(
+        world / "features", eval_features=world / "held-out", out=tmp_path / "run", lr=1, **common
+    )
+    assert again == trained
+    swept = llava_align.sweep(
+        str(world / "features"),
+        space={"lr": [1e-3, 1e-2], "projector": "linear,mlp"},
+        eval_features=world / "held-out",
+        out=tmp_path / "sweep",
+        recipe="course",
+        **{**common, "max_text_tokens": 64},
+    )
+    assert swept.figures["finished"] == 4
+    assert (swept.checkpoint / "config.json").exists()
+
+
+def test_what_python_asks_for_is_checked_as_the_commands_check_it(world: Path, tmp_path: Path) -> None:
+    paths: dict[str, Any] = {"llm": world / "llm", "out": tmp_path / "run"}
+    with pytest.raises(TypeError, match="unknown keyword 'learning_rate'"):
+        llava_align.train(world / "features", **paths, learning_rate=1)
+    with pytest.raises(LlavaError, match="lr; expected a value of type float; got '1e-3'"):
+        llava_align.train(world / "features", **paths, lr="1e-3")
+    with pytest.raises(LlavaError, match="decay; expected one of cosine, linear; got sine"):
+        llava_align.train(world / "features", **paths, decay="sine")
+    with pytest.raises(LlavaError, match="no language model folder"):
+        llava_align.train(world / "features", llm="nowhere", out=tmp_path / "run")
+    with pytest.raises(LlavaError, match="unknown recipe 'slow'"):
+        llava_align.train(world / "features", **paths, recipe="slow")
+    assert not (tmp_path / "run").exists()
