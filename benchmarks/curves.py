@@ -1,7 +1,7 @@
-"""The pictures of docs/curves.md: OMP_NUM_THREADS=1 python -m benchmarks.curves --demo demo-out --out DIR
+"""The pictures of docs/learn/curves.md: OMP_NUM_THREADS=1 python -m benchmarks.curves --demo demo-out --out DIR
 
 DEMO is a folder that `llava demo` has filled. Trains a few short runs on its features, each in a
-folder under OUT (one that is finished is not trained again), and draws their metrics into docs/.
+folder under OUT (one that is finished is not trained again), and draws their metrics into docs/images/.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=Path("demo-out"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pictures", type=Path, default=Path("docs"))
+    parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
     given = parser.parse_args()
     runs = {name: trained(name, flags, given.demo, given.out) for name, flags in RUNS.items()}
     rows = [[name, *(f"{at(curves, step):.3f}" for step in (0, 10, 30, 50, 100, STEPS)),

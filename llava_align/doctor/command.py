@@ -39,7 +39,7 @@ EXTRAS = {
     "extract run --ray, train sweep --ray": "ray",
     "language models as GGUF": "gguf",
     "infer score, words by jieba": "score",
-    "docs/demo.ipynb": "notebook",
+    "docs/learn/demo.ipynb": "notebook",
 }
 """What needs more than the packages that all commands share, and the extra that has it."""
 SHARED = ("extract, train, infer", "llava trace, examples, match, chat-llm, import, export, push --to hf")

@@ -1,4 +1,4 @@
-"""docs/demo.ipynb, run from top to bottom on a smaller world."""
+"""docs/learn/demo.ipynb, run from top to bottom on a smaller world."""
 
 from __future__ import annotations
 

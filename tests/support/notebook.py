@@ -1,4 +1,4 @@
-"""Runs docs/demo.ipynb anew and keeps what it shows: python -m tests.support.notebook.
+"""Runs docs/learn/demo.ipynb anew and keeps what it shows: python -m tests.support.notebook.
 
 With --to FILE the result goes there, and the notebook runs in that file's folder.
 """
@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 from tests.support.paths import ROOT
 
-NOTEBOOK = ROOT / "docs/demo.ipynb"
+NOTEBOOK = ROOT / "docs/learn/demo.ipynb"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},

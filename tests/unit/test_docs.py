@@ -30,7 +30,7 @@ from train.config import RunConfig
 from train.data.feature_cache import pick_residence
 from train.run_folder import RunFolder
 
-PAGES = [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
+PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
 PACKAGES = ("extract", "train", "infer", "llava_align", "llava_core")
 SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")
 """Functions that return a line to print."""
@@ -39,7 +39,8 @@ LITERAL = 8
 
 
 def page(name: str) -> str:
-    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+    (found,) = ROOT.glob(f"docs/**/{name}")
+    return found.read_text(encoding="utf-8")
 
 
 def fenced(text: str, kind: str) -> list[str]:
@@ -195,7 +196,7 @@ def test_commands_have_these_flags(path: Path) -> None:
     lines = [line for block in fenced(text, "(?:bash|)") for line in block.splitlines()]
     for line in [*lines, *re.findall(r"`(python -m [^`]+)`", text)]:
         found = re.search(
-            r"(?:python -m|torchrun .*?-m) (extract|train|infer|llava) (.+)", line.split("  #")[0]
+            r"(?:python -m|torchrun .*?-m) (extract|train|infer|llava_align) (.+)", line.split("  #")[0]
         )
         if not found or not found[2][0].isalpha():
             continue
@@ -212,7 +213,7 @@ def known_flags(command: Command) -> set[str]:
     return {f"--{prefix}{name}" for name in names for prefix in ("", "no-")} | {"--recipe", "--help"}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.zh-CN.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/**/*.zh-CN.md")), ids=lambda path: path.name)
 def test_both_languages_have_the_same_parts(path: Path) -> None:
     english, chinese = (
         file.read_text(encoding="utf-8") for file in (path.with_name(path.name.replace(".zh-CN", "")), path)
