@@ -1,4 +1,4 @@
-"""The pictures of docs/learn/curves.md: OMP_NUM_THREADS=1 python -m benchmarks.curves --demo demo-out --out DIR
+"""Draws the pictures of docs/learn/curves.md: python -m benchmarks.curves --demo demo-out --out DIR
 
 DEMO is a folder that `llava demo` has filled. Trains a few short runs on its features, each in a
 folder under OUT (one that is finished is not trained again), and draws their metrics into docs/images/.

@@ -1,4 +1,4 @@
-"""docs/learn/demo.ipynb as it lies in the repository: run once, in order, with nothing of the machine it ran on."""
+"""docs/learn/demo.ipynb in the repository: run once, in order, with nothing of the machine it ran on."""
 
 from __future__ import annotations
 
