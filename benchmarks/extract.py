@@ -41,7 +41,8 @@ from extract.pipeline import WRITE_ROWS, Pipeline
 from llava_align.config import MODELS
 from llava_align.reference_models import write_vision
 from llava_core.cli.console import progress, table
-from llava_core.network.fetch import FetchLimits, fetch_all
+from llava_core.network.fetch import fetch_all
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 from llava_core.shards.format import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter

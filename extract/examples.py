@@ -14,7 +14,8 @@ from extract.sources.base import Rows, Source
 from extract.sources.find import find_sources
 from llava_core.cli.console import counted, progress, say
 from llava_core.errors import LlavaError
-from llava_core.network.fetch import Fetched, FetchLimits, fetch_each
+from llava_core.network.fetch import Fetched, fetch_each
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, proxy_hint
 from llava_core.row_status import Status
 from llava_core.types import JsonDict

@@ -21,8 +21,9 @@ from llava_core.errors import LlavaError
 from llava_core.row_status import Status
 from llava_core.shards.format import ShardHeader
 from llava_core.shards.layout import Layout
+from llava_core.shards.part_file import is_finished
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import ShardWriter, is_finished, require_storage
+from llava_core.shards.writer import ShardWriter, require_storage
 from llava_core.types import JsonDict
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower

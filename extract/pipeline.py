@@ -30,12 +30,14 @@ from llava_core.cli.command import stop_signals
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.launcher import cpu_cores
-from llava_core.network.async_tasks import in_background, signals_restored, time_limit, together
-from llava_core.network.fetch import Fetched, Fetcher, FetchLimits
+from llava_core.network.async_tasks import _signals_restored, in_background, time_limit, together
+from llava_core.network.fetch import Fetched, Fetcher
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 from llava_core.shards.layout import THUMBNAIL_BYTES
+from llava_core.shards.part_file import FinishedMeanwhile
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import FinishedMeanwhile, RowRecord
+from llava_core.shards.writer import RowRecord
 from llava_core.vision.preprocess import ImageError
 from llava_core.vision.tower import VisionTower
 
@@ -122,7 +124,7 @@ class Pipeline:
     def drive(self, stages: Callable[[], Iterable[Coroutine[Any, Any, None]]]) -> None:
         """Run these together, once there are queues between them and threads for their work."""
         try:
-            with signals_restored():
+            with _signals_restored():
                 asyncio.run(self._run(stages))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None

@@ -21,8 +21,8 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Held
 from llava_core.identity import EncoderIdentity
 from llava_core.ray_cluster import Lines, other_version
+from llava_core.shards.part_file import FinishedMeanwhile
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import FinishedMeanwhile
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
 

@@ -24,8 +24,9 @@ from llava_core.launcher import worker_index
 from llava_core.row_status import Failure, Status
 from llava_core.shards.folder import open_shards
 from llava_core.shards.layout import disk_bytes
+from llava_core.shards.part_file import is_finished, part_of
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import ShardWriter, is_finished, part_of
+from llava_core.shards.writer import ShardWriter
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
 

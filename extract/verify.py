@@ -16,7 +16,7 @@ from extract.sources.refetch import ImagesAgain
 from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.network.fetch import FetchLimits
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.shards.folder import find_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict

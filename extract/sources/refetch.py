@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from extract.sources.find import sources_of
-from llava_core.network.fetch import Fetched, FetchLimits, fetch_all
+from llava_core.network.fetch import Fetched, fetch_all
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.shards.reader import Shard
 
 
