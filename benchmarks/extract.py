@@ -36,12 +36,14 @@ from aiohttp import web
 from PIL import Image
 
 from extract.config import RunConfig
-from extract.open_shard import Filling
-from extract.pipeline import WRITE_ROWS, Pipeline
+from extract.open_shard import OpenShard
+from extract.pipeline import run_pipeline
+from extract.stages.write import WRITE_ROWS
 from llava_align.config import MODELS
 from llava_align.reference_models import write_vision
 from llava_core.cli.console import progress, table
-from llava_core.network.fetch import FetchLimits, fetch_all
+from llava_core.network.fetch import fetch_all
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 from llava_core.shards.format import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
@@ -186,10 +188,14 @@ class Bench:
 
     def whole(self) -> float:
         path, captions = self._new_path(), ["一张图"] * len(self.urls)
-        pipeline = Pipeline(self.tower, self.config, progress(None, "rows"), lambda shard, seconds: None)
         began = time.monotonic()
-        pipeline.run([lambda: Filling(ShardWriter(path, self._header()), self.urls, captions)])
-        self.figures = pipeline.gauges.figures()
+        self.figures = run_pipeline(
+            self.tower,
+            self.config,
+            [lambda: OpenShard(ShardWriter(path, self._header()), self.urls, captions)],
+            progress(None, "rows"),
+            lambda shard, seconds: None,
+        )
         return time.monotonic() - began
 
     def one_after_another(self) -> float:
@@ -270,18 +276,15 @@ def watch_memory(settings: Settings, folder: Path) -> None:
         openers = []
         for start in range(0, settings.memory, 2000):
             urls = [f"{base}/{i}" for i in range(start, start + 2000)]
-            openers.append(functools.partial(open_filling, tower, folder / f"{start}.h5", urls))
+            openers.append(functools.partial(open_shard, tower, folder / f"{start}.h5", urls))
         began = time.monotonic()
-        pipeline = Pipeline(tower, config, progress(settings.memory, "rows"), finished)
-        pipeline.run(openers)
-    print(
-        f"{settings.memory / (time.monotonic() - began):.0f} rows/s; {json.dumps(pipeline.gauges.figures())}"
-    )
+        figures = run_pipeline(tower, config, openers, progress(settings.memory, "rows"), finished)
+    print(f"{settings.memory / (time.monotonic() - began):.0f} rows/s; {json.dumps(figures)}")
 
 
-def open_filling(tower: VisionTower, path: Path, urls: list[str]) -> Filling:
+def open_shard(tower: VisionTower, path: Path, urls: list[str]) -> OpenShard:
     captions = ["一张图"] * len(urls)
-    return Filling(ShardWriter(path, header(tower, captions, urls)), urls, captions)
+    return OpenShard(ShardWriter(path, header(tower, captions, urls)), urls, captions)
 
 
 def photo(width: int, height: int, seed: int) -> bytes:

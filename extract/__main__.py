@@ -11,7 +11,7 @@ COMMANDS = {
     "retry-failed": Command(RetryConfig, "extract.run:retry_failed", continues=True),
     "verify": Command(VerifyConfig, "extract.verify:run"),
     "inspect": Command(InspectConfig, "extract.inspect.command:run"),
-    "bench": Command(BenchConfig, "extract.bench:run"),
+    "bench": Command(BenchConfig, "extract.bench.command:run"),
 }
 
 

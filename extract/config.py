@@ -10,6 +10,8 @@ from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file_place, require_folder
 from llava_core.input_folders import require_vision_encoder, shard_paths
+from llava_core.launcher import cpu_cores
+from llava_core.network.fetch_limits import FetchLimits
 
 
 def require_data(data: str) -> None:
@@ -30,7 +32,7 @@ MOST = {"concurrency": 10_000, "decoders": 1_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stages(Options):
+class PipelineConfig(Options):
     """Flags of the stages from an image's address to its features on disk."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -82,9 +84,19 @@ class Stages(Options):
         if not 0 <= self.max_failed <= 1:
             raise LlavaError("--max-failed", expected="a share from 0 to 1", got=self.max_failed, exit_code=2)
 
+    @property
+    def decode_threads(self) -> int:
+        """--decoders, or one thread for each CPU core."""
+        return self.decoders or cpu_cores()
+
+    def fetch_limits(self) -> FetchLimits:
+        """Those of these flags that limit downloads; they have the same names."""
+        names = {field.name for field in dataclasses.fields(FetchLimits)}
+        return FetchLimits(**{name: value for name, value in vars(self).items() if name in names})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoding(Stages):
+class EncodeConfig(PipelineConfig):
     """Flags of every command that encodes images into shards."""
 
     out: Path
@@ -97,7 +109,7 @@ class Encoding(Stages):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(Encoding):
+class RunConfig(EncodeConfig):
     """Encode images into feature shards. The same command continues where it stopped."""
 
     data: str
@@ -132,7 +144,7 @@ class RunConfig(Encoding):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RetryConfig(Encoding):
+class RetryConfig(EncodeConfig):
     """Try the failed rows of finished shards again; all others stay as they are."""
 
     status: tuple[str, ...] = ()
@@ -228,7 +240,7 @@ class ExamplesConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig(Stages):
+class BenchConfig(PipelineConfig):
     """How fast this machine extracts: each stage of `run` alone, then all together, on the first rows.
 
     With --features instead: how fast a finished cache is read, as training reads it. Nothing stays on disk.

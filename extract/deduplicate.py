@@ -1,7 +1,7 @@
-"""Rows that show what another row of the shard set shows: fetched once, encoded once.
+"""Duplicates: rows with the image of another row are fetched once and encoded once.
 
-A row's keys are its address and the sha256 of its image file. The rows of open shards are kept in a dict; of
-finished shards 16 bytes per row and key are kept, and the shard itself says whether a hit is one.
+A row's keys are its address and the sha256 of its image file. Rows of open shards are kept in a dict; of
+finished shards 16 bytes per row and key are kept, and a hit is checked in the shard itself.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from extract.open_shard import Filling
+from extract.open_shard import OpenShard
+from extract.row_job import InFlightRow, RowJob, RowRef, StoredRow
 from extract.sources.base import is_address
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
@@ -22,75 +23,60 @@ from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord
 
 Key = str | bytes
-Place = tuple[Filling, int]
-"""An open shard, and a row of it."""
+OPEN_FILES = 64
+"""Finished shards that are held open to check hits."""
 
 
-@dataclasses.dataclass
-class First:
-    """The first row with some key, in an open shard."""
+class Deduplicator:
+    """Finds the row with the same address or image. `claim` may be called from any thread."""
 
-    place: Place
-    record: RowRecord | None = None
-    """Its outcome, without the features; None while it is on its way."""
-    followers: list[tuple[Filling, RowRecord]] = dataclasses.field(default_factory=list)
-    """Rows, with their shards, that take over its outcome when it comes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """A row of a finished shard."""
-
-    shard: Shard
-    row: int
-
-    def recall(self) -> RowRecord:
-        """Its outcome, features included."""
-        shard, row = self.shard, self.row
-        height, width = shard.orig_hw[row].tolist()
-        return RowRecord(
-            row=row,
-            status=Status.OK,
-            features=shard.read(row),
-            http=int(shard.http[row]),
-            nbytes=int(shard.nbytes[row]),
-            orig_hw=(height, width),
-            sha256=shard.sha256[row].tobytes(),
-            thumbnail=shard.thumbnail(row),
-        )
-
-
-class Duplicates:
-    """What the rows so far have shown. `claim` may be called from any thread."""
-
-    def __init__(self) -> None:
-        self._open: dict[Key, First] = {}
-        self._keys: dict[Place, list[Key]] = {}
-        self._urls, self._images = _Finished(), _Finished()
+    def __init__(self, finished: Iterable[Shard] = ()) -> None:
+        """`finished`: shards of earlier runs."""
+        self._open: dict[Key, InFlightRow] = {}
+        self._keys: dict[RowRef, list[Key]] = {}
+        self._urls, self._images = _KeyTable(), _KeyTable()
         self._paths: list[Path] = []
+        self._shard = functools.lru_cache(OPEN_FILES)(Shard)
+        for shard in finished:
+            self.add_finished(shard)
 
-    def claim(self, key: Key, place: Place) -> First | Known | None:
-        """The row that shows the same; None if there is none, and then `place` is the first from now on."""
-        if known := next(self._known(key), None):
-            return known
-        first = self._open.setdefault(key, First(place))
-        if first.place != place:
+    def claim(self, key: Key, ref: RowRef) -> InFlightRow | StoredRow | None:
+        """The row with the same key and all that this one's shard keeps; None if there is none."""
+        found = self._claim(key, ref)
+        if found is not None and ref.shard.writer.layout.thumbnails and not found.layout.thumbnails:
+            return None
+        return found
+
+    def _claim(self, key: Key, ref: RowRef) -> InFlightRow | StoredRow | None:
+        if stored := next(self._stored(key), None):
+            return stored
+        first = self._open.setdefault(key, InFlightRow(ref))
+        if first.ref != ref:
             return first
-        self._keys.setdefault(place, []).append(key)
+        self._keys.setdefault(ref, []).append(key)
         return None
 
-    def settle(self, place: Place, record: RowRecord) -> list[tuple[Filling, RowRecord]]:
-        """The outcome of a row is known; returns its followers."""
-        followers: list[tuple[Filling, RowRecord]] = []
-        for key in self._keys.get(place, ()):
+    def settle(self, ref: RowRef, record: RowRecord) -> list[RowJob]:
+        """Record the outcome of a row; returns the jobs that waited for it."""
+        waiters: list[RowJob] = []
+        for key in self._keys.get(ref, ()):
             first = self._open[key]
             first.record = dataclasses.replace(record, features=None, thumbnail=None)
-            followers += first.followers
-            first.followers = []
-        return followers
+            waiters += first.waiters
+            first.waiters = []
+        return waiters
 
-    def finished(self, shard: Shard, opened: Filling | None = None) -> None:
-        """A shard is finished, the one that was `opened` or one of an earlier run."""
+    def add_open(self, shard: OpenShard) -> None:
+        """Add the rows that an interrupted run has encoded into an open shard."""
+        for row in np.flatnonzero(shard.writer.status == Status.OK).tolist():
+            record, ref = shard.writer.outcome(row), RowRef(shard, row)
+            if shard.host(row) is not None:
+                self._claim(shard.urls[row], ref)
+            self._claim(record.sha256, ref)
+            self.settle(ref, record)
+
+    def add_finished(self, shard: Shard, opened: OpenShard | None = None) -> None:
+        """Add the rows of a finished shard, and drop those of the open shard that has become it."""
         rows = np.flatnonzero(shard.status == Status.OK)
         number = len(self._paths)
         self._paths.append(shard.path)
@@ -100,22 +86,22 @@ class Duplicates:
         self._urls.add(np.array([*urls.values()], np.uint64), number, np.array([*urls]))
         if opened is not None:
             for row in range(shard.rows):
-                for key in self._keys.pop((opened, row), ()):
+                for key in self._keys.pop(RowRef(opened, row), ()):
                     del self._open[key]
 
-    def _known(self, key: Key) -> Iterator[Known]:
-        index = self._urls if isinstance(key, str) else self._images
-        for number, row in index.find(_short(key)):
+    def _stored(self, key: Key) -> Iterator[StoredRow]:
+        table = self._urls if isinstance(key, str) else self._images
+        for number, row in table.find(_short(key)):
             try:
-                shard = _open_shard(self._paths[number])
-                there = shard.url(row) if isinstance(key, str) else shard.sha256[row].tobytes()
-            except (LlavaError, OSError):  # deleted since: then it is no duplicate any more
+                shard = self._shard(self._paths[number])
+                stored_key = shard.url(row) if isinstance(key, str) else shard.sha256[row].tobytes()
+            except (LlavaError, OSError):  # deleted in the meantime
                 continue
-            if there == key and shard.check(row):
-                yield Known(shard, row)
+            if stored_key == key and shard.check(row):
+                yield StoredRow(shard, row)
 
 
-class _Finished:
+class _KeyTable:
     """Short keys of the rows of finished shards, sorted."""
 
     def __init__(self) -> None:
@@ -134,12 +120,7 @@ class _Finished:
 
 
 def _short(key: Key) -> int:
-    """8 bytes that tell most keys apart."""
+    """First 8 bytes of a sha256, or 8 bytes of an address's hash."""
     if isinstance(key, str):
         key = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(key[:8], "little")
-
-
-@functools.lru_cache(maxsize=64)
-def _open_shard(path: Path) -> Shard:
-    return Shard(path)

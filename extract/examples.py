@@ -10,39 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from extract.config import ExamplesConfig
-from extract.sources.base import Rows, Source
+from extract.sources.base import Columns, Source
 from extract.sources.find import find_sources
 from llava_core.cli.console import counted, progress, say
 from llava_core.errors import LlavaError
-from llava_core.network.fetch import Fetched, FetchLimits, fetch_each
+from llava_core.network.fetch import Fetched, fetch_each
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, proxy_hint
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
 from llava_core.vision.preprocess import ImageError, image_format
 
 HIDDEN = ".part"
-"""Folder in --out for what is there before all is."""
+"""Folder in --out for the pictures found so far."""
 LEAST_ROWS, MOST_ROWS = 16, 64
-"""Rows that are asked for at a time: --count, within these bounds."""
+"""Rows that are fetched at a time: --count, within these bounds."""
 BYTES = 128 << 20
-"""Of bodies in memory above which no download begins."""
+"""Bytes of bodies in memory above which no download begins."""
 SILENT_ROWS = 64
-"""Rows in a row without an answer after which the network seems down."""
+"""Consecutive rows without an answer after which the network seems down."""
 FAILED_ROWS, FAILED_ROWS_EACH = 200, 20
-"""Rows in a row without a picture after which the search ends: so many, or so many times --count if more."""
+"""Consecutive rows without a picture that end the search: the first, or --count times the second if more."""
 
 
 def run(config: ExamplesConfig) -> JsonDict:
     """Write 0000.jpg (or .png, as it came), 0000.txt and so on.
 
-    Returns how many, and how the rows passed over failed.
-
-    Raises LlavaError if too many rows in a row have no picture; what was found before them is there then.
+    Returns the number of examples, and of skipped rows by outcome. Raises LlavaError if too many consecutive
+    rows have no picture; the examples found before them are written.
     """
     sources = find_sources(config.data, config.images)
     config.out.mkdir(parents=True, exist_ok=True)
     hidden = config.out / HIDDEN
-    shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(hidden, ignore_errors=True)  # left by a process that was killed
     if any(config.out.iterdir()):
         raise LlavaError(f"{config.out} holds something already", do="choose another --out")
     hidden.mkdir()
@@ -68,7 +68,7 @@ def run(config: ExamplesConfig) -> JsonDict:
 
 
 class _Search:
-    """Rows in their order until enough of them have a picture; each is in `hidden` as soon as it comes."""
+    """Goes through the rows until enough have a picture; each is written to `hidden` as soon as it comes."""
 
     def __init__(self, config: ExamplesConfig, sources: Sequence[Source], hidden: Path, bar: Any) -> None:
         self.config, self.sources, self.hidden, self.bar = config, sources, hidden, bar
@@ -76,44 +76,44 @@ class _Search:
         self.found: list[tuple[Path, str]] = []
         """Pictures and their captions."""
         self.failed: collections.Counter[str] = collections.Counter()
-        self._in_a_row: collections.Counter[str] = collections.Counter()
-        """How the rows since the last picture failed."""
+        self._failed_since: collections.Counter[str] = collections.Counter()
+        """Outcomes of the rows since the last picture."""
         self._names = itertools.count()
 
     def run(self) -> LlavaError | None:
-        """Returns why it ended early, if it did."""
-        for rows, part in self._parts():
-            outcomes = self._outcomes(rows, [row for row, _ in part])
+        """Search; returns the reason if it ends early."""
+        for columns, part in self._parts():
+            outcomes = self._outcomes(columns, [row for row, _ in part])
             for outcome, (_, text) in zip(outcomes, part, strict=True):
                 if isinstance(outcome, Status):
                     self.failed[outcome.label] += 1
-                    self._in_a_row[outcome.label] += 1
+                    self._failed_since[outcome.label] += 1
                     continue
                 self.found.append((outcome, text))
-                self._in_a_row.clear()
+                self._failed_since.clear()
                 if len(self.found) == self.config.count:
                     return None
             if trouble := self._trouble():
                 return trouble
         return None
 
-    def _parts(self) -> Iterator[tuple[Rows, list[tuple[int, str]]]]:
-        """Some rows with their captions at a time; those without one are left out."""
+    def _parts(self) -> Iterator[tuple[Columns, list[tuple[int, str]]]]:
+        """Batches of rows with captions: their columns, and (row, caption) of each."""
         size = min(max(self.config.count, LEAST_ROWS), MOST_ROWS)
         for source in self.sources:
-            rows = source.read()
-            if rows.conversations:
+            columns = source.read()
+            if columns.conversations:
                 raise LlavaError(f"{source.path} holds dialogues", expected="captions")
-            captioned = ((row, text) for row, text in enumerate(rows.texts) if text is not None)
+            captioned = ((row, text) for row, text in enumerate(columns.captions) if text is not None)
             while part := list(itertools.islice(captioned, size)):
-                yield rows, part
+                yield columns, part
 
-    def _outcomes(self, rows: Rows, chosen: list[int]) -> list[Path | Status]:
-        """The picture of each row, or why there is none."""
+    def _outcomes(self, columns: Columns, chosen: list[int]) -> list[Path | Status]:
+        """The picture of each row, or the outcome if there is none."""
         outcomes: dict[int, Path | Status] = {}
         remote = []
         for row in chosen:
-            if image := rows.images and rows.images.load(row, self.limits.max_bytes):
+            if image := columns.images and columns.images.load(row, self.limits.max_bytes):
                 outcomes[row] = self._take(image)
             else:
                 remote.append(row)
@@ -121,7 +121,7 @@ class _Search:
         def take(index: int, fetched: Fetched) -> None:
             outcomes[remote[index]] = self._take(fetched)
 
-        fetch_each([rows.places[row] for row in remote], self.limits, take)
+        fetch_each([columns.image_refs[row] for row in remote], self.limits, take)
         return [outcomes[row] for row in chosen]
 
     def _take(self, fetched: Fetched) -> Path | Status:
@@ -138,9 +138,9 @@ class _Search:
         return picture
 
     def _trouble(self) -> LlavaError | None:
-        """What to say if the rows since the last picture leave no hope."""
-        rows, got = self._in_a_row.total(), _counts(self._in_a_row)
-        if rows >= SILENT_ROWS and self._in_a_row.keys() <= {status.label for status in SILENT}:
+        """The error if too many rows since the last picture have failed."""
+        rows, got = self._failed_since.total(), _counts(self._failed_since)
+        if rows >= SILENT_ROWS and self._failed_since.keys() <= {status.label for status in SILENT}:
             do = "; ".join(filter(None, ["check the network", proxy_hint()]))
             return LlavaError(f"no answer for {rows} rows in a row: the network seems down", got=got, do=do)
         if rows >= max(FAILED_ROWS, FAILED_ROWS_EACH * self.config.count):

@@ -1,34 +1,36 @@
-"""Filling shards with one vision tower: what `extract run` does alone, and each worker of a cluster."""
+"""Extracts shards with one vision tower: in `extract run`, and in each worker of a Ray cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from extract.config import Encoding, RunConfig
-from extract.open_shard import Filling
-from extract.outcomes import write_statistics
-from extract.pipeline import Pipeline
-from extract.sources.base import Rows, Source
+from extract.config import EncodeConfig, RunConfig
+from extract.open_shard import OpenShard
+from extract.pipeline import run_pipeline
+from extract.sources.base import Columns, Source
 from extract.sources.local_images import changed
+from extract.stages.metrics import ProgressBar
+from extract.statistics import write_statistics
 from llava_core.cli.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
 from llava_core.shards.format import ShardHeader
 from llava_core.shards.layout import Layout
+from llava_core.shards.part_file import is_finished
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import ShardWriter, is_finished, require_storage
+from llava_core.shards.writer import ShardWriter, require_storage
 from llava_core.types import JsonDict
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 
 
-def open_tower(config: Encoding) -> VisionTower:
+def open_tower(config: EncodeConfig) -> VisionTower:
     return open_vision_tower(
         config.vision, pick_device(config.device), layer=config.layer, decode=config.decode
     )
@@ -42,9 +44,9 @@ def describe(tower: VisionTower) -> str:
 
 
 def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
-    """Whether the shard is finished, and its image files are what they were.
+    """Whether the shard is finished, and its image files have not changed since.
 
-    Raises LlavaError if it is one of another encoder or other rows.
+    Raises LlavaError if it is of another encoder or of other rows.
     """
     if not is_finished(path):
         return False
@@ -65,10 +67,10 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
     return not rows.any()
 
 
-def _mention_changed(path: Path, places: Sequence[str], changed: np.ndarray) -> None:
+def _mention_changed(path: Path, image_refs: Sequence[str], changed: np.ndarray) -> None:
     rows = np.flatnonzero(changed).tolist()
     images = counted(len(rows), "image")
-    say(f"{path}: {images} changed since encoded, such as {places[rows[0]]}; encoding again")
+    say(f"{path}: {images} changed since encoded, such as {image_refs[rows[0]]}; encoding again")
 
 
 def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
@@ -85,24 +87,25 @@ def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
     )
 
 
-def open_filling(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Filling:
-    again = changed(source.images, Shard(path)) if is_finished(path) else np.zeros(0, bool)
-    return filling_of(path, source.read(), source.identity(), tower, config, again, source.images)
+def open_shard(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> OpenShard:
+    """Create or continue the shard of a source; of a finished one, redo rows whose image has changed."""
+    redo = changed(source.images, Shard(path)) if is_finished(path) else np.zeros(0, bool)
+    return open_shard_of(path, source.read(), source.identity(), tower, config, redo, source.images)
 
 
-def filling_of(
+def open_shard_of(
     path: Path,
-    rows: Rows,
+    columns: Columns,
     source: JsonDict,
     tower: VisionTower,
     config: RunConfig,
-    again: np.ndarray | tuple[()] = (),
+    redo: np.ndarray | tuple[()] = (),
     images: Path | None = None,
-) -> Filling:
-    """Begin, or continue, the shard of these rows; `source` is what it remembers of where they are from.
+) -> OpenShard:
+    """Create or continue the shard of these columns; `source` is the identity of their source.
 
-    Of a finished shard, fill the rows in the mask `again` anew; of one that was begun, those whose file in
-    the folder `images` has changed since.
+    `redo`: mask of the rows of a finished shard to encode anew. Of an unfinished shard, rows whose file in
+    the folder `images` has changed are encoded anew.
     """
     header = ShardHeader(
         encoder=tower.encoder,
@@ -110,45 +113,42 @@ def filling_of(
         source=source,
         tokens=tower.tokens,
         width=tower.width,
-        captions=[text or "" for text in rows.texts],
-        urls=rows.places,
-        ids=rows.ids,
+        captions=[caption or "" for caption in columns.captions],
+        urls=columns.image_refs,
+        ids=columns.ids,
         storage=config.dtype,
         thumbnails=config.thumbnails,
-        conversations=rows.conversations,
-        local=rows.images is not None,
+        conversations=columns.conversations,
+        local=columns.images is not None,
     )
-    writer = ShardWriter(path, header, again if np.any(again) else ())
+    writer = ShardWriter(path, header, redo if np.any(redo) else ())
     _mention_thumbnails(writer.part, writer.layout, config)
-    if images is not None and (found := changed(images, writer, rows.places)).any():
-        _mention_changed(path, rows.places, found)
+    if images is not None and (found := changed(images, writer, columns.image_refs)).any():
+        _mention_changed(path, columns.image_refs, found)
         writer.make_again(found)
-    return Filling(writer, rows.places, rows.texts, rows.images)
+    return OpenShard(writer, columns.image_refs, columns.captions, columns.images)
 
 
-def fill(
-    config: Encoding,
+def extract(
+    config: EncodeConfig,
     tower: VisionTower,
-    shards: Sequence[Callable[[], Filling]],
+    openers: Sequence[Callable[[], OpenShard]],
     finished: Sequence[Shard],
     rows: int,
-    counter: Callable[[int, str], Any] = progress,
+    bar: ProgressBar | None = None,
 ) -> JsonDict:
-    """Returns the figures of its speed: seconds, and, if there was something to do, what bounded it.
+    """Write these shards; returns seconds, and, if there was anything to do, the figures of the stages.
 
-    `finished` may hold what the rows show already; `counter` makes the bar that counts them.
+    Rows that a shard in `finished` has are copied. `bar` counts the `rows`; without it, a progress bar does.
     """
     started = time.monotonic()
-    if not shards:
+    if not openers:
         return {"seconds": 0.0}
 
-    def announce(shard: Shard, seconds: float) -> None:
+    def done(shard: Shard, seconds: float) -> None:
         write_statistics(shard, seconds)
         say(f"{shard.path}: {shard.rows:,} rows, {int((shard.status != Status.OK).sum()):,} failed")
 
-    with counter(rows, "rows") as bar:
-        pipeline = Pipeline(tower, config, bar, announce)
-        for shard in finished:
-            pipeline.duplicates.finished(shard)
-        pipeline.run(shards)
-    return {"seconds": round(time.monotonic() - started, 2), **pipeline.gauges.figures()}
+    with contextlib.nullcontext(bar) if bar else progress(rows, "rows") as counter:
+        figures = run_pipeline(tower, config, openers, counter, done, finished)
+    return {"seconds": round(time.monotonic() - started, 2), **figures}

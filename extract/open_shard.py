@@ -1,4 +1,4 @@
-"""A shard on its way."""
+"""A shard that is being written."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from extract.outcomes import host_of
-from extract.sources.base import Images, is_address
+from extract.sources.base import Images, host_of, is_address
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
 
 
-class Filling:
-    """A shard on its way: its writer, what is still to be done, what waits to be written."""
+class OpenShard:
+    """A shard's writer and text, its pending rows, and the outcomes that wait to be written."""
 
     def __init__(
         self,
@@ -27,16 +26,19 @@ class Filling:
     ) -> None:
         self.writer, self.urls, self.captions, self.images = writer, urls, captions, images
         self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
+        """Rows without an outcome when it was opened."""
         self.missing = len(self.pending)
+        """Rows that are not written yet."""
         self.waiting: list[RowRecord] = []
+        """Outcomes to be written."""
         self.started = time.monotonic()
 
     def host(self, row: int) -> str | None:
-        """Which host has the image; None if it needs no network."""
+        """Host of the row's image; None if it needs no network."""
         return None if self.images and not is_address(self.urls[row]) else host_of(self.urls[row])
 
     def write(self) -> None:
-        """Make the waiting outcomes durable; the last ones finish the shard."""
+        """Make the waiting outcomes durable. The last ones finish the shard."""
         records, self.waiting = self.waiting, []
         if records:
             self.writer.write(records)
@@ -45,8 +47,8 @@ class Filling:
             self.writer.finish()
             self.close()
 
-    def recall(self, record: RowRecord) -> RowRecord:
-        """An outcome of this shard with features and thumbnail, wherever they are; not while `write` runs."""
+    def outcome(self, record: RowRecord) -> RowRecord:
+        """An outcome of this shard, features and thumbnail included. Must not run while `write` does."""
         if record.status is not Status.OK:
             return record
         for waiting in self.waiting:

@@ -1,8 +1,8 @@
-"""`extract run --ray`: the files handed one at a time to workers on the nodes of a Ray cluster.
+"""`extract run --ray`: hands the files one at a time to workers on the nodes of a Ray cluster.
 
-A worker opens the vision tower once and keeps it. When it dies, alone or with its node, another continues the
-shard by the crash protocol: the folders lie on a file system that all nodes share. Ray starts dead workers
-again but retries none of their calls: it would ask the same worker only, whose node may never come back.
+A worker opens the vision tower once. When it dies, alone or with its node, another continues the shard by the
+crash protocol: the folders lie on a file system that all nodes share. Ray restarts dead workers but retries
+none of their calls: it would retry on the same worker only, whose node may never come back.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from extract.config import RunConfig
-from extract.outcomes import TOP_HOSTS
 from extract.partition import limits_of
-from extract.ray_worker import OUR_CODE, Ready, Trouble, Worker
+from extract.ray_worker import OUR_CODE, Worker, WorkerError, WorkerReady
 from extract.sources.base import Source
+from extract.statistics import TOP_HOSTS
 from llava_core.cli.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
@@ -26,22 +28,22 @@ from llava_core.ray_cluster import LOCK_SECONDS, Plan, code_digest, connected, p
 from llava_core.types import JsonDict
 
 MOST_TRIES = 5
-"""Workers that may die over one file before it counts as the cause."""
+"""Workers that die over one file before it counts as the cause."""
 RESTART_SECONDS = 2.0
-"""Between two calls to a worker that Ray is starting again."""
+"""Seconds between two calls to a worker that Ray is restarting."""
 REPORT_AFTER = 60.0
-"""Seconds without any worker until we say so."""
+"""Seconds without any worker before a log line mentions it."""
 
 
-def fill_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
-    """Fill a shard for every source; returns the figures of all, merged, as `summarise` gives them.
+def extract_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
+    """Extract every source; returns the merged figures of all shards, as `summarise` gives them.
 
-    Raises LlavaError after the other files are done if some could not be finished, or if no worker can work.
-    Ctrl-C ends the workers' work at once; what they have written stays.
+    Raises LlavaError if some files could not be finished, after the others are, or if no worker can work.
+    Ctrl-C stops the workers at once; what they have written stays.
     """
     assert config.ray is not None
     with connected(config.ray) as ray:
-        sources = [source.anywhere() for source in sources]
+        sources = [source.absolute() for source in sources]
         plan = plan_for(ray, config.ray, config.device, config.ray_workers, len(sources))
         with progress(sum(source.rows for source in sources), "rows") as bar:
             dispatch = Dispatch(ray, plan, config, sources, bar)
@@ -55,7 +57,7 @@ def fill_on_ray(config: RunConfig, sources: Sequence[Source]) -> JsonDict:
 
 
 def merged(all_figures: Sequence[JsonDict]) -> JsonDict:
-    """The figures of some shards as if they had been summed up together."""
+    """Sum of the figures of several shards."""
     total: JsonDict = {}
     for figures in all_figures:
         total = _sum(total, figures)
@@ -64,7 +66,7 @@ def merged(all_figures: Sequence[JsonDict]) -> JsonDict:
 
 
 def _sum(a: JsonDict, b: JsonDict) -> JsonDict:
-    """Numbers by key, the largest first; dicts of numbers likewise."""
+    """Sum by key, the largest first; dicts of numbers are summed likewise."""
     both: JsonDict = {}
     for key in {**a, **b}:
         of_a, of_b = a.get(key), b.get(key)
@@ -89,24 +91,26 @@ def _summed_up(errors: Mapping[Source, str], files: int) -> LlavaError:
 
 
 class Dispatch:
-    """Hands every file to a worker, and to another if that one dies."""
+    """Gives every file to a worker, and to another if that one dies."""
 
-    def __init__(self, ray: Any, plan: Plan, config: RunConfig, sources: Sequence[Source], bar: Any) -> None:
+    def __init__(
+        self, ray: Any, plan: Plan, config: RunConfig, sources: Sequence[Source], bar: tqdm[Any]
+    ) -> None:
         self.ray, self.plan, self.bar, self.files = ray, plan, bar, len(sources)
         self.todo = collections.deque(sources)
         self.calls: dict[Any, tuple[Any, Source | None]] = {}
-        """Calls under way: the worker, and its file; None while it opens the tower."""
+        """Calls under way: the worker and its file, None while it opens the tower."""
         self.idle: list[Any] = []
         self.away: list[tuple[float, Any]] = []
-        """Dead workers, and when to call them again."""
+        """When to call each dead worker again."""
         self.tries: collections.Counter[Source] = collections.Counter()
         self.figures: list[JsonDict] = []
         self.errors: dict[Source, str] = {}
         self.encoder: EncoderIdentity | None = None
-        self.trouble = ""
-        """Why the last worker that cannot work cannot."""
-        self.heard = time.monotonic()
-        """When a worker was last known to live."""
+        self.worker_error = ""
+        """Error of the last worker that cannot work."""
+        self.last_alive = time.monotonic()
+        """When a worker was last known to be alive."""
         self.tally = start_tally(ray)
         actor = ray.remote(Worker).options(
             num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_restarts=-1
@@ -122,24 +126,24 @@ class Dispatch:
         self.calls.update((worker.ready.remote(), (worker, None)) for worker in self.workers)
 
     def run(self) -> None:
-        """Until every file has its figures or its error. Raises LlavaError if no worker is left."""
+        """Run until every file has its figures or its error. Raises LlavaError if no worker is left."""
         while len(self.figures) + len(self.errors) < self.files:
             self._hand_out()
             if not self.calls and not self.away:
-                raise LlavaError(self.trouble)
+                raise LlavaError(self.worker_error)
             if self.calls:
                 ended, _ = self.ray.wait(list(self.calls), timeout=1)
                 for call in ended:
                     self._take(call, *self.calls.pop(call))
             else:
                 time.sleep(1)
-            self._tell()
+            self._report()
 
     def stop(self) -> None:
-        """End all workers, whatever they do."""
+        """Kill all workers, and wait until their locks are released."""
         for worker in self.workers:
             self.ray.kill(worker)
-        if self.calls:  # until they are gone and with them their locks
+        if self.calls:  # they hold the locks until they are gone
             self.ray.wait(list(self.calls), num_returns=len(self.calls), timeout=5)
 
     def _hand_out(self) -> None:
@@ -150,55 +154,59 @@ class Dispatch:
         while self.idle and self.todo:
             worker, source = self.idle.pop(), self.todo.popleft()
             wait = LOCK_SECONDS if self.tries[source] else 0.0
-            self.calls[worker.fill.remote(source, self.tally, wait)] = worker, source
+            self.calls[worker.extract.remote(source, self.tally, wait)] = worker, source
 
     def _take(self, call: Any, worker: Any, source: Source | None) -> None:
         errors = self.ray.exceptions
         try:
             answer = self.ray.get(call)
-        except errors.ActorDiedError as error:  # for good: it could not even start
-            answer = Trouble(str(error).strip().split("\n")[-1])
+        except errors.ActorDiedError as error:  # it could not start, and will not
+            answer = WorkerError(str(error).strip().split("\n")[-1])
         except (errors.RayActorError, errors.TaskCancelledError):
             self.away.append((time.monotonic() + RESTART_SECONDS, worker))
             if source is not None:
                 say(f"{source.path.name}: its worker died; another continues it")
-                self._again(source, f"{MOST_TRIES} workers died over it")
+                self._retry(source, f"{MOST_TRIES} workers died over it")
             return
-        self.heard = time.monotonic()
-        if isinstance(answer, Ready) and self.encoder and (other := self.encoder.differences(answer.encoder)):
-            answer = Trouble(f"{answer.host} has another encoder in the same folder: {other[0]}")
-        if isinstance(answer, Trouble) and not answer.of_file:
+        self.last_alive = time.monotonic()
+        if (
+            isinstance(answer, WorkerReady)
+            and self.encoder
+            and (other := self.encoder.differences(answer.encoder))
+        ):
+            answer = WorkerError(f"{answer.host} has another encoder in the same folder: {other[0]}")
+        if isinstance(answer, WorkerError) and not answer.of_file:
             say(f"a worker is left out: {answer.text}")
-            self.trouble = answer.text
+            self.worker_error = answer.text
             self.ray.kill(worker)
             if source is not None:
-                self._again(source, answer.text)
+                self._retry(source, answer.text)
             return
         self.idle.append(worker)
-        if isinstance(answer, Ready) and self.encoder is None:
+        if isinstance(answer, WorkerReady) and self.encoder is None:
             self.encoder = answer.encoder
             say(answer.frozen)
-        elif isinstance(answer, Trouble):
+        elif isinstance(answer, WorkerError):
             assert source is not None
             self.errors[source] = answer.text
-        elif not isinstance(answer, Ready):
+        elif not isinstance(answer, WorkerReady):
             self.figures.append(answer)
 
-    def _again(self, source: Source, why: str) -> None:
+    def _retry(self, source: Source, why: str) -> None:
         self.tries[source] += 1
         if self.tries[source] < MOST_TRIES:
             self.todo.appendleft(source)
         else:
             self.errors[source] = why
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         rows, lines = self.ray.get(self.tally.news.remote())
         for line in lines:
             say(line)
         self.bar.update(rows - self.bar.n)
         working = self.idle or any(source is not None for _, source in self.calls.values())
         if working:
-            self.heard = time.monotonic()
-        elif time.monotonic() - self.heard > REPORT_AFTER:
+            self.last_alive = time.monotonic()
+        elif time.monotonic() - self.last_alive > REPORT_AFTER:
             say(f"no worker is running; waiting for the Ray cluster to start one ({self.plan})")
-            self.heard = float("inf")
+            self.last_alive = float("inf")

@@ -1,4 +1,4 @@
-"""What runs on the nodes of a Ray cluster for `extract.ray_driver`."""
+"""The actor that extracts shards on a node of a Ray cluster, for `extract.ray_driver`."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from typing import Any
 import torch
 
 from extract.config import RunConfig
-from extract.extract_shards import describe, fill, is_done, open_filling, open_tower
-from extract.open_shard import Filling
-from extract.outcomes import summarise
+from extract.extract_shards import describe, extract, is_done, open_shard, open_tower
+from extract.open_shard import OpenShard
 from extract.sources.base import Source
+from extract.statistics import summarise
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Held
 from llava_core.identity import EncoderIdentity
 from llava_core.ray_cluster import Lines, other_version
+from llava_core.shards.part_file import FinishedMeanwhile
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import FinishedMeanwhile
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
 
 OUR_CODE = ("extract", "llava_core")
-TELL_SECONDS = 1.0
-"""Between two reports of the rows done."""
+REPORT_SECONDS = 1.0
+"""Seconds between two reports of the rows done."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Ready:
-    """A worker whose tower is open."""
+class WorkerReady:
+    """A worker's answer once its tower is open."""
 
     host: str
     encoder: EncoderIdentity
     frozen: str
-    """The tower in words."""
+    """Description of the tower, for the terminal."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Trouble:
-    """Why a worker could not do what it was asked to."""
+class WorkerError:
+    """A worker's answer if it cannot work, or cannot extract a file."""
 
     text: str
     of_file: bool = False
-    """The file's own fault; else the worker's, and another may do better."""
+    """The cause is the file; otherwise the worker, and another may succeed."""
 
 
 class Worker:
-    """An actor that fills one shard after the other."""
+    """A Ray actor that extracts one shard after the other."""
 
     def __init__(self, config: RunConfig, code: str) -> None:
         self.config, self.code = config, code
@@ -62,43 +62,43 @@ class Worker:
         torch.set_num_threads(self.config.decoders or 1)
         return open_tower(self.config)
 
-    def ready(self) -> Ready | Trouble:
+    def ready(self) -> WorkerReady | WorkerError:
         """Open the tower."""
         if text := other_version(self.code, *OUR_CODE):
-            return Trouble(text)
+            return WorkerError(text)
         try:
-            return Ready(self.host, self.tower.identity, describe(self.tower))
+            return WorkerReady(self.host, self.tower.identity, describe(self.tower))
         except (LlavaError, OSError) as error:
-            return Trouble(f"{self.host}: {error}")
+            return WorkerError(f"{self.host}: {error}")
 
-    def fill(self, source: Source, tally: Any, wait: float) -> JsonDict | Trouble:
+    def extract(self, source: Source, tally: Any, wait: float) -> JsonDict | WorkerError:
         """Finish the shard of `source`; returns its figures.
 
-        `wait`: seconds to wait for the lock of a worker that died over it.
+        `wait`: seconds to wait for the lock of a worker that has died.
         """
         path = self.config.out / f"{source.stem}.h5"
-        rows = Rows(tally, source.stem)
+        progress = RemoteProgress(tally, source.stem)
         with contextlib.redirect_stderr(Lines(tally, self.host)):
             try:
-                filling = self._begin(path, source, wait)
+                shard = self._open(path, source, wait)
             except (LlavaError, OSError) as error:
-                return Trouble(str(error), of_file=True)
-            if filling is None:
-                rows.update(source.rows)
+                return WorkerError(str(error), of_file=True)
+            if shard is None:
+                progress.update(source.rows)
             else:
                 try:
-                    fill(self.config, self.tower, [lambda: filling], [], source.rows, lambda *_: rows)
+                    extract(self.config, self.tower, [lambda: shard], [], source.rows, progress)
                 except (LlavaError, OSError) as error:
-                    return Trouble(f"{self.host}: {error}")
-            rows.tell()
+                    return WorkerError(f"{self.host}: {error}")
+            progress.report()
         return summarise([Shard(path)], hosts_shown=None)
 
-    def _begin(self, path: Path, source: Source, wait: float) -> Filling | None:
-        """The shard, locked; None if it is finished."""
+    def _open(self, path: Path, source: Source, wait: float) -> OpenShard | None:
+        """Open the shard, with its lock; None if it is finished."""
         until = time.monotonic() + wait
         while not is_done(path, source, self.tower, self.config):
             try:
-                return open_filling(path, source, self.tower, self.config)
+                return open_shard(path, source, self.tower, self.config)
             except FinishedMeanwhile:
                 continue
             except Held:
@@ -108,26 +108,20 @@ class Worker:
         return None
 
 
-class Rows:
-    """Stands for a progress bar and tells the driver of it."""
+class RemoteProgress:
+    """A progress bar that reports its rows to the driver, which draws them."""
 
     def __init__(self, tally: Any, name: str) -> None:
-        self.tally, self.name, self.n, self.told = tally, name, 0, 0.0
+        self.tally, self.name, self.n, self.reported = tally, name, 0, 0.0
 
     def update(self, n: int = 1) -> None:
         self.n += n
-        if time.monotonic() - self.told > TELL_SECONDS:
-            self.tell()
+        if time.monotonic() - self.reported > REPORT_SECONDS:
+            self.report()
 
-    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """The driver's bar shows rows only."""
+    def set_postfix_str(self, s: str, refresh: bool = True) -> None:
+        """Ignore the live line: the driver's bar shows rows only."""
 
-    def tell(self) -> None:
-        self.told = time.monotonic()
+    def report(self) -> None:
+        self.reported = time.monotonic()
         self.tally.count.remote(self.name, self.n)
-
-    def __enter__(self) -> Rows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass

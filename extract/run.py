@@ -1,4 +1,4 @@
-"""`extract run` and `extract retry-failed`: which shards are to be filled, and how it went."""
+"""`extract run` and `extract retry-failed`: choose the shards, extract them, print the summary."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from extract.config import Encoding, RetryConfig, RunConfig
-from extract.extract_shards import describe, fill, is_done, open_filling, open_tower, require_same
-from extract.open_shard import Filling
-from extract.outcomes import TOO_MANY_FAILED, outcome_table, summarise
+from extract.config import EncodeConfig, RetryConfig, RunConfig
+from extract.extract_shards import describe, extract, is_done, open_shard, open_tower, require_same
+from extract.open_shard import OpenShard
 from extract.partition import limits_of, partition
-from extract.ray_driver import fill_on_ray
+from extract.ray_driver import extract_on_ray
 from extract.sources.base import Source
 from extract.sources.find import find_sources, sources_of
+from extract.statistics import TOO_MANY_FAILED, outcome_table, summarise
 from llava_core.cli.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing
@@ -24,17 +24,18 @@ from llava_core.launcher import worker_index
 from llava_core.row_status import Failure, Status
 from llava_core.shards.folder import open_shards
 from llava_core.shards.layout import disk_bytes
+from llava_core.shards.part_file import is_finished, part_of
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import ShardWriter, is_finished, part_of
+from llava_core.shards.writer import ShardWriter
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
 
 T = TypeVar("T")
-Flags = TypeVar("Flags", bound=Encoding)
+Flags = TypeVar("Flags", bound=EncodeConfig)
 
 
 def run(config: RunConfig) -> JsonDict:
-    """Fill a shard for every source that has none; returns the figures of the summary."""
+    """Extract every source that has no finished shard; returns the figures of the summary."""
     sources, config = _part(find_sources(config.data, config.images, config.limit), "sources", config)
     if not sources:
         return _nothing(config)
@@ -42,7 +43,7 @@ def run(config: RunConfig) -> JsonDict:
     _require_other_names(paths)
     if config.ray is not None and not config.dry_run:
         started = time.monotonic()
-        figures = fill_on_ray(config, sources)
+        figures = extract_on_ray(config, sources)
         return conclude(config, figures, {"seconds": round(time.monotonic() - started, 2)})
     tower = open_tower(config)
     say(describe(tower))
@@ -53,14 +54,14 @@ def run(config: RunConfig) -> JsonDict:
         f"{counted(sum(source.rows for source in sources), 'row')} in {counted(len(sources), 'source')}; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
-    opened = [functools.partial(open_filling, paths[source], source, tower, config) for source in todo]
+    openers = [functools.partial(open_shard, paths[source], source, tower, config) for source in todo]
     finished = [Shard(paths[source]) for source in sources if source not in todo]
-    speed = fill(config, tower, opened, finished, rows=sum(source.rows for source in todo))
+    speed = extract(config, tower, openers, finished, sum(source.rows for source in todo))
     return conclude(config, summarise([Shard(path) for path in paths.values()]), speed)
 
 
 def retry_failed(config: RetryConfig) -> JsonDict:
-    """Fill the failed rows of finished shards again; returns the figures of the summary."""
+    """Retry the failed rows of finished shards; returns the figures of the summary."""
     chosen = [Failure.parse(name) for name in config.status] or [
         Failure(status)
         for status in Status
@@ -76,10 +77,10 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{counted(sum(counts.values()), 'failed row')} in {len(todo)} of {len(shards)} shards to try again")
     sources = sources_of(todo, config.data, config.images)
-    opened = [
+    openers = [
         functools.partial(_reopen, shard, chosen, source) for shard, source in zip(todo, sources, strict=True)
     ]
-    speed = fill(config, tower, opened, shards, rows=sum(shard.rows for shard in todo))
+    speed = extract(config, tower, openers, shards, sum(shard.rows for shard in todo))
     return conclude(config, summarise([Shard(shard.path) for shard in shards]), speed)
 
 
@@ -93,7 +94,7 @@ def _require_other_names(paths: dict[Source, Path]) -> None:
 
 
 def _part(things: Sequence[T], noun: str, config: Flags) -> tuple[list[T], Flags]:
-    """What of the files is this worker's, and the flags with its part of the limits."""
+    """This worker's part of the files, and the flags with its part of the limits."""
     this = worker_index()
     part = partition(things, this)
     if this.world_size > 1:
@@ -101,20 +102,20 @@ def _part(things: Sequence[T], noun: str, config: Flags) -> tuple[list[T], Flags
     return part, limits_of(config, this)
 
 
-def _nothing(config: Encoding) -> JsonDict:
+def _nothing(config: EncodeConfig) -> JsonDict:
     say("no file is left for this worker; done")
     return {**summarise([]), "seconds": 0.0, "out": str(config.out)}
 
 
-def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> Filling:
+def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> OpenShard:
     images = source.read().images if source else None
     writer = ShardWriter(shard.path, retry=chosen)
     urls = shard.urls()
     captions = [shard.caption(row) or None for row in range(shard.rows)]
-    return Filling(writer, urls, captions, images)
+    return OpenShard(writer, urls, captions, images)
 
 
-def conclude(config: Encoding, figures: JsonDict, speed: JsonDict) -> JsonDict:
+def conclude(config: EncodeConfig, figures: JsonDict, speed: JsonDict) -> JsonDict:
     """Print the summary; returns its figures."""
     share = figures["failed"] / figures["rows"]
     show(outcome_table(figures))

@@ -1,43 +1,104 @@
-"""What feature shards hold, gathered once for the terminal, `--json` and the page of `extract inspect`."""
+"""Statistics of feature shards: outcomes, hosts, captions and norms."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from extract.inspect.histogram import Histogram, histogram
-from extract.outcomes import host_of, summarise
+from extract.sources.base import host_of, is_address
+from llava_core import __version__
+from llava_core.cli.console import table
+from llava_core.filesystem import replace_text
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 
+TOO_MANY_FAILED = 3
+"""Exit code when more than --max-failed of the rows have failed."""
+TOP_HOSTS = 5
+BY_CODE = (Status.HTTP_4XX, Status.HTTP_5XX)
+"""Outcomes that are broken down by HTTP status code."""
 SAMPLE = 256
-"""Rows whose norms are looked at."""
+"""Rows whose token norms are computed."""
 QUANTILES = (0, 50, 95, 100)
 
 Item = TypeVar("Item")
 
 
+def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> JsonDict:
+    """Counts over shards: rows, ok, failed, image_bytes, failed_hosts {host: rows}, by_status {label: rows}, and
+    by_http {label: {code: rows}} of failures with a status code."""
+    counts = collections.Counter(int(code) for shard in shards for code in shard.status)
+    hosts: collections.Counter[str] = collections.Counter()
+    for shard in shards:
+        failed = (shard.status != Status.OK) & (shard.status != Status.BAD_CAPTION)
+        urls = (shard.url(row) for row in np.flatnonzero(failed).tolist())
+        hosts.update(host_of(url) for url in urls if not shard.local or is_address(url))
+    rows = sum(counts.values())
+    return {
+        "rows": rows,
+        "ok": counts[Status.OK],
+        "failed": rows - counts[Status.OK],
+        "by_status": {Status(code).label: n for code, n in counts.most_common()},
+        "by_http": {status.label: codes for status in BY_CODE if (codes := _codes(shards, status))},
+        "failed_hosts": dict(hosts.most_common(hosts_shown)),
+        "image_bytes": sum(int(shard.nbytes.sum(dtype=np.int64)) for shard in shards),
+    }
+
+
+def outcome_table(figures: JsonDict) -> str:
+    """Table of rows by outcome, and by HTTP status code where there is one."""
+    rows: list[tuple[str, ...]] = []
+    for label, n in figures["by_status"].items():
+        rows.append((label, f"{n:,}", f"{n / figures['rows']:.2%}"))
+        rows += [(f"  {code}", f"{of:,}") for code, of in figures["by_http"].get(label, {}).items()]
+    return table(rows, ("outcome", "rows", "share"))
+
+
+def _codes(shards: Sequence[Shard], status: Status) -> dict[str, int]:
+    """{HTTP status code: rows} of this outcome, the most frequent first."""
+    codes = collections.Counter(
+        code for shard in shards for code in shard.http[shard.status == status].tolist()
+    )
+    return {str(code): n for code, n in codes.most_common()}
+
+
+def write_statistics(shard: Shard, seconds: float) -> None:
+    """Write `<stem>.json` beside a finished shard."""
+    content: dict[str, Any] = {
+        "version": 1,
+        "tool_version": __version__,
+        "shard": shard.path.name,
+        "source": shard.source,
+        "fingerprint": shard.identity.fingerprint,
+        "seconds": round(seconds, 2),
+        **summarise([shard]),
+    }
+    replace_text(shard.path.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
 @dataclasses.dataclass(frozen=True)
-class Contents:
-    """Shards of one encoder, and what was counted in them."""
+class CacheStatistics:
+    """Shards of one encoder, and the statistics over their rows."""
 
     shards: Sequence[Shard]
     lengths: np.ndarray
     """Characters of the captions of ok rows."""
     norms: np.ndarray
-    """L2 norms of all tokens of `norm_rows` ok rows that are finite numbers."""
+    """Finite L2 norms of all tokens of `norm_rows` ok rows."""
     norm_rows: int
     not_finite_rows: int
-    """Of those rows, the ones with a token that holds NaN or infinity."""
+    """Rows of these that hold NaN or infinity."""
     hosts: dict[str, HostFailures]
     """Hosts with failures, the worst first."""
     figures: JsonDict
-    """All of it for --json."""
+    """All statistics, for --json."""
 
     def histograms(self, bins: int) -> dict[str, Histogram | None]:
         return {
@@ -57,10 +118,10 @@ class HostFailures:
         return sum(self.by_status.values())
 
 
-def look_into(shards: Sequence[Shard]) -> Contents:
-    """Read every text and the features of a sample."""
+def cache_statistics(shards: Sequence[Shard]) -> CacheStatistics:
+    """Statistics of these shards; reads every text, and the features of SAMPLE rows."""
     ok = [(shard, row) for shard in shards for row in shard.ok_rows()]
-    lengths = np.array([sum(len(said) for _, said in shard.turns(row)) for shard, row in ok], np.int64)
+    lengths = np.array([sum(len(answer) for _, answer in shard.turns(row)) for shard, row in ok], np.int64)
     sample = spread(ok, SAMPLE)
     norms = [np.linalg.norm(shard.read(row).astype(np.float32), axis=-1) for shard, row in sample]
     norm = np.concatenate(norms) if norms else np.zeros(0, np.float32)
@@ -68,7 +129,7 @@ def look_into(shards: Sequence[Shard]) -> Contents:
     not_finite = sum(not np.isfinite(row).all() for row in norms)
     hosts = _by_host(shards)
     first = shards[0]
-    contents = Contents(
+    statistics = CacheStatistics(
         shards,
         lengths,
         norm,
@@ -95,11 +156,11 @@ def look_into(shards: Sequence[Shard]) -> Contents:
             "sources": [shard.source for shard in shards],
         },
     )
-    shapes = contents.histograms(bins=20)
-    contents.figures["histograms"] = {
+    shapes = statistics.histograms(bins=20)
+    statistics.figures["histograms"] = {
         name.replace(" ", "_"): shape.to_json() if shape else None for name, shape in shapes.items()
     }
-    return contents
+    return statistics
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -110,7 +171,7 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def quantiles(values: np.ndarray, places: int) -> dict[str, float]:
-    """{'p0': …, 'p50': …, 'p95': …, 'p100': …}; zeros of no values."""
+    """{'p0': …, 'p50': …, 'p95': …, 'p100': …}; zeros if there is no value."""
     found = np.percentile(values if len(values) else np.zeros(1), QUANTILES)
     return {
         f"p{q}": round(float(v), places) if places else int(v) for q, v in zip(QUANTILES, found, strict=True)
@@ -130,7 +191,7 @@ def _by_host(shards: Sequence[Shard]) -> dict[str, HostFailures]:
     for shard in shards:
         for row, status in enumerate(shard.status.tolist()):
             rows[host := host_of(shard.url(row))] += 1
-            if status not in (Status.OK, Status.BAD_CAPTION):  # the latter were not asked for
+            if status not in (Status.OK, Status.BAD_CAPTION):  # rows without a caption were never requested
                 failed[host][Status(status).label] += 1
     found = [HostFailures(rows[host], dict(counts.most_common())) for host, counts in failed.items()]
     pairs = sorted(zip(failed, found, strict=True), key=lambda pair: (-pair[1].failed, pair[0]))

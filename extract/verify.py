@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from extract.config import VerifyConfig
-from extract.sources.refetch import ImagesAgain
+from extract.sources.refetch import ImageRefetcher
 from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.network.fetch import FetchLimits
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.shards.folder import find_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
@@ -201,7 +201,7 @@ def _changed(
     count = min(config.sample or len(rows), len(rows))
     chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
     # What it is asked to be again is known by its sha256.
-    images = ImagesAgain([shard for shard, _ in chosen], config.data, config.images)
+    images = ImageRefetcher([shard for shard, _ in chosen], config.data, config.images)
     limits = FetchLimits(allow_private=config.allow_private, ignore_robots=True, max_bytes=sys.maxsize)
     distances: list[float] = []
     failed: collections.Counter[str] = collections.Counter()

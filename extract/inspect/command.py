@@ -5,8 +5,7 @@ from __future__ import annotations
 from extract.config import InspectConfig
 from extract.inspect.histogram import Histogram, bar
 from extract.inspect.page import write_page
-from extract.outcomes import outcome_table
-from extract.statistics import Contents, look_into, stored_as
+from extract.statistics import CacheStatistics, cache_statistics, outcome_table, stored_as
 from llava_core.cli.console import human_bytes, say, show, table
 from llava_core.shards.folder import open_shards
 from llava_core.types import JsonDict
@@ -19,35 +18,35 @@ HOSTS = 8
 
 def run(config: InspectConfig) -> JsonDict:
     """Print the outcomes, hosts and distributions; returns them as figures."""
-    contents = look_into(open_shards(config.out))
-    parts = [outcome_table(contents.figures), _totals(contents), *_histograms(contents)]
-    if contents.hosts:
-        parts.insert(1, _hosts(contents))
+    stats = cache_statistics(open_shards(config.out))
+    parts = [outcome_table(stats.figures), _totals(stats), *_histograms(stats)]
+    if stats.hosts:
+        parts.insert(1, _hosts(stats))
     show("\n\n".join(parts))
-    if contents.not_finite_rows:
+    if stats.not_finite_rows:
         say(
-            f"{contents.not_finite_rows} of {contents.norm_rows} sampled rows hold NaN or infinite features; "
+            f"{stats.not_finite_rows} of {stats.norm_rows} sampled rows hold NaN or infinite features; "
             "their norms are left out, and `train` would diverge on them"
         )
     if config.html is not None:
-        write_page(config.html, contents, config.sample)
+        write_page(config.html, stats, config.sample)
         say(f"page written: {config.html}")
-        contents.figures["html"] = str(config.html)
-    return contents.figures
+        stats.figures["html"] = str(config.html)
+    return stats.figures
 
 
-def _hosts(contents: Contents) -> str:
+def _hosts(stats: CacheStatistics) -> str:
     rows: list[tuple[str, ...]] = []
-    for host, found in list(contents.hosts.items())[:HOSTS]:
+    for host, found in list(stats.hosts.items())[:HOSTS]:
         rows.append((host, f"{found.failed:,}", f"{found.rows:,}"))
         rows += [(f"  {label}", f"{n:,}") for label, n in found.by_status.items()]
-    if (more := len(contents.hosts) - HOSTS) > 0:
+    if (more := len(stats.hosts) - HOSTS) > 0:
         rows.append((f"and {more:,} more hosts",))
     return table(rows, ("host", "failed", "rows"))
 
 
-def _totals(contents: Contents) -> str:
-    figures, encoder = contents.figures, contents.figures["encoder"]
+def _totals(stats: CacheStatistics) -> str:
+    figures, encoder = stats.figures, stats.figures["encoder"]
     stored = human_bytes(figures["feature_bytes"])
     return table(
         [
@@ -58,7 +57,7 @@ def _totals(contents: Contents) -> str:
             ("fingerprint", figures["fingerprint"][:12]),
             ("images", human_bytes(figures["image_bytes"])),
             ("caption characters", _quantiles(figures["caption_characters"])),
-            (f"token norms ({contents.norm_rows} rows)", _quantiles(figures["token_norms"])),
+            (f"token norms ({stats.norm_rows} rows)", _quantiles(figures["token_norms"])),
         ]
     )
 
@@ -67,8 +66,8 @@ def _quantiles(values: JsonDict) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _histograms(contents: Contents) -> list[str]:
-    shapes = contents.histograms(BINS)
+def _histograms(stats: CacheStatistics) -> list[str]:
+    shapes = stats.histograms(BINS)
     return [_bars(name, shape) for name, shape in shapes.items() if shape is not None]
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from extract.inspect.histogram import Histogram
 from extract.inspect.svg import bars, outline, share_bar
-from extract.outcomes import host_of
-from extract.statistics import Contents, spread, stored_as
+from extract.sources.base import host_of
+from extract.statistics import CacheStatistics, spread, stored_as
 from llava_core.cli.console import human_bytes
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
@@ -29,9 +29,9 @@ HOSTS, SOURCES = 15, 15
 """Hosts, and source files, that are shown."""
 
 
-def write_page(path: Path, contents: Contents, sample: int) -> None:
+def write_page(path: Path, stats: CacheStatistics, sample: int) -> None:
     """Write the page with a gallery of `sample` rows, 0 for all."""
-    replace_text(path, _page(contents, sample))
+    replace_text(path, _page(stats, sample))
 
 
 def choose(shards: Sequence[Shard], sample: int) -> list[tuple[Shard, int]]:
@@ -49,20 +49,20 @@ def choose(shards: Sequence[Shard], sample: int) -> list[tuple[Shard, int]]:
     return [(shards[k], row) for k, row in sorted(ok + failed)]
 
 
-def _page(contents: Contents, sample: int) -> str:
-    chosen = choose(contents.shards, sample)
-    shapes = contents.histograms(BINS)
+def _page(stats: CacheStatistics, sample: int) -> str:
+    chosen = choose(stats.shards, sample)
+    shapes = stats.histograms(BINS)
     parts = {
-        "title": escape(contents.shards[0].path.resolve().parent.name),
-        "subtitle": f"Features by {escape(str(contents.figures['encoder'].get('model_id')))}",
-        "totals": _totals(contents.figures),
-        "outcomes": share_bar(contents.figures["by_status"]) + _outcomes(contents),
-        "hosts": _hosts(contents),
-        "histograms": "".join(_chart(name, shape, contents) for name, shape in shapes.items() if shape),
-        "sampled": _sampled(contents, chosen),
+        "title": escape(stats.shards[0].path.resolve().parent.name),
+        "subtitle": f"Features by {escape(str(stats.figures['encoder'].get('model_id')))}",
+        "totals": _totals(stats.figures),
+        "outcomes": share_bar(stats.figures["by_status"]) + _outcomes(stats),
+        "hosts": _hosts(stats),
+        "histograms": "".join(_chart(name, shape, stats) for name, shape in shapes.items() if shape),
+        "sampled": _sampled(stats, chosen),
         "choices": "".join(f"<option>{label}</option>" for label in _labels(chosen)),
         "gallery": "".join(_tile(shard, row) for shard, row in chosen),
-        "facts": _facts(contents),
+        "facts": _facts(stats),
     }
     return fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE)
 
@@ -84,25 +84,25 @@ def _totals(figures: JsonDict) -> str:
     return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
 
 
-def _outcomes(contents: Contents) -> str:
-    rows = contents.figures["rows"]
+def _outcomes(stats: CacheStatistics) -> str:
+    rows = stats.figures["rows"]
     return _table(
         ("outcome", "rows", "share"),
         (
             [
                 (label, f"{n:,}", f"{n / rows:.2%}"),
-                *((code, f"{k:,}", "") for code, k in contents.figures["by_http"].get(label, {}).items()),
+                *((code, f"{k:,}", "") for code, k in stats.figures["by_http"].get(label, {}).items()),
             ]
-            for label, n in contents.figures["by_status"].items()
+            for label, n in stats.figures["by_status"].items()
         ),
     )
 
 
-def _hosts(contents: Contents) -> str:
-    if not contents.hosts:
+def _hosts(stats: CacheStatistics) -> str:
+    if not stats.hosts:
         return '<p class="note">None.</p>'
-    shown = list(contents.hosts.items())[:HOSTS]
-    more = len(contents.hosts) - len(shown)
+    shown = list(stats.hosts.items())[:HOSTS]
+    more = len(stats.hosts) - len(shown)
     return _table(
         ("host", "failed", "of rows"),
         (
@@ -128,25 +128,25 @@ def _table(head: Sequence[str], groups: Iterable[Sequence[Sequence[str]]]) -> st
     return f"<table><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table>"
 
 
-def _chart(name: str, shape: Histogram, contents: Contents) -> str:
-    found = contents.figures[name.replace(" ", "_")]
-    of = f"{len(contents.lengths):,} captions" if shape.whole else f"{contents.norm_rows:,} rows"
+def _chart(name: str, shape: Histogram, stats: CacheStatistics) -> str:
+    found = stats.figures[name.replace(" ", "_")]
+    of = f"{len(stats.lengths):,} captions" if shape.whole else f"{stats.norm_rows:,} rows"
     words = (
         f"<b>{name.capitalize()}</b> of {of}: median {found['p50']:,}, 95 % up to {found['p95']:,}, "
         f"from {found['p0']:,} to {found['p100']:,}"
     )
-    if contents.not_finite_rows and not shape.whole:
-        words += f"; {contents.not_finite_rows:,} rows hold NaN or infinite features, left out"
+    if stats.not_finite_rows and not shape.whole:
+        words += f"; {stats.not_finite_rows:,} rows hold NaN or infinite features, left out"
     return f"<figure>{bars(name, shape)}<figcaption>{words}</figcaption></figure>"
 
 
-def _sampled(contents: Contents, chosen: Sequence[tuple[Shard, int]]) -> str:
-    rows, failed = contents.figures["rows"], sum(shard.status[row] != Status.OK for shard, row in chosen)
+def _sampled(stats: CacheStatistics, chosen: Sequence[tuple[Shard, int]]) -> str:
+    rows, failed = stats.figures["rows"], sum(shard.status[row] != Status.OK for shard, row in chosen)
     text = f"All {rows:,} rows"
     if len(chosen) < rows:
         text = f"{len(chosen):,} of {rows:,} rows, evenly spread"
         text += f"; {failed:,} of them failed, more than their share" if failed else ""
-    if not any(shard.layout.thumbnails for shard in contents.shards):
+    if not any(shard.layout.thumbnails for shard in stats.shards):
         text += ". These shards keep no pictures: <code>extract run --thumbnails</code> makes some that do"
     return text + "."
 
@@ -181,8 +181,8 @@ def _tile(shard: Shard, row: int) -> str:
     )
 
 
-def _facts(contents: Contents) -> str:
-    figures, sources = contents.figures, contents.figures["sources"]
+def _facts(stats: CacheStatistics) -> str:
+    figures, sources = stats.figures, stats.figures["sources"]
     files = {
         str(source.get("name")): f"{source.get('rows', 0):,} rows, sha256 {str(source.get('sha256'))[:12]}…"
         for source in sources[:SOURCES]

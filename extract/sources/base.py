@@ -1,4 +1,4 @@
-"""What can be extracted: a source of rows, each an image with words. One source becomes one shard."""
+"""A source: a file or folder of rows, each an image with its text. One source becomes one shard."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from llava_core.filesystem import sha256_files
 from llava_core.network.fetch import Fetched
@@ -14,41 +15,41 @@ from llava_core.types import JsonDict
 
 
 class Images(Protocol):
-    """Images that need no network. Threads call it."""
+    """Images that need no network. Several threads may call `load`."""
 
     def load(self, row: int, max_bytes: int) -> Fetched | None:
-        """The image of `row`, or why there is none; None for an address, which is to be downloaded."""
+        """Image of `row`, or why there is none; None if it is at an address, to be downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Columns:
     """The columns of a source."""
 
-    places: list[str]
-    """Where each image is, as the source says: an address, a path, or what it was called before it was put
+    image_refs: list[str]
+    """Where each image is, as the source has it: an address, a path, or the name it had before it was put
     into a parquet file. Shards keep it as the url."""
-    texts: list[str | None]
-    """A caption, or a dialogue (`shards/dialogue.py`); None where there is none, or none that can be read."""
+    captions: list[str | None]
+    """A caption, or a dialogue (`shards/dialogue.py`); None where it is missing or unreadable."""
     ids: list[str]
     images: Images | None = None
-    """None: every image is at an address."""
+    """Images that need no network; None if every image is at an address."""
     conversations: bool = False
-    """The texts are dialogues."""
+    """Whether `captions` holds dialogues."""
 
-    def after(self, rows: int) -> Rows:
-        """The same without the first so many."""
-        return Rows(
-            places=self.places[rows:],
-            texts=self.texts[rows:],
+    def after(self, rows: int) -> Columns:
+        """The columns without the first N rows."""
+        return Columns(
+            image_refs=self.image_refs[rows:],
+            captions=self.captions[rows:],
             ids=self.ids[rows:],
-            images=self.images and _Later(self.images, rows),
+            images=self.images and _ImagesAfter(self.images, rows),
             conversations=self.conversations,
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Later:
-    """Images without the first so many."""
+class _ImagesAfter:
+    """Images without those of the first `before` rows."""
 
     images: Images
     before: int
@@ -59,40 +60,48 @@ class _Later:
 
 @dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
-    """A file or folder of rows, or the first rows of it."""
+    """A file or folder of rows, or its first `rows` rows."""
 
     path: Path
     rows: int
     images: Path
-    """Folder in which the images are that it names by path."""
+    """Folder of the images that it names by path."""
 
     @property
     def stem(self) -> str:
-        """Name of the shard."""
+        """File name of the shard, without suffix."""
         return self.path.stem
 
     def identity(self) -> JsonDict:
-        """name, rows and sha256: what a shard remembers of what it was made from."""
+        """name, rows and sha256, which the shard records."""
         return {"name": self.path.name, "rows": self.rows, "sha256": sha256_files([self.path])}
 
-    def anywhere(self) -> Source:
-        """The same by absolute paths, for a process in another folder."""
+    def absolute(self) -> Source:
+        """This source by absolute paths, for a process in another folder."""
         return dataclasses.replace(self, path=self.path.absolute(), images=self.images.absolute())
 
     def first(self, rows: int) -> Source:
-        """The same, cut to so many rows."""
+        """The first `rows` rows of this source."""
         return dataclasses.replace(self, rows=rows)
 
     @abc.abstractmethod
-    def read(self) -> Rows:
-        """Raises LlavaError if the source is damaged."""
+    def read(self) -> Columns:
+        """Read the columns. Raises LlavaError if the source is damaged."""
 
 
 def captions_of(values: Sequence[object]) -> list[str | None]:
-    """Captions without the space around them; None for anything but text."""
+    """Captions without surrounding space; None for anything but text."""
     return [value.strip() or None if isinstance(value, str) else None for value in values]
 
 
-def is_address(place: str) -> bool:
+def is_address(image_ref: str) -> bool:
     """Whether an image is to be downloaded; anything without a scheme is a path."""
-    return "://" in place
+    return "://" in image_ref
+
+
+def host_of(url: str) -> str:
+    """Host of an address alone: user names, passwords and queries stay out of every report."""
+    try:
+        return urlsplit(url).hostname or "(no host)"
+    except ValueError:
+        return "(no host)"

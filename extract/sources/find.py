@@ -1,4 +1,4 @@
-"""Which sources `--data` means."""
+"""Finds the sources that `--data` names."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llava_core.shards.reader import Shard
 from llava_core.vision.image_files import SUFFIXES
 
 STATISTICS_HEAD = 1024
-"""Bytes at the beginning of a shard's statistics in which it is named."""
+"""Bytes at the beginning of a statistics file that hold the name of its shard."""
 
 
 def find_sources(data: str, images: Path | None = None, limit: int | None = None) -> list[Source]:
-    """The sources in a folder, at a path or of a glob, in the order of their names, cut to `limit` rows.
+    """Sources in a folder, at a path or of a glob, in the order of their names, cut to `limit` rows in all.
 
     A folder means its parquet files, or if it has none its JSON files, or else its images. Raises LlavaError
-    if there is nothing, something is damaged, or two sources have one stem and so would share a shard.
+    if there is no source, one is damaged, or two have the same stem and so would share a shard.
     """
     if images is not None and not images.is_dir():
         raise LlavaError(f"no image folder {images}", do="mend --images")
@@ -49,9 +49,9 @@ def find_sources(data: str, images: Path | None = None, limit: int | None = None
 
 
 def sources_of(shards: Sequence[Shard], data: str | None, images: Path | None) -> list[Source | None]:
-    """What each shard was made from; None for one whose images are all at addresses.
+    """Source of each shard; None if its images are all at addresses.
 
-    Raises LlavaError if a shard with local images was made from something that is not in `data`.
+    Raises LlavaError if the source of a shard with local images is not in `data`.
     """
     if not any(shard.local for shard in shards):
         return [None] * len(shards)
@@ -76,7 +76,7 @@ def _source_of(shard: Shard, stems: dict[str, Source], data: str) -> Source:
 
 
 def matching(data: str) -> list[Path]:
-    """The folder, or the file, at a path, or those of a glob. Raises LlavaError if there are none."""
+    """The file or folder at a path, or the matches of a glob. Raises LlavaError if there are none."""
     path = Path(data)
     found = [path] if path.exists() else sorted(map(Path, glob.glob(data, recursive=True)))
     if not found:
@@ -90,7 +90,7 @@ def _paths(data: str) -> list[Path]:
         return matching(data)
     files = [file for file in sorted(path.rglob("*")) if _is_listed(file.relative_to(path))]
     parquet = [file for file in files if file.suffix == ".parquet"]
-    # The statistics beside a shard are no data, wherever --out lies.
+    # The statistics beside a shard are not data, wherever --out lies.
     listed = [file for file in files if not _is_statistics(file)]
     return parquet or listed or [path]
 
@@ -101,7 +101,7 @@ def _is_listed(path: Path) -> bool:
 
 
 def _is_statistics(path: Path) -> bool:
-    """Whether a shard's, which may be gone."""
+    """Whether a JSON file is the statistics of a shard, even of one that is gone."""
     if any(path.with_suffix(suffix).exists() for suffix in (".h5", ".h5.part")):
         return True
     if not path.is_file():

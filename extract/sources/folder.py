@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from extract.sources.base import Rows, Source, captions_of
-from extract.sources.local_images import Files
+from extract.sources.base import Columns, Source, captions_of
+from extract.sources.local_images import LocalImages
 from llava_core.cli.console import say
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES
@@ -30,16 +30,16 @@ class Folder(Source):
         return self.path.resolve().name or "images"
 
     def identity(self) -> JsonDict:
-        """sha256 is over paths and captions; those of the images stand in the shard."""
-        content = json.dumps([self._places, self._captions]).encode()
+        """name, rows, and the sha256 of paths and captions; the shard records that of each image."""
+        content = json.dumps([self._paths, self._captions]).encode()
         return {"name": self.stem, "rows": self.rows, "sha256": hashlib.sha256(content).hexdigest()}
 
-    def read(self) -> Rows:
-        return Rows(
-            places=self._places,
-            texts=captions_of(self._captions),
-            ids=[os.path.splitext(place)[0] for place in self._places],
-            images=Files(self.path, self._places),
+    def read(self) -> Columns:
+        return Columns(
+            image_refs=self._paths,
+            captions=captions_of(self._captions),
+            ids=[os.path.splitext(path)[0] for path in self._paths],
+            images=LocalImages(self.path, self._paths),
         )
 
     @functools.cached_property
@@ -47,8 +47,8 @@ class Folder(Source):
         return sorted(_walk(self.path), key=lambda found: found[0])[: self.rows]
 
     @property
-    def _places(self) -> list[str]:
-        return [place for place, _ in self._listing]
+    def _paths(self) -> list[str]:
+        return [path for path, _ in self._listing]
 
     @functools.cached_property
     def _captions(self) -> list[str | None]:
@@ -65,7 +65,7 @@ class Folder(Source):
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path | None]]:
-    """Each image as a path from `folder`, and the file of its caption."""
+    """Each image as a path relative to `folder`, and the file of its caption."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         captions = {name[:-4]: name for name in names if name.lower().endswith(".txt")}

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from extract.sources.base import Rows, Source
+from extract.sources.base import Columns, Source
 from extract.sources.conversations import conversation_text
-from extract.sources.local_images import local_files
+from extract.sources.local_images import local_images
 from llava_core.errors import LlavaError, first_line
 
 SUFFIXES = (".json", ".jsonl")
@@ -21,7 +21,7 @@ class LlavaJson(Source):
 
     @classmethod
     def find(cls, path: Path, images: Path) -> LlavaJson:
-        """Raises LlavaError unless the file is a list of rows that name images, in roles that are known."""
+        """Raises LlavaError unless the file is a list of rows that name images, with known roles."""
         entries = _entries(path)
         if entries and not any("image" in entry for entry in entries):
             got = ", ".join(entries[0]) or "nothing"
@@ -29,14 +29,14 @@ class LlavaJson(Source):
         _texts(path, entries)
         return cls(path, len(entries), images)
 
-    def read(self) -> Rows:
+    def read(self) -> Columns:
         entries = _entries(self.path)[: self.rows]
-        places = [place if isinstance(place := entry.get("image"), str) else "" for entry in entries]
-        return Rows(
-            places=places,
-            texts=_texts(self.path, entries),
+        image_refs = [ref if isinstance(ref := entry.get("image"), str) else "" for entry in entries]
+        return Columns(
+            image_refs=image_refs,
+            captions=_texts(self.path, entries),
             ids=[str(entry.get("id", row)) for row, entry in enumerate(entries)],
-            images=local_files(self.path, self.images, places),
+            images=local_images(self.path, self.images, image_refs),
             conversations=True,
         )
 

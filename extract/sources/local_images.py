@@ -1,4 +1,4 @@
-"""Images in files that a source names by path."""
+"""Image files that a source names by path."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
 
 
-class Files:
-    """Images at paths of one folder; those at addresses are left to the downloads."""
+class LocalImages:
+    """Images at paths in one folder; those at addresses are to be downloaded."""
 
-    def __init__(self, folder: Path, places: Sequence[str]) -> None:
-        self.folder, self.places = folder, places
+    def __init__(self, folder: Path, image_refs: Sequence[str]) -> None:
+        self.folder, self.image_refs = folder, image_refs
 
     def load(self, row: int, max_bytes: int) -> Fetched | None:
-        place = self.places[row]
-        return None if is_address(place) else read_image(self.folder, place, max_bytes)
+        ref = self.image_refs[row]
+        return None if is_address(ref) else read_image(self.folder, ref, max_bytes)
 
 
-def local_files(path: Path, folder: Path, places: Sequence[str]) -> Files | None:
-    """The images that `path` names; None if all are at addresses.
+def local_images(path: Path, folder: Path, image_refs: Sequence[str]) -> LocalImages | None:
+    """The images that the source at `path` names; None if all are at addresses.
 
-    Raises LlavaError if it names files alone and not one of them is there: that is a wrong folder.
+    Raises LlavaError if it names only files and none of them exists: then the folder is wrong.
     """
-    if all(map(is_address, places)):
+    if all(map(is_address, image_refs)):
         return None
-    named = [place for place in places if place]
-    there = (is_address(place) or os.path.exists(_inside(folder, place) or "") for place in named)
+    named = [ref for ref in image_refs if ref]
+    there = (is_address(ref) or os.path.exists(_inside(folder, ref) or "") for ref in named)
     if named and not any(there):
         raise LlavaError(
             f"none of the images that {path} names is in {folder}",
             got=named[0],
             do="name their folder with --images",
         )
-    return Files(folder, places)
+    return LocalImages(folder, image_refs)
 
 
-def read_image(folder: Path, place: str, max_bytes: int) -> Fetched:
-    """The file at `place`, a path in `folder`.
+def read_image(folder: Path, name: str, max_bytes: int) -> Fetched:
+    """The image file at `name`, a path in `folder`.
 
-    The path may not lead out of the folder, by `..` or as an absolute one: the source may come from a
-    stranger. Links in the folder are followed wherever they lead: whoever set up the folder made them.
+    The path may not lead out of the folder, by `..` or as an absolute path: the source is untrusted. Links in
+    the folder are followed: its owner made them.
     """
-    path = _inside(folder, place)
+    path = _inside(folder, name)
     if path is None:
         return _failed(Status.OUTSIDE_FOLDER, f"not in {folder}")
     try:
@@ -76,17 +76,18 @@ def read_image(folder: Path, place: str, max_bytes: int) -> Fetched:
         os.close(descriptor)
 
 
-def changed(folder: Path, shard: Shard | ShardWriter, places: Sequence[str] = ()) -> np.ndarray:
-    """Rows whose image file holds something else than when it was read, bool [N]; `places` if it is begun.
+def changed(folder: Path, shard: Shard | ShardWriter, image_refs: Sequence[str] = ()) -> np.ndarray:
+    """Mask of the rows whose image file has changed since it was encoded, bool [N].
 
-    Only a file of another size or mtime is read. One that is gone has not changed: its features stay.
+    `image_refs`: paths of the images; needed for an unfinished shard. Only a file of another size or mtime is
+    read. A file that is gone has not changed: its features stay.
     """
     mtime, nbytes, sha256 = shard.mtime, shard.nbytes, shard.sha256
     rows = np.zeros(len(mtime), bool)
     if isinstance(shard, Shard) and mtime.any():
-        places = shard.urls()
+        image_refs = shard.urls()
     for row in np.flatnonzero(mtime).tolist():
-        path = _inside(folder, places[row])
+        path = _inside(folder, image_refs[row])
         try:
             found = os.stat(path or "")
             same = found.st_mtime_ns == mtime[row] and nbytes[row] in (found.st_size, 0)
@@ -97,15 +98,15 @@ def changed(folder: Path, shard: Shard | ShardWriter, places: Sequence[str] = ()
     return rows
 
 
-def _inside(folder: Path, place: str) -> str | None:
-    """The absolute path, or None if it leads out of the folder; links are not looked at."""
+def _inside(folder: Path, name: str) -> str | None:
+    """The absolute path of `name` in `folder`; None if it leads out of it. Links are not resolved."""
     root = os.path.abspath(folder)
-    path = os.path.normpath(os.path.join(root, place))
+    path = os.path.normpath(os.path.join(root, name))
     return path if os.path.commonpath([root, path]) == root else None
 
 
 def loaded(body: bytes, max_bytes: int) -> Fetched:
-    """An image that is there, unless it is too large."""
+    """An image in memory; the status says if it is too large."""
     if len(body) > max_bytes:
         return _failed(Status.TOO_LARGE, f"over {max_bytes:,} bytes")
     return Fetched(Status.OK, body, attempts=0)

@@ -1,4 +1,4 @@
-"""Parquet files whose images are at addresses, in files, or in the parquet file itself."""
+"""Parquet files with images at addresses, in files, or in the parquet file itself."""
 
 from __future__ import annotations
 
@@ -13,65 +13,65 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from extract.sources.base import Images, Rows, Source, captions_of, is_address
+from extract.sources.base import Columns, Images, Source, captions_of, is_address
 from extract.sources.conversations import conversation_text
-from extract.sources.local_images import Files, local_files
-from extract.sources.parquet_images import StoredImages
+from extract.sources.local_images import LocalImages, local_images
+from extract.sources.parquet_images import ParquetImages
 from llava_core.errors import LlavaError, first_line
 
 CAPTION_KEY = "global_caption"
 """The caption in SA1B-Dense-Caption's `cap_seg`."""
-PLACES = ("url", "image", "path")
-"""Columns of addresses or paths, the best first; but best of all is a column `image` of bytes."""
+IMAGE_REFS = ("url", "image", "path")
+"""Columns of addresses or paths, the preferred first; a column `image` of bytes precedes all."""
 CONVERSATIONS = ("conversations", "messages")
 TEXTS = ("cap_seg", "caption", "text", *CONVERSATIONS)
-"""Columns of words, the best first."""
+"""Columns of text, the preferred first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parquet(Source):
-    """Rows of a parquet file, or the first of them."""
+    """Rows of a parquet file, or its first `rows` rows."""
 
     @classmethod
     def find(cls, path: Path, images: Path) -> Parquet:
-        """Raises LlavaError unless the file has columns to extract."""
+        """Raises LlavaError unless the file has a column of images and one of text."""
         file = _open(path)
         _image_leaves(path, file.schema_arrow)
         _text_column(path, file.schema_arrow)
         return cls(path, file.metadata.num_rows, images)
 
-    def read(self) -> Rows:
+    def read(self) -> Columns:
         file = _open(self.path)
         names = file.schema_arrow.names
-        place, stored = _image_leaves(self.path, file.schema_arrow)
+        ref, stored = _image_leaves(self.path, file.schema_arrow)
         text = _text_column(self.path, file.schema_arrow)
-        wanted = [place, text, *{"id"}.intersection(names)]
+        wanted = [ref, text, *{"id"}.intersection(names)]
         try:
             table = file.read(columns=[name for name in wanted if name]).slice(0, self.rows)
         except (pa.ArrowException, OSError) as error:
             raise LlavaError(f"damaged parquet file {self.path}", got=error, do="download it again") from None
-        places = [str(value or "") for value in _texts(_leaf(table, place))] if place else [""] * self.rows
-        return Rows(
-            places=places,
-            texts=self._words(table[text], text),
+        image_refs = [str(v or "") for v in _texts(_leaf(table, ref))] if ref else [""] * self.rows
+        return Columns(
+            image_refs=image_refs,
+            captions=self._captions(table[text], text),
             ids=[str(i) for i in (_texts(table["id"]) if "id" in names else range(self.rows))],
-            images=self._images(place, stored, places),
+            images=self._images(ref, stored, image_refs),
             conversations=text in CONVERSATIONS,
         )
 
-    def _words(self, column: Any, name: str) -> list[str | None]:
+    def _captions(self, column: Any, name: str) -> list[str | None]:
         if name in CONVERSATIONS:
             dialogues = enumerate(column.to_pylist())
             return [conversation_text(dialogue, f"{self.path}, row {row}") for row, dialogue in dialogues]
         return captions_of(_dense_captions(column) if name == "cap_seg" else _texts(column))
 
-    def _images(self, place: str | None, stored: str | None, places: list[str]) -> Images | None:
+    def _images(self, ref: str | None, stored: str | None, image_refs: list[str]) -> Images | None:
         if stored:
-            return StoredImages(self.path, stored, Files(self.images, places))
-        # The others are addresses gone wrong; and none at all is no path either.
-        if place == "url" and (any(map(is_address, places)) or not any(places)):
+            return ParquetImages(self.path, stored, LocalImages(self.images, image_refs))
+        # In a column of addresses, anything else is a broken address, not a path.
+        if ref == "url" and (any(map(is_address, image_refs)) or not any(image_refs)):
             return None
-        return local_files(self.path, self.images, places)
+        return local_images(self.path, self.images, image_refs)
 
 
 def _open(path: Path) -> Any:
@@ -84,19 +84,19 @@ def _open(path: Path) -> Any:
 
 
 def _image_leaves(path: Path, schema: Any) -> tuple[str | None, str | None]:
-    """Where the images' places and their bytes are, as Arrow names columns and fields in them."""
-    _require_once(path, schema, PLACES)
+    """Column, or field of a struct, of the images' addresses or paths, and of their bytes."""
+    _require_once(path, schema, IMAGE_REFS)
     if "image" in schema.names:
         kind = schema.field("image").type
         if _is_bytes(kind):
             return None, "image"
         if pa.types.is_struct(kind):
             fields = {field.name: field.type for field in kind}
-            place = "image.path" if "path" in fields else None
+            ref = "image.path" if "path" in fields else None
             stored = "image.bytes" if _is_bytes(fields.get("bytes", pa.null())) else None
-            if place or stored:
-                return place, stored
-    found = [name for name in PLACES if name in schema.names]
+            if ref or stored:
+                return ref, stored
+    found = [name for name in IMAGE_REFS if name in schema.names]
     if not found:
         raise _lacks(path, schema, "the image", "a column url, image (address, path or bytes) or path")
     if pa.types.is_nested(schema.field(found[0]).type):
@@ -141,7 +141,7 @@ def _dense_captions(column: Any) -> Sequence[Any]:
 
 
 def _texts(column: Any) -> list[Any]:
-    """The column's values, bytes and text alike as text, whatever is not UTF-8 in them replaced."""
+    """The column's values, bytes decoded as UTF-8 with errors replaced."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         column = column.cast(pa.large_binary())

@@ -1,4 +1,4 @@
-"""Images that lie in a parquet file themselves, read a few at a time."""
+"""Images stored in a parquet file, read in small batches."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ LEAST_ROWS = 16
 MOST_ROWS = 1024
 """A batch is about BATCH_BYTES of images, but LEAST_ROWS to MOST_ROWS of them."""
 BUFFER = 1 << 20
-"""Bytes that are read from the file at once; without it Arrow reads a row group's whole column."""
+"""Bytes read from the file at once; without a buffer Arrow reads a row group's whole column."""
 
 
-class StoredImages:
-    """Images of a column, read from the first to the last; any other order is right as well, and slow.
+class ParquetImages:
+    """Images of a column, fast when read in the order of the rows; any other order is correct but slow.
 
-    In memory are the last two batches, and what Arrow needs to decode one page of the file: 3 to 4 times its
-    size. Writers of parquet look at a page's size only every 1024 rows, so a page may be as large as those;
-    nothing smaller than a page can be read.
+    Memory holds the last two batches and 3 to 4 times one page of the file, which Arrow needs to decode it.
+    Parquet writers check a page's size only every 1024 rows, so a page may be as large as 1024 images.
     """
 
     def __init__(self, path: Path, column: str, others: Images) -> None:
-        """`column` may be a field of a struct, `image.bytes`; `others` has the images of rows without."""
+        """`column` may be a field, `image.bytes`; `others` has the images of rows where it is null."""
         self.column, self.others = column, others
         self._file: Any = pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
         groups = range(self._file.metadata.num_row_groups)
@@ -45,13 +44,13 @@ class StoredImages:
         self._starts = [0, *itertools.accumulate(rows)]
         self._lock = threading.Lock()
         self._batches: collections.deque[tuple[int, Any]] = collections.deque(maxlen=2)
-        """First row and images of the last batches read: threads that overtake each other ask for both."""
+        """First row and images of the last two batches read: threads that overtake each other need both."""
         self._group = -1
         self._coming: Iterator[Any] = iter(())
         """Batches of the row group `_group`, the first row of the next one `_next`."""
         self._next = 0
         self._damaged: dict[int, int] = {}
-        """Row groups that cannot be read to their end, and the row at which that was seen."""
+        """Damaged row groups, and the first row of each that cannot be read."""
 
     def load(self, row: int, max_bytes: int) -> Fetched | None:
         try:

@@ -1,4 +1,4 @@
-"""Images of rows that were extracted before."""
+"""Images of rows that were extracted before: read or downloaded again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from extract.sources.find import sources_of
-from llava_core.network.fetch import Fetched, FetchLimits, fetch_all
+from llava_core.network.fetch import Fetched, fetch_all
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.shards.reader import Shard
 
 
-class ImagesAgain:
-    """Local images are read from `data`, the others downloaded. Raises LlavaError as `sources_of` does."""
+class ImageRefetcher:
+    """Reads local images from `data` and downloads the others. Raises LlavaError as `sources_of` does."""
 
     def __init__(self, shards: Sequence[Shard], data: str | None, images: Path | None) -> None:
         shards = list(dict.fromkeys(shards))
@@ -21,11 +22,11 @@ class ImagesAgain:
     def load(
         self, rows: Sequence[tuple[Shard, int]], limits: FetchLimits, done: Callable[[], object]
     ) -> list[Fetched]:
-        """In the order of `rows`; `done` is called after each."""
+        """Images in the order of `rows`; `done` is called after each."""
         found: list[Fetched | None] = []
         for shard, row in rows:
-            store = self._local.get(shard)
-            found.append(store.load(row, limits.max_bytes) if store else None)
+            images = self._local.get(shard)
+            found.append(images.load(row, limits.max_bytes) if images else None)
             if found[-1]:
                 done()
         missing = [shard.url(row) for (shard, row), image in zip(rows, found, strict=True) if image is None]

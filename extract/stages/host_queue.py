@@ -1,4 +1,4 @@
-"""Rows that wait for a download, by host, so that a slow host keeps only its own rows waiting."""
+"""Queue of rows to download, by host, so that a slow host holds up only its own rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class HostQueues(Generic[Item]):
-    """A queue whose `get` takes the hosts in turn, and from none more than `per_host` at a time.
+class HostQueue(Generic[Item]):
+    """A queue that serves the hosts in turn, at most `per_host` items of one host at a time.
 
-    Items of the host None, which needs no network, are taken without limit.
+    Items of the host None, which needs no network, have no such limit.
     """
 
     def __init__(self, per_host: int) -> None:
@@ -24,6 +24,7 @@ class HostQueues(Generic[Item]):
         self._startable = asyncio.Semaphore(0)
         self.startable = 0
         """Items that may be taken now."""
+        self._fewer = asyncio.Event()
 
     def put(self, host: str | None, item: Item) -> None:
         self._waiting.setdefault(host, collections.deque()).append(item)
@@ -31,12 +32,13 @@ class HostQueues(Generic[Item]):
             self._allow(host)
 
     async def get(self) -> tuple[str | None, Item] | None:
-        """The next item and its host, for whom `done` is to be called; None once there will be no more."""
+        """The next item and its host, to be passed to `done`; None once the queue is closed and has none."""
         await self._startable.acquire()
         if not self._turns:
-            self._startable.release()  # for the next one who asks
+            self._startable.release()  # for the next caller
             return None
         self.startable -= 1
+        self._fewer.set()
         host, _ = self._turns.popitem(last=False)
         item = self._waiting[host].popleft()
         self._taken[host] += 1
@@ -46,8 +48,14 @@ class HostQueues(Generic[Item]):
             del self._waiting[host]
         return host, item
 
+    async def startable_below(self, items: int) -> None:
+        """Wait until fewer than `items` may be taken."""
+        while self.startable >= items:
+            self._fewer.clear()
+            await self._fewer.wait()
+
     def done(self, host: str | None) -> None:
-        """What was taken has had its answer."""
+        """Mark one taken item of this host as finished."""
         self._taken[host] -= 1
         if not self._taken[host]:
             del self._taken[host]
@@ -55,7 +63,7 @@ class HostQueues(Generic[Item]):
             self._allow(host)
 
     def close(self) -> None:
-        """Nothing more will be put."""
+        """End the queue: `put` is not called again."""
         self._startable.release()
 
     def _spare(self, host: str | None) -> int:

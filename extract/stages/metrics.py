@@ -1,34 +1,43 @@
-"""How busy each stage of the pipeline is, and so what bounds it."""
+"""How busy each stage is, and so which one bounds the pipeline."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from llava_core.types import JsonDict
 
 BUSY = 0.7
-"""Share of its time above which a stage is what the others wait for."""
+"""Share of its time above which a stage is the bottleneck."""
 LATEST = 5.0
-"""Seconds over which the bottleneck of the moment is told."""
+"""Seconds over which the current bottleneck is measured."""
 
 
-class Gauge:
-    """One stage: how long its workers have worked, and how much waits before it."""
+class ProgressBar(Protocol):
+    """What the stages need of tqdm's bar."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def update(self, n: int = 1) -> object: ...
+
+    def set_postfix_str(self, s: str, refresh: bool = True) -> None: ...
+
+
+class StageMetrics:
+    """One stage: seconds that its workers have worked, and the rows that wait before it."""
+
+    def __init__(self, name: str, workers: int, queue_length: Callable[[], int]) -> None:
+        self.name, self.workers, self.queue_length = name, workers, queue_length
         self.seconds = 0.0
-        """Of work, of all its workers together."""
+        """Seconds of work, summed over the workers."""
         self.waiting = 0.0
         """Mean number of rows before it."""
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
-        """Around a piece of work, in any thread."""
+        """Context of a piece of work, in any thread."""
         began = time.monotonic()
         try:
             yield
@@ -37,49 +46,43 @@ class Gauge:
                 self.seconds += time.monotonic() - began
 
 
-class Gauges:
-    """The stages whose work this machine does; what none of them bounds, getting the images does."""
+class Bottleneck:
+    """Finds the stage that bounds the others: the busiest, or, if none is busy, the source of the images."""
 
-    def __init__(self, **workers: int) -> None:
-        self.stages = {name: Gauge(count) for name, count in workers.items()}
+    def __init__(self, stages: Sequence[StageMetrics], source: Callable[[], str]) -> None:
+        """`source`: whether images are read or downloaded."""
+        self.stages, self.source = stages, source
         self._began = self._mark_time = time.monotonic()
-        self._mark = dict.fromkeys(workers, 0.0)
+        self._mark = [0.0] * len(stages)
         self._samples = 0
-        self.first = "read"
-        """The stage before them; `download` once anything is."""
-        self.now = self.first
+        self.now = source()
         """The bottleneck of the last few seconds."""
 
-    def __getitem__(self, name: str) -> Gauge:
-        return self.stages[name]
-
-    def sample(self, **waiting: int) -> None:
-        """Look once; call it at even intervals."""
+    def sample(self) -> None:
+        """Measure once; call it at even intervals."""
         self._samples += 1
-        for name, rows in waiting.items():
-            gauge = self.stages[name]
-            gauge.waiting += (rows - gauge.waiting) / self._samples
+        for stage in self.stages:
+            stage.waiting += (stage.queue_length() - stage.waiting) / self._samples
         elapsed = time.monotonic() - self._mark_time
         if elapsed >= LATEST:
-            self.now = self._busiest(
-                {
-                    name: (gauge.seconds - self._mark[name]) / elapsed / gauge.workers
-                    for name, gauge in self.stages.items()
-                }
-            )
-            self._mark = {name: gauge.seconds for name, gauge in self.stages.items()}
+            self.now = self._busiest(self._busy(self._mark, elapsed))
+            self._mark = [stage.seconds for stage in self.stages]
             self._mark_time = time.monotonic()
 
     def figures(self) -> JsonDict:
         """bottleneck; stages {name: {busy: share of the time, waiting: mean rows before it}}."""
-        elapsed = max(time.monotonic() - self._began, 1e-9)
-        busy = {name: gauge.seconds / elapsed / gauge.workers for name, gauge in self.stages.items()}
+        busy = self._busy([0.0] * len(self.stages), max(time.monotonic() - self._began, 1e-9))
         stages = {
-            name: {"busy": round(busy[name], 3), "waiting": round(gauge.waiting, 1)}
-            for name, gauge in self.stages.items()
+            stage.name: {"busy": round(busy[stage.name], 3), "waiting": round(stage.waiting, 1)}
+            for stage in self.stages
         }
         return {"bottleneck": self._busiest(busy), "stages": stages}
 
+    def _busy(self, before: Sequence[float], elapsed: float) -> dict[str, float]:
+        return {
+            s.name: (s.seconds - b) / elapsed / s.workers for s, b in zip(self.stages, before, strict=True)
+        }
+
     def _busiest(self, busy: dict[str, float]) -> str:
         name = max(busy, key=lambda stage: busy[stage])
-        return name if busy[name] >= BUSY else self.first
+        return name if busy[name] >= BUSY else self.source()

@@ -8,7 +8,7 @@ from infer.aligned_model import Engine
 from infer.chat.dialogue import Talk
 from infer.chat.transcript import SavedChat
 from llava_core.language.sampling import Sampling
-from llava_core.network.fetch import FetchLimits
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.vision.image_files import TYPED, is_url, not_an_image, read_image, strangers
 from llava_core.vision.preprocess import Decoded, ImageError
 

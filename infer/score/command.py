@@ -17,7 +17,7 @@ from llava_core.bootstrap import by_picture, figure_names, interval, redrawn, wi
 from llava_core.cli.console import progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.network.fetch import FetchLimits
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.pairing import other_pictures, same_pictures
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard

@@ -27,7 +27,8 @@ from llava_core.cli.command import stop_signals
 from llava_core.cli.console import say, say_fault
 from llava_core.errors import first_line
 from llava_core.network.async_tasks import in_background
-from llava_core.network.fetch import Fetcher, FetchLimits
+from llava_core.network.fetch import Fetcher
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.types import JsonDict
 
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),

@@ -1,4 +1,4 @@
-"""Which addresses a URL from a stranger's table may lead to.
+"""SSRF guard: which IP addresses may be connected to.
 
 The rule is applied where a socket is made, after every resolution, so that a name, a literal, an odd spelling
 of one (http://2130706433/) and a redirect all meet it.
@@ -69,7 +69,7 @@ class ForbiddenAddress(OSError):
 
 @dataclasses.dataclass
 class Hops:
-    """The addresses that one request, with its redirects, has been led to."""
+    """Kinds of addresses that one request has tried, over all its redirects."""
 
     public: bool = False
     """Whether this hop has tried a public address."""
@@ -81,14 +81,14 @@ class Hops:
 
 
 hops: contextvars.ContextVar[Hops | None] = contextvars.ContextVar("hops", default=None)
-"""Those of the request under way, where a redirect may not lead from a public address to a private one."""
+"""Hops of the request under way, if its redirects may not lead from a public address to a private one."""
 
 
 def is_allowed(text: str, allow_private: bool = False) -> bool:
     """Whether a connection to this IP address may be made.
 
     `allow_private` adds loopback and private networks, never link-local ones, carrier-grade NAT, a cloud's
-    metadata, multicast or reserved ones. An IPv4 address inside an IPv6 one is judged as itself.
+    metadata, multicast or reserved ones. An IPv4 address inside an IPv6 one is checked as IPv4.
     """
     address: Address = ipaddress.ip_address(text.partition("%")[0])
     if any(address in net for net in _CARRIERS):

@@ -1,4 +1,4 @@
-"""Tasks that end together, threads nobody waits for, time limits that lose no cancellation, and signals.
+"""asyncio helpers: tasks that end together, daemon threads, time limits that lose no cancellation, signals.
 
 `asyncio.wait_for` may swallow a cancellation up to Python 3.11; `asyncio.timeout` came with that version.
 """
@@ -19,39 +19,15 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as time_limit
 
-__all__ = ["in_background", "in_thread", "run", "signals_restored", "time_limit", "together"]
+from llava_core.cli.command import stop_signals
+
+__all__ = ["in_background", "in_thread", "run_async", "time_limit", "together"]
 
 T = TypeVar("T")
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """As `asyncio.run`, and also where a loop is running already, as in a notebook: in a thread of its own.
-
-    An interrupt of the caller cancels the coroutine, and is raised once that has ended.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
-
-    async def run_here() -> T:
-        task = asyncio.ensure_future(coroutine)
-        started.set_result((asyncio.get_running_loop(), task))
-        return await task
-
-    with ThreadPoolExecutor(1) as pool:
-        outcome = pool.submit(asyncio.run, run_here())
-        try:
-            return outcome.result()
-        except KeyboardInterrupt:
-            loop, task = started.result()
-            loop.call_soon_threadsafe(task.cancel)
-            raise
-
-
 async def in_thread(function: Callable[..., T], *args: object) -> T:
-    """As `asyncio.to_thread`, in a thread that a process which ends does not wait for."""
+    """Like `asyncio.to_thread`, in a daemon thread: the process may end before it does."""
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[T] = loop.create_future()
 
@@ -74,7 +50,7 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all; the first that fails ends the others, and none is left running, whatever happens."""
+    """Run all coroutines; the first that fails cancels the others. None is left running afterwards."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -84,16 +60,16 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
         while left := [task for task in tasks if not task.done()]:
             for task in left:
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):  # we are on the way out already
+            with contextlib.suppress(asyncio.CancelledError):  # this task is ending already
                 await asyncio.wait(left, timeout=1)
         for task in tasks:
             if not task.cancelled():
-                task.exception()  # seen: asyncio is not to report it as well
+                task.exception()  # marks it as retrieved: asyncio reports it no more
 
 
 @contextlib.asynccontextmanager
 async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run it beside the block, and end it with the block."""
+    """Run a coroutine beside the block, and cancel it at the end of the block."""
     task = asyncio.create_task(coroutine)
     try:
         yield
@@ -102,9 +78,44 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
         await asyncio.wait([task])
 
 
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in an event loop of its own, and return its result.
+
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP cancel it; KeyboardInterrupt is raised after its cleanup.
+    Where a loop is running already, as in a notebook, the coroutine runs in another thread meanwhile.
+    """
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+    async def interruptible() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        started.set_result((asyncio.get_running_loop(), task))
+        if threading.current_thread() is threading.main_thread():
+            for signum in stop_signals():
+                asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+        return await main
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        try:
+            with _signals_restored():
+                return asyncio.run(interruptible())
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+    with ThreadPoolExecutor(1, "event-loop") as pool:  # leaving it waits for the cleanup
+        outcome = pool.submit(lambda: asyncio.run(interruptible()))
+        try:
+            return outcome.result()
+        except KeyboardInterrupt:
+            loop, task = started.result()
+            loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
 @contextlib.contextmanager
-def signals_restored() -> Iterator[None]:
-    """A loop that ends leaves its signals to kill the process outright; what was there before comes back."""
+def _signals_restored() -> Iterator[None]:
+    """Restore signal handlers, which a loop that ends would leave at the default: to kill the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

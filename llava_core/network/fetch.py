@@ -1,4 +1,4 @@
-"""Downloads from addresses that strangers chose: the only module that opens HTTP connections as a client."""
+"""Downloads from untrusted addresses: the only module that opens HTTP connections as a client."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,60 +18,28 @@ import yarl
 
 from llava_core import __version__
 from llava_core.network.address_guard import ForbiddenAddress, Hops, guarded_socket, hops
-from llava_core.network.async_tasks import run, time_limit
-from llava_core.network.outage import SILENT, Health
-from llava_core.network.rate_limit import ByteBudget, HostTurns
+from llava_core.network.async_tasks import run_async, time_limit
+from llava_core.network.fetch_limits import FetchLimits
+from llava_core.network.outage import SILENT, OutageDetector
+from llava_core.network.rate_limit import ByteBudget, HostRateLimit
 from llava_core.row_status import Status
 
 USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
 SLOW_AFTER = 5.0
-"""Seconds of a body after which `min_rate` is asked for."""
+"""Seconds after the start of a body from which `min_rate` is required."""
 LONGEST_PAUSE = 30.0
-"""Most seconds between two attempts of our own accord."""
+"""Seconds between two attempts, at most."""
 LONGEST_RETRY_AFTER = 120.0
-"""Most seconds for which a host is left in peace when it asks for it."""
+"""Seconds to pause at a host that asks for it, at most."""
 CHUNK = 1 << 16
 RETRIED_4XX = (408, 425, 429)
 DISALLOWED = {"noai", "noimageai", "noindex", "noimageindex"}
-"""Directives of X-Robots-Tag that keep an image out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FetchLimits:
-    """What a download may cost."""
-
-    timeout: float = 30.0
-    """Seconds for one attempt: connection, redirects and body together."""
-    connect_timeout: float = 10.0
-    """Seconds of them for the connection."""
-    min_rate: float = 2000.0
-    """Bytes per second below which a body is given up, averaged since it began."""
-    max_bytes: int = 20_000_000
-    """Largest body."""
-    max_redirects: int = 5
-    retries: int = 2
-    """Further attempts after one that failed for a reason that may pass."""
-    concurrency: int = 64
-    """Requests at a time."""
-    per_host: int = 16
-    """Requests at a time to one host."""
-    host_rate: float | None = None
-    """Requests a second to one host; None: as many as it answers."""
-    bytes_in_flight: float = math.inf
-    """Bytes of bodies, from their download until `Fetcher.release`, above which no request begins."""
-    allow_private: bool = False
-    """Let loopback and private addresses through."""
-    private_redirects: bool = True
-    """With `allow_private`: let a public address, too, redirect to a private one."""
-    ignore_robots: bool = False
-    """Keep images whose X-Robots-Tag asks not to be used."""
-    patience: float = 0.0
-    """Seconds to wait while nothing at all gets an answer (`outage.py`); 0 believes every failure."""
+"""Directives of X-Robots-Tag that exclude an image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """How a download ended."""
+    """Outcome of a download."""
 
     status: Status
     body: bytes = b""
@@ -83,9 +50,9 @@ class Fetched:
     detail: str = ""
     """What happened, without the address: its query may hold secrets."""
     retry_after: float | None = None
-    """Seconds the server asks us to wait."""
+    """Seconds to wait, as the server asks."""
     mtime: int = 0
-    """When the file was last modified, in ns since 1970, if it is one of this machine."""
+    """Modification time of a local file, in ns since 1970; 0 for a download."""
 
 
 class Fetcher:
@@ -93,24 +60,24 @@ class Fetcher:
 
     def __init__(self, limits: FetchLimits) -> None:
         self.limits = limits
-        self._health = Health(limits.patience)
+        self._outage = OutageDetector(limits.patience)
         self._slots = asyncio.Semaphore(limits.concurrency)
-        self._hosts: dict[str, HostTurns] = collections.defaultdict(
-            lambda: HostTurns(limits.per_host, limits.host_rate)
+        self._hosts: dict[str, HostRateLimit] = collections.defaultdict(
+            lambda: HostRateLimit(limits.per_host, limits.host_rate)
         )
         self.memory = ByteBudget(limits.bytes_in_flight)
-        """Of bodies that are received or have not been released."""
+        """Bytes of bodies that are being received or have not been released."""
         self.in_flight = 0
         """Requests under way."""
         self.received = 0
-        """Bytes of bodies so far."""
+        """Bytes of bodies received so far."""
 
     async def __aenter__(self) -> Fetcher:
-        # Our own semaphores bound the requests: waiting for the connector's would count as time.
+        # Semaphores outside the request bound them: waiting for the connector's would count as download time.
         connector = aiohttp.TCPConnector(
             limit=0,
             socket_factory=guarded_socket(self.limits.allow_private),
-            force_close=not self.limits.private_redirects,  # every hop makes a socket, and is judged
+            force_close=not self.limits.private_redirects,  # every hop makes a socket, and is checked
         )
         trace = aiohttp.TraceConfig()
         trace.on_request_redirect.append(_redirected)
@@ -131,9 +98,9 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> Fetched:
-        """Download `url`, trying again, with pauses that grow, after what may pass.
+        """Download `url`, with retries and growing pauses after failures that may pass.
 
-        The body counts as in flight until it is given to `release`.
+        The body counts as in flight until `release`.
         Raises LlavaError if the network stays down for `patience` seconds.
         """
         try:
@@ -143,28 +110,30 @@ class Fetcher:
             return Fetched(Status.BAD_URL, attempts=0, detail=str(error))
         if parsed.scheme not in ("http", "https") or not host:
             return Fetched(Status.BAD_URL, attempts=0, detail="expected http:// or https:// and a host")
-        async with self._health.download():
+        async with self._outage.download():
             while True:
                 began = time.monotonic()
                 fetched = await self._attempts(parsed, host)
-                if fetched.status not in SILENT or await self._health.believes((host, parsed.port), began):
+                if fetched.status not in SILENT or await self._outage.confirm_failure(
+                    (host, parsed.port), began
+                ):
                     return fetched
 
     def release(self, fetched: Fetched) -> None:
-        """Its body needs no memory any more."""
+        """Count its body as no longer in memory."""
         self.memory.release(len(fetched.body))
 
     async def _attempts(self, url: yarl.URL, host: str) -> Fetched:
-        turns = self._hosts[host]
+        rate_limit = self._hosts[host]
         for attempt in range(1, self.limits.retries + 2):
-            async with turns.turn(self._slots, self.memory):
-                if closed := self._health.closed((host, url.port)):
-                    return Fetched(closed, attempts=attempt - 1, detail="its host answers nobody")
+            async with rate_limit.turn(self._slots, self.memory):
+                if status := self._outage.open_circuit((host, url.port)):
+                    return Fetched(status, attempts=attempt - 1, detail="its host answers nobody")
                 began = time.monotonic()
                 fetched = dataclasses.replace(await self._attempt(url), attempts=attempt)
-            await self._health.record((host, url.port), fetched.status, began)
+            await self._outage.record((host, url.port), fetched.status, began)
             if fetched.retry_after:
-                turns.pause(min(LONGEST_RETRY_AFTER, fetched.retry_after))
+                rate_limit.pause(min(LONGEST_RETRY_AFTER, fetched.retry_after))
             again = fetched.status.transient or fetched.http in RETRIED_4XX
             if not again or attempt > self.limits.retries:
                 break
@@ -219,7 +188,7 @@ class Fetcher:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[bytearray]:
-        """A body that is being received; its bytes are given back at the end, however that comes."""
+        """Buffer of a body being received, counted in `memory` until the end of the block."""
         body = bytearray()
         try:
             yield body
@@ -228,9 +197,9 @@ class Fetcher:
 
 
 def fetch_each(urls: Sequence[str], limits: FetchLimits, take: Callable[[int, Fetched], object]) -> None:
-    """Downloads outside any event loop; each goes to `take` with its place in `urls` as it comes.
+    """Download outside any event loop; `take` is called with the index in `urls` and each result as it comes.
 
-    It counts as in flight until `take` returns.
+    A body counts as in flight until `take` returns.
     """
 
     async def fetch(fetcher: Fetcher, index: int, url: str) -> None:
@@ -244,13 +213,13 @@ def fetch_each(urls: Sequence[str], limits: FetchLimits, take: Callable[[int, Fe
         async with Fetcher(limits) as fetcher:
             await asyncio.gather(*(fetch(fetcher, index, url) for index, url in enumerate(urls)))
 
-    run(fetch_them())
+    run_async(fetch_them())
 
 
 def fetch_all(
     urls: Sequence[str], limits: FetchLimits, done: Callable[[], object] = lambda: None
 ) -> list[Fetched]:
-    """Downloads outside any event loop, in the order of `urls`; `done` is called after each."""
+    """Download outside any event loop; results in the order of `urls`. `done` is called after each."""
     found: dict[int, Fetched] = {}
 
     def take(index: int, fetched: Fetched) -> None:
@@ -262,9 +231,9 @@ def fetch_all(
 
 
 def refuses_use(tags: Sequence[str]) -> bool:
-    """Whether X-Robots-Tag asks anybody, or us by name, not to use the image.
+    """Whether X-Robots-Tag asks every agent, or this one by name, not to use the image.
 
-    The directives are those img2dataset honours; `other-bot: noai` is not for us.
+    The directives are those img2dataset honours; `other-bot: noai` does not apply.
     """
     for tag in tags:
         agent, colon, directives = tag.rpartition(":")
@@ -297,7 +266,7 @@ def _status_of(error: Exception) -> Status:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Retry-After: seconds from now, or a date."""
+    """Seconds from now that a Retry-After header gives, as a number or a date; None if neither."""
     if not header:
         return None
     with contextlib.suppress(ValueError):

@@ -1,9 +1,9 @@
-"""Telling a dead host from a dead line, so that an outage marks no row as failed.
+"""Outage detection: a dead host is told from a dead network, so that an outage marks no row as failed.
 
-A download without an answer is blamed on its host only once an attempt that began after its failure got one
-(for a host that has never answered: one that began after it did). If none does, STREAK downloads in a row,
-the network is taken to be down: everything pauses, one download at a time tries again, and all go on once one
-gets an answer.
+A download without an answer counts as its host's failure only once an attempt that began after the failure
+got an answer (for a host that has never answered: one that began after the download did). After STREAK such
+downloads in a row, with no answer between them, the network is taken to be down: everything pauses, one
+download at a time tries again, and all go on once one gets an answer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from llava_core.network.async_tasks import time_limit
 from llava_core.row_status import Status
 
 SILENT = (Status.DNS, Status.CONNECT, Status.TIMEOUT)
-"""Outcomes of an attempt that nobody answered."""
+"""Outcomes of an attempt without an answer."""
 UNSENT = (Status.BAD_URL, Status.FORBIDDEN_ADDRESS)
-"""Outcomes of an attempt that asked nobody."""
+"""Outcomes of an attempt that sent no request."""
 STREAK = 20
-"""Downloads without an answer, and none with one between them, that make an outage."""
+"""Downloads in a row without an answer that make an outage."""
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
-"""Seconds between two looks at a network that is down; they double."""
-TRIPS = 16
-"""Attempts in a row without an answer after which a host is left alone while others answer."""
+"""Seconds between two attempts at a network that is down; they double."""
+HOST_FAILURES_TO_OPEN = 16
+"""Attempts in a row without an answer, while others answer, that open a host's circuit: it is not asked."""
 COOL_DOWN = 60.0
-"""Seconds for which it is left alone; then one attempt looks again."""
+"""Seconds that a circuit stays open; then one attempt asks the host again."""
 
 
 @dataclasses.dataclass
@@ -40,26 +40,27 @@ class _Host:
     silent: int = 0
     """Attempts in a row without an answer."""
     status: Status = Status.CONNECT
-    """How the last of them ended."""
+    """Outcome of the last of them."""
     since: float = 0.0
     """When the first of them ended."""
     known: bool = False
-    """It has answered before."""
-    closed_until: float = 0.0
+    """Whether it has answered before."""
+    open_until: float = 0.0
+    """When its circuit closes again; 0 if it is closed."""
 
 
-class Health:
-    """What the downloads of one event loop have found out about the network and its hosts.
+class OutageDetector:
+    """State of the network and its hosts, as the downloads of one event loop find it.
 
-    The network may be down for `patience` seconds before LlavaError is raised; 0 believes every failure.
+    The network may be down for `patience` seconds before LlavaError is raised; with 0 every failure is final.
     """
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self._proof = 0.0
-        """When the latest attempt began that got an answer, whatever it was."""
+        """When the latest attempt began that got any answer."""
         self._back = 0.0
-        """When the latest outage ended: what had begun before may have failed for it."""
+        """When the latest outage ended: downloads that began earlier may have failed because of it."""
         self._hosts: dict[Hashable, _Host] = defaultdict(_Host)
         self._streak = self._running = self._waiting = 0
         self._down_since: float | None = None
@@ -67,26 +68,26 @@ class Health:
         self._changed = asyncio.Condition()
         self._probe = asyncio.Lock()
 
-    def closed(self, host: Hashable) -> Status | None:
-        """How a download from a host that is being left alone ends; None: ask it."""
+    def open_circuit(self, host: Hashable) -> Status | None:
+        """Outcome of a download from a host that is not asked for now; None if it may be asked."""
         state, now = self._hosts[host], time.monotonic()
-        if state.closed_until == 0:
+        if state.open_until == 0:
             return None
-        if now < state.closed_until:
+        if now < state.open_until:
             return state.status
-        state.closed_until = now + COOL_DOWN
+        state.open_until = now + COOL_DOWN
         return None
 
     async def record(self, host: Hashable, status: Status, began: float) -> None:
-        """An attempt that began at this time (of time.monotonic) has ended."""
+        """Count the outcome of an attempt that `began` then (time.monotonic)."""
         state = self._hosts[host]
         if status in SILENT:
             if state.silent == 0:
                 state.since = time.monotonic()
             state.silent, state.status = state.silent + 1, status
-            # In an outage no host answers, and none is to blame.
-            if self.patience and state.silent >= TRIPS and self._proof > state.since:
-                state.closed_until = time.monotonic() + COOL_DOWN
+            # In an outage no host answers, and none is at fault.
+            if self.patience and state.silent >= HOST_FAILURES_TO_OPEN and self._proof > state.since:
+                state.open_until = time.monotonic() + COOL_DOWN
         elif status not in UNSENT:
             self._hosts[host] = _Host(known=True)
             self._proof = max(self._proof, began)
@@ -94,22 +95,22 @@ class Health:
             if self._down_since is not None:
                 say(f"an answer after {time.monotonic() - self._down_since:.0f} s: going on")
                 self._down_since, self._back = None, time.monotonic()
-            await self._tell()
+            await self._notify()
 
     @contextlib.asynccontextmanager
     async def download(self) -> AsyncIterator[None]:
-        """Around all attempts at one download."""
+        """Context of one download, all its attempts together."""
         self._running += 1
         try:
             yield
         finally:
             self._running -= 1
-            await self._tell()
+            await self._notify()
 
-    async def believes(self, host: Hashable, began: float) -> bool:
-        """Whether a download that began then and ended without an answer has failed; False: try it anew.
+    async def confirm_failure(self, host: Hashable, began: float) -> bool:
+        """Whether a download that `began` then and got no answer has failed; False: try it again.
 
-        Waits until others have got answers or not. Raises LlavaError if the network stays down.
+        Waits for the outcome of other downloads. Raises LlavaError if the network stays down.
         """
         if began < self._back:
             return False
@@ -120,12 +121,12 @@ class Health:
         self._streak += 1
         self._waiting += 1
         try:
-            await self._tell()
+            await self._notify()
             await self._until(
                 lambda: (
                     self._proof > began
                     or self._streak >= STREAK
-                    or self._waiting == self._running  # nobody is left to hear from
+                    or self._waiting == self._running  # no other download is left
                 )
             )
             if self._proof > began or self._streak < STREAK:
@@ -158,14 +159,14 @@ class Health:
         async with self._changed:
             await self._changed.wait_for(condition)
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
         if self._waiting:
             async with self._changed:
                 self._changed.notify_all()
 
 
 def proxy_hint() -> str | None:
-    """What to say of a network that seems down where a proxy is set, which no download uses."""
+    """Hint for a network that seems down where a proxy is set, since no download uses it."""
     for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
         if os.environ.get(name):
             return f"{name} is set, but images are asked for without a proxy"

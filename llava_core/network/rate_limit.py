@@ -1,4 +1,4 @@
-"""Whose turn it is: requests to one host, and bytes in memory."""
+"""Per-host rate limit, and a budget for bytes in flight."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from collections.abc import AsyncIterator
 
 
-class HostTurns:
-    """Requests to one host: so many at a time, so many a second, and none while it asks for peace."""
+class HostRateLimit:
+    """Limits requests to one host: `at_a_time` together, `per_second`, and none during a `pause`."""
 
     def __init__(self, at_a_time: int, per_second: float | None) -> None:
         self._at_a_time = asyncio.Semaphore(at_a_time)
@@ -20,9 +20,9 @@ class HostTurns:
 
     @contextlib.asynccontextmanager
     async def turn(self, slots: asyncio.Semaphore, memory: ByteBudget) -> AsyncIterator[None]:
-        """Around one request, which also takes one of `slots`, and begins while there is room in `memory`."""
+        """Context of one request; it takes one of `slots` and begins while there is room in `memory`."""
         async with self._at_a_time:
-            while True:  # the host may have asked for peace while we waited for the others
+            while True:  # the host may have asked for a pause while we waited for the others
                 while (wait := self._free - time.monotonic()) > 0:
                     await asyncio.sleep(wait)
                 async with slots:
@@ -33,14 +33,14 @@ class HostTurns:
                         return
 
     def pause(self, seconds: float) -> None:
-        """Begin no request for so long: what Retry-After asks for."""
+        """Begin no request for this many seconds, as Retry-After asks."""
         self._free = max(self._free, time.monotonic() + seconds)
 
 
 class ByteBudget:
-    """Bytes that may be held in memory at a time.
+    """Limit on the bytes held in memory at a time.
 
-    Whoever is about to take some waits for `room`; what was begun while there was room may exceed the limit.
+    Wait for `room` before taking any. What began while there was room may exceed the limit.
     """
 
     def __init__(self, limit: float = math.inf) -> None:
@@ -49,7 +49,7 @@ class ByteBudget:
         self._room.set()
 
     async def room(self) -> None:
-        """Wait until less than the limit is held."""
+        """Wait until fewer bytes than the limit are held."""
         await self._room.wait()
 
     def hold(self, n: int) -> None:

@@ -1,35 +1,29 @@
-"""Filling a shard so that a crash at any moment loses at most the batch being written.
+"""Writes a shard so that a crash at any moment loses at most the batch being written.
 
-x.h5.part.tmp   being created; worthless after a crash
-x.h5.part       created; HDF5 never opens it for writing again
-x.h5.journal    rows that are finished in it (llava_core.shards.journal)
-x.h5.lock       who is writing
-x.h5            finished
+`part_file` lists the files beside a shard that is being written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from llava_core.cli.console import counted, human_bytes, say
+from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock, flush, fsync, write_all
 from llava_core.row_status import Failure, Status
 from llava_core.shards import user_block
-from llava_core.shards.format import ShardHeader, create_file, read_layout
-from llava_core.shards.journal import Journal, record_type, write_file
+from llava_core.shards.format import ShardHeader, read_layout
+from llava_core.shards.journal import Journal, record_type
 from llava_core.shards.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
+from llava_core.shards.part_file import FinishedMeanwhile, copy_to_part, create_part, journal_of, part_of
 from llava_core.shards.quantize import FEATURE_TYPE, Storage, checksum, pack
-from llava_core.shards.reader import Shard
 
 
 @dataclasses.dataclass
@@ -46,44 +40,27 @@ class RowRecord:
     orig_hw: tuple[int, int] = (0, 0)
     sha256: bytes = bytes(32)
     mtime: int = 0
-    """When its image file was last modified, in ns since 1970; 0 if it came from no file."""
+    """Modification time of its image file, in ns since 1970; 0 if it came from no file."""
     thumbnail: bytes | None = None
     """A JPEG of at most THUMBNAIL_BYTES, kept if the status is OK and the shard has space for it."""
-
-
-class FinishedMeanwhile(Exception):
-    """Another process has finished the shard since we looked."""
-
-
-def part_of(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
-
-
-def journal_of(path: Path) -> Path:
-    return path.with_name(path.name + ".journal")
-
-
-def is_finished(path: Path) -> bool:
-    """Whether `path` is whole and no retry of its failed rows is under way."""
-    return path.exists() and not part_of(path).exists()
 
 
 class ShardWriter:
     """Writes the rows of one shard in any order; use it in a `with` block.
 
-    Leaving the block without `finish` keeps everything written for the next time. `done` [N] says which rows
-    are finished already; one whose features are not what the journal says is not, and that is said.
+    Leaving the block without `finish` keeps everything written for the next time. Rows whose features do not
+    have the checksum in the journal are pending again, and a log line names them.
     """
 
     def __init__(
         self, path: Path, header: ShardHeader | None = None, retry: Sequence[Failure] | np.ndarray = ()
     ) -> None:
-        """Create, or continue, the shard at `path`; with `retry`, fill its rows that failed so again.
+        """Create, or continue, the shard at `path`; with `retry`, make the rows with these failures anew.
 
         `retry` may also be a mask of any rows, bool [N].
 
-        Raises LlavaError if another process holds it, if what is there has another fingerprint or source, or
-        if the disk is too small; FinishedMeanwhile if there is nothing left to do.
+        Raises LlavaError if another process holds the shard, if it has another fingerprint or source, or if
+        the disk is too small; FinishedMeanwhile if it is finished.
         """
         self.path, self.part = path, part_of(path)
         with contextlib.ExitStack() as stack:
@@ -91,12 +68,12 @@ class ShardWriter:
             stack.callback(self._lock.release)
             if not self.part.exists():
                 if len(retry):
-                    self._reopen(retry)
+                    copy_to_part(path, retry)
                 elif path.exists():
                     raise FinishedMeanwhile
                 else:
                     assert header is not None
-                    self._create(header)
+                    create_part(path, header)
             self.layout = read_layout(self.part)
             if header is not None:
                 self._require_same(header)
@@ -125,22 +102,22 @@ class ShardWriter:
 
     @property
     def mtime(self) -> np.ndarray:
-        """When the image file of each row that has its outcome was last modified, i8 [N], as in Shard."""
+        """Modification time of each finished row's image file, i8 [N], as in Shard."""
         found = self.layout.mtime(self._descriptor)
         return np.where(self.done, found[0] if found else 0, 0)
 
     @property
     def nbytes(self) -> np.ndarray:
-        """Of each image, u4 [N]."""
+        """Bytes of each image file, u4 [N]."""
         return np.asarray(self._records["nbytes"])
 
     @property
     def sha256(self) -> np.ndarray:
-        """Of each image, u1 [N, 32]."""
+        """sha256 of each image file, u1 [N, 32]."""
         return np.asarray(self._records["sha256"])
 
     def make_again(self, rows: np.ndarray) -> None:
-        """Forget the outcomes of these rows, a mask [N]."""
+        """Make these rows pending again; `rows` is a mask, bool [N]."""
         self._records["status"][rows] = Status.PENDING
 
     def write(self, outcomes: Sequence[RowRecord]) -> None:
@@ -166,7 +143,7 @@ class ShardWriter:
         self._records[records["row"]] = records
 
     def outcome(self, row: int) -> RowRecord:
-        """What was written of a row, without its features."""
+        """Outcome of a row as it was written, without its features."""
         record = self._records[row]
         return RowRecord(
             row=row,
@@ -179,17 +156,17 @@ class ShardWriter:
         )
 
     def read(self, row: int) -> np.ndarray:
-        """The features that were written of a row: fp16 [T, D]. Raises LlavaError if they are damaged."""
+        """Features of a row as they were written, fp16 [T, D]. Raises LlavaError if they are damaged."""
         out = np.empty((self.layout.tokens, self.layout.width), FEATURE_TYPE)
         self.layout.read_into(self._descriptor, row, out, int(self._records[row][self.layout.checksum]))
         return out
 
     def thumbnail(self, row: int) -> bytes | None:
-        """The small JPEG that was written of a row, if the shard keeps them."""
+        """Thumbnail of a row, a JPEG; None if the shard keeps none."""
         return self.layout.read_thumbnail(self._descriptor, row)
 
     def _write_features(self, row: int, features: np.ndarray) -> int:
-        """Returns their checksum."""
+        """Write the features of a row; returns their checksum."""
         assert features.shape == (self.layout.tokens, self.layout.width), features.shape
         arrays = pack(self.layout.storage, features)
         for name, array in zip(self.layout.parts, arrays, strict=True):
@@ -204,7 +181,7 @@ class ShardWriter:
         write_all(self._descriptor, slot, self.layout.offsets["thumbnails"] + outcome.row * SLOT_BYTES)
 
     def _drop_damaged(self) -> None:
-        """Rows whose bytes are not what the journal says of them are to be made again."""
+        """Make rows pending again whose bytes do not have the checksum in the journal."""
         recorded = self._records[self.layout.checksum]
         damaged = [
             row
@@ -217,7 +194,7 @@ class ShardWriter:
             say(f"{counted(len(damaged), 'row')} of {self.part} damaged, to be made again: {named}")
 
     def finish(self) -> None:
-        """Write the columns and give the shard its name. Every row must have an outcome."""
+        """Write the columns and rename the part to the shard. Every row must have an outcome."""
         assert self.done.all(), f"{(~self.done).sum()} rows without an outcome"
         held = {
             name: np.ascontiguousarray(self._records[name], kind)
@@ -242,51 +219,6 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-
-    def _create(self, header: ShardHeader) -> None:
-        texts = itertools.chain(header.captions, header.urls, header.ids)
-        text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        self._require_space(header.disk_bytes + text_bytes)
-        with self._partial() as partial:
-            create_file(partial, header)
-
-    def _require_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.path.parent).free
-        if needed > free:
-            raise LlavaError(
-                f"not enough disk space for {self.path}",
-                expected=human_bytes(needed),
-                got=f"{human_bytes(free)} free",
-                do="free some, choose another --out, or take fewer rows with --limit",
-            )
-
-    def _reopen(self, retry: Sequence[Failure] | np.ndarray) -> None:
-        """Copy a finished shard to a part in which these rows are pending again."""
-        shard = Shard(self.path)
-        version = shard.layout.version
-        records = np.zeros(shard.rows, record_type(version))
-        records["row"] = np.arange(shard.rows)
-        for name in columns(version):
-            records[name] = getattr(shard, "checksums" if name == shard.layout.checksum else name)
-        again = retry if isinstance(retry, np.ndarray) else shard.failed(retry)
-        self._require_space(self.path.stat().st_size)
-        with self._partial() as partial:
-            shutil.copyfile(self.path, partial)
-            # The journal first: alone it means nothing, while a part alone would start from nothing.
-            write_file(journal_of(self.path), shard.layout.uid, version, records[~again])
-
-    @contextlib.contextmanager
-    def _partial(self) -> Iterator[Path]:
-        """A file that becomes the part once it is whole and on disk."""
-        partial = self.part.with_name(self.part.name + ".tmp")
-        try:
-            yield partial
-            fsync(partial)
-        except Exception:
-            partial.unlink(missing_ok=True)
-            raise
-        partial.replace(self.part)
-        fsync(self.path.parent)
 
     def _require_same(self, header: ShardHeader) -> None:
         self.layout.identity.require_same(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_core.errors import LlavaError
-from llava_core.network.fetch import FetchLimits, fetch_all
+from llava_core.network.fetch import fetch_all
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 
 if TYPE_CHECKING:  # what checks flags does without torch

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extract.bench import run as bench
+from extract.bench.command import run as bench
 from extract.config import BenchConfig
 from llava_core.errors import LlavaError
 from llava_core.shards.format import read_by_hdf5
@@ -86,7 +86,7 @@ def test_a_host_that_is_slower_than_all_else_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("extract.bench.FEW", 8)
+    monkeypatch.setattr("extract.bench.command.FEW", 8)
     write_parquet(tmp_path / "data/a.parquet", good(base, 16))
     found = bench(
         BenchConfig(

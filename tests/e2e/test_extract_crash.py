@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extract.pipeline import Pipeline
+from extract.stages.write import Write
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from tests.support.commands import call, holder, started, wait_until
@@ -66,7 +66,7 @@ def test_rows_killed_at_any_moment_end_up_exactly_once(
 def test_an_interrupt_keeps_what_is_encoded(
     base: str, vision: Path, tmp_path: Path, signum: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, take = itertools.count(1), Pipeline._take
+    taken, take = itertools.count(1), Write._take
 
     def take_some(*arguments: Any) -> None:
         take(*arguments)
@@ -78,7 +78,7 @@ def test_an_interrupt_keeps_what_is_encoded(
              "--batch-size", 4, "--retries", 0)  # fmt: skip
     before = asked.total()
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "_take", take_some)
+        patch.setattr(Write, "_take", take_some)
         err = call("extract", "run", *flags, code=130).err
     assert "the same command continues" in err
     assert "Traceback" not in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 from aiohttp import web
 
 from extract.config import RunConfig
-from extract.open_shard import Filling
-from extract.pipeline import Pipeline
+from extract.open_shard import OpenShard
+from extract.pipeline import run_pipeline
 from llava_core.cli.console import progress
 from llava_core.row_status import Status
 from llava_core.shards.format import ShardHeader
@@ -29,12 +30,12 @@ def tower(vision: Path) -> VisionTower:
     return open_vision_tower(vision)
 
 
-def filling(tower: VisionTower, path: Path, urls: list[str]) -> Filling:
+def open_shard(tower: VisionTower, path: Path, urls: list[str]) -> OpenShard:
     captions = ["一张图"] * len(urls)
     header = ShardHeader(
         tower.encoder, tower.preprocess.to_json(), {}, tower.tokens, tower.width, captions, urls, urls
     )
-    return Filling(ShardWriter(path, header), urls, captions)
+    return OpenShard(ShardWriter(path, header), urls, captions)
 
 
 def test_a_slow_host_keeps_only_its_own_rows_waiting(tower: VisionTower, tmp_path: Path) -> None:
@@ -53,15 +54,14 @@ def test_a_slow_host_keeps_only_its_own_rows_waiting(tower: VisionTower, tmp_pat
     config = RunConfig(
         data="", out=tmp_path, vision=tmp_path, allow_private=True, concurrency=8, per_host=4, retries=0
     )
-    pipeline = Pipeline(tower, config, progress(None, "rows"), lambda shard, seconds: None)
     with serving({"/{n}": quick}) as one, serving({"/{n}": slow}, host="127.0.0.2") as other:
         shards = []
         for part in range(3):
             urls = [f"{other}/{20 * part + i}" for i in range(20)]
             urls += [f"{one}/{40 * part + i}" for i in range(40)]
             path = tmp_path / f"{part}.h5"
-            shards.append(lambda path=path, urls=urls: filling(tower, path, urls))
-        pipeline.run(shards)
+            shards.append(lambda path=path, urls=urls: open_shard(tower, path, urls))
+        run_pipeline(tower, config, shards, progress(None, "rows"), lambda shard, seconds: None)
     for part in range(3):
         assert Shard(tmp_path / f"{part}.h5").status.tolist() == [Status.OK] * 60
 
@@ -73,9 +73,8 @@ def test_the_stage_that_is_busy_is_named(tower: VisionTower, tmp_path: Path) -> 
     with serving({"/{n}": quick}) as base:
         urls = [f"{base}/{i}" for i in range(20)]
         config = RunConfig(data="", out=tmp_path, vision=tmp_path, allow_private=True, host_rate=10)
-        pipeline = Pipeline(tower, config, progress(None, "rows"), lambda shard, seconds: None)
-        pipeline.run([lambda: filling(tower, tmp_path / "a.h5", urls)])
-    figures = pipeline.gauges.figures()
+        opener = functools.partial(open_shard, tower, tmp_path / "a.h5", urls)
+        figures = run_pipeline(tower, config, [opener], progress(None, "rows"), lambda shard, seconds: None)
     assert figures["bottleneck"] == "download"
     assert set(figures["stages"]) == {"decode", "encode", "write"}
     assert 0 < figures["stages"]["encode"]["busy"] < 0.7
@@ -95,6 +94,6 @@ def test_a_stage_that_fails_ends_the_others(
     config = RunConfig(
         data="", out=tmp_path, vision=tmp_path, allow_private=True, batch_size=4 + attempt, concurrency=8
     )
-    pipeline = Pipeline(broken, config, progress(60, "rows"), lambda shard, seconds: None)
+    opener = functools.partial(open_shard, tower, tmp_path / "x.h5", good(base, 60))
     with pytest.raises(RuntimeError, match="out of memory"):
-        pipeline.run([lambda: filling(tower, tmp_path / "x.h5", good(base, 60))])
+        run_pipeline(broken, config, [opener], progress(60, "rows"), lambda shard, seconds: None)

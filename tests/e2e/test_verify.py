@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from extract.sources.refetch import ImagesAgain
+from extract.sources.refetch import ImageRefetcher
 from llava_core.errors import LlavaError
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
@@ -134,7 +134,7 @@ def test_images_without_an_answer_are_not_said_to_have_changed(
     out: Path, vision: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = [Fetched(Status.CONNECT)] * 3 + [Fetched(Status.OK, b"another")]
-    monkeypatch.setattr(ImagesAgain, "load", lambda self, rows, limits, done: answers)
+    monkeypatch.setattr(ImageRefetcher, "load", lambda self, rows, limits, done: answers)
     ended = call("extract", "verify", "--out", out, "--vision", vision, "--sample", 4)
     line = "0 of 4 sampled images are still what they were; 3 could not be had: 3 connect"
     assert line in ended.err.splitlines()

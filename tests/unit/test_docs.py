@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.config import Encoding
+from extract.config import EncodeConfig
 from llava_align.config import TraceConfig
 from llava_align.demo import trace
 from llava_core.cli.command import OUT_OF_MEMORY
@@ -246,5 +246,5 @@ def test_sizes_are_those_of_the_reference() -> None:
     assert f"{197 * 768 * 2:,} bytes" in page("cache.md")
     assert f"{197 * 768 + 2 * 768:,} bytes" in page("cache.md")
     assert f"{768 * 1024 + 1024:,} weights" in page("one-sample.md")
-    assert f"over --max-failed {Encoding.max_failed:g}" in page("troubleshooting.md")
+    assert f"over --max-failed {EncodeConfig.max_failed:g}" in page("troubleshooting.md")
     assert OUT_OF_MEMORY in page("troubleshooting.md")

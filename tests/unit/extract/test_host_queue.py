@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.stages.host_queue import HostQueues
+from extract.stages.host_queue import HostQueue
 
 
 def test_hosts_take_turns_and_none_gets_more_than_its_share() -> None:
     async def run() -> list[str]:
-        queues: HostQueues[str] = HostQueues(per_host=2)
+        queues: HostQueue[str] = HostQueue(per_host=2)
         for item in ("a1", "a2", "a3", "b1", "b2", "c1"):
             queues.put(item[0], item)
         taken = [item for _, item in [await queues.get() or ("", "") for _ in range(5)]]
@@ -34,7 +34,7 @@ def test_every_row_is_taken_once_however_many_ask(hosts: Sequence[str], per_host
     taken: list[int] = []
     running = dict.fromkeys("abc", 0)
 
-    async def work(queues: HostQueues[int]) -> None:
+    async def work(queues: HostQueue[int]) -> None:
         while (item := await queues.get()) is not None:
             host, index = item
             if host is not None:
@@ -46,7 +46,7 @@ def test_every_row_is_taken_once_however_many_ask(hosts: Sequence[str], per_host
                 running[host] -= 1
             queues.done(host)
 
-    async def feed(queues: HostQueues[int]) -> None:
+    async def feed(queues: HostQueue[int]) -> None:
         for index, host in enumerate(hosts):
             queues.put(None if host == "-" else host, index)
             if index % 3 == 0:
@@ -54,7 +54,7 @@ def test_every_row_is_taken_once_however_many_ask(hosts: Sequence[str], per_host
         queues.close()
 
     async def run() -> None:
-        queues: HostQueues[int] = HostQueues(per_host)
+        queues: HostQueue[int] = HostQueue(per_host)
         await asyncio.gather(feed(queues), *(work(queues) for _ in range(workers)))
 
     asyncio.run(run())

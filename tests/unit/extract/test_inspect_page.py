@@ -11,7 +11,7 @@ import pytest
 from extract.config import InspectConfig
 from extract.inspect.command import run as inspect
 from extract.inspect.page import choose, write_page
-from extract.statistics import look_into, spread
+from extract.statistics import cache_statistics, spread
 from llava_core.row_status import Status
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
@@ -54,7 +54,7 @@ def test_spread_takes_from_everywhere() -> None:
 
 def test_without_pictures_the_page_says_how_to_get_them(shards: list[Shard], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    write_page(page, look_into(shards), sample=12)
+    write_page(page, cache_statistics(shards), sample=12)
     text = page.read_text(encoding="utf-8")
     assert "extract run --thumbnails" in text
     assert "12 of 40 rows, evenly spread; 3 of them failed" in text

@@ -13,7 +13,7 @@ import pytest
 from extract.config import RunConfig
 from extract.partition import limits_of, partition
 from extract.ray_driver import merged
-from extract.ray_worker import OUR_CODE, Trouble, Worker
+from extract.ray_worker import OUR_CODE, Worker, WorkerError
 from extract.sources.find import find_sources
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Held, Lock
@@ -166,10 +166,10 @@ def test_figures_of_shards_add_up() -> None:
 def test_a_worker_of_other_code_takes_no_part(tmp_path: Path) -> None:
     config = RunConfig(data="", out=tmp_path, vision=tmp_path / "none")
     other = Worker(config, "another digest").ready()
-    assert isinstance(other, Trouble)
+    assert isinstance(other, WorkerError)
     assert "another version of llava-align" in other.text
     same = Worker(config, code_digest(*OUR_CODE)).ready()
-    assert isinstance(same, Trouble)
+    assert isinstance(same, WorkerError)
     assert "no vision folder" in same.text
 
 
@@ -179,12 +179,12 @@ def test_a_worker_waits_for_the_lock_of_one_that_died(tmp_path: Path) -> None:
     worker, [source] = Worker(config, ""), find_sources(str(tmp_path / "a.parquet"))
     lock = Lock(tmp_path / "a.h5")
     with pytest.raises(Held, match=f"by process {os.getpid()} on"):
-        worker._begin(tmp_path / "a.h5", source, wait=0)
+        worker._open(tmp_path / "a.h5", source, wait=0)
     threading.Timer(0.5, lock.release).start()
-    filling = worker._begin(tmp_path / "a.h5", source, wait=60)
-    assert filling is not None
-    assert filling.pending == [0]
-    filling.close()
+    shard = worker._open(tmp_path / "a.h5", source, wait=60)
+    assert shard is not None
+    assert shard.pending == [0]
+    shard.close()
 
 
 def test_without_ray_or_a_cluster_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

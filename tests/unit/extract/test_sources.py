@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.outcomes import write_statistics
-from extract.sources.base import Rows
+from extract.sources.base import Columns
 from extract.sources.conversations import conversation_text
 from extract.sources.find import find_sources
-from extract.sources.local_images import Files, read_image
-from extract.sources.parquet_images import StoredImages
+from extract.sources.local_images import LocalImages, read_image
+from extract.sources.parquet_images import ParquetImages
+from extract.statistics import write_statistics
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
@@ -32,16 +32,16 @@ from tests.support.shards import write_shard
 MOST = 20_000_000
 
 
-def rows_of(data: object, images: Path | None = None) -> Rows:
+def rows_of(data: object, images: Path | None = None) -> Columns:
     (source,) = find_sources(str(data), images)
     return source.read()
 
 
-def bodies(rows: Rows) -> list[bytes | str]:
+def bodies(rows: Columns) -> list[bytes | str]:
     """What each image is, or the label of why there is none."""
     assert rows.images is not None
     found: list[bytes | str] = []
-    for row in range(len(rows.places)):
+    for row in range(len(rows.image_refs)):
         fetched = rows.images.load(row, MOST)
         assert fetched is not None
         found.append(fetched.body if fetched.status is Status.OK else fetched.status.label)
@@ -67,14 +67,14 @@ def test_a_folder_of_images_in_the_order_of_their_paths(tmp_path: Path) -> None:
     (source,) = find_sources(str(folder))
     assert (source.stem, source.rows) == ("我的 图片 v1.5", 7)
     rows = source.read()
-    assert rows.places == sorted(names)
-    texts = dict(zip(rows.places, rows.texts, strict=True))
+    assert rows.image_refs == sorted(names)
+    texts = dict(zip(rows.image_refs, rows.captions, strict=True))
     assert texts == {
         "IMG 02.JPG": "第二张", "a.png": "a cat", "sub/深/猫.jpeg": "一只猫", "sub/b.webp": None,
         "三.jpg": None, "z.jpg": None, "u.jpg": None,
     }  # fmt: skip
     assert rows.ids[:2] == ["IMG 02", "a"]
-    assert bodies(rows) == [pictures[names.index(place)] for place in rows.places]
+    assert bodies(rows) == [pictures[names.index(place)] for place in rows.image_refs]
     assert not rows.conversations
 
 
@@ -114,7 +114,7 @@ def test_llava_json(tmp_path: Path, lines: bool) -> None:
         path.write_text(text, encoding="utf-8-sig")
     rows = rows_of(path, tmp_path / "images")
     assert rows.conversations
-    assert rows.texts == [
+    assert rows.captions == [
         '[["这是什么？","一只猫"],["颜色呢？","黑色"]]',
         '[[null,"<image>狗"]]',
         '[["q","a"]]',
@@ -150,7 +150,10 @@ def test_parquet_whose_images_are_at_addresses_needs_no_files(tmp_path: Path) ->
     mixed = rows_of(write_parquet(tmp_path / "y.parquet", image=urls, caption=list("abc")))
     assert mixed.images is not None
     assert mixed.images.load(0, MOST) is None
-    assert bodies(Rows(mixed.places[1:], [], [], Files(tmp_path, mixed.places[1:]))) == ["no file"] * 2
+    assert (
+        bodies(Columns(mixed.image_refs[1:], [], [], LocalImages(tmp_path, mixed.image_refs[1:])))
+        == ["no file"] * 2
+    )
 
 
 def test_parquet_with_bytes_as_data_sets_are_stored(tmp_path: Path) -> None:
@@ -164,13 +167,13 @@ def test_parquet_with_bytes_as_data_sets_are_stored(tmp_path: Path) -> None:
     ]
     dialogue = [[{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]] * 3 + [None]
     rows = rows_of(write_parquet(tmp_path / "s.parquet", image=structs, conversations=dialogue, url=names))
-    assert rows.places == ["x/1.jpg", "", "c.jpg", ""]
-    assert rows.texts == ['[["q","a"]]'] * 3 + [None]
+    assert rows.image_refs == ["x/1.jpg", "", "c.jpg", ""]
+    assert rows.captions == ['[["q","a"]]'] * 3 + [None]
     assert bodies(rows) == [a, b, c, "no file"]
 
     messages = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 3
     plain = rows_of(write_parquet(tmp_path / "p.parquet", image=[a, None, b""], messages=messages))
-    assert (plain.places, plain.texts) == ([""] * 3, ['[["q","a"]]'] * 3)
+    assert (plain.image_refs, plain.captions) == ([""] * 3, ['[["q","a"]]'] * 3)
     assert bodies(plain) == [a, "no file", b""]
     assert plain.images is not None
     fetched = plain.images.load(0, len(a) - 1)
@@ -224,10 +227,10 @@ def random_bytes(rows: int, size: int) -> list[bytes]:
     return [rng.bytes(size + row % 7) for row in range(rows)]
 
 
-def stored(path: Path, images: list[bytes], **options: Any) -> StoredImages:
+def stored(path: Path, images: list[bytes], **options: Any) -> ParquetImages:
     table = pa.table({"image": pa.array(images, pa.binary()), "caption": ["x"] * len(images)})
     pq.write_table(table, path, **options)
-    return StoredImages(path, "image", Files(path.parent, [""] * len(images)))
+    return ParquetImages(path, "image", LocalImages(path.parent, [""] * len(images)))
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "threads"])
@@ -258,7 +261,7 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path, monkeypatch: pyt
     at = data.index(images[150])
     data[at - 200 : at + 50_000] = bytes(50_200)  # page headers among them
     path.write_bytes(data)
-    store = StoredImages(path, "image", Files(tmp_path, [""] * 300))
+    store = ParquetImages(path, "image", LocalImages(tmp_path, [""] * 300))
     ends = [store.load(row, MOST) for row in range(300)]
     status = [end.status for end in ends if end is not None]
     assert status[:100] == status[200:] == [Status.OK] * 100
@@ -270,15 +273,15 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path, monkeypatch: pyt
 READ_ALL = """
 import sys
 from pathlib import Path
-from extract.sources.local_images import Files
-from extract.sources.parquet_images import StoredImages
+from extract.sources.local_images import LocalImages
+from extract.sources.parquet_images import ParquetImages
 
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 path, rows = Path(sys.argv[1]), int(sys.argv[2])
-store, before = StoredImages(path, "image", Files(path.parent, [""] * rows)), peak()
+store, before = ParquetImages(path, "image", LocalImages(path.parent, [""] * rows)), peak()
 assert sum(len(store.load(row, 10**9).body) for row in range(rows)) > 400e6
 print(peak() - before)
 """

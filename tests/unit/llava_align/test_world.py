@@ -28,7 +28,8 @@ from llava_align.demo.world.render import SIDE, render
 from llava_align.demo.world.scene import PLACES, Scene, Thing, near_scene, random_scene
 from llava_align.demo.world.server import TROUBLES, serve
 from llava_core.language.load import load_language_model
-from llava_core.network.fetch import FetchLimits, fetch_all
+from llava_core.network.fetch import fetch_all
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 from llava_core.vision.chinese_clip import CONTEXT
 from llava_core.vision.open import open_vision_tower

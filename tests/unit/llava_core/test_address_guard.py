@@ -10,7 +10,8 @@ from aiohttp import web
 
 from llava_core.network import address_guard as address
 from llava_core.network.address_guard import is_allowed
-from llava_core.network.fetch import Fetched, FetchLimits, fetch_all
+from llava_core.network.fetch import Fetched, fetch_all
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 from llava_core.vision.image_files import TYPED
 from tests.support.servers import answer, serving

@@ -14,7 +14,8 @@ import pytest
 from aiohttp import web
 
 from llava_core.network import fetch
-from llava_core.network.fetch import Fetched, Fetcher, FetchLimits, fetch_all, fetch_each
+from llava_core.network.fetch import Fetched, Fetcher, fetch_all, fetch_each
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 from tests.support.servers import answer, serving
 

@@ -12,15 +12,16 @@ import pytest
 from aiohttp import web
 
 from llava_core.errors import LlavaError
-from llava_core.network import outage as health
-from llava_core.network.fetch import Fetched, Fetcher, FetchLimits, refuses_use
+from llava_core.network import outage
+from llava_core.network.fetch import Fetched, Fetcher, refuses_use
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 from tests.support.servers import answer, serving
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(outage, "FIRST_PAUSE", 0.05)
 
 
 def limits(patience: float, concurrency: int = 32) -> FetchLimits:
@@ -108,7 +109,7 @@ def test_a_dead_host_is_left_alone_while_others_answer() -> None:
     dead, living = results[::3], [r for n, r in enumerate(results) if n % 3]
     assert {r.status for r in living} == {Status.OK}
     assert {r.status for r in dead} == {Status.CONNECT}
-    assert health.TRIPS <= sum(r.attempts for r in dead) < len(dead)
+    assert outage.HOST_FAILURES_TO_OPEN <= sum(r.attempts for r in dead) < len(dead)
     assert dead[-1].detail == "its host answers nobody"
 
 

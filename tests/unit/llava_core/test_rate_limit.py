@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 
-from llava_core.network.rate_limit import ByteBudget, HostTurns
+from llava_core.network.rate_limit import ByteBudget, HostRateLimit
 
 
 def test_requests_to_a_host_keep_their_distance() -> None:
     async def run() -> list[float]:
-        turns, began, asked = HostTurns(at_a_time=8, per_second=50), list[float](), time.monotonic()
+        limit, began, asked = HostRateLimit(at_a_time=8, per_second=50), list[float](), time.monotonic()
 
         async def ask() -> None:
-            async with turns.turn(asyncio.Semaphore(8), ByteBudget()):
+            async with limit.turn(asyncio.Semaphore(8), ByteBudget()):
                 began.append(time.monotonic() - asked)
 
         await asyncio.gather(*(ask() for _ in range(8)))
@@ -25,12 +25,12 @@ def test_requests_to_a_host_keep_their_distance() -> None:
 
 def test_a_pause_holds_for_all_who_wait() -> None:
     async def run() -> float:
-        turns, asked = HostTurns(at_a_time=4, per_second=None), time.monotonic()
-        turns.pause(0.3)
-        turns.pause(0.1)  # a shorter one takes nothing back
+        limit, asked = HostRateLimit(at_a_time=4, per_second=None), time.monotonic()
+        limit.pause(0.3)
+        limit.pause(0.1)  # a shorter one takes nothing back
 
         async def ask() -> float:
-            async with turns.turn(asyncio.Semaphore(8), ByteBudget()):
+            async with limit.turn(asyncio.Semaphore(8), ByteBudget()):
                 return time.monotonic() - asked
 
         return min(await asyncio.gather(*(ask() for _ in range(4))))
@@ -40,21 +40,21 @@ def test_a_pause_holds_for_all_who_wait() -> None:
 
 def test_a_pause_holds_for_those_who_wait_for_a_slot_or_memory() -> None:
     async def run() -> float:
-        turns, slots, memory, asked = (
-            HostTurns(4, None),
+        limit, slots, memory, asked = (
+            HostRateLimit(4, None),
             asyncio.Semaphore(1),
             ByteBudget(1),
             time.monotonic(),
         )
 
         async def ask() -> float:
-            async with turns.turn(slots, memory):
+            async with limit.turn(slots, memory):
                 return time.monotonic() - asked
 
         memory.hold(1)
         waiting = [asyncio.create_task(ask()) for _ in range(3)]  # one in the slot, two before it
         await asyncio.sleep(0.01)
-        turns.pause(0.3)
+        limit.pause(0.3)
         memory.release(1)
         return min(await asyncio.gather(*waiting))
 

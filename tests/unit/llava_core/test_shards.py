@@ -19,16 +19,10 @@ from llava_core.row_status import Failure, Status
 from llava_core.shards.folder import open_shards
 from llava_core.shards.journal import HEADER_BYTES, RECORD
 from llava_core.shards.layout import FORMAT_VERSION
+from llava_core.shards.part_file import FinishedMeanwhile, is_finished, journal_of, part_of
 from llava_core.shards.quantize import STORAGES, Storage
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import (
-    FinishedMeanwhile,
-    RowRecord,
-    ShardWriter,
-    is_finished,
-    journal_of,
-    part_of,
-)
+from llava_core.shards.writer import RowRecord, ShardWriter
 from tests.support.paths import ROOT
 from tests.support.shards import TOKENS, WIDTH, features_of, header, outcome, reseal, write_shard
 

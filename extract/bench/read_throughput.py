@@ -1,4 +1,4 @@
-"""`extract bench --features`: how fast a cache is read as training reads it, beside HDF5's own way."""
+"""`extract bench --features`: read throughput of a cache, as training reads it and through h5py."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 
 BATCH, THREADS = 16, 2
-"""Rows of a batch and threads that read them, as in training."""
+"""Rows of a batch, and threads that read it, as in training."""
 REPEATS = 3
 """Times that rows are read from memory; the fastest counts."""
 
 Row = tuple[int, int]
-"""Number of the shard, and row of it."""
+"""Index of a shard, and a row of it."""
 Read = Callable[[int, int, np.ndarray], None]
-"""Features of a row of a shard into an array."""
+"""Reads the features of a row of a shard into an array."""
 
 
 def read_rates(folder: Path, count: int) -> JsonDict:
-    """Read `count` random rows in four ways; returns samples/s and bytes/s of each, and prints a table.
+    """Print a table of samples/s and bytes/s of `count` random rows, read in four ways; returns its figures.
 
-    Cold is null where the system cannot be asked to forget files.
+    Cold rates are null where the system cannot drop files from its cache.
     """
     shards = open_shards(folder)
     usable = [(s, row) for s, shard in enumerate(shards) for row in shard.ok_rows()]
@@ -62,9 +62,9 @@ def read_rates(folder: Path, count: int) -> JsonDict:
         for way, read in (("as training", as_training), ("h5py", by_hdf5)):
             for temperature, repeats in (("cold", 1), ("warm", REPEATS)):
                 cold = temperature == "cold"
-                forgotten = cold and forget(shards)
+                dropped = cold and drop_from_cache(shards)
                 seconds = min(_seconds(read, shards[0], rows, bar.update) for _ in range(repeats))
-                rates[f"{way}, {temperature}"] = len(rows) / seconds if forgotten or not cold else None
+                rates[f"{way}, {temperature}"] = len(rows) / seconds if dropped or not cold else None
     lines = [
         (way, *((f"{rate:,.0f}", f"{rate * row_bytes / 1e9:.2f}") if rate else ("-", "-")))
         for way, rate in rates.items()
@@ -78,19 +78,19 @@ def read_rates(folder: Path, count: int) -> JsonDict:
     return {"rows": len(usable), "measured_rows": len(rows), "row_bytes": row_bytes, **ways}
 
 
-def forget(shards: Sequence[Shard]) -> bool:
-    """Have the system drop what it keeps of these files in memory; whether it can be asked to."""
+def drop_from_cache(shards: Sequence[Shard]) -> bool:
+    """Drop these files from the system's cache; returns whether the system can."""
     if not hasattr(os, "posix_fadvise"):  # macOS
         return False
     for shard in shards:
         with shard.path.open("rb") as file:
-            fsync(shard.path)  # what is not on disk yet would stay
+            fsync(shard.path)  # pages that are not on disk yet would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
 def _seconds(read: Read, shard: Shard, rows: Sequence[Row], done: Callable[[int], object]) -> float:
-    """To read `rows` in batches; all have the shape of the shard's."""
+    """Seconds to read `rows` in batches; all have the shape of the shard's rows."""
 
     def batch(start: int) -> None:
         taken = rows[start : start + BATCH]

@@ -1,0 +1,97 @@
+"""A row of a shard that is being written, its way through the stages, and the rows it may duplicate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from extract.open_shard import OpenShard
+from llava_core.row_status import Status
+from llava_core.shards.layout import Layout
+from llava_core.shards.reader import Shard
+from llava_core.shards.writer import RowRecord
+
+
+class RowRef(NamedTuple):
+    """A row of an open shard."""
+
+    shard: OpenShard
+    row: int
+
+
+@dataclasses.dataclass(slots=True)
+class RowJob:
+    """A row on its way from its image file to its shard. Each stage fills in its part."""
+
+    shard: OpenShard
+    record: RowRecord
+    """Outcome so far."""
+    body: bytes = b""
+    """Image file, between download and decoding."""
+    pixels: np.ndarray | None = None
+    """u1 [H, W, 3], between decoding and encoding."""
+    duplicate_of: InFlightRow | StoredRow | None = None
+    """Row with the same image, whose outcome this one takes over."""
+
+    def take_over(self, found: RowRecord) -> None:
+        """Take over the outcome of another row; what is known of this row's own download stays."""
+        own = self.record
+        self.record = dataclasses.replace(
+            found, row=own.row, http=own.http or found.http, attempts=own.attempts, mtime=own.mtime
+        )
+
+
+class JobSink(Protocol):
+    """Where a stage puts its jobs: the inbox of the next stage."""
+
+    async def put(self, item: RowJob | None) -> None:
+        """Put a job, or None after the last one."""
+
+
+@dataclasses.dataclass
+class InFlightRow:
+    """The first row of the open shards with some address or image."""
+
+    ref: RowRef
+    record: RowRecord | None = None
+    """Outcome, without features and thumbnail; None until it is known."""
+    waiters: list[RowJob] = dataclasses.field(default_factory=list)
+    """Duplicates that take over the outcome when it is known."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.ref.shard.writer.layout
+
+    def outcome(self) -> RowRecord:
+        """Outcome with features and thumbnail; `record` must be known."""
+        assert self.record is not None
+        return self.ref.shard.outcome(self.record)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredRow:
+    """A row of a finished shard."""
+
+    shard: Shard
+    row: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.shard.layout
+
+    def outcome(self) -> RowRecord:
+        """Outcome with features and thumbnail."""
+        shard, row = self.shard, self.row
+        height, width = shard.orig_hw[row].tolist()
+        return RowRecord(
+            row=row,
+            status=Status.OK,
+            features=shard.read(row),
+            http=int(shard.http[row]),
+            nbytes=int(shard.nbytes[row]),
+            orig_hw=(height, width),
+            sha256=shard.sha256[row].tobytes(),
+            thumbnail=shard.thumbnail(row),
+        )

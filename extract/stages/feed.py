@@ -1,0 +1,62 @@
+"""Feed: opens the shards one after the other, and hands out their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from extract.deduplicate import Deduplicator
+from extract.open_shard import OpenShard
+from extract.row_job import JobSink, RowJob, RowRef
+from extract.stages.host_queue import HostQueue
+from extract.stages.write import Write
+from llava_core.errors import LlavaError
+from llava_core.row_status import Status
+from llava_core.shards.part_file import FinishedMeanwhile
+from llava_core.shards.writer import RowRecord
+
+
+class Feed:
+    """Rows with an image go to `out`; rows without a caption, and duplicates, go straight to `outcomes`.
+
+    A shard that cannot be opened is the last one: the shards before it are finished, and `error` says why.
+    """
+
+    def __init__(
+        self,
+        openers: Sequence[Callable[[], OpenShard]],
+        out: HostQueue[RowRef],
+        write: Write,
+        deduplicator: Deduplicator,
+        rows_ahead: int,
+    ) -> None:
+        """`rows_ahead`: rows ready for download above which no further shard is opened."""
+        self.openers, self.out, self.write, self.rows_ahead = openers, out, write, rows_ahead
+        self.outcomes: JobSink = write.inbox
+        self.deduplicator = deduplicator
+        self.error: LlavaError | OSError | None = None
+
+    async def run(self) -> None:
+        for opener in self.openers:
+            await self.out.startable_below(self.rows_ahead)
+            try:
+                shard = await self.write.open(opener)
+            except FinishedMeanwhile:
+                continue
+            except (LlavaError, OSError) as error:
+                self.error = error
+                break
+            await self._hand_out(shard)
+            if not shard.pending:
+                await self.write.write(shard)
+        self.out.close()
+
+    async def _hand_out(self, shard: OpenShard) -> None:
+        self.deduplicator.add_open(shard)
+        for row in shard.pending:
+            ref, host = RowRef(shard, row), shard.host(row)
+            if shard.captions[row] is None:
+                await self.outcomes.put(RowJob(shard, RowRecord(row, Status.BAD_CAPTION)))
+            elif host is not None and (found := self.deduplicator.claim(shard.urls[row], ref)):
+                await self.outcomes.put(RowJob(shard, RowRecord(row, Status.PENDING), duplicate_of=found))
+            else:
+                self.out.put(host, ref)
