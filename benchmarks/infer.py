@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from infer.aligned_model import open_engine
-from infer.chat.dialogue import Talk
-from infer.chat.image_dialogue import Session
+from infer.aligned_model import open_aligned_model
+from infer.chat.dialogue import Dialogue
+from infer.chat.image_dialogue import ImageDialogue
 from infer.config import ChatConfig
 from llava_align.config import MODELS
 from llava_core.cli.console import say, table
@@ -52,15 +52,15 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours with a compiled step")
     given = parser.parse_args()
     sampling = Sampling(max_tokens=given.max_tokens)
-    talk = smollm2(given.smollm2, sampling) if given.smollm2 else demo(given.demo, sampling)
+    dialogue = smollm2(given.smollm2, sampling) if given.smollm2 else demo(given.demo, sampling)
     if given.compile:
         began = time.perf_counter()
-        talk.compiled = CompiledStep(talk.llm)
-        talk.compiled.warm_up()
+        dialogue.compiled = CompiledStep(dialogue.llm)
+        dialogue.compiled.warm_up()
         say(f"compiled in {time.perf_counter() - began:.1f} s")
-    dialogue(talk, 2)  # the first passes of a process are slow
-    plain(talk, [{"role": "user", "content": INSTRUCTIONS[0]}])
-    passes = [dialogue(talk, given.turns) for _ in range(given.repeat)]
+    ask_all(dialogue, 2)  # the first passes of a process are slow
+    plain(dialogue, [{"role": "user", "content": INSTRUCTIONS[0]}])
+    passes = [ask_all(dialogue, given.turns) for _ in range(given.repeat)]
     rows = []
     for number, turns in enumerate(zip(*passes, strict=True), 1):
         theirs, ours = ([pair[k] for pair in turns] for k in (0, 1))
@@ -71,34 +71,34 @@ def main() -> None:
     print(table(rows, header))
 
 
-def demo(folder: Path, sampling: Sampling) -> Talk:
+def demo(folder: Path, sampling: Sampling) -> Dialogue:
     config = ChatConfig(
         checkpoint=folder / "run/last", vision=MODELS / "vision", llm=MODELS / "llm", device="auto"
     )
-    session = Session(open_engine(config), sampling)
+    dialogue = ImageDialogue(open_aligned_model(config), sampling)
     image = min((folder / "pictures/held-out").glob("*.jpg"))
     began = time.perf_counter()
-    session.show(str(image))
+    dialogue.show(str(image))
     say(f"reading and encoding the image, once: {1000 * (time.perf_counter() - began):.1f} ms")
-    return session
+    return dialogue
 
 
-def smollm2(folder: Path, sampling: Sampling) -> Talk:
+def smollm2(folder: Path, sampling: Sampling) -> Dialogue:
     llm = load_language_model(folder, pick_device("auto"))
-    talk = Talk(llm, Conversation(llm.tokenizer, llm.eos_ids), sampling)
+    dialogue = Dialogue(llm, Conversation(llm.tokenizer, llm.eos_ids), sampling)
     visual = torch.randn(1, VISUAL_TOKENS, llm.hidden, generator=torch.Generator().manual_seed(0))
-    talk.begin((visual * llm.embedding_rms).to(llm.device, llm.dtype))
-    return talk
+    dialogue.begin((visual * llm.embedding_rms).to(llm.device, llm.dtype))
+    return dialogue
 
 
-def dialogue(talk: Talk, turns: int) -> list[tuple[Turn, Turn]]:
+def ask_all(dialogue: Dialogue, turns: int) -> list[tuple[Turn, Turn]]:
     """Each turn's plain and our figures, after nothing but the visual tokens themselves was kept."""
-    talk.begin(talk.visual)
+    dialogue.begin(dialogue.visual)
     pairs = []
     for question in INSTRUCTIONS[:turns]:
-        theirs = plain(talk, [*talk.messages, {"role": "user", "content": question}])
-        text = "".join(talk.ask(question))
-        took = talk.figures
+        theirs = plain(dialogue, [*dialogue.messages, {"role": "user", "content": question}])
+        text = "".join(dialogue.ask(question))
+        took = dialogue.figures
         pairs.append((theirs, Turn(took.prefilled, took.first_s, took.tokens, took.tokens_per_s, text)))
     return pairs
 
@@ -118,22 +118,22 @@ class Clock(BaseStreamer):  # type: ignore[misc]
 
 
 @torch.inference_mode()
-def plain(talk: Talk, messages: list[dict[str, str]]) -> Turn:
-    llm, clock = talk.llm, Clock()
+def plain(dialogue: Dialogue, messages: list[dict[str, str]]) -> Turn:
+    llm, clock = dialogue.llm, Clock()
     began = time.perf_counter()
-    ids = torch.tensor([talk.conversation.prompt(messages)], device=llm.device)
-    embedded = torch.cat([talk.visual, llm.embed(ids)], dim=1)
+    ids = torch.tensor([dialogue.conversation.prompt(messages)], device=llm.device)
+    embedded = torch.cat([dialogue.visual, llm.embed(ids)], dim=1)
     said: Any = llm.model.generate(
         inputs_embeds=embedded,
         attention_mask=torch.ones(embedded.shape[:2], device=llm.device),
-        max_new_tokens=talk.sampling.max_tokens,
+        max_new_tokens=dialogue.sampling.max_tokens,
         do_sample=False,
         eos_token_id=sorted(llm.eos_ids),
         pad_token_id=min(llm.eos_ids),
         streamer=clock,
     )
     rate = (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]) if len(clock.times) > 1 else 0.0
-    text = talk.conversation.text(said[0].tolist())
+    text = dialogue.conversation.text(said[0].tolist())
     return Turn(embedded.shape[1], clock.times[0] - began, len(clock.times), rate, text)
 
 

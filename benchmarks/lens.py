@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from infer.aligned_model import Speaker, open_speaker
+from infer.aligned_model import FeatureAnswerer, open_feature_answerer
 from infer.config import Aligned
 from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
 from llava_align.config import MODELS
@@ -42,22 +42,22 @@ class Config:
 
 def measure(demo: Path, pictures: int) -> dict[str, dict[str, float]]:
     """Share of patches on objects that name an attribute rightly, by projector and reading."""
-    speaker, shard, rows = opened(demo, pictures)
+    answerer, shard, rows = opened(demo, pictures)
     features = torch.stack([torch.from_numpy(shard.read(row)).float() for row in rows])
     projectors = {
-        "trained": speaker.projector,
-        "random": random_projector(speaker.projector, features[:16], seed=0),
+        "trained": answerer.projector,
+        "random": random_projector(answerer.projector, features[:16], seed=0),
     }
-    blocks = range(1, speaker.llm.model.config.num_hidden_layers + 1)
-    vocabulary = Vocabulary(speaker)
+    blocks = range(1, answerer.llm.model.config.num_hidden_layers + 1)
+    vocabulary = Vocabulary(answerer)
     right: dict[str, dict[str, int]] = {}
     patches = 0
     for row, tokens in zip(rows, features, strict=True):
         things = parse(shard.caption(row))
         for name, projector in projectors.items():
             visual = projector(tokens)
-            scores = {"input embeddings": nearest(speaker.llm, visual)}
-            scores |= {f"after block {layer}": logit_lens(speaker.llm, visual, layer) for layer in blocks}
+            scores = {"input embeddings": nearest(answerer.llm, visual)}
+            scores |= {f"after block {layer}": logit_lens(answerer.llm, visual, layer) for layer in blocks}
             for reading, found in scores.items():
                 counts = right.setdefault(
                     f"{name}, {reading}", dict.fromkeys((*ATTRIBUTES, "shape or colour"), 0)
@@ -86,33 +86,33 @@ def patches_of(thing: Thing, tokens: int) -> list[int]:
 
 def captions_lost(demo: Path, pictures: int) -> dict[str, float]:
     """Loss in nats per token of the true captions, with the right picture and with less."""
-    speaker, shard, rows = opened(demo, pictures)
+    answerer, shard, rows = opened(demo, pictures)
     totals: dict[str, float] = {}
     count = 0
     others = other_pictures(same_pictures(map(shard.picture_keys, rows)))
     if others is None:
         raise SystemExit(f"{demo}: one picture has no other beside it")
     for row, other in zip(rows, others, strict=True):
-        visual = speaker.project(torch.from_numpy(shard.read(row))[None])[0]
+        visual = answerer.project(torch.from_numpy(shard.read(row))[None])[0]
         order = torch.randperm(len(visual), generator=torch.Generator().manual_seed(row))
         seen = {
             "the right picture": visual,
             "its tokens in another order": visual[order],
             "the mean of its tokens": visual.mean(0, keepdim=True).expand_as(visual),
-            "another picture": speaker.project(torch.from_numpy(shard.read(rows[other]))[None])[0],
+            "another picture": answerer.project(torch.from_numpy(shard.read(rows[other]))[None])[0],
             "no picture": visual[:0],
         }
         turn = Turn(QUESTION, shard.caption(row))
-        count += sum(label >= 0 for label in speaker.conversation.example([turn], 1 << 30).labels)
+        count += sum(label >= 0 for label in answerer.conversation.example([turn], 1 << 30).labels)
         for name, tokens in seen.items():
-            totals[name] = totals.get(name, 0) + sum(losses(speaker, tokens, turn)[1])
+            totals[name] = totals.get(name, 0) + sum(losses(answerer, tokens, turn)[1])
     return {name: total / count for name, total in totals.items()}
 
 
-def opened(demo: Path, pictures: int) -> tuple[Speaker, Shard, list[int]]:
+def opened(demo: Path, pictures: int) -> tuple[FeatureAnswerer, Shard, list[int]]:
     (shard,) = open_shards(demo / "features/held-out")
     models = Aligned(checkpoint=demo / "run/last", llm=MODELS / "llm", device="cpu")
-    return open_speaker(models, shard), shard, list(range(min(pictures, shard.rows)))
+    return open_feature_answerer(models, shard), shard, list(range(min(pictures, shard.rows)))
 
 
 def main() -> None:

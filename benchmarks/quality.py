@@ -21,16 +21,24 @@ import tyro
 
 from llava_align.config import MODELS
 from llava_core.projector.projector import Projector
-from train import initialization as start
 from train.config import RunConfig
 from train.data.packing import Packing
-from train.data.samples import Samples, Schedule, answer_tokens
-from train.distributed import World, joined
+from train.data.samples import Samples, answer_tokens
+from train.data.schedule import Schedule
+from train.distributed import ProcessGroup, joined
 from train.evaluate import evaluate
-from train.model.loss import summed_losses
+from train.initialization import (
+    OUTPUT_RMS_RATIO,
+    RIDGE,
+    Moments,
+    initial_projector,
+    layer_input,
+    solve_captions,
+)
+from train.model.loss import packed_losses
 from train.optimizer import build_optimizer, learning_rate
 from train.recipes import RECIPES
-from train.resources import Shared
+from train.resources import TrainingResources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +65,8 @@ class Row:
     """One so many-th of the course's steps."""
     flags: dict[str, Any]
     """Of `train run`."""
-    loudness: float = start.LOUDNESS
-    ridge: float = start.RIDGE
+    rms_ratio: float = OUTPUT_RMS_RATIO
+    ridge: float = RIDGE
     momentum: float | None = None
     """Of Muon, other than its own."""
     whiten: bool = False
@@ -90,7 +98,7 @@ ROWS = (
     Row("only whitened, lr 8e-3, 1/5", 5, {**COURSE, "lr": 8e-3}, whiten=True),
     Row("fast, whitened, 1/5", 5, FAST, whiten=True),
     Row("fast, whitened, lr 0.2, 1/5", 5, {**FAST, "lr": 0.2}, whiten=True),
-    Row("fast, loudness 1, 1/5", 5, FAST, loudness=1.0),
+    Row("fast, loudness 1, 1/5", 5, FAST, rms_ratio=1.0),
     Row("fast, ridge 0.1, 1/5", 5, FAST, ridge=0.1),
     Row("fast, ridge 1e-5, 1/5", 5, FAST, ridge=1e-5),
     Row("fast, momentum 0.95, 1/5", 5, FAST, momentum=0.95),
@@ -138,14 +146,14 @@ def main() -> None:
         device=given.device,
         resident="ram",
     )
-    with joined() as world:
-        shared = Shared(config, world, again=True)
+    with joined() as group:
+        resources = TrainingResources(config, group, repeated=True)
         print(line("", "", "steps", "loss", "", "CPU s"), flush=True)
         target: float | None = None
         for row in rows:
             flags = dataclasses.replace(config, **row.flags)
             outcomes = [
-                race(row, dataclasses.replace(flags, seed=seed), shared, world, given.steps)
+                race(row, dataclasses.replace(flags, seed=seed), resources, group, given.steps)
                 for seed in range(given.seeds)
             ]
             losses = [outcome.loss for outcome in outcomes]
@@ -168,10 +176,12 @@ def line(name: str, reached: str, steps: str, loss: str, losses: str, seconds: s
     return f"{name:28} {steps:>6} {loss:>8} {losses:15} {seconds:>7} {reached}".rstrip()
 
 
-def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps: int | None) -> Outcome:
+def race(
+    row: Row, config: RunConfig, resources: TrainingResources, group: ProcessGroup, course_steps: int | None
+) -> Outcome:
     """Train as `row` says; the loss of the finished projector."""
-    shared.keep_features(config)
-    samples, held_out = shared.samples(config)
+    resources.cache_features(config)
+    samples, held_out = resources.samples(config)
     assert held_out is not None
     course = course_steps or -(-len(samples) // int(COURSE["batch_size"]))
     steps = round(course / row.share * COURSE["batch_size"] / config.batch_size)
@@ -183,29 +193,32 @@ def race(row: Row, config: RunConfig, shared: Shared, world: World, course_steps
         taken = in_batches(taken, row.batches)
     samples.batch(taken[0][1], 0)  # what is loaded once is not counted
     began = time.process_time()
-    start.LOUDNESS, start.RIDGE = row.loudness, row.ridge
-    projector = start.initial_projector(config, samples, shared.llm)
+    solved = config.start == "captions"
+    before = dataclasses.replace(config, start="torch") if solved else config
+    projector = initial_projector(before, samples, resources.llm)
+    if solved:
+        solve_captions(projector, samples, resources.llm, row.ridge, row.rms_ratio)
     model: torch.nn.Module = projector
     if row.whiten:
-        model = Whitened(projector, samples, shared.device)
+        model = Whitened(projector, samples, resources.device)
     visual, packing = projector.tokens_out(samples.tokens), Packing(config.micro_tokens)
     optimizer = build_optimizer(config, projector)
     if row.momentum is not None:
         optimizer.param_groups[0]["momentum"] = row.momentum
     for step, (epoch, indices) in enumerate(taken):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(row, config, step, len(taken))
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate(row, config, step, len(taken))
         batch = samples.batch(indices, epoch)
         answers = answer_tokens(batch.examples)
-        for laid in packing.rows(batch.to(shared.device), [visual]):
-            (loss,) = summed_losses(shared.llm, [model], laid)
+        for laid in packing.rows(batch.to(resources.device), [visual]):
+            (loss,) = packed_losses(resources.llm, [model], laid)
             (loss / answers).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     if isinstance(model, Whitened):
         model.fold()
     seconds = time.process_time() - began
-    figures = evaluate(shared.llm, projector, held_out, 32, packing, world).figures
+    figures = evaluate(resources.llm, projector, held_out, 32, packing, group).figures
     return Outcome(figures["loss"], len(taken), seconds)
 
 
@@ -244,10 +257,10 @@ class Whitened(torch.nn.Module):
         super().__init__()
         self.projector = projector
         self.layer = next(m for m in projector.modules() if isinstance(m, torch.nn.Linear))
-        moments = start.Moments()
+        moments = Moments()
         for index in range(0, min(512, len(samples)), 32):
             features = samples.read(range(index, min(index + 32, len(samples)))).to(device).float()
-            seen = start.layer_input(projector, self.layer, features)
+            seen = layer_input(projector, self.layer, features)
             moments.add(seen, seen.new_zeros(len(seen), 1))
         covariance = moments.covariance
         covariance.diagonal().add_(0.01 * covariance.diagonal().mean())

@@ -168,9 +168,9 @@ async def one(session: aiohttp.ClientSession, base: str, body: object, name: str
             if event["usage"]:
                 tokens = event["usage"]["completion_tokens"]
             for choice in event["choices"]:
-                if piece := choice["delta"].get("content"):
+                if delta := choice["delta"].get("content"):
                     first = first or time.monotonic() - began
-                    text += piece
+                    text += delta
     if tokens is None or first is None:
         raise ValueError(f"an answer without an end: {text!r}")
     load.first.append(first)

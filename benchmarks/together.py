@@ -22,8 +22,7 @@ from llava_core.cli.console import table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from train.config import RunConfig
-from train.distributed import World
-from train.resources import Shared
+from train.resources import TrainingResources
 from train.run import train
 from train.throughput import peak_memory
 
@@ -47,8 +46,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         first = config(settings, Path(folder), settings.batch_sizes[0])
-        shared = Shared(first, World(), again=True)
-        seconds = functools.partial(seconds_together, Path(folder), shared)
+        resources = TrainingResources(first, repeated=True)
+        seconds = functools.partial(seconds_together, Path(folder), resources)
         for batch_size in settings.batch_sizes:
             one = config(settings, Path(folder), batch_size)
             seconds([one])
@@ -59,7 +58,7 @@ def main() -> None:
                 ]
                 joint, alone = (statistics.median(side) for side in zip(*passes, strict=True))
                 row = (batch_size, members, f"{joint:.2f}", f"{alone:.2f}", f"{alone / joint:.2f}")
-                rows.append((*row, f"{peak_memory(shared.device) / 1e6:.0f}"))
+                rows.append((*row, f"{peak_memory(resources.device) / 1e6:.0f}"))
                 print(*rows[-1], flush=True)
     device = pick_device(settings.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -67,12 +66,12 @@ def main() -> None:
     print(table(rows, ("batch size", "runs", "together, s", "one by one, s", "ratio", "peak MB so far")))
 
 
-def seconds_together(folder: Path, shared: Shared, runs: list[RunConfig]) -> float:
+def seconds_together(folder: Path, resources: TrainingResources, runs: list[RunConfig]) -> float:
     """Of training these runs in one pass each step, in new folders inside `folder`."""
     at = tempfile.mkdtemp(dir=folder)
     fresh = [dataclasses.replace(run, out=Path(at) / str(number)) for number, run in enumerate(runs)]
     started = time.perf_counter()
-    if failed := [outcome for outcome in train(fresh, shared) if isinstance(outcome, LlavaError)]:
+    if failed := [outcome for outcome in train(fresh, resources) if isinstance(outcome, LlavaError)]:
         raise failed[0]
     return time.perf_counter() - started
 

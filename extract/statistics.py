@@ -32,8 +32,8 @@ Item = TypeVar("Item")
 
 
 def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> JsonDict:
-    """Counts over shards: rows, ok, failed, image_bytes, failed_hosts {host: rows}, by_status {label: rows}, and
-    by_http {label: {code: rows}} of failures with a status code."""
+    """Counts over shards: rows, ok, failed, image_bytes, failed_hosts {host: rows}, by_status {label: rows},
+    and by_http {label: {code: rows}} of failures with a status code."""
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:

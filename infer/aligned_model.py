@@ -22,8 +22,8 @@ from llava_core.vision.tower import VisionTower
 from llava_core.vision.trained_tower import open_trained_tower
 
 
-class Speaker:
-    """Projector and language model: features to words."""
+class FeatureAnswerer:
+    """A projector and its language model: features to text."""
 
     def __init__(self, projector: torch.nn.Module, llm: LanguageModel) -> None:
         self.projector, self.llm = projector.to(llm.device), llm
@@ -50,41 +50,41 @@ class Speaker:
         return self.conversation.text(ids)
 
 
-class Engine(Speaker):
-    """All three models, checked against each other."""
+class AlignedModel(FeatureAnswerer):
+    """Encoder, projector and language model that were trained together."""
 
     def __init__(self, tower: VisionTower, projector: torch.nn.Module, llm: LanguageModel) -> None:
         super().__init__(projector, llm)
         self.tower = tower
 
-    def see(self, images: Sequence[bytes]) -> torch.Tensor:
+    def encode_files(self, images: Sequence[bytes]) -> torch.Tensor:
         """Encoded image files -> visual tokens [images, T, hidden]. Raises ImageError."""
-        return self.look([self.decode(image) for image in images])
+        return self.encode_images([self.decode(image) for image in images])
 
     def decode(self, image: bytes) -> Decoded:
         """An encoded image file -> the pixels that the encoder takes. Raises ImageError."""
         return self.tower.preprocess.decode_image(image)
 
-    def look(self, images: Sequence[Decoded]) -> torch.Tensor:
+    def encode_images(self, images: Sequence[Decoded]) -> torch.Tensor:
         """Pixels -> visual tokens [images, T, hidden]."""
         return self.project(self.tower.encode(np.stack([image.pixels for image in images])))
 
 
-def open_engine(config: Models | BatchConfig) -> Engine:
+def open_aligned_model(config: Models | BatchConfig) -> AlignedModel:
     """Load the three models. Raises LlavaError if the projector was trained for others."""
     assert config.vision is not None
     checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
     tower = open_trained_tower(config.vision, checkpoint.provenance, device)
     llm = _language_model(config, checkpoint, str(tower.encoder["model_id"]), device)
-    return Engine(tower, checkpoint.projector, llm)
+    return AlignedModel(tower, checkpoint.projector, llm)
 
 
-def open_speaker(config: Aligned, shard: Shard) -> Speaker:
-    """Load what speaks of a shard's features. Raises LlavaError if the projector was trained on others."""
+def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:
+    """Load projector and language model for a shard's features. Raises LlavaError if they do not fit."""
     checkpoint = load_checkpoint(config.checkpoint)
     checkpoint.provenance.require_encoder(shard.identity)
     llm = _language_model(config, checkpoint, str(shard.path.parent), pick_device(config.device))
-    return Speaker(checkpoint.projector, llm)
+    return FeatureAnswerer(checkpoint.projector, llm)
 
 
 def _language_model(

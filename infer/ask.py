@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from infer.aligned_model import open_engine
-from infer.chat.image_dialogue import Session
+from infer.aligned_model import open_aligned_model
+from infer.chat.image_dialogue import ImageDialogue
 from infer.config import AskConfig
 from llava_core.cli.console import say, show
 from llava_core.errors import LlavaError
@@ -22,30 +22,30 @@ def run(config: AskConfig) -> JsonDict:
     prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
     if prompt != prompt.encode(errors="replace").decode():
         raise LlavaError("--prompt", expected="text in UTF-8", got=ascii(prompt), exit_code=2)
-    session = Session(open_engine(config), sampling_of(config))
+    dialogue = ImageDialogue(open_aligned_model(config), sampling_of(config))
     if len(config.image) == 1:
-        return {"image": config.image[0], "prompt": prompt, **ask(session, config.image[0], prompt)}
+        return {"image": config.image[0], "prompt": prompt, **ask(dialogue, config.image[0], prompt)}
     answers: list[JsonDict] = []
     for image in config.image:
         try:
-            answers.append({"image": image, **ask(session, image, prompt, before=f"{image}: ")})
+            answers.append({"image": image, **ask(dialogue, image, prompt, before=f"{image}: ")})
         except LlavaError as error:
             say(f"error: {error}")
             answers.append({"image": image, "error": str(error)})
     return {"prompt": prompt, "answers": answers, "exit_code": int(any("error" in line for line in answers))}
 
 
-def ask(session: Session, image: str, prompt: str, before: str = "") -> JsonDict:
+def ask(dialogue: ImageDialogue, image: str, prompt: str, before: str = "") -> JsonDict:
     """Print the answer as it comes, after `before`; returns it with what it took."""
     if image == "-":
-        session.show_file("standard input", sys.stdin.buffer.read())
+        dialogue.show_file("standard input", sys.stdin.buffer.read())
     else:
-        session.show(image)
+        dialogue.show(image)
     show(before, end="")
     pieces = []
-    for piece in session.ask(prompt):
+    for piece in dialogue.ask(prompt):
         show(piece, end="")
         pieces.append(piece)
     show()
-    figures = {**dataclasses.asdict(session.figures), "tokens_per_s": session.figures.tokens_per_s}
+    figures = {**dataclasses.asdict(dialogue.figures), "tokens_per_s": dialogue.figures.tokens_per_s}
     return {"answer": "".join(pieces).strip(), **figures}

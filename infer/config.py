@@ -158,7 +158,7 @@ class ServeConfig(Models):
     queue: int = 64
     """Requests that may wait; one more gets status 429."""
     context: int = 4096
-    """Tokens of a conversation, its picture included, up to what the language model can read."""
+    """Most tokens of a conversation, visual ones included; at most the language model's context."""
     max_bytes: int = 20_000_000
     """Largest image file."""
     allow_remote_images: bool = False
@@ -189,7 +189,7 @@ class ServeConfig(Models):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(Options):
-    """How near answers come to captions (BLEU, ROUGE-L, CIDEr-D) and to the pictures (CLIPScore)."""
+    """Score answers against captions (BLEU, ROUGE-L, CIDEr-D) and against images (CLIPScore)."""
 
     input: Path
     """JSONL file with an answer and one or more references a line, such as the output of `infer batch`."""
@@ -222,7 +222,7 @@ class ScoreConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LensConfig(Models):
-    """Which words the language model finds in each part of an image, and what the image tells a caption."""
+    """Words nearest to each visual token, and how much the image lowers a caption's loss, word by word."""
 
     image: str
     """Path or URL of the image."""
@@ -259,10 +259,10 @@ class ChatLlmConfig(Sampling, Options):
     llm: Path
     """Folder of the language model."""
     system: str = ""
-    """What the model is told before the first turn; nothing by default."""
+    """System prompt; none by default."""
     thinking: bool = False
     """Let it think before it answers, if its chat template has that switch. Qwen3 then wants
-    --temperature 0.6 --top-p 0.95 --top-k 20: the likeliest thoughts go in circles."""
+    --temperature 0.6 --top-p 0.95 --top-k 20: greedy thoughts go in circles."""
     max_tokens: int = 2048
     """Longest answer, in tokens, with the thoughts before it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -159,9 +159,6 @@ class SweepConfig(RunConfig):
     """Workers on Ray; by default one per GPU, or per 4 CPU cores where there is none."""
     retry_failed: bool = False
     """Try the trials that failed again, from their last checkpoints."""
-    export_wandb: Path | None = None
-    """Only write the same sweep there, as YAML for `wandb sweep`: without --prune; with ranges or --trials
-    the seed is drawn like any other parameter."""
     resume: bool = False
     """Fail unless OUT holds a sweep to continue."""
     dry_run: bool = False

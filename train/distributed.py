@@ -1,6 +1,6 @@
-"""Several processes, each with a model and a GPU of its own: torchrun starts them; they train one projector.
+"""Several processes started by torchrun, each with a model and a GPU of its own, that train one projector.
 
-Every rank takes a part of each step's samples, and one exchange per step sums gradients, loss and counts.
+Every rank takes a shard of each step's samples, and one exchange per step sums gradients, loss and counts.
 DistributedDataParallel would do the same and hide the exchange behind the backward pass; but the projector's
 gradient is the last thing that pass yields, so there is nothing to hide it behind. Ranks without a sample,
 gradient accumulation, and a stop of all ranks at once need no special case here.
@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,33 +25,52 @@ from llava_core.cli.console import speak
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError, first_line
 from llava_core.launcher import whole_number
+from train.stop_signal import ignore_signals
 
 Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
-    """The processes that torchrun started, joined for the block; without torchrun a world of one."""
+def joined() -> Iterator[ProcessGroup]:
+    """The processes that torchrun started, joined for the block; without torchrun a group of this one."""
     size = whole_number(os.environ, "WORLD_SIZE")
     if size is None or size == 1:
-        yield World()
+        yield ProcessGroup()
         return
+    ours = not dist.is_initialized()  # else by whoever calls, or by an earlier run that failed
     try:  # tensors on a GPU travel by NCCL, all others by gloo
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if ours:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (ValueError, RuntimeError) as error:
-        speak()  # there is no rank 0 to say it
+        speak()  # there is no rank 0 to print it
         raise LlavaError(
             f"cannot join the {size} processes that WORLD_SIZE promises",
             got=first_line(error),
             do="start them with torchrun, or, for one process, `unset WORLD_SIZE RANK`",
         ) from None
-    yield World(dist.get_rank(), size)
-    dist.destroy_process_group()
+    yield ProcessGroup(dist.get_rank(), size)
+    if ours:
+        dist.destroy_process_group()
+
+
+class DeferredError:
+    """A `with` block whose LlavaError, OSError or interrupt waits in `error` until the ranks next meet."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> DeferredError:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, (LlavaError, OSError, KeyboardInterrupt)):
+            self.error = error
+        return self.error is not None
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
-    """This process among all. Every rank calls the methods that meet the others' in the same order."""
+class ProcessGroup:
+    """This process among all. Every rank must call the methods that communicate in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -77,7 +95,7 @@ class World:
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
 
-    def part(self, items: Sequence[Item], cost: Callable[[Item], int] | None = None) -> list[Item]:
+    def shard(self, items: Sequence[Item], cost: Callable[[Item], int] | None = None) -> list[Item]:
         """This rank's items: counts differ by one at most, and sums of `cost` by little. May be empty."""
         if self.size == 1:
             return list(items)
@@ -98,16 +116,25 @@ class World:
         return summed.tolist()
 
     @torch.no_grad()
-    def exchange(self, means: Sequence[torch.Tensor], weight: float, sums: Sequence[float]) -> list[float]:
-        """Turn `means`, in place, into their means over the ranks by `weight`; return the sums of `sums`."""
+    def exchange(
+        self, means: Sequence[torch.Tensor], weight: float, sums: Sequence[float], error: BaseException | None
+    ) -> list[float]:
+        """Turn `means`, in place, into their means over the ranks by `weight`; return the sums of `sums`.
+
+        Raises, on every rank, the first `error` that one of them has.
+        """
         if self.size == 1:
+            if error is not None:
+                self.fail_all(error)
             return list(sums)
-        flat = torch.cat([*(mean.flatten() * weight for mean in means), means[0].new_tensor([weight, *sums])])
+        weights = means[0].new_tensor([weight, error is not None, *sums])
+        flat = torch.cat([*(mean.flatten() * weight for mean in means), weights])
         with _others():
             dist.all_reduce(flat)
-        *parts, tail = torch.split(flat, [*(mean.numel() for mean in means), 1 + len(sums)])
-        summed: list[float] = tail.tolist()
-        total = summed.pop(0)
+        *parts, tail = torch.split(flat, [*(mean.numel() for mean in means), len(weights)])
+        total, failed, *summed = tail.tolist()
+        if failed:
+            self.fail_all(error)
         for mean, part in zip(means, parts, strict=True):
             mean.copy_((part / total).view_as(mean))
         return summed
@@ -124,25 +151,21 @@ class World:
         return received
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What one rank fails with inside the block, every rank fails with."""
-        error = None
-        try:
+    def same_outcome(self) -> Iterator[None]:
+        """An error that one rank meets inside the block is raised on every rank after it."""
+        if self.size == 1:
             yield
-        except (LlavaError, OSError, KeyboardInterrupt) as caught:
-            if self.size == 1:
-                raise
-            error = caught
-        if self.sum(error is not None)[0]:
-            self.end(error)
+            return
+        with DeferredError() as deferred:
+            yield
+        if self.sum(deferred.error is not None)[0]:
+            self.fail_all(deferred.error)
 
-    def end(self, error: BaseException | None) -> NoReturn:
+    def fail_all(self, error: BaseException | None) -> NoReturn:
         """Called on every rank: raise the same error on all, the first that one of them has."""
         errors = [error]
         if self.size > 1:
-            # torchrun's, to the others once one has ended
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(signum, signal.SIG_IGN)
+            ignore_signals()
             errors = [None] * self.size
             with _others():
                 dist.all_gather_object(errors, error)

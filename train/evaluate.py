@@ -1,30 +1,28 @@
-"""What a projector is worth on held-out rows: loss, perplexity, and whether it looks at the picture."""
+"""Held-out loss, perplexity and grounding gap of a projector."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
-from llava_core.language.conversation import Conversation
-from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.pairing import other_pictures
-from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector
-from llava_core.shards.folder import open_shards
 from llava_core.types import JsonDict
-from train.config import EvalConfig
+from train.config import EvalConfig, RunConfig
 from train.data.packing import Packing
 from train.data.samples import Batch, Samples, answer_tokens
-from train.distributed import World, joined
+from train.distributed import ProcessGroup, joined
 from train.model.loss import sample_losses
-from train.model.packed_model import prepare
+from train.resources import TrainingResources
+from train.run_folder import load_aligned
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""
@@ -33,12 +31,12 @@ ONE_PICTURE = "grounding gap not defined: all held-out rows show one picture"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Held-out losses, and what follows from them."""
+    """Held-out losses by picture, and the figures that follow from them."""
 
     samples: int
     sums: np.ndarray
-    """Of each picture, fp64 [pictures, 3]: nats of its answers; nats of the same beside another picture, 0 if
-    there is none; tokens of these answers."""
+    """Sums for each picture, fp64 [pictures, 3]: nats of its answers; nats of the same answers beside another
+    picture, 0 if there is none; tokens of these answers."""
 
     @functools.cached_property
     def figures(self) -> JsonDict:
@@ -79,9 +77,9 @@ def evaluate(
     samples: Samples,
     batch_size: int,
     packing: Packing,
-    world: World,
+    group: ProcessGroup,
 ) -> Evaluation:
-    """The losses of these samples, with the right pictures and with others (llava_core.pairing)."""
+    """Losses of these samples, with the right pictures and with others (llava_core.pairing)."""
     n, others = len(samples), other_pictures(samples.pictures)
     visual = projector.tokens_out(samples.tokens)
     sums = np.zeros((n, 3))
@@ -90,44 +88,41 @@ def evaluate(
         rows = packing.rows(batch.to(llm.device), [visual])
         return torch.cat([sample_losses(llm, projector, row) for row in rows]).numpy()
 
-    starts = world.part(range(0, n, batch_size))
-    with world.together(), progress(n, "samples", desc="evaluate", leave=False) as bar:
+    starts = group.shard(range(0, n, batch_size))
+    with group.same_outcome(), progress(n, "samples", desc="evaluate", leave=False) as bar:
         for start in starts:
             indices = list(range(start, min(start + batch_size, n)))
             batch = samples.batch(indices, epoch=0)
             sums[indices, 0] = losses(batch)
             if others:
-                sums[indices, 1] = losses(
-                    Batch(samples.features([others[i] for i in indices]), batch.examples)
-                )
+                shuffled = samples.features([others[i] for i in indices])
+                sums[indices, 1] = losses(dataclasses.replace(batch, features=shuffled))
             sums[indices, 2] = [answer_tokens([example]) for example in batch.examples]
-            bar.update(len(indices) * world.size)
-    sums = np.reshape(world.sum(*sums.ravel().tolist()), sums.shape)
+            bar.update(len(indices) * group.size)
+    sums = np.reshape(group.sum(*sums.ravel().tolist()), sums.shape)
     return Evaluation(n, by_picture(sums, samples.pictures))
 
 
 def run(config: EvalConfig) -> JsonDict:
     """`train eval`: print and return the figures of `evaluate`."""
-    with joined() as world:
-        with world.together():
-            llm, projector, samples = _load(config, world)
+    with joined() as group:
+        with group.same_outcome():
+            resources, projector, samples = _load(config, group)
         packing = Packing(config.micro_tokens)
-        figures = evaluate(llm, projector, samples, config.batch_size, packing, world).figures
+        figures = evaluate(resources.llm, projector, samples, config.batch_size, packing, group).figures
     show(table(figure_rows(figures)))
     if figures["grounding_gap"] is None:
         say(ONE_PICTURE)
     return figures
 
 
-def _load(config: EvalConfig, world: World) -> tuple[LanguageModel, Projector, Samples]:
-    checkpoint = load_checkpoint(config.checkpoint)
-    shards = open_shards(config.features)
-    checkpoint.provenance.require_encoder(shards[0].identity)
-    device = world.device(config.device)
-    llm = load_language_model(config.llm, device)
-    checkpoint.provenance.require_language_model(llm.identity)
-    prepare(llm)
-    conversation = Conversation(llm.tokenizer, llm.eos_ids)
-    samples = Samples(shards, conversation, config.max_text_tokens, config.max_samples, seed=0)
+def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, Projector, Samples]:
+    """The held-out rows are those that a run with these flags would train on."""
+    given = ("features", "llm", "max_samples", "max_text_tokens", "device")
+    flags: dict[str, Any] = {name: getattr(config, name) for name in given}
+    run_config = RunConfig(out=config.checkpoint, compile="off", **flags)
+    resources = TrainingResources(run_config, group)
+    projector = load_aligned(config.checkpoint, resources.provenance).projector
+    samples, _ = resources.samples(run_config)
     say(f"{len(samples)} held-out samples of {config.features}")
-    return llm, checkpoint.projector.to(device), samples
+    return resources, projector.to(resources.device), samples

@@ -1,17 +1,19 @@
-"""The operations that aligning needs, by which a machine's use is judged.
+"""Floating-point operations that a training step needs: the numerator of model FLOPs utilisation (MFU).
 
-Of the frozen blocks: forward and the gradients of activations, of real tokens alone; 2 operations per weight
-and token each, and causal attention. Of the vocabulary head the same, where an answer token is predicted. Of
-the projector also the gradients of its weights. Norms, rotations and activation functions are left out.
+Counted for the frozen blocks: forward and the gradients of activations, of real tokens alone, with 2
+operations per weight and token each, and causal attention; for the vocabulary head the same, where an answer
+token is predicted; for the projector also the gradients of its weights. Norms, rotations and activation
+functions are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+
+from train.data.samples import TextCounts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Work:
 
     @staticmethod
     def of(model: Any, projector: nn.Module) -> Work:
-        """From a transformers model, which may be on the meta device, and the projector."""
+        """Sizes of a transformers model, which may be on the meta device, and of a projector."""
         config = model.config
         layers = [module for module in model.base_model.modules() if not isinstance(module, nn.Embedding)]
         matrices = [p.numel() for m in layers for p in m.parameters(recurse=False) if p.ndim == 2]
@@ -41,14 +43,15 @@ class Work:
             projector=6 * sum(linear) - 2 * sum(linear[:1]),  # the features take no gradient
         )
 
-    def operations(self, lengths: Sequence[int], visual: int, answers: int) -> int:
-        """Of a training step over samples of so many tokens, with so many visual and answer tokens in all."""
+    def operations(self, counts: TextCounts, visual: int) -> int:
+        """Operations of a training step over samples with these texts and `visual` visual tokens each."""
+        visuals = counts.samples * visual
         # Causal attention: two products of L²/2 scores forward, four backward, 2 operations each.
-        attention = 6 * self.attention * sum(length * length for length in lengths)
-        matrices = 4 * (self.blocks * sum(lengths) + self.head * answers)
-        return matrices + attention + self.projector * visual
+        squares = visuals * visual + 2 * visual * counts.tokens + counts.squares
+        matrices = 4 * (self.blocks * (visuals + counts.tokens) + self.head * counts.answers)
+        return matrices + 6 * self.attention * squares + self.projector * visuals
 
 
 def head_width(config: Any) -> int:
-    """Of each attention head; not every model's configuration names it."""
+    """Width of an attention head; not every model's configuration names it."""
     return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)

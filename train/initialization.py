@@ -1,4 +1,4 @@
-"""Where training starts: a projector at random, solved from captions before the first step, or kept."""
+"""The projector before the first step: random, solved from captions, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import torch
 from torch import nn
 
 from llava_core.language.model import LanguageModel
-from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.projector.checkpoint import Provenance
 from llava_core.projector.projector import Projector, match_scale
 from train.config import RunConfig
 from train.data.samples import Samples
 from train.plan import projector_of, require_same_kind
+from train.run_folder import load_aligned
 
 SCALE_SAMPLES = 64
 """Samples whose features set the scale of a random projector."""
 CAPTION_SAMPLES = 2048
 """Most samples that a projector is solved from."""
 READ_SAMPLES = 32
-"""Of those, how many are in memory at a time."""
+"""Number of those in memory at a time."""
 RIDGE = 1e-3
-"""Share of the mean variance of a feature that is added to each."""
-LOUDNESS = 2.0
-"""What a visual token says of its picture, relative to a word's embedding: both are RMS per number."""
+"""Ridge penalty, as a share of the mean variance of a feature."""
+OUTPUT_RMS_RATIO = 2.0
+"""RMS of a solved projector's visual tokens, relative to that of the embeddings of words."""
 
 
 def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -> Projector:
     """The projector before the first step, on the language model's device, as --init or --start says."""
     torch.manual_seed(config.seed)
     if config.init is not None:
-        return kept_projector(config.init, config, samples, llm).to(llm.device)
+        return projector_from_checkpoint(config.init, config, samples, llm).to(llm.device)
     projector = projector_of(config, samples.shards[0], llm.hidden)
     if config.start == "scale":
         some = samples.read(range(min(SCALE_SAMPLES, len(samples))))
@@ -41,22 +42,29 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
     return projector
 
 
-def kept_projector(folder: Path, config: RunConfig, samples: Samples, llm: LanguageModel) -> Projector:
-    """A checkpoint's. Raises LlavaError if it belongs to other models, or is not what the flags ask for."""
-    checkpoint, shard = load_checkpoint(folder), samples.shards[0]
-    checkpoint.provenance.require_encoder(shard.identity)
-    checkpoint.provenance.require_language_model(llm.identity)
+def projector_from_checkpoint(
+    folder: Path, config: RunConfig, samples: Samples, llm: LanguageModel
+) -> Projector:
+    """The projector in a checkpoint. Raises LlavaError for other models, or another kind than the flags'."""
+    shard = samples.shards[0]
+    checkpoint = load_aligned(folder, Provenance(shard.identity, llm.identity))
     require_same_kind(checkpoint, projector_of(config, shard, llm.hidden))
     return checkpoint.projector.train().requires_grad_()
 
 
 @torch.no_grad()
-def solve_captions(projector: Projector, samples: Samples, llm: LanguageModel) -> None:
-    """Set the last linear layer so that each visual token says what captions say beside such features.
+def solve_captions(
+    projector: Projector,
+    samples: Samples,
+    llm: LanguageModel,
+    ridge: float = RIDGE,
+    rms_ratio: float = OUTPUT_RMS_RATIO,
+) -> None:
+    """Set the last linear layer so that visual tokens are near the mean embedding of such features' captions.
 
     Ridge regression, in one pass and without the language model's blocks: from the layer's input at every
-    visual token to the mean embedding of the picture's answer tokens. Most of a caption cannot be told from
-    one patch, so the fit is faint; it is scaled up to the words' own RMS, times LOUDNESS, about its mean.
+    visual token to the mean embedding of the picture's answer tokens. One patch says little of a whole
+    caption, so the fit is small; it is scaled up, about its mean, to `rms_ratio` times the words' RMS.
     """
     layer = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
     moments = Moments()
@@ -64,10 +72,11 @@ def solve_captions(projector: Projector, samples: Samples, llm: LanguageModel) -
     indices = [k * len(samples) // n for k in range(n)]  # rows may be in an order: take some of all
     for start in range(0, n, READ_SAMPLES):
         part = indices[start : start + READ_SAMPLES]
-        said = torch.stack([caption_embedding(samples, index, llm) for index in part])
-        moments.add(layer_input(projector, layer, samples.read(part).to(llm.device).float()), said)
-    weight = moments.ridge(RIDGE)
-    weight *= LOUDNESS * llm.embedding_rms / max(moments.spread(weight), 1e-12)  # 0 if all captions are one
+        targets = torch.stack([caption_embedding(samples, index, llm) for index in part])
+        moments.add(layer_input(projector, layer, samples.read(part).to(llm.device).float()), targets)
+    weight = moments.ridge(ridge)
+    spread = max(moments.spread(weight), 1e-12)  # 0 if all captions are one
+    weight *= rms_ratio * llm.embedding_rms / spread
     layer.weight.copy_(weight)
     layer.bias.copy_(moments.y_mean - weight @ moments.x_mean)
 
@@ -92,28 +101,27 @@ class Moments:
 
     def __init__(self) -> None:
         self.n = 0
-        self.origin = torch.zeros(())
+        empty = torch.zeros((), dtype=torch.float64)
+        self.x, self.y, self.xx, self.xy = empty, empty, empty, empty
+        """Sums of x, y, x xᵀ and x yᵀ, each less its origin."""
+        self.x_origin, self.y_origin = torch.zeros(()), torch.zeros(())
+        """Means of the first batch: a large mean would drown small variances in rounding."""
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """More pairs: x [N, T, D], and y [N, H] beside each of the T."""
-        tokens, width = x.shape[-2:]
         if not self.n:
-            self.origin = x.mean((0, 1))  # a large mean would drown small variances in rounding
-            self.y_origin = y.mean(0)
-            self.x, self.y = x.new_zeros(width).double(), y.new_zeros(y.shape[-1]).double()
-            self.xx = x.new_zeros(width, width).double()
-            self.xy = x.new_zeros(width, y.shape[-1]).double()
-        x, y = x - self.origin, y - self.y_origin
+            self.x_origin, self.y_origin = x.mean((0, 1)), y.mean(0)
+        x, y = x - self.x_origin, y - self.y_origin
         sums, flat = x.sum(-2), x.flatten(0, 1)
         self.n += len(flat)
-        self.x += sums.sum(0)
-        self.y += y.sum(0) * tokens
-        self.xx += flat.T @ flat
-        self.xy += sums.T @ y
+        self.x = self.x + sums.sum(0).double()
+        self.y = self.y + (y.sum(0) * x.shape[-2]).double()
+        self.xx = self.xx + (flat.T @ flat).double()
+        self.xy = self.xy + (sums.T @ y).double()
 
     @property
     def x_mean(self) -> torch.Tensor:
-        return self.origin + (self.x / self.n).float()
+        return self.x_origin + (self.x / self.n).float()
 
     @property
     def y_mean(self) -> torch.Tensor:
@@ -121,7 +129,7 @@ class Moments:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """Of x: [D, D], fp64."""
+        """Covariance of x: [D, D], fp64."""
         return self.xx / self.n - torch.outer(self.x, self.x) / self.n**2
 
     def ridge(self, share: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
+"""Writers of metrics: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llava_core.filesystem import replace_text
 from llava_core.types import JsonDict
 
 
-class Sink(Protocol):
+class MetricWriter(Protocol):
     """Takes metrics: numbers, and lists of rows of text (`eval_captions`)."""
 
     def log(self, step: int, metrics: JsonDict) -> None: ...
@@ -110,34 +110,28 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-class Report:
-    """Sends metrics to every sink asked for; to none unless `main`."""
+class MetricWriters:
+    """Sends metrics to every writer asked for, once opened; the ranks that write nothing never open it."""
 
-    def __init__(
-        self,
-        out: Path,
-        report_to: Sequence[str],
-        training: JsonDict,
-        resume_step: int,
-        main: bool,
-        name: str,
-    ) -> None:
-        self.sinks: list[Sink] = []
-        if not main:
-            return
-        self.sinks.append(JsonLines(out / "metrics.jsonl", resume_step))
-        if "tensorboard" in report_to:
-            self.sinks.append(TensorBoard(out / "tensorboard", resume_step))
-        if "wandb" in report_to:
-            self.sinks.append(WeightsAndBiases(out, training, name))
+    def __init__(self, out: Path, report_to: Sequence[str], training: JsonDict, name: str) -> None:
+        self.out, self.report_to, self.training, self.name = out, report_to, training, name
+        self.writers: list[MetricWriter] = []
+
+    def open(self, resume_step: int) -> None:
+        """Open the writers, to go on after `resume_step`. Raises LlavaError if one is missing or fails."""
+        self.writers.append(JsonLines(self.out / "metrics.jsonl", resume_step))
+        if "tensorboard" in self.report_to:
+            self.writers.append(TensorBoard(self.out / "tensorboard", resume_step))
+        if "wandb" in self.report_to:
+            self.writers.append(WeightsAndBiases(self.out, self.training, self.name))
 
     def log(self, step: int, metrics: JsonDict) -> None:
-        for sink in self.sinks:
-            sink.log(step, metrics)
+        for writer in self.writers:
+            writer.log(step, metrics)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        for writer in self.writers:
+            writer.close()
 
 
 def _shown(row: JsonDict) -> str:
@@ -145,7 +139,7 @@ def _shown(row: JsonDict) -> str:
 
 
 def has_key() -> bool:
-    """Whether Weights & Biases would log in without asking: by the environment, or after `wandb login`."""
+    """Whether Weights & Biases would log in without a prompt: by the environment, or after `wandb login`."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         stored = netrc.netrc(os.environ.get("NETRC")).authenticators(host)

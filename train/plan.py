@@ -1,4 +1,4 @@
-"""`train plan`: what a run will take on this machine, before any weights are loaded; and what it took."""
+"""`train plan`: steps, memory and time of a run on this machine, predicted without loading weights."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ from typing import Any
 import torch
 
 from llava_core.cli.console import human_bytes, human_seconds, show, table
-from llava_core.device import default_dtype, matmul_rate, pick_device
+from llava_core.device import default_dtype, matmul_rate
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import Conversation
-from llava_core.language.load import outline_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.projector import Projector, build_projector, parameter_count
-from llava_core.row_status import Status
-from llava_core.shards.folder import open_shards, require_one_encoder
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
-from train.data.feature_cache import pick_residence, worth_keeping
+from train.data.feature_cache import pick_residence, worth_caching
 from train.data.packing import cut
 from train.data.prefetch import AHEAD
-from train.data.samples import Samples, Schedule, answer_tokens
+from train.data.samples import Samples, TextCounts
+from train.data.schedule import Schedule
 from train.flops import Work, head_width
 from train.model.loss import CHUNK_LOGITS
+from train.resources import TrainingResources
 from train.run_folder import RunFolder
-from train.throughput import Meter, peak_memory
+from train.throughput import Throughput, peak_memory
 
-LOOKED_AT = 256
-"""Samples, spread over all, whose words are counted."""
+SAMPLED = 256
+"""Samples, spread over all, whose tokens are counted."""
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.45}
 """Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones."""
 
@@ -42,7 +40,7 @@ COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of a run. Time is a guess within a factor of 2, if nothing else runs; memory within a third."""
+    """What a run will take: time within a factor of 2, if nothing else runs; memory within a third."""
 
     samples: int
     steps: int
@@ -51,17 +49,17 @@ class Prediction:
     frozen_parameters: int
     trained_parameters: int
     visual_tokens: int
-    """Of a sample, as the language model sees them."""
+    """Visual tokens of a sample, as the language model sees them."""
     tokens_per_step: float
     """Visual ones included."""
     answer_tokens_per_step: float
     operations_per_step: float
     matmul_rate: float
-    """Operations per second, measured, of all processes."""
+    """Operations per second of all processes, measured."""
     efficiency: float
     """Assumed share of that rate."""
     memory: dict[str, int]
-    """What holds how many bytes at the peak; on a CPU the process itself is among it."""
+    """Bytes held at the peak, by what holds them; on a CPU the process itself is among it."""
     seconds: float
     """Steps and evaluations."""
     work: Work
@@ -70,14 +68,14 @@ class Prediction:
     def steps_per_s(self) -> float:
         return self.matmul_rate * self.efficiency / self.operations_per_step
 
-    def compared(self, meter: Meter) -> JsonDict:
-        """Beside what happened in this process; empty if it made no step."""
-        if not meter.steps:
+    def compared(self, measured: Throughput) -> JsonDict:
+        """Speed and memory, measured in this process and predicted; empty if it made no step."""
+        if not measured.total_steps:
             return {}
         return {
-            "steps_per_s": meter.steps / meter.seconds,
+            "steps_per_s": measured.total_steps / measured.total_seconds,
             "planned_steps_per_s": self.steps_per_s,
-            "memory_bytes": peak_memory(meter.device),
+            "memory_bytes": peak_memory(measured.device),
             "planned_memory_bytes": sum(self.memory.values()),
         }
 
@@ -85,55 +83,41 @@ class Prediction:
 def run(config: RunConfig) -> JsonDict:
     """`train plan`, and `train run --dry-run`: print and return the figures of a Prediction."""
     RunFolder(config.out, config)  # or refuse, as the run would
-    outline = Outline(config)
+    resources = TrainingResources(config, weights=False)
     if config.init is not None:
         require_same_kind(
-            load_checkpoint(config.init), projector_of(config, outline.shards[0], outline.llm.hidden)
+            load_checkpoint(config.init), projector_of(config, resources.shards[0], resources.llm.hidden)
         )
-    predicted = outline.predict(config)
+    predicted = forecast(config, resources)
     figures = {key: value for key, value in vars(predicted).items() if key != "work"}
+    samples, _ = resources.samples(config)
     figures |= {
-        "shards": len(outline.shards),
-        "feature_bytes_per_epoch": sum(
-            outline.shards[shard].layout.row_bytes for shard, _ in outline.samples(config).rows
-        ),
+        "shards": len(resources.shards),
+        "feature_bytes_per_epoch": sum(resources.shards[shard].layout.row_bytes for shard, _ in samples.rows),
     }
     _print(predicted, figures)
     return figures
 
 
-class Outline:
-    """What can be known of a run, and of others that differ in other flags, before any weights are loaded."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.shards = open_shards(config.features)
-        held_out = open_shards(config.eval_features) if config.eval_features else []
-        require_one_encoder([*self.shards, *held_out])
-        self.held_out_rows = sum(int((shard.status == Status.OK).sum()) for shard in held_out)
-        self.device = pick_device(config.device)
-        self.resident = peak_memory(self.device)
-        self.llm = outline_language_model(config.llm)
-        self.conversation = Conversation(self.llm.tokenizer, self.llm.eos_ids)
-        self._samples: dict[int, Samples] = {}
-
-    def samples(self, config: RunConfig) -> Samples:
-        """The rows that the run trains on."""
-        if config.max_samples not in self._samples:
-            self._samples[config.max_samples] = Samples(
-                self.shards, self.conversation, config.max_text_tokens, config.max_samples, config.seed
-            )
-        return self._samples[config.max_samples]
-
-    def predict(self, config: RunConfig) -> Prediction:
-        samples, held_out = self.samples(config), min(config.eval_samples, self.held_out_rows)
-        schedule = Schedule.of(config, len(samples))
-        training = worth_keeping(config.resident, schedule.repeats)
-        needed = (training * len(samples) + held_out) * samples.row_bytes
-        here = pick_residence(config.resident, needed, self.device) == self.device
-        kept = here * (training * schedule.read + held_out)
-        return predict(
-            config, samples, self.llm.model, self.device, self.resident, held_out, kept, measure_for=2.0
-        )
+def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
+    """`predict` for a run on these resources, before it has begun and in one process."""
+    samples, held_out_samples = resources.samples(config)
+    held_out = len(held_out_samples) if held_out_samples else 0
+    schedule = Schedule.of(config, len(samples))
+    training = worth_caching(config.resident, schedule.repeats)
+    needed = (training * len(samples) + held_out) * samples.row_bytes
+    here = pick_residence(config.resident, needed, resources.device) == resources.device
+    cached = here * (training * schedule.read + held_out)
+    return predict(
+        config,
+        samples,
+        resources.llm.model,
+        resources.device,
+        resources.memory_before,
+        held_out,
+        cached,
+        measure_for=2.0,
+    )
 
 
 def predict(
@@ -141,28 +125,31 @@ def predict(
     samples: Samples,
     model: Any,
     device: torch.device,
-    resident: int,
+    memory_before: int,
     held_out: int = 0,
-    kept: int = 0,
+    cached: int = 0,
     processes: int = 1,
     measure_for: float = 0.3,
 ) -> Prediction:
-    """For a transformers model, which may be on the meta device, in a process that held `resident` bytes
-    before it was loaded; measures the machine's matmul rate for so many seconds. `processes` train together,
-    each on a device of its own, which keeps the features of `kept` rows; an evaluation takes `held_out`."""
+    """Steps, memory and time of a run, for a transformers model that may be on the meta device.
+
+    `memory_before` are the bytes that the process held before the model was loaded, `held_out` the samples of
+    an evaluation, `cached` the rows whose features stay on the device; `processes` train together, each on a
+    device of its own. Measures the machine's matmul rate for `measure_for` seconds.
+    """
     first, dtype = samples.shards[0], default_dtype(device)
     schedule = Schedule.of(config, len(samples))
     batch = min(config.batch_size, len(samples))
-    looked_at = range(0, len(samples), max(1, len(samples) // LOOKED_AT))
-    examples = [samples.example(index, epoch=0) for index in looked_at]
+    sampled = range(0, len(samples), max(1, len(samples) // SAMPLED))
+    examples = [samples.example(index, epoch=0) for index in sampled]
     projector = projector_of(config, first, model.get_input_embeddings().weight.shape[1])
     visual = projector.tokens_out(first.tokens)
     lengths = [visual + len(example.ids) for example in examples]
     longest = samples.example(max(range(len(samples)), key=samples.text_bytes), epoch=0)
     list(cut([max(*lengths, visual + len(longest.ids))], config.micro_tokens))  # what the run would refuse
-    answers = answer_tokens(examples)
+    counts = TextCounts.of(examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
-    operations = work.operations(lengths, visual * len(examples), answers) * per_step
+    operations = work.operations(counts, visual) * per_step
     rate, efficiency = matmul_rate(device, dtype, measure_for) * processes, EFFICIENCY[device.type]
     evaluations = 0
     if config.eval_features:
@@ -170,7 +157,9 @@ def predict(
     # An evaluation takes two forward passes a sample, about what training on it takes.
     evaluated = evaluations * held_out / batch
     tokens = min(config.micro_tokens, sum(lengths) * per_step)
-    head_rows = min(CHUNK_LOGITS // model.config.vocab_size, answers * per_step * tokens / sum(lengths))
+    head_rows = min(
+        CHUNK_LOGITS // model.config.vocab_size, counts.answers * per_step * tokens / sum(lengths)
+    )
     return Prediction(
         samples=len(samples),
         steps=schedule.steps,
@@ -179,19 +168,19 @@ def predict(
         trained_parameters=parameter_count(projector),
         visual_tokens=visual,
         tokens_per_step=sum(lengths) * per_step,
-        answer_tokens_per_step=answers * per_step,
+        answer_tokens_per_step=counts.answers * per_step,
         operations_per_step=operations,
         matmul_rate=rate,
         efficiency=efficiency,
         memory={
-            **({"process": resident} if device.type == "cpu" else {}),
+            **({"process": memory_before} if device.type == "cpu" else {}),
             "language_model": parameter_count(model) * dtype.itemsize,
             "activations": round(tokens * activation_bytes(model.config, dtype)),
             # In fp32 as logits and as probabilities, and once more in the model's own type.
             "logits": round(head_rows * model.config.vocab_size * (8 + dtype.itemsize)),
             "projector_and_optimizer": parameter_count(projector) * 16,
             "features_read_ahead": (AHEAD + 1) * batch * samples.row_bytes,
-            **({"features_kept": kept * samples.row_bytes} if kept else {}),
+            **({"features_kept": cached * samples.row_bytes} if cached else {}),
         },
         seconds=(schedule.steps + evaluated) * operations / (rate * efficiency),
         work=work,
@@ -199,7 +188,7 @@ def predict(
 
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
-    """A new projector of features such as the shard's to so wide embeddings."""
+    """A new projector from features such as the shard's to embeddings of width `hidden`."""
     projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
     projector.require_shapes(shard.tokens)
     return projector
@@ -207,30 +196,30 @@ def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
 
 def require_same_kind(checkpoint: Checkpoint, projector: Projector) -> None:
     """Raise LlavaError unless --init holds what the flags ask for."""
-    kept, wanted = checkpoint.projector.config, projector.config
-    if kept != wanted:
+    stored, wanted = checkpoint.projector.config, projector.config
+    if stored != wanted:
         raise LlavaError(
             f"--init {checkpoint.folder} holds another projector",
             expected=f"{wanted['kind']}, visual tokens {wanted['visual_tokens']}",
-            got=f"{kept['kind']}, visual tokens {kept['visual_tokens']}",
-            do=f"give --projector {kept['kind']} --visual-tokens {kept['visual_tokens']}",
+            got=f"{stored['kind']}, visual tokens {stored['visual_tokens']}",
+            do=f"give --projector {stored['kind']} --visual-tokens {stored['visual_tokens']}",
         )
 
 
 def activation_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes per token that the blocks keep for the backward pass, their weights taking no gradient.
+    """Bytes per token that the frozen blocks keep for the backward pass.
 
     Norms keep their input in fp32; attention its queries, keys, values and output; SwiGLU three of its width.
     """
     heads, width = config.num_attention_heads, head_width(config)
     queries, keys = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
     norms = 2 * config.hidden_size + queries + keys
-    kept = 2 * queries + 2 * keys + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    return int(config.num_hidden_layers * (4 * norms + dtype.itemsize * kept))
+    others = 2 * queries + 2 * keys + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    return int(config.num_hidden_layers * (4 * norms + dtype.itemsize * others))
 
 
 def outcome_line(outcome: JsonDict) -> str:
-    """What `Prediction.compared` returned, for the log."""
+    """The figures of `Prediction.compared` as a line of the log."""
     return (
         f"planned {outcome['planned_steps_per_s']:.2f} steps/s and "
         f"{human_bytes(outcome['planned_memory_bytes'])}, was {outcome['steps_per_s']:.2f} steps/s "

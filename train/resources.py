@@ -1,4 +1,4 @@
-"""What the runs of one process share: they are many in a sweep, and load nothing twice."""
+"""What runs share, loaded once: feature shards, language model, device and cached features."""
 
 from __future__ import annotations
 
@@ -7,61 +7,66 @@ import functools
 import torch
 
 from llava_core.language.conversation import Conversation
-from llava_core.language.load import load_language_model
+from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.projector.checkpoint import Provenance
 from llava_core.shards.folder import open_shards, require_one_encoder
 from llava_core.types import JsonDict
 from train.config import RunConfig
-from train.data.feature_cache import pick_residence, worth_keeping
-from train.data.samples import Samples, Schedule
-from train.distributed import World
+from train.data.feature_cache import pick_residence, worth_caching
+from train.data.packing import Packing
+from train.data.samples import Samples
+from train.data.schedule import Schedule
+from train.distributed import ProcessGroup
 from train.model.packed_model import Prepared, prepare
 from train.throughput import peak_memory
 
 EVAL_SEED = 0
-"""Of the held-out rows' instructions: the same questions for every run."""
+"""Seed of the held-out rows' instructions: every run is asked the same questions."""
+SHAPES = 24
+"""Row lengths for which the model is compiled: multiples of a usual step's tokens divided by this."""
 
 
-class Shared:
-    """Shards, language model, device and kept features, for runs that differ from `config` in other flags.
+class TrainingResources:
+    """For `config`, and for runs that differ from it in flags that leave data and models as they are.
 
-    `again` says that more runs than one will read the features. Raises LlavaError for shards that do not
-    belong together; the language model is loaded when it is first needed.
+    `repeated`: several runs will read the features. Without `weights` the language model is an outline, which
+    is enough to plan. Raises LlavaError for shards of unlike encoders; the model is loaded when first needed.
     """
 
-    def __init__(self, config: RunConfig, world: World, again: bool = False) -> None:
-        self.config, self.world, self.again = config, world, again
+    def __init__(
+        self,
+        config: RunConfig,
+        group: ProcessGroup | None = None,
+        repeated: bool = False,
+        weights: bool = True,
+    ) -> None:
+        self.config, self.group = config, group or ProcessGroup()
+        self.repeated, self.weights = repeated, weights
         self.shards = open_shards(config.features)
         self.held_out_shards = open_shards(config.eval_features) if config.eval_features else []
         require_one_encoder([*self.shards, *self.held_out_shards])
+        self.device = self.group.device(config.device)
+        self.memory_before = peak_memory(self.device)
+        """Bytes that the process held before the language model was loaded."""
         self.prepared: Prepared | None = None
         """How the language model takes packs, once it is loaded."""
-        self.unit = 0
-        """Of the rows that it is compiled for (train.data.packing)."""
+        self._compiled_unit = 1
         self._samples: dict[tuple[bool, int], Samples] = {}
 
     @functools.cached_property
-    def device(self) -> torch.device:
-        return self.world.device(self.config.device)
-
-    @functools.cached_property
     def llm(self) -> LanguageModel:
-        """Ready to take packs."""
-        self.resident  # noqa: B018 (measured before there is a model)
+        """The frozen language model, ready to take packs; without weights its outline on the meta device."""
+        if not self.weights:
+            return outline_language_model(self.config.llm)
         llm = load_language_model(self.config.llm, self.device)
         self.prepared = prepare(llm, self.config.compile)
         return llm
 
     @property
     def compiled(self) -> bool:
-        """Whether the language model is."""
+        """Whether the language model is loaded and compiled."""
         return self.prepared is not None and self.prepared.compiled
-
-    @functools.cached_property
-    def resident(self) -> int:
-        """Bytes that the process held before the language model was loaded."""
-        return peak_memory(self.device)
 
     @functools.cached_property
     def conversation(self) -> Conversation:
@@ -72,29 +77,38 @@ class Shared:
         return Provenance(self.shards[0].identity, self.llm.identity)
 
     def samples(self, config: RunConfig) -> tuple[Samples, Samples | None]:
-        """The rows a run trains on, and those held out."""
-        training = self._rows(config, held_out=False).worded(config.max_text_tokens, config.seed)
+        """The rows that a run trains on, and those held out."""
+        training = self._rows(config, held_out=False).with_text_options(config.max_text_tokens, config.seed)
         if not self.held_out_shards:
             return training, None
-        return training, self._rows(config, held_out=True).worded(config.max_text_tokens, EVAL_SEED)
+        held_out = self._rows(config, held_out=True)
+        return training, held_out.with_text_options(config.max_text_tokens, EVAL_SEED)
 
     def rows(self, config: RunConfig) -> JsonDict:
-        """What tells apart the rows that a run trains on, and is judged by."""
+        """Identities of the rows that a run trains on, and of those it is judged by."""
         samples, held_out = self.samples(config)
         return {"samples": samples.identity} | ({"held_out": held_out.identity} if held_out else {})
 
-    def keep_features(self, config: RunConfig) -> None:
-        """Keep features where --resident says."""
+    def cache_features(self, config: RunConfig) -> None:
+        """Let features stay where --resident says, from when they are first read."""
         training = self._rows(config, held_out=False)
-        repeated = self.again or Schedule.of(config, len(training)).repeats
-        kept = [training] if worth_keeping(config.resident, repeated) else []
+        repeated = self.repeated or Schedule.of(config, len(training)).repeats
+        cached = [training] if worth_caching(config.resident, repeated) else []
         if self.held_out_shards:
-            kept.append(self._rows(config, held_out=True))
-        kept = [samples for samples in kept if samples.kept is None]
-        needed = sum(samples.feature_bytes for samples in kept)
-        if kept and (place := pick_residence(config.resident, needed, self.device, self.world.size)):
-            for samples in kept:
-                samples.keep(place)
+            cached.append(self._rows(config, held_out=True))
+        cached = [samples for samples in cached if samples.cache is None]
+        needed = sum(samples.feature_bytes for samples in cached)
+        if cached and (place := pick_residence(config.resident, needed, self.device, self.group.size)):
+            for samples in cached:
+                samples.cache_on(place)
+
+    def packing(self, micro_tokens: int, tokens_per_step: float) -> Packing:
+        """How steps of about this many tokens are laid out: for a compiled model in rows of few lengths."""
+        unit = max(1, round(tokens_per_step / SHAPES)) if self.compiled else 1
+        if unit != self._compiled_unit:  # what is compiled so far is for rows of other lengths
+            torch._dynamo.reset()
+            self._compiled_unit = unit
+        return Packing(micro_tokens, unit)
 
     def _rows(self, config: RunConfig, held_out: bool) -> Samples:
         limit = config.eval_samples if held_out else config.max_samples

@@ -1,7 +1,7 @@
-"""The folder of a run: its flags, its checkpoints, and where it stands.
+"""The folder of a run: its flags, its checkpoints, and how far it is.
 
 training_config.yaml   the flags, written once
-metrics.jsonl          one line of metrics a time
+metrics.jsonl          metrics, one JSON object a line
 held_out.npz           held-out losses of the last evaluation, by picture: what a sweep compares
 step-00000500/ ...     checkpoints (llava_core.projector.checkpoint)
 last, best             links to two of them
@@ -20,7 +20,14 @@ import yaml
 
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text, require_folder, sha256_files
-from llava_core.projector.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
+from llava_core.projector.checkpoint import (
+    Checkpoint,
+    Provenance,
+    load_checkpoint,
+    load_state,
+    point_to,
+    save_checkpoint,
+)
 from llava_core.projector.projector import Projector
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -29,9 +36,9 @@ FREE_KEYS = {
     *("json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"),
     *("micro_tokens", "resident", "eval_captions", "compile"),
 }
-"""Flags that may differ when a run continues: they do not change what is learnt."""
+"""Flags that may differ when a run continues: they do not change the trained weights."""
 MOVABLE_KEYS = {"features", "eval_features", "llm", "init"}
-"""Flags that name folders. What lies in these is compared when a run continues, wherever they are by then."""
+"""Flags that name folders. When a run continues, their contents are compared, wherever they are by then."""
 
 
 def plain(value: object) -> object:
@@ -50,9 +57,17 @@ def moved_of(before: JsonDict, now: JsonDict) -> set[str]:
 
 
 def weights_sha256(checkpoint: Path | None) -> str | None:
-    """Of a checkpoint's projector; None without one, or if it is gone."""
+    """sha256 of a checkpoint's projector; None without one, or if it is gone."""
     path = (checkpoint or Path()) / "model.safetensors"
     return sha256_files([path]) if checkpoint and path.is_file() else None
+
+
+def load_aligned(folder: Path, provenance: Provenance) -> Checkpoint:
+    """A checkpoint. Raises LlavaError unless it belongs to this encoder and this language model."""
+    checkpoint = load_checkpoint(folder)
+    checkpoint.provenance.require_encoder(provenance.encoder)
+    checkpoint.provenance.require_language_model(provenance.language_model)
+    return checkpoint
 
 
 def _flag(key: str) -> str:
@@ -105,13 +120,13 @@ class RunFolder:
         )
 
     def begin(self) -> None:
-        """Write down the flags."""
+        """Write the flags."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.training, allow_unicode=True, sort_keys=False)
         replace_text(self.path / "training_config.yaml", text)
 
     def keep_held_out(self, sums: np.ndarray, rows: str) -> None:
-        """Write down Evaluation.sums, and which rows they are of."""
+        """Write Evaluation.sums, and which rows they are of."""
         partial = self.path / "held_out.npz.part"
         with partial.open("wb") as file:
             np.savez(
@@ -143,9 +158,7 @@ class RunFolder:
         """
         if not self.begun:
             return None
-        checkpoint = load_checkpoint(self.path / "last")
-        checkpoint.provenance.require_encoder(provenance.encoder)
-        checkpoint.provenance.require_language_model(provenance.language_model)
+        checkpoint = load_aligned(self.path / "last", provenance)
         state = load_state(checkpoint.folder)
         if state["rows"] != rows:
             raise LlavaError(

@@ -12,7 +12,7 @@ from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 from train.data.samples import Samples
-from train.model.packed_model import own_attention
+from train.model.packed_model import original_attention
 
 GREEDY = Sampling(max_tokens=48)
 SHOWN = 200
@@ -46,7 +46,7 @@ def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, c
     conversation = samples.conversation
     prompts = [conversation.prompt([{"role": "user", "content": line["question"]}]) for line in lines]
     order = sorted(range(len(lines)), key=lambda i: len(prompts[i]))
-    with own_attention(llm):
+    with original_attention(llm):
         for _, group in itertools.groupby(order, key=lambda i: len(prompts[i])):
             indices = list(group)
             visual = projector(samples.features(indices).float().to(llm.device)).to(llm.dtype)

@@ -1,4 +1,4 @@
-"""How fast a run is, what it waits for and what it holds: measured each step, told at intervals."""
+"""Throughput, data wait and memory of a run, measured per step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from llava_core.types import JsonDict
 from train.data.samples import Batch
 
 
-class Meter:
-    """Rates since the last restart. `rate` is what the machine does at most, in operations per second."""
+class Throughput:
+    """Rates since the last restart; `matmul_rate` is the machine's own, in operations per second."""
 
-    def __init__(self, device: torch.device, rate: float) -> None:
-        self.device, self.rate = device, rate
-        self.steps, self.seconds = 0, 0.0
-        """Of training alone, evaluations and checkpoints left out, up to the last `rates`."""
-        self.restart()
+    def __init__(self, device: torch.device, matmul_rate: float) -> None:
+        self.device, self.matmul_rate = device, matmul_rate
+        self.total_steps, self.total_seconds = 0, 0.0
+        """Steps and seconds up to the last `rates`, evaluations and checkpoints left out."""
+        self.started, self.waited = time.perf_counter(), 0.0
+        self.steps = self.samples = self.tokens = self.operations = 0
 
     def restart(self) -> None:
         self.started, self.waited = time.perf_counter(), 0.0
-        self.counted, self.samples, self.tokens, self.operations = 0, 0, 0, 0
+        self.steps = self.samples = self.tokens = self.operations = 0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with the wait for each counted."""
+        """The same batches; the wait for each is added up."""
         while True:
             before = time.perf_counter()
             batch = next(batches, None)
@@ -39,19 +40,19 @@ class Meter:
             yield batch
 
     def count(self, samples: int, tokens: int, operations: int) -> None:
-        """One step of so many samples, tokens and needed operations."""
-        self.counted += 1
+        """Add one step's samples, tokens and needed operations."""
+        self.steps += 1
         self.samples += samples
         self.tokens += tokens
         self.operations += operations
 
     def rates(self) -> JsonDict:
-        """Samples and tokens per second, model FLOPs utilisation or None if it would be over 1, share of time
-        that data was waited for, and the most bytes held so far."""
+        """Samples and tokens per second, model FLOPs utilisation (None if it would be over 1), share of time
+        spent waiting for data, and peak memory in bytes; then restart."""
         seconds = time.perf_counter() - self.started
-        self.steps += self.counted
-        self.seconds += seconds
-        share = utilisation(self.operations, seconds, self.rate)
+        self.total_steps += self.steps
+        self.total_seconds += seconds
+        share = utilisation(self.operations, seconds, self.matmul_rate)
         rates = {
             "samples_per_s": round(self.samples / seconds, 2),
             "tokens_per_s": round(self.tokens / seconds, 1),
@@ -64,7 +65,7 @@ class Meter:
 
 
 def progress_line(metrics: JsonDict) -> str:
-    """Beside the bar, which tells steps and the time left."""
+    """Loss and rates on one line, beside a progress bar that has steps and the time left."""
     return (
         f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['samples_per_s']:.0f} samples/s, "
         f"{metrics['tokens_per_s']:,.0f} tokens/s, MFU {utilisation_shown(metrics['mfu'])}, "

@@ -23,8 +23,7 @@ from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 from train.config import Compile, RunConfig
 from train.data.samples import Batch, Samples
-from train.distributed import World
-from train.resources import Shared
+from train.resources import TrainingResources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +55,10 @@ SIZES = {
                        (1024, 4096, 16_384, 65_536), 8192),
     "small": Sizes(64, 8, 4, 2, 8, (96, 64), (1, 2), 4, (1, 2), 3, (256, 512), 256),
 }  # fmt: skip
+
+
+BATCH = {"reference": 16, "small": 4}
+"""Samples of a training step."""
 
 
 class Bench:
@@ -107,21 +110,21 @@ class Bench:
         settings: dict[str, Any] = {"epochs": 1000, "eval_captions": 0, **flags}
         return dataclasses.replace(given, **settings)
 
-    def shared(self, compiled: Compile) -> Shared:
+    def resources(self, compiled: Compile) -> TrainingResources:
         """The language model ready for packs, each kind once: runs may share it."""
-        if compiled not in self._shared:
-            self._shared[compiled] = Shared(self.config(compile=compiled), World(), again=True)
-        return self._shared[compiled]
+        if compiled not in self._resources:
+            self._resources[compiled] = TrainingResources(self.config(compile=compiled), repeated=True)
+        return self._resources[compiled]
 
     @functools.cached_property
-    def _shared(self) -> dict[Compile, Shared]:
+    def _resources(self) -> dict[Compile, TrainingResources]:
         return {}
 
     def samples(self, compiled: Compile = "off") -> Samples:
-        return self.shared(compiled).samples(self.config())[0]
+        return self.resources(compiled).samples(self.config())[0]
 
     def batch(self, samples: int) -> Batch:
-        """The first so many, or the same again if there are fewer."""
+        """The first N samples, or the same again if there are fewer."""
         rows = self.samples()
         return rows.batch([i % len(rows) for i in range(samples)], epoch=0)
 
@@ -130,7 +133,7 @@ class Bench:
 
     def forget(self) -> None:
         """Free the device's memory, after a section that failed."""
-        for name in ("llm", "tower", "_shared"):
+        for name in ("llm", "tower", "_resources"):
             vars(self).pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

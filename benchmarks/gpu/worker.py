@@ -42,21 +42,21 @@ def main() -> None:
     if any(name not in OPTIONAL for name in missing):
         sys.exit(3)
 
-    from benchmarks.gpu import answers, machine, pictures, training
+    from benchmarks.gpu import answers, machine, pictures, training, training_step
     from benchmarks.gpu.bench import Bench
     from benchmarks.gpu.rows import Clock
 
     sections: dict[str, Callable[[Bench, Clock], Iterator[Row]]] = {
         "ceilings": machine.ceilings,
         "audit": training.audit,
-        "step": training.step,
-        "breakdown": training.breakdown,
+        "step": training_step.step,
+        "breakdown": training_step.breakdown,
         "end-to-end": training.end_to_end,
         "decode": answers.decode,
         "sweep": training.sweep,
         "encode": pictures.encode,
         "serve": answers.serve,
-        "tokens": training.tokens,
+        "tokens": training_step.tokens,
         "memory": training.memory,
     }
     for each in machine.versions():

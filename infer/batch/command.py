@@ -12,14 +12,20 @@ from typing import BinaryIO
 
 import torch
 
-from infer.aligned_model import Speaker, open_engine, open_speaker
+from infer.aligned_model import FeatureAnswerer, open_aligned_model, open_feature_answerer
 from infer.batch.jsonl import to_line
-from infer.batch.questions import Looked, live, questions_of, read_questions, stored
+from infer.batch.questions import (
+    VisualTokenLoader,
+    load_from_images,
+    load_from_shards,
+    questions_of,
+    read_questions,
+)
 from infer.config import BatchConfig
 from llava_core.cli.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
-from llava_core.language.detokenize import Spoken
+from llava_core.language.detokenize import StreamDetokenizer
 from llava_core.language.sampling import Sampling, sampling_of
 from llava_core.shards.folder import open_shards
 from llava_core.types import JsonDict
@@ -41,9 +47,9 @@ def run(config: BatchConfig) -> JsonDict:
         failed = sum("error" in line for line in done)
         todo = questions[len(done) :]
         if todo:
-            speaker, look = open_models()
+            answerer, look = open_models()
             with progress(len(questions), "questions", len(done)) as bar:
-                for line in answers(speaker, todo, look, sampling_of(config), config.batch_size, len(done)):
+                for line in answers(answerer, todo, look, sampling_of(config), config.batch_size, len(done)):
                     file.write(to_line({**line, **made}))
                     file.flush()
                     failed += "error" in line
@@ -52,22 +58,24 @@ def run(config: BatchConfig) -> JsonDict:
     return {"questions": len(questions), "failed": failed, "output": str(config.output)}
 
 
-def asked(config: BatchConfig) -> tuple[list[JsonDict], Callable[[], tuple[Speaker, Looked]]]:
-    """The questions, and what loads the models and looks at their pictures."""
+def asked(
+    config: BatchConfig,
+) -> tuple[list[JsonDict], Callable[[], tuple[FeatureAnswerer, VisualTokenLoader]]]:
+    """The questions, and what loads the models and the questions' visual tokens."""
     if config.features is not None:
         shards = open_shards(config.features)
 
-        def open_stored() -> tuple[Speaker, Looked]:
-            speaker = open_speaker(config, shards[0])
-            return speaker, stored(speaker, shards)
+        def open_stored() -> tuple[FeatureAnswerer, VisualTokenLoader]:
+            answerer = open_feature_answerer(config, shards[0])
+            return answerer, load_from_shards(answerer, shards)
 
         return questions_of(shards, config.prompt), open_stored
     assert config.input is not None
     folder = config.input.parent
 
-    def open_live() -> tuple[Speaker, Looked]:
-        engine = open_engine(config)
-        return engine, live(engine, folder, config.allow_private)
+    def open_live() -> tuple[FeatureAnswerer, VisualTokenLoader]:
+        aligned = open_aligned_model(config)
+        return aligned, load_from_images(aligned, folder, config.allow_private)
 
     return read_questions(config.input, config.prompt), open_live
 
@@ -105,9 +113,9 @@ def continued(
 
 
 def answers(
-    speaker: Speaker,
+    answerer: FeatureAnswerer,
     questions: Sequence[JsonDict],
-    look: Looked,
+    look: VisualTokenLoader,
     sampling: Sampling,
     size: int,
     before: int = 0,
@@ -119,7 +127,7 @@ def answers(
 
     @functools.lru_cache(maxsize=65536)
     def prompt(text: str) -> list[int]:
-        return speaker.conversation.prompt([{"role": "user", "content": text}])
+        return answerer.conversation.prompt([{"role": "user", "content": text}])
 
     done: dict[int, JsonDict] = {}
     given = 0
@@ -128,7 +136,7 @@ def answers(
         part = [questions[index] for index in together]
         ids = [prompt(question["prompt"]) for question in part]
         seeds = [seed_of(sampling.seed, before + index) for index in together]
-        told = outcomes(speaker, look(part), ids, sampling, seeds)
+        told = outcomes(answerer, look(part), ids, sampling, seeds)
         for index, outcome in zip(together, told, strict=True):
             done[index] = {**questions[index], **outcome}
         while given in done:
@@ -157,12 +165,12 @@ def alike(lengths: Iterable[int], size: int, window: int) -> Iterator[list[int]]
 
 
 def seed_of(seed: int, place: int) -> int:
-    """Of one question of a file; seeds that follow each other share none."""
+    """Seed of the question at a place of the file; consecutive `seed`s share none."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:8], "big", signed=True)
 
 
 def outcomes(
-    speaker: Speaker,
+    answerer: FeatureAnswerer,
     seen: Sequence[torch.Tensor | LlavaError],
     ids: Sequence[list[int]],
     sampling: Sampling,
@@ -174,18 +182,18 @@ def outcomes(
     if not shown:
         return results
     visual = torch.stack([visual for visual in seen if isinstance(visual, torch.Tensor)])
-    asked = torch.tensor([ids[k] for k in shown], device=speaker.llm.device)
-    said = [Spoken(speaker.text, sampling.stop) for _ in shown]
+    asked = torch.tensor([ids[k] for k in shown], device=answerer.llm.device)
+    said = [StreamDetokenizer(answerer.text, sampling.stop) for _ in shown]
     try:
-        embedded = torch.cat([visual, speaker.llm.embed(asked)], dim=1)
+        embedded = torch.cat([visual, answerer.llm.embed(asked)], dim=1)
         drawn_by = [seeds[k] for k in shown]
-        for step in speaker.generate(embedded, sampling, lambda k: said[k].stopped, drawn_by):
-            for spoken, token in zip(said, step, strict=True):
+        for step in answerer.generate(embedded, sampling, lambda k: said[k].stopped, drawn_by):
+            for detokenizer, token in zip(said, step, strict=True):
                 if token is not None:
-                    spoken.add(token)
+                    detokenizer.add(token)
     except LlavaError as error:  # a prompt too long for the model
         return [{"error": str(error)} for _ in results]
-    for k, spoken in zip(shown, said, strict=True):
-        spoken.end()
-        results[k]["answer"] = spoken.text.strip()
+    for k, detokenizer in zip(shown, said, strict=True):
+        detokenizer.end()
+        results[k]["answer"] = detokenizer.text.strip()
     return results

@@ -1,4 +1,4 @@
-"""What `infer batch` is asked: lines of a JSONL file about images, or rows of feature shards."""
+"""Questions of `infer batch`: lines of a JSONL file about images, or rows of feature shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from infer.aligned_model import Engine, Speaker
+from infer.aligned_model import AlignedModel, FeatureAnswerer
 from infer.batch.jsonl import read_lines
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
@@ -18,7 +18,7 @@ from llava_core.vision.preprocess import ImageError
 OURS = ("answer", "error", "checkpoint", "sampling")
 """Keys that the output adds."""
 
-Looked = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaError]]
+VisualTokenLoader = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaError]]
 """Questions -> the visual tokens [T, hidden] of each, or why there are none."""
 
 
@@ -48,8 +48,8 @@ def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
     return questions
 
 
-def live(engine: Engine, folder: Path, allow_private: bool = False) -> Looked:
-    """Images at URLs, or at paths from `folder`."""
+def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = False) -> VisualTokenLoader:
+    """Visual tokens of images at URLs, or at paths relative to `folder`."""
 
     def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, seen = [], list[LlavaError | None]()
@@ -58,18 +58,18 @@ def live(engine: Engine, folder: Path, allow_private: bool = False) -> Looked:
             fault = file if isinstance(file, LlavaError) else None
             if not isinstance(file, LlavaError):
                 try:
-                    decoded.append(engine.decode(file))
+                    decoded.append(aligned.decode(file))
                 except ImageError as error:
                     fault = not_an_image(question["image"], error)
             seen.append(fault)
-        visual = iter(engine.look(decoded) if decoded else ())
+        visual = iter(aligned.encode_images(decoded) if decoded else ())
         return [next(visual) if fault is None else fault for fault in seen]
 
     return look
 
 
-def stored(speaker: Speaker, shards: Sequence[Shard]) -> Looked:
-    """Rows of shards; one whose features no longer have their checksum is a fault of its own."""
+def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> VisualTokenLoader:
+    """Visual tokens of rows of shards; a damaged row gives its error."""
     by_name = {shard.path.name: shard for shard in shards}
 
     def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
@@ -77,7 +77,7 @@ def stored(speaker: Speaker, shards: Sequence[Shard]) -> Looked:
         for question in questions:
             shard, row = by_name[question["shard"]], question["row"]
             try:
-                seen.append(speaker.project(torch.from_numpy(shard.read(row))[None])[0])
+                seen.append(answerer.project(torch.from_numpy(shard.read(row))[None])[0])
             except LlavaError as damaged:
                 seen.append(damaged)
         return seen

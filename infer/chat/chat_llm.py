@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from infer.chat.dialogue import Talk
-from infer.chat.messages import Phrases, pick_language
+from infer.chat.dialogue import Dialogue
+from infer.chat.messages import Messages, pick_language
 from infer.chat.repl import Chat
 from infer.config import ChatLlmConfig
 from llava_core.cli.console import say
@@ -21,9 +21,9 @@ def run(config: ChatLlmConfig) -> JsonDict:
     """Raises LlavaError for --thinking with a model whose chat template cannot switch it."""
     llm = load_language_model(config.llm, pick_device(config.device))
     say(f"{llm.id} on {llm.device}")
-    talk = Talk(llm, Conversation(llm.tokenizer, llm.eos_ids), sampling_of(config))
-    talk.system = config.system
-    chat = BareChat(talk, Phrases(pick_language(config.lang)))
+    dialogue = Dialogue(llm, Conversation(llm.tokenizer, llm.eos_ids), sampling_of(config))
+    dialogue.system = config.system
+    chat = BareChat(dialogue, Messages(pick_language(config.lang)))
     if config.thinking:
         chat.think("")
     return chat.run()
@@ -36,11 +36,11 @@ class BareChat(Chat):
         return {"/system": self.system, "/think": self.think, **super().make_commands()}
 
     def system(self, rest: str) -> None:
-        self.talk.system = rest
+        self.dialogue.system = rest
         self.say("system" if rest else "no system", text=rest)
 
     def think(self, rest: str) -> None:
-        if not self.talk.conversation.can_think:
+        if not self.dialogue.conversation.can_think:
             raise LlavaError("this model's chat template has no switch for thinking")
-        self.talk.thinking = not self.talk.thinking
-        self.say("thinking" if self.talk.thinking else "no thinking")
+        self.dialogue.thinking = not self.dialogue.thinking
+        self.say("thinking" if self.dialogue.thinking else "no thinking")

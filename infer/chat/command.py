@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from infer.aligned_model import open_engine
-from infer.chat.image_dialogue import Session
-from infer.chat.messages import Phrases, pick_language
+from infer.aligned_model import open_aligned_model
+from infer.chat.image_dialogue import ImageDialogue
+from infer.chat.messages import Messages, pick_language
 from infer.chat.repl import Chat, unquoted
-from infer.chat.transcript import SavedChat
+from infer.chat.transcript import Transcript
 from infer.config import ChatConfig
 from llava_core.cli.console import say
 from llava_core.cli.terminal import PREVIEW_COLUMNS
@@ -23,13 +23,13 @@ from llava_core.vision.preprocess import Decoded
 
 
 def run(config: ChatConfig) -> JsonDict:
-    session = Session(open_engine(config), sampling_of(config))
-    session.allow_private = config.allow_private
+    dialogue = ImageDialogue(open_aligned_model(config), sampling_of(config))
+    dialogue.allow_private = config.allow_private
     if config.compile:
         say("compiling the step for one token")
-        session.compiled = CompiledStep(session.llm)
-        session.compiled.warm_up()
-    chat = ImageChat(session, Phrases(pick_language(config.lang)))
+        dialogue.compiled = CompiledStep(dialogue.llm)
+        dialogue.compiled.warm_up()
+    chat = ImageChat(dialogue, Messages(pick_language(config.lang)))
     if config.image:
         chat.image(config.image)
     else:
@@ -38,11 +38,9 @@ def run(config: ChatConfig) -> JsonDict:
 
 
 class ImageChat(Chat):
-    """A chat whose talk is a Session."""
+    """A chat about images."""
 
-    def __init__(self, session: Session, phrases: Phrases) -> None:
-        self.session = session
-        super().__init__(session, phrases)
+    dialogue: ImageDialogue
 
     def make_commands(self) -> dict[str, Callable[[str], None]]:
         return {"/image": self.image, **super().make_commands()}
@@ -58,18 +56,20 @@ class ImageChat(Chat):
         if not rest:
             raise LlavaError("/image needs an image", do="write /image PATH or /image URL")
         image = unquoted(rest)
-        self._picture(self.session.show(image))
+        self._preview(self.dialogue.show(image))
         self.say("shown", image=image)
 
-    def saved(self) -> SavedChat:
-        return self.session.saved()
+    def saved(self) -> Transcript:
+        return self.dialogue.saved()
 
-    def resume(self, chat: SavedChat) -> None:
-        self._picture(self.session.load(chat))
+    def resume(self, chat: Transcript) -> None:
+        self._preview(self.dialogue.load(chat))
 
-    def _picture(self, decoded: Decoded | None) -> None:
+    def _preview(self, decoded: Decoded | None) -> None:
         if decoded is not None:
-            self.terminal.picture(self.session.engine.tower.preprocess.preview(decoded, side=PREVIEW_COLUMNS))
+            self.terminal.picture(
+                self.dialogue.aligned.tower.preprocess.preview(decoded, side=PREVIEW_COLUMNS)
+            )
 
 
 def bare_image(line: str) -> str | None:

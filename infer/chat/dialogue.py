@@ -1,4 +1,4 @@
-"""A dialogue with a language model, after an image or without. What it has read once stays in its cache."""
+"""A dialogue with a language model, about an image or without one; its KV cache is reused between turns."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.conversation import Conversation
-from llava_core.language.detokenize import Spoken
+from llava_core.language.detokenize import StreamDetokenizer
 from llava_core.language.generate import already_read, generate
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 
 
 @dataclasses.dataclass
-class Figures:
-    """What one answer took."""
+class AnswerFigures:
+    """Tokens and seconds of one answer."""
 
     cached: int = 0
-    """Tokens that the model had read before, visual ones included."""
+    """Prompt tokens whose keys and values were in the cache, visual ones included."""
     prefilled: int = 0
-    """Tokens that it had to read for the question, visual ones included."""
+    """Prompt tokens of the forward pass, visual ones included."""
     tokens: int = 0
     """Tokens of the answer."""
     first_s: float = 0.0
@@ -39,19 +39,19 @@ class Figures:
         return (self.tokens - 1) / self.rest_s if self.tokens > 1 else 0.0
 
 
-class Talk:
+class Dialogue:
     """Turns of one dialogue; `begin` starts another one about new visual tokens."""
 
     def __init__(self, llm: LanguageModel, conversation: Conversation, sampling: Sampling) -> None:
         self.llm, self.conversation, self.sampling = llm, conversation, sampling
         self.compiled: CompiledStep | None = None
-        """Reads the answers' tokens, if set."""
+        """A compiled step for the answers' tokens, if set."""
         self.system = ""
-        """What the model is told before the first turn; nothing if empty."""
+        """System prompt; none if empty."""
         self.thinking = False
         """Whether it thinks before it answers."""
-        self.figures = Figures()
-        """Of the last answer."""
+        self.figures = AnswerFigures()
+        """Figures of the last answer."""
         self.begin(self.nothing())
 
     def nothing(self) -> torch.Tensor:
@@ -93,26 +93,26 @@ class Talk:
         began = first = time.perf_counter()
         told = [{"role": "system", "content": self.system}] if self.system else []
         ids = self.conversation.prompt([*told, *messages], self.thinking)
-        spoken, whole = Spoken(self.conversation.text, self.sampling.stop), False
+        detokenizer, whole = StreamDetokenizer(self.conversation.text, self.sampling.stop), False
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:
             embedded = self._unread(ids)
-            self.figures = figures = Figures(self.cache.get_seq_length(), embedded.shape[1])
+            self.figures = figures = AnswerFigures(self.cache.get_seq_length(), embedded.shape[1])
             self._require_context(len(messages) > 1)
             steps = generate(self.llm, embedded, sampling, self.cache, self.compiled)
             with contextlib.closing(steps):
                 for (token,) in steps:
                     assert token is not None
                     now = time.perf_counter()
-                    first = first if spoken.tokens else now
+                    first = first if detokenizer.tokens else now
                     figures.tokens, figures.first_s = figures.tokens + 1, first - began
                     figures.rest_s = now - first
-                    if piece := spoken.add(token):
+                    if piece := detokenizer.add(token):
                         yield piece
-                    if spoken.stopped:
+                    if detokenizer.stopped:
                         break
             whole = True
-            if piece := spoken.end():
+            if piece := detokenizer.end():
                 yield piece
         except (GeneratorExit, LlavaError):
             whole = True
@@ -121,11 +121,11 @@ class Talk:
             if whole:
                 # The last token is given out before the model reads it.
                 known = max(0, self.cache.get_seq_length() - self.visual.shape[1])
-                self.cached = [*ids, *spoken.tokens][:known]
+                self.cached = [*ids, *detokenizer.tokens][:known]
             else:  # torn within a forward pass: some layers have read more than others
                 self._forget()
-            if spoken.tokens:
-                self.messages = [*messages, {"role": "assistant", "content": spoken.text.strip()}]
+            if detokenizer.tokens:
+                self.messages = [*messages, {"role": "assistant", "content": detokenizer.text.strip()}]
 
     def _require_context(self, later: bool) -> None:
         """Raise LlavaError if no token of an answer fits; `later`: there are turns to forget."""

@@ -1,11 +1,11 @@
-"""What a chat says of itself, in Chinese and in English."""
+"""Messages of the chat's interface, in Chinese and in English."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-PHRASES = {
+MESSAGES = {
     "welcome": (
         "直接输入问题。/help 列出命令，Ctrl-C 停止回答，exit 离开。",
         "Type a question. /help lists the commands, Ctrl-C stops an answer, exit leaves.",
@@ -16,7 +16,7 @@ PHRASES = {
     ),
     "/image": (
         "路径或网址 — 看这张图片；只输入网址或拖入文件也可以",
-        "PATH or URL — talk about this image; a bare URL or a file dragged in does the same",
+        "PATH or URL — dialogue about this image; a bare URL or a file dragged in does the same",
     ),
     "/system": (
         "文字 — 设定系统提示；不带文字则去掉",
@@ -74,14 +74,14 @@ PHRASES = {
 LANGUAGES = ("zh", "en")
 
 
-class Phrases:
-    """PHRASES in one language."""
+class Messages:
+    """MESSAGES in one language."""
 
     def __init__(self, language: str) -> None:
         self._index = LANGUAGES.index(language)
 
     def __call__(self, phrase: str, **values: object) -> str:
-        return PHRASES[phrase][self._index].format(**values)
+        return MESSAGES[phrase][self._index].format(**values)
 
 
 def pick_language(wanted: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from infer.chat.dialogue import Talk
-from infer.chat.messages import Phrases
-from infer.chat.transcript import SavedChat, read_chat, write_chat
+from infer.chat.dialogue import Dialogue
+from infer.chat.messages import Messages
+from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.cli.command import INTERRUPTED, stop_signals
 from llava_core.cli.console import table
 from llava_core.cli.terminal import Terminal
@@ -28,14 +28,14 @@ WITH_PATH = ("/image", "/save", "/load")
 class Chat:
     """One person, one dialogue. `run` until they leave."""
 
-    def __init__(self, talk: Talk, phrases: Phrases) -> None:
-        self.talk, self.phrases = talk, phrases
+    def __init__(self, dialogue: Dialogue, texts: Messages) -> None:
+        self.dialogue, self.texts = dialogue, texts
         self.commands = self.make_commands()
         self.terminal = Terminal(list(self.commands), WITH_PATH)
         self.answers = self.errors = 0
 
     def make_commands(self) -> dict[str, Callable[[str], None]]:
-        """By name, each with what to do with the words after it; PHRASES explains them."""
+        """By name, each with what to do with the words after it; MESSAGES explains them."""
         return {
             "/clear": self.clear,
             "/retry": self.retry,
@@ -53,7 +53,7 @@ class Chat:
         Over a pipe errors make exit code 1. A command that fails ends it there, since what follows counts on
         it; a question that fails is left out.
         """
-        # Ctrl-C stops an answer only; to be told to end is another matter.
+        # Ctrl-C stops an answer only; the other signals end the command.
         for signum in stop_signals():
             if signum != signal.SIGINT:
                 signal.signal(signum, lambda *_: sys.exit(INTERRUPTED))
@@ -76,7 +76,7 @@ class Chat:
 
     def fail(self, error: Exception) -> None:
         self.errors += 1
-        self.terminal.say(self.phrases("error", error=error), style="red")
+        self.terminal.say(self.texts("error", error=error), style="red")
 
     def obey(self, line: str) -> None:
         """Raises EOFError to leave, and LlavaError or OSError for what could not be done."""
@@ -89,10 +89,10 @@ class Chat:
             self.ask(line)
 
     def ask(self, question: str) -> None:
-        self._answer(self.talk.ask(question))
+        self._answer(self.dialogue.ask(question))
 
     def retry(self, rest: str) -> None:
-        self._answer(self.talk.retry())
+        self._answer(self.dialogue.retry())
 
     def _answer(self, pieces: Generator[str, None, None]) -> None:
         try:
@@ -104,55 +104,55 @@ class Chat:
         if not whole:
             self.say("stopped")
         elif self.terminal.live:
-            took = self.talk.figures
+            took = self.dialogue.figures
             self.say("took", first=took.first_s, rate=took.tokens_per_s,
                      prefilled=took.prefilled, cached=took.cached)  # fmt: skip
 
     def clear(self, rest: str) -> None:
-        self.talk.clear()
+        self.dialogue.clear()
         self.say("cleared")
 
     def set(self, rest: str) -> None:
         if rest:
-            self.talk.sampling = changed(self.talk.sampling, rest)
-        values = dataclasses.asdict(self.talk.sampling)
+            self.dialogue.sampling = changed(self.dialogue.sampling, rest)
+        values = dataclasses.asdict(self.dialogue.sampling)
         self.terminal.say(" ".join(f"{name}={_written(value)}" for name, value in values.items()))
 
     def stats(self, rest: str) -> None:
-        took, phrases = self.talk.figures, self.phrases
+        took, texts = self.dialogue.figures, self.texts
         rows = {
-            "turns": len(self.talk.messages) // 2,
+            "turns": len(self.dialogue.messages) // 2,
             "prefilled tokens": took.prefilled,
             "cached tokens": took.cached,
             "answer tokens": took.tokens,
             "time to first token": f"{took.first_s:.3f}",
             "tokens/s": f"{took.tokens_per_s:.1f}",
         }
-        self.terminal.say(table([(phrases(name), value) for name, value in rows.items()]))
+        self.terminal.say(table([(texts(name), value) for name, value in rows.items()]))
 
     def save(self, rest: str) -> None:
         path = self.path(rest, "/save")
-        write_chat(path, self.saved())
+        write_transcript(path, self.saved())
         self.say("saved", file=path)
 
     def load(self, rest: str) -> None:
-        chat = read_chat(self.path(rest, "/load"))
+        chat = read_transcript(self.path(rest, "/load"))
         self.resume(chat)
         self.say("loaded", turns=len(chat.messages) // 2)
 
-    def saved(self) -> SavedChat:
-        return SavedChat(None, self.talk.messages)
+    def saved(self) -> Transcript:
+        return Transcript(None, self.dialogue.messages)
 
-    def resume(self, chat: SavedChat) -> None:
+    def resume(self, chat: Transcript) -> None:
         """Go on with `chat`. Raises LlavaError for one about an image."""
         if chat.image is not None:
             raise LlavaError(f"this dialogue is about {chat.image}", do="go on with it in `infer chat`")
-        self.talk.begin(self.talk.nothing())
-        self.talk.messages = [*chat.messages]
+        self.dialogue.begin(self.dialogue.nothing())
+        self.dialogue.messages = [*chat.messages]
 
     def help(self, rest: str) -> None:
         for name in self.commands:
-            self.terminal.say(f"{name} {self.phrases(name)}")
+            self.terminal.say(f"{name} {self.texts(name)}")
         self.say("lines")
         self.say("keys")
 
@@ -160,7 +160,7 @@ class Chat:
         raise EOFError
 
     def say(self, phrase: str, **values: object) -> None:
-        self.terminal.say(self.phrases(phrase, **values), style="dim")
+        self.terminal.say(self.texts(phrase, **values), style="dim")
 
     @staticmethod
     def path(rest: str, command: str) -> Path:

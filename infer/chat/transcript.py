@@ -14,28 +14,28 @@ FORMAT = "llava-align chat/1"
 
 
 @dataclasses.dataclass(frozen=True)
-class SavedChat:
+class Transcript:
     image: str | None
     """Path or URL; None for a dialogue without an image."""
     messages: Sequence[dict[str, str]]
     """{"role": "user"|"assistant", "content": text}, in turns, an answer last."""
 
 
-def write_chat(path: Path, chat: SavedChat) -> None:
+def write_transcript(path: Path, chat: Transcript) -> None:
     """Write it whole or not at all. Raises LlavaError rather than replace a file that is no saved chat."""
     if path.exists():
-        read_chat(path)
+        read_transcript(path)
     content = {"format": FORMAT, "image": chat.image, "messages": list(chat.messages)}
     replace_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_chat(path: Path) -> SavedChat:
-    """Raises LlavaError for a file that `write_chat` has not written."""
+def read_transcript(path: Path) -> Transcript:
+    """Raises LlavaError for a file that `write_transcript` has not written."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError
-        chat = SavedChat(content["image"], content["messages"])
+        chat = Transcript(content["image"], content["messages"])
         json.dumps(content, ensure_ascii=False).encode()  # half a character is no text
         if not isinstance(chat.image, str | None) or not _in_turns(chat.messages):
             raise ValueError

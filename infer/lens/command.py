@@ -1,4 +1,4 @@
-"""`infer lens`: the words a language model finds in each part of an image, and what it tells a caption.
+"""`infer lens`: the words nearest to each visual token, and how much the image lowers a caption's loss.
 
 A random projector of the same kind and scale says which words would be found if nothing had been learnt.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from infer.aligned_model import Engine, open_engine
-from infer.chat.image_dialogue import Session
+from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.chat.image_dialogue import ImageDialogue
 from infer.config import LensConfig
 from infer.lens.page import write_page
 from infer.lens.picture import draw
@@ -27,7 +27,7 @@ from llava_core.vision.preprocess import ImageError
 
 def run(config: LensConfig) -> JsonDict:
     """Write OUT.png and OUT.html; print and return the losses. Raises LlavaError for an image or layer."""
-    seen = look(open_engine(config), config)
+    seen = look(open_aligned_model(config), config)
     picture, page = (config.out.with_name(config.out.name + ending) for ending in (".png", ".html"))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(seen).save(picture)
@@ -49,48 +49,48 @@ def run(config: LensConfig) -> JsonDict:
     }
 
 
-def look(engine: Engine, config: LensConfig) -> Seen:
+def look(aligned: AlignedModel, config: LensConfig) -> Seen:
     """The words of every patch, and the caption's losses with the image and with the other one."""
-    pixels = _pixels(engine, config.image)
+    pixels = _pixels(aligned, config.image)
     if config.other is None:
         blank, other = np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape), "a blank image"
     else:
-        blank, other = _pixels(engine, config.other), config.other
+        blank, other = _pixels(aligned, config.other), config.other
     if np.array_equal(blank, pixels):
         what = "--other shows the same picture" if config.other else f"{config.image} is a blank image itself"
         raise LlavaError(f"{what}: nothing to compare it with", do="give another image with --other")
-    features = engine.tower.encode(pixels[None])
-    visual = engine.project(features)
+    features = aligned.tower.encode(pixels[None])
+    visual = aligned.project(features)
     tokens = visual.shape[1]
     side = grid_side(tokens)
-    blocks = engine.llm.model.config.num_hidden_layers
+    blocks = aligned.llm.model.config.num_hidden_layers
     layer = max(1, blocks // 2) if config.layer is None else config.layer
-    vocabulary, panels = Vocabulary(engine), []
-    random = random_projector(engine.projector, features, config.seed)
-    kinds = {"trained projector": visual[0], "random projector": random(features.to(engine.llm.device))[0]}
+    vocabulary, panels = Vocabulary(aligned), []
+    random = random_projector(aligned.projector, features, config.seed)
+    kinds = {"trained projector": visual[0], "random projector": random(features.to(aligned.llm.device))[0]}
     for reading in ("nearest input embeddings", f"logit lens after block {layer}"):
         for projector, found in kinds.items():
-            found = found.to(engine.llm.dtype)
+            found = found.to(aligned.llm.dtype)
             near = "nearest" in reading
-            scores = nearest(engine.llm, found) if near else logit_lens(engine.llm, found, layer)
+            scores = nearest(aligned.llm, found) if near else logit_lens(aligned.llm, found, layer)
             words = vocabulary.top(scores, config.top)
             class_words = words[0] if tokens > side**2 else []
             panels.append(Panel(projector, reading, words[tokens - side**2 :], class_words))
-    caption = config.caption if config.caption is not None else _answer(engine, visual, config)
+    caption = config.caption if config.caption is not None else _answer(aligned, visual, config)
     turn = Turn(config.prompt, caption)
-    pieces, loss = losses(engine, visual[0], turn)
-    _, other_loss = losses(engine, engine.project(engine.tower.encode(np.array(blank)[None]))[0], turn)
+    pieces, loss = losses(aligned, visual[0], turn)
+    _, other_loss = losses(aligned, aligned.project(aligned.tower.encode(np.array(blank)[None]))[0], turn)
     return Seen(config.image, pixels, side, panels, other, pieces, loss, other_loss)
 
 
-def _answer(engine: Engine, visual: torch.Tensor, config: LensConfig) -> str:
-    session = Session(engine, sampling_of(config))
+def _answer(aligned: AlignedModel, visual: torch.Tensor, config: LensConfig) -> str:
+    session = ImageDialogue(aligned, sampling_of(config))
     session.visual = visual
     return "".join(session.ask(config.prompt)).strip()
 
 
-def _pixels(engine: Engine, image: str) -> np.ndarray:
+def _pixels(aligned: AlignedModel, image: str) -> np.ndarray:
     try:
-        return engine.tower.preprocess.decode_image(read_image(image)).pixels
+        return aligned.tower.preprocess.decode_image(read_image(image)).pixels
     except ImageError as error:
         raise not_an_image(image, error) from None

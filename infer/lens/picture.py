@@ -75,7 +75,7 @@ def _fitting(pen: ImageDraw.ImageDraw, word: str, font: Font, width: int) -> str
 
 
 def _caption(pen: ImageDraw.ImageDraw, seen: Seen, y: int, width: int, font: Font, small: Font) -> int:
-    """The caption's pieces, the more coloured the more the image tells of them; returns where it ends."""
+    """Draw the caption; colour grows with the nats that the image saves. Returns the y of its end."""
     against = f"caption: nats of loss that the image saves against {visible(seen.other)}"
     pen.text((MARGIN, y), against, INK, font)
     x, y = MARGIN, y + 34

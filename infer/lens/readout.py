@@ -1,4 +1,4 @@
-"""What a language model reads in visual tokens, and what they tell it about a caption.
+"""Readouts of visual tokens: nearest words, logit lens, and the loss of a caption with and without the image.
 
 Two readings of every visual token: the vocabulary's words whose input embeddings are nearest to it, and the
 words that the language model's head makes of it after some blocks (the logit lens, nostalgebraist 2020). A
@@ -12,11 +12,11 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from infer.aligned_model import Speaker
+from infer.aligned_model import FeatureAnswerer
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Turn
 from llava_core.language.model import LanguageModel
-from llava_core.language.target_logits import answer_logits
+from llava_core.language.target_logits import target_logits
 from llava_core.projector.projector import match_scale
 
 Words = list[tuple[str, float]]
@@ -29,13 +29,13 @@ CONTROL = 0x1E45
 class Vocabulary:
     """The words of a language model that can be shown: whole characters, neither special nor blank."""
 
-    def __init__(self, speaker: Speaker) -> None:
-        texts = [speaker.text([token]).strip() for token in range(len(speaker.llm.embedding.weight))]
+    def __init__(self, answerer: FeatureAnswerer) -> None:
+        texts = [answerer.text([token]).strip() for token in range(len(answerer.llm.embedding.weight))]
         shown = [
             token for token, text in enumerate(texts) if text and text.isprintable() and "\ufffd" not in text
         ]
         self.words = [texts[token] for token in shown]
-        self.ids = torch.tensor(shown, device=speaker.llm.device)
+        self.ids = torch.tensor(shown, device=answerer.llm.device)
 
     def top(self, scores: torch.Tensor, count: int) -> list[Words]:
         """Scores [T, whole vocabulary] -> the best words of each row, each word once."""
@@ -76,19 +76,19 @@ def logit_lens(llm: LanguageModel, visual: torch.Tensor, layer: int) -> torch.Te
 
 
 @torch.inference_mode()
-def losses(speaker: Speaker, visual: torch.Tensor, turn: Turn) -> tuple[list[str], list[float]]:
+def losses(answerer: FeatureAnswerer, visual: torch.Tensor, turn: Turn) -> tuple[list[str], list[float]]:
     """Pieces of the answer that are whole characters, and the loss of each in nats, its end among them.
 
     `visual` is [T, hidden].
     """
-    example = speaker.conversation.example([turn], max_answer_tokens=1 << 30)
-    logits, targets = answer_logits(speaker.llm, visual, example)
+    example = answerer.conversation.example([turn], max_answer_tokens=1 << 30)
+    logits, targets = target_logits(answerer.llm, visual, example)
     each, answer = F.cross_entropy(logits, targets, reduction="none").tolist(), targets.tolist()
     pieces: list[str] = []
     summed: list[float] = []
     first = 0
     for last in range(1, len(answer)):
-        text = speaker.text(answer[first:last])
+        text = answerer.text(answer[first:last])
         if not text.endswith("\ufffd"):
             pieces.append(text)
             summed.append(sum(each[first:last]))
@@ -98,7 +98,7 @@ def losses(speaker: Speaker, visual: torch.Tensor, turn: Turn) -> tuple[list[str
 
 @torch.no_grad()
 def random_projector(trained: torch.nn.Module, features: torch.Tensor, seed: int) -> torch.nn.Module:
-    """One of the same kind and sizes that has learnt nothing; its tokens for `features` are as large."""
+    """An untrained projector of the same kind, sizes and RMS of visual tokens for `features`."""
     projector = copy.deepcopy(trained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(CONTROL + seed)

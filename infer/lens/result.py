@@ -1,4 +1,4 @@
-"""What `infer lens` finds, and its picture and page show."""
+"""The result of `infer lens`, which its PNG and its page show."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Panel:
     projector: str
     reading: str
     words: list[Words]
-    """Of each patch, row by row."""
+    """Words of each patch, row by row."""
     class_words: Words
-    """Of the class token; none if the projector drops it."""
+    """Words of the class token; empty if the projector drops it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """All that picture and page show."""
+    """Everything that the PNG and the page show."""
 
     image: str
     pixels: np.ndarray
@@ -35,6 +35,6 @@ class Seen:
     pieces: list[str]
     """The caption in whole characters, and its end, which is empty."""
     loss: list[float]
-    """Of each piece, in nats, with the image."""
+    """Loss of each piece in nats, with the image."""
     other_loss: list[float]
     """With the other one."""

@@ -13,7 +13,7 @@ Words = Sequence[str]
 NGrams = Counter[tuple[str, ...]]
 
 ORDERS = 4
-"""BLEU and CIDEr look at 1 to so many words in a row."""
+"""Longest n-grams of BLEU and CIDEr, in words."""
 BETA = 1.2
 """How much more ROUGE-L weighs recall than precision."""
 SIGMA = 6.0
@@ -90,7 +90,7 @@ def cider_d(answers: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
 
 
 def _clipped_cosine(said: dict[tuple[str, ...], float], wanted: dict[tuple[str, ...], float]) -> float:
-    """Cosine of two vectors of one order; what is said too often counts as often as it is wanted."""
+    """Cosine of two n-gram vectors of one order, with counts clipped to those of the reference."""
     product = sum(
         min(weight, wanted[ngram]) * wanted[ngram] for ngram, weight in said.items() if ngram in wanted
     )

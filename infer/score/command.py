@@ -1,4 +1,4 @@
-"""`infer score`: how near the answers of a JSONL file come to its captions, and to the pictures."""
+"""`infer score`: BLEU, ROUGE-L and CIDEr-D of answers against captions, and CLIPScore against images."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def look(
     references: Sequence[Sequence[str]],
     config: ScoreConfig,
 ) -> JsonDict:
-    """CLIPScore of the answers, and, to read it by, of another picture's answer and of the captions."""
+    """CLIPScore of the answers, of another image's answers (chance), and of the captions."""
     assert config.vision is not None
     shards = open_shards(config.features) if config.features else []
     tower = open_both_towers(config.vision, pick_device(config.device), shards)

@@ -16,11 +16,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from infer.config import ServeConfig
 from infer.serve import openai_api as api
-from infer.serve.image_cache import Pictures
+from infer.serve.image_cache import VisualTokenCache
 from infer.serve.openai_api import ApiError
 from infer.serve.prometheus import Metrics
-from infer.serve.request import STOPPING, Job, Picture, Piece
-from infer.serve.scheduler import Batcher
+from infer.serve.request import STOPPING, GenerationRequest, RequestImage, TextDelta
+from infer.serve.scheduler import Scheduler
 from llava_core.cli.console import say
 from llava_core.errors import first_line
 from llava_core.language.sampling import sampling_of
@@ -35,26 +35,26 @@ SLOW_BODY = 60.0
 STALLED = 60.0
 """Seconds after which a client that takes nothing of its stream is left."""
 LEFT = 499
-"""Status in the metrics of a request whose client left."""
+"""Status in the metrics of a request whose client disconnected."""
 
 
 class Completions:
     """The requests that are here, each from the first byte of its body to the last of its answer."""
 
     def __init__(
-        self, config: ServeConfig, model: str, batcher: Batcher, fetcher: Fetcher, metrics: Metrics
+        self, config: ServeConfig, model: str, scheduler: Scheduler, fetcher: Fetcher, metrics: Metrics
     ) -> None:
         self.config, self.model, self.metrics = config, model, metrics
         self.inside = 0
         """Requests that are here."""
         self._placed = 0
-        """Requests whose body and image have come, and that are not answered yet."""
+        """Requests whose body and image have arrived, and whose answer is not complete."""
         self._coming = 0
         """Bytes of bodies that are still coming."""
-        self._batcher, self._fetcher = batcher, fetcher
-        self._pictures, self._seeds = Pictures(batcher), itertools.count(config.seed)
+        self._scheduler, self._fetcher = scheduler, fetcher
+        self._visual_tokens, self._seeds = VisualTokenCache(scheduler), itertools.count(config.seed)
         # Characters; more surely exceed the context. Tokenizing 5 million to refuse them took 2 min and 3 GB.
-        self._most_text = batcher.context * max(map(len, batcher.llm.tokenizer.get_vocab()))
+        self._most_text = scheduler.context * max(map(len, scheduler.llm.tokenizer.get_vocab()))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         began, status = time.monotonic(), LEFT
@@ -86,7 +86,7 @@ class Completions:
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
-        """Room for one request more. Who sends slowly has none yet, and so keeps nobody out."""
+        """A place for one more request; a client that still sends its body holds none."""
         self._require_place()
         self._placed += 1
         try:
@@ -98,74 +98,76 @@ class Completions:
         self, request: web.Request, began: float, stack: contextlib.ExitStack
     ) -> tuple[web.StreamResponse, int]:
         """The response, and the status to count, since a stream may fail after it began with 200."""
-        news: asyncio.Queue[Piece] = asyncio.Queue()
+        news: asyncio.Queue[TextDelta] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(piece: Piece) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, piece)
+        def tell(delta: TextDelta) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, delta)
 
-        job, asked = await self._job(request, tell, stack)
-        self._batcher.submit(job)
+        generation, asked = await self._generation(request, tell, stack)
+        self._scheduler.submit(generation)
         try:
             shapes = api.Shapes(f"chatcmpl-{uuid.uuid4().hex}", self.model, asked.include_usage)
-            pieces = self._pieces(news, job, began)
+            deltas = self._deltas(news, generation, began)
             if asked.stream:
-                return await _stream(request, shapes, pieces, job)
+                return await _stream(request, shapes, deltas, generation)
             texts, finish = [], ""
-            async for piece in pieces:
-                texts.append(piece.text)
-                finish = piece.finish or ""
-            whole = shapes.whole("".join(texts), finish, _usage(job))
+            async for delta in deltas:
+                texts.append(delta.text)
+                finish = delta.finish or ""
+            whole = shapes.whole("".join(texts), finish, _usage(generation))
             return web.json_response(whole, dumps=_json), 200
         finally:
-            self._batcher.cancel(job)
+            self._scheduler.cancel(generation)
 
-    async def _pieces(self, news: asyncio.Queue[Piece], job: Job, began: float) -> AsyncIterator[Piece]:
+    async def _deltas(
+        self, news: asyncio.Queue[TextDelta], generation: GenerationRequest, began: float
+    ) -> AsyncIterator[TextDelta]:
         """The answer as it comes. Raises ApiError if it ends early."""
         first = None
         while True:
-            piece = await news.get()
-            if piece.error:
-                raise ApiError(503 if piece is STOPPING else 500, piece.error)
+            delta = await news.get()
+            if delta.error:
+                raise ApiError(503 if delta is STOPPING else 500, delta.error)
             if first is None:
                 first = time.monotonic() - began
                 self.metrics.first_token.add(first)
-            if piece.finish:
+            if delta.finish:
                 seconds = time.monotonic() - began
-                self.metrics.add(seconds, job.prompt_tokens, job.reused, job.tokens)
-                tokens = f"{job.prompt_tokens} + {job.tokens} tokens"
+                self.metrics.add(seconds, generation.prompt_tokens, generation.reused, generation.tokens)
+                tokens = f"{generation.prompt_tokens} + {generation.tokens} tokens"
                 say(f"{tokens}, first after {first:.2f} s, all in {seconds:.2f} s")
-            yield piece
-            if piece.finish:
+            yield delta
+            if delta.finish:
                 return
 
-    async def _job(
-        self, request: web.Request, tell: Callable[[Piece], None], stack: contextlib.ExitStack
-    ) -> tuple[Job, api.ChatRequest]:
+    async def _generation(
+        self, request: web.Request, tell: Callable[[TextDelta], None], stack: contextlib.ExitStack
+    ) -> tuple[GenerationRequest, api.ChatRequest]:
         """What a request asks for, with a place on the stack; its image, which may be large, is let go."""
         # Where nobody gives a seed, no two requests have the same.
         defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
         if (characters := sum(len(message["content"]) for message in asked.messages)) > self._most_text:
             raise self._too_long(f"{characters:,} characters")
-        if len(asked.messages) >= self._batcher.context:  # a template gives each at least a token
+        if len(asked.messages) >= self._scheduler.context:  # a template gives each at least a token
             raise self._too_long(f"{len(asked.messages):,} of them")
         image = await self._image(asked.image) if asked.image else None
         stack.enter_context(self._place())
         try:
-            ids = await in_thread(self._batcher.engine.conversation.prompt, asked.messages)
+            ids = await in_thread(self._scheduler.aligned.conversation.prompt, asked.messages)
         except Exception as error:  # templates raise errors of their own for what they do not know
             raise ApiError(
                 400, f"the chat template refuses these messages: {error}", param="messages"
             ) from None
         picture = await self._picture(image) if image else None
-        job = Job(ids, picture, asked.sampling, tell)
-        if job.prompt_tokens >= self._batcher.context:
-            raise self._too_long(f"{job.prompt_tokens:,} tokens")
-        return job, dataclasses.replace(asked, image=None)
+        generation = GenerationRequest(ids, picture, asked.sampling, tell)
+        if generation.prompt_tokens >= self._scheduler.context:
+            raise self._too_long(f"{generation.prompt_tokens:,} tokens")
+        return generation, dataclasses.replace(asked, image=None)
 
     def _too_long(self, messages: str) -> ApiError:
-        message = f"the context is {self._batcher.context:,} tokens, the messages have {messages}"
+        message = f"the context is {self._scheduler.context:,} tokens, the messages have {messages}"
         return ApiError(400, message, param="messages", code="context_length_exceeded")
 
     async def _body(self, request: web.Request) -> bytes:
@@ -207,19 +209,19 @@ class Completions:
         message = "this server fetches no images; send a data URL, or start it with --allow-remote-images"
         raise ApiError(400, message, param="messages", code="invalid_image_url")
 
-    async def _picture(self, image: bytes) -> Picture:
+    async def _picture(self, image: bytes) -> RequestImage:
         """Raises ApiError for a file that cannot be read as an image."""
         try:
-            return await self._pictures.see(image)
+            return await self._visual_tokens.get(image)
         except ImageError as error:
             message = f"cannot read the image: {error.status.label} ({error})"
             raise ApiError(400, message, param="messages", code="invalid_image") from None
 
 
 async def _stream(
-    request: web.Request, shapes: api.Shapes, pieces: AsyncIterator[Piece], job: Job
+    request: web.Request, shapes: api.Shapes, deltas: AsyncIterator[TextDelta], generation: GenerationRequest
 ) -> tuple[web.StreamResponse, int]:
-    """Server-sent events; what goes wrong from now on is told in one of them. The status is for metrics."""
+    """Server-sent events; an error from here on is one of them. The status is for the metrics."""
     status = 200
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
 
@@ -236,13 +238,13 @@ async def _stream(
         await response.prepare(request)
         await send(api.event(shapes.chunk({"role": "assistant", "content": ""})))
         try:
-            async for piece in pieces:
-                if piece.text:
-                    await send(api.event(shapes.chunk({"content": piece.text})))
-                if piece.finish:
-                    await send(api.event(shapes.chunk({}, piece.finish)))
+            async for delta in deltas:
+                if delta.text:
+                    await send(api.event(shapes.chunk({"content": delta.text})))
+                if delta.finish:
+                    await send(api.event(shapes.chunk({}, delta.finish)))
             if shapes.include_usage:
-                await send(api.event(shapes.usage_chunk(_usage(job))))
+                await send(api.event(shapes.usage_chunk(_usage(generation))))
         except ApiError as error:
             status = error.status
             await send(api.event(error.to_json()))
@@ -257,5 +259,5 @@ def _json(content: JsonDict) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-def _usage(job: Job) -> api.Usage:
-    return api.Usage(job.prompt_tokens, job.tokens, job.reused)
+def _usage(generation: GenerationRequest) -> api.Usage:
+    return api.Usage(generation.prompt_tokens, generation.tokens, generation.reused)

@@ -25,7 +25,7 @@ class Connections:
     def __init__(self, most: int) -> None:
         self.most = most
         self._busy = weakref.WeakSet[asyncio.BaseTransport]()
-        """Those whose request is being read or answered."""
+        """Connections whose request is being read or answered."""
         self._since = weakref.WeakKeyDictionary[asyncio.BaseTransport, float]()
         """When (of time.monotonic) each of the others was first seen without a request."""
 

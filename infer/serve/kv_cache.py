@@ -1,4 +1,4 @@
-"""Keys and values of several sequences of unlike length, each in a row of its own."""
+"""KV cache for continuous batching: sequences of different lengths, each in a row of its own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers import DynamicCache
 
 from llava_core.errors import LlavaError
 
-GRAIN = 256
+GROW_TOKENS = 256
 """Tokens by which the rows grow."""
 
 
-class SlotCache(DynamicCache):  # type: ignore[misc]
-    """A transformers cache in which every sequence stands at the left of its row and has its own length.
+class SlotKVCache(DynamicCache):  # type: ignore[misc]
+    """A transformers cache in which every sequence starts at the left of its row and has its own length.
 
     Nothing moves when a sequence begins or ends, and a step writes one token to each row that it is for. Only
     `update` is transformers' own interface, which has stayed as it is from 4.53 to 5; masks and positions
@@ -27,14 +27,14 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, rows: int, context: int) -> None:
         super().__init__()
         self.rows, self.context = rows, context
-        self.room = min(GRAIN, context)
+        self.room = min(GROW_TOKENS, context)
         """Tokens that each row has memory for; grows up to `context`, never shrinks."""
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def reading(
+    def forward_arguments(
         self, rows: Sequence[int], held: Sequence[int], new: int, like: torch.Tensor
     ) -> dict[str, Any]:
-        """What the model must be told to read `new` tokens after the `held` ones of each of these rows.
+        """Keyword arguments for a forward pass of `new` tokens after the `held` ones of each of these rows.
 
         Mask [B, 1, new, longest] and positions [B, new], of the dtype and on the device of `like`.
         """
@@ -73,7 +73,7 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
     def _grow(self, length: int) -> None:
         if length <= self.room:
             return
-        room = min(self.context, max(2 * self.room, -(-length // GRAIN) * GRAIN))
+        room = min(self.context, max(2 * self.room, -(-length // GROW_TOKENS) * GROW_TOKENS))
         for index, kept in self._layers.items():
             keys, values = (F.pad(tensor, (0, 0, 0, room - tensor.shape[2])) for tensor in kept)
             self._layers[index] = (keys, values)
@@ -81,7 +81,7 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
 
 
 def longest_context(config: Any) -> int:
-    """Tokens that the model can read at a time. Raises LlavaError for one whose memory is of another kind."""
+    """Most tokens of a sequence. Raises LlavaError for a model with layers other than attention."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise LlavaError(

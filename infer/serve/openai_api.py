@@ -37,9 +37,9 @@ class ApiError(Exception):
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
     messages: list[dict[str, str]]
-    """As the chat template takes them, without the picture."""
+    """Messages as the chat template takes them, without the image."""
     image: str | None
-    """Data URL or address of the picture."""
+    """Data URL or address of the image."""
     sampling: Sampling
     stream: bool
     include_usage: bool
@@ -102,7 +102,7 @@ def _messages(given: object) -> tuple[list[dict[str, str]], str | None]:
     if messages[-1]["role"] != "user":
         raise ApiError(400, "the last message must be the user's", param="messages")
     if len(set(images)) > 1:
-        # The layout has one picture, before all text: an earlier one would be forgotten in silence.
+        # The layout has one image, before all text: an earlier one would be dropped in silence.
         raise ApiError(400, "one image in each conversation; begin a new one", param="messages")
     return messages, images[0] if images else None
 
@@ -179,7 +179,7 @@ def read_data_url(url: str, max_bytes: int) -> bytes:
 @dataclasses.dataclass(frozen=True)
 class Usage:
     prompt: int
-    """Tokens of the picture, and of the text in the template."""
+    """Visual tokens, and tokens of the text in the template."""
     completion: int
     cached: int
     """Tokens of the prompt that the model had read before."""

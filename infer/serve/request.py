@@ -1,4 +1,4 @@
-"""A question to the batcher, and the news of its answer."""
+"""A request to the scheduler, and the pieces of text it emits."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ Finish = Literal["stop", "length"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """Visual tokens [1, T, hidden], and the name by which the same picture is known again."""
+class RequestImage:
+    """Visual tokens [1, T, hidden], and the sha256 of the image file."""
 
     key: bytes
     visual: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """News of an answer; the last has `finish` or `error`."""
+class TextDelta:
+    """Text that an answer gained; the last one has `finish` or `error`."""
 
     text: str
     finish: Finish | None = None
     error: str | None = None
 
 
-STOPPING = Piece("", error="the server is stopping")
+STOPPING = TextDelta("", error="the server is stopping")
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
-    """One question."""
+class GenerationRequest:
+    """A prompt, its sampling, and where its answer goes."""
 
     ids: list[int]
-    """The prompt, without the picture."""
-    picture: Picture | None
+    """The prompt, without visual tokens."""
+    image: RequestImage | None
     sampling: Sampling
-    tell: Callable[[Piece], None]
-    """Called from the batcher's thread; must not block."""
+    on_delta: Callable[[TextDelta], None]
+    """Called from the scheduler's thread; must not block."""
     cancelled: bool = False
-    """Nobody wants to hear more of it."""
+    """The client has gone: nothing is emitted any more."""
     reused: int = 0
     """Tokens of the prompt that were in the cache already."""
     tokens: int = 0
-    """Tokens said so far."""
+    """Tokens generated so far."""
 
-    def hear(self, piece: Piece) -> None:
+    def emit(self, delta: TextDelta) -> None:
         if not self.cancelled:
-            self.tell(piece)
+            self.on_delta(delta)
 
     @property
     def visual_tokens(self) -> int:
-        return 0 if self.picture is None else self.picture.visual.shape[1]
+        return 0 if self.image is None else self.image.visual.shape[1]
 
     @property
     def prompt_tokens(self) -> int:

@@ -13,7 +13,7 @@ from importlib import resources
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from infer.aligned_model import Engine, open_engine
+from infer.aligned_model import AlignedModel, open_aligned_model
 from infer.config import ServeConfig
 from infer.serve import openai_api as api
 from infer.serve.access import check_key, check_origin, is_loopback
@@ -22,7 +22,7 @@ from infer.serve.connections import Connections
 from infer.serve.listen import listening
 from infer.serve.openai_api import ApiError
 from infer.serve.prometheus import Metrics
-from infer.serve.scheduler import Batcher
+from infer.serve.scheduler import Scheduler
 from llava_core.cli.command import stop_signals
 from llava_core.cli.console import say, say_fault
 from llava_core.errors import first_line
@@ -44,7 +44,7 @@ HEADERS = {
     "Content-Security-Policy": POLICY,
 }
 SHUTDOWN_SECONDS = 0.5
-"""For answers that are on their way; who waits for one has been told already."""
+"""Seconds for answers under way to end; their clients have got the error already."""
 MORE_CONNECTIONS = 256
 """Connections besides those of requests that are answered or wait: pages, browsers' spares, slow senders."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -53,7 +53,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def run(config: ServeConfig) -> JsonDict:
     """Serve until a signal to stop. Raises LlavaError if the port is in use or the models do not fit."""
     with listening(config.host, config.port) as listener:  # before the models, which take their time
-        server = Server(config, open_engine(config))
+        server = Server(config, open_aligned_model(config))
         asyncio.run(server.serve(listener))
     return server.summary()
 
@@ -61,18 +61,18 @@ def run(config: ServeConfig) -> JsonDict:
 class Server:
     """The routes, and what they share."""
 
-    def __init__(self, config: ServeConfig, engine: Engine) -> None:
-        self.config, self.engine = config, engine
+    def __init__(self, config: ServeConfig, aligned: AlignedModel) -> None:
+        self.config, self.aligned = config, aligned
         folder = config.checkpoint.resolve() if config.checkpoint.name in ("", "..") else config.checkpoint
         self.model = config.model_id or "/".join(folder.absolute().parts[-2:])
         self.created = int(folder.stat().st_mtime)
-        self.batcher = Batcher(engine, config.slots, config.context)
+        self.scheduler = Scheduler(aligned, config.slots, config.context)
         self.metrics = Metrics()
         limits = FetchLimits(max_bytes=config.max_bytes, retries=1, allow_private=config.allow_private)
         self.fetcher = Fetcher(limits)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.connections = Connections(min(config.slots + config.queue + MORE_CONNECTIONS, files // 2))
-        self.completions = Completions(config, self.model, self.batcher, self.fetcher, self.metrics)
+        self.completions = Completions(config, self.model, self.scheduler, self.fetcher, self.metrics)
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve on a bound socket until a signal comes."""
@@ -101,7 +101,7 @@ class Server:
             for number in numbers:
                 loop.remove_signal_handler(number)
             say("stopping")
-            await asyncio.to_thread(self.batcher.close)
+            await asyncio.to_thread(self.scheduler.close)
             await runner.cleanup()
 
     def app(self) -> web.Application:
@@ -181,9 +181,9 @@ class Server:
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         gauges = {
             "requests_inside": ("Chat requests that are read, waiting or answered.", self.completions.inside),
-            "requests_waiting": ("Chat requests that wait for a slot.", len(self.batcher.waiting)),
+            "requests_waiting": ("Chat requests that wait for a slot.", len(self.scheduler.waiting)),
             "slots": ("Answers that can be given at a time.", self.config.slots),
-            "slots_busy": ("Answers that are being given.", self.batcher.busy),
+            "slots_busy": ("Answers that are being given.", self.scheduler.busy),
         }
         return web.Response(
             text=self.metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"}
@@ -199,7 +199,7 @@ class Server:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a line of aiohttp's log tells of a fault; what is no HTTP was answered with 400."""
+    """Whether a line of aiohttp's log is a fault of ours; a malformed request was answered with 400."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, (HttpProcessingError, web.RequestPayloadError)):
         say(f"a request is no HTTP: {first_line(error)}")

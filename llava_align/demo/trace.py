@@ -19,7 +19,7 @@ from llava_core.language.conversation import IGNORE, Conversation, Example, Turn
 from llava_core.language.detokenize import HALF
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
-from llava_core.language.target_logits import answer_logits
+from llava_core.language.target_logits import target_logits
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector, build_projector, match_scale, parameter_count
 from llava_core.types import JsonDict
@@ -85,7 +85,7 @@ def run(config: TraceConfig) -> JsonDict:
         Stage.of("text tokens, embedded", text, tokens=True),
         Stage.of("what the language model reads", torch.cat([visual, text]), tokens=True),
     ]
-    logits, targets = answer_logits(llm, visual, example)
+    logits, targets = target_logits(llm, visual, example)
     losses = F.cross_entropy(logits, targets, reduction="none")
     stages.append(Stage.of("logits at the learnt tokens", logits))
     show(table([_cells(stage) for stage in stages], ("stage", "shape", "type", "mean", "RMS", "norm")))

@@ -34,7 +34,7 @@ EXTRAS = {
     "llava demo": "plots",
     "llava download, push --to modelscope": "modelscope",
     "train sweep": "sweep",
-    "train run --report-to wandb, train sweep --export-wandb": "wandb",
+    "train run --report-to wandb": "wandb",
     "train run --report-to tensorboard": "tensorboard",
     "extract run --ray, train sweep --ray": "ray",
     "language models as GGUF": "gguf",

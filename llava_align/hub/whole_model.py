@@ -27,18 +27,18 @@ def require_as_given(
     than the model given, so that it was trained together with the projector, or belongs to neither.
     """
     rest = {name: value for name, value in beside.items() if name.rpartition(".")[2] not in COMPUTED}
-    spoken = _by_name(rest, outline.model.state_dict())
-    seen = _by_name([name for name in rest if name not in spoken], tower.network.state_dict())
+    detokenizer = _by_name(rest, outline.model.state_dict())
+    seen = _by_name([name for name in rest if name not in detokenizer], tower.network.state_dict())
     identity = None
-    if spoken:
-        dtype = next(iter(rest[name].dtype for name in spoken))
+    if detokenizer:
+        dtype = next(iter(rest[name].dtype for name in detokenizer))
         loaded = load_language_model(llm, dtype=dtype if dtype.is_floating_point else None)
         identity = loaded.identity
         do = "import stage 1's file, or give --llm a folder with these weights and the tokenizer"
-        _require_equal(path, rest, loaded.model.state_dict(), spoken, f"language model in {llm}", do)
+        _require_equal(path, rest, loaded.model.state_dict(), detokenizer, f"language model in {llm}", do)
     do = "give --vision the encoder that was trained with it"
     _require_equal(path, rest, tower.network.state_dict(), seen, str(tower.encoder["model_id"]), do)
-    if left := [name for name in rest if name not in spoken and name not in seen]:
+    if left := [name for name in rest if name not in detokenizer and name not in seen]:
         raise LlavaError(
             f"{path} holds more than a projector, and what cannot be compared",
             expected="weights by the names of the two models given",

@@ -13,7 +13,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
-class Prompt:
+class LineEditor:
     """`read` one entry after another; Enter ends it, Alt+Enter or a backslash before Enter goes on."""
 
     def __init__(self, commands: Sequence[str], with_path: Sequence[str]) -> None:

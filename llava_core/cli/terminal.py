@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.text import Text
 
 from llava_core.cli.console import show, visible
-from llava_core.cli.line_editor import Prompt
+from llava_core.cli.line_editor import LineEditor
 
 PREVIEW_COLUMNS = 32
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -26,7 +26,7 @@ class Terminal:
 
     def __init__(self, commands: Sequence[str] = (), with_path: Sequence[str] = ()) -> None:
         self.live = sys.stdin.isatty() and sys.stdout.isatty()
-        self._prompt = Prompt(commands, with_path) if self.live else None
+        self._prompt = LineEditor(commands, with_path) if self.live else None
         self._console = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def lines(self) -> Iterator[str]:

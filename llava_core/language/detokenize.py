@@ -1,4 +1,4 @@
-"""An answer's tokens as text, piece by piece: no half characters, and nothing from a stop text on."""
+"""Streaming detokenizer: tokens to text, with whole characters only, up to a stop text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ HALF = "\ufffd"
 """What bytes decode to that are no whole character yet."""
 
 
-class Spoken:
+class StreamDetokenizer:
     """One answer as it comes.
 
     A piece is held back as long as it may be half a character or the beginning of a stop text.
@@ -31,13 +31,13 @@ class Spoken:
         self.tokens.append(token)
         if self.stopped or (new := self._new()).endswith(HALF):
             return ""
-        return self._say(new)
+        return self._release(new)
 
     def end(self) -> str:
         """What was held back, once there is no further token."""
         if self.stopped:
             return ""
-        said = self._say(self._new())
+        said = self._release(self._new())
         rest = "" if self.stopped else self._held
         self._held = ""
         self.text += rest
@@ -47,7 +47,7 @@ class Spoken:
         known = self._decode(self.tokens[self._start : self._read])
         return self._decode(self.tokens[self._start :])[len(known) :]
 
-    def _say(self, new: str) -> str:
+    def _release(self, new: str) -> str:
         """Take `new` as read; what of it, and of what was held back, may be shown."""
         if not new:
             return ""

@@ -1,4 +1,4 @@
-"""What a language model expects an answer to say, token by token, after an image's visual tokens."""
+"""Logits of a text's target tokens after an image's visual tokens."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from llava_core.language.model import LanguageModel
 
 
 @torch.inference_mode()
-def answer_logits(
+def target_logits(
     llm: LanguageModel, visual: torch.Tensor, example: Example
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Visual tokens [T, hidden] and a text -> logits [A, vocabulary] for its learnt tokens, and these [A].
+    """Visual tokens [T, hidden] and a text -> logits [A, vocabulary] for its target tokens, and these [A].
 
     Logits are fp32; the cross entropy of the two is the loss that training sees.
     """
-    learnt = [k for k, label in enumerate(example.labels) if label != IGNORE]
+    targets = [k for k, label in enumerate(example.labels) if label != IGNORE]
     ids = torch.tensor(example.ids, device=llm.device)
     embedded = torch.cat([visual, llm.embed(ids)])
-    before = torch.tensor(learnt, device=llm.device) + len(visual) - 1  # a token is predicted by the last one
+    before = torch.tensor(targets, device=llm.device) + len(visual) - 1  # where each is predicted
     out = llm.model(inputs_embeds=embedded[None], use_cache=False, logits_to_keep=before)
-    return out.logits[0].float(), ids[learnt]
+    return out.logits[0].float(), ids[targets]

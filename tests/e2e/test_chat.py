@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from infer.aligned_model import Engine, open_engine
+from infer.aligned_model import AlignedModel, open_aligned_model
 from infer.chat.command import ImageChat
-from infer.chat.image_dialogue import Session
-from infer.chat.messages import Phrases
+from infer.chat.image_dialogue import ImageDialogue
+from infer.chat.messages import Messages
 from infer.config import ChatConfig
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
@@ -32,19 +32,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def engine(world: World) -> Engine:
-    return open_engine(ChatConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm))
+def aligned(world: World) -> AlignedModel:
+    return open_aligned_model(ChatConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm))
 
 
 def chat(world: World, *flags: object) -> list[str]:
     return [sys.executable, "-m", "infer", "chat", *map(str, (*world.flags, *flags))]
 
 
-def said(session: Session, question: str) -> str:
-    return "".join(session.ask(question))
+def said(dialogue: ImageDialogue, question: str) -> str:
+    return "".join(dialogue.ask(question))
 
 
-def test_over_a_pipe(world: World, engine: Engine, tmp_path: Path) -> None:
+def test_over_a_pipe(world: World, aligned: AlignedModel, tmp_path: Path) -> None:
     """Answers on standard output and nothing else."""
     spaced = tmp_path / "ein Bild.png"
     spaced.write_bytes(world.images[1].read_bytes())
@@ -68,17 +68,17 @@ def test_over_a_pipe(world: World, engine: Engine, tmp_path: Path) -> None:
             timeout=120,
         )
     assert ended.returncode == 0, ended.stderr
-    session = Session(engine, SHORT)
-    session.show(str(world.images[0]))
-    first, second = said(session, "看"), said(session, "再看")
-    saved = session.messages
-    session.show(str(spaced))
-    third = said(session, "看")
-    session.show(str(world.images[2]))
-    fourth = said(session, "一\n二")
-    session.show(str(world.images[0]))
-    session.messages, session.sampling = saved, Sampling(max_tokens=5, stop=("#", "$"))
-    fifth = said(session, "三")
+    dialogue = ImageDialogue(aligned, SHORT)
+    dialogue.show(str(world.images[0]))
+    first, second = said(dialogue, "看"), said(dialogue, "再看")
+    saved = dialogue.messages
+    dialogue.show(str(spaced))
+    third = said(dialogue, "看")
+    dialogue.show(str(world.images[2]))
+    fourth = said(dialogue, "一\n二")
+    dialogue.show(str(world.images[0]))
+    dialogue.messages, dialogue.sampling = saved, Sampling(max_tokens=5, stop=("#", "$"))
+    fifth = said(dialogue, "三")
     answers = [first, second, first, third, fourth, fifth]
     assert ended.stdout == "".join(f"{text}\n" for text in answers) + '{"turns": 6, "errors": 0}\n'
     assert json.loads(file.read_text(encoding="utf-8"))["messages"] == saved
@@ -88,7 +88,7 @@ def test_over_a_pipe(world: World, engine: Engine, tmp_path: Path) -> None:
 
 
 def test_over_a_pipe_a_command_that_fails_ends_it(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    aligned: AlignedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So that no question is answered about another image, or in another way, than was asked for."""
     thesis = tmp_path / "thesis.json"
@@ -107,7 +107,7 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
             "/set top_p=7": "top_p; expected above 0, up to 1; got 7",
         }.items():
             monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n看\n"))
-            chat = ImageChat(Session(engine, SHORT), Phrases("en"))
+            chat = ImageChat(ImageDialogue(aligned, SHORT), Messages("en"))
             assert chat.run() == {"turns": 0, "errors": 1, "exit_code": 1}
             told = capsys.readouterr()
             assert f"error: {expected}" in told.err.replace(f"{tmp_path}/", "")
@@ -115,7 +115,7 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
     assert thesis.read_text() == '{"title": "years of work"}'
 
 
-def test_at_a_terminal(world: World, engine: Engine, tmp_path: Path) -> None:
+def test_at_a_terminal(world: World, aligned: AlignedModel, tmp_path: Path) -> None:
     """A person types, in Chinese surroundings: prompt, preview, history, several lines, Ctrl-C."""
     state = {"XDG_STATE_HOME": str(tmp_path / "state"), "LC_ALL": "zh_CN.UTF-8"}
     command = chat(world, "--max-tokens", 900, "--repetition-penalty", 1.1)
@@ -130,7 +130,7 @@ def test_at_a_terminal(world: World, engine: Engine, tmp_path: Path) -> None:
         tmux.keys("Enter")
         tmux.until("现在看的是")
         assert "▀" * 32 in tmux.screen()
-        pixels = engine.tower.preprocess.preview(engine.decode(world.images[0].read_bytes()), 32)
+        pixels = aligned.tower.preprocess.preview(aligned.decode(world.images[0].read_bytes()), 32)
         upper, lower = pixels[0, 0].tolist(), pixels[1, 0].tolist()
         colours = ";".join(map(str, (38, 2, *upper))), ";".join(map(str, (48, 2, *lower)))
         assert all(colour in tmux.screen(colours=True) for colour in colours)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer.chat import chat_llm
-from infer.chat.transcript import SavedChat, write_chat
+from infer.chat.transcript import Transcript, write_transcript
 from infer.config import ChatLlmConfig
 from llava_core.errors import LlavaError
 from tests.support.commands import ENVIRONMENT
@@ -37,7 +37,7 @@ def said(model: Any, tokenizer: Any, messages: list[dict[str, str]], thinking: b
 
 def test_over_a_pipe_with_system_prompt_and_thoughts(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "llm")
-    write_chat(tmp_path / "about.json", SavedChat("a.png", []))
+    write_transcript(tmp_path / "about.json", Transcript("a.png", []))
     about = f"/load {tmp_path / 'about.json'}"
     lines = ["看", "/think", "看", "/system be brief", "why?", "/system", "clear", "长" * 400, "why?",
              about, "never read"]  # fmt: skip

@@ -22,8 +22,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from infer.aligned_model import Engine, open_engine
-from infer.chat.image_dialogue import Session
+from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.chat.image_dialogue import ImageDialogue
 from infer.config import AskConfig
 from llava_align.config import MODELS, ExportConfig
 from llava_align.hub.export import run as export_run
@@ -106,29 +106,29 @@ def talk_elsewhere(folder: Path, pictures: list[Path]) -> dict[str, Any]:
     return result
 
 
-def opened(config: ExportConfig) -> Engine:
+def opened(config: ExportConfig) -> AlignedModel:
     """As on a GPU, if it was exported in half the space: all but the projector in that type."""
     models = {name: getattr(config, name) for name in ("checkpoint", "vision", "llm")}
-    engine = open_engine(AskConfig(**models, image=("",), device="cpu"))
+    aligned = open_aligned_model(AskConfig(**models, image=("",), device="cpu"))
     if (dtype := getattr(torch, config.dtype)) != torch.float32:
-        engine.tower = open_vision_tower(config.vision, dtype=dtype)
-        engine.llm = load_language_model(config.llm, dtype=dtype)
-    return engine
+        aligned.tower = open_vision_tower(config.vision, dtype=dtype)
+        aligned.llm = load_language_model(config.llm, dtype=dtype)
+    return aligned
 
 
 @torch.inference_mode()
 def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
     theirs = talk_elsewhere(config.out, pictures)
-    engine = opened(config)
-    decoded = [engine.decode(path.read_bytes()) for path in pictures]
+    aligned = opened(config)
+    decoded = [aligned.decode(path.read_bytes()) for path in pictures]
     pixels = torch.stack([torch.as_tensor(each.pixels) for each in decoded])
-    assert torch.equal(theirs["pixels"], engine.tower.preprocess.normalise(pixels))
+    assert torch.equal(theirs["pixels"], aligned.tower.preprocess.normalise(pixels))
     assert theirs["same"]
     assert theirs["untouched"]
 
-    ids = engine.conversation.prompt([{"role": "user", "content": QUESTIONS[0]}])
-    text = engine.embed(ids).expand(len(pictures), -1, -1)
-    logits = engine.llm.model(inputs_embeds=torch.cat([engine.look(decoded), text], dim=1)).logits
+    ids = aligned.conversation.prompt([{"role": "user", "content": QUESTIONS[0]}])
+    text = aligned.embed(ids).expand(len(pictures), -1, -1)
+    logits = aligned.llm.model(inputs_embeds=torch.cat([aligned.encode_images(decoded), text], dim=1)).logits
     if config.dtype == "float32":
         torch.testing.assert_close(theirs["logits"], logits, rtol=1e-4, atol=1e-4)
     else:  # sums in another order, each rounded
@@ -136,7 +136,7 @@ def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
         assert (theirs["logits"] - logits).float().norm() < 0.02 * logits.float().norm()
     assert (theirs["rounded"] - logits).abs().max() < 0.2 * logits.abs().max()
 
-    session = Session(engine, Sampling(max_tokens=12))
+    session = ImageDialogue(aligned, Sampling(max_tokens=12))
     said: list[str] = []
     for path in reversed(pictures):
         session.show(str(path))

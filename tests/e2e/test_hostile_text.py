@@ -69,11 +69,11 @@ def test_strangers_have_no_hand_in_the_terminal(tmp_path: Path) -> None:
 def test_an_answer_is_exact_in_a_pipe_and_visible_in_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infer.chat.image_dialogue import Session
+    from infer.chat.image_dialogue import ImageDialogue
     from tests.support.aligned import write_world
 
     world = write_world(tmp_path)
-    monkeypatch.setattr(Session, "ask", lambda self, prompt: iter([f"a{NAME}", "b\n\tc"]))
+    monkeypatch.setattr(ImageDialogue, "ask", lambda self, prompt: iter([f"a{NAME}", "b\n\tc"]))
     command = ("infer", "ask", *world.flags, "--image", world.images[0])
     assert call(*command).out == f"a{NAME}b\n\tc\n"
     assert seen(*command).out.endswith("b\n\tc\n")

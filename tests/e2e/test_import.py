@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
-from infer.aligned_model import open_engine
+from infer.aligned_model import open_aligned_model
 from infer.config import AskConfig
 from llava_align.config import ImportConfig
 from llava_align.hub.import_projector import run as import_run
@@ -71,10 +71,10 @@ def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) ->
     imported = load_checkpoint(out)
     assert imported.provenance == trained.provenance
     image = world.images[0].read_bytes()
-    engine = open_engine(
+    aligned = open_aligned_model(
         AskConfig(checkpoint=out, vision=world.vision, llm=world.llm, image=("",), device="cpu")
     )
-    assert torch.equal(engine.see([image]), world.engine().see([image]))
+    assert torch.equal(aligned.encode_files([image]), world.aligned().encode_files([image]))
     sha256 = ended.summary["sha256"]
     assert len(sha256) == 64
     assert imported.training["imported"]["file"] == "stage1_projection.pt"
@@ -103,7 +103,7 @@ def test_llava_takes_the_patches_of_the_layer_before_the_last(
     assert "visual tokens: patches (5→4)" in said
     assert "between its layers: exact GELU, not tanh's (assumed: the weights do not say)" in said
     out = tmp_path / "imported"
-    engine = open_engine(
+    aligned = open_aligned_model(
         AskConfig(checkpoint=out, vision=world.vision, llm=world.llm, image=("",), device="cpu")
     )
     tower = open_vision_tower(world.vision, layer=-2)
@@ -111,7 +111,7 @@ def test_llava_takes_the_patches_of_the_layer_before_the_last(
     features = tower.encode(decoded.pixels[None])[:, 1:].half().float()
     first, bias, second, more = (value.bfloat16().float() for value in weights.values())
     expected = torch.nn.GELU()(features @ first.T + bias) @ second.T + more
-    seen = engine.see([world.images[0].read_bytes()])
+    seen = aligned.encode_files([world.images[0].read_bytes()])
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
 
     # features of that layer, and of no other, are what it is evaluated on

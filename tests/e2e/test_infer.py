@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from infer.aligned_model import Engine
+from infer.aligned_model import AlignedModel
 from infer.batch.command import answers
-from infer.batch.questions import live
-from infer.chat.image_dialogue import Session
-from infer.chat.transcript import SavedChat, read_chat, write_chat
+from infer.batch.questions import load_from_images
+from infer.chat.image_dialogue import ImageDialogue
+from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import Sampling
@@ -34,135 +34,139 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def engine(world: World) -> Engine:
-    return world.engine()
+def aligned(world: World) -> AlignedModel:
+    return world.aligned()
 
 
-def said(session: Session, question: str) -> str:
-    return "".join(session.ask(question))
+def said(dialogue: ImageDialogue, question: str) -> str:
+    return "".join(dialogue.ask(question))
 
 
-def reference(engine: Engine, image: Path | None, messages: list[dict[str, str]], sampling: Sampling) -> str:
+def reference(
+    aligned: AlignedModel, image: Path | None, messages: list[dict[str, str]], sampling: Sampling
+) -> str:
     """Plain greedy decoding: the whole sequence through the model for every token, no cache."""
-    embedded = engine.embed(engine.conversation.prompt(messages))
+    embedded = aligned.embed(aligned.conversation.prompt(messages))
     if image is not None:
-        embedded = torch.cat([engine.see([image.read_bytes()]), embedded], dim=1)
+        embedded = torch.cat([aligned.encode_files([image.read_bytes()]), embedded], dim=1)
     tokens: list[int] = []
     with torch.inference_mode():
         for _ in range(sampling.max_tokens):
-            token = int(engine.llm.model(inputs_embeds=embedded).logits[0, -1].argmax())
-            if token in engine.llm.eos_ids:
+            token = int(aligned.llm.model(inputs_embeds=embedded).logits[0, -1].argmax())
+            if token in aligned.llm.eos_ids:
                 break
             tokens.append(token)
-            embedded = torch.cat([embedded, engine.embed([token])], dim=1)
-    return engine.text(tokens)
+            embedded = torch.cat([embedded, aligned.embed([token])], dim=1)
+    return aligned.text(tokens)
 
 
-def test_answers_equal_plain_decoding_over_many_turns(engine: Engine, world: World) -> None:
-    session = Session(engine, SHORT)
-    session.show(str(world.images[0]))
+def test_answers_equal_plain_decoding_over_many_turns(aligned: AlignedModel, world: World) -> None:
+    dialogue = ImageDialogue(aligned, SHORT)
+    dialogue.show(str(world.images[0]))
     for question in ("图中有什么？", "颜色？", "What else?"):
-        messages = [*session.messages, {"role": "user", "content": question}]
-        assert said(session, question) == reference(engine, world.images[0], messages, SHORT)
-        assert session.messages[:-1] == messages
+        messages = [*dialogue.messages, {"role": "user", "content": question}]
+        assert said(dialogue, question) == reference(aligned, world.images[0], messages, SHORT)
+        assert dialogue.messages[:-1] == messages
 
 
-def test_a_second_turn_reads_only_what_is_new(engine: Engine, world: World) -> None:
-    session = Session(engine, SHORT)
-    session.show(str(world.images[0]))
-    said(session, "一个很长很长很长很长的问题")
-    first = session.figures.prefilled
-    said(session, "短")
-    whole = engine.tower.tokens + len(engine.conversation.prompt(session.messages[:-1]))
-    assert first > engine.tower.tokens
+def test_a_second_turn_reads_only_what_is_new(aligned: AlignedModel, world: World) -> None:
+    dialogue = ImageDialogue(aligned, SHORT)
+    dialogue.show(str(world.images[0]))
+    said(dialogue, "一个很长很长很长很长的问题")
+    first = dialogue.figures.prefilled
+    said(dialogue, "短")
+    whole = aligned.tower.tokens + len(aligned.conversation.prompt(dialogue.messages[:-1]))
+    assert first > aligned.tower.tokens
     # Before the first answer this template put a think block that it now drops, so reading begins there.
-    assert session.figures.prefilled < whole - engine.tower.tokens - 40
+    assert dialogue.figures.prefilled < whole - aligned.tower.tokens - 40
 
 
-def test_the_picture_matters_and_clear_forgets_only_the_turns(engine: Engine, world: World) -> None:
+def test_the_picture_matters_and_clear_forgets_only_the_turns(aligned: AlignedModel, world: World) -> None:
     answers = []
     for image in world.images:
-        session = Session(engine, SHORT)
-        session.show(str(image))
-        answers.append(said(session, "看"))
+        dialogue = ImageDialogue(aligned, SHORT)
+        dialogue.show(str(image))
+        answers.append(said(dialogue, "看"))
     assert len(set(answers)) > 1
-    said(session, "再看")
-    session.clear()
-    assert said(session, "看") == answers[-1]
+    said(dialogue, "再看")
+    dialogue.clear()
+    assert said(dialogue, "看") == answers[-1]
 
 
-def test_without_a_picture_the_language_model_answers_alone(engine: Engine) -> None:
-    session = Session(engine, SHORT)
-    assert said(session, "你好") == reference(engine, None, [{"role": "user", "content": "你好"}], SHORT)
+def test_without_a_picture_the_language_model_answers_alone(aligned: AlignedModel) -> None:
+    dialogue = ImageDialogue(aligned, SHORT)
+    assert said(dialogue, "你好") == reference(aligned, None, [{"role": "user", "content": "你好"}], SHORT)
 
 
-def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(engine: Engine, world: World) -> None:
-    session = Session(engine, SHORT)
-    session.show(str(world.images[1]))
-    pieces = session.ask("看")
+def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
+    aligned: AlignedModel, world: World
+) -> None:
+    dialogue = ImageDialogue(aligned, SHORT)
+    dialogue.show(str(world.images[1]))
+    pieces = dialogue.ask("看")
     next(pieces)
     pieces.close()
-    messages = [*session.messages, {"role": "user", "content": "再"}]
+    messages = [*dialogue.messages, {"role": "user", "content": "再"}]
     assert len(messages) == 3
-    assert said(session, "再") == reference(engine, world.images[1], messages, SHORT)
+    assert said(dialogue, "再") == reference(aligned, world.images[1], messages, SHORT)
 
 
-def test_clear_and_retry_read_almost_nothing_again(engine: Engine, world: World) -> None:
-    session = Session(engine, dataclasses.replace(SHORT, temperature=1.5))
-    session.show(str(world.images[0]))
-    first = said(session, "看")
-    read = session.figures.prefilled
-    assert session.figures.cached == 0
-    session.clear()
-    assert said(session, "看") == first
-    assert (session.figures.prefilled, session.figures.cached) == (1, read - 1)
-    again = "".join(session.retry())
+def test_clear_and_retry_read_almost_nothing_again(aligned: AlignedModel, world: World) -> None:
+    dialogue = ImageDialogue(aligned, dataclasses.replace(SHORT, temperature=1.5))
+    dialogue.show(str(world.images[0]))
+    first = said(dialogue, "看")
+    read = dialogue.figures.prefilled
+    assert dialogue.figures.cached == 0
+    dialogue.clear()
+    assert said(dialogue, "看") == first
+    assert (dialogue.figures.prefilled, dialogue.figures.cached) == (1, read - 1)
+    again = "".join(dialogue.retry())
     assert again != first
-    assert session.figures.prefilled == 1
-    assert session.messages == [
+    assert dialogue.figures.prefilled == 1
+    assert dialogue.messages == [
         {"role": "user", "content": "看"},
         {"role": "assistant", "content": again.strip()},
     ]
-    other = Session(engine, dataclasses.replace(session.sampling, seed=session.sampling.seed + 1))
+    other = ImageDialogue(aligned, dataclasses.replace(dialogue.sampling, seed=dialogue.sampling.seed + 1))
     other.show(str(world.images[0]))
     assert said(other, "看") == again
     with pytest.raises(LlavaError, match="no answer yet"):
-        Session(engine, SHORT).retry()
+        ImageDialogue(aligned, SHORT).retry()
 
 
-def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(engine: Engine, world: World) -> None:
-    session = Session(engine, SHORT)
-    session.show(str(world.images[0]))
-    whole = said(session, "看")
+def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(aligned: AlignedModel, world: World) -> None:
+    dialogue = ImageDialogue(aligned, SHORT)
+    dialogue.show(str(world.images[0]))
+    whole = said(dialogue, "看")
     stop = whole[2:4]
-    session.clear()
-    session.sampling = dataclasses.replace(SHORT, stop=(stop,))
-    assert said(session, "看") == whole[: whole.index(stop)]
-    session.sampling = SHORT
-    messages = [*session.messages, {"role": "user", "content": "再"}]
-    assert said(session, "再") == reference(engine, world.images[0], messages, SHORT)
+    dialogue.clear()
+    dialogue.sampling = dataclasses.replace(SHORT, stop=(stop,))
+    assert said(dialogue, "看") == whole[: whole.index(stop)]
+    dialogue.sampling = SHORT
+    messages = [*dialogue.messages, {"role": "user", "content": "再"}]
+    assert said(dialogue, "再") == reference(aligned, world.images[0], messages, SHORT)
 
 
 @pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
 def test_compiled_steps_say_the_same_and_leave_the_same_cache(
-    engine: Engine, world: World, stance: str
+    aligned: AlignedModel, world: World, stance: str
 ) -> None:
-    """A cache of fixed size, a stop in the middle of an answer, and a session that goes on after it."""
+    """A cache of fixed size, a stop in the middle of an answer, and a dialogue that goes on after it."""
     with torch.compiler.set_stance(stance):
-        _compare_compiled(engine, world)
+        _compare_compiled(aligned, world)
 
 
-def _compare_compiled(engine: Engine, world: World) -> None:
-    plain, fast = Session(engine, SHORT), Session(engine, SHORT)
+def _compare_compiled(aligned: AlignedModel, world: World) -> None:
+    plain, fast = ImageDialogue(aligned, SHORT), ImageDialogue(aligned, SHORT)
     try:
-        fast.compiled = CompiledStep(engine.llm, length=60)  # too short for the second turn
+        fast.compiled = CompiledStep(aligned.llm, length=60)  # too short for the second turn
     except LlavaError as error:
         pytest.skip(str(error))
-    for session in (plain, fast):
-        session.show(str(world.images[0]))
+    for dialogue in (plain, fast):
+        dialogue.show(str(world.images[0]))
     assert said(fast, "图中有什么？") == said(plain, "图中有什么？")
-    for session in (plain, fast):
-        pieces = session.ask("颜色？")
+    for dialogue in (plain, fast):
+        pieces = dialogue.ask("颜色？")
         next(pieces)
         pieces.close()
     assert fast.messages == plain.messages
@@ -174,37 +178,37 @@ def _compare_compiled(engine: Engine, world: World) -> None:
 
 
 def test_a_saved_dialogue_goes_on(
-    engine: Engine, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    aligned: AlignedModel, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session, other = Session(engine, SHORT), Session(engine, SHORT)
+    dialogue, other = ImageDialogue(aligned, SHORT), ImageDialogue(aligned, SHORT)
     monkeypatch.chdir(world.images[0].parent)
-    session.show(world.images[0].name)
-    said(session, "看")
-    write_chat(tmp_path / "chat.json", session.saved())
+    dialogue.show(world.images[0].name)
+    said(dialogue, "看")
+    write_transcript(tmp_path / "chat.json", dialogue.saved())
     monkeypatch.chdir(tmp_path)
-    other.load(read_chat(tmp_path / "chat.json"))
+    other.load(read_transcript(tmp_path / "chat.json"))
     with pytest.raises(LlavaError, match="no image file"):
-        other.load(SavedChat("gone.png", []))
-    assert said(other, "再") == said(session, "再")
-    other.load(SavedChat(None, session.messages))
-    messages = [*session.messages, {"role": "user", "content": "什么？"}]
-    assert said(other, "什么？") == reference(engine, None, messages, SHORT)
+        other.load(Transcript("gone.png", []))
+    assert said(other, "再") == said(dialogue, "再")
+    other.load(Transcript(None, dialogue.messages))
+    messages = [*dialogue.messages, {"role": "user", "content": "什么？"}]
+    assert said(other, "什么？") == reference(aligned, None, messages, SHORT)
 
 
-def test_a_full_context_is_said(engine: Engine) -> None:
-    session = Session(engine, SHORT)
+def test_a_full_context_is_said(aligned: AlignedModel) -> None:
+    dialogue = ImageDialogue(aligned, SHORT)
     with pytest.raises(LlavaError, match=r"the question does not fit .*; shorten the question$"):
-        said(session, "长" * 400)
-    session.system = "短"
+        said(dialogue, "长" * 400)
+    dialogue.system = "短"
     with pytest.raises(LlavaError, match=r"shorten the question or the system prompt$"):
-        said(session, "长" * 400)
-    session.system = ""
-    first = said(session, "看")
+        said(dialogue, "长" * 400)
+    dialogue.system = ""
+    first = said(dialogue, "看")
     with pytest.raises(LlavaError, match=r"the conversation does not fit .*; begin anew with `clear`"):
-        said(session, "长" * 400)
-    messages = [*session.messages, {"role": "user", "content": "再"}]
+        said(dialogue, "长" * 400)
+    messages = [*dialogue.messages, {"role": "user", "content": "再"}]
     assert messages[1]["content"] == first.strip()
-    assert said(session, "再") == reference(engine, None, messages, SHORT)
+    assert said(dialogue, "再") == reference(aligned, None, messages, SHORT)
 
 
 def test_ask_by_path_and_by_address(world: World) -> None:
@@ -225,13 +229,13 @@ def test_addresses_in_a_file_are_a_strangers(world: World, tmp_path: Path) -> No
         (tmp_path / "in.jsonl").write_text(json.dumps({"image": f"{base}/a.png"}) + "\n")
         call("infer", "batch", *flags, tmp_path / "closed.jsonl")
         call("infer", "batch", *flags, tmp_path / "open.jsonl", "--allow-private")
-        session = Session(world.engine(), Sampling(max_tokens=8))
-        session.show(f"{base}/a.png")
-        write_chat(saved, session.saved())
+        dialogue = ImageDialogue(world.aligned(), Sampling(max_tokens=8))
+        dialogue.show(f"{base}/a.png")
+        write_transcript(saved, dialogue.saved())
         with pytest.raises(LlavaError, match=remedy):
-            session.load(read_chat(saved))
-        session.allow_private = True
-        assert session.load(read_chat(saved)) is not None
+            dialogue.load(read_transcript(saved))
+        dialogue.allow_private = True
+        assert dialogue.load(read_transcript(saved)) is not None
     closed, opened = (json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("closed", "open"))
     assert "got forbidden address (address is not public); " + remedy in closed["error"]
     assert opened["answer"]
@@ -263,7 +267,7 @@ def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
     assert f"give {world.checkpoint}" in hint.one_line()
 
 
-def test_batch_equals_ask_and_continues(world: World, engine: Engine, tmp_path: Path) -> None:
+def test_batch_equals_ask_and_continues(world: World, aligned: AlignedModel, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("text")
     questions = [{"image": str(image), "prompt": p} for p in ("看", "另一个长问题") for image in world.images]
     questions.insert(3, {"image": "bad.png", "prompt": "看"})
@@ -279,9 +283,9 @@ def test_batch_equals_ask_and_continues(world: World, engine: Engine, tmp_path: 
     assert "no image file" in lines[5]["error"]
     for line in lines:
         if "answer" in line:
-            session = Session(engine, SHORT)
-            session.show(line["image"])
-            assert line["answer"] == said(session, line["prompt"]).strip()
+            dialogue = ImageDialogue(aligned, SHORT)
+            dialogue.show(line["image"])
+            assert line["answer"] == said(dialogue, line["prompt"]).strip()
 
     whole = out.read_bytes()
     cut = tmp_path / "cut.jsonl"
@@ -292,14 +296,14 @@ def test_batch_equals_ask_and_continues(world: World, engine: Engine, tmp_path: 
     assert "line 1 of" in call(*command, "--output", tmp_path / "b.jsonl", code=1).one_line()
 
 
-def test_what_is_drawn_depends_on_no_company(engine: Engine, world: World, tmp_path: Path) -> None:
+def test_what_is_drawn_depends_on_no_company(aligned: AlignedModel, world: World, tmp_path: Path) -> None:
     drawn = dataclasses.replace(SHORT, temperature=1.5)
     questions = [{"image": str(image), "prompt": "看"} for image in (*world.images, world.images[0])]
 
     def said_by(size: int, before: int = 0, seed: int = 0) -> list[str]:
         sampling = dataclasses.replace(drawn, seed=seed)
-        look = live(engine, tmp_path)
-        return [line["answer"] for line in answers(engine, questions[before:], look, sampling, size, before)]
+        look = load_from_images(aligned, tmp_path)
+        return [line["answer"] for line in answers(aligned, questions[before:], look, sampling, size, before)]
 
     alone = said_by(1)
     assert said_by(4) == said_by(6) == alone
@@ -308,32 +312,32 @@ def test_what_is_drawn_depends_on_no_company(engine: Engine, world: World, tmp_p
     assert not set(said_by(4, seed=1)) & set(alone)
 
 
-def test_a_sequence_that_is_over_is_waited_for_no_more(engine: Engine) -> None:
+def test_a_sequence_that_is_over_is_waited_for_no_more(aligned: AlignedModel) -> None:
     enough, steps = (2, 4), list[list[int | None]]()
-    embedded = engine.embed([5, 6, 7]).repeat(2, 1, 1)
-    steps.extend(engine.generate(embedded, SHORT, lambda k: len(steps) >= enough[k], [0, 0]))
+    embedded = aligned.embed([5, 6, 7]).repeat(2, 1, 1)
+    steps.extend(aligned.generate(embedded, SHORT, lambda k: len(steps) >= enough[k], [0, 0]))
     assert [[token is not None for token in step] for step in steps] == [[True] * 2] * 2 + [[False, True]] * 2
 
 
-def test_pictures_are_seen_as_in_training(engine: Engine, world: World) -> None:
+def test_pictures_are_seen_as_in_training(aligned: AlignedModel, world: World) -> None:
     """infer's visual tokens are the projection of what extract would have stored, to the last bit."""
     data = world.images[2].read_bytes()
-    pixels = engine.tower.preprocess.decode_image(data).pixels
-    stored = engine.tower.encode(pixels[None]).half()
+    pixels = aligned.tower.preprocess.decode_image(data).pixels
+    stored = aligned.tower.encode(pixels[None]).half()
     buffer = io.BytesIO()
     np.save(buffer, stored.numpy())
     with torch.inference_mode():
-        assert torch.equal(engine.see([data]), engine.projector(stored.float()))
+        assert torch.equal(aligned.encode_files([data]), aligned.projector(stored.float()))
 
 
 def test_an_interrupt_within_the_model_leaves_a_sound_dialogue(
-    engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch
+    aligned: AlignedModel, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C lands between two layers: the first has read a token that the second has not."""
-    session = Session(engine, SHORT)
-    session.show(str(world.images[0]))
-    said(session, "看")
-    layer = engine.llm.model.model.layers[1]
+    dialogue = ImageDialogue(aligned, SHORT)
+    dialogue.show(str(world.images[0]))
+    said(dialogue, "看")
+    layer = aligned.llm.model.model.layers[1]
     for passes in (0, 3):
         left, forward = [passes], layer.forward
 
@@ -345,10 +349,10 @@ def test_an_interrupt_within_the_model_leaves_a_sound_dialogue(
 
         monkeypatch.setattr(layer, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            said(session, "再看")
+            said(dialogue, "再看")
         monkeypatch.setattr(layer, "forward", forward)
-        messages = [*session.messages, {"role": "user", "content": "什么？"}]
-        assert said(session, "什么？") == reference(engine, world.images[0], messages, SHORT)
+        messages = [*dialogue.messages, {"role": "user", "content": "什么？"}]
+        assert said(dialogue, "什么？") == reference(aligned, world.images[0], messages, SHORT)
 
 
 def test_batch_writes_into_no_file_but_its_own(world: World, tmp_path: Path) -> None:

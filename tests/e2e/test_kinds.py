@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
-from infer.aligned_model import Engine, open_engine
-from infer.chat.image_dialogue import Session
+from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.chat.image_dialogue import ImageDialogue
 from infer.config import AskConfig
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
@@ -52,11 +52,11 @@ def short(world: Path, out: Path, **flags: Any) -> Any:
     return config(world, out, eval_features=world / "features", epochs=3, **flags)
 
 
-def opened(world: Path, checkpoint: Path) -> Engine:
+def opened(world: Path, checkpoint: Path) -> AlignedModel:
     models = AskConfig(
         checkpoint=checkpoint, vision=world / "vision", llm=world / "llm", image=("",), device="cpu"
     )
-    return open_engine(models)
+    return open_aligned_model(models)
 
 
 @pytest.mark.parametrize("kind", PROJECTORS.builtins)
@@ -70,10 +70,10 @@ def test_every_kind_learns_and_answers(
     held_out = curve(tmp_path / "run", "eval_loss")
     assert held_out[6] < 0.99 * held_out[0]
     image = world / "set/0.jpg"
-    engine = opened(world, tmp_path / "run/last")
+    aligned = opened(world, tmp_path / "run/last")
     trained = load_checkpoint(tmp_path / "run/last")
     assert trained.projector.config["visual_tokens"] == visual_tokens
-    assert engine.see([image.read_bytes()]).shape == (1, TOKENS_OUT[visual_tokens], 32)
+    assert aligned.encode_files([image.read_bytes()]).shape == (1, TOKENS_OUT[visual_tokens], 32)
 
 
 def test_killed_asked_and_batched(world: Path, tmp_path: Path) -> None:
@@ -102,10 +102,10 @@ def test_killed_asked_and_batched(world: Path, tmp_path: Path) -> None:
 def test_a_dialogue_about_fewer_tokens(world: Path, tmp_path: Path) -> None:
     """A second turn goes on from the cache, whose visual tokens are those after the projector."""
     train_run(short(world, tmp_path / "run", visual_tokens="pool", max_steps=2))
-    engine = opened(world, tmp_path / "run/last")
-    twice, anew = (Session(engine, Sampling(max_tokens=6)) for _ in range(2))
-    for session in (twice, anew):
-        session.show(str(world / "set/1.jpg"))
+    aligned = opened(world, tmp_path / "run/last")
+    twice, anew = (ImageDialogue(aligned, Sampling(max_tokens=6)) for _ in range(2))
+    for dialogue in (twice, anew):
+        dialogue.show(str(world / "set/1.jpg"))
     "".join(twice.ask("看"))
     anew.messages = list(twice.messages)
     assert "".join(twice.ask("再看")) == "".join(anew.ask("再看"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from infer.aligned_model import open_engine
+from infer.aligned_model import open_aligned_model
 from infer.config import LensConfig
 from infer.lens.command import look
 from tests.support.aligned import write_world
@@ -29,7 +29,7 @@ def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
         top=3,
         other=str(world.images[1]),
     )
-    seen = look(open_engine(config), config)
+    seen = look(open_aligned_model(config), config)
     assert [(panel.projector, panel.reading) for panel in seen.panels] == [
         ("trained projector", "nearest input embeddings"),
         ("random projector", "nearest input embeddings"),

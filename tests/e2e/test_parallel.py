@@ -18,7 +18,7 @@ from tests.support.commands import Ended, holder, started, wait_until
 from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome
 from train.config import RunConfig
-from train.distributed import World
+from train.distributed import ProcessGroup
 from train.run import run as train_run
 
 
@@ -113,11 +113,11 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(world: Path, tmp_path: P
     assert "  traceback : a sample has too many tokens" in err, err
 
 
-def test_parts_are_whole_even_and_level() -> None:
+def test_shards_are_whole_even_and_level() -> None:
     costs = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    parts = [World(rank, 4).part(range(11), costs.__getitem__) for rank in range(4)]
-    assert sorted(itertools.chain(*parts)) == list(range(11))
-    assert sorted(map(len, parts)) == [2, 3, 3, 3]
-    assert [sum(costs[i] for i in part) for part in parts] == [14, 10, 10, 10]
-    assert [World(rank, 4).part([7]) for rank in range(4)] == [[7], [], [], []]
-    assert World().part([3, 1, 2], lambda item: item) == [3, 1, 2]
+    shards = [ProcessGroup(rank, 4).shard(range(11), costs.__getitem__) for rank in range(4)]
+    assert sorted(itertools.chain(*shards)) == list(range(11))
+    assert sorted(map(len, shards)) == [2, 3, 3, 3]
+    assert [sum(costs[i] for i in shard) for shard in shards] == [14, 10, 10, 10]
+    assert [ProcessGroup(rank, 4).shard([7]) for rank in range(4)] == [[7], [], [], []]
+    assert ProcessGroup().shard([3, 1, 2], lambda item: item) == [3, 1, 2]

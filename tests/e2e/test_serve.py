@@ -22,7 +22,7 @@ from typing import Any
 import openai
 import pytest
 
-from infer.chat.image_dialogue import Session
+from infer.chat.image_dialogue import ImageDialogue
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.commands import ENVIRONMENT, run
@@ -59,8 +59,8 @@ def strict(world: World) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def session(world: World) -> Session:
-    return Session(world.engine(), Sampling(max_tokens=TOKENS))
+def session(world: World) -> ImageDialogue:
+    return ImageDialogue(world.aligned(), Sampling(max_tokens=TOKENS))
 
 
 def client_of(served: Served, key: str = "none") -> openai.OpenAI:
@@ -76,7 +76,7 @@ def question(text: str, url: str | None = None) -> Any:
     return {"role": "user", "content": [*image, {"type": "text", "text": text}]}
 
 
-def asked(session: Session, text: str, image: Path | None = None) -> str:
+def asked(session: ImageDialogue, text: str, image: Path | None = None) -> str:
     """What `infer ask` says."""
     session.begin(session.nothing())
     if image:
@@ -110,7 +110,7 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_the_openai_client(served: Served, world: World, session: Session) -> None:
+def test_the_openai_client(served: Served, world: World, session: ImageDialogue) -> None:
     client = client_of(served)
     (model,) = client.models.list().data
     assert model.id == client.models.retrieve("run/last").id == "run/last"
@@ -180,7 +180,7 @@ def test_errors_reach_the_openai_client_as_its_own(served: Served, world: World,
     assert "the messages have 20,000 characters" in refused([question("长" * 20_000)]).message
 
 
-def test_the_llm_command(served: Served, world: World, session: Session, tmp_path: Path) -> None:
+def test_the_llm_command(served: Served, world: World, session: ImageDialogue, tmp_path: Path) -> None:
     settings = {"model_id": "mine", "model_name": "run/last", "api_base": f"{served.base}/v1", "vision": True}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([settings]))
     alone = {"LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": "", "OPENAI_API_KEY": "none"}
@@ -201,7 +201,7 @@ def test_the_llm_command(served: Served, world: World, session: Session, tmp_pat
     assert second == "".join(session.ask("再看")).strip()
 
 
-def test_many_clients_at_once(served: Served, world: World, session: Session) -> None:
+def test_many_clients_at_once(served: Served, world: World, session: ImageDialogue) -> None:
     """More than slots, some streaming; nobody is lost, and everybody hears what they would hear alone."""
     cases = [(f"第{n}个问题", world.images[n % 5] if n % 3 else None) for n in range(16)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.chat.image_dialogue import Session
+from infer.chat.image_dialogue import ImageDialogue
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
 from tests.support.devtools import Tab, browsing
@@ -70,7 +70,7 @@ def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, 
     enter_key(tab)
     tab.key("Enter")
     tab.until("!running && chat.turns.length === 2")
-    session = Session(world.engine(), Sampling(max_tokens=LONG))
+    session = ImageDialogue(world.aligned(), Sampling(max_tokens=LONG))
     session.show(str(world.images[0]))
     expected = "".join(session.ask("看"))
     assert tab.run("document.querySelector('.assistant .words').textContent") == expected

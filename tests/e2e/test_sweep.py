@@ -11,30 +11,26 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import load_checkpoint
 from tests.support.browser import dom_of
-from tests.support.commands import ENVIRONMENT, call, holder, run, started, wait_until
+from tests.support.commands import call, holder, run, started, wait_until
 from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
-from train import training_run as member
+from train import training_run
 from train.config import SweepConfig
-from train.metric_writers import Report
-from train.resources import Shared
+from train.metric_writers import MetricWriters
+from train.resources import TrainingResources
 from train.sweep import trials
 from train.sweep.command import run as sweep_run
-from train.sweep.study import MOST_DEATHS
+from train.sweep.study import MOST_DEATHS, Study
 
 SPACE = ("lr=5e-3,2e-2", "projector=linear,mlp", "weight_decay=0,1e38", "seed=0,1")
 """The weights of the last decay are not finite for long."""
@@ -323,17 +319,17 @@ def test_weights_and_biases_names_a_trial_by_its_point(
 def test_an_error_that_nobody_foresaw_is_its_trial_s_own(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def report(*arguments: Any) -> Report:
+    def metric_writers(*arguments: Any) -> MetricWriters:
         if arguments[-1].endswith("lr=0.001"):
             raise ValueError("no such thing")
-        return Report(*arguments)
+        return MetricWriters(*arguments)
 
-    monkeypatch.setattr(member, "Report", report)
+    monkeypatch.setattr(training_run, "MetricWriters", metric_writers)
     ended = sweep_run(sweep(world, tmp_path / "out", "lr=1e-3,2e-3", max_steps=1))
     assert (ended["failed"], ended["finished"]) == (1, 1)
     err = capfd.readouterr().err
     assert "trial 0 (lr=0.001): failed: ValueError: no such thing\n" in err
-    assert "in report\n" in err  # where it was raised
+    assert "in metric_writers\n" in err  # where it was raised
     assert "1 trial failed; --retry-failed tries again\n" in err
 
 
@@ -342,7 +338,7 @@ def test_to_be_stopped_while_the_model_loads_is_no_death(
 ) -> None:
     given = sweep(world, tmp_path / "out", "lr=1e-3", max_steps=1)
 
-    def stopped(config: SweepConfig) -> Shared:
+    def stopped(config: SweepConfig, study: Study) -> TrainingResources:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -351,25 +347,3 @@ def test_to_be_stopped_while_the_model_loads_is_no_death(
             with pytest.raises(KeyboardInterrupt):
                 sweep_run(given)
     assert sweep_run(given)["finished"] == 1
-
-
-def test_weights_and_biases_can_hand_out_the_same_points(world: Path, tmp_path: Path) -> None:
-    given = sweep(world, tmp_path / "out", "lr=1e-3..1e-1:log", "projector=mlp", trials=2)
-    sweep_run(dataclasses.replace(given, export_wandb=tmp_path / "sweep.yaml"))
-    written = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
-    assert written["method"] == "bayes"
-    assert written["metric"] == {"name": "eval_loss", "goal": "minimize"}
-    assert written["parameters"] == {
-        "lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-1},
-        "projector": {"values": ["mlp"]},
-    }
-    # As `wandb agent` does with it.
-    drawn = create_sweep_command_args({"args": {"lr": {"value": 0.01}, "projector": {"value": "mlp"}}})
-    filled = {"${env}": ["/usr/bin/env"], "${args}": drawn["args"]}
-    words = [word for part in written["command"] for word in filled.get(part, [part])]
-    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
-    variables = {**ENVIRONMENT, "WANDB_RUN_ID": "abc", "WANDB_MODE": "offline", "PATH": path}
-    ended = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
-    trained = load_checkpoint(tmp_path / "out/abc/last").training
-    assert (trained["lr"], trained["projector"]) == (0.01, "mlp")

@@ -13,8 +13,7 @@ from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
 from tests.support.runs import config, curve, weights
 from train.config import RunConfig
-from train.distributed import World
-from train.resources import Shared
+from train.resources import TrainingResources
 from train.run import run, train
 
 
@@ -33,7 +32,7 @@ def test_each_curve_is_that_of_the_lone_run(world: Path, tmp_path: Path, micro_t
     configs = [
         dataclasses.replace(c, micro_tokens=micro_tokens) for c in members(world, tmp_path / "together")
     ]
-    outcomes = train(configs, Shared(configs[0], World()))
+    outcomes = train(configs, TrainingResources(configs[0]))
     for alone, outcome in zip(members(world, tmp_path / "alone"), outcomes, strict=True):
         assert isinstance(outcome, dict)
         summary = run(alone)
@@ -43,7 +42,7 @@ def test_each_curve_is_that_of_the_lone_run(world: Path, tmp_path: Path, micro_t
 
 def test_one_that_diverges_leaves_the_others_alone(world: Path, tmp_path: Path) -> None:
     configs = [config(world, tmp_path / "good"), config(world, tmp_path / "bad", lr=1e3, weight_decay=1e6)]
-    good, bad = train(configs, Shared(configs[0], World()))
+    good, bad = train(configs, TrainingResources(configs[0]))
     assert isinstance(good, dict)
     assert isinstance(bad, LlavaError)
     assert "learning rate" in str(bad)
@@ -52,11 +51,11 @@ def test_one_that_diverges_leaves_the_others_alone(world: Path, tmp_path: Path) 
 
 
 def test_one_that_is_behind_catches_up(world: Path, tmp_path: Path) -> None:
-    """As after a kill between the checkpoints of two members."""
+    """As after a kill between the checkpoints of two runs."""
     configs = members(world, tmp_path / "whole")[:2]
-    whole = train(configs, Shared(configs[0], World()))
+    whole = train(configs, TrainingResources(configs[0]))
     configs = [dataclasses.replace(c, out=tmp_path / "torn" / c.out.name) for c in configs]
-    ahead = Shared(configs[0], World())
+    ahead = TrainingResources(configs[0])
 
     def stop(index: int, step: int, figures: JsonDict) -> bool:
         raise KeyboardInterrupt
@@ -65,7 +64,7 @@ def test_one_that_is_behind_catches_up(world: Path, tmp_path: Path) -> None:
         train(configs[:1], ahead, stop)
     assert (configs[0].out / "last").exists()
     assert not configs[1].out.exists()
-    torn = train(configs, Shared(configs[0], World()))
+    torn = train(configs, TrainingResources(configs[0]))
     for left, right in zip(whole, torn, strict=True):
         assert isinstance(left, dict)
         assert isinstance(right, dict)
@@ -74,16 +73,16 @@ def test_one_that_is_behind_catches_up(world: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(weights(Path(right["out"]))[name], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_watch_ends_a_run(world: Path, tmp_path: Path) -> None:
+def test_a_callback_ends_a_run(world: Path, tmp_path: Path) -> None:
     configs = [config(world, tmp_path / name, lr=lr) for name, lr in (("a", 1e-3), ("b", 2e-3))]
     seen: list[tuple[int, int]] = []
 
-    def watch(index: int, step: int, figures: JsonDict) -> bool:
+    def on_eval(index: int, step: int, figures: JsonDict) -> bool:
         seen.append((index, step))
         assert math.isfinite(figures["eval_loss"])
         return index == 0
 
-    kept, pruned = train(configs, Shared(configs[0], World()), watch)
+    kept, pruned = train(configs, TrainingResources(configs[0]), on_eval)
     assert isinstance(kept, dict)
     assert isinstance(pruned, dict)
     assert "pruned" not in kept
@@ -94,7 +93,7 @@ def test_a_watch_ends_a_run(world: Path, tmp_path: Path) -> None:
 
 def test_runs_of_other_samples_are_refused(world: Path, tmp_path: Path) -> None:
     configs = [config(world, tmp_path / "a"), config(world, tmp_path / "b", seed=1)]
-    _, other = train(configs, Shared(configs[0], World()))
+    _, other = train(configs, TrainingResources(configs[0]))
     assert isinstance(other, LlavaError)
     assert "--seed" in str(other)
 
@@ -108,8 +107,8 @@ def test_who_is_behind_and_diverges_leaves_the_others_their_own_batches(world: P
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train([good], Shared(good, World()), stop)
-    assert isinstance(train([good, bad], Shared(good, World()))[1], LlavaError)
+        train([good], TrainingResources(good), stop)
+    assert isinstance(train([good, bad], TrainingResources(good))[1], LlavaError)
     whole = config(world, tmp_path / "whole")
-    train([whole], Shared(whole, World()))
+    train([whole], TrainingResources(whole))
     assert curve(good.out) == curve(whole.out)

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from infer.chat.dialogue import Talk
+from infer.chat.dialogue import Dialogue
 from llava_core.language import generate
 from llava_core.language.conversation import IGNORE, Conversation, Turn
 from llava_core.language.model import LanguageModel
@@ -153,7 +153,7 @@ def check_dialogue(family: str, template: str, turns: list[Turn]) -> None:
     dialogue = chat.example(turns, max_answer_tokens=99)
     learnt = iter([label for label in dialogue.labels if label != IGNORE])
     answers = [list(itertools.takewhile(lambda label: label not in chat.eos_ids, learnt)) for _ in turns]
-    talk = Talk(model(chat), chat, Sampling(max_tokens=99))
+    talk = Dialogue(model(chat), chat, Sampling(max_tokens=99))
     talk.begin(torch.zeros(1, VISUAL, talk.llm.hidden))
     end = next(iter(chat.eos_ids))
     read = 0

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infer.aligned_model import Engine, open_engine
+from infer.aligned_model import AlignedModel, open_aligned_model
 from infer.config import AskConfig
 from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
@@ -39,9 +39,9 @@ class World:
             "cpu",
         )
 
-    def engine(self) -> Engine:
+    def aligned(self) -> AlignedModel:
         image = (str(self.images[0]),)
-        return open_engine(
+        return open_aligned_model(
             AskConfig(checkpoint=self.checkpoint, vision=self.vision, llm=self.llm, image=image)
         )
 

@@ -1,4 +1,4 @@
-"""Where the features of a run stay between two readings: on disk, in RAM or on the GPU."""
+"""Where features stay once they have been read (--resident): on disk, in RAM or on the GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llava_core.errors import LlavaError
 from train.config import Residence
 
 AUTO_SHARE = 0.5
-"""Of the free memory of a device, the most that `auto` takes."""
+"""Share of a device's free memory that `auto` takes at most."""
 CPU = torch.device("cpu")
 
 
-class Kept:
-    """Features of N rows in one allocation on a device, each row from when it is first read.
+class FeatureCache:
+    """Features of N rows in one allocation on a device, filled row by row as they are first read.
 
-    A run waits for nothing at its start, and rows that it never reads take no RAM.
+    So a run starts at once, and rows that it never reads take no RAM.
     """
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Kept:
         self.present = np.zeros(shape[0], bool)
 
     def take(self, indices: Sequence[int], read: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
-        """A copy of the rows at `indices`; `read` gives the rows [n, T, D] that are not here yet.
+        """A copy of the rows at `indices` [n, T, D]; `read` gives those that are not here yet.
 
         Threads may call this at once: two that miss the same row both write the same bytes.
         """
@@ -42,19 +42,18 @@ class Kept:
         return torch.stack(rows) if rows else self.features[:0]  # a rank without a sample in this step
 
 
-def worth_keeping(asked: Residence, repeated: bool) -> bool:
-    """Whether training features are kept at all: auto has no use for what is read only once."""
+def worth_caching(asked: Residence, repeated: bool) -> bool:
+    """Whether training features are cached at all: auto leaves on disk what is read only once."""
     return repeated or asked != "auto"
 
 
 def pick_residence(
     asked: Residence, needed: int, device: torch.device, processes: int = 1
 ) -> torch.device | None:
-    """The device to keep so many bytes of features on; None leaves them on disk.
+    """The device on which to cache `needed` bytes of features; None leaves them on disk.
 
-    Each of the `processes` has its own GPU, and may share the RAM with the others.
-
-    Raises LlavaError if what is asked for cannot be had.
+    Each of the `processes` has its own GPU, and may share the RAM with the others. Raises LlavaError if the
+    device that is asked for is not there or has too little free memory.
     """
     if asked == "disk":
         return None

@@ -1,13 +1,18 @@
-"""Batches ahead of time: reading shards and tokenising text happen while the model computes."""
+"""Batches ahead of time: threads read shards and tokenise text while the model computes."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from train.data.samples import Batch, Samples, Schedule
-from train.distributed import World
+import torch
+
+from llava_core.errors import LlavaError
+from train.data.samples import Batch, Samples, TextCounts
+from train.data.schedule import Schedule
+from train.distributed import ProcessGroup
 
 AHEAD = 4
 """Batches in flight."""
@@ -15,18 +20,23 @@ THREADS = 2
 
 
 def prefetch(
-    samples: Samples, schedule: Schedule, start: int, pin: bool, world: World
+    samples: Samples, schedule: Schedule, steps: range, pin: bool, group: ProcessGroup
 ) -> Generator[Batch, None, None]:
-    """This rank's part of the steps from `start` to the end, in order; `pin` pins features on the CPU."""
+    """This rank's shard of each of the `steps`, in order; `pin` pins features on the CPU.
+
+    A batch that cannot be read has its `error` instead of samples, for the other ranks to learn of it.
+    """
 
     def load(step: int) -> Batch:
         epoch, indices = schedule.at(step)
-        batch = samples.batch(world.part(indices, samples.text_bytes), epoch)
+        try:
+            batch = samples.batch(group.shard(indices, samples.text_bytes), epoch)
+        except (LlavaError, OSError) as error:
+            return Batch(torch.empty(0), [], TextCounts.of([]), error)
         if pin and not batch.features.is_cuda:
-            batch = Batch(batch.features.pin_memory(), batch.examples)
+            batch = dataclasses.replace(batch, features=batch.features.pin_memory())
         return batch
 
-    steps = iter(range(start, schedule.steps))
     with ThreadPoolExecutor(THREADS, "loader") as pool:
         ahead: collections.deque[Future[Batch]] = collections.deque()
         try:

@@ -1,4 +1,4 @@
-"""Rows of feature shards as training samples: which are usable, in which order, with which words."""
+"""Rows of feature shards as training samples: which are usable, and the features and text of each."""
 
 from __future__ import annotations
 
@@ -10,26 +10,56 @@ import itertools
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
 from llava_core.pairing import same_pictures
 from llava_core.shards.reader import Shard
-from train.config import RunConfig
-from train.data.feature_cache import Kept
+from train.data.feature_cache import FeatureCache
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCounts:
+    """Sums over the texts of some samples: what throughput and needed operations are computed from."""
+
+    samples: int
+    tokens: int
+    """Text tokens."""
+    squares: int
+    """Sum of the squares of each sample's text tokens."""
+    answers: int
+    """Target tokens."""
+    cut: int
+    """Answers cut at --max-text-tokens."""
+    dropped: int
+    """Turns left out after a cut answer."""
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> TextCounts:
+        lengths = [len(example.ids) for example in examples]
+        return TextCounts(
+            len(examples),
+            sum(lengths),
+            sum(length * length for length in lengths),
+            answer_tokens(examples),
+            sum(example.cut for example in examples),
+            sum(example.dropped for example in examples),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Features fp16 [samples, T, D], on the CPU or where they are kept, and the words of each."""
+    """Features fp16 [samples, T, D], on the CPU or where they are cached, and the text of each sample."""
 
     features: torch.Tensor
     examples: list[Example]
+    counts: TextCounts
+    error: Exception | None = None
+    """Why there are no samples in it, although there should be."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.features.to(device, non_blocking=True), self.examples)
+        return dataclasses.replace(self, features=self.features.to(device, non_blocking=True))
 
 
 class Samples:
@@ -42,7 +72,7 @@ class Samples:
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
         self.seed = seed
-        self.kept: Kept | None = None
+        self.cache: FeatureCache | None = None
         self.rows = usable_rows(self.shards, limit)
         if not self.rows:
             raise LlavaError(
@@ -60,23 +90,23 @@ class Samples:
         return self.shards[0].tokens
 
     @property
-    def place(self) -> str:
-        """Where features are read from, once they have been read."""
-        return "from disk" if self.kept is None else f"kept on {self.kept.features.device}"
+    def location(self) -> str:
+        """Where features are read from after the first time."""
+        return "from disk" if self.cache is None else f"kept on {self.cache.features.device}"
 
     @property
     def feature_bytes(self) -> int:
-        """Of every sample, as fp16."""
+        """Bytes of all samples' features, as fp16."""
         return len(self) * self.row_bytes
 
     @property
     def row_bytes(self) -> int:
-        """Of one sample's features, as fp16."""
+        """Bytes of one sample's features, as fp16."""
         return self.tokens * self.shards[0].width * 2
 
     @functools.cached_property
     def pictures(self) -> list[int]:
-        """The number of each sample's picture (llava_core.pairing): some samples may show one."""
+        """The number of each sample's picture (llava_core.pairing): several samples may show one."""
         return same_pictures(self.shards[shard].picture_keys(row) for shard, row in self.rows)
 
     @property
@@ -87,21 +117,22 @@ class Samples:
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
         """The samples at `indices`."""
-        return Batch(self.features(indices), [self.example(index, epoch) for index in indices])
+        examples = [self.example(index, epoch) for index in indices]
+        return Batch(self.features(indices), examples, TextCounts.of(examples))
 
     def features(self, indices: Sequence[int]) -> torch.Tensor:
-        """Their features, from disk or from where they are kept: fp16 [samples, T, D]."""
-        return self.read(indices) if self.kept is None else self.kept.take(indices, self.read)
+        """Features of the samples at `indices`, from disk or the cache: fp16 [samples, T, D]."""
+        return self.read(indices) if self.cache is None else self.cache.take(indices, self.read)
 
-    def worded(self, max_text_tokens: int, seed: int) -> Samples:
-        """The same rows, and the features kept of them, with another budget and other instructions."""
+    def with_text_options(self, max_text_tokens: int, seed: int) -> Samples:
+        """The same rows and feature cache, with another budget of answer tokens and other instructions."""
         samples = copy.copy(self)
         samples.max_text_tokens, samples.seed = max_text_tokens, seed
         return samples
 
-    def keep(self, device: torch.device) -> None:
+    def cache_on(self, device: torch.device) -> None:
         """Keep features on `device` from when they are first read."""
-        self.kept = Kept((len(self), self.tokens, self.shards[0].width), device)
+        self.cache = FeatureCache((len(self), self.tokens, self.shards[0].width), device)
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         """Features of the samples at `indices` from disk: fp16 [samples, T, D] on the CPU."""
@@ -113,12 +144,12 @@ class Samples:
         return features
 
     def text_bytes(self, index: int) -> int:
-        """Bytes of one sample's words: about in proportion to its tokens, and known without reading them."""
+        """Bytes of one sample's text: about in proportion to its tokens, and known without reading it."""
         shard, row = self.rows[index]
         return self.shards[shard].caption_bytes(row)
 
     def example(self, index: int, epoch: int) -> Example:
-        """Words of one sample; what is drawn from the pool is a pure function of (seed, epoch, row, turn)."""
+        """Token ids and labels of one sample; drawn instructions depend on (seed, epoch, row, turn) alone."""
         s, row = self.rows[index]
         shard = self.shards[s]
         key = f"{epoch}/{shard.path.stem}/{row}"
@@ -138,62 +169,5 @@ def usable_rows(shards: Sequence[Shard], limit: int) -> list[tuple[int, int]]:
 
 
 def answer_tokens(examples: Sequence[Example]) -> int:
-    """Tokens of these samples that are to be learnt."""
+    """Number of target tokens: those the loss falls on."""
     return sum(sum(label != IGNORE for label in example.labels) for example in examples)
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Which samples each step takes: one seeded permutation per epoch, a pure function of (seed, epoch)."""
-
-    samples: int
-    batch_size: int
-    epochs: int
-    max_steps: int | None
-    seed: int
-
-    @staticmethod
-    def of(config: RunConfig, samples: int) -> Schedule:
-        return Schedule(samples, config.batch_size, config.epochs, config.max_steps, config.seed)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.samples // self.batch_size)
-
-    @property
-    def steps(self) -> int:
-        steps = self.epochs * self.steps_per_epoch
-        return steps if self.max_steps is None else min(steps, self.max_steps)
-
-    @property
-    def ending(self) -> str:
-        """Which flag ends the run, and what the other would have to be to do so."""
-        whole = self.epochs * self.steps_per_epoch
-        if self.max_steps is None or self.max_steps == whole:
-            return f"ends with --epochs {self.epochs}"
-        if self.max_steps < whole:
-            share = self.max_steps / self.steps_per_epoch
-            return f"ends with --max-steps {self.max_steps}, after {share:.3g} of --epochs {self.epochs}"
-        needed = -(-self.max_steps // self.steps_per_epoch)
-        return f"ends with --epochs {self.epochs}: --max-steps {self.max_steps} would take --epochs {needed}"
-
-    @property
-    def repeats(self) -> bool:
-        """Whether a sample is read twice."""
-        return self.steps > self.steps_per_epoch
-
-    @property
-    def read(self) -> int:
-        """Samples that are read at all."""
-        return min(self.samples, self.steps * self.batch_size)
-
-    def at(self, step: int) -> tuple[int, list[int]]:
-        """Step number (from 0) -> (epoch, sample indices)."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.samples, self.seed, epoch)
-        return epoch, order[k * self.batch_size : (k + 1) * self.batch_size].tolist()
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)

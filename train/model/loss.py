@@ -1,4 +1,4 @@
-"""The caption loss: packs through projector and frozen language model to summed log loss of the answers."""
+"""The caption loss: log loss of answer tokens, given features, through projector and language model."""
 
 from __future__ import annotations
 
@@ -9,25 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from llava_core.language.model import LanguageModel
-from train.data.packing import Pack, Packing, Row
+from train.data.packing import Row
 
 CHUNK_LOGITS = 1 << 25
 """Most logits that exist at once: 128 MiB in fp32."""
 
 
-def summed_loss(llm: LanguageModel, projector: torch.nn.Module, pack: Pack) -> torch.Tensor:
-    """Log loss in nats of a pack's answer tokens, summed: a scalar in fp32.
+def packed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> list[torch.Tensor]:
+    """Log loss in nats, summed over the answer tokens of each pack in a row: scalars in fp32.
 
-    Divide by the answer tokens of the whole step, so that splitting a step into packs changes nothing.
-    """
-    (loss,) = summed_losses(llm, [projector], Packing(sum(pack.lengths)).row([(0, pack)]))
-    return loss
-
-
-def summed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> list[torch.Tensor]:
-    """`summed_loss` of each pack in a row, by its own projector, in one pass through the language model.
-
-    No sample sees another, so a projector's gradient is what it would be alone.
+    One pass through the language model for all projectors. No sample sees another, so a projector's gradient
+    is what it would be alone. Divide by the answer tokens of the step: then splitting it changes nothing.
     """
     return [
         head_loss(own[pack.predicting], llm.head, pack.targets)
@@ -51,18 +43,18 @@ def sample_losses(llm: LanguageModel, projector: torch.nn.Module, row: Row) -> t
 
 
 def _hidden(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> tuple[torch.Tensor, ...]:
-    """What the last block makes of each pack's tokens, normed, [N, hidden] each; the padding's come last."""
+    """Final hidden states of each pack's tokens, normed, [N, hidden] each; the padding's come last."""
     parts = []
     for k, pack in row.packs:
         projected = projectors[k](pack.features.float()).flatten(0, 1)
         parts.append(llm.embed(pack.ids).index_copy(0, pack.visual, projected.to(llm.dtype)))
     padding = llm.embed(row.starts.new_zeros(row.padding))
-    hidden = read(llm, torch.cat([*parts, padding]), row)
+    hidden = forward_blocks(llm, torch.cat([*parts, padding]), row)
     return hidden.split([*map(len, parts), row.padding])  # type: ignore[no-any-return, no-untyped-call]
 
 
-def read(llm: LanguageModel, embedded: torch.Tensor, row: Row) -> torch.Tensor:
-    """Embeddings of a row [N, hidden] -> what the last block makes of them, normed, [N, hidden]."""
+def forward_blocks(llm: LanguageModel, embedded: torch.Tensor, row: Row) -> torch.Tensor:
+    """Embeddings of a row [N, hidden] -> final hidden states of the language model, normed, [N, hidden]."""
     out = llm.model.base_model(
         inputs_embeds=embedded[None],
         position_ids=row.positions[None],

@@ -18,7 +18,7 @@ from llava_core.language.model import LanguageModel
 from llava_core.types import JsonDict
 from train.config import Compile
 from train.data.packing import Packing, pack
-from train.model.loss import read
+from train.model.loss import forward_blocks
 from train.model.packed_attention import KERNELS, Kernel
 
 LENGTHS = [24, 17, 9]
@@ -139,7 +139,7 @@ def compilations() -> int:
 
 
 @contextmanager
-def own_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]:
+def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]:
     """The model as transformers made it, for a while: generating needs a cache, unknown to packs.
 
     `kind` is "sdpa", where the model has it, or "eager".
@@ -164,21 +164,21 @@ def _as_written(llm: LanguageModel) -> dict[Any, Any]:
 def _references(llm: LanguageModel) -> tuple[Outputs, Distances]:
     """Outputs of the fp32 model for each sample alone, and how far the model's own attention is from them
     in its type: the further of its two kinds."""
-    with own_attention(llm):
+    with original_attention(llm):
         if llm.dtype == torch.float32:
-            exact = _alone(llm, llm.dtype)
+            exact = _reference_logits(llm, llm.dtype)
         else:
             with _widened(llm.model):
-                exact = _alone(llm, torch.float32)
+                exact = _reference_logits(llm, torch.float32)
     own = dict.fromkeys(exact, 0.0)
     for kind in ("sdpa", "eager"):
-        with own_attention(llm, kind):
-            for name, distance in _relative(_alone(llm, llm.dtype), exact).items():
+        with original_attention(llm, kind):
+            for name, distance in _relative(_reference_logits(llm, llm.dtype), exact).items():
                 own[name] = distance if not distance <= own[name] else own[name]  # NaN stays
     return exact, own
 
 
-def _alone(llm: LanguageModel, dtype: torch.dtype) -> Outputs:
+def _reference_logits(llm: LanguageModel, dtype: torch.dtype) -> Outputs:
     """Of each sample of LENGTHS by itself, its embeddings in `dtype`."""
     logits, gradients = [], []
     for ids in _samples(llm):
@@ -194,7 +194,7 @@ def _packed(llm: LanguageModel) -> Outputs:
     words = [Example(part.tolist(), [IGNORE] * len(part), cut=False) for part in ids]
     row = Packing(sum(LENGTHS)).row([(0, pack(torch.zeros(len(ids), 0, 1, device=llm.device), 0, words))])
     embedded = llm.embed(torch.cat(ids))[None].requires_grad_()
-    logits = read(llm, embedded[0], row) @ llm.head.T
+    logits = forward_blocks(llm, embedded[0], row) @ llm.head.T
     return {"logits": logits.detach().float(), "gradients": _gradient(logits, embedded).float()}
 
 

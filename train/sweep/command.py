@@ -14,19 +14,20 @@ from llava_core.errors import LlavaError
 from llava_core.launcher import whole_number
 from llava_core.types import JsonDict
 from train.config import SweepConfig
-from train.plan import Outline
-from train.run import MEMBER_KEYS
+from train.plan import forecast
+from train.resources import TrainingResources
+from train.run import PER_RUN_KEYS
 from train.run_folder import DEFAULTS
 from train.sweep.space import MOST_TRIALS, Choices, Space, run_config
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
 COSTLESS = ("lr", "weight_decay", "warmup", "decay", "seed")
-"""Keys that change nothing about a run's time."""
+"""Keys that do not change a run's time."""
 
 
 def run(config: SweepConfig) -> JsonDict:
-    """Run every trial that is left, and write what came of all of them."""
+    """Run every trial that is left, and write the results of all."""
     paths: dict[str, Any] = {
         name: _absolute(path) for name, path in vars(config).items() if isinstance(path, Path)
     }
@@ -47,10 +48,6 @@ def run(config: SweepConfig) -> JsonDict:
             "`unset WORLD_SIZE RANK` if no torchrun set them"
         )
         raise LlavaError("a sweep wants no torchrun", got="WORLD_SIZE", do=do, exit_code=2)
-    if config.export_wandb:
-        from train.sweep.wandb_export import export  # most sweeps have no use for it
-
-        return export(config, space, config.export_wandb)
     _require_extra()
     if config.resume and not (config.out / "sweep.yaml").exists():
         raise LlavaError(f"no sweep to resume in {config.out}", do="leave out --resume, or mend --out")
@@ -62,7 +59,7 @@ def run(config: SweepConfig) -> JsonDict:
     study = open_study(config, space)  # or refuse, before anything is loaded
     if config.retry_failed:
         say(f"{counted(study.retry_failed(), 'failed trial')} to try again")
-    if config.together > 1 and not MEMBER_KEYS & space.axes.keys():
+    if config.together > 1 and not PER_RUN_KEYS & space.axes.keys():
         say(f"--together does nothing here: {', '.join(space.keys)} changes what a step reads")
     left = study.left()
     if left < planned["trials"]:
@@ -85,13 +82,13 @@ def _absolute(path: Path) -> Path:
 
 def plan(config: SweepConfig, space: Space) -> JsonDict:
     """Print and return how many trials there are, and how long they take one after the other."""
-    trials, outline = space.size(config.trials), Outline(config)
+    trials, resources = space.size(config.trials), TrainingResources(config, weights=False)
     kinds: dict[Hashable, float] = {}
     seconds = []
     for point in itertools.islice(space.typical(), MOST_PREDICTED):
         kind = tuple((key, value) for key, value in point.items() if key not in COSTLESS)
         if kind not in kinds:
-            kinds[kind] = outline.predict(run_config(config, point, config.out)).seconds
+            kinds[kind] = forecast(run_config(config, point, config.out), resources).seconds
         seconds.append(kinds[kind])
     predicted = trials * sum(seconds) / len(seconds)
     points = trials // max(1, len(space.seeds))

@@ -11,14 +11,14 @@ from llava_core.cli.console import counted, human_seconds
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
 from train.config import SweepConfig
-from train.sweep.plots import Picture
+from train.sweep.plots import Plot
+from train.sweep.record import Record
 from train.sweep.results import COLUMNS, Row, best_of, decimal
 from train.sweep.space import Space, shown, words
-from train.sweep.study import Record
 
 
 def write_page(
-    config: SweepConfig, space: Space, rows: Sequence[Row], pictures: Sequence[Picture], command: str | None
+    config: SweepConfig, space: Space, rows: Sequence[Row], plots: Sequence[Plot], command: str | None
 ) -> None:
     """Write OUT/index.html; `command` makes the best run again."""
     records = [record for row in rows for record in row.records]
@@ -29,7 +29,7 @@ def write_page(
         + counted(space.size(config.trials), "trial"),
         "totals": _totals(space, rows, records, best),
         "best": _best(best, command, (config.out / "best").exists()),
-        "pictures": "".join(map(_figure, pictures)) or '<p class="note">No trial was evaluated.</p>',
+        "pictures": "".join(map(_figure, plots)) or '<p class="note">No trial was evaluated.</p>',
         "table": _table(space, rows),
         "failures": _failures(records),
         "facts": _facts(config, space),
@@ -61,16 +61,16 @@ def _best(best: Record | None, command: str | None, kept: bool) -> str:
     )
 
 
-def _figure(picture: Picture) -> str:
+def _figure(plot: Plot) -> str:
     light, dark = (
         "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-        for svg in (picture.light, picture.dark)
+        for svg in (plot.light, plot.dark)
     )
     return (
-        f"<figure{' class=broad' if picture.broad else ''}><picture>"
+        f"<figure{' class=broad' if plot.broad else ''}><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(picture.caption)}"></picture>'
-        f"<figcaption>{escape(picture.caption)}.</figcaption></figure>"
+        f'<img src="{light}" alt="{escape(plot.caption)}"></picture>'
+        f"<figcaption>{escape(plot.caption)}.</figcaption></figure>"
     )
 
 
@@ -106,8 +106,7 @@ def _facts(config: SweepConfig, space: Space) -> str:
     flags = {
         key: value
         for key, value in vars(config).items()
-        if key
-        not in {*space.keys, "space", "json", "resume", "dry_run", "export_wandb", "ray", "ray_workers"}
+        if key not in {*space.keys, "space", "json", "resume", "dry_run", "ray", "ray_workers"}
         and value not in (None, ())
     }
     parts = {"Varied": space.plain(), "Common to all": flags}

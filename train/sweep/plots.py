@@ -1,42 +1,31 @@
-"""The pictures of a sweep: loss against learning rate, every curve, and parallel coordinates.
+"""The plots of a sweep: loss against learning rate, loss curves, and parallel coordinates.
 
-Each is drawn twice: as PNG in the sweep's folder, and as SVG on light and on dark paper for its page.
+Each is a PNG in the sweep's folder, and an SVG on light and on dark paper for its page.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from llava_core.filesystem import read_json_lines
+from train.sweep.parallel_plot import parallel
+from train.sweep.plot_style import DARK, LABELS, LIGHT, Theme, limit_losses, new_figure, render, shade, top_of
+from train.sweep.record import Record
 from train.sweep.results import Row, best_of
-from train.sweep.space import Choices, Range, Space, shown
-from train.sweep.study import Record
+from train.sweep.space import Choices, Space, shown
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-Figure = Any
 LEGEND = 10
-"""Lines that are named one by one; more are told apart by colour alone."""
-LABELS = 8
-"""Values of a list that are written beside its axis; of more, as many evenly spread."""
-OUTLIER = 4.0
-"""Losses so many times further above the best than the median is are drawn at the edge."""
-LIGHT = {"paper": "#ffffff", "ink": "#1f1e1b", "line": "#dedad2", "best": "#b4532f"}
-DARK = {"paper": "#161614", "ink": "#e9e6df", "line": "#4a4740", "best": "#f0a07c"}
-SHADES = {"#ffffff": (0.05, 0.85), "#161614": (0.3, 1.0)}
-"""The part of the colour map, from the best loss to the worst, that is seen on each paper."""
+"""Most lines with a name in the legend; more are told apart by colour alone."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Plot:
     """One figure for the page, as SVG."""
 
     name: str
@@ -44,14 +33,14 @@ class Picture:
     light: str
     dark: str
     broad: bool
-    """Wants the page's whole width."""
+    """Whether it needs the page's whole width."""
 
 
-def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Picture]:
-    """Those pictures that the sweep has something for; their PNGs go to `folder`."""
+def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Plot]:
+    """The plots that this sweep has data for; their PNGs go to `folder`."""
     if not any(row.loss is not None for row in rows):
         return []
-    wanted: list[tuple[str, str, Callable[[dict[str, str]], Figure]]] = []
+    wanted: list[tuple[str, str, Callable[[Theme], Figure]]] = []
     if "lr" in space.axes:
         caption = (
             "Held-out loss against learning rate: a dot for each run, a cross for one that was pruned, a "
@@ -65,14 +54,14 @@ def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Picture]:
             "A line for each point, from its values to its loss, dotted if none finished; the best is thick"
         )
         wanted.append(("parallel", caption, lambda theme: parallel(space, rows, theme)))
-    pictures = []
+    plots = []
     for name, caption, figure in wanted:
         partial = folder / f"{name}.png.part"
-        light, dark = _svg(figure, LIGHT, png=partial), _svg(figure, DARK)
+        light, dark = render(figure, LIGHT, png=partial), render(figure, DARK)
         partial.replace(folder / f"{name}.png")
         broad = name == "parallel" and len(space.axes) > 3
-        pictures.append(Picture(name, caption, light, dark, broad))
-    return pictures
+        plots.append(Plot(name, caption, light, dark, broad))
+    return plots
 
 
 def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
@@ -85,12 +74,12 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
     lines: dict[str, list[Row]] = {}
     for row in known:
         lines.setdefault(_named(row, named), []).append(row)
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = new_figure()
     losses = [record.loss for row in rows for record in row.records if record.loss is not None]
-    top = _top(losses)
+    top = top_of(losses)
     connected = named == others and len(known) > len(lines)  # by learning rates tried with the same others
     for k, (name, members) in enumerate(sorted(lines.items())):
-        colour = plt.get_cmap("tab10")(k)
+        colour = matplotlib.colormaps["tab10"](k)
         members = sorted(members, key=_lr)
         if connected:
             means = [(_lr(row), row.loss) for row in members if row.state == "finished"]
@@ -124,82 +113,28 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
         axes.set_xticks(ticks, [shown(rate) for rate in ticks])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.margins(x=0.08)
-    _limit(axes, losses, top)
+    limit_losses(axes, losses, top)
     axes.set(xlabel="learning rate", ylabel="held-out loss (nats per answer token)")
     axes.grid(linewidth=0.5)
     return figure
 
 
-def parallel(space: Space, rows: Sequence[Row], theme: dict[str, str]) -> Figure:
-    """An axis for each key and one for the loss."""
-    known = [row for row in rows if row.loss is not None]
-    losses = [row.loss for row in known if row.loss is not None]
-    top = _top(losses)
-    scales = [_Scale.of(axis) for axis in space.axes.values()]
-    low = min(losses)
-    scales.append(_Scale(low, max(top, low + 1e-9), False, None))
-    names = [*space.axes, "held-out loss"]
-    figure, axes = plt.subplots(figsize=(max(5.5, 1.9 * len(names)), 4.2), layout="constrained")
-    for row in reversed(known):  # the best on top
-        values = [*(row.point[key] for key in space.axes), min(row.loss or 0.0, top)]
-        heights = [scale.at(value) for scale, value in zip(scales, values, strict=True)]
-        best = row is rows[0]
-        share = scales[-1].at(values[-1])
-        axes.plot(
-            range(len(names)),
-            heights,
-            color=theme["best"] if best else _shade(theme, share),
-            linewidth=2.6 if best else 1.1,
-            alpha=1.0 if best else 0.75,
-            linestyle="-" if row.state == "finished" else ":",
-            zorder=3 if best else 2,
-        )
-    for k, scale in enumerate(scales):
-        axes.axvline(k, color=theme["ink"], linewidth=0.8, zorder=1)
-        for height, label in scale.ticks():
-            if k == len(space.axes) and height == 1 and top < max(losses):
-                label = f"≥ {label}"
-            axes.annotate(
-                label,
-                (k, height),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-                bbox={
-                    "boxstyle": "round,pad=0.15",
-                    "facecolor": theme["paper"],
-                    "edgecolor": "none",
-                    "alpha": 0.8,
-                },
-                zorder=4,
-            )
-    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set_xlim(-0.25, len(names) - 0.35)
-    axes.set_yticks([])
-    axes.set_ylim(-0.06, 1.06)
-    axes.tick_params(axis="x", length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return figure
-
-
-def curves(rows: Sequence[Row], theme: dict[str, str]) -> Figure:
+def curves(rows: Sequence[Row], theme: Theme) -> Figure:
     """A line for each run, coloured by its loss at the end."""
     best = best_of(rows)
     drawn = [(record, line) for row in rows for record in row.records if (line := curve_of(record))]
     later = [loss for _, line in drawn for step, loss in line if step > 0]
     losses = later or [loss for _, line in drawn for _, loss in line]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = new_figure()
     if not losses:
         return figure
-    top = _top(losses)
+    top = top_of(losses)
     ranks = sorted(range(len(drawn)), key=lambda k: _at_the_end(drawn[k][0]))
     few = len(drawn) <= LEGEND
     for rank, k in reversed(list(enumerate(ranks))):
         record, line = drawn[k]
         share = rank / max(1, len(drawn) - 1)
-        colour = theme["best"] if record == best else _shade(theme, share)
+        colour = theme["best"] if record == best else shade(theme, share)
         if record.state == "failed":
             colour = theme["line"]
         axes.plot(
@@ -218,7 +153,7 @@ def curves(rows: Sequence[Row], theme: dict[str, str]) -> Figure:
         place = "outside right upper" if few else "outside upper right"
         figure.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8.5, loc=place)
     axes.set(xlabel="step", ylabel="held-out loss (nats per answer token)")
-    _limit(axes, losses, top)
+    limit_losses(axes, losses, top)
     axes.set_xlim(left=0)
     axes.grid(linewidth=0.5)
     return figure
@@ -234,39 +169,6 @@ def curve_of(record: Record) -> list[tuple[int, float]]:
     return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scale:
-    """Maps a key's values to heights from 0 to 1."""
-
-    low: float
-    high: float
-    log: bool
-    values: tuple[Any, ...] | None
-    """Of a list, which lie evenly spaced."""
-
-    @staticmethod
-    def of(axis: Choices | Range) -> _Scale:
-        if isinstance(axis, Range):
-            return _Scale(axis.low, axis.high, axis.log, None)
-        names = any(isinstance(value, str) for value in axis.values)
-        return _Scale(0, 1, False, axis.values if names else tuple(sorted(axis.values)))
-
-    def at(self, value: Any) -> float:
-        if self.values is not None:
-            return self.values.index(value) / (len(self.values) - 1) if len(self.values) > 1 else 0.5
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return float((value - self.low) / (self.high - self.low))
-
-    def ticks(self) -> list[tuple[float, str]]:
-        if self.values is not None:
-            step = max(1, math.ceil(len(self.values) / LABELS))
-            return [(self.at(value), shown(value)) for value in self.values[::step]]
-        ends = [self.low, self.high]
-        middle = math.sqrt(self.low * self.high) if self.log else sum(ends) / 2
-        return [(self.at(value), f"{value:.3g}") for value in (self.low, middle, self.high)]
-
-
 def _at_the_end(record: Record) -> float:
     return math.inf if record.loss is None else record.loss
 
@@ -277,47 +179,3 @@ def _named(row: Row, keys: Sequence[str]) -> str:
 
 def _lr(row: Row) -> float:
     return float(row.point["lr"])
-
-
-def _top(losses: Sequence[float]) -> float:
-    """The highest loss that is drawn to scale: a run that diverged would flatten all others."""
-    ordered = sorted(losses)
-    low, median = ordered[0], ordered[len(ordered) // 2]
-    reach = max(OUTLIER * (median - low), 0.05 * abs(low))
-    return min(ordered[-1], low + reach)
-
-
-def _limit(axes: Any, losses: Sequence[float], top: float) -> None:
-    low = min(losses)
-    margin = 0.07 * (top - low) or 0.05 * abs(low) or 1.0
-    axes.set_ylim(low - margin, top + margin)
-
-
-def _shade(theme: dict[str, str], share: float) -> Any:
-    low, high = SHADES[theme["paper"]]
-    return plt.get_cmap("viridis")(low + (high - low) * share)
-
-
-def _svg(figure: Callable[[dict[str, str]], Figure], theme: dict[str, str], png: Path | None = None) -> str:
-    """Draw it on such paper; as a PNG, too, if a path is given."""
-    ink, line, paper = theme["ink"], theme["line"], theme["paper"]
-    settings = {
-        **{f"{part}.color": ink for part in ("text", "xtick", "ytick")},
-        "axes.labelcolor": ink,
-        "axes.edgecolor": line,
-        "grid.color": line,
-        "figure.facecolor": paper,
-        "axes.facecolor": paper,
-        "savefig.facecolor": paper,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "sweep",
-    }
-    text = io.StringIO()
-    with matplotlib.rc_context(settings):
-        made = figure(theme)
-        if png:
-            made.savefig(png, format="png", dpi=150)
-        made.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(made)
-    return text.getvalue()

@@ -28,7 +28,7 @@ from llava_core.ray_cluster import (
     start_tally,
 )
 from train.config import SweepConfig
-from train.run import stop_request
+from train.stop_signal import StopRequest
 from train.sweep.space import Space
 from train.sweep.study import Study
 from train.sweep.trials import open_study, work
@@ -37,11 +37,11 @@ OUR_CODE = ("train", "llava_core")
 MOST_DEATHS = 10
 """Workers that may die with no trial ended between, before we give up."""
 STOP_SECONDS = 60.0
-"""For workers to save what they are at."""
+"""Time for workers to save their runs before they are killed."""
 
 
 def work_on_ray(config: SweepConfig, space: Space) -> None:
-    """Until every trial has ended. Raises LlavaError if no worker can work; Ctrl-C lets each save."""
+    """Run workers until every trial has ended. Raises LlavaError if none can work; Ctrl-C lets each save."""
     assert config.ray is not None
     study = open_study(config, space)
     with connected(config.ray) as ray:
@@ -49,21 +49,21 @@ def work_on_ray(config: SweepConfig, space: Space) -> None:
         plan = plan_for(ray, config.ray, config.device, config.ray_workers, groups)
         trials = space.size(config.trials)
         with progress(trials, "trials") as bar:
-            crew = Crew(ray, plan, config, space, study)
+            workers = RayWorkers(ray, plan, config, space, study)
             try:
-                with stop_request() as stop:  # an exception raised within Ray may be lost there
+                with StopRequest() as stop:  # an exception raised within Ray may be lost there
                     while left := study.left():
-                        crew.attend(left)
+                        workers.poll(left)
                         bar.update(trials - left - bar.n)
                         if stop:
                             raise KeyboardInterrupt
                 bar.update(trials - bar.n)
             finally:
-                crew.stop()
+                workers.stop()
 
 
-class Crew:
-    """The workers; one that dies is replaced."""
+class RayWorkers:
+    """Workers of one sweep; one that dies is replaced."""
 
     def __init__(self, ray: Any, plan: Plan, config: SweepConfig, space: Space, study: Study) -> None:
         self.ray, self.study = ray, study
@@ -77,10 +77,10 @@ class Crew:
         self.calls = [self.start() for _ in range(plan.workers)]
         self.deaths, self.left, self.moved = 0, 0, time.monotonic()
 
-    def attend(self, left: int) -> None:
-        """Wait a second, pass on what the workers say, and replace those that died; so many trials are left.
+    def poll(self, left: int) -> None:
+        """Wait a second, print the workers' lines, and replace those that died while `left` trials are left.
 
-        Raises LlavaError if nobody is there to run them.
+        Raises LlavaError if no worker is there to run them.
         """
         if left != self.left:
             self.deaths, self.left, self.moved = 0, left, time.monotonic()
@@ -96,14 +96,14 @@ class Crew:
             time.sleep(1)
             self.calls.append(self.start())
         ended, self.calls = self.ray.wait(self.calls, timeout=1)
-        troubles = [trouble for call in ended if (trouble := self._trouble(call))]
-        self._tell()
-        for trouble in troubles:
-            if trouble.fatal and not self.calls:
-                raise LlavaError(trouble.text)
-            say(trouble.text)
+        errors = [error for call in ended if (error := self._error_of(call))]
+        self._print_lines()
+        for error in errors:
+            if error.fatal and not self.calls:
+                raise LlavaError(error.text)
+            say(error.text)
             self.deaths += 1
-            if not trouble.fatal and self.deaths <= MOST_DEATHS:
+            if not error.fatal and self.deaths <= MOST_DEATHS:
                 self.calls.append(self.start())
 
     def stop(self) -> None:
@@ -112,25 +112,25 @@ class Crew:
             self.ray.cancel(call)
         if self.calls:
             self.ray.wait(self.calls, num_returns=len(self.calls), timeout=STOP_SECONDS)
-        self._tell()
+        self._print_lines()
 
-    def _tell(self) -> None:
+    def _print_lines(self) -> None:
         for line in self.ray.get(self.tally.news.remote())[1]:
             say(line)
 
-    def _trouble(self, call: Any) -> Trouble | None:
-        errors = self.ray.exceptions
+    def _error_of(self, call: Any) -> WorkerError | None:
+        kinds = self.ray.exceptions
         try:
-            trouble: Trouble | None = self.ray.get(call)
-            return trouble
-        except errors.RayTaskError:  # a fault of ours
+            error: WorkerError | None = self.ray.get(call)
+            return error
+        except kinds.RayTaskError:  # a fault of ours
             raise
-        except errors.RayError:
-            return Trouble("a worker died; another continues its trial", fatal=False)
+        except kinds.RayError:
+            return WorkerError("a worker died; another continues its trial", fatal=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trouble:
+class WorkerError:
     """Why a worker ended before its work did."""
 
     text: str
@@ -138,15 +138,15 @@ class Trouble:
     """It could not work; else it died, and another may do better."""
 
 
-def work_here(config: SweepConfig, space: Space, tally: Any, code: str, threads: int) -> Trouble | None:
-    """What a worker does."""
+def work_here(config: SweepConfig, space: Space, tally: Any, code: str, threads: int) -> WorkerError | None:
+    """A worker's whole work; returns why it ended before its work did, if it did."""
     torch.set_num_threads(threads)
     host = socket.gethostname()
     if text := other_version(code, *OUR_CODE):
-        return Trouble(text, fatal=True)
+        return WorkerError(text, fatal=True)
     with contextlib.redirect_stderr(Lines(tally, host)):
         try:
             work(config, space)
         except (LlavaError, OSError) as error:
-            return Trouble(f"{host}: {error}", fatal=True)
+            return WorkerError(f"{host}: {error}", fatal=True)
     return None

@@ -21,8 +21,8 @@ from llava_core.projector.checkpoint import point_to
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.run_folder import plain
+from train.sweep.record import Record, State
 from train.sweep.space import Point, shown
-from train.sweep.study import Record, State
 
 ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
 SHOWN = 30

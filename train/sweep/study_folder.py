@@ -26,7 +26,7 @@ from llava_core.types import JsonDict
 from train.run_folder import DEFAULTS, moved_of
 
 
-class Turn(JournalFileOpenLock):
+class FileLock(JournalFileOpenLock):
     """Waits until no other process holds the file's lock; Optuna's own outlives a process that is killed."""
 
     def __init__(self, path: Path) -> None:
@@ -59,9 +59,9 @@ class Journal(JournalFileBackend):
 def open_journal(folder: Path) -> optuna.Study:
     """Call it while holding `study.lock`."""
     journal = folder / "study.journal"
-    with Turn(folder / "journal.lock"):
+    with FileLock(folder / "journal.lock"):
         _cut_torn_line(journal)
-    backend = Journal(str(journal), lock_obj=Turn(folder / "journal.lock"))
+    backend = Journal(str(journal), lock_obj=FileLock(folder / "journal.lock"))
     try:
         storage = JournalStorage(backend)
         return optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)

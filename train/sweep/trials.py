@@ -1,4 +1,4 @@
-"""The trials of a sweep, run: claim some, train them, say and write what came of them."""
+"""Claim trials, train them, log and save the results."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llava_core.cli.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.types import JsonDict
 from train.config import SweepConfig
-from train.distributed import World
-from train.resources import Shared
-from train.run import MEMBER_KEYS, train
+from train.resources import TrainingResources
+from train.run import PER_RUN_KEYS, train
 from train.run_folder import FREE_KEYS, RunFolder, weights_sha256
+from train.sweep.claim import Claim
 from train.sweep.page import write_page
 from train.sweep.plots import draw
 from train.sweep.results import best_of, how_sure, rows_of, text_table, write_best, write_results
 from train.sweep.space import Point, Space, run_config, words
-from train.sweep.study import Claim, Study
+from train.sweep.study import Study
 
 
 def open_study(config: SweepConfig, space: Space) -> Study:
@@ -38,28 +38,26 @@ def open_study(config: SweepConfig, space: Space) -> Study:
 
 def work(config: SweepConfig, space: Space) -> None:
     """Run trials until none is left that nobody works on; other processes may do the same."""
-    study, shared = open_study(config, space), None
+    study, resources = open_study(config, space), None
     if study.moved:
-        shared = opened(config)
-        study.require_same_data(data_of(config, shared), shared.llm.identity)
-    while claims := study.claim(config.together, alike):
+        resources = opened(config, study)
+    while claims := study.claim(config.together, can_share_step):
         with contextlib.ExitStack() as stack:
             for claim in claims:
                 stack.enter_context(claim)
-            with blameless(claims):
-                if shared is None:
-                    shared = opened(config)
-                    study.require_same_data(data_of(config, shared), shared.llm.identity)
-            kinds = {alike(claim.point) for claim in claims}
-            for kind in sorted(kinds):
-                run_claims(config, shared, [claim for claim in claims if alike(claim.point) == kind])
-        with study.turn:
+            with no_death_counted(claims):
+                resources = resources or opened(config, study)
+            while claims:
+                group = [claim for claim in claims if can_share_step(claim.point, claims[0].point)]
+                claims = [claim for claim in claims if claim not in group]
+                run_claims(config, resources, group)
+        with study.lock:
             write_results(config.out, study.records(), space.keys)
 
 
 @contextlib.contextmanager
-def blameless(claims: Sequence[Claim]) -> Iterator[None]:
-    """An exception, unlike a kill, is no death over these trials."""
+def no_death_counted(claims: Sequence[Claim]) -> Iterator[None]:
+    """An exception, unlike a kill, is no death of these trials' process."""
     try:
         yield
     except BaseException:
@@ -68,45 +66,49 @@ def blameless(claims: Sequence[Claim]) -> Iterator[None]:
         raise
 
 
-def opened(config: SweepConfig) -> Shared:
-    """What all trials share, loaded."""
-    shared = Shared(config, World(), again=True)
-    shared.keep_features(config)
-    return shared
+def opened(config: SweepConfig, study: Study) -> TrainingResources:
+    """The resources of all trials. Raises LlavaError if their data has changed since the sweep began."""
+    resources = TrainingResources(config, repeated=True)
+    resources.cache_features(config)
+    study.require_same_data(data_of(config, resources), resources.llm.identity)
+    return resources
 
 
-def data_of(config: SweepConfig, shared: Shared) -> JsonDict:
-    """What tells apart the data that the trials read, by what it is called."""
-    rows = shared.rows(config)
+def data_of(config: SweepConfig, resources: TrainingResources) -> JsonDict:
+    """Identities of the data that the trials read, by names for messages."""
+    rows = resources.rows(config)
     return {
         "the training rows": rows["samples"],
         "the held-out rows": rows["held_out"],
-        "the encoder": shared.provenance.encoder.fingerprint,
+        "the encoder": resources.provenance.encoder.fingerprint,
         **({"the projector of --init": weights_sha256(config.init)} if config.init else {}),
     }
 
 
-def alike(point: Point) -> str:
-    """Equal for runs that may train together."""
-    return str({key: value for key, value in point.items() if key not in MEMBER_KEYS})
+def can_share_step(one: Point, other: Point) -> bool:
+    """Whether runs at these points may train together."""
+    return all(one.get(key) == other.get(key) for key in {*one, *other} - PER_RUN_KEYS)
 
 
-def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> None:
-    """Train these together; tell the study how each ended."""
+def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequence[Claim]) -> None:
+    """Train these trials together; record in the study how each ended."""
     for claim in claims:
         say(f"{claim.title}: {'goes on' if claim.taken_over else 'begins'}")
     configs = [run_config(config, claim.point, claim.folder) for claim in claims]
     names = [f"{config.out.name} {words(claim.point)}" for claim in claims]
 
-    def watch(index: int, step: int, figures: JsonDict) -> bool:
+    def on_eval(index: int, step: int, figures: JsonDict) -> bool:
         return claims[index].goes_on(step, figures["eval_loss"])
 
     began = time.monotonic()
     outcomes: list[JsonDict | LlavaError] = []
     reason = ""
     try:
-        with blameless(claims), contextlib.redirect_stdout(io.StringIO()):  # the table holds the same figures
-            outcomes = train(configs, shared, watch, names)
+        with (
+            no_death_counted(claims),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):  # the table holds the same figures
+            outcomes = train(configs, resources, on_eval, names)
     except Exception as error:  # the GPU's memory, among others
         if isinstance(error, OSError) and error.errno in FULL:  # no other trial would fare better
             raise
@@ -121,7 +123,7 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
     if not outcomes:
         say(f"{counted(len(claims), 'trial')} cannot train together ({reason}); now one by one")
         for claim in claims:
-            run_claims(config, shared, [claim])
+            run_claims(config, resources, [claim])
     for claim, outcome in zip(claims, outcomes, strict=False):
         if isinstance(outcome, LlavaError):
             claim.failed(str(outcome))
@@ -133,7 +135,7 @@ def run_claims(config: SweepConfig, shared: Shared, claims: Sequence[Claim]) -> 
 
 
 def as_failure(error: Exception) -> LlavaError:
-    """For the records; of an error that nobody foresaw, the traceback is printed."""
+    """The error as the study records it; the traceback of an unforeseen one is printed."""
     if isinstance(error, LlavaError):
         return error
     if isinstance(error, (RuntimeError, OSError)):
@@ -143,9 +145,9 @@ def as_failure(error: Exception) -> LlavaError:
 
 
 def conclude(config: SweepConfig, space: Space) -> JsonDict:
-    """Write the table, the pictures and the page; print the table and how to make the best run again."""
+    """Write the table, the plots and the page; print the table and how to make the best run again."""
     study = open_study(config, space)
-    with study.turn:  # one process at a time
+    with study.lock:  # one process at a time
         records = study.records()
         rows = rows_of(records)
         write_results(config.out, records, space.keys)

@@ -15,9 +15,9 @@ from rich.color import Color
 from rich.console import Console
 
 from infer.chat.command import bare_image
-from infer.chat.messages import PHRASES, pick_language
+from infer.chat.messages import MESSAGES, pick_language
 from infer.chat.repl import changed, unquoted
-from infer.chat.transcript import SavedChat, read_chat, write_chat
+from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.cli.line_editor import history
 from llava_core.cli.terminal import Terminal, half_blocks
 from llava_core.errors import LlavaError
@@ -87,8 +87,8 @@ def test_a_saved_chat_comes_back(
     path = tmp_path_factory.getbasetemp() / "chat.json"
     roles = ("user", "assistant")
     messages = [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]
-    write_chat(path, SavedChat(image, messages))
-    assert read_chat(path) == SavedChat(image, messages)
+    write_transcript(path, Transcript(image, messages))
+    assert read_transcript(path) == Transcript(image, messages)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_a_saved_chat_comes_back(
 )
 def test_what_is_no_saved_chat_stays_as_it_is(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "chat.json"
-    write_chat(path, SavedChat(None, []))
+    write_transcript(path, Transcript(None, []))
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     before = path.read_bytes()
-    for refused in (lambda: read_chat(path), lambda: write_chat(path, SavedChat(None, []))):
+    for refused in (lambda: read_transcript(path), lambda: write_transcript(path, Transcript(None, []))):
         with pytest.raises(LlavaError, match=r"chat\.json is no saved chat"):
             refused()
     assert path.read_bytes() == before
@@ -127,8 +127,8 @@ def test_two_rows_of_pixels_make_a_line() -> None:
 
 
 def test_both_languages_say_the_same() -> None:
-    for phrases in PHRASES.values():
-        chinese, english = ({part[1] for part in string.Formatter().parse(p)} - {None} for p in phrases)
+    for texts in MESSAGES.values():
+        chinese, english = ({part[1] for part in string.Formatter().parse(p)} - {None} for p in texts)
         assert chinese == english
 
 

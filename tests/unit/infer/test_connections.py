@@ -154,8 +154,8 @@ from infer.serve.image_cache import Pictures
 async def main():
     begun = threading.Event()
     decode = lambda image: (begun.set(), threading.Event().wait())
-    pictures = Pictures(types.SimpleNamespace(engine=types.SimpleNamespace(decode=decode)))
-    waiting = asyncio.create_task(pictures.see(b"image"))
+    pictures = Pictures(types.SimpleNamespace(aligned=types.SimpleNamespace(decode=decode)))
+    waiting = asyncio.create_task(pictures.get(b"image"))
     await asyncio.to_thread(begun.wait)
     waiting.cancel()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from infer.chat.dialogue import Talk
+from infer.chat.dialogue import Dialogue
 from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model
 from llava_core.language.sampling import Sampling
@@ -20,14 +20,14 @@ def test_a_turn_reads_its_own_tokens_alone() -> None:
     llm = load_language_model(MODEL)
     llm.tokenizer.chat_template = LLAMA_TEMPLATE
     conversation = Conversation(llm.tokenizer, llm.eos_ids)
-    talk = Talk(llm, conversation, Sampling(max_tokens=5))
-    talk.begin(torch.randn(1, VISUAL, llm.hidden, generator=torch.Generator().manual_seed(0)))
+    dialogue = Dialogue(llm, conversation, Sampling(max_tokens=5))
+    dialogue.begin(torch.randn(1, VISUAL, llm.hidden, generator=torch.Generator().manual_seed(0)))
     known = 0
     for question in ("描述图中的内容。", "颜色？", "还有什么？"):
-        assert "".join(talk.ask(question))
-        prompt = VISUAL + len(conversation.prompt(talk.messages[:-1]))
-        assert (talk.figures.cached, talk.figures.prefilled) == (known, prompt - known)
+        assert "".join(dialogue.ask(question))
+        prompt = VISUAL + len(conversation.prompt(dialogue.messages[:-1]))
+        assert (dialogue.figures.cached, dialogue.figures.prefilled) == (known, prompt - known)
         # An answer that ended was read to its last token; of one that was cut, the last is read next.
-        known = prompt + min(talk.figures.tokens, 4)
-    "".join(talk.retry())
-    assert (talk.figures.cached, talk.figures.prefilled) == (prompt - 1, 1)
+        known = prompt + min(dialogue.figures.tokens, 4)
+    "".join(dialogue.retry())
+    assert (dialogue.figures.cached, dialogue.figures.prefilled) == (prompt - 1, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,20 @@ def test_what_python_asks_for_is_checked_as_the_commands_check_it(world: Path, t
     with pytest.raises(LlavaError, match="unknown recipe 'slow'"):
         llava_align.train(world / "features", **paths, recipe="slow")
     assert not (tmp_path / "run").exists()
+
+
+def test_it_trains_in_a_thread_and_where_an_event_loop_runs(world: Path, tmp_path: Path) -> None:
+    def train(name: str) -> int:
+        paths: dict[str, Any] = {"llm": world / "llm", "out": tmp_path / name}
+        return llava_align.train(world / "features", **paths, device="cpu", max_steps=1, batch_size=4).steps
+
+    steps: list[int] = []
+    thread = threading.Thread(target=lambda: steps.append(train("thread")))
+    thread.start()
+    thread.join()
+    assert steps == [1]
+
+    async def cell() -> int:
+        return train("notebook")
+
+    assert asyncio.run(cell()) == 1

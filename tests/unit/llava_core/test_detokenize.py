@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_core.language.detokenize import Spoken
+from llava_core.language.detokenize import StreamDetokenizer
 from tests.support.language_models import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -24,22 +24,22 @@ def tokens(text: str) -> list[int]:
     return ids
 
 
-def pieces(spoken: Spoken, ids: Sequence[int]) -> list[str]:
+def pieces(spoken: StreamDetokenizer, ids: Sequence[int]) -> list[str]:
     return [piece for token in ids if (piece := spoken.add(token))]
 
 
 def test_a_character_of_several_tokens_comes_whole() -> None:
-    spoken = Spoken(decode)
+    spoken = StreamDetokenizer(decode)
     assert pieces(spoken, tokens("a红😀.")) == ["a", "红", "😀", "."]
     assert spoken.end() == ""
-    half = Spoken(decode)
+    half = StreamDetokenizer(decode)
     assert pieces(half, tokens("红色")[:-1]) == ["红"]
     assert half.text == "红"
     assert half.end() == "\ufffd"
 
 
 def test_a_stop_text_and_what_follows_is_not_shown() -> None:
-    spoken = Spoken(decode, ["###", "完了"])
+    spoken = StreamDetokenizer(decode, ["###", "完了"])
     assert pieces(spoken, tokens("好#的##，完")) == ["好", "#的", "##，"]
     assert not spoken.stopped
     assert pieces(spoken, tokens("了吗###")) == []
@@ -49,7 +49,7 @@ def test_a_stop_text_and_what_follows_is_not_shown() -> None:
 
 
 def test_what_was_held_back_comes_at_the_end() -> None:
-    spoken = Spoken(decode, ["abc"])
+    spoken = StreamDetokenizer(decode, ["abc"])
     assert pieces(spoken, tokens("xab")) == ["x"]
     assert spoken.end() == "ab"
     assert spoken.text == "xab"
@@ -57,20 +57,20 @@ def test_what_was_held_back_comes_at_the_end() -> None:
 
 def test_a_stop_text_within_one_token() -> None:
     words = ["One", " two.", " three"]
-    spoken = Spoken(lambda ids: "".join(words[i] for i in ids), ["o."])
+    spoken = StreamDetokenizer(lambda ids: "".join(words[i] for i in ids), ["o."])
     assert pieces(spoken, [0, 1, 2]) == ["One", " tw"]
     assert spoken.stopped
 
 
 def test_spaces_that_a_tokenizer_drops_at_the_beginning_stay_between_words() -> None:
     words = ["▁A", "▁red", "▁ci", "rcle"]
-    spoken = Spoken(lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" "))
+    spoken = StreamDetokenizer(lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" "))
     assert pieces(spoken, range(4)) == ["A", " red", " ci", "rcle"]
 
 
 @given(st.text("ab红😀#", max_size=12), st.lists(st.text("ab红#", min_size=1, max_size=3), max_size=3))
 def test_pieces_are_the_text_up_to_the_earliest_stop(text: str, stops: list[str]) -> None:
-    spoken = Spoken(decode, stops)
+    spoken = StreamDetokenizer(decode, stops)
     shown = "".join(pieces(spoken, tokens(text))) + spoken.end()
     # Read character by character, as tokens come: a stop counts as soon as it is complete.
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
@@ -81,7 +81,7 @@ def test_pieces_are_the_text_up_to_the_earliest_stop(text: str, stops: list[str]
 @given(st.binary(max_size=12))
 def test_any_bytes_come_out_as_the_whole_decodes(data: bytes) -> None:
     ids = [5 + byte for byte in data]  # in the order of the alphabet, which is not that of the bytes
-    spoken = Spoken(decode)
+    spoken = StreamDetokenizer(decode)
     assert "".join(pieces(spoken, ids)) + spoken.end() == decode(ids)
 
 
@@ -93,11 +93,11 @@ def test_decoding_takes_no_longer_for_a_long_answer() -> None:
         longest = max(longest, len(ids))
         return decode(ids)
 
-    pieces(Spoken(measured), tokens("红色的圆形，" * 50))
+    pieces(StreamDetokenizer(measured), tokens("红色的圆形，" * 50))
     assert longest <= 12
 
 
 @pytest.mark.parametrize("special", [0, 2])
 def test_special_tokens_say_nothing(special: int) -> None:
-    spoken = Spoken(decode)
+    spoken = StreamDetokenizer(decode)
     assert pieces(spoken, [special, *tokens("好"), special]) == ["好"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import modeling_gguf_pytorch_utils
 
-from infer.chat.dialogue import Talk
+from infer.chat.dialogue import Dialogue
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.conversation import Conversation
@@ -132,7 +132,7 @@ def test_every_turn_of_a_dialogue_is_answered_as_if_it_were_the_first(tmp_path: 
     """Whatever the layers keep of what they read."""
     llm = load_language_model(write_language_model(tmp_path / "llm", kind, template=LLAMA_TEMPLATE))
     conversation = Conversation(llm.tokenizer, llm.eos_ids)
-    talk, sampling = Talk(llm, conversation, Sampling(max_tokens=6)), Sampling(max_tokens=6)
+    talk, sampling = Dialogue(llm, conversation, Sampling(max_tokens=6)), Sampling(max_tokens=6)
     visual = torch.randn(1, 4, llm.hidden, generator=torch.Generator().manual_seed(0))
     talk.begin(visual)
     for question in ("看", "what else?"):

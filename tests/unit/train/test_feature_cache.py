@@ -10,7 +10,7 @@ import torch
 
 from llava_core.device import free_ram
 from llava_core.errors import LlavaError
-from train.data.feature_cache import Kept, pick_residence
+from train.data.feature_cache import FeatureCache, pick_residence
 
 CPU = torch.device("cpu")
 
@@ -23,12 +23,12 @@ def test_a_row_is_read_once_and_copies_are_given_out() -> None:
         asked.append(list(indices))
         return stored[list(indices)]
 
-    kept = Kept((4, 3, 2), CPU)
-    assert torch.equal(kept.take([2, 0, 2], read), stored[[2, 0, 2]])
-    kept.take([0, 3], read).zero_()
-    assert torch.equal(kept.take([3, 0], read), stored[[3, 0]])
+    cache = FeatureCache((4, 3, 2), CPU)
+    assert torch.equal(cache.take([2, 0, 2], read), stored[[2, 0, 2]])
+    cache.take([0, 3], read).zero_()
+    assert torch.equal(cache.take([3, 0], read), stored[[3, 0]])
     assert asked == [[2, 0], [3]]
-    assert kept.take([], read).shape == (0, 3, 2)
+    assert cache.take([], read).shape == (0, 3, 2)
 
 
 def test_where_features_stay() -> None:
@@ -47,9 +47,9 @@ def test_where_features_stay() -> None:
 def test_features_stay_on_the_gpu() -> None:
     gpu = torch.device("cuda")
     assert pick_residence("gpu", 10, gpu) == pick_residence("auto", 10, gpu) == gpu
-    kept = Kept((2, 3, 2), gpu)
+    cache = FeatureCache((2, 3, 2), gpu)
     stored = torch.arange(12.0).half().reshape(2, 3, 2)
-    assert torch.equal(kept.take([1, 0], lambda indices: stored[list(indices)]).cpu(), stored[[1, 0]])
+    assert torch.equal(cache.take([1, 0], lambda indices: stored[list(indices)]).cpu(), stored[[1, 0]])
 
 
 def write(root: Path, files: dict[str, str]) -> None:

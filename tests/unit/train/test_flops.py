@@ -14,12 +14,12 @@ from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
+from tests.support.loss import summed_loss
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
-from train.data.packing import Pack, pack
+from train.data.packing import pack
 from train.flops import Work
-from train.model.loss import summed_loss
 from train.model.packed_model import prepare
-from train.throughput import Meter, progress_line
+from train.throughput import Throughput, progress_line
 
 
 @pytest.fixture(params=["linear", "mlp"])
@@ -30,10 +30,6 @@ def projector(request: pytest.FixtureRequest) -> torch.nn.Module:
 @pytest.fixture
 def llm(tmp_path: Path) -> LanguageModel:
     return load_language_model(write_language_model(tmp_path / "llm"))
-
-
-def needed(work: Work, pack: Pack) -> int:
-    return work.operations(pack.lengths, len(pack.lengths) * VISUAL, len(pack.targets))
 
 
 def test_the_step_makes_the_needed_operations_and_no_others(
@@ -47,7 +43,7 @@ def test_the_step_makes_the_needed_operations_and_no_others(
         summed_loss(llm, projector, packed).backward()  # type: ignore[no-untyped-call]
     work = Work.of(llm.model, projector)
     attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
-    assert counter.get_total_flops() == needed(work, packed) - attention
+    assert counter.get_total_flops() == work.operations(batch.counts, VISUAL) - attention
 
 
 def test_attention_is_half_of_what_the_eager_one_does(llm: LanguageModel) -> None:
@@ -60,7 +56,7 @@ def test_attention_is_half_of_what_the_eager_one_does(llm: LanguageModel) -> Non
     work = Work.of(llm.model, projector)
     attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
     needless_logits = 4 * work.head * (len(packed.ids) - len(packed.targets))
-    expected = needed(work, packed) + attention + needless_logits
+    expected = work.operations(batch.counts, VISUAL) + attention + needless_logits
     assert counter.get_total_flops() == expected
 
 
@@ -87,11 +83,11 @@ def test_neighbours_do_not_slow_the_matmul_rate(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_impossible_utilisation_is_said_to_be_one() -> None:
-    meter = Meter(torch.device("cpu"), rate=1.0)
-    meter.count(samples=1, tokens=1, operations=10**15)
-    metrics = meter.rates()
+    throughput = Throughput(torch.device("cpu"), matmul_rate=1.0)
+    throughput.count(samples=1, tokens=1, operations=10**15)
+    metrics = throughput.rates()
     assert metrics["mfu"] is None
     line = progress_line({"loss": 1.0, "lr": 0.1, **metrics})
     assert "MFU unknown (over 100%: the matmul rate was measured too low), waits" in line
-    meter.count(samples=1, tokens=1, operations=0)
-    assert "MFU 0%" in progress_line({"loss": 1.0, "lr": 0.1, **meter.rates()})
+    throughput.count(samples=1, tokens=1, operations=0)
+    assert "MFU 0%" in progress_line({"loss": 1.0, "lr": 0.1, **throughput.rates()})

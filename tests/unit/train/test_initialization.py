@@ -81,7 +81,7 @@ def test_captions_are_what_visual_tokens_say(kind: str, samples: Samples, llm: L
         said.append(llm.embedding.weight[answer].mean(0))
     x, y = inputs.flatten(0, 1).numpy(), torch.stack(said).numpy().repeat(samples.tokens, axis=0)
     fit = (x - x.mean(0)) @ numpy_ridge(x, y, start.RIDGE).T
-    loud = fit * start.LOUDNESS * llm.embedding_rms / np.sqrt((fit**2).mean())
+    loud = fit * start.OUTPUT_RMS_RATIO * llm.embedding_rms / np.sqrt((fit**2).mean())
     projected = projector(features).flatten(0, 1).numpy()
     assert projected == pytest.approx(loud + y.mean(0), rel=1e-2, abs=2e-3)
 

@@ -19,11 +19,12 @@ from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import byte_tokenizer, write_language_model
+from tests.support.loss import summed_loss
 from train.data.packing import Packing, pack
-from train.data.samples import Batch
-from train.model.loss import head_loss, summed_loss, summed_losses
+from train.data.samples import Batch, TextCounts
+from train.model.loss import head_loss, packed_losses
 from train.model.packed_attention import KERNELS, Kernel, flash_varlen, on_a_cpu, torch_varlen
-from train.model.packed_model import compilations, own_attention, prepare
+from train.model.packed_model import compilations, original_attention, prepare
 
 VISUAL, WIDTH = 5, 12
 
@@ -38,7 +39,11 @@ def a_batch(llm: LanguageModel) -> Batch:
     chat = Conversation(llm.tokenizer, llm.eos_ids)
     examples = [chat.example([Turn("看图", answer)], max_answer_tokens=20) for answer in answers]
     torch.manual_seed(1)
-    return Batch(torch.randn(len(answers), VISUAL, WIDTH).half(), examples)
+    return batch_of(torch.randn(len(answers), VISUAL, WIDTH).half(), examples)
+
+
+def batch_of(features: torch.Tensor, examples: list[Example]) -> Batch:
+    return Batch(features, examples, TextCounts.of(examples))
 
 
 def a_projector(llm: LanguageModel) -> torch.nn.Module:
@@ -77,7 +82,7 @@ def test_packed_equals_per_sample(llm: LanguageModel, packing: Packing, forwards
     rows = list(packing.rows(batch, [VISUAL]))
     assert len(rows) == forwards
     assert all(len(row.positions) % packing.unit == 0 for row in rows)
-    total = sum(loss for row in rows for loss in summed_losses(llm, [projector], row))
+    total = sum(loss for row in rows for loss in packed_losses(llm, [projector], row))
     assert isinstance(total, torch.Tensor)
     total.backward()  # type: ignore[no-untyped-call]
 
@@ -99,7 +104,7 @@ def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> 
     """Batches of many lengths, and two sizes, with gradients and without."""
     batch, projector = a_batch(llm), a_projector(llm)
     batches = [
-        Batch(batch.features[order], [batch.examples[i] for i in order])
+        batch_of(batch.features[order], [batch.examples[i] for i in order])
         for order in ([0, 1, 2], [1, 0, 1], [3, 2, 1], [2, 3, 0], [3, 3, 3], [0], [3])
     ]
 
@@ -107,7 +112,7 @@ def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> 
         summed = []
         for some in batches:
             (row,) = Packing(10_000, unit).rows(some, [VISUAL])
-            (loss,) = summed_losses(llm, [projector], row)
+            (loss,) = packed_losses(llm, [projector], row)
             loss.backward()  # type: ignore[no-untyped-call]
             summed.append(loss.detach())
         return torch.stack(summed)
@@ -122,7 +127,7 @@ def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> 
     shapes = {len(next(Packing(10_000, 128).rows(some, [VISUAL])).positions) for some in batches}
     assert 1 < len(shapes) < len(batches)
     assert compilations() - before == 1 + len(shapes)
-    with own_attention(llm):
+    with original_attention(llm):
         llm.model(torch.arange(5)[None], use_cache=True)
     assert compilations() - before == 1 + len(shapes)
 

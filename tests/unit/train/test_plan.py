@@ -11,9 +11,9 @@ from llava_core.cli.console import human_seconds
 from llava_core.language.load import load_language_model
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
+from tests.support.loss import summed_loss
 from tests.unit.train.test_loss import WIDTH, a_batch
 from train.data.packing import pack
-from train.model.loss import summed_loss
 from train.model.packed_model import prepare
 from train.plan import activation_bytes
 

@@ -13,9 +13,9 @@ import pytest
 from train.config import SweepConfig
 from train.sweep.page import write_page
 from train.sweep.plots import draw
+from train.sweep.record import Record, State
 from train.sweep.results import best_of, how_sure, rows_of, text_table
 from train.sweep.space import Point, Space
-from train.sweep.study import Record, State
 
 
 def record(

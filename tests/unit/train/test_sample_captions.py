@@ -12,10 +12,10 @@ from llava_core.language.load import load_language_model
 from llava_core.projector.projector import build_projector
 from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model
+from tests.support.loss import summed_loss
 from tests.support.shards import WIDTH, write_shard
 from train.data.packing import pack
 from train.data.samples import Samples
-from train.model.loss import summed_loss
 from train.model.packed_model import prepare
 from train.sample_captions import GREEDY, SHOWN, beside_its_caption, captions
 

@@ -1,0 +1,259 @@
+"""Trainers beside ours: a course project's, with images or cached features, and transformers'."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
+
+from llava_core.language.conversation import IGNORE, Example
+from llava_core.language.model import LanguageModel
+from llava_core.vision.tower import VisionTower
+from train.data.samples import Samples
+from train.loop import Trainer as Ours
+from train.model.packed_model import original_attention
+from train.stop_signal import StopRequest
+from train.throughput import peak_memory
+from train.training_run import TrainingRun
+
+
+def padded_loss(
+    llm: LanguageModel, projector: torch.nn.Module, features: torch.Tensor, *words: torch.Tensor
+) -> torch.Tensor:
+    """transformers' own loss over every logit; `words` are ids, labels and mask [batch, longest]."""
+    ids, labels, mask = words
+    visual = projector(features.to(llm.device).float()).to(llm.dtype)
+    kept = torch.ones(visual.shape[:2], dtype=mask.dtype, device=llm.device)
+    unlearnt = torch.full(visual.shape[:2], IGNORE, device=llm.device)
+    loss: torch.Tensor = llm.model(
+        inputs_embeds=torch.cat([visual, llm.embed(ids.to(llm.device))], dim=1),
+        attention_mask=torch.cat([kept, mask.to(llm.device)], dim=1),
+        labels=torch.cat([unlearnt, labels.to(llm.device)], dim=1),
+        use_cache=False,
+    ).loss
+    return loss
+
+
+@dataclasses.dataclass
+class Pictures(Dataset[Any]):
+    """Downloaded or read, decoded in full and resized, where the trainer waits for it."""
+
+    addresses: Sequence[str]
+    samples: Samples
+    tower: VisionTower
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Example]:
+        address = self.addresses[self.samples.rows[index][1]]
+        if address.startswith("http"):
+            with urllib.request.urlopen(address) as answer:
+                content = answer.read()
+        else:
+            content = Path(address).read_bytes()
+        size = self.tower.preprocess.size
+        image = Image.open(io.BytesIO(content)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)), self.samples.example(index, epoch=0)
+
+
+@dataclasses.dataclass
+class Cached(Dataset[Any]):
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Example]:
+        batch = self.samples.batch([index], epoch=0)
+        return batch.features[0], batch.examples[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collate:
+    padding: int
+
+    def __call__(self, pairs: list[tuple[torch.Tensor, Example]]) -> tuple[torch.Tensor, ...]:
+        """Pictures or features, and ids, labels and mask [batch, longest]."""
+        longest = max(len(example.ids) for _, example in pairs)
+        rows: list[tuple[list[int], list[int], list[int]]] = []
+        for _, example in pairs:
+            empty = longest - len(example.ids)
+            rows.append(
+                (
+                    example.ids + [self.padding] * empty,
+                    example.labels + [IGNORE] * empty,
+                    [1] * len(example.ids) + [0] * empty,
+                )
+            )
+        return torch.stack([picture for picture, _ in pairs]), *map(torch.tensor, zip(*rows, strict=True))
+
+
+def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each batch and the seconds until it came."""
+    iterator = iter(batches)
+    while True:
+        before = time.perf_counter()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - before
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+
+
+def peak(device: torch.device) -> int:
+    """Since `reset_peak`, without the DataLoader's workers."""
+    if device.type == "cuda":
+        return peak_memory(device)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(line.split()[1]) * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What one kind took for all samples once."""
+
+    seconds: float
+    waiting: float
+    """Seconds until batches came."""
+    encoding: float
+    """Seconds in the vision encoder."""
+    peak: int
+    first_loss: float
+
+
+@dataclasses.dataclass
+class Bench:
+    """One pass of each kind, all from the same projector and in the same order."""
+
+    workers: int
+    """Of the DataLoader."""
+    tower: VisionTower
+    run: TrainingRun
+    initial: dict[str, torch.Tensor]
+
+    @property
+    def samples(self) -> Samples:
+        return self.run.samples
+
+    def work(self) -> tuple[int, int]:
+        """Needed operations, and real tokens, of all samples once."""
+        batches = [self.samples.batch([i], epoch=0) for i in range(len(self.samples))]
+        operations = sum(self.run.operations(batch.counts) for batch in batches)
+        return operations, sum(b.features.shape[1] + len(b.examples[0].ids) for b in batches)
+
+    def ours(self, steps: int) -> Pass:
+        run, waiting = self.run, 0.0
+        losses: list[float] = []
+        resources = run.resources
+        packing = resources.packing(run.config.micro_tokens, run.prediction.tokens_per_step)
+        trainer = Ours({0: run}, resources, packing, StopRequest())
+        run.step = 0
+        run.projector.load_state_dict(self.initial)
+        device = run.llm.device
+        reset_peak(device)
+        began = time.perf_counter()
+        batches = trainer.batches(run.schedule.steps)
+        for batch, waited in timed(batches):
+            waiting += waited
+            losses += trainer.train_step(batch).values()
+            if len(losses) == steps:
+                break
+        batches.close()
+        return Pass(time.perf_counter() - began, waiting, 0.0, peak(device), losses[0])
+
+    def transformers_trainer(self, steps: int) -> Pass:
+        """Cached features by transformers' own Trainer, padded; its loss over every logit."""
+        llm = self.run.llm
+        losses: list[torch.Tensor] = []
+        projector = copy.deepcopy(self.run.projector)
+        projector.load_state_dict(self.initial)
+
+        class Aligned(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.projector = projector
+
+            def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+                loss = padded_loss(llm, projector, *(batch[name] for name in names))
+                losses.append(loss.detach())
+                return {"loss": loss}
+
+        names, collate = ("features", "ids", "labels", "mask"), Collate(min(llm.eos_ids))
+        with tempfile.TemporaryDirectory() as folder, original_attention(llm):
+            trainer = Trainer(
+                Aligned(),
+                TrainingArguments(
+                    folder,
+                    max_steps=steps,
+                    per_device_train_batch_size=self.run.config.batch_size,
+                    learning_rate=self.run.config.lr,
+                    dataloader_num_workers=self.workers,
+                    remove_unused_columns=False,
+                    save_strategy="no",
+                    logging_strategy="no",
+                    report_to=[],
+                    disable_tqdm=True,
+                    use_cpu=llm.device.type == "cpu",
+                ),
+                train_dataset=Cached(self.samples),
+                data_collator=lambda pairs: dict(zip(names, collate(pairs), strict=True)),
+            )
+            reset_peak(llm.device)
+            began = time.perf_counter()
+            trainer.train()
+            synchronise(llm.device)
+        return Pass(time.perf_counter() - began, 0.0, 0.0, peak(llm.device), float(losses[0]))
+
+    def course(self, dataset: Dataset[Any], steps: int) -> Pass:
+        """Batches padded to their longest; the loss of transformers over every logit."""
+        llm, schedule = self.run.llm, self.run.schedule
+        projector = copy.deepcopy(self.run.projector)
+        projector.load_state_dict(self.initial)
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=self.run.config.lr, weight_decay=0)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=[schedule.at(step)[1] for step in range(steps)],
+            num_workers=self.workers,
+            collate_fn=Collate(min(llm.eos_ids)),
+            pin_memory=llm.device.type == "cuda",
+        )
+        waiting = encoding = 0.0
+        losses = []
+        reset_peak(llm.device)
+        began = time.perf_counter()
+        with original_attention(llm):
+            for batch, waited in timed(loader):
+                waiting += waited
+                pictures, ids, labels, mask = batch
+                if pictures.dtype == torch.uint8:
+                    before = time.perf_counter()
+                    pictures = self.tower.encode(pictures).half()  # as the features that are cached
+                    synchronise(llm.device)
+                    encoding += time.perf_counter() - before
+                loss = padded_loss(llm, projector, pictures, ids, labels, mask)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return Pass(time.perf_counter() - began, waiting, encoding, peak(llm.device), losses[0])

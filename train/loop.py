@@ -1,0 +1,185 @@
+"""The training loop: next batch, loss, backward, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Generator, Mapping
+from typing import TypeAlias
+
+import torch
+
+from llava_core.bootstrap import figure_rows
+from llava_core.cli.console import progress, say, show, table
+from llava_core.errors import LlavaError
+from llava_core.types import JsonDict
+from train.data.packing import Packing
+from train.data.prefetch import prefetch
+from train.data.samples import Batch
+from train.distributed import DeferredError
+from train.model.loss import packed_losses
+from train.model.packed_model import compilations
+from train.plan import outcome_line
+from train.resources import TrainingResources
+from train.stop_signal import StopRequest
+from train.throughput import Throughput, progress_line
+from train.training_run import TrainingRun
+
+Outcome: TypeAlias = "JsonDict | LlavaError"
+"""The summary of a run that ended, or the error it failed with."""
+EvalCallback = Callable[[int, int, JsonDict], bool]
+"""(which run, its step, its figures) after each evaluation; False ends that run there."""
+
+
+class Trainer:
+    """Trains runs that stand at the same step and see the same samples, each with a projector of its own."""
+
+    def __init__(
+        self,
+        runs: Mapping[int, TrainingRun],
+        resources: TrainingResources,
+        packing: Packing,
+        stop: StopRequest,
+        on_eval: EvalCallback | None = None,
+    ) -> None:
+        self.runs, self.active = runs, dict(runs)
+        """All runs by their numbers, and those of them that have not ended."""
+        self.resources, self.packing, self.stop, self.on_eval = resources, packing, stop, on_eval
+        self.llm, self.group = resources.llm, resources.group
+        first = next(iter(runs.values()))
+        self.config, self.schedule, self.samples = first.config, first.schedule, first.samples
+        self.step = first.step
+        self.stopping = False
+        """A rank has been asked to stop."""
+        self.outcomes: dict[int, Outcome] = {}
+        self.throughput = Throughput(self.llm.device, first.prediction.matmul_rate)
+
+    def train(self, until: int) -> dict[int, Outcome]:
+        """Train to step `until`, one pass of every run's samples through the language model per step.
+
+        Returns the outcomes of the runs that ended by then, by their numbers.
+        """
+        bar = progress(self.schedule.steps, "steps", initial=self.step)
+        with bar, contextlib.closing(self.batches(until)) as batches:
+            if self.step == 0:
+                self.evaluate()
+            for batch in self.throughput.waiting(batches):
+                if self.stopping or not self.active:
+                    break
+                losses = self.train_step(batch)
+                self.step += 1
+                self.end_diverged(losses)
+                if self.due(self.config.log_every):
+                    bar.set_postfix_str(self.log(losses))
+                if self.due(self.config.eval_every):
+                    self.evaluate()
+                if self.improved or self.stopping or self.due(self.config.save_every):
+                    self.save()
+                if self.due(self.config.eval_every):
+                    self.prune()
+                bar.update()
+        return self.finish()
+
+    def batches(self, until: int) -> Generator[Batch, None, None]:
+        """This rank's batches of the steps from here to `until`, read ahead."""
+        steps, pin = range(self.step, until), self.llm.device.type == "cuda"
+        return prefetch(self.samples, self.schedule, steps, pin, self.group)
+
+    def train_step(self, batch: Batch) -> dict[int, float]:
+        """One optimizer step of every run, on this rank's batch and those of the others.
+
+        Returns each run's mean loss in nats per answer token. Raises, on every rank, what one of them met.
+        """
+        runs, counts = list(self.active.values()), batch.counts
+        losses = [torch.zeros((), device=self.llm.device) for _ in runs]
+        with DeferredError() as deferred:
+            if batch.error is not None:
+                raise batch.error
+            self.backward(batch, losses)
+        gradients = [gradient for run in runs for gradient in run.gradients()]
+        tokens = sum(run.visual * counts.samples + counts.tokens for run in runs)
+        operations = sum(run.operations(counts) for run in runs)
+        own = (counts.samples * len(runs), tokens, operations, counts.cut, counts.dropped, bool(self.stop))
+        sums = self.group.exchange([*losses, *gradients], counts.answers, own, deferred.error)
+        samples, tokens, operations, cut, dropped, stopping = map(int, sums)
+        self.stopping = stopping > 0
+        for run in runs:
+            run.update(cut, dropped)
+        self.throughput.count(samples, tokens, operations)
+        return {number: float(loss) for number, loss in zip(self.active, losses, strict=True)}
+
+    def backward(self, batch: Batch, losses: list[torch.Tensor]) -> None:
+        """Add each run's mean loss over the batch's answer tokens to `losses`, and its gradients."""
+        runs = list(self.active.values())
+        projectors = [run.projector for run in runs]
+        for row in self.packing.rows(batch.to(self.llm.device), [run.visual for run in runs]):
+            means = [loss / batch.counts.answers for loss in packed_losses(self.llm, projectors, row)]
+            torch.stack(means).sum().backward()  # type: ignore[no-untyped-call]
+            for (k, _), mean in zip(row.packs, means, strict=True):
+                losses[k] += mean.detach()
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every `every` steps, and after the last one, is to be done now."""
+        return self.step % every == 0 or self.step == self.schedule.steps
+
+    def log(self, losses: Mapping[int, float]) -> str:
+        """Write a line of metrics for every run; returns the last one's, for the progress bar."""
+        rates, line = self.throughput.rates(), ""
+        rates |= {"compilations": compilations()} if self.resources.compiled else {}
+        for number, run in self.active.items():
+            metrics = {"loss": losses[number], "lr": run.learning_rate(self.step - 1), **rates}
+            run.writers.log(self.step, metrics)
+            line = progress_line(metrics)
+        return line
+
+    def evaluate(self) -> None:
+        """Measure every run on the held-out rows."""
+        for run in self.active.values():
+            run.evaluate(self.packing)
+        self.end_diverged({number: run.figures.get("eval_loss", 0.0) for number, run in self.active.items()})
+        self.throughput.restart()  # rates are those of training alone
+
+    @property
+    def improved(self) -> bool:
+        """Whether a run's latest evaluation was its best so far, and is not saved yet."""
+        return any(run.improved for run in self.active.values())
+
+    def save(self) -> None:
+        """Save the runs that improved; when it is time, or before a stop, all of them."""
+        every = self.stopping or self.due(self.config.save_every)
+        for run in self.active.values():
+            if every or run.improved:
+                run.save()
+        self.throughput.restart()
+
+    def prune(self) -> None:
+        """End the runs that `on_eval` has seen enough of."""
+        for number, run in list(self.active.items()):
+            if not (self.on_eval and run.figures) or self.on_eval(number, self.step, run.figures) or run.done:
+                continue
+            run.save()
+            self.end(number, run.finish({"pruned": self.step}))
+
+    def end_diverged(self, losses: Mapping[int, float]) -> None:
+        """End the runs whose loss is not finite."""
+        for number, loss in losses.items():
+            if not math.isfinite(loss):
+                self.end(number, self.active[number].diverged(loss))
+
+    def end(self, number: int, outcome: Outcome) -> None:
+        self.outcomes[number] = outcome
+        del self.active[number]
+
+    def finish(self) -> dict[int, Outcome]:
+        """End the runs that made all their steps. Raises KeyboardInterrupt, on every rank, after a stop."""
+        if self.stopping:
+            self.group.fail_all(KeyboardInterrupt())
+        for number, run in list(self.active.items()):
+            if run.done:
+                compared = run.prediction.compared(self.throughput) if len(self.runs) == 1 else {}
+                self.end(number, run.finish(compared))
+                if compared:
+                    say(outcome_line(compared))
+                if run.figures:
+                    show(table(figure_rows(run.figures)))
+        return self.outcomes

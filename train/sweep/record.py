@@ -1,0 +1,30 @@
+"""One trial of a sweep, as tables, plots and the page show it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from llava_core.types import JsonDict
+from train.sweep.space import Point
+
+State = Literal["finished", "pruned", "failed", "running", "interrupted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A trial and its outcome so far."""
+
+    number: int
+    state: State
+    point: Point
+    folder: Path
+    loss: float | None = None
+    """Held-out loss of its last evaluation, in nats per answer token."""
+    summary: JsonDict = dataclasses.field(default_factory=dict)
+    """Summary of its run, once it has ended."""
+    seconds: float = 0.0
+    """Time spent on it; of trials trained together, an equal share."""
+    error: str | None = None
+    """Why it failed."""
