@@ -1,4 +1,4 @@
-"""Trainers of a projector beside ours: a course project's, with images or cached features, and transformers'."""
+"""Trainers of a projector beside ours: a course project's, live or cached, and transformers' own."""
 
 from __future__ import annotations
 
