@@ -62,7 +62,7 @@ class Settings:
 class Row:
     name: str
     share: int
-    """One so many-th of the course's steps."""
+    """Divides the course's steps."""
     flags: dict[str, Any]
     """Of `train run`."""
     rms_ratio: float = OUTPUT_RMS_RATIO
@@ -223,7 +223,7 @@ def race(
 
 
 def rate(row: Row, config: RunConfig, step: int, steps: int) -> float:
-    """Of the step with this number, from 0, of so many."""
+    """Learning rate of step number `step` (from 0) of `steps`."""
     after = row.constant and step >= round(config.warmup * steps)
     return config.lr if after else learning_rate(config, step, steps)
 

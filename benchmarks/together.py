@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def seconds_together(folder: Path, resources: TrainingResources, runs: list[RunConfig]) -> float:
-    """Of training these runs in one pass each step, in new folders inside `folder`."""
+    """Seconds to train these runs in one pass each step, in new folders inside `folder`."""
     at = tempfile.mkdtemp(dir=folder)
     fresh = [dataclasses.replace(run, out=Path(at) / str(number)) for number, run in enumerate(runs)]
     started = time.perf_counter()

@@ -45,11 +45,11 @@ class RunConfig(Options):
     (those four side by side in one token), of 197 tokens 197, 196, 49 and 49; or package.module:Class."""
     start: Literal["scale", "torch", "captions"] = "scale"
     """The projector before the first step: random at the scale of the model's embeddings, torch's default, or
-    solved so that each visual token says what captions say beside such features."""
+    solved so that each visual token is near the mean embedding of such features' captions."""
     init: Path | None = None
     """Checkpoint, such as RUN/best or one of `llava import`, whose projector training starts from instead."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """What takes the steps; muon's --lr is the length of a step as a share of the weights', such as 0.05."""
+    """Optimizer; muon's --lr is the length of a step as a share of the weights', such as 0.05."""
     lr: float = 2e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -65,7 +65,7 @@ class RunConfig(Options):
     max_steps: int | None = None
     """Stop after this many steps; the learning rate ends there too."""
     max_samples: int = 100_000
-    """Use the first so many usable rows, in the order of shards and rows."""
+    """Use only the first N usable rows, in the order of shards and rows."""
     max_text_tokens: int = 128
     """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
     micro_tokens: int = 16_384
@@ -74,17 +74,17 @@ class RunConfig(Options):
     """Seed of initialisation, order and instructions."""
 
     eval_every: int = 500
-    """Evaluate on the held-out shards every so many steps, and before the first and after the last."""
+    """Evaluate on the held-out shards every N steps, and before the first and after the last."""
     eval_samples: int = 512
-    """Use the first so many held-out rows for that."""
+    """Use only the first N held-out rows for that."""
     eval_captions: int = 4
-    """Show what the model says of the first so many of them at each evaluation; 0 for none."""
+    """Show what the model generates for the first N of them at each evaluation; 0 for none."""
     save_every: int = 500
-    """Write a checkpoint every so many steps, and at the end."""
+    """Write a checkpoint every N steps, and at the end."""
     keep: int = 2
     """Checkpoints to keep; those that `last` and `best` point to always stay."""
     log_every: int = 10
-    """Write a line of metrics every so many steps."""
+    """Write a line of metrics every N steps."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also report metrics there; wandb stays offline unless a key is set."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -145,14 +145,14 @@ class SweepConfig(RunConfig):
     out: Path
     """Folder of the sweep: trials/, results.csv, index.html, `best`."""
     trials: int | None = None
-    """Draw so many points: of lists at random, with a range where the trials so far look best (TPE). Each is
+    """Draw N points: of lists at random, with a range where the trials so far look best (TPE). Each is
     tried with every seed."""
     prune: Literal["auto", "median", "none"] = "auto"
     """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
     once there are five; auto does so with ranges alone."""
     together: int = 1
-    """Train so many trials in one pass through the language model, where they differ in nothing but the
-    projector and its optimizer."""
+    """Train up to N trials in one pass through the language model, where they differ in nothing but the
+    projector and its optimizer; no faster where one trial alone keeps the machine busy."""
     ray: str | None = None
     """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
     ray_workers: int | None = None
@@ -184,7 +184,7 @@ class EvalConfig(Options):
     llm: Path
     """Folder of the language model the projector was trained for."""
     max_samples: int = 100_000
-    """Use the first so many usable rows."""
+    """Use only the first N usable rows."""
     max_text_tokens: int = RunConfig.max_text_tokens
     """Budget of each answer in tokens."""
     batch_size: int = RunConfig.batch_size

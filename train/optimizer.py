@@ -1,4 +1,4 @@
-"""How weights are changed: AdamW or Muon, and the rate of each step."""
+"""Optimizers, AdamW and Muon, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava_core.projector.projector import Projector
 from train.config import RunConfig
 
 MOMENTUM = 0.6
-"""Of Muon; the usual 0.95 looks back further than a short run is long."""
+"""Momentum of Muon; the usual 0.95 averages over more steps than a short run has."""
 
 
 def build_optimizer(config: RunConfig, projector: Projector) -> torch.optim.Optimizer:
@@ -22,7 +22,7 @@ def build_optimizer(config: RunConfig, projector: Projector) -> torch.optim.Opti
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Rate of the step with this number, from 0, of so many: linear warm-up, then to 0 as --decay says."""
+    """Learning rate of step number `step` (from 0) of `steps`: linear warm-up, then to 0 by --decay."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -31,7 +31,7 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all made alike (Keller Jordan, kellerjordan.github.io/posts/muon).
+    """Momentum with all singular values made about 1 (Keller Jordan, kellerjordan.github.io/posts/muon).
 
     `lr` is the length of a step as a share of the parameter's norm before the first one (of 1, if that was
     0): the same rate fits language models with large and with small embeddings. A vector counts as a

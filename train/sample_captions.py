@@ -1,4 +1,4 @@
-"""What the model says of a few fixed held-out pictures, to be read beside the loss."""
+"""Captions that the model generates for the first held-out pictures, to judge a run beside its loss."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SHOWN = 200
 
 
 def beside_its_caption(line: JsonDict) -> tuple[str, str]:
-    """What was said of a row, and the row's own caption to stand below it: two lines of the log."""
-    said = f"  {line['row']} says: {_shown(line['generated'], line['cut'])}"
-    return said, f"  {' ' * len(line['row'])} true: {_shown(line['written'])}"
+    """Two lines of the log: the generated caption of a row, and below it the row's own."""
+    generated = f"  {line['row']} says: {_shown(line['generated'], line['cut'])}"
+    return generated, f"  {' ' * len(line['row'])} true: {_shown(line['written'])}"
 
 
 def _shown(text: str, cut: bool = False) -> str:
-    """On one line, with "…" where more would follow."""
+    """The text on one line, with "…" where more would follow."""
     text = " ".join(text.split())
     return text[:SHOWN] + ("…" if cut or len(text) > SHOWN else "")
 
@@ -35,8 +35,8 @@ def _shown(text: str, cut: bool = False) -> str:
 def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, count: int) -> list[JsonDict]:
     """The first `count` samples as {"row", "question", "written", "generated", "cut"}, in their order.
 
-    `written` is the row's own answer to its first question; `cut` says that GREEDY.max_tokens ended what is
-    generated. Prompts of one length are read together.
+    `written` is the row's own answer to its first question; `cut` tells whether GREEDY.max_tokens ended the
+    generated one. Prompts of one length form a batch.
     """
     lines: list[JsonDict] = []
     for s, row in samples.rows[:count]:
@@ -51,12 +51,12 @@ def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, c
             indices = list(group)
             visual = projector(samples.features(indices).float().to(llm.device)).to(llm.dtype)
             text = llm.embed(torch.tensor([prompts[i] for i in indices], device=llm.device))
-            said: list[list[int]] = [[] for _ in indices]
+            answers: list[list[int]] = [[] for _ in indices]
             for step in generate(llm, torch.cat([visual, text], dim=1), GREEDY):
-                for tokens, token in zip(said, step, strict=True):
+                for tokens, token in zip(answers, step, strict=True):
                     if token is not None:
                         tokens.append(token)
-            for index, tokens in zip(indices, said, strict=True):
+            for index, tokens in zip(indices, answers, strict=True):
                 lines[index]["generated"] = conversation.text(tokens).strip()
                 lines[index]["cut"] = len(tokens) == GREEDY.max_tokens
     return lines

@@ -65,7 +65,7 @@ class TrainingRun:
         self.optimizer = build_optimizer(config, self.projector)
         self.step = self.saved_step = 0
         self.figures: JsonDict = {}
-        """Of the last evaluation."""
+        """Held-out figures of the last evaluation."""
         self.best = math.inf
         """Lowest held-out loss since the first step."""
         self.improved = False

@@ -24,7 +24,7 @@ KINDS = {
     "copies": r"memcpy|memset",
     "optimizer": r"adam|multi_tensor|foreach",
 }
-"""Of kernels, by their names; the others are elementwise."""
+"""Kinds of kernels, by their names; the others are elementwise."""
 
 
 PREDICTED = {"GEMM": "18.5", "attention": "2.5", "elementwise": "50 eager, 7.4 compiled", "optimizer": "0.7"}
@@ -144,7 +144,7 @@ def _kernels(call: Callable[[], None], taken: list[float]) -> Iterator[Row]:
 
 
 def tokens(bench: Bench, clock: Clock) -> Iterator[Row]:
-    """Share of the matmul rate that a pass of so many tokens reaches, beside a product of as many rows."""
+    """Share of the matmul rate by tokens in a pass, beside a matrix product of as many rows."""
     resources = bench.resources("auto")
     llm = resources.llm
     projector = build_projector("linear", bench.tower.width, llm.hidden).to(bench.device)

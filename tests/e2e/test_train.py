@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,23 @@ def test_captions_of_one_picture_are_not_paired(
     out, err = capsys.readouterr()
     assert f"{once['loss']:.4f} ({once['loss_low']:.4f} to {once['loss_high']:.4f})" in out
     assert "grounding gap not defined: all held-out rows show one picture" in err
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_runs_follow_each_other_in_one_process(
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook: other settings each time, compiled too, and in a thread, which handles no signal."""
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    short: dict[str, Any] = {"compile": "on", "max_steps": 1, "eval_features": None}
+    train_run(config(world, tmp_path / "other", batch_size=2, projector="mlp", **short))
+    train_run(config(world, tmp_path / "on", **short))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train_run, config(world, tmp_path / "thread")).result()
+    assert curve(tmp_path / "thread") == curve(whole)
+    assert curve(tmp_path / "on") == pytest.approx({1: curve(whole)[1]}, rel=1e-4)
+    assert handlers == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
 def test_a_finished_run_is_left_alone(world: Path, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,9 +31,9 @@ class Pack:
     visual: torch.Tensor
     """[samples * V] indices of the visual tokens, as many as the projector makes of T."""
     predicting: torch.Tensor
-    """[A] indices of the tokens whose next token is to be learnt."""
+    """[A] indices of the tokens whose next token is a target."""
     targets: torch.Tensor
-    """[A] those next tokens."""
+    """[A] target tokens."""
     lengths: list[int]
     """Tokens of each sample; they sum to N."""
 
@@ -51,7 +51,7 @@ class Row:
     """What goes through the language model in one pass: packs end to end, and padding after them."""
 
     packs: list[tuple[int, Pack]]
-    """(which projector, its pack)."""
+    """(index of a projector, its pack)."""
     padding: int
     """Tokens after the packs: a sample of their own, which no other sees."""
     positions: torch.Tensor
@@ -69,11 +69,11 @@ class Packing:
     micro_tokens: int
     """Most tokens in one pass, padding left out."""
     unit: int = 1
-    """Rows are padded to a multiple of so many tokens: few shapes, so that a compiled model needs to be
-    compiled few times. 1 pads nothing."""
+    """Row lengths in tokens are padded to multiples of this, so that a compiled model is compiled for few
+    shapes; 1 pads nothing."""
 
     def rows(self, batch: Batch, visual: Sequence[int]) -> Iterator[Row]:
-        """A batch as several projectors see it: projector k makes `visual[k]` tokens of each sample.
+        """Rows of a batch as several projectors see it: projector k makes `visual[k]` tokens of each sample.
 
         Rows are on the device of the features. Raises LlavaError if one sample alone is longer than a row.
         """
@@ -106,7 +106,7 @@ class Packing:
 
 
 def cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of as many consecutive items as `most` tokens hold, and so on to the last."""
+    """(start, end) of groups of consecutive items, each as long as at most `most` tokens allow."""
     start = tokens = 0
     for end, length in enumerate(lengths):
         if length > most:
@@ -121,7 +121,7 @@ def cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
 
 
 def pack(features: torch.Tensor, visual: int, examples: Sequence[Example]) -> Pack:
-    """Lay samples end to end: features [samples, T, D] that become `visual` tokens, and the words of each."""
+    """Lay samples end to end: features [samples, T, D] that become `visual` tokens, and the text of each."""
     lengths = [visual + len(example.ids) for example in examples]
     ids, labels = [], []
     for example in examples:

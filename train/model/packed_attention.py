@@ -208,7 +208,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("per-sample", lambda: one_by_one, loops=True),
     ),
 }
-"""Of each kind of device, the fastest first; `prepare` takes the first that is there and right.
+"""Kernels for each kind of device, the fastest first; `prepare` takes the first that is there and right.
 
 They are loaded once, before a model is compiled: what is compiled can import nothing.
 """

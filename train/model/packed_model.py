@@ -24,20 +24,20 @@ from train.model.packed_attention import KERNELS, Kernel
 LENGTHS = [24, 17, 9]
 """Tokens of the samples by which a kernel is checked."""
 FACTOR = 2.0
-"""A kernel may be so many times as far from fp32 as the model's own attention is in the model's type. Right
-ones reach 1.1 (logits) and 1.2 (gradients); a scale wrong by a tenth 1.7 and 2.9 (benchmarks/RESULTS.md)."""
+"""Most distance of a kernel from fp32, relative to that of the model's own attention in its type. Right ones
+reach 1.1 (logits) and 1.2 (gradients); a scale wrong by a tenth 1.7 and 2.9 (benchmarks/RESULTS.md)."""
 FLOOR = {"logits": 1e-4, "gradients": 1e-3}
 """Relative distances that are always near enough: the rounding of fp32."""
 BLURRED = 0.25
 """A type that is further from fp32 than this hides a wrong kernel."""
 MOST_SHAPES = 1024
-"""Of rows, that a model may be compiled for: more than there are, since torch ends the run at its limit."""
+"""Row lengths that a model may be compiled for: more than occur, since torch ends the run at its limit."""
 
 Outputs = dict[str, torch.Tensor]
 """`logits` [N, vocabulary] of the checked samples and the `gradients` [N, hidden] that they send to the
 embeddings, fp32."""
 Distances = dict[str, float]
-"""By the same names: distance to the fp32 model's outputs, relative to those."""
+"""Relative distances to the fp32 model's outputs, by the same names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def prepare(llm: LanguageModel, compiled: Compile = "off") -> Prepared:
 
 
 def compile_blocks(llm: LanguageModel) -> str:
-    """Compile each block on its own: they share their code, so all cost what one costs. Why not, or ""."""
+    """Compile each block, which share what is compiled for one; returns why that cannot be done, or ""."""
     blocks = getattr(llm.model.base_model, "layers", None)
     if blocks is None:
         return "no list of blocks in it"
@@ -134,13 +134,13 @@ def compile_blocks(llm: LanguageModel) -> str:
 
 
 def compilations() -> int:
-    """How often torch has compiled anything in this process."""
+    """Number of graphs that torch has compiled in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @contextmanager
 def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]:
-    """The model as transformers made it, for a while: generating needs a cache, unknown to packs.
+    """The model with its own attention and not compiled, for the block: generating needs a cache.
 
     `kind` is "sdpa", where the model has it, or "eager".
     """
@@ -156,7 +156,7 @@ def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]
 
 
 def _as_written(llm: LanguageModel) -> dict[Any, Any]:
-    """Undo `compile_blocks`; returns what each block ran instead."""
+    """Undo `compile_blocks`; returns the compiled function of each block."""
     blocks = getattr(llm.model.base_model, "layers", ())
     return {block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)}
 
@@ -179,7 +179,7 @@ def _references(llm: LanguageModel) -> tuple[Outputs, Distances]:
 
 
 def _reference_logits(llm: LanguageModel, dtype: torch.dtype) -> Outputs:
-    """Of each sample of LENGTHS by itself, its embeddings in `dtype`."""
+    """Logits and gradients of each sample of LENGTHS by itself, its embeddings in `dtype`."""
     logits, gradients = [], []
     for ids in _samples(llm):
         embedded = llm.embed(ids)[None].to(dtype).requires_grad_()
@@ -189,7 +189,7 @@ def _reference_logits(llm: LanguageModel, dtype: torch.dtype) -> Outputs:
 
 
 def _packed(llm: LanguageModel) -> Outputs:
-    """Of the same samples in one row."""
+    """Logits and gradients of the same samples in one row."""
     ids = _samples(llm)
     words = [Example(part.tolist(), [IGNORE] * len(part), cut=False) for part in ids]
     row = Packing(sum(LENGTHS)).row([(0, pack(torch.zeros(len(ids), 0, 1, device=llm.device), 0, words))])
@@ -199,7 +199,7 @@ def _packed(llm: LanguageModel) -> Outputs:
 
 
 def _distances(llm: LanguageModel, kernel: Kernel, exact: Outputs) -> Distances | str:
-    """Of packed samples to `exact`, or why the kernel cannot take them."""
+    """Distances of packed samples to `exact`, or why the kernel cannot take them."""
     try:
         return _relative(_packed(llm), exact)
     except (AttributeError, ImportError, LlavaError, RuntimeError, TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def _shown(distances: Distances) -> str:
 
 
 def _samples(llm: LanguageModel) -> list[torch.Tensor]:
-    """Ids of words: special tokens may have embeddings that nobody trained, and no type is exact there."""
+    """Token ids of words: embeddings of special tokens may be untrained, where no type is exact."""
     words: list[int] = llm.tokenizer("".join(INSTRUCTIONS), add_special_tokens=False)["input_ids"]
     ids = torch.tensor((words * sum(LENGTHS))[: sum(LENGTHS)], device=llm.device)
     return list(torch.split(ids, LENGTHS))

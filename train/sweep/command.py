@@ -74,14 +74,14 @@ def run(config: SweepConfig) -> JsonDict:
 
 
 def _absolute(path: Path) -> Path:
-    """One name for one folder, wherever the command is typed; links stay, for they may differ elsewhere."""
+    """The same path from every working directory; links stay, since they may differ on other machines."""
     absolute = path.absolute()
     folded = Path(os.path.normpath(absolute))
     return folded if folded.resolve() == absolute.resolve() else absolute
 
 
 def plan(config: SweepConfig, space: Space) -> JsonDict:
-    """Print and return how many trials there are, and how long they take one after the other."""
+    """Print and return the number of trials, and their time one after the other."""
     trials, resources = space.size(config.trials), TrainingResources(config, weights=False)
     kinds: dict[Hashable, float] = {}
     seconds = []

@@ -1,4 +1,4 @@
-"""The page of a sweep, index.html: one file that asks nothing of any other."""
+"""The page of a sweep, index.html: one self-contained file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.sweep.space import Space, shown, words
 def write_page(
     config: SweepConfig, space: Space, rows: Sequence[Row], plots: Sequence[Plot], command: str | None
 ) -> None:
-    """Write OUT/index.html; `command` makes the best run again."""
+    """Write OUT/index.html; `command` repeats the best run."""
     records = [record for row in rows for record in row.records]
     best = best_of(rows)
     parts = {

@@ -78,17 +78,17 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
     losses = [record.loss for row in rows for record in row.records if record.loss is not None]
     top = top_of(losses)
     connected = named == others and len(known) > len(lines)  # by learning rates tried with the same others
-    for k, (name, members) in enumerate(sorted(lines.items())):
+    for k, (name, same) in enumerate(sorted(lines.items())):
         colour = matplotlib.colormaps["tab10"](k)
-        members = sorted(members, key=_lr)
+        same = sorted(same, key=_lr)
         if connected:
-            means = [(_lr(row), row.loss) for row in members if row.state == "finished"]
+            means = [(_lr(row), row.loss) for row in same if row.state == "finished"]
             if means:
                 axes.plot(*zip(*means, strict=True), color=colour, linewidth=1.4, zorder=1)
         for kind, marker in (("finished", "o"), ("pruned", "x")):
             dots = [
                 (_lr(row), min(record.loss, top), record.loss > top)
-                for row in members
+                for row in same
                 for record in row.records
                 if record.state == kind and record.loss is not None
             ]

@@ -1,4 +1,4 @@
-"""What came of a sweep: its table, results.csv and .jsonl, best.yaml, and the checkpoint `best`."""
+"""The results of a sweep: its table, results.csv and .jsonl, best.yaml, and the checkpoint `best`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from train.sweep.space import Point, shown
 
 ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
 SHOWN = 30
-"""Rows of the table in the terminal."""
+"""Most rows of the table in the terminal."""
 NOT_KEPT = {"out", "json", "resume", "dry_run"}
 """Flags that best.yaml leaves to the command line."""
 
@@ -36,7 +36,7 @@ class Row:
     """Trials that differ by their seed alone."""
 
     point: Point
-    """Without the seed."""
+    """Values by key, without the seed."""
     records: list[Record]
     above: JsonDict = dataclasses.field(default_factory=dict)
     """`above_best`, its loss minus the best row's, with its interval. Empty for the best row, and for one
@@ -53,17 +53,17 @@ class Row:
 
     @property
     def state(self) -> State:
-        """The furthest that one of them came."""
+        """State of the trial that came furthest."""
         return min((record.state for record in self.records), key=ORDER.index)
 
     @property
     def loss(self) -> float | None:
-        """Mean of those that finished, or else of those that came as far as any."""
+        """Mean loss of the trials in the row's state."""
         return self._mean(lambda record: record.loss)
 
     @property
     def gap(self) -> float | None:
-        """Mean grounding gap, of the same."""
+        """Mean grounding gap of the same trials."""
         return self._mean(lambda record: record.summary.get("eval_grounding_gap"))
 
     @property
@@ -77,7 +77,7 @@ class Row:
         return sum(record.seconds for record in self.records)
 
     def cells(self) -> list[str]:
-        """The columns beside the point's values: `COLUMNS`."""
+        """Cells of the row under `COLUMNS`."""
         some = [f"{len(self.finished)} of {len(self.records)}", human_seconds(self.seconds)]
         loss = [] if self.loss is None else [decimal(self.loss)]
         state = [] if self.state == "finished" else [self.state]
@@ -141,7 +141,7 @@ def _difference(sums: np.ndarray, seeds: int) -> JsonDict:
 
 
 def _held_out(folder: Path) -> tuple[str, np.ndarray] | None:
-    """Which rows a trial was measured on, and nats and tokens [pictures, 2]; None if it kept none."""
+    """Identity of a trial's held-out rows, and nats and tokens [pictures, 2]; None if it kept none."""
     try:
         with np.load(folder / "held_out.npz") as file:
             return str(file["rows"]), np.stack([file["loss"], file["tokens"]], 1).astype(float)
@@ -150,7 +150,7 @@ def _held_out(folder: Path) -> tuple[str, np.ndarray] | None:
 
 
 def best_of(rows: Sequence[Row]) -> Record | None:
-    """Of the best row, the trial with the lowest loss; None if none has finished."""
+    """The trial with the lowest loss of the best row; None if none has finished."""
     finished = rows[0].finished if rows else []
     return min(finished, key=lambda record: record.loss or 0.0) if finished else None
 
@@ -167,7 +167,7 @@ def how_sure(rows: Sequence[Row]) -> str:
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """For the terminal."""
+    """The table for the terminal."""
     if not rows:
         return ""
     lines = [[*map(shown, row.point.values()), *row.cells()] for row in rows[:SHOWN]]
@@ -176,7 +176,7 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def write_results(folder: Path, records: Sequence[Record], keys: Sequence[str]) -> None:
-    """results.csv and results.jsonl, a line for each trial, in the table's order."""
+    """Write results.csv and results.jsonl, a line for each trial, in the table's order."""
     rows = rows_of(records)
     lines = [_line(record, row.above) for row in rows for record in sorted(row.records, key=_rank_of)]
     text = io.StringIO()
@@ -191,7 +191,7 @@ def write_results(folder: Path, records: Sequence[Record], keys: Sequence[str]) 
 
 
 def write_best(folder: Path, best: Record, run: RunConfig) -> str:
-    """best.yaml and the link `best`, if its checkpoint is there; returns the command that makes it again."""
+    """Write best.yaml, and the link `best` if its checkpoint is there; returns the command for it."""
     flags = {field.name: getattr(run, field.name) for field in dataclasses.fields(RunConfig)}
     kept = {
         key: plain(value) for key, value in flags.items() if key not in NOT_KEPT and value not in ((), None)
@@ -211,7 +211,7 @@ def decimal(value: float | None) -> str:
 
 
 def _rank(row: Row) -> tuple[int, bool, float]:
-    """A mean over the seeds that were not pruned flatters: points whose trials all finished come first."""
+    """Sort key. A mean without pruned seeds flatters: points whose trials all finished come first."""
     partly = len(row.finished) < len(row.records)
     return ORDER.index(row.state), partly, row.loss if row.loss is not None else 0.0
 

@@ -27,9 +27,9 @@ COMMON = {
 }
 """Keys that all trials have in common: they read the same data, and are measured alike."""
 MOST_SHUFFLED = 100_000
-"""Points of a grid, beyond which --trials draws from the first so many."""
+"""Of a larger grid, --trials draws from this many points, the first ones."""
 MOST_TRIALS = 100_000
-"""More are a slip: no sweep ends so late."""
+"""More trials are a slip: no sweep of that size ends."""
 
 
 class Suggests(Protocol):
@@ -71,7 +71,7 @@ class Range:
 
     @property
     def middle(self) -> Value:
-        """By ratio for a logarithmic range."""
+        """Middle of the range, by ratio if it is logarithmic."""
         value = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
         return round(value) if isinstance(self.low, int) else value
 
@@ -82,12 +82,12 @@ class Range:
 
     @property
     def count(self) -> int | None:
-        """Whole numbers in it; None if it is not of these alone."""
+        """Number of whole numbers in it; None if it has fractions."""
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         return int(self.high) - int(self.low) + 1 if whole else None
 
     def pick(self, draws: random.Random) -> Value:
-        """Each alike, of whole numbers."""
+        """A whole number, uniformly."""
         return draws.randint(int(self.low), int(self.high))
 
     def plain(self) -> str:
@@ -99,13 +99,13 @@ class Space:
     """The keys that are varied, each with its values; every point is tried with every seed."""
 
     axes: Mapping[str, Choices | Range]
-    """Without the seed."""
+    """Values by key, without the seed."""
     seeds: tuple[int, ...]
-    """Empty if the seed is not varied."""
+    """Seeds; empty if the seed is not varied."""
 
     @staticmethod
     def of(entries: Sequence[str], base: RunConfig) -> Space:
-        """From the words after --space. Raises LlavaError (wrong usage) for keys or values that cannot be."""
+        """The space given after --space. Raises LlavaError (wrong usage) for impossible keys or values."""
         axes = {key: _axis(key, words, base) for key, words in _entries(entries).items()}
         if not axes:
             raise LlavaError("--space", expected="key=value,value or one YAML file", got="none", exit_code=2)
@@ -121,25 +121,25 @@ class Space:
 
     @property
     def is_grid(self) -> bool:
-        """Whether it has an end: lists alone."""
+        """Whether it is finite: made of lists alone."""
         return not any(isinstance(axis, Range) for axis in self.axes.values())
 
     @property
     def count(self) -> int | None:
-        """Points in it, whatever their seeds; None if a range of fractions is among them."""
+        """Number of points, seeds left out; None if there is a range of fractions."""
         sizes = [axis.count for axis in self.axes.values()]
         return None if None in sizes else math.prod(size or 0 for size in sizes)
 
     def size(self, points: int | None) -> int:
-        """Trials of a sweep of so many points, or of as many as there are."""
+        """Number of trials of `points` points, or of all that there are."""
         if self.count is not None:
             points = min(points or self.count, self.count)
         assert points is not None
         return points * max(1, len(self.seeds))
 
     def grid(self, points: int | None = None) -> Iterator[Point]:
-        """Every point of lists, the first key changing slowest, or so many in a random order that is always
-        the same; seeds last of all, so that each point is tried once before any is tried again."""
+        """Every point of lists, the first key changing slowest, or `points` of them in a fixed random order;
+        seeds change last of all, so that each point is tried once before any is tried again."""
         chosen = _product(self.axes)
         if points is not None:
             drawn = list(itertools.islice(chosen, MOST_SHUFFLED))
@@ -148,7 +148,7 @@ class Space:
         return self.seeded(list(chosen))
 
     def seeded(self, points: Sequence[Point]) -> Iterator[Point]:
-        """Each with every seed."""
+        """Each of the points with every seed."""
         for seed in self.seeds:
             for point in points:
                 yield {**point, "seed": seed}
@@ -164,12 +164,12 @@ class Space:
         return _product(axes)
 
     def suggest(self, trial: Suggests) -> Point:
-        """The trial's values, those that it lacks drawn."""
+        """The trial's values; missing ones are drawn."""
         point = {key: axis.suggest(trial, key) for key, axis in self.axes.items()}
         return point | ({"seed": Choices(self.seeds).suggest(trial, "seed")} if self.seeds else {})
 
     def plain(self) -> dict[str, Any]:
-        """For YAML."""
+        """The space as YAML has it."""
         lists: dict[str, Any] = {key: axis.plain() for key, axis in self.axes.items()}
         return lists | ({"seed": list(self.seeds)} if self.seeds else {})
 
@@ -196,7 +196,7 @@ def _product(axes: Mapping[str, Choices | Range]) -> Iterator[Point]:
 
 
 def _entries(entries: Sequence[str]) -> dict[str, list[str]]:
-    """Key -> its words, from the command line or from one YAML file."""
+    """Key -> its values as text, from the command line or from one YAML file."""
     if len(entries) == 1 and "=" not in entries[0]:
         return {key: _listed(values) for key, values in read_settings(Path(entries[0])).items()}
     split: dict[str, list[str]] = {}
@@ -211,7 +211,7 @@ def _entries(entries: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _listed(values: object) -> list[str]:
-    """Of YAML: a list, words as on the command line, or nothing."""
+    """Words of a YAML value: a list, text as on the command line, or nothing."""
     if values is None:
         return []
     return [str(value) for value in (values if isinstance(values, list) else str(values).split(","))]

@@ -1,7 +1,7 @@
-"""The folder of a sweep, as every process that works on it reads and writes it.
+"""The folder of a sweep, shared by all processes that work on it.
 
 sweep.yaml        what is varied, and the flags that all trials share
-study.journal     the trials: their values, held-out losses, and how they ended (Optuna's format)
+study.journal     trials: values, held-out losses and outcomes (Optuna's format)
 trials/0003/      one run each (train.run_folder)
 """
 
@@ -27,11 +27,11 @@ from train.run_folder import DEFAULTS, moved_of
 
 
 class FileLock(JournalFileOpenLock):
-    """Waits until no other process holds the file's lock; Optuna's own outlives a process that is killed."""
+    """A lock file that waits for its holder; unlike Optuna's own it ends with a process that is killed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        self.path = path
+        self.path, self.descriptor = path, -1
 
     def acquire(self) -> bool:
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -49,7 +49,7 @@ class FileLock(JournalFileOpenLock):
 
 
 class Journal(JournalFileBackend):
-    """Optuna's, which waits for the disk, on a file system that cannot do that, too."""
+    """Optuna's journal file, on file systems that cannot flush, too."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         with tolerated(Path(self._file_path), without_flush):  # what is written by then
@@ -57,7 +57,7 @@ class Journal(JournalFileBackend):
 
 
 def open_journal(folder: Path) -> optuna.Study:
-    """Call it while holding `study.lock`."""
+    """The study in a sweep's folder, new or as it was left; the caller holds `study.lock`."""
     journal = folder / "study.journal"
     with FileLock(folder / "journal.lock"):
         _cut_torn_line(journal)
@@ -71,10 +71,9 @@ def open_journal(folder: Path) -> optuna.Study:
 
 
 def require_same(folder: Path, contents: JsonDict) -> bool:
-    """Keep what is varied and what all trials share, or raise LlavaError if the folder's sweep has others.
+    """Record space and common flags; raises LlavaError if the folder's sweep has others.
 
-    Returns whether folders are named otherwise than when the sweep began, so that what lies in them is to be
-    compared.
+    Returns whether folders have other names than when it began, so that their contents must be compared.
     """
     path = folder / "sweep.yaml"
     if not path.exists():
@@ -106,7 +105,7 @@ def require_same(folder: Path, contents: JsonDict) -> bool:
 
 
 def _cut_torn_line(journal: Path) -> None:
-    """Drop the end of a line that a machine which lost its power left unfinished."""
+    """Drop an unfinished last line, as a loss of power leaves it."""
     with contextlib.suppress(FileNotFoundError), journal.open("rb+") as file:
         text = file.read()
         if not text.endswith(b"\n"):
@@ -115,7 +114,7 @@ def _cut_torn_line(journal: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna warns of what is meant here, such as a report that is repeated after a resume."""
+    """Without Optuna's warnings of what is meant here, such as a report repeated after a resume."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -214,7 +214,7 @@ def test_a_sample_over_the_budget_is_named(llm: LanguageModel) -> None:
 
 
 def peak_of_head_loss(answers: int) -> int:
-    """Bytes resident at most in a process that takes the loss and gradient of so many answer tokens."""
+    """Bytes resident at most in a process that takes the loss and gradient of N answer tokens."""
     script = f"""
 import resource, torch
 from train.model.loss import head_loss
