@@ -102,8 +102,8 @@ class ChatConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchConfig(Sampling, Aligned):
-    """Answer a JSONL file of questions about images, or caption feature shards; it continues by itself."""
+class QuestionFile(Aligned):
+    """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, `prompt` may be
@@ -113,17 +113,16 @@ class BatchConfig(Sampling, Aligned):
     vision: Path | None = None
     """Folder of the vision encoder it was trained for; --features does without."""
     output: Path
-    """File of the same lines with `checkpoint`, `sampling` and `answer`, or `error` where there is none; a
-    row of a shard gives `shard`, `row`, `id` and its own `caption`."""
+    """File of the same lines with what was found, or `error` where nothing was; a row of a shard gives
+    `shard`, `row`, `id` and its own `caption`."""
     prompt: str = QUESTION
     """The question of lines that have none."""
     batch_size: int = 16
-    """Questions answered together."""
+    """Questions whose images are read together."""
     allow_private: bool = False
     """Let image addresses in the file lead to this machine or a private network."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.require_above_zero("batch_size")
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
@@ -139,6 +138,44 @@ class BatchConfig(Sampling, Aligned):
             require_file("--input", self.input)
         if self.vision is not None:
             require_vision_encoder(self.vision)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig(QuestionFile, Sampling):
+    """Answer a JSONL file of questions about images, or caption feature shards; it continues by itself."""
+
+    output: Path
+    """File of the same lines with `checkpoint`, `sampling` and `answer`, or `error` where there is none; a
+    row of a shard gives `shard`, `row`, `id` and its own `caption`."""
+    batch_size: int = 16
+    """Questions answered together."""
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankConfig(QuestionFile):
+    """Rank texts for each image by the model's loss: multiple choice, or captions of other images.
+
+    Lines of --input have "texts": [TEXT, ...], and "answer", the right one or its number from 0, if it is
+    known. With --features the texts are the row's caption and captions of other images.
+    """
+
+    output: Path
+    """File of the same lines with `ranking` (numbers of texts, best first), `losses`, `choice`, `correct`."""
+    choices: int = 8
+    """Texts for each row of --features, its own caption among them."""
+    by: Literal["mean", "sum"] = "mean"
+    """Compare the mean loss per token, or the probability of the whole text, which favours short ones."""
+    seed: int = 0
+    """Seed by which captions of other images are drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.choices < 2:
+            raise LlavaError("--choices", expected="2 or more", got=self.choices, exit_code=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ import yaml
 
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text, require_folder, sha256_files
+from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import (
-    Checkpoint,
     Provenance,
     load_checkpoint,
     load_state,
@@ -60,14 +60,6 @@ def weights_sha256(checkpoint: Path | None) -> str | None:
     """sha256 of a checkpoint's projector; None without one, or if it is gone."""
     path = (checkpoint or Path()) / "model.safetensors"
     return sha256_files([path]) if checkpoint and path.is_file() else None
-
-
-def load_aligned(folder: Path, provenance: Provenance) -> Checkpoint:
-    """A checkpoint. Raises LlavaError unless it belongs to this encoder and this language model."""
-    checkpoint = load_checkpoint(folder)
-    checkpoint.provenance.require_encoder(provenance.encoder)
-    checkpoint.provenance.require_language_model(provenance.language_model)
-    return checkpoint
 
 
 def _flag(key: str) -> str:

@@ -23,9 +23,9 @@ from llava_align.config import ExportConfig
 from llava_core.cli.console import human_bytes, say, show
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing, sha256_files
-from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
+from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.model_card import model_card
 from llava_core.projector.projector import parameter_count
@@ -65,8 +65,7 @@ def run(config: ExportConfig) -> JsonDict:
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.provenance
     tower = open_trained_tower(config.vision, trained)
-    llm = load_language_model(config.llm)
-    trained.require_language_model(llm.identity)
+    llm = load_its_language_model(trained, config.llm)
 
     weights = all_weights(tower, checkpoint, llm, getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in weights.values())

@@ -44,7 +44,8 @@ def page(name: str) -> str:
 
 
 def fenced(text: str, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for found, block in blocks if re.fullmatch(kind, found)]
 
 
 @functools.cache
