@@ -71,7 +71,7 @@ _CLAUSE = re.compile(f"{_any(PLACES)}[^，。]*?{_any(SIZES)}的?{_any(COLOURS)}
 
 
 Parse = Callable[[str], list[Thing]]
-"""How a language's captions are read: `parse`, or that of llava_align.demo.world.english."""
+"""How a language's captions are read: `parse`, or that of benchmarks.english_world."""
 
 
 def score(scene: Scene, text: str, parse: Parse = parse) -> dict[str, tuple[int, int]]:
