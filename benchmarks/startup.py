@@ -1,7 +1,7 @@
 """CPU time of every command's start, beside another checkout: python -m benchmarks.startup --before FOLDER
 
-Two measures, user and system time in seconds, medians of `--repeat` runs that alternate between the checkouts:
-`--help`, and the import of what the command runs. With bytecode caches, as installed packages have them.
+User and system time in seconds, medians of `--repeat` runs that alternate between the checkouts: `--help`,
+and the import of what the command runs. With bytecode caches, as installed packages have them.
 """
 
 from __future__ import annotations
