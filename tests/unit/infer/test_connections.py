@@ -149,13 +149,13 @@ def test_two_servers_that_start_together_do_not_both_get_the_port() -> None:
 def test_a_decoder_that_never_ends_does_not_keep_the_process() -> None:
     script = """
 import asyncio, threading, types
-from infer.serve.image_cache import Pictures
+from infer.serve.image_cache import VisualTokenCache
 
 async def main():
     begun = threading.Event()
     decode = lambda image: (begun.set(), threading.Event().wait())
-    pictures = Pictures(types.SimpleNamespace(aligned=types.SimpleNamespace(decode=decode)))
-    waiting = asyncio.create_task(pictures.get(b"image"))
+    cache = VisualTokenCache(types.SimpleNamespace(aligned=types.SimpleNamespace(decode=decode)))
+    waiting = asyncio.create_task(cache.get(b"image"))
     await asyncio.to_thread(begun.wait)
     waiting.cancel()
 
