@@ -12,7 +12,7 @@ from infer.batch.jsonl import read_lines
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
-from llava_core.vision.image_files import not_an_image, read_images, strangers
+from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
 from llava_core.vision.preprocess import ImageError
 
 OURS = ("answer", "error", "checkpoint", "sampling")
@@ -53,7 +53,9 @@ def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = 
 
     def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, seen = [], list[LlavaError | None]()
-        files = read_images([question["image"] for question in questions], strangers(allow_private), folder)
+        files = read_images(
+            [question["image"] for question in questions], untrusted_limits(allow_private), folder
+        )
         for question, file in zip(questions, files, strict=True):
             fault = file if isinstance(file, LlavaError) else None
             if not isinstance(file, LlavaError):
