@@ -37,10 +37,10 @@ class FeatureAnswerer:
         return visual.to(self.llm.dtype)
 
     def generate(
-        self, embedded: torch.Tensor, sampling: Sampling, over: Callable[[int], bool], seeds: Sequence[int]
+        self, embedded: torch.Tensor, sampling: Sampling, stopped: Callable[[int], bool], seeds: Sequence[int]
     ) -> Iterator[list[int | None]]:
         """`llava_core.language.generate` with this language model."""
-        return generate(self.llm, embedded, sampling, over=over, seeds=seeds)
+        return generate(self.llm, embedded, sampling, stopped=stopped, seeds=seeds)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Token ids -> embeddings [1, L, hidden]."""

@@ -19,7 +19,7 @@ from llava_core.errors import LlavaError
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
-from llava_core.vision.image_files import not_an_image, read_images, strangers
+from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
 from llava_core.vision.preprocess import ImageError
 
 OUTPUT_KEYS = ("answer", "error", "checkpoint", "sampling")
@@ -82,7 +82,9 @@ def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = 
 
     def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, seen = [], list[LlavaError | None]()
-        files = read_images([question["image"] for question in questions], strangers(allow_private), folder)
+        files = read_images(
+            [question["image"] for question in questions], untrusted_limits(allow_private), folder
+        )
         for question, file in zip(questions, files, strict=True):
             fault = file if isinstance(file, LlavaError) else None
             if not isinstance(file, LlavaError):

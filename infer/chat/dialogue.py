@@ -13,7 +13,7 @@ from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.conversation import Conversation
 from llava_core.language.detokenize import StreamDetokenizer
-from llava_core.language.generate import already_read, generate
+from llava_core.language.generate import cached_prefix, generate
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 
@@ -140,7 +140,7 @@ class Dialogue:
         Templates change what they said before (Qwen3's drops the think block of earlier answers), so the
         new prompt need not continue the old one.
         """
-        same = already_read(self.cached, ids)
+        same = cached_prefix(self.cached, ids)
         if self.cache.get_seq_length() and not self.llm.can_rewind:  # nor can it go on: see `new_cache`
             self._forget()
         if self.cache.get_seq_length() == 0:

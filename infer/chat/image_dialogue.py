@@ -9,7 +9,7 @@ from infer.chat.dialogue import Dialogue
 from infer.chat.transcript import Transcript
 from llava_core.language.sampling import Sampling
 from llava_core.network.fetch_limits import FetchLimits
-from llava_core.vision.image_files import TYPED, is_url, not_an_image, read_image, strangers
+from llava_core.vision.image_files import TYPED_LIMITS, is_url, not_an_image, read_image, untrusted_limits
 from llava_core.vision.preprocess import Decoded, ImageError
 
 
@@ -24,7 +24,7 @@ class ImageDialogue(Dialogue):
         self.allow_private = False
         """The image address in a saved dialogue may be private."""
 
-    def show(self, image: str, limits: FetchLimits = TYPED) -> Decoded:
+    def show(self, image: str, limits: FetchLimits = TYPED_LIMITS) -> Decoded:
         """Begin a dialogue about the image at a path or URL. Raises LlavaError and then changes nothing."""
         return self.show_file(image, read_image(image, limits))
 
@@ -52,6 +52,6 @@ class ImageDialogue(Dialogue):
             self.begin(self.nothing())
             self.image = None
         else:
-            decoded = self.show(chat.image, strangers(self.allow_private))
+            decoded = self.show(chat.image, untrusted_limits(self.allow_private))
         self.messages = [*chat.messages]
         return decoded

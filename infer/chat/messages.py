@@ -16,7 +16,7 @@ MESSAGES = {
     ),
     "/image": (
         "路径或网址 — 看这张图片；只输入网址或拖入文件也可以",
-        "PATH or URL — dialogue about this image; a bare URL or a file dragged in does the same",
+        "PATH or URL — talk about this image; a bare URL or a file dragged in does the same",
     ),
     "/system": (
         "文字 — 设定系统提示；不带文字则去掉",

@@ -22,7 +22,7 @@ from llava_core.pairing import other_pictures, same_pictures
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
-from llava_core.vision.image_files import not_an_image, read_images, strangers
+from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
 from llava_core.vision.preprocess import ImageError
 from llava_core.vision.similarity import TOGETHER, embed_texts, open_both_towers
 from llava_core.vision.tower import VisionTower
@@ -69,7 +69,7 @@ def look(
     assert config.vision is not None
     shards = open_shards(config.features) if config.features else []
     tower = open_both_towers(config.vision, pick_device(config.device), shards)
-    folder, limits = config.images or config.input.parent, strangers(config.allow_private)
+    folder, limits = config.images or config.input.parent, untrusted_limits(config.allow_private)
     with progress(len(lines), "pictures") as bar:
         parts, keys = [], []
         for start in range(0, len(lines), TOGETHER):

@@ -1,28 +1,5 @@
 "use strict";
 
-// The page's words. Elements name theirs: data-text, data-label (for screen readers), data-hint (placeholder).
-const WORDS = {
-  en: {
-    anew: "New chat", drop: "Drop a picture here", how: "or paste it, or press to choose a file", choose: "Choose a picture",
-    dialogue: "Dialogue", question: "Ask about the picture", send: "Send", stop: "Stop", copy: "Copy", copied: "Copied",
-    key: "API key", first: "Describe this image in detail.", stopped: "stopped", cut: "cut: longest answer reached",
-    unread: "This file is no picture that can be read here.", askKey: "This server asks for an API key: enter it, then send again.",
-    offline: "The server does not answer.", broken: "The answer broke off.", tokens: (n) => `${n} tokens`,
-    picture: "The picture of this dialogue", another: "Choose another picture, for a new chat",
-  },
-  zh: {
-    anew: "新对话", drop: "把图片拖到这里", how: "或粘贴，或点击选择文件", choose: "选择图片",
-    dialogue: "对话", question: "就图片提问", send: "发送", stop: "停止", copy: "复制", copied: "已复制",
-    key: "API 密钥", first: "请描述这张图片。", stopped: "已停止", cut: "已截断：达到最大长度",
-    unread: "这个文件不是能读取的图片。", askKey: "服务器需要 API 密钥：填写后再次发送。",
-    offline: "服务器没有应答。", broken: "回答中断了。", tokens: (n) => `${n} 个词元`,
-    picture: "本次对话的图片", another: "换一张图片，开始新对话",
-  },
-};
-const LARGEST_SIDE = 1024; // of a picture that is sent; encoders see a few hundred pixels
-const SENT_AS_IT_IS = 400_000; // bytes of a file that needs no smaller copy
-const READ_THERE = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp"];
-
 const at = (id) => document.getElementById(id);
 const picked = store(() => localStorage), kept = store(() => sessionStorage);
 let language = picked.get("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
@@ -113,7 +90,7 @@ async function copy(text, self) {
 // A picture belongs to the whole dialogue, so another one begins a new dialogue.
 async function show(file) {
   try {
-    const image = await read(file);
+    const image = await toDataUrl(file);
     begin(image);
     at("question").value ||= say("first");
     grow();
@@ -129,31 +106,6 @@ function begin(image) {
   chat = { image, turns: [] };
   complain("");
   draw();
-}
-
-// A data URL of the file itself, or of a copy if it is large or of a kind that only browsers read.
-async function read(file) {
-  const bitmap = await createImageBitmap(file);
-  const scale = LARGEST_SIDE / Math.max(bitmap.width, bitmap.height);
-  if (scale >= 1 && file.size <= SENT_AS_IT_IS && READ_THERE.includes(file.type)) return dataUrl(file);
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(bitmap.width * Math.min(1, scale)));
-  canvas.height = Math.max(1, Math.round(bitmap.height * Math.min(1, scale)));
-  const pen = canvas.getContext("2d");
-  pen.fillStyle = "#fff"; // as the server does with what is transparent
-  pen.fillRect(0, 0, canvas.width, canvas.height);
-  pen.imageSmoothingQuality = "high";
-  pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL("image/jpeg", 0.92);
-}
-
-function dataUrl(file) {
-  return new Promise((done, failed) => {
-    const reader = new FileReader();
-    reader.onload = () => done(reader.result);
-    reader.onerror = failed;
-    reader.readAsDataURL(file);
-  });
 }
 
 // What the server is sent: the picture goes with the first question.
@@ -207,46 +159,6 @@ function forgetQuestion() {
   const { content } = chat.turns.pop();
   at("question").value ||= content;
   grow();
-}
-
-async function ask(path, options = {}) {
-  const headers = { "Content-Type": "application/json" }, key = kept.get("key");
-  if (key) headers.Authorization = `Bearer ${key}`;
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    throw error.name === "AbortError" ? error : new Error(say("offline"));
-  }
-  if (response.ok) {
-    at("key-row").hidden = true;
-    return response;
-  }
-  if (response.status === 401) {
-    at("key-row").hidden = false;
-    at("key").focus();
-    throw new Error(say("askKey"));
-  }
-  const told = await response.json().catch(() => null);
-  throw new Error(told?.error?.message || `HTTP ${response.status}`);
-}
-
-// Server-sent events as objects, up to [DONE]. Throws what the server says went wrong.
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    text += value;
-    for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
-      const data = text.slice(0, end).replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
-      yield event;
-    }
-  }
 }
 
 function send() {

@@ -23,7 +23,7 @@ from infer.serve.request import STOPPING, GenerationRequest, TextDelta
 from llava_core.cli.console import say_fault
 from llava_core.errors import first_line
 from llava_core.language.detokenize import StreamDetokenizer
-from llava_core.language.generate import already_read, choose
+from llava_core.language.generate import cached_prefix, choose
 
 T = TypeVar("T")
 PREFILL_TOKENS = 2048
@@ -62,7 +62,7 @@ class SequenceSlot:
         """Leading tokens that the request need not read again; its last one is always read."""
         if self.key != (request.image.key if request.image else None):
             return 0
-        return self.visual_tokens + already_read(self.ids, request.ids) if self.held else 0
+        return self.visual_tokens + cached_prefix(self.ids, request.ids) if self.held else 0
 
     def forget(self) -> None:
         self.key, self.visual_tokens, self.ids = None, 0, []

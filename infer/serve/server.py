@@ -31,8 +31,10 @@ from llava_core.network.fetch import Fetcher
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.types import JsonDict
 
-PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
-        "/page.js": ("page.js", "text/javascript")}  # fmt: skip
+SCRIPTS = ("page.words.js", "page.image.js", "page.api.js", "page.js")
+PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
+PAGE |= {f"/{name}": (name, "text/javascript") for name in SCRIPTS}
+"""File and content type by path; page.html loads the scripts in this order."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -118,10 +120,12 @@ class Server:
 
     def summary(self) -> JsonDict:
         metrics = self.metrics
-        answered, all_of_them = metrics.requests[200], metrics.requests.total()
-        say(f"{answered:,} of {all_of_them:,} questions answered, {metrics.completion_tokens:,} tokens said")
+        answered, requests = metrics.requests[200], metrics.requests.total()
+        say(
+            f"{answered:,} of {requests:,} questions answered, {metrics.completion_tokens:,} tokens generated"
+        )
         tokens = {"prompt_tokens": metrics.prompt_tokens, "completion_tokens": metrics.completion_tokens}
-        return {"requests": all_of_them, "answered": answered, **tokens}
+        return {"requests": requests, "answered": answered, **tokens}
 
     def _greet(self, host: str, port: int) -> None:
         base = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,4 +1,4 @@
-"""The line at which a person types: history, several lines, completion of commands and paths."""
+"""The chat's input line: history, several lines, completion of commands and paths."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
 class LineEditor:
-    """`read` one entry after another; Enter ends it, Alt+Enter or a backslash before Enter goes on."""
+    """Input of one entry at a time; Enter ends it, Alt+Enter or a backslash before Enter adds a line."""
 
     def __init__(self, commands: Sequence[str], with_path: Sequence[str]) -> None:
-        """`commands` are completed, and after those in `with_path` a path is."""
+        """Tab completes `commands`, and a path after those in `with_path`."""
         self._session: PromptSession[str] = PromptSession(
             "> ",
             history=history(),
@@ -29,7 +29,7 @@ class LineEditor:
         )
 
     def read(self) -> str:
-        """Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C."""
+        """The next entry. Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C."""
         return self._session.prompt()
 
 
@@ -48,7 +48,7 @@ class _Completer(Completer):
 
 
 def history(environment: Mapping[str, str] = os.environ) -> History:
-    """What was typed, kept in the user's state folder for the next time and readable by nobody else."""
+    """History file in the user's state folder, readable by its owner only; in memory if that cannot be."""
     state = environment.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
     file = Path(state, "llava-align", "history")
     try:

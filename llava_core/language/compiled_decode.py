@@ -13,11 +13,11 @@ from llava_core.errors import LlavaError
 from llava_core.language.model import LanguageModel
 
 LEAST_LENGTH = 1024
-"""Tokens that fit into a cache at first; the next is at least twice as long, for each is compiled anew."""
+"""Tokens of the first cache; each larger one is at least twice as long, since it is compiled anew."""
 
 
 class CompiledStep:
-    """Reads in place of the model: between `begin` and `end` first the prompt, then token by token."""
+    """The model's forward pass: between `begin` and `end` first the prompt, then token by token."""
 
     def __init__(self, llm: LanguageModel, length: int = LEAST_LENGTH) -> None:
         """Raises LlavaError if this transformers has no fixed cache that counts for itself (5 has)."""
@@ -41,7 +41,7 @@ class CompiledStep:
         token = self._llm.embed(torch.zeros(1, 1, dtype=torch.long, device=self._llm.device))
         self.begin(self._llm.new_cache(), self._length)
         for _ in range(4):  # the prompt, and on a GPU a graph is recorded in the second step
-            self.read(token)
+            self.forward(token)
 
     def begin(self, cache: DynamicCache, length: int) -> None:
         """Go on after what `cache` holds, up to `length` tokens in all."""
@@ -49,7 +49,7 @@ class CompiledStep:
         if length > self._length:
             self._grow(max(length, 2 * self._length))
 
-    def read(self, embedded: torch.Tensor) -> torch.Tensor:
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
         """Inputs [1, L, hidden] -> logits [1, V], valid until the next call; L is 1 after the first call."""
         prompt = not self._started
         forward, cache = (self._llm.model, self._cache) if prompt else (self._step, self._fixed)
@@ -63,11 +63,11 @@ class CompiledStep:
         return logits
 
     def end(self) -> None:
-        """Add to the cache of `begin` what was read after the prompt."""
+        """Add the keys and values of the tokens after the prompt to the cache of `begin`."""
         if self._started:
-            known, read = self._cache.get_seq_length(), int(self._fixed.get_seq_length())
+            known, length = self._cache.get_seq_length(), int(self._fixed.get_seq_length())
             for index, layer in enumerate(self._fixed.layers):
-                new = slice(known, read)
+                new = slice(known, length)
                 self._cache.update(layer.keys[:, :, new], layer.values[:, :, new], index)
             self._started = False
 

@@ -1,4 +1,4 @@
-"""How an answer is drawn, and where it ends: the flags of whatever answers."""
+"""Sampling of answers: temperature, top-k, top-p, penalty, seed and stop texts, as flags."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import dataclasses
 
 from llava_core.errors import LlavaError
 
-MOST_HEAT = 100
+MAX_TEMPERATURE = 100
 PENALTIES = (0.01, 100)
-"""Beyond these, and below LEAST_HEAT, logits in fp32 are no numbers any more."""
-LEAST_HEAT = 1e-3
-"""A temperature between 0 and this is as cold as this."""
+"""Beyond these, and below MIN_TEMPERATURE, logits overflow in fp32."""
+MIN_TEMPERATURE = 1e-3
+"""A temperature between 0 and this counts as this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Greedy by default."""
+    """How the next token is chosen and where an answer ends; greedy by default."""
 
     max_tokens: int = 256
     """Longest answer, in tokens."""
     temperature: float = 0.0
-    """0 always takes the likeliest token; higher is more varied."""
+    """0 always takes the most probable token; higher is more varied."""
     top_k: int = 0
-    """Sample among so many of the likeliest tokens; 0: among all."""
+    """Sample among the K most probable tokens; 0: among all."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that share this much of the probability."""
+    """Sample among the most probable tokens whose probabilities add up to this."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that the answer already has less likely."""
+    """Above 1 makes tokens that the answer already has less probable."""
     seed: int = 0
     """Seed of the sampling."""
     stop: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises LlavaError (wrong usage) for a number out of its range."""
         self._require(self.max_tokens > 0, "max_tokens", "a number above 0")
-        self._require(0 <= self.temperature <= MOST_HEAT, "temperature", f"0 to {MOST_HEAT}")
+        self._require(0 <= self.temperature <= MAX_TEMPERATURE, "temperature", f"0 to {MAX_TEMPERATURE}")
         self._require(self.top_k >= 0, "top_k", "0 or more")
         self._require(0 < self.top_p <= 1, "top_p", "above 0, up to 1")
         low, high = PENALTIES
@@ -52,5 +52,5 @@ class Sampling:
 
 
 def sampling_of(flags: Sampling) -> Sampling:
-    """The sampling alone, of flags that have it among others."""
+    """The sampling fields of a command's flags."""
     return Sampling(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Sampling)})

@@ -12,9 +12,9 @@ from llava_core.language.model import LanguageModel
 def target_logits(
     llm: LanguageModel, visual: torch.Tensor, example: Example
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Visual tokens [T, hidden] and a text -> logits [A, vocabulary] for its target tokens, and these [A].
+    """Visual tokens [T, hidden] and a text -> logits [A, vocabulary] of its target tokens, and these [A].
 
-    Logits are fp32; the cross entropy of the two is the loss that training sees.
+    Logits are fp32. The cross entropy of the two is the loss that training minimises.
     """
     targets = [k for k, label in enumerate(example.labels) if label != IGNORE]
     ids = torch.tensor(example.ids, device=llm.device)

@@ -1,4 +1,4 @@
-"""Image files by path or address: what was typed, to bytes, or to the reason why there are none."""
+"""Image files at a path or URL: their bytes, or the error why there are none."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ if TYPE_CHECKING:  # what checks flags does without torch
     from llava_core.vision.preprocess import ImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Of image files, in any case."""
+"""Suffixes of image files, in lower case."""
+
+TYPED_LIMITS = FetchLimits(allow_private=True, private_redirects=False, retries=1)
+"""Limits for URLs that the user typed: private networks are allowed, but no redirect from a public URL into
+one."""
 
 
-TYPED = FetchLimits(allow_private=True, private_redirects=False, retries=1)
-"""For addresses that the person at the terminal typed: their own network is theirs to ask, but a public
-address may not lead into it."""
-
-
-def strangers(allow_private: bool) -> FetchLimits:
-    """For addresses in a file, which may come from anybody."""
+def untrusted_limits(allow_private: bool) -> FetchLimits:
+    """Limits for URLs in a file, which may come from anybody."""
     return FetchLimits(allow_private=allow_private, retries=1)
 
 
 def is_url(image: str) -> bool:
-    """Else it is a path."""
+    """Whether an image is named by a URL; otherwise it is a path."""
     return image.startswith(("http://", "https://"))
 
 
 def read_images(
     images: Sequence[str], limits: FetchLimits, folder: Path = Path()
 ) -> list[bytes | LlavaError]:
-    """The files at URLs or at paths relative to `folder`; in place of one that cannot be had, the reason."""
+    """Contents of files at URLs or at paths relative to `folder`; for an unreadable file, the error."""
     urls = [image for image in images if is_url(image)]
     fetched = iter(fetch_all(urls, limits) if urls else ())
     files: list[bytes | LlavaError] = []
@@ -57,7 +56,7 @@ def read_images(
 
 
 def require_image(image: str | None) -> None:
-    """Raise LlavaError for a path at which there is no file; what is at an address shows later."""
+    """Raise LlavaError for a path without a file; URLs are not fetched yet."""
     if image is not None and image != "-" and not is_url(image):
         try:
             there = Path(image).expanduser().exists()
@@ -71,8 +70,8 @@ def _no_file(path: Path) -> LlavaError:
     return LlavaError(f"no image file {path}", do="give the path or the http(s) address of an image")
 
 
-def read_image(image: str, limits: FetchLimits = TYPED) -> bytes:
-    """The file at a URL or path. Raises LlavaError if there is none."""
+def read_image(image: str, limits: FetchLimits = TYPED_LIMITS) -> bytes:
+    """Content of the file at a URL or path. Raises LlavaError if there is none."""
     (file,) = read_images([image], limits)
     if isinstance(file, LlavaError):
         raise file
@@ -80,7 +79,7 @@ def read_image(image: str, limits: FetchLimits = TYPED) -> bytes:
 
 
 def not_an_image(image: str, error: ImageError) -> LlavaError:
-    """What to say of a file that cannot be shown."""
+    """The error for a file that cannot be decoded."""
     return LlavaError(
         f"cannot read {image} as an image: {error.status.label}", got=error, do="give another image"
     )

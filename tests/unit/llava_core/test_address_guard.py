@@ -13,7 +13,7 @@ from llava_core.network.address_guard import is_allowed
 from llava_core.network.fetch import Fetched, fetch_all
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
-from llava_core.vision.image_files import TYPED
+from llava_core.vision.image_files import TYPED_LIMITS
 from tests.support.servers import answer, serving
 
 PUBLIC = """
@@ -102,7 +102,7 @@ def test_a_redirect_into_the_private(
     # The private host answers first, so that a kept connection to it could be used again.
     urls = [f"{hops[1]}/picture"] * 3 + [base + path.split(": ")[1]]
     for limits, expected in (
-        (TYPED, typed), (FetchLimits(allow_private=True), opened), (FetchLimits(), closed)
+        (TYPED_LIMITS, typed), (FetchLimits(allow_private=True), opened), (FetchLimits(), closed)
     ):  # fmt: skip
         *_, fetched = [got(url, limits) for url in urls]
         together = fetch_all(urls, limits)[-1]
