@@ -39,7 +39,7 @@ from extract.config import RunConfig
 from extract.open_shard import Filling
 from extract.pipeline import WRITE_ROWS, Pipeline
 from llava_align.config import MODELS
-from llava_align.reference_models import write_vision
+from llava_align.synthetic_reference import write_vision
 from llava_core.cli.console import progress, table
 from llava_core.network.fetch import FetchLimits, fetch_all
 from llava_core.row_status import Status

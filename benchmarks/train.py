@@ -39,7 +39,7 @@ from benchmarks.extract import DRAWN, header, photo, serving, with_comment
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
 from llava_align.demo.world.scene import random_scene
-from llava_align.reference_models import write_language_model, write_vision
+from llava_align.synthetic_reference import write_language_model, write_vision
 from llava_core.cli.console import human_bytes, table
 from llava_core.device import pick_device, utilisation, utilisation_shown
 from llava_core.language.conversation import IGNORE, Example

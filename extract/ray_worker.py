@@ -20,7 +20,7 @@ from extract.sources.base import Source
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Held
 from llava_core.identity import EncoderIdentity
-from llava_core.ray_cluster import Lines, other_version
+from llava_core.ray_cluster import LogForwarder, other_version
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import FinishedMeanwhile
 from llava_core.types import JsonDict
@@ -78,7 +78,7 @@ class Worker:
         """
         path = self.config.out / f"{source.stem}.h5"
         rows = Rows(tally, source.stem)
-        with contextlib.redirect_stderr(Lines(tally, self.host)):
+        with contextlib.redirect_stderr(LogForwarder(tally, self.host)):
             try:
                 filling = self._begin(path, source, wait)
             except (LlavaError, OSError) as error:
@@ -124,7 +124,7 @@ class Rows:
 
     def tell(self) -> None:
         self.told = time.monotonic()
-        self.tally.count.remote(self.name, self.n)
+        self.tally.set_rows.remote(self.name, self.n)
 
     def __enter__(self) -> Rows:
         return self

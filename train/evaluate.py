@@ -14,10 +14,10 @@ from llava_core.cli.console import progress, say, show, table
 from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
-from llava_core.pairing import other_pictures
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector
 from llava_core.shards.folder import open_shards
+from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
 from train.config import EvalConfig
 from train.data.packing import Packing
@@ -81,8 +81,8 @@ def evaluate(
     packing: Packing,
     world: World,
 ) -> Evaluation:
-    """The losses of these samples, with the right pictures and with others (llava_core.pairing)."""
-    n, others = len(samples), other_pictures(samples.pictures)
+    """The losses of these samples, with the right pictures and with others (llava_core.shuffled_pairs)."""
+    n, others = len(samples), mismatched_rows(samples.pictures)
     visual = projector.tokens_out(samples.tokens)
     sums = np.zeros((n, 3))
 

@@ -16,8 +16,8 @@ from benchmarks.gpu.rows import Clock, Row, in_turns, median_of, row, seconds_of
 from benchmarks.together import seconds_together
 from benchmarks.train import Settings, open_bench, peak, reset_peak
 from llava_align.config import MODELS
-from llava_align.reference_models import write_features
 from llava_align.subprocess_command import run_command
+from llava_align.synthetic_reference import write_features
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
 from llava_core.projector.projector import build_projector

@@ -18,9 +18,9 @@ from llava_core.cli.console import progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.network.fetch import FetchLimits
-from llava_core.pairing import other_pictures, same_pictures
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
+from llava_core.shuffled_pairs import mismatched_rows, picture_numbers
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_images, strangers
 from llava_core.vision.preprocess import ImageError
@@ -78,8 +78,8 @@ def look(
             parts.append(embedded)
             keys += own
             bar.update(len(part))
-    embeddings, pictures = torch.cat(parts), same_pictures(keys)
-    said, others = embed_texts(tower, answers), other_pictures(pictures)
+    embeddings, pictures = torch.cat(parts), picture_numbers(keys)
+    said, others = embed_texts(tower, answers), mismatched_rows(pictures)
     figures = {"clip": tower.encoder["model_id"], "pictures": max(pictures) + 1}
     figures |= _clipscore("clipscore", embeddings, said, pictures)
     if others is None:

@@ -103,12 +103,14 @@ class Conversation:
     """
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
-        """Raises LlavaError for a tokenizer that `PlainText` does not take."""
-        from llava_core.language.plain_text import PlainText  # with tokenizers, which --help does without
+        """Raises LlavaError for a tokenizer that `PlainTextTokenizer` does not take."""
+        from llava_core.language.control_token_guard import (
+            PlainTextTokenizer,  # with tokenizers, which --help does without
+        )
 
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
-        self._plain = PlainText(tokenizer, eos_ids)
+        self._plain = PlainTextTokenizer(tokenizer, eos_ids)
         # The template's text around answers depends on the questions alone, and captions have few of them.
         self._known_frame = functools.lru_cache(maxsize=4096)(self._frame)
         self.prompt([{"role": "user", "content": QUESTION}])  # or fail before any work has begun

@@ -9,6 +9,7 @@ import torch
 
 from llava_core.device import default_dtype
 from llava_core.input_folders import MODELSCOPE_FILES, registered_layout, require_vision_encoder
+from llava_core.projector.checkpoint import Provenance
 from llava_core.vision.hugging_face import open_hugging_face
 from llava_core.vision.modelscope import open_modelscope
 from llava_core.vision.tower import VisionTower
@@ -53,3 +54,15 @@ def open_vision_tower(
     if (folder / MODELSCOPE_FILES[0]).exists():
         return open_modelscope(folder, device, dtype, layer, decode, text)
     return open_hugging_face(folder, device, dtype, layer, decode)
+
+
+def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:
+    """The encoder in `folder`, with the layer and the decoding that a projector was trained on.
+
+    Raises LlavaError if it is another encoder.
+    """
+    layer = trained.encoder.encoder.get("layer")
+    decode = trained.encoder.preprocess.get("decode", "draft")
+    tower = open_vision_tower(folder, device, layer=layer, decode=decode)
+    trained.require_encoder(tower.identity)
+    return tower

@@ -15,8 +15,8 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
-from llava_core.pairing import same_pictures
 from llava_core.shards.reader import Shard
+from llava_core.shuffled_pairs import picture_numbers
 from train.config import RunConfig
 from train.data.feature_cache import Kept
 
@@ -76,8 +76,8 @@ class Samples:
 
     @functools.cached_property
     def pictures(self) -> list[int]:
-        """The number of each sample's picture (llava_core.pairing): some samples may show one."""
-        return same_pictures(self.shards[shard].picture_keys(row) for shard, row in self.rows)
+        """The number of each sample's picture (llava_core.shuffled_pairs): some samples may show one."""
+        return picture_numbers(self.shards[shard].picture_keys(row) for shard, row in self.rows)
 
     @property
     def identity(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 
 
-def same_pictures(keys: Iterable[Iterable[Hashable]]) -> list[int]:
+def picture_numbers(keys: Iterable[Iterable[Hashable]]) -> list[int]:
     """The number of the picture that each row shows, from 0 in the order of their first rows.
 
     Rows that have a key in common, such as a sha256 or an address, show one picture; a row without keys has
@@ -28,7 +28,7 @@ def same_pictures(keys: Iterable[Iterable[Hashable]]) -> list[int]:
     return [numbers.setdefault(root(row), len(numbers)) for row in range(len(above))]
 
 
-def other_pictures(pictures: Sequence[Hashable]) -> list[int] | None:
+def mismatched_rows(pictures: Sequence[Hashable]) -> list[int] | None:
     """For each row the index of one that shows another picture; None if all rows show one.
 
     The next row, where every row has a picture of its own. Each row is taken once, unless more than half of

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from llava_core.errors import LlavaError
 
 
-class PlainText:
+class PlainTextTokenizer:
     """A tokenizer to which the text of a control token is text like any other.
 
     Control tokens are those marked as special, those that end an answer, and those that the chat template
