@@ -24,7 +24,7 @@ from llava_core.shuffled_pairs import mismatched_rows, picture_numbers
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_images, strangers
 from llava_core.vision.preprocess import ImageError
-from llava_core.vision.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.vision.similarity import BATCH_SIZE, embed_texts, open_both_towers
 from llava_core.vision.tower import VisionTower
 
 CLIP_WEIGHT = 2.5
@@ -72,8 +72,8 @@ def look(
     folder, limits = config.images or config.input.parent, strangers(config.allow_private)
     with progress(len(lines), "pictures") as bar:
         parts, keys = [], []
-        for start in range(0, len(lines), TOGETHER):
-            part = lines[start : start + TOGETHER]
+        for start in range(0, len(lines), BATCH_SIZE):
+            part = lines[start : start + BATCH_SIZE]
             embedded, own = _stored(tower, shards, part) if shards else _live(tower, part, folder, limits)
             parts.append(embedded)
             keys += own

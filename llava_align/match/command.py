@@ -22,7 +22,7 @@ from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES
 from llava_core.vision.preprocess import ImageError
-from llava_core.vision.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.vision.similarity import BATCH_SIZE, embed_texts, open_both_towers
 from llava_core.vision.tower import VisionTower
 
 
@@ -126,9 +126,9 @@ def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Ten
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     with progress(len(paths), "images") as bar:
-        for start in range(0, len(paths), TOGETHER):
+        for start in range(0, len(paths), BATCH_SIZE):
             pixels = []
-            for path in paths[start : start + TOGETHER]:
+            for path in paths[start : start + BATCH_SIZE]:
                 try:
                     pixels.append(tower.preprocess.decode_image(path.read_bytes()).pixels)
                     candidates.append(Candidate(str(path.relative_to(folder)), path))

@@ -1,7 +1,7 @@
-"""The language model's step for one token, compiled over a cache whose size never changes.
+"""Compiled decoding: the language model's step for one token, by torch.compile over a static KV cache.
 
-A step of a small model is mostly overhead: Python, and the launch of hundreds of small operations. Compiled
-they are a few; on a GPU torch also records them as one CUDA graph.
+A step of a small model is mostly overhead: Python, and the launch of hundreds of small kernels. Compiled they
+are a few; on a GPU torch also records them as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from llava_core.errors import LlavaError
 from llava_core.language.model import LanguageModel
 
 LEAST_LENGTH = 1024
-"""Tokens that fit into a cache at first; the next is at least twice as long, for each is compiled anew."""
+"""Tokens of the first static cache; each next one, which is compiled again, is at least twice as long."""
 
 
 class CompiledStep:
-    """Reads in place of the model: between `begin` and `end` first the prompt, then token by token."""
+    """Replaces the model's forward pass between `begin` and `end`: the prompt, then one token a call."""
 
     def __init__(self, llm: LanguageModel, length: int = LEAST_LENGTH) -> None:
-        """Raises LlavaError if this transformers has no fixed cache that counts for itself (5 has)."""
+        """Raises LlavaError if transformers is older than 5: its static cache does not count tokens."""
         if not llm.can_rewind:
             raise LlavaError(
                 "--compile cannot keep what this language model remembers",
@@ -37,14 +37,14 @@ class CompiledStep:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile now, so that the first answer need not wait."""
+        """Compile now, so that the first answer does not wait for it."""
         token = self._llm.embed(torch.zeros(1, 1, dtype=torch.long, device=self._llm.device))
         self.begin(self._llm.new_cache(), self._length)
         for _ in range(4):  # the prompt, and on a GPU a graph is recorded in the second step
             self.read(token)
 
     def begin(self, cache: DynamicCache, length: int) -> None:
-        """Go on after what `cache` holds, up to `length` tokens in all."""
+        """Start after the tokens in `cache`, for up to `length` tokens in all."""
         self._cache, self._started = cache, False
         if length > self._length:
             self._grow(max(length, 2 * self._length))
@@ -63,7 +63,7 @@ class CompiledStep:
         return logits
 
     def end(self) -> None:
-        """Add to the cache of `begin` what was read after the prompt."""
+        """Copy keys and values read after the prompt into the cache given to `begin`."""
         if self._started:
             known, read = self._cache.get_seq_length(), int(self._fixed.get_seq_length())
             for index, layer in enumerate(self._fixed.layers):

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.model import LanguageModel
-from llava_core.language.sampling import LEAST_HEAT, Sampling
+from llava_core.language.sampling import MIN_TEMPERATURE, Sampling
 
 
 @torch.inference_mode()
@@ -88,7 +88,7 @@ def choose(
         logits = logits.scatter(-1, said, torch.where(again > 0, again / penalty, again * penalty))
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / max(sampling.temperature, LEAST_HEAT)
+    logits = logits / max(sampling.temperature, MIN_TEMPERATURE)
     few = 0 < sampling.top_k < logits.shape[-1]
     ranked, order = logits.topk(sampling.top_k) if few else logits.sort(-1, descending=True)
     probabilities = ranked.softmax(-1)

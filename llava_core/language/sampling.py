@@ -1,4 +1,4 @@
-"""How an answer is drawn, and where it ends: the flags of whatever answers."""
+"""Sampling parameters: temperature, top-k, top-p, repetition penalty, stop texts, length."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import dataclasses
 
 from llava_core.errors import LlavaError
 
-MOST_HEAT = 100
+MAX_TEMPERATURE = 100
 PENALTIES = (0.01, 100)
-"""Beyond these, and below LEAST_HEAT, logits in fp32 are no numbers any more."""
-LEAST_HEAT = 1e-3
-"""A temperature between 0 and this is as cold as this."""
+"""Range of the repetition penalty. Outside it, or below MIN_TEMPERATURE, logits in fp32 become nan or inf."""
+MIN_TEMPERATURE = 1e-3
+"""Temperatures between 0 and this are raised to it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Greedy by default."""
+    """How tokens of an answer are chosen, and where it ends; greedy by default."""
 
     max_tokens: int = 256
     """Longest answer, in tokens."""
@@ -35,7 +35,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises LlavaError (wrong usage) for a number out of its range."""
         self._require(self.max_tokens > 0, "max_tokens", "a number above 0")
-        self._require(0 <= self.temperature <= MOST_HEAT, "temperature", f"0 to {MOST_HEAT}")
+        self._require(0 <= self.temperature <= MAX_TEMPERATURE, "temperature", f"0 to {MAX_TEMPERATURE}")
         self._require(self.top_k >= 0, "top_k", "0 or more")
         self._require(0 < self.top_p <= 1, "top_p", "above 0, up to 1")
         low, high = PENALTIES
@@ -46,11 +46,11 @@ class Sampling:
     def _require(self, fits: bool, name: str, expected: str) -> None:
         if not fits:
             got = getattr(self, name)
-            # Flags are named as they are typed, the sampling alone as /set and a server's clients know it.
+            # A flag is named as it is typed; Sampling itself is set by /set or by clients of the server.
             known = name if type(self) is Sampling else f"--{name.replace('_', '-')}"
             raise LlavaError(known, expected=expected, got=got, exit_code=2)
 
 
 def sampling_of(flags: Sampling) -> Sampling:
-    """The sampling alone, of flags that have it among others."""
+    """The sampling parameters among other flags."""
     return Sampling(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Sampling)})
