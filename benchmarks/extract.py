@@ -40,7 +40,7 @@ from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
 from extract.stages.write import WRITE_ROWS
 from llava_align.config import MODELS
-from llava_align.reference_models import write_vision
+from llava_align.synthetic_reference import write_vision
 from llava_core.cli.console import progress, table
 from llava_core.network.async_tasks import run_async
 from llava_core.network.fetch import fetch_all

@@ -17,9 +17,9 @@ from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.shards.reader import Shard
+from llava_core.vision.open import open_trained_tower
 from llava_core.vision.preprocess import Decoded
 from llava_core.vision.tower import VisionTower
-from llava_core.vision.trained_tower import open_trained_tower
 
 
 class FeatureAnswerer:

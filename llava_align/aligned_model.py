@@ -23,8 +23,8 @@ from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint
 from llava_core.vision.image_files import not_an_image, read_image
+from llava_core.vision.open import open_trained_tower
 from llava_core.vision.preprocess import ImageError
-from llava_core.vision.trained_tower import open_trained_tower
 
 ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray | FeatureRow | torch.Tensor"
 """Path, http(s) address, PIL image, uint8 array [height, width, 3], or cached features [T, D]."""

@@ -17,8 +17,8 @@ from infer.rank.forced_choice import ranked, text_losses
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import show, table
 from llava_core.errors import LlavaError
-from llava_core.pairing import same_pictures
 from llava_core.shards.folder import open_shards
+from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 
 OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "by")
@@ -44,7 +44,7 @@ def run(config: RankConfig) -> JsonDict:
         return rankings(answerer, todo, visual_tokens, config)
 
     lines = write_answers(config, questions, made, rank_all)
-    figures = accuracy(lines, same_pictures(keys))
+    figures = accuracy(lines, picture_numbers(keys))
     show(table(figure_rows(figures)))
     return {**figures, "output": str(config.output)}
 
@@ -73,7 +73,7 @@ def with_other_captions(
     shards = {shard.path.name: shard for shard in open_shards(config.features)}
     rows = [question for question in questions if question.get("caption")]
     keys = [list(shards[row["shard"]].picture_keys(row["row"])) for row in rows]
-    pictures = same_pictures(keys)
+    pictures = picture_numbers(keys)
     chosen = []
     for place, row in enumerate(rows):
         draw = random.Random(f"{config.seed}/{place}")

@@ -32,8 +32,8 @@ from llava_core.projector.projector import parameter_count
 from llava_core.sha256sums import write_sums
 from llava_core.types import JsonDict
 from llava_core.vision.chinese_clip import ChineseClip, VisionTransformer
+from llava_core.vision.open import open_trained_tower
 from llava_core.vision.tower import VisionTower
-from llava_core.vision.trained_tower import open_trained_tower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
 AUTO_MAP = {

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_align.config import ImportConfig
-from llava_align.hub.whole_model import require_as_given
+from llava_align.hub.frozen_weights import require_frozen_weights
 from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import sha256_files
@@ -102,7 +102,7 @@ def run(config: ImportConfig) -> JsonDict:
     tower = open_vision_tower(config.vision, layer=layer, decode=config.decode)
     outline = outline_language_model(config.llm)
     projector = fitted(kind, weights, tower, outline, visual_tokens)
-    language = require_as_given(config.file, beside(tensors), tower, outline, config.llm)
+    language = require_frozen_weights(config.file, beside(tensors), tower, outline, config.llm)
     if language is None:
         sha256 = sha256_files(weight_files(config.llm))
         language = dataclasses.replace(outline.identity, weights_sha256=sha256)

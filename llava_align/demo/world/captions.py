@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from llava_align.demo.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
-from llava_core.pairing import other_pictures
+from llava_core.shuffled_pairs import mismatched_rows
 
 COUNTS = ("一", "两", "三")
 ATTRIBUTES = ("shape", "colour", "place", "size")
@@ -113,7 +113,7 @@ def chance(scenes: Sequence[Scene], rng: random.Random) -> dict[str, float]:
 
 def shuffled(scenes: Sequence[Scene], texts: Sequence[str]) -> list[str]:
     """For each scene the text of a picture that shows another one. Raises ValueError if all show one."""
-    others = other_pictures(scenes)
+    others = mismatched_rows(scenes)
     if others is None:
         raise ValueError(f"{len(scenes)} pictures of one scene")
     return [texts[other] for other in others]
