@@ -113,12 +113,12 @@ class QuestionFile(Aligned):
     vision: Path | None = None
     """Folder of the vision encoder it was trained for; --features does without."""
     output: Path
-    """File of the same lines with what was found, or `error` where nothing was; a row of a shard gives
-    `shard`, `row`, `id` and its own `caption`."""
+    """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
+    `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
     prompt: str = QUESTION
     """The question of lines that have none."""
     batch_size: int = 16
-    """Questions whose images are read together."""
+    """Questions whose images are encoded, and which are answered, together."""
     allow_private: bool = False
     """Let image addresses in the file lead to this machine or a private network."""
 
@@ -144,12 +144,6 @@ class QuestionFile(Aligned):
 class BatchConfig(QuestionFile, Sampling):
     """Answer a JSONL file of questions about images, or caption feature shards; it continues by itself."""
 
-    output: Path
-    """File of the same lines with `checkpoint`, `sampling` and `answer`, or `error` where there is none; a
-    row of a shard gives `shard`, `row`, `id` and its own `caption`."""
-    batch_size: int = 16
-    """Questions answered together."""
-
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)
         super().__post_init__()
@@ -163,8 +157,6 @@ class RankConfig(QuestionFile):
     known. With --features the texts are the row's caption and captions of other images.
     """
 
-    output: Path
-    """File of the same lines with `ranking` (numbers of texts, best first), `losses`, `choice`, `correct`."""
     choices: int = 8
     """Texts for each row of --features, its own caption among them."""
     by: Literal["mean", "sum"] = "mean"
@@ -174,13 +166,12 @@ class RankConfig(QuestionFile):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.choices < 2:
-            raise LlavaError("--choices", expected="2 or more", got=self.choices, exit_code=2)
+        self.require_at_least(2, "choices")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(Models):
-    """An OpenAI-compatible server with a page. Sampling flags are for requests that say nothing of it."""
+    """An OpenAI-compatible server with a page. Sampling flags are the defaults of requests without them."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
@@ -210,8 +201,7 @@ class ServeConfig(Models):
         self.require_above_zero("slots", "context", "max_bytes")
         if self.api_key == "":
             raise LlavaError("--api-key", expected="a key", got="nothing", exit_code=2)
-        if self.queue < 0:
-            raise LlavaError("--queue", expected="0 or more", got=self.queue, exit_code=2)
+        self.require_at_least(0, "queue")
         if not 0 <= self.port < 1 << 16:
             raise LlavaError("--port", expected="0 to 65535", got=self.port, exit_code=2)
         for origin in self.allow_origin:
@@ -238,8 +228,7 @@ class ScoreConfig(Options):
     """What counts as a word; auto is char for Chinese references and space for others. Scores of different
     tokenizers do not compare."""
     vision: Path | None = None
-    """Folder of Chinese-CLIP with its text tower: adds CLIPScore, which needs no reference. It hears the
-    first 50 tokens of a text."""
+    """Folder of Chinese-CLIP with its text tower: adds CLIPScore, over the first 50 tokens of a text."""
     features: Path | None = None
     """Folder of the shards whose `shard` and `row` the lines name, in place of images."""
     images: Path | None = None

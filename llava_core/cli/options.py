@@ -23,6 +23,13 @@ class Options:
         Called before the command's module is imported: torch takes seconds.
         """
 
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Raise LlavaError (wrong usage) unless these flags are `least` or more."""
+        for name in names:
+            if (value := getattr(self, name)) < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise LlavaError(flag, expected=f"{least} or more", got=value, exit_code=2)
+
     def require_above_zero(self, *names: str) -> None:
         """Raise LlavaError (wrong usage) unless these flags are finite numbers above 0, or None."""
         for name in names:
