@@ -6,6 +6,7 @@ With --to FILE the result goes there, and the notebook runs in that file's folde
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def _joined(outputs: list[Any]) -> list[Any]:
             joined[-1].text += output.text
         else:
             joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":  # of a progress bar its last state
+            output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
     return joined
 
 
