@@ -15,9 +15,9 @@ from llava_core.types import JsonDict
 
 
 def run(config: AskConfig) -> JsonDict:
-    """Print the bare answer, or, of several images, `IMAGE: ANSWER` each, less those that cannot be read.
+    """Print the answer, or for several images `IMAGE: ANSWER` each; images that fail are skipped.
 
-    Raises LlavaError if the only image cannot be read.
+    Raises LlavaError if the only image fails.
     """
     prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
     if prompt != prompt.encode(errors="replace").decode():
@@ -36,7 +36,7 @@ def run(config: AskConfig) -> JsonDict:
 
 
 def ask(dialogue: ImageDialogue, image: str, prompt: str, before: str = "") -> JsonDict:
-    """Print the answer as it comes, after `before`; returns it with what it took."""
+    """Print the answer as it is generated, after `before`; returns it with its tokens and seconds."""
     if image == "-":
         dialogue.show_file("standard input", sys.stdin.buffer.read())
     else:

@@ -1,12 +1,12 @@
-"""`llava chat-llm`: a dialogue with the language model alone, as it was before any projector."""
+"""`llava chat-llm`: a dialogue with the bare language model, without image or projector."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from infer.chat.dialogue import Dialogue
-from infer.chat.messages import Messages, pick_language
-from infer.chat.repl import Chat
+from infer.chat.messages import pick_language
+from infer.chat.repl import ChatRepl
 from infer.config import ChatLlmConfig
 from llava_core.cli.console import say
 from llava_core.device import pick_device
@@ -21,16 +21,16 @@ def run(config: ChatLlmConfig) -> JsonDict:
     """Raises LlavaError for --thinking with a model whose chat template cannot switch it."""
     llm = load_language_model(config.llm, pick_device(config.device))
     say(f"{llm.id} on {llm.device}")
-    dialogue = Dialogue(llm, Conversation(llm.tokenizer, llm.eos_ids), sampling_of(config))
-    dialogue.system = config.system
-    chat = BareChat(dialogue, Messages(pick_language(config.lang)))
+    conversation = Conversation(llm.tokenizer, llm.eos_ids)
+    dialogue = Dialogue(llm, conversation, sampling_of(config), system=config.system)
+    repl = TextChatRepl(dialogue, pick_language(config.lang))
     if config.thinking:
-        chat.think("")
-    return chat.run()
+        repl.think("")
+    return repl.run()
 
 
-class BareChat(Chat):
-    """A chat whose system prompt and thinking can be changed."""
+class TextChatRepl(ChatRepl):
+    """A chat without images: /system and /think change the system prompt and thinking."""
 
     def make_commands(self) -> dict[str, Callable[[str], None]]:
         return {"/system": self.system, "/think": self.think, **super().make_commands()}

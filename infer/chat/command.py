@@ -8,8 +8,8 @@ from pathlib import Path
 
 from infer.aligned_model import open_aligned_model
 from infer.chat.image_dialogue import ImageDialogue
-from infer.chat.messages import Messages, pick_language
-from infer.chat.repl import Chat, unquoted
+from infer.chat.messages import pick_language
+from infer.chat.repl import ChatRepl, unquoted
 from infer.chat.transcript import Transcript
 from infer.config import ChatConfig
 from llava_core.cli.console import say
@@ -19,61 +19,60 @@ from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import sampling_of
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES, is_url
-from llava_core.vision.preprocess import Decoded
 
 
 def run(config: ChatConfig) -> JsonDict:
-    dialogue = ImageDialogue(open_aligned_model(config), sampling_of(config))
-    dialogue.allow_private = config.allow_private
+    aligned, compiled = open_aligned_model(config), None
     if config.compile:
         say("compiling the step for one token")
-        dialogue.compiled = CompiledStep(dialogue.llm)
-        dialogue.compiled.warm_up()
-    chat = ImageChat(dialogue, Messages(pick_language(config.lang)))
+        compiled = CompiledStep(aligned.llm)
+        compiled.warm_up()
+    dialogue = ImageDialogue(
+        aligned, sampling_of(config), compiled=compiled, allow_private=config.allow_private
+    )
+    repl = ImageChatRepl(dialogue, pick_language(config.lang))
     if config.image:
-        chat.image(config.image)
+        repl.image(config.image)
     else:
-        chat.say("welcome image")
-    return chat.run()
+        repl.say("welcome image")
+    return repl.run()
 
 
-class ImageChat(Chat):
-    """A chat about images."""
+class ImageChatRepl(ChatRepl):
+    """A chat about images: /image, and a line that is an image shows it."""
 
     dialogue: ImageDialogue
 
     def make_commands(self) -> dict[str, Callable[[str], None]]:
         return {"/image": self.image, **super().make_commands()}
 
-    def obey(self, line: str) -> None:
+    def evaluate(self, line: str) -> None:
         if image := bare_image(line):
             self.image(image)
         else:
-            super().obey(line)
+            super().evaluate(line)
 
     def image(self, rest: str) -> None:
-        """A failed image leaves the dialogue as it was."""
+        """Begin a dialogue about an image. Raises LlavaError, and keeps the old one, if that fails."""
         if not rest:
             raise LlavaError("/image needs an image", do="write /image PATH or /image URL")
         image = unquoted(rest)
-        self._preview(self.dialogue.show(image))
+        self.dialogue.show(image)
+        self._preview()
         self.say("shown", image=image)
 
-    def saved(self) -> Transcript:
-        return self.dialogue.saved()
+    def resume(self, transcript: Transcript) -> None:
+        super().resume(transcript)
+        self._preview()
 
-    def resume(self, chat: Transcript) -> None:
-        self._preview(self.dialogue.load(chat))
-
-    def _preview(self, decoded: Decoded | None) -> None:
-        if decoded is not None:
-            self.terminal.picture(
-                self.dialogue.aligned.tower.preprocess.preview(decoded, side=PREVIEW_COLUMNS)
-            )
+    def _preview(self) -> None:
+        if decoded := self.dialogue.decoded:
+            preprocess = self.dialogue.aligned.tower.preprocess
+            self.terminal.picture(preprocess.preview(decoded, side=PREVIEW_COLUMNS))
 
 
 def bare_image(line: str) -> str | None:
-    """The image that the whole line is: an address, or the path of an image file, quoted or not."""
+    """The image, if the whole line is a URL or the path of an image file, quoted or not."""
     if is_url(line):
         return line if len(line.split()) == 1 else None
     path = os.path.expanduser(unquoted(line))

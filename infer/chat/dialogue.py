@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 
+from infer.chat.transcript import Transcript
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.conversation import Conversation
@@ -27,7 +28,7 @@ class AnswerFigures:
     prefilled: int = 0
     """Prompt tokens of the forward pass, visual ones included."""
     tokens: int = 0
-    """Tokens of the answer."""
+    """Tokens of the answer, without its end token."""
     first_s: float = 0.0
     """Seconds from the question to the first token."""
     rest_s: float = 0.0
@@ -35,44 +36,65 @@ class AnswerFigures:
 
     @property
     def tokens_per_s(self) -> float:
-        """After the first token; 0 for an answer of one."""
+        """Tokens per second after the first one; 0 for an answer of one token."""
         return (self.tokens - 1) / self.rest_s if self.tokens > 1 else 0.0
 
 
 class Dialogue:
-    """Turns of one dialogue; `begin` starts another one about new visual tokens."""
+    """Turns of one dialogue; `begin` starts another one.
 
-    def __init__(self, llm: LanguageModel, conversation: Conversation, sampling: Sampling) -> None:
+    `sampling`, `system` (the system prompt, none if empty) and `thinking` (before each answer) may be changed
+    between turns; a `compiled` step decodes the answers' tokens in place of the model.
+    """
+
+    def __init__(
+        self,
+        llm: LanguageModel,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        system: str = "",
+        thinking: bool = False,
+        compiled: CompiledStep | None = None,
+    ) -> None:
         self.llm, self.conversation, self.sampling = llm, conversation, sampling
-        self.compiled: CompiledStep | None = None
-        """A compiled step for the answers' tokens, if set."""
-        self.system = ""
-        """System prompt; none if empty."""
-        self.thinking = False
-        """Whether it thinks before it answers."""
+        self.system, self.thinking, self.compiled = system, thinking, compiled
         self.figures = AnswerFigures()
         """Figures of the last answer."""
-        self.begin(self.nothing())
-
-    def nothing(self) -> torch.Tensor:
-        """The visual tokens of a dialogue without an image, [1, 0, hidden]."""
-        return torch.empty(1, 0, self.llm.hidden, dtype=self.llm.dtype, device=self.llm.device)
-
-    def begin(self, visual: torch.Tensor) -> None:
-        """Forget everything; from now on the dialogue follows visual tokens [1, T, hidden]."""
-        self.visual = visual
-        self._forget()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the turns; the image stays, in the cache as well."""
         self.messages: list[dict[str, str]] = []
+        """{"role": "user"|"assistant", "content": text} of every turn."""
+        self.visual = torch.empty(1, 0, llm.hidden, dtype=llm.dtype, device=llm.device)
+        """Visual tokens [1, T, hidden] before the first turn; T is 0 without an image."""
+        self.cache, self.cached = llm.new_cache(), list[int]()
+        """Keys and values, and the text tokens among them, which follow the visual ones."""
         self._retries = 0
 
-    def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer in pieces as it comes. What has come when the caller stops is what is remembered.
+    def begin(self, visual: torch.Tensor | None = None, messages: Sequence[dict[str, str]] = ()) -> None:
+        """Begin another dialogue, after visual tokens [1, T, hidden] or without an image."""
+        self.visual = self.visual[:, :0] if visual is None else visual
+        self._clear_cache()
+        self.clear()
+        self.messages += messages
 
-        Raises LlavaError, and remembers nothing, if the dialogue no longer fits the model's context.
+    def clear(self) -> None:
+        """Drop the turns; the image stays, and its keys and values stay in the cache."""
+        self.messages = []
+        self._retries = 0
+
+    def transcript(self) -> Transcript:
+        """The dialogue as it is saved to a file."""
+        return Transcript(None, self.messages)
+
+    def load(self, transcript: Transcript) -> None:
+        """Continue a saved dialogue. Raises LlavaError for one about an image."""
+        if transcript.image is not None:
+            raise LlavaError(f"this dialogue is about {transcript.image}", do="go on with it in `infer chat`")
+        self.begin(messages=transcript.messages)
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer in pieces of text. If the caller stops early, the dialogue keeps the text so far.
+
+        Raises LlavaError, and leaves the dialogue as it was, if it no longer fits the model's context.
         """
         self._retries = 0
         return self._answer([*self.messages, {"role": "user", "content": question}])
@@ -84,19 +106,17 @@ class Dialogue:
         self._retries += 1
         return self._answer(self.messages[:-1])
 
-    def _forget(self) -> None:
-        self.cache = self.llm.new_cache()
-        self.cached: list[int] = []
-        """Text tokens in the cache, after the visual ones."""
+    def _clear_cache(self) -> None:
+        self.cache, self.cached = self.llm.new_cache(), []
 
     def _answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
         began = first = time.perf_counter()
-        told = [{"role": "system", "content": self.system}] if self.system else []
-        ids = self.conversation.prompt([*told, *messages], self.thinking)
-        detokenizer, whole = StreamDetokenizer(self.conversation.text, self.sampling.stop), False
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        ids = self.conversation.prompt([*system, *messages], self.thinking)
+        detokenizer, consistent = StreamDetokenizer(self.conversation.text, self.sampling.stop), False
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:
-            embedded = self._unread(ids)
+            embedded = self._new_inputs(ids)
             self.figures = figures = AnswerFigures(self.cache.get_seq_length(), embedded.shape[1])
             self._require_context(len(messages) > 1)
             steps = generate(self.llm, embedded, sampling, self.cache, self.compiled)
@@ -111,38 +131,38 @@ class Dialogue:
                         yield piece
                     if detokenizer.stopped:
                         break
-            whole = True
+            consistent = True
             if piece := detokenizer.end():
                 yield piece
         except (GeneratorExit, LlavaError):
-            whole = True
+            consistent = True
             raise
         finally:
-            if whole:
-                # The last token is given out before the model reads it.
+            if consistent:
+                # The last token was yielded before its own forward pass.
                 known = max(0, self.cache.get_seq_length() - self.visual.shape[1])
                 self.cached = [*ids, *detokenizer.tokens][:known]
-            else:  # torn within a forward pass: some layers have read more than others
-                self._forget()
+            else:  # interrupted within a forward pass: some layers hold more tokens than others
+                self._clear_cache()
             if detokenizer.tokens:
                 self.messages = [*messages, {"role": "assistant", "content": detokenizer.text.strip()}]
 
     def _require_context(self, later: bool) -> None:
-        """Raise LlavaError if no token of an answer fits; `later`: there are turns to forget."""
+        """Raise LlavaError if no token of an answer fits; `later` turns could be dropped to make room."""
         what, do = "the question", "shorten the question" + (" or the system prompt" if self.system else "")
         if later:
             what, do = "the conversation", "begin anew with `clear`"
         self.llm.require_context(what, self.figures.cached + self.figures.prefilled + 1, do)
 
-    def _unread(self, ids: list[int]) -> torch.Tensor:
-        """Embeddings of what the cache does not hold yet; what it holds beyond the common start is dropped.
+    def _new_inputs(self, ids: list[int]) -> torch.Tensor:
+        """Embeddings of the prompt after the prefix that the cache holds; the cache is cut to that prefix.
 
-        Templates change what they said before (Qwen3's drops the think block of earlier answers), so the
-        new prompt need not continue the old one.
+        Templates change earlier turns (Qwen3's drops the think block of earlier answers), so the new prompt
+        need not continue the old one.
         """
         same = cached_prefix(self.cached, ids)
         if self.cache.get_seq_length() and not self.llm.can_rewind:  # nor can it go on: see `new_cache`
-            self._forget()
+            self._clear_cache()
         if self.cache.get_seq_length() == 0:
             return torch.cat([self.visual, self._embed(ids)], dim=1)
         if surplus := self.cache.get_seq_length() - self.visual.shape[1] - same:

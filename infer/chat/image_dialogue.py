@@ -1,4 +1,4 @@
-"""A dialogue about at most one image: shown, saved to a file, and loaded from one."""
+"""A dialogue about at most one image, which is saved and loaded with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from infer.aligned_model import AlignedModel
 from infer.chat.dialogue import Dialogue
 from infer.chat.transcript import Transcript
+from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import Sampling
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.vision.image_files import TYPED_LIMITS, is_url, not_an_image, read_image, untrusted_limits
@@ -16,42 +17,47 @@ from llava_core.vision.preprocess import Decoded, ImageError
 class ImageDialogue(Dialogue):
     """Turns of one dialogue; `show` begins another one about a new image."""
 
-    def __init__(self, aligned: AlignedModel, sampling: Sampling) -> None:
-        super().__init__(aligned.llm, aligned.conversation, sampling)
-        self.aligned = aligned
+    def __init__(
+        self,
+        aligned: AlignedModel,
+        sampling: Sampling,
+        *,
+        compiled: CompiledStep | None = None,
+        allow_private: bool = False,
+    ) -> None:
+        """`allow_private`: the image URL of a saved dialogue may lead to a private network."""
+        super().__init__(aligned.llm, aligned.conversation, sampling, compiled=compiled)
+        self.aligned, self.allow_private = aligned, allow_private
         self.image: str | None = None
-        """Path or URL of what is shown."""
-        self.allow_private = False
-        """The image address in a saved dialogue may be private."""
+        """Path or URL of the image."""
+        self.decoded: Decoded | None = None
+        """Its pixels."""
 
-    def show(self, image: str, limits: FetchLimits = TYPED_LIMITS) -> Decoded:
+    def show(self, image: str, limits: FetchLimits = TYPED_LIMITS) -> None:
         """Begin a dialogue about the image at a path or URL. Raises LlavaError and then changes nothing."""
-        return self.show_file(image, read_image(image, limits))
+        self.show_file(image, read_image(image, limits))
 
-    def show_file(self, name: str, data: bytes) -> Decoded:
-        """As `show`, with the content of an image file and what to call it."""
+    def show_file(self, name: str, data: bytes) -> None:
+        """As `show`, with the content of an image file and its name."""
         try:
             decoded = self.aligned.decode(data)
         except ImageError as error:
             raise not_an_image(name, error) from None
         self.begin(self.aligned.encode_images([decoded]))
-        self.image = name
-        return decoded
+        self.image, self.decoded = name, decoded
 
-    def saved(self) -> Transcript:
-        """A path is saved in full, so that it is found from any folder."""
+    def transcript(self) -> Transcript:
+        """The dialogue as it is saved; a path is made absolute, so that it is found from any folder."""
         image = self.image
         if image is not None and not is_url(image):
             image = str(Path(image).expanduser().resolve())
         return Transcript(image, self.messages)
 
-    def load(self, chat: Transcript) -> Decoded | None:
-        """Go on with a saved dialogue. Raises LlavaError, and changes nothing, if its image is gone."""
-        decoded = None
-        if chat.image is None:
-            self.begin(self.nothing())
-            self.image = None
+    def load(self, transcript: Transcript) -> None:
+        """Continue a saved dialogue. Raises LlavaError, and changes nothing, if its image is gone."""
+        if transcript.image is None:
+            self.begin()
+            self.image = self.decoded = None
         else:
-            decoded = self.show(chat.image, untrusted_limits(self.allow_private))
-        self.messages = [*chat.messages]
-        return decoded
+            self.show(transcript.image, untrusted_limits(self.allow_private))
+        self.messages += transcript.messages

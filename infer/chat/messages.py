@@ -69,23 +69,23 @@ MESSAGES = {
     "tokens/s": ("每秒词元", "tokens/s"),
     "turns": ("对话轮数", "turns"),
 }
-"""In the first place Chinese, in the second English."""
+"""(Chinese, English) text of each message, by its name."""
 
 LANGUAGES = ("zh", "en")
 
 
 class Messages:
-    """MESSAGES in one language."""
+    """MESSAGES in one language: called with a name and its values, it returns the text."""
 
     def __init__(self, language: str) -> None:
         self._index = LANGUAGES.index(language)
 
-    def __call__(self, phrase: str, **values: object) -> str:
-        return MESSAGES[phrase][self._index].format(**values)
+    def __call__(self, name: str, **values: object) -> str:
+        return MESSAGES[name][self._index].format(**values)
 
 
 def pick_language(wanted: str, environment: Mapping[str, str] = os.environ) -> str:
-    """`auto` -> that of the locale: Chinese, or else English."""
+    """`wanted`, or for `auto` the locale's language: zh for Chinese, en for any other."""
     if wanted != "auto":
         return wanted
     locale = next(

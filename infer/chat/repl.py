@@ -1,4 +1,4 @@
-"""A dialogue at the terminal: commands, and everything else is a question."""
+"""Read-eval-print loop of a chat: a line is a command, or else a question."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from llava_core.errors import LlavaError, nearest
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 
-PLAIN_WORDS = {"clear": "/clear", "exit": "/exit", "quit": "/exit"}
+ALIASES = {"clear": "/clear", "exit": "/exit", "quit": "/exit"}
 WITH_PATH = ("/image", "/save", "/load")
 
 
-class Chat:
-    """One person, one dialogue. `run` until they leave."""
+class ChatRepl:
+    """The commands that every chat has; `run` returns at the end of input or at /exit."""
 
-    def __init__(self, dialogue: Dialogue, texts: Messages) -> None:
-        self.dialogue, self.texts = dialogue, texts
+    def __init__(self, dialogue: Dialogue, language: str) -> None:
+        self.dialogue, self.texts = dialogue, Messages(language)
         self.commands = self.make_commands()
         self.terminal = Terminal(list(self.commands), WITH_PATH)
         self.answers = self.errors = 0
 
     def make_commands(self) -> dict[str, Callable[[str], None]]:
-        """By name, each with what to do with the words after it; MESSAGES explains them."""
+        """Functions of the text after a command, by its name; MESSAGES explains them."""
         return {
             "/clear": self.clear,
             "/retry": self.retry,
@@ -48,10 +48,10 @@ class Chat:
         }
 
     def run(self) -> JsonDict:
-        """The summary: turns, errors.
+        """Answer line by line; returns the number of turns and errors.
 
-        Over a pipe errors make exit code 1. A command that fails ends it there, since what follows counts on
-        it; a question that fails is left out.
+        Over a pipe, errors give exit code 1, and a command that fails ends the chat, since later lines count
+        on it; a question that fails is skipped.
         """
         # Ctrl-C stops an answer only; the other signals end the command.
         for signum in stop_signals():
@@ -60,14 +60,14 @@ class Chat:
         self.say("welcome")
         for line in self.terminal.lines():
             try:
-                self.obey(line)
-            except BrokenPipeError:  # nobody reads the answers any more
+                self.evaluate(line)
+            except BrokenPipeError:  # the reader of the answers is gone
                 raise
             except (LlavaError, OSError) as error:
                 self.fail(error)
                 if not self.terminal.live:
                     break
-            except KeyboardInterrupt:  # while an image was read
+            except KeyboardInterrupt:  # while an image was loaded
                 self.say("stopped")
             except EOFError:
                 break
@@ -78,9 +78,9 @@ class Chat:
         self.errors += 1
         self.terminal.say(self.texts("error", error=error), style="red")
 
-    def obey(self, line: str) -> None:
-        """Raises EOFError to leave, and LlavaError or OSError for what could not be done."""
-        name, _, rest = PLAIN_WORDS.get(line.lower(), line).partition(" ")
+    def evaluate(self, line: str) -> None:
+        """Run a command or answer a question. Raises EOFError at /exit, LlavaError or OSError on failure."""
+        name, _, rest = ALIASES.get(line.lower(), line).partition(" ")
         if name in self.commands:
             self.commands[name](rest.strip())
         elif re.fullmatch("/[a-z]+", name):
@@ -96,17 +96,17 @@ class Chat:
 
     def _answer(self, pieces: Generator[str, None, None]) -> None:
         try:
-            whole = self.terminal.answer(pieces)
+            complete = self.terminal.answer(pieces)
         except LlavaError as error:
             self.fail(error)
             return
         self.answers += 1
-        if not whole:
+        if not complete:
             self.say("stopped")
         elif self.terminal.live:
-            took = self.dialogue.figures
-            self.say("took", first=took.first_s, rate=took.tokens_per_s,
-                     prefilled=took.prefilled, cached=took.cached)  # fmt: skip
+            figures = self.dialogue.figures
+            self.say("took", first=figures.first_s, rate=figures.tokens_per_s,
+                     prefilled=figures.prefilled, cached=figures.cached)  # fmt: skip
 
     def clear(self, rest: str) -> None:
         self.dialogue.clear()
@@ -114,41 +114,33 @@ class Chat:
 
     def set(self, rest: str) -> None:
         if rest:
-            self.dialogue.sampling = changed(self.dialogue.sampling, rest)
+            self.dialogue.sampling = with_settings(self.dialogue.sampling, rest)
         values = dataclasses.asdict(self.dialogue.sampling)
-        self.terminal.say(" ".join(f"{name}={_written(value)}" for name, value in values.items()))
+        self.terminal.say(" ".join(f"{name}={_typed(value)}" for name, value in values.items()))
 
     def stats(self, rest: str) -> None:
-        took, texts = self.dialogue.figures, self.texts
+        figures = self.dialogue.figures
         rows = {
             "turns": len(self.dialogue.messages) // 2,
-            "prefilled tokens": took.prefilled,
-            "cached tokens": took.cached,
-            "answer tokens": took.tokens,
-            "time to first token": f"{took.first_s:.3f}",
-            "tokens/s": f"{took.tokens_per_s:.1f}",
+            "prefilled tokens": figures.prefilled,
+            "cached tokens": figures.cached,
+            "answer tokens": figures.tokens,
+            "time to first token": f"{figures.first_s:.3f}",
+            "tokens/s": f"{figures.tokens_per_s:.1f}",
         }
-        self.terminal.say(table([(texts(name), value) for name, value in rows.items()]))
+        self.terminal.say(table([(self.texts(name), value) for name, value in rows.items()]))
 
     def save(self, rest: str) -> None:
         path = self.path(rest, "/save")
-        write_transcript(path, self.saved())
+        write_transcript(path, self.dialogue.transcript())
         self.say("saved", file=path)
 
     def load(self, rest: str) -> None:
-        chat = read_transcript(self.path(rest, "/load"))
-        self.resume(chat)
-        self.say("loaded", turns=len(chat.messages) // 2)
+        self.resume(read_transcript(self.path(rest, "/load")))
+        self.say("loaded", turns=len(self.dialogue.messages) // 2)
 
-    def saved(self) -> Transcript:
-        return Transcript(None, self.dialogue.messages)
-
-    def resume(self, chat: Transcript) -> None:
-        """Go on with `chat`. Raises LlavaError for one about an image."""
-        if chat.image is not None:
-            raise LlavaError(f"this dialogue is about {chat.image}", do="go on with it in `infer chat`")
-        self.dialogue.begin(self.dialogue.nothing())
-        self.dialogue.messages = [*chat.messages]
+    def resume(self, transcript: Transcript) -> None:
+        self.dialogue.load(transcript)
 
     def help(self, rest: str) -> None:
         for name in self.commands:
@@ -159,8 +151,9 @@ class Chat:
     def leave(self, rest: str) -> None:
         raise EOFError
 
-    def say(self, phrase: str, **values: object) -> None:
-        self.terminal.say(self.texts(phrase, **values), style="dim")
+    def say(self, message: str, **values: object) -> None:
+        """Show a message of MESSAGES, by its name."""
+        self.terminal.say(self.texts(message, **values), style="dim")
 
     @staticmethod
     def path(rest: str, command: str) -> Path:
@@ -169,13 +162,13 @@ class Chat:
         return Path(unquoted(rest)).expanduser()
 
 
-def changed(sampling: Sampling, settings: str) -> Sampling:
-    """`sampling` after NAME=VALUE …, with the names of the flags.
+def with_settings(sampling: Sampling, settings: str) -> Sampling:
+    """`sampling` changed by NAME=VALUE …, with the names of the flags.
 
-    Raises LlavaError for an unknown name, or a value that is of another kind or out of range.
+    Raises LlavaError for an unknown name, or a value of another type or out of range.
     """
     values: dict[str, object] = {}
-    for setting in words(settings):
+    for setting in _split(settings):
         typed, _, value = setting.removeprefix("--").partition("=")
         name = typed.replace("-", "_")
         kind = type(getattr(sampling, name, None))
@@ -194,8 +187,8 @@ def changed(sampling: Sampling, settings: str) -> Sampling:
     return dataclasses.replace(sampling, **values)  # type: ignore[arg-type]
 
 
-def words(text: str) -> list[str]:
-    """Split as a shell does. Raises LlavaError for a quote without its partner."""
+def _split(text: str) -> list[str]:
+    """Words as a shell splits them. Raises LlavaError for an unclosed quote."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -203,7 +196,7 @@ def words(text: str) -> list[str]:
 
 
 def unquoted(text: str) -> str:
-    """A path as terminals paste a file that is dragged in: in quotes, with backslashes, or as file://."""
+    """The path of a file dragged into a terminal, which pastes it quoted, with backslashes, or as file://."""
     try:
         if text.startswith("file://"):
             return unquote(urlsplit(text).path)
@@ -213,5 +206,5 @@ def unquoted(text: str) -> str:
     return path
 
 
-def _written(value: object) -> str:
+def _typed(value: object) -> str:
     return shlex.join(value) if isinstance(value, tuple) else str(value)

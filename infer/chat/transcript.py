@@ -1,4 +1,4 @@
-"""A dialogue as a file: the image's path or URL, and the turns."""
+"""A saved dialogue: a JSON file of the image's path or URL and the turns."""
 
 from __future__ import annotations
 
@@ -18,40 +18,34 @@ class Transcript:
     image: str | None
     """Path or URL; None for a dialogue without an image."""
     messages: Sequence[dict[str, str]]
-    """{"role": "user"|"assistant", "content": text}, in turns, an answer last."""
+    """{"role": "user"|"assistant", "content": text} alternately, an answer last."""
 
 
-def write_transcript(path: Path, chat: Transcript) -> None:
-    """Write it whole or not at all. Raises LlavaError rather than replace a file that is no saved chat."""
+def write_transcript(path: Path, transcript: Transcript) -> None:
+    """Write the file atomically. Raises LlavaError instead of replacing a file that is not a transcript."""
     if path.exists():
         read_transcript(path)
-    content = {"format": FORMAT, "image": chat.image, "messages": list(chat.messages)}
+    content = {"format": FORMAT, "image": transcript.image, "messages": list(transcript.messages)}
     replace_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_transcript(path: Path) -> Transcript:
-    """Raises LlavaError for a file that `write_transcript` has not written."""
+    """The saved dialogue. Raises LlavaError for a file that `write_transcript` has not written."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError
-        chat = Transcript(content["image"], content["messages"])
+        transcript = Transcript(content["image"], content["messages"])
         json.dumps(content, ensure_ascii=False).encode()  # half a character is no text
-        if not isinstance(chat.image, str | None) or not _in_turns(chat.messages):
+        if not isinstance(transcript.image, str | None) or not _alternate(transcript.messages):
             raise ValueError
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        RecursionError,
-    ):  # UnicodeDecodeError and JSONDecodeError among them
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):  # UnicodeDecodeError among them
         raise LlavaError(f"{path} is no saved chat", expected=f"a file of /save ({FORMAT})") from None
-    return chat
+    return transcript
 
 
-def _in_turns(messages: Sequence[dict[str, str]]) -> bool:
-    """Questions and answers by turns, every one text, an answer last."""
+def _alternate(messages: Sequence[dict[str, str]]) -> bool:
+    """Whether messages are questions and answers alternately, an answer last, and all of them text."""
     roles = [message["role"] for message in messages]
     return roles == ["user", "assistant"] * (len(roles) // 2) and all(
         set(message) == {"role", "content"} and isinstance(message["content"], str) for message in messages

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from infer.aligned_model import AlignedModel, open_aligned_model
-from infer.chat.command import ImageChat
+from infer.chat.command import ImageChatRepl
 from infer.chat.image_dialogue import ImageDialogue
-from infer.chat.messages import Messages
 from infer.config import ChatConfig
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import World, write_world
@@ -107,8 +106,8 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
             "/set top_p=7": "top_p; expected above 0, up to 1; got 7",
         }.items():
             monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n看\n"))
-            chat = ImageChat(ImageDialogue(aligned, SHORT), Messages("en"))
-            assert chat.run() == {"turns": 0, "errors": 1, "exit_code": 1}
+            repl = ImageChatRepl(ImageDialogue(aligned, SHORT), "en")
+            assert repl.run() == {"turns": 0, "errors": 1, "exit_code": 1}
             told = capsys.readouterr()
             assert f"error: {expected}" in told.err.replace(f"{tmp_path}/", "")
             assert not told.out

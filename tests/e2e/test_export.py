@@ -144,7 +144,7 @@ def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
     assert len(set(said)) > 1
     second = "".join(session.ask(QUESTIONS[1]))
     assert theirs["again"] == theirs["batch"]
-    session.begin(session.nothing())
+    session.begin()
     bare = "".join(session.ask(QUESTIONS[0]))
     if config.dtype == "float32":  # of rounded logits the two likeliest may be equal: processors differ then
         assert theirs["alone"] == said

@@ -157,11 +157,11 @@ def test_compiled_steps_say_the_same_and_leave_the_same_cache(
 
 
 def _compare_compiled(aligned: AlignedModel, world: World) -> None:
-    plain, fast = ImageDialogue(aligned, SHORT), ImageDialogue(aligned, SHORT)
     try:
-        fast.compiled = CompiledStep(aligned.llm, length=60)  # too short for the second turn
+        compiled = CompiledStep(aligned.llm, length=60)  # too short for the second turn
     except LlavaError as error:
         pytest.skip(str(error))
+    plain, fast = ImageDialogue(aligned, SHORT), ImageDialogue(aligned, SHORT, compiled=compiled)
     for dialogue in (plain, fast):
         dialogue.show(str(world.images[0]))
     assert said(fast, "图中有什么？") == said(plain, "图中有什么？")
@@ -184,7 +184,7 @@ def test_a_saved_dialogue_goes_on(
     monkeypatch.chdir(world.images[0].parent)
     dialogue.show(world.images[0].name)
     said(dialogue, "看")
-    write_transcript(tmp_path / "chat.json", dialogue.saved())
+    write_transcript(tmp_path / "chat.json", dialogue.transcript())
     monkeypatch.chdir(tmp_path)
     other.load(read_transcript(tmp_path / "chat.json"))
     with pytest.raises(LlavaError, match="no image file"):
@@ -229,13 +229,14 @@ def test_addresses_in_a_file_are_a_strangers(world: World, tmp_path: Path) -> No
         (tmp_path / "in.jsonl").write_text(json.dumps({"image": f"{base}/a.png"}) + "\n")
         call("infer", "batch", *flags, tmp_path / "closed.jsonl")
         call("infer", "batch", *flags, tmp_path / "open.jsonl", "--allow-private")
-        dialogue = ImageDialogue(world.aligned(), Sampling(max_tokens=8))
-        dialogue.show(f"{base}/a.png")
-        write_transcript(saved, dialogue.saved())
+        aligned = world.aligned()
+        strict, loose = (ImageDialogue(aligned, SHORT, allow_private=allowed) for allowed in (False, True))
+        strict.show(f"{base}/a.png")
+        write_transcript(saved, strict.transcript())
         with pytest.raises(LlavaError, match=remedy):
-            dialogue.load(read_transcript(saved))
-        dialogue.allow_private = True
-        assert dialogue.load(read_transcript(saved)) is not None
+            strict.load(read_transcript(saved))
+        loose.load(read_transcript(saved))
+        assert loose.decoded is not None
     closed, opened = (json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("closed", "open"))
     assert "got forbidden address (address is not public); " + remedy in closed["error"]
     assert opened["answer"]

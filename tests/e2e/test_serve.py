@@ -78,7 +78,7 @@ def question(text: str, url: str | None = None) -> Any:
 
 def asked(session: ImageDialogue, text: str, image: Path | None = None) -> str:
     """What `infer ask` says."""
-    session.begin(session.nothing())
+    session.begin()
     if image:
         session.show(str(image))
     return "".join(session.ask(text))

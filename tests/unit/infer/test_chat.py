@@ -16,7 +16,7 @@ from rich.console import Console
 
 from infer.chat.command import bare_image
 from infer.chat.messages import MESSAGES, pick_language
-from infer.chat.repl import changed, unquoted
+from infer.chat.repl import unquoted, with_settings
 from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.cli.line_editor import history
 from llava_core.cli.terminal import Terminal, half_blocks
@@ -60,9 +60,9 @@ def test_without_a_folder_for_it_history_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_named_settings() -> None:
-    sampling = changed(Sampling(seed=3), "temperature=0.7 top-p=.9 --max_tokens=7 stop='a b' stop=。")
+    sampling = with_settings(Sampling(seed=3), "temperature=0.7 top-p=.9 --max_tokens=7 stop='a b' stop=。")
     assert sampling == Sampling(seed=3, temperature=0.7, top_p=0.9, max_tokens=7, stop=("a b", "。"))
-    assert changed(sampling, "stop=").stop == ()
+    assert with_settings(sampling, "stop=").stop == ()
     for typed, complaint in {
         "temprature=1": "no setting temprature; did you mean 'temperature'?",
         "replace=1": "no setting replace; ",
@@ -72,7 +72,7 @@ def test_named_settings() -> None:
         "stop='": "cannot read stop='; ",
     }.items():
         with pytest.raises(LlavaError) as refused:
-            changed(sampling, typed)
+            with_settings(sampling, typed)
         assert str(refused.value).startswith(complaint)
 
 
