@@ -81,7 +81,7 @@ class AlignedModel:
         """A dialogue about one image, or without one; `sampling` as for `answer`."""
         dialogue = Dialogue(self._answerer.llm, self._answerer.conversation, _sampling(sampling))
         dialogue.system = system
-        dialogue.begin(dialogue.nothing() if image is None else self.visual_tokens(image)[None])
+        dialogue.begin(None if image is None else self.visual_tokens(image)[None])
         return AlignedChat(dialogue)
 
     def loss(self, image: ImageLike, text: str, question: str = QUESTION) -> float:
