@@ -132,7 +132,7 @@ def progress(
         desc=None if desc is None else visible(desc),
         leave=leave,
         dynamic_ncols=True,
-        disable=not (sys.stderr.isatty() or in_notebook()),
+        disable=not (sys.stderr.isatty() or (leave and in_notebook())),  # a notebook shows nested bars badly
         file=sys.stderr,
         smoothing=0.1,
     )
