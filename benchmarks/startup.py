@@ -48,16 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=("help", "import"), default=["help", "import"])
+    parser.add_argument("--only", nargs="+", help="commands, such as run", default=None)
     given = parser.parse_args()
     before, now, rows = given.before.absolute(), Path.cwd(), []
     with tempfile.TemporaryDirectory() as caches:
         for package, old in PACKAGES.items():
             theirs = old if (before / old / "__main__.py").exists() else package
             for command in commands(now, package):
-                if command not in commands(before, theirs):
+                if command not in commands(before, theirs) or (given.only and command not in given.only):
                     continue
                 cells = []
-                for kind in ("help", "import"):
+                for kind in given.kinds:
                     seconds: dict[Path, list[float]] = {before: [], now: []}
                     for turn in range(given.repeat + 1):  # the first writes the bytecode
                         for root, name in ((before, theirs), (now, package)):
@@ -71,7 +73,8 @@ def main() -> None:
                     was, took = statistics.median(seconds[before]), statistics.median(seconds[now])
                     cells += [f"{was:.2f}", f"{took:.2f}", f"{took / was:.2f}"]
                 rows.append((f"{package} {command}", *cells))
-    show(table(rows, ("command", "help before", "now", "ratio", "import before", "now", "ratio")))
+    header = [title for kind in given.kinds for title in (f"{kind} before", "now", "ratio")]
+    show(table(rows, ("command", *header)))
 
 
 if __name__ == "__main__":

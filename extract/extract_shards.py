@@ -59,7 +59,7 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
             f"{path} was made from another file, or from other rows of it",
             expected=source.identity(),
             got=shard.source,
-            do="choose another --out, mend --limit, or delete that shard",
+            do="choose another --out, correct --limit, or delete that shard",
         )
     require_storage(path, shard.layout, config.dtype)
     _mention_thumbnails(path, shard.layout, config)

@@ -89,7 +89,7 @@ class RunFolder:
                 what = f"{path} has no checkpoint left to compare --{_flag(min(self.moved))} with"
                 raise LlavaError(what, do="name the folder as before, or choose another --out")
         elif config.resume:
-            raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
+            raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or correct --out")
 
     @property
     def begun(self) -> bool:

@@ -86,7 +86,7 @@ def with_other_captions(
         else:
             raise LlavaError(
                 f"--choices {config.choices}",
-                expected=f"at most {len(texts)}: so many captions of other images are in {config.features}",
+                expected=f"at most {len(texts)}, the different captions in {config.features}",
             )
         draw.shuffle(texts)
         chosen.append({**row, "texts": texts, "answer": row["caption"]})

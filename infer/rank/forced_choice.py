@@ -25,7 +25,7 @@ class Choice:
     loss: float
     """Mean over its tokens, its end token included, in nats per token."""
     log_probability: float
-    """Of the whole text, in nats."""
+    """Log probability of the whole text, in nats."""
 
 
 @torch.inference_mode()

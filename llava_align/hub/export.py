@@ -42,7 +42,7 @@ AUTO_MAP = {
 }
 PREPROCESS = ("size", "mean", "std", "filter", "crop", "decode")
 LEFT_OUT = ("dtype", "_name_or_path", "quantization_config")
-"""Of published configurations: the folder has weights of its own, none of them quantised, and no old path."""
+"""Keys left out of published configurations: the folder has weights of its own, none of them quantised."""
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",

@@ -50,7 +50,7 @@ class Candidate:
 
     @property
     def caption(self) -> str:
-        """Of a row; an image file has none."""
+        """Caption of a row; an image file has none."""
         return next((answer for _, answer in self.shard.turns(self.row)), "") if self.shard else ""
 
     def to_json(self) -> JsonDict:

@@ -13,7 +13,7 @@ from llava_core.shuffled_pairs import mismatched_rows
 
 COUNTS = ("一", "两", "三")
 ATTRIBUTES = ("shape", "colour", "place", "size")
-"""Of an object: what the demo's accuracy counts."""
+"""Attributes of an object that the demo's accuracy counts."""
 
 _OPENINGS = (
     "图中有{n}个图形",
