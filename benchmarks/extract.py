@@ -40,8 +40,9 @@ from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
 from extract.stages.write import WRITE_ROWS
 from llava_align.config import MODELS
-from llava_align.reference_models import write_vision
+from llava_align.synthetic_reference import write_vision
 from llava_core.cli.console import progress, table
+from llava_core.network.async_tasks import run_async
 from llava_core.network.fetch import fetch_all
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
@@ -189,12 +190,14 @@ class Bench:
     def whole(self) -> float:
         path, captions = self._new_path(), ["一张图"] * len(self.urls)
         began = time.monotonic()
-        self.figures = run_pipeline(
-            self.tower,
-            self.config,
-            [lambda: OpenShard(ShardWriter(path, self._header()), self.urls, captions)],
-            progress(None, "rows"),
-            lambda shard, seconds: None,
+        self.figures = run_async(
+            run_pipeline(
+                self.tower,
+                self.config,
+                [lambda: OpenShard(ShardWriter(path, self._header()), self.urls, captions)],
+                progress(None, "rows"),
+                lambda shard, seconds: None,
+            )
         )
         return time.monotonic() - began
 
@@ -278,7 +281,7 @@ def watch_memory(settings: Settings, folder: Path) -> None:
             urls = [f"{base}/{i}" for i in range(start, start + 2000)]
             openers.append(functools.partial(open_shard, tower, folder / f"{start}.h5", urls))
         began = time.monotonic()
-        figures = run_pipeline(tower, config, openers, progress(settings.memory, "rows"), finished)
+        figures = run_async(run_pipeline(tower, config, openers, progress(settings.memory, "rows"), finished))
     print(f"{settings.memory / (time.monotonic() - began):.0f} rows/s; {json.dumps(figures)}")
 
 

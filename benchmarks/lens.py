@@ -22,10 +22,10 @@ from llava_align.demo.world.captions import ATTRIBUTES, parse
 from llava_align.demo.world.scene import PLACES, Thing
 from llava_core.cli.console import table
 from llava_core.language.conversation import QUESTION, Turn
-from llava_core.pairing import other_pictures, same_pictures
 from llava_core.projector.visual_tokens import grid_side
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
+from llava_core.shuffled_pairs import mismatched_rows, picture_numbers
 
 TOP = 5
 
@@ -89,7 +89,7 @@ def captions_lost(demo: Path, pictures: int) -> dict[str, float]:
     answerer, shard, rows = opened(demo, pictures)
     totals: dict[str, float] = {}
     count = 0
-    others = other_pictures(same_pictures(map(shard.picture_keys, rows)))
+    others = mismatched_rows(picture_numbers(map(shard.picture_keys, rows)))
     if others is None:
         raise SystemExit(f"{demo}: one picture has no other beside it")
     for row, other in zip(rows, others, strict=True):

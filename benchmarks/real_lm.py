@@ -4,7 +4,7 @@
     python -m benchmarks.real_lm --out DIR
 
 The public commands, one after the other: the demo's encoder sees pictures of the small world, a projector
-between it and SmolLM2-135M-Instruct learns their English captions (`demo/world/english.py`), and what the two
+between it and SmolLM2-135M-Instruct learns their English captions (`english_world.py`), and what the two
 then say of held-out pictures is judged. The same command continues.
 """
 
@@ -23,10 +23,10 @@ from typing import Literal
 
 import tyro
 
+from benchmarks import english_world as english
 from benchmarks.reference import command
 from llava_align.config import MODELS
 from llava_align.demo.contact_sheet import loss_curve
-from llava_align.demo.world import english
 from llava_align.demo.world.captions import accuracy, shuffled
 from llava_align.demo.world.dataset import draw
 from llava_align.demo.world.scene import Scene

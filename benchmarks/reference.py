@@ -22,7 +22,7 @@ import tyro
 
 from llava_align.demo.world.dataset import write_split
 from llava_align.demo.world.server import serve
-from llava_align.reference_models import write_language_model, write_vision
+from llava_align.synthetic_reference import write_language_model, write_vision
 from llava_core.filesystem import read_json_lines
 
 

@@ -38,7 +38,7 @@ from benchmarks.trainers import (
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
 from llava_align.demo.world.scene import random_scene
-from llava_align.reference_models import write_language_model, write_vision
+from llava_align.synthetic_reference import write_language_model, write_vision
 from llava_core.cli.console import human_bytes, table
 from llava_core.device import pick_device, utilisation, utilisation_shown
 from llava_core.row_status import Status

@@ -118,7 +118,7 @@ class RunConfig(EncodeConfig):
     images: Path | None = None
     """Folder of the images that those files name by path; without it, the folder each file lies in."""
     limit: int | None = None
-    """Take only the first so many rows of all files together."""
+    """Take only the first N rows of all files together."""
     dtype: Literal["float16", "int8"] = "float16"
     """How features are stored; int8, with a scale per row and channel, takes half the disk, its error is
     about 1 %. Training reads both, also side by side."""
@@ -216,8 +216,8 @@ class InspectConfig(Options):
 class ExamplesConfig(Options):
     """Save the first pictures of a data set with their captions: 0000.jpg (or .png, as it came), 0000.txt, ….
 
-    Rows without a caption, or whose picture cannot be had, are passed over; too many in a row end it. The
-    folder is --data in its turn.
+    Rows without a caption or picture are skipped; too many in a row end it. You can pass the folder to
+    --data afterwards.
     """
 
     data: str
@@ -259,7 +259,7 @@ class BenchConfig(PipelineConfig):
     images: Path | None = None
     """Folder of the images, as for `run`."""
     limit: int | None = None
-    """Rows that `run` would take; the time is told for so many."""
+    """Rows that `run` would take; the time is estimated for them."""
     dtype: Literal["float16", "int8"] = "float16"
     """How features are stored, as for `run`."""
     thumbnails: bool = False

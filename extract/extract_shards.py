@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.config import EncodeConfig, RunConfig
+from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
 from extract.sources.base import Columns, Source
@@ -19,6 +20,7 @@ from extract.statistics import write_statistics
 from llava_core.cli.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.network.async_tasks import run_async
 from llava_core.row_status import Status
 from llava_core.shards.format import ShardHeader
 from llava_core.shards.layout import Layout
@@ -57,7 +59,7 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
             f"{path} was made from another file, or from other rows of it",
             expected=source.identity(),
             got=shard.source,
-            do="choose another --out, mend --limit, or delete that shard",
+            do="choose another --out, correct --limit, or delete that shard",
         )
     require_storage(path, shard.layout, config.dtype)
     _mention_thumbnails(path, shard.layout, config)
@@ -149,6 +151,7 @@ def extract(
         write_statistics(shard, seconds)
         say(f"{shard.path}: {shard.rows:,} rows, {int((shard.status != Status.OK).sum()):,} failed")
 
+    deduplicator = Deduplicator(finished)
     with contextlib.nullcontext(bar) if bar else progress(rows, "rows") as counter:
-        figures = run_pipeline(tower, config, openers, counter, done, finished)
+        figures = run_async(run_pipeline(tower, config, openers, counter, done, deduplicator))
     return {"seconds": round(time.monotonic() - started, 2), **figures}

@@ -24,43 +24,30 @@ from extract.stages.metrics import Bottleneck, ProgressBar
 from extract.stages.monitor import monitor
 from extract.stages.write import Write
 from llava_core.cli.console import say
-from llava_core.network.async_tasks import in_background, run_async, together
+from llava_core.network.async_tasks import in_background, together
 from llava_core.network.fetch import Fetcher
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
 
 
-def run_pipeline(
+async def run_pipeline(
     tower: VisionTower,
     config: PipelineConfig,
     openers: Sequence[Callable[[], OpenShard]],
     bar: ProgressBar,
     done: Callable[[Shard, float], None],
-    finished: Sequence[Shard] = (),
+    deduplicator: Deduplicator | None = None,
     keep: bool = True,
 ) -> JsonDict:
     """Open the shards one after the other and write all their rows; returns `Bottleneck.figures`.
 
-    `bar` counts rows; `done` is called with each finished shard and the seconds it took. Rows that a shard in
-    `finished` has are copied. A stop signal raises KeyboardInterrupt, with `keep` after what is encoded is on
-    disk.
+    `bar` counts rows; `done` is called with each finished shard and the seconds it took; `deduplicator` may
+    know shards of earlier runs. If cancelled or failing, with `keep` it first writes what is encoded.
     """
-    return run_async(_run(tower, config, openers, bar, done, finished, keep))
-
-
-async def _run(
-    tower: VisionTower,
-    config: PipelineConfig,
-    openers: Sequence[Callable[[], OpenShard]],
-    bar: ProgressBar,
-    done: Callable[[Shard, float], None],
-    finished: Sequence[Shard],
-    keep: bool,
-) -> JsonDict:
     cpu = ThreadPoolExecutor(config.decode_threads, "decode")
     gpu, disk = ThreadPoolExecutor(1, "encode"), ThreadPoolExecutor(1, "disk")
-    deduplicator = Deduplicator(finished)
+    deduplicator = deduplicator or Deduplicator()
     fetcher = Fetcher(config.fetch_limits())
 
     write = Write(disk, bar, done, deduplicator)

@@ -24,7 +24,7 @@ from llava_core.cli.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
 from llava_core.launcher import WorkerIndex
-from llava_core.ray_cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_tally
+from llava_core.ray_cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_progress_actor
 from llava_core.types import JsonDict
 
 MOST_TRIES = 5
@@ -111,7 +111,7 @@ class Dispatch:
         """Error of the last worker that cannot work."""
         self.last_alive = time.monotonic()
         """When a worker was last known to be alive."""
-        self.tally = start_tally(ray)
+        self.tally = start_progress_actor(ray)
         actor = ray.remote(Worker).options(
             num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_restarts=-1
         )
@@ -200,7 +200,7 @@ class Dispatch:
             self.errors[source] = why
 
     def _report(self) -> None:
-        rows, lines = self.ray.get(self.tally.news.remote())
+        rows, lines = self.ray.get(self.tally.collect.remote())
         for line in lines:
             say(line)
         self.bar.update(rows - self.bar.n)

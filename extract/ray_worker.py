@@ -20,7 +20,7 @@ from extract.statistics import summarise
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Held
 from llava_core.identity import EncoderIdentity
-from llava_core.ray_cluster import Lines, other_version
+from llava_core.ray_cluster import LogForwarder, other_version
 from llava_core.shards.part_file import FinishedMeanwhile
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
@@ -78,7 +78,7 @@ class Worker:
         """
         path = self.config.out / f"{source.stem}.h5"
         progress = RemoteProgress(tally, source.stem)
-        with contextlib.redirect_stderr(Lines(tally, self.host)):
+        with contextlib.redirect_stderr(LogForwarder(tally, self.host)):
             try:
                 shard = self._open(path, source, wait)
             except (LlavaError, OSError) as error:
@@ -124,4 +124,4 @@ class RemoteProgress:
 
     def report(self) -> None:
         self.reported = time.monotonic()
-        self.tally.count.remote(self.name, self.n)
+        self.tally.set_rows.remote(self.name, self.n)

@@ -1,4 +1,4 @@
-"""`extract verify`: are the features what they were, and are they what the encoder gives today?"""
+"""`extract verify`: checks every checksum, and compares a sample of rows with the live encoder."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ alone moves features by 0.004 (the demo's) to 0.026 (one token 20 times as long 
 BATCH = 64
 """Images that are downloaded and encoded at a time."""
 COMPARED = 128
-"""Rows encoded anew that are kept to tell whose features another row holds: each against each."""
+"""Rows encoded again that are compared with each other, to find whose features a row holds."""
 NAMED = 5
-"""Rows that the error names; --json has all."""
+"""Rows that the error lists; --json has all."""
 
 Row = tuple[Shard, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What is wrong with a shard, or with one row of it."""
+    """A fault of a shard, or of one row of it."""
 
     shard: Shard
     row: int | None
@@ -53,7 +53,7 @@ class Fault:
 
 
 def run(config: VerifyConfig) -> JsonDict:
-    """Print how much was checked, and one line with all that is wrong; exit code 1 if anything is."""
+    """Print what was checked, and all faults in one line; the exit code is 1 if there are any."""
     shards = find_shards(config.out)
     tower = _tower(config, shards)
     figures: JsonDict = {"shards": len(shards), "rows": sum(shard.rows for shard in shards)}
@@ -118,7 +118,7 @@ def _ok_rows(shards: Sequence[Shard]) -> list[Row]:
 
 
 def _tower(config: VerifyConfig, shards: Sequence[Shard]) -> VisionTower | None:
-    """The live encoder, its layer and decoding those of most shards."""
+    """The live encoder, with the layer and decoding of most shards; None without --vision."""
     if config.vision is None:
         return None
     kinds = collections.Counter((s.encoder.get("layer"), s.preprocess.get("decode", "draft")) for s in shards)
@@ -127,7 +127,7 @@ def _tower(config: VerifyConfig, shards: Sequence[Shard]) -> VisionTower | None:
 
 
 def _stale(shards: Sequence[Shard], tower: VisionTower | None) -> tuple[list[Fault], str]:
-    """The shards of another encoder than the live one, or, without one, than most; and a name for that."""
+    """Shards of another encoder than the live one, or, without it, than most; and its name."""
     if tower is not None:
         wanted, reference = tower.identity, str(tower.encoder["model_id"])
     else:
@@ -143,9 +143,9 @@ def _stale(shards: Sequence[Shard], tower: VisionTower | None) -> tuple[list[Fau
 
 
 def _damaged(rows: Sequence[Row]) -> list[Fault]:
-    """The rows whose features, or thumbnail, do not have their checksum.
+    """Rows whose features or thumbnail do not have their checksum.
 
-    Raises LlavaError if a text is none any more, as only format version 1 lets it come to.
+    Raises LlavaError for a damaged text, which only format version 1 leaves to be found here.
     """
     found: list[tuple[Row, int]] = []
     thumbnails: list[Fault] = []
@@ -174,7 +174,7 @@ def _other(place: Row, owners: Sequence[Row]) -> Row | None:
 
 
 def _held(place: Row, owner: Row | None, otherwise: str) -> Fault:
-    """The fault of a row that holds what belongs to `owner`, if that is known."""
+    """Fault of a row that holds the features of `owner`; if that is unknown, `otherwise`."""
     if owner is None:
         return Fault(*place, otherwise)
     elsewhere = "" if owner[0] is place[0] else f" of {owner[0].path.name}"
@@ -183,18 +183,18 @@ def _held(place: Row, owner: Row | None, otherwise: str) -> Fault:
 
 @dataclasses.dataclass(frozen=True)
 class _Changed:
-    """A row that the encoder sees differently today."""
+    """A row whose features differ from those of the live encoder."""
 
     place: Row
     distance: float
     now: np.ndarray | None
-    """fp32 [T, D]; of the first COMPARED only."""
+    """fp32 [T, D]; None after the first COMPARED rows."""
 
 
 def _changed(
     config: VerifyConfig, tower: VisionTower, rows: Sequence[Row], every: Sequence[Row]
 ) -> tuple[list[Fault], int, float | None]:
-    """Encode a sample of `rows` again: faults, rows that could be compared, their largest distance."""
+    """Encode a sample of `rows` again; returns faults, rows compared, and their largest distance."""
     if config.data is None and (local := {shard for shard, _ in rows if shard.local}):
         say(f"{len(local)} shards of local images are not encoded again; give --data as to `extract run`")
         rows = [(shard, row) for shard, row in rows if not shard.local]
@@ -211,7 +211,7 @@ def _changed(
             part = chosen[start : start + BATCH]
             fetched = images.load(part, limits, bar.update)
             failed.update(answer.status.label for answer in fetched if answer.status.failed)
-            # A picture that is gone or has changed since says nothing about the encoder.
+            # An image that is gone or has changed does not test the encoder.
             same = [
                 (place, answer.body)
                 for place, answer in zip(part, fetched, strict=True)
@@ -233,7 +233,7 @@ def _changed(
 
 
 def _owner(row: _Changed, changed: Sequence[_Changed], copied: dict[int, list[Row]]) -> Row | None:
-    """Whose features a changed row holds: another that has its checksum, or one that is encoded to them."""
+    """Row whose features a changed row holds: by checksum, or by the nearest features; None if unknown."""
     shard, number = row.place
     if other := _other(row.place, copied[int(shard.checksums[number])]):
         return other
@@ -244,7 +244,7 @@ def _owner(row: _Changed, changed: Sequence[_Changed], copied: dict[int, list[Ro
 
 
 def _encode(tower: VisionTower, images: Sequence[bytes]) -> np.ndarray:
-    """Image files that decoded once -> fp32 features [B, T, D]."""
+    """Features of image files that are known to decode, fp32 [B, T, D]."""
     if not images:
         return np.empty((0, tower.tokens, tower.width), np.float32)
     decoded = [tower.preprocess.decode_image(image, max_pixels=sys.maxsize) for image in images]
@@ -252,6 +252,6 @@ def _encode(tower: VisionTower, images: Sequence[bytes]) -> np.ndarray:
 
 
 def _distance(now: np.ndarray, stored: np.ndarray) -> float:
-    """Relative: 0 for equal features."""
+    """Relative L2 distance of features; 0 if they are equal."""
     then = np.nan_to_num(stored).astype(np.float32)
     return float(np.linalg.norm(now - then)) / max(float(np.linalg.norm(then)), 1e-9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, ScoreConfig, ServeConfig
+from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, RankConfig, ScoreConfig, ServeConfig
 from llava_core.cli import command
 from llava_core.cli.options import Command
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "ask": Command(AskConfig, "infer.ask:run"),
     "chat": Command(ChatConfig, "infer.chat.command:run"),
     "batch": Command(BatchConfig, "infer.batch.command:run", continues=True),
+    "rank": Command(RankConfig, "infer.rank.command:run", continues=True),
     "serve": Command(ServeConfig, "infer.serve.server:run"),
     "score": Command(ScoreConfig, "infer.score.command:run"),
     "lens": Command(LensConfig, "infer.lens.command:run"),

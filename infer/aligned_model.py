@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from infer.config import Aligned, BatchConfig, Models
+from infer.config import Aligned, Models, QuestionFile
 from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.language.conversation import Conversation
 from llava_core.language.generate import generate
-from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
+from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.shards.reader import Shard
+from llava_core.vision.open import open_trained_tower
 from llava_core.vision.preprocess import Decoded
 from llava_core.vision.tower import VisionTower
-from llava_core.vision.trained_tower import open_trained_tower
 
 
 class FeatureAnswerer:
@@ -70,7 +70,7 @@ class AlignedModel(FeatureAnswerer):
         return self.project(self.tower.encode(np.stack([image.pixels for image in images])))
 
 
-def open_aligned_model(config: Models | BatchConfig) -> AlignedModel:
+def open_aligned_model(config: Models | QuestionFile) -> AlignedModel:
     """Load the three models. Raises LlavaError if the projector was trained for others."""
     assert config.vision is not None
     checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
@@ -90,8 +90,7 @@ def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:
 def _language_model(
     config: Aligned, checkpoint: Checkpoint, source: str, device: torch.device
 ) -> LanguageModel:
-    llm = load_language_model(config.llm, device)
-    checkpoint.provenance.require_language_model(llm.identity)
+    llm = load_its_language_model(checkpoint.provenance, config.llm, device)
     llm.new_cache()  # raises for a model that cannot generate here
     say(f"{source} → {checkpoint.folder} → {llm.id} on {device}")
     return llm

@@ -102,8 +102,8 @@ class ChatConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchConfig(Sampling, Aligned):
-    """Answer a JSONL file of questions about images, or caption feature shards; it continues by itself."""
+class QuestionFile(Aligned):
+    """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, `prompt` may be
@@ -113,17 +113,16 @@ class BatchConfig(Sampling, Aligned):
     vision: Path | None = None
     """Folder of the vision encoder it was trained for; --features does without."""
     output: Path
-    """File of the same lines with `checkpoint`, `sampling` and `answer`, or `error` where there is none; a
-    row of a shard gives `shard`, `row`, `id` and its own `caption`."""
+    """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
+    `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
     prompt: str = QUESTION
     """The question of lines that have none."""
     batch_size: int = 16
-    """Questions answered together."""
+    """Questions whose images are encoded, and which are answered, together."""
     allow_private: bool = False
     """Let image addresses in the file lead to this machine or a private network."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.require_above_zero("batch_size")
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
@@ -142,8 +141,37 @@ class BatchConfig(Sampling, Aligned):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig(QuestionFile, Sampling):
+    """Answer a JSONL file of questions about images, or caption feature shards; it continues by itself."""
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankConfig(QuestionFile):
+    """Rank texts for each image by the model's loss: multiple choice, or captions of other images.
+
+    Lines of --input have "texts": [TEXT, ...], and "answer", the right one or its number from 0, if it is
+    known. With --features the texts are the row's caption and captions of other images.
+    """
+
+    choices: int = 8
+    """Texts for each row of --features, its own caption among them."""
+    by: Literal["mean", "sum"] = "mean"
+    """Compare the mean loss per token, or the probability of the whole text, which favours short ones."""
+    seed: int = 0
+    """Seed by which captions of other images are drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(2, "choices")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(Models):
-    """An OpenAI-compatible server with a page. Sampling flags are for requests that say nothing of it."""
+    """An OpenAI-compatible server with a page. Sampling flags are the defaults of requests without them."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
@@ -173,8 +201,7 @@ class ServeConfig(Models):
         self.require_above_zero("slots", "context", "max_bytes")
         if self.api_key == "":
             raise LlavaError("--api-key", expected="a key", got="nothing", exit_code=2)
-        if self.queue < 0:
-            raise LlavaError("--queue", expected="0 or more", got=self.queue, exit_code=2)
+        self.require_at_least(0, "queue")
         if not 0 <= self.port < 1 << 16:
             raise LlavaError("--port", expected="0 to 65535", got=self.port, exit_code=2)
         for origin in self.allow_origin:
@@ -201,8 +228,7 @@ class ScoreConfig(Options):
     """What counts as a word; auto is char for Chinese references and space for others. Scores of different
     tokenizers do not compare."""
     vision: Path | None = None
-    """Folder of Chinese-CLIP with its text tower: adds CLIPScore, which needs no reference. It hears the
-    first 50 tokens of a text."""
+    """Folder of Chinese-CLIP with its text tower: adds CLIPScore, over the first 50 tokens of a text."""
     features: Path | None = None
     """Folder of the shards whose `shard` and `row` the lines name, in place of images."""
     images: Path | None = None

@@ -159,8 +159,8 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         items = [value] if isinstance(value, (str, Path)) else value
         return tuple(_value(name, item, typing.get_args(kind)[0]) for item in items)
-    if kind is Path and isinstance(value, (str, Path)):
-        return Path(value)
+    if kind in (Path, str) and isinstance(value, (str, Path)):
+        return kind(value)
     if typing.get_origin(kind) is Literal:
         if value in typing.get_args(kind):
             return value

@@ -224,7 +224,7 @@ class ExportConfig(Options):
     out: Path
     """Folder to write; it must not exist, or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the encoder's and the language model's weights: float32 answers as `infer` does on a CPU; bfloat16,
+    """Type of encoder and language model weights: float32 answers as `infer` does on a CPU; bfloat16,
     in half the space, as it does on a GPU. The projector stays float32."""
     dry_run: bool = False
     """Print the bytes it takes, and write nothing."""

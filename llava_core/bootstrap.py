@@ -1,7 +1,7 @@
-"""95 % intervals of measures on held-out rows: the percentile bootstrap (Efron and Tibshirani 1993, ch. 13).
+"""95 % confidence intervals of held-out metrics: percentile bootstrap (Efron and Tibshirani 1993, ch. 13).
 
-What is drawn again, with replacement, are pictures: the rows of one are alike. Draws are a pure function of
-how many pictures there are, so that measures of the same pictures are paired.
+Pictures, not rows, are resampled with replacement, since rows of one picture are alike. Resamples depend
+on the number of pictures alone, so that metrics of the same pictures are paired.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from llava_core.types import JsonDict
 
 DRAWS = 2000
 MOST_COUNTS = 1 << 22
-"""Numbers in memory at once: how often each picture is in some of the draws."""
+"""Most counts, of a picture in a resample, in memory at once."""
 
 
 def by_picture(values: np.ndarray, pictures: Sequence[int]) -> np.ndarray:
-    """Sums of the rows [N, K] of each picture, which are numbered from 0: [pictures, K] in fp64."""
+    """Sum the rows [N, K] of each picture, numbered from 0: [pictures, K] in fp64."""
     sums = np.zeros((max(pictures) + 1, values.shape[1]))
     np.add.at(sums, np.asarray(pictures), values)
     return sums
 
 
 def redrawn(sums: np.ndarray) -> np.ndarray:
-    """Totals [DRAWS, K] of each draw of as many pictures as `sums` [pictures, K] has."""
+    """Totals [DRAWS, K] of resamples of the pictures' sums [pictures, K], each of the same size."""
     n, random = len(sums), np.random.default_rng(0)
     totals = np.empty((DRAWS, sums.shape[1]))
     block = max(1, MOST_COUNTS // n)
@@ -39,13 +39,13 @@ def redrawn(sums: np.ndarray) -> np.ndarray:
 
 
 def interval(name: str, draws: np.ndarray) -> JsonDict:
-    """`name_low` and `name_high`: between them are 95 % of the measure's values in the draws [DRAWS]."""
+    """`name_low` and `name_high`: the 2.5th and 97.5th percentile of a metric's resampled values [DRAWS]."""
     low, high = np.percentile(draws, (2.5, 97.5)).tolist()
     return {f"{name}_low": low, f"{name}_high": high}
 
 
 def with_interval(figures: Mapping[str, Any], name: str, digits: int = 4) -> str:
-    """Such as "0.1884 (0.1790 to 0.1980)"; without an interval the number alone, "-" without a number."""
+    """A figure as "0.1884 (0.1790 to 0.1980)"; without an interval the number alone, "-" without a number."""
     value, low, high = (figures.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
         return "-"
@@ -54,7 +54,7 @@ def with_interval(figures: Mapping[str, Any], name: str, digits: int = 4) -> str
 
 
 def figure_names(figures: Mapping[str, Any]) -> list[str]:
-    """Those that are no end of another's interval."""
+    """Names of the figures, without the `_low` and `_high` of their intervals."""
     return [
         name
         for name in figures
@@ -63,7 +63,7 @@ def figure_names(figures: Mapping[str, Any]) -> list[str]:
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Figures for a table: each with its interval, if it has one."""
+    """(name, value) of figures for a table, each with its interval, if it has one."""
     return [(name.replace("_", " "), _shown(figures, name)) for name in figure_names(figures)]
 
 

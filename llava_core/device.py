@@ -1,4 +1,4 @@
-"""Devices: which one, in which precision, how much memory is free, and how fast it multiplies at best."""
+"""Devices: choice, default dtype, free memory, measured matmul rate and model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_core.launcher import local_gpu
 
 DEVICE_ERRORS = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|device-side assert")
 LEAST_PRODUCTS = 8
-"""Matrix products that are timed, however long they take."""
+"""Fewest matrix products that are timed, however long they take."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,12 +41,12 @@ def is_device_failure(error: Exception) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have on `device`."""
+    """Bytes that this process can still allocate on `device`."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
 
 
 def free_ram(root: Path = Path("/")) -> int:
-    """Bytes of RAM that are free or can be freed, in the machine and within every control group's limit."""
+    """Bytes of RAM that are free or reclaimable, within the limits of all control groups (cgroups)."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -56,7 +56,7 @@ def free_ram(root: Path = Path("/")) -> int:
 
 
 def _group_rooms(root: Path) -> list[int]:
-    """What the limits of this process's control groups, version 2 or 1, leave; none without a limit."""
+    """Bytes that each control group of this process (version 2 or 1) has left; empty without limits."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -86,10 +86,10 @@ def _group_rooms(root: Path) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations per second of large matrix products, the best of several for about so many seconds.
+    """FLOP/s of large matrix products: the best of several, measured for about `seconds`.
 
-    On a CPU the seconds are those that its threads computed, over how many they are: on a busy machine the
-    clock on the wall counts the neighbours' work too. If some threads of torch stay idle, that is too fast.
+    On a CPU time is CPU time divided by the number of threads, since wall time on a busy machine includes
+    other processes. If some of torch's threads stay idle, the rate comes out too high.
     """
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
@@ -111,14 +111,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 
 def utilisation(operations: float, seconds: float, rate: float) -> float | None:
-    """Share of a device's rate, in operations per second, that these took (MFU).
+    """Model FLOPs utilisation: `operations` per `seconds` as a share of `rate`, a device's FLOP/s.
 
-    None for one above 1, which cannot be: the rate was measured too low.
+    None for a share above 1, which means that the rate was measured too low.
     """
     share = operations / seconds / rate
     return share if share <= 1 else None
 
 
 def utilisation_shown(share: float | None) -> str:
-    """Such as "38%"."""
+    """The share as text, such as "38%"."""
     return "unknown (over 100%: the matmul rate was measured too low)" if share is None else f"{share:.0%}"

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""LlavaError, the exception whose message is meant for the user, and helpers to word such messages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Of an OSError: the disk takes nothing more, from nobody."""
+"""Numbers of an OSError that mean the disk is full or read-only."""
 
 
 class LlavaError(Exception):
-    """A fault the user can mend, said in one line: what, what was expected, what came, what to do.
+    """A fault that the user can fix, in one line: what it is, what was expected, what was got, what to do.
 
-    `exit_code` is the status the command ends with: 1 failed, 2 wrong usage, 3 too many failed rows.
+    `exit_code` is the status that the command ends with: 1 failed, 2 wrong usage, 3 too many failed rows.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class LlavaError(Exception):
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """What to say to whoever typed a name that is none of `known`."""
+    """Advice for a mistyped name: the closest of `known`, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without the paragraphs that follow; after a colon, with the next line."""
+    """First line of a library's error message, joined with the next one if it ends with a colon."""
     first, *rest = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
     return " ".join([first, *rest[: first.endswith(":")]]).rstrip(",:") or type(error).__name__
 
 
 def reason(error: BaseException) -> str:
-    """What was wrong at the bottom of it: requests tells the whole story of a failed connection."""
+    """The root cause in an error message: requests writes the whole chain of a failed connection."""
     text = first_line(error)
     return re.sub(r"['\"]\)+$", "", text.rsplit(": ", 1)[-1]) if "(Caused by " in text else text

@@ -1,4 +1,4 @@
-"""Files: replaced atomically, flushed to disk, locked, hashed; and checks of paths given to commands."""
+"""Files: atomic replacement, fsync, locks, sha256; and checks of paths given to commands."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
 
 LACKING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""Of an OSError from a lock or a flush: the file system, such as some over a network or FUSE, has none."""
+"""Numbers of an OSError that mean the file system (some network and FUSE ones) has no locks or fsync."""
 
 
 def read_json_lines(path: Path) -> list[JsonDict]:
-    """The objects of a file of ours, without a last line that is still being written."""
+    """Objects of a JSON Lines file, without a last line that is still being written."""
     *lines, _ = path.read_text(encoding="utf-8").split("\n")  # splitlines() splits at U+2028, too
     return [json.loads(line) for line in lines]
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file, or replace it, in one step: UTF-8, under a temporary name first."""
+    """Write or replace a text file atomically: UTF-8, under a temporary name, then renamed."""
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def write_all(descriptor: int, data: bytes | bytearray | np.ndarray, offset: int) -> None:
-    """pwrite until everything is written, then read it back. Raises OSError: a full disk, or other bytes."""
+    """Write all bytes at `offset`, then read them back. Raises OSError if the disk is full or they differ."""
     view = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
     start, rest = offset, view
     while rest:
@@ -60,7 +60,7 @@ def sha256_files(paths: Sequence[Path]) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk, if its file system can do that."""
+    """Wait until a file's bytes, or a folder's entries, are on disk, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with tolerated(path, without_flush):
@@ -70,13 +70,13 @@ def fsync(path: Path) -> None:
 
 
 def flush(descriptor: int, path: Path) -> None:
-    """Wait for the bytes, and they alone, that were written to the open file at `path`, likewise."""
+    """Wait until the bytes written to the open file at `path` are on disk (fdatasync), if supported."""
     with tolerated(path, without_flush):
         os.fdatasync(descriptor)
 
 
 def without_flush(folder: Path, reason: str) -> str:
-    """The warning about a file system that cannot flush."""
+    """Warning about a file system without fsync."""
     return (
         f"{folder}: its file system does not wait for the disk ({reason}); "
         "a loss of power may cost what was written last"
@@ -85,40 +85,40 @@ def without_flush(folder: Path, reason: str) -> str:
 
 @contextlib.contextmanager
 def tolerated(path: Path, warning: Callable[[Path, str], str]) -> Iterator[None]:
-    """Say once of each file system that it lacks what the block asks for; other errors are raised."""
+    """Print a warning, once for each file system, if it lacks the operation; other errors are raised."""
     try:
         yield
     except OSError as error:
         if error.errno not in LACKING:
             raise
         folder = path if path.is_dir() else path.absolute().parent
-        if (told := (os.stat(folder).st_dev, warning)) not in _told:
-            _told.add(told)
+        if (key := (os.stat(folder).st_dev, warning)) not in _warned:
+            _warned.add(key)
             say(warning(folder, error.strerror or str(error)))
 
 
-_told: set[tuple[int, Callable[[Path, str], str]]] = set()
+_warned: set[tuple[int, Callable[[Path, str], str]]] = set()
 
 
 def flock(descriptor: int, path: Path, operation: int) -> None:
-    """`fcntl.flock`, if the file system has it. Raises BlockingIOError as that does."""
+    """`fcntl.flock`, if the file system has locks. Raises BlockingIOError if another process holds it."""
     with tolerated(path, without_locks):
         fcntl.flock(descriptor, operation)
 
 
 def without_locks(folder: Path, reason: str) -> str:
-    """The warning about a file system that cannot lock."""
+    """Warning about a file system without locks."""
     return f"{folder}: its file system has no locks ({reason}); let only one process at a time write there"
 
 
 class Held(LlavaError):
-    """Another process writes it."""
+    """Another process holds the lock."""
 
 
 class Lock:
-    """Keeps other processes from writing `what`, by a lock on the file `what`.lock, which says who holds it.
+    """Exclusive lock for writing `what`: a flock on the file `what`.lock, which names its holder.
 
-    The kernel drops it when its holder dies. Raises Held, naming the holder, if there is one.
+    The kernel releases it when its holder dies. Raises Held, naming the holder, if it is taken.
     """
 
     def __init__(self, what: Path) -> None:
@@ -154,12 +154,12 @@ class Lock:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path if something is there, else the folder above it that is: its disk is the path's."""
+    """The path, or the closest folder above it that exists: the disk on which the path would be."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def require_folder(out: Path) -> None:
-    """Raise LlavaError (wrong usage) if --out, there or not, cannot be a folder that is written to."""
+    """Raise LlavaError (wrong usage) unless --out is, or could be made, a writable folder."""
     for place in (out, *out.absolute().parents):
         if place.is_symlink() and not place.exists():
             got = f"{place}, a link to nothing"
@@ -172,7 +172,7 @@ def require_folder(out: Path) -> None:
 
 
 def require_file(flag: str, path: Path) -> None:
-    """Raise LlavaError unless there is a file (or a pipe) to read at the path."""
+    """Raise LlavaError unless the path is a file (or a pipe) that exists."""
     if not path.exists():
         raise LlavaError(f"no file {path}", do=f"give {flag} one that is there")
     if path.is_dir():
@@ -180,6 +180,6 @@ def require_file(flag: str, path: Path) -> None:
 
 
 def require_file_place(flag: str, path: Path) -> None:
-    """Raise LlavaError (wrong usage) for a folder where a file is to be written."""
+    """Raise LlavaError (wrong usage) if the path of a file to be written is a folder."""
     if path.is_dir():
         raise LlavaError(flag, expected="a file", got=f"the folder {path}", exit_code=2)

@@ -1,6 +1,6 @@
-"""What a projector belongs to: the encoder whose features it reads, and the language model it speaks through.
+"""Provenance of a projector: the identities of its encoder and of its language model, and their comparison.
 
-A path is no part of either: folders are moved and renamed, and what lies in them is replaced.
+Paths are no part of an identity: folders are moved and renamed, and their contents are replaced.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llava_core.types import JsonDict
 
 ENCODER_KEYS = ("weights_sha256", "layer", "tokens", "width")
 PREPROCESS_KEYS = ("size", "filter", "crop", "decode", "exif", "mean", "std")
-"""What decides the values of features. A folder's name, the number type and Pillow's version are recorded
-beside these but not compared: a laptop in fp32 must be able to use what a GPU in bf16 has cached."""
+"""Compared keys, which decide the values of features. A folder's name, the number type and Pillow's version
+are recorded but not compared: a laptop in fp32 must be able to use what a GPU in bf16 has cached."""
 
 DIALOGUE = (
     {"role": "user", "content": "请描述这张图片。"},
@@ -31,16 +31,14 @@ DIALOGUE = (
     {"role": "assistant", "content": 'It reads "Mimi 2024";\n  behind it: a naïve drawing 🐱 (≈15 % of it).'},
     {"role": "user", "content": "还有什么？"},
 )
-"""What chat templates are compared by. Changed, it would make every recorded rendering another."""
-
-
-TOGETHER = 256
+"""Chat templates are compared by how they render this. Changing it invalidates recorded renderings."""
+TOKENS_PER_TEXT = 256
 """Tokens of a vocabulary that are tokenised as one text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderIdentity:
-    """A frozen vision encoder and how it is given pictures, as a shard and a checkpoint record them."""
+    """A frozen vision encoder and its preprocessing, as shards and checkpoints record them."""
 
     encoder: JsonDict
     """model_id, weights_sha256, layer, tokens, width, dtype."""
@@ -49,7 +47,7 @@ class EncoderIdentity:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, over the canonical JSON of what is compared; a missing key counts as null."""
+        """sha256, in hex, over the canonical JSON of the compared keys; a missing key counts as null."""
         content = {
             "encoder": {key: self.encoder.get(key) for key in ENCODER_KEYS},
             "preprocess": {key: self.preprocess.get(key) for key in PREPROCESS_KEYS},
@@ -66,7 +64,7 @@ class EncoderIdentity:
         ]
 
     def require_same(self, other: EncoderIdentity, message: str, do: str) -> None:
-        """Raise LlavaError naming both, and the first key that differs, unless their features are alike."""
+        """Raise LlavaError naming both encoders and the first compared key that differs, if one does."""
         if different := self.differences(other):
             raise LlavaError(message, expected=self, got=f"{other}: {different[0]}", do=do)
 
@@ -78,35 +76,35 @@ class EncoderIdentity:
 class LanguageModelIdentity:
     """A frozen language model with its tokenizer and chat template.
 
-    None stands for what is not known: of an outline its weights, in files of earlier versions all but
-    weights, architecture and hidden.
+    None stands for an unknown value: outlines have no weights, and files of earlier versions have weights,
+    architecture and hidden alone.
     """
 
     id: str
-    """Name of its folder, which is not compared."""
+    """Name of its folder; not compared."""
     weights_sha256: str | None
-    """Over the weight files, in the order of their names."""
+    """sha256 over the weight files, in the order of their names."""
     hidden: int
     """Width of its embeddings."""
     architecture: str | None = None
     """Name of its class in transformers."""
     settings: JsonDict | None = None
-    """Numbers of its config.json that decide what the same weights compute (SETTINGS)."""
+    """Values in config.json that change what the same weights compute (model.SETTINGS)."""
     embedding_scale: float | None = None
-    """What its embeddings are multiplied by before the first block."""
+    """Factor that embeddings are multiplied by before the first block."""
     rendered: tuple[str, ...] | None = None
-    """DIALOGUE as its chat template writes it for a next answer: of each token the id and its text."""
+    """Id and text of each token of DIALOGUE, rendered by the chat template as a generation prompt."""
     vocabulary_sha256: str | None = None
-    """Over every token's id and text, and the ids that the texts are tokenised to (normaliser, merges)."""
+    """sha256 over every token's id and text, and the ids that these texts are tokenised to."""
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any, eos_ids: frozenset[int], **known: Any) -> LanguageModelIdentity:
-        """With `rendered` and `vocabulary_sha256` of a transformers tokenizer; the other fields are given."""
+        """Identity with a transformers tokenizer's `rendered` and `vocabulary_sha256`, and `known` fields."""
         ids = Conversation(tokenizer, eos_ids).prompt(DIALOGUE)
         texts = tokenizer.convert_ids_to_tokens(ids)
         vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items())
         tokens, backend = [token for _, token in vocabulary], tokenizer.backend_tokenizer
-        parts = [tokens[start : start + TOGETHER] for start in range(0, len(tokens), TOGETHER)]
+        parts = [tokens[start : start + TOKENS_PER_TEXT] for start in range(0, len(tokens), TOKENS_PER_TEXT)]
         written = [backend.decoder.decode(part) if backend.decoder else " ".join(part) for part in parts]
         read = [part.ids for part in backend.encode_batch(written, add_special_tokens=False)]
         return cls(
@@ -117,7 +115,7 @@ class LanguageModelIdentity:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LanguageModelIdentity:
-        """From `to_json` of this version or an earlier one; keys of a later one are passed over."""
+        """Identity from `to_json` of this version or an earlier one; unknown keys are ignored."""
         known: JsonDict = {field.name: content.get(field.name) for field in dataclasses.fields(cls)}
         if known["rendered"] is not None:
             known["rendered"] = tuple(known["rendered"])
@@ -127,7 +125,7 @@ class LanguageModelIdentity:
         return dataclasses.asdict(self)
 
     def first_difference(self, other: LanguageModelIdentity) -> str | None:
-        """The first token or key that differs among what both know, as 'hidden: 896 vs 1024'."""
+        """The first key or token known to both that differs, as 'hidden: 896 vs 1024'; None if none does."""
         compared: dict[str, Callable[[Any, Any], str | None]] = {
             "weights_sha256": _other_weights,
             "hidden": _unequal,
@@ -144,9 +142,9 @@ class LanguageModelIdentity:
         return None
 
     def require_same(self, other: LanguageModelIdentity, message: str, do: str) -> None:
-        """Raise LlavaError naming both, and the first token or key that differs, unless they are alike.
+        """Raise LlavaError naming both models and the first key or token that differs, if one does.
 
-        Says on standard error what could not be compared, since one side does not know it.
+        Prints which keys could not be compared, because this identity does not know them.
         """
         if different := self.first_difference(other):
             raise LlavaError(message, expected=self, got=f"{other}: {different}", do=do)
@@ -164,7 +162,7 @@ _NAMES = {
     "rendered": "chat template",
     "vocabulary_sha256": "vocabulary",
 }
-"""What earlier versions did not record."""
+"""Keys that earlier versions did not record, in words."""
 
 
 def _other_weights(ours: str, theirs: str) -> str | None:
@@ -181,7 +179,7 @@ def _other_scale(ours: float, theirs: float) -> str | None:
 
 
 def _other_setting(ours: JsonDict, theirs: JsonDict) -> str | None:
-    """Of the settings that both versions of transformers know."""
+    """The first difference among settings that both know: versions of transformers record different ones."""
     return next(
         (f"{k}: {ours[k]} vs {theirs[k]}" for k in ours if k in theirs and ours[k] != theirs[k]), None
     )

@@ -1,6 +1,6 @@
-"""Folders given to commands: what must lie in a model's, a checkpoint's or one of shards.
+"""Checks of input folders: which files a model, a checkpoint or a folder of shards must have.
 
-Whatever is checked here is checked before torch and transformers are imported, which takes seconds.
+They run before torch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODELSCOPE_FILES = (
 
 
 def config_of(folder: Path) -> JsonDict:
-    """Its config.json; empty if there is none that can be read."""
+    """The folder's config.json; empty if there is none, or it cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -31,7 +31,7 @@ def config_of(folder: Path) -> JsonDict:
 
 
 def require_plain_weights(folder: Path) -> None:
-    """Raise LlavaError if the config.json of a model says that its weights are quantised."""
+    """Raise LlavaError if a model's config.json declares its weights quantised."""
     if quantised := config_of(folder).get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise LlavaError(
@@ -43,7 +43,7 @@ def require_plain_weights(folder: Path) -> None:
 
 
 def contents(folder: Path) -> str:
-    """Its first files by name, for an error's `got`."""
+    """Names of the folder's first files, for an error's `got`."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"
 
 
@@ -93,7 +93,7 @@ def require_language_model(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: every shard of the first format present."""
+    """The weight files: every file of the first format present. Raises LlavaError if there is none."""
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
         if files := sorted(folder.glob(pattern)):
             return files
@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Raise LlavaError unless the folder has a projector's configuration."""
+    """Raise LlavaError unless the folder has a checkpoint's config.json."""
     if not (folder / "config.json").is_file():
         inner = [name for name in ("best", "last") if (folder / name / "config.json").is_file()]
         hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
@@ -113,7 +113,7 @@ def require_checkpoint(folder: Path) -> None:
 
 
 def shard_paths(path: Path) -> list[Path]:
-    """The finished shards of a folder, none of them opened. Raises LlavaError if there are none."""
+    """Paths of the finished shards in a folder, unopened. Raises LlavaError if there are none."""
     if not path.exists():
         raise LlavaError(f"no feature folder {path}", do="make it with `extract run --out`")
     if path.is_file() and path.suffix != ".h5":

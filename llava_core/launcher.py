@@ -1,4 +1,4 @@
-"""Which of several workers this process is, by the variables of its launcher: torchrun, SLURM, or another."""
+"""Rank, world size, GPU and CPU cores of this worker, from its launcher's variables (torchrun, SLURM)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WorkerIndex:
 
 
 def worker_index(environment: Mapping[str, str] = os.environ) -> WorkerIndex:
-    """RANK and WORLD_SIZE, times the tasks of a SLURM array: each rank of each task is a worker of its own.
+    """This worker's rank and world size: each rank (RANK, WORLD_SIZE) of each task of a SLURM array is one.
 
     Raises LlavaError (wrong usage) if the variables make no sense.
     """
@@ -69,9 +69,10 @@ def _shown(value: int | None) -> str:
 
 
 def local_gpu(environment: Mapping[str, str], visible: int) -> int:
-    """Which of several visible GPUs is this worker's: LOCAL_RANK (torchrun) or SLURM_LOCALID, else the first.
+    """Index of this worker's GPU among `visible`: LOCAL_RANK (torchrun) or SLURM_LOCALID, else 0.
 
-    More workers than GPUs share them. Raises LlavaError (wrong usage) for anything but a number from 0 on.
+    If there are more workers than GPUs, they share them. Raises LlavaError (wrong usage) for anything but
+    a number from 0 on.
     """
     name = "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
     value = environment.get(name) or "0"
@@ -81,7 +82,7 @@ def local_gpu(environment: Mapping[str, str], visible: int) -> int:
 
 
 def whole_number(environment: Mapping[str, str], name: str) -> int | None:
-    """A launcher's variable; None if it is unset or empty. Raises LlavaError (wrong usage) for a text."""
+    """An integer variable; None if unset or empty. Raises LlavaError (wrong usage) for anything else."""
     value = environment.get(name, "").strip()
     if not value:
         return None
@@ -92,6 +93,6 @@ def whole_number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def cpu_cores(environment: Mapping[str, str] = os.environ) -> int:
-    """CPU cores for this process: those it may run on, among the LOCAL_WORLD_SIZE workers of torchrun."""
+    """CPU cores of this process: those it may run on, divided by torchrun's LOCAL_WORLD_SIZE."""
     beside = environment.get("LOCAL_WORLD_SIZE", "")
     return max(1, len(os.sched_getaffinity(0)) // max(1, int(beside) if beside.isdecimal() else 1))

@@ -1,4 +1,4 @@
-"""A Ray cluster: reaching it, what to ask of it, and what its workers tell the driver."""
+"""A Ray cluster: connecting, planning workers, and collecting the workers' progress and log lines."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import sha256_files
 
 CPUS_PER_WORKER = 4
-"""Where there is no GPU, and no smaller node."""
+"""CPU cores of a worker without a GPU; fewer where a node has fewer."""
 LOCK_SECONDS = 180.0
-"""Longest wait for the lock of a worker that died: NFS gives it back after its lease."""
+"""Longest wait for the lock of a worker that died: NFS releases it only when its lease ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to ask Ray for."""
+    """How many workers to start, and the resources of each."""
 
     workers: int
     cpus: int
-    """CPU cores of each."""
+    """CPU cores of each worker."""
     gpus: int
-    """GPUs of each: 1 or 0."""
+    """GPUs of each worker: 1 or 0."""
 
     def __str__(self) -> str:
         each = f"{self.cpus} CPU core{'' if self.cpus == 1 else 's'}" + (" and a GPU" if self.gpus else "")
@@ -39,7 +39,7 @@ class Plan:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected. Raises LlavaError if it is not installed or nothing answers."""
+    """Connect to a cluster; yields the module `ray`. Raises LlavaError without Ray, or if nothing answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -48,7 +48,7 @@ def connected(address: str) -> Iterator[Any]:
             "--ray needs the extra cluster", do="pip install 'llava-align[cluster]' on every node"
         ) from None
     ours = signal.getsignal(signal.SIGTERM)
-    # Ray tells on standard output, which is ours, of every worker that dies.
+    # Ray reports every worker that dies on standard output, which is for results.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             host, _, port = address.rpartition(":")
@@ -73,7 +73,7 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def plan_for(ray: Any, address: str, device: str, workers: int | None, jobs: int) -> Plan:
-    """`plan_workers` on the nodes that are up, and say so."""
+    """Plan workers for the nodes that are up, and print the plan."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     plan = plan_workers(nodes, device, workers, jobs)
     say(f"Ray at {address}: {plan}")
@@ -81,9 +81,10 @@ def plan_for(ray: Any, address: str, device: str, workers: int | None, jobs: int
 
 
 def plan_workers(nodes: Sequence[Mapping[str, float]], device: str, workers: int | None, jobs: int) -> Plan:
-    """One worker for each GPU, or, without any, for every CPUS_PER_WORKER cores; `nodes` are their resources.
+    """One worker for each GPU or, without GPUs, for every CPUS_PER_WORKER cores.
 
-    Raises LlavaError if the cluster has not what the flags ask for.
+    `nodes` are the resources of each node, by Ray's names. Raises LlavaError if the cluster lacks what the
+    flags ask for.
     """
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1 and device != "cpu"]
     if device == "cuda" and not with_gpu:
@@ -112,55 +113,55 @@ def plan_workers(nodes: Sequence[Mapping[str, float]], device: str, workers: int
     return Plan(min(workers or most, jobs), cpus, 1 if with_gpu else 0)
 
 
-class Tally:
-    """An actor beside the driver, to whom the workers tell how they get on."""
+class ProgressActor:
+    """A Ray actor on the driver's node that collects the workers' row counts and log lines."""
 
     def __init__(self) -> None:
         self.rows: dict[str, int] = {}
         self.lines: list[str] = []
 
-    def count(self, name: str, rows: int) -> None:
-        """So many rows of this file are done."""
+    def set_rows(self, name: str, rows: int) -> None:
+        """Record how many rows of this file are done."""
         self.rows[name] = rows
 
-    def say(self, line: str) -> None:
+    def add_line(self, line: str) -> None:
         self.lines.append(line)
 
-    def news(self) -> tuple[int, list[str]]:
-        """Rows done in all, and the lines said since the last time."""
+    def collect(self) -> tuple[int, list[str]]:
+        """Total rows done, and the log lines since the last call."""
         lines, self.lines = self.lines, []
         return sum(self.rows.values()), lines
 
 
-def start_tally(ray: Any) -> Any:
-    """A Tally on the driver's node."""
+def start_progress_actor(ray: Any) -> Any:
+    """Start a ProgressActor on the driver's node."""
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    return ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(ProgressActor).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-class Lines(io.TextIOBase):
-    """Standard error, each line of which the driver shows with our host's name."""
+class LogForwarder(io.TextIOBase):
+    """A worker's standard error: each line goes to the driver, with this host's name before it."""
 
-    def __init__(self, tally: Any, host: str) -> None:
-        self.tally, self.host, self.rest = tally, host, ""
+    def __init__(self, progress: Any, host: str) -> None:
+        self.progress, self.host, self.rest = progress, host, ""
 
     def write(self, text: str) -> int:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in filter(str.strip, lines):
-            self.tally.say.remote(f"{self.host}: {line}")
+            self.progress.add_line.remote(f"{self.host}: {line}")
         return len(text)
 
 
 def code_digest(*packages: str) -> str:
-    """Of the code that decides what is written: the same on every node that works together."""
+    """sha256 over the source of these packages, which must be the same on every node."""
     root = Path(__file__).parents[1]
     return sha256_files(sorted(path for name in packages for path in (root / name).rglob("*.py")))
 
 
 def other_version(code: str, *packages: str) -> str | None:
-    """Why this node cannot work with the driver, whose `code_digest` is given; None if it can."""
+    """Why this node cannot work with the driver, whose `code_digest` is `code`; None if it can."""
     if code_digest(*packages) == code:
         return None
     return f"{socket.gethostname()} has another version of llava-align; install the same on every node"

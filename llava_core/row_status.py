@@ -1,4 +1,4 @@
-"""What became of a row: one code each, fixed numbers, since they stand in files."""
+"""Outcome of a row: one status code each, with fixed numbers, since they are stored in files."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Status(enum.IntEnum):
     BAD_CAPTION = 30
     NOT_FINITE = 31
     DAMAGED = 32
-    """What a check finds, and `retry-failed` can be asked for; in no file."""
+    """Found by checksums, and accepted by `retry-failed --status`; never stored in a file."""
 
     @property
     def label(self) -> str:
-        """Lower-case words: HTTP_4XX -> 'http 4xx'."""
+        """The name as words: HTTP_4XX -> 'http 4xx'."""
         return self.name.lower().replace("_", " ")
 
     @property
     def transient(self) -> bool:
-        """Worth another try within the same run."""
+        """Whether to retry within the same run."""
         return self in _TRANSIENT
 
     @property
@@ -72,14 +72,14 @@ _TRANSIENT = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A class of failures; of those with an HTTP code, all or one code's."""
+    """A class of failed rows: all of a status, or those with one HTTP code."""
 
     status: Status
     http: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Failure:
-        """'timeout', 'http-4xx', 'HTTP_4XX' or 'http-404'. Raises LlavaError (wrong usage) for no failure."""
+        """From 'timeout', 'http-4xx', 'HTTP_4XX' or 'http-404'. Raises LlavaError (wrong usage) otherwise."""
         name = text.strip().upper().replace("-", "_").replace(" ", "_")
         if code := re.fullmatch("HTTP_([45])\\d\\d", name):
             status = Status.HTTP_4XX if code[1] == "4" else Status.HTTP_5XX
@@ -94,6 +94,6 @@ class Failure:
         return cls(Status[name])
 
     def mask(self, status: np.ndarray, http: np.ndarray) -> np.ndarray:
-        """Which rows of these columns [N] it means, bool [N]."""
+        """Which rows of these columns [N] belong to it, bool [N]."""
         mask: np.ndarray = status == self.status
         return mask if self.http is None else mask & (http == self.http)

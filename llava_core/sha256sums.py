@@ -1,4 +1,4 @@
-"""SHA256SUMS of a folder, as `sha256sum --check` reads it: a change of any byte of its files is noticed."""
+"""SHA256SUMS of a folder, in the format of `sha256sum --check`: written, read and verified."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RESTORE = "restore it from a copy"
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """SHA256SUMS of a folder, from the sha256 of its files by their names."""
+    """Write SHA256SUMS into a folder; `sums` are sha256, in hex, by file name."""
     lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """sha256 by file name. Raises LlavaError if the list is damaged, OSError if there is none."""
+    """sha256, in hex, by file name. Raises LlavaError if the list is damaged, OSError if there is none."""
     text = (folder / SUMS).read_bytes().decode("utf-8", "replace")
     lines = [re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line) for line in text.removesuffix("\n").split("\n")]
     sums = {line[2]: line[1] for line in lines if line}
@@ -30,7 +30,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def require_sums(folder: Path, names: Iterable[str]) -> None:
-    """Raise LlavaError naming the first of these files that SHA256SUMS does not list as it is now."""
+    """Raise LlavaError naming the first of these files that is missing or differs from SHA256SUMS."""
     sums = read_sums(folder)
     for name in names:
         try:

@@ -1,8 +1,8 @@
-"""Types that many parts share."""
+"""Type aliases that many modules share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 JsonDict = dict[str, Any]
-"""An object read from JSON or written as it."""
+"""A JSON object."""

@@ -13,8 +13,9 @@ import torch
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
 from llava_core.language.model import LanguageModel
-from llava_core.pairing import other_pictures
+from llava_core.projector.aligned import load_aligned
 from llava_core.projector.projector import Projector
+from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
 from train.config import EvalConfig, RunConfig
 from train.data.packing import Packing
@@ -22,7 +23,6 @@ from train.data.samples import Batch, Samples, answer_tokens
 from train.distributed import ProcessGroup, joined
 from train.model.loss import sample_losses
 from train.resources import TrainingResources
-from train.run_folder import load_aligned
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""
@@ -79,8 +79,8 @@ def evaluate(
     packing: Packing,
     group: ProcessGroup,
 ) -> Evaluation:
-    """Losses of these samples, with the right pictures and with others (llava_core.pairing)."""
-    n, others = len(samples), other_pictures(samples.pictures)
+    """Losses of these samples, with the right pictures and with others (llava_core.shuffled_pairs)."""
+    n, others = len(samples), mismatched_rows(samples.pictures)
     visual = projector.tokens_out(samples.tokens)
     sums = np.zeros((n, 3))
 

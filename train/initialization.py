@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from llava_core.language.model import LanguageModel
+from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import Provenance
 from llava_core.projector.projector import Projector, match_scale
 from train.config import RunConfig
 from train.data.samples import Samples
 from train.plan import projector_of, require_same_kind
-from train.run_folder import load_aligned
 
 SCALE_SAMPLES = 64
 """Samples whose features set the scale of a random projector."""

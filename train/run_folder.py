@@ -20,8 +20,8 @@ import yaml
 
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text, require_folder, sha256_files
+from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import (
-    Checkpoint,
     Provenance,
     load_checkpoint,
     load_state,
@@ -62,14 +62,6 @@ def weights_sha256(checkpoint: Path | None) -> str | None:
     return sha256_files([path]) if checkpoint and path.is_file() else None
 
 
-def load_aligned(folder: Path, provenance: Provenance) -> Checkpoint:
-    """A checkpoint. Raises LlavaError unless it belongs to this encoder and this language model."""
-    checkpoint = load_checkpoint(folder)
-    checkpoint.provenance.require_encoder(provenance.encoder)
-    checkpoint.provenance.require_language_model(provenance.language_model)
-    return checkpoint
-
-
 def _flag(key: str) -> str:
     return key.replace("_", "-")
 
@@ -97,7 +89,7 @@ class RunFolder:
                 what = f"{path} has no checkpoint left to compare --{_flag(min(self.moved))} with"
                 raise LlavaError(what, do="name the folder as before, or choose another --out")
         elif config.resume:
-            raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or mend --out")
+            raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or correct --out")
 
     @property
     def begun(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from benchmarks.extract import photo, with_comment
 from benchmarks.gpu.rows import Row
 from llava_align.config import MODELS
-from llava_align.reference_models import write_features, write_language_model, write_vision
+from llava_align.synthetic_reference import write_features, write_language_model, write_vision
 from llava_core.device import pick_device
 from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model

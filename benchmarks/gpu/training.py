@@ -13,8 +13,8 @@ from benchmarks.gpu.rows import Clock, Row, in_turns, row
 from benchmarks.together import seconds_together
 from benchmarks.trainers import peak, reset_peak
 from llava_align.config import MODELS
-from llava_align.reference_models import write_features
 from llava_align.subprocess_command import run_command
+from llava_align.synthetic_reference import write_features
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
 from llava_core.types import JsonDict

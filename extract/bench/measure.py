@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -12,9 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
-from extract.bench.rate_meter import RateMeter
 from extract.config import RunConfig
 from extract.deduplicate import Deduplicator
 from extract.extract_shards import open_shard_of
@@ -25,6 +22,7 @@ from extract.sources.base import Columns, Source
 from extract.stages.decode import Decode
 from extract.stages.download import Download
 from extract.stages.encode import Encode
+from extract.stages.metrics import ProgressBar
 from extract.stages.write import Write
 from extract.statistics import summarise
 from llava_core.cli.console import progress
@@ -39,6 +37,9 @@ from llava_core.shards.writer import RowRecord
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
 
+STEADY = 0.9
+"""Share of the rows from which on a rate counts: the last ones may wait long for a slow host, which holds
+nobody up in a long run."""
 Part = tuple[str, Columns]
 """Name of a shard, and the rows of one source that it is made of."""
 
@@ -56,6 +57,29 @@ class Measured:
     """Megabytes a second of image files; of encode and write, of features as they are stored."""
     busy: float | None = None
     """Share of the time that it worked while all stages ran together; None of downloads and of the whole."""
+
+
+class RateMeter:
+    """A progress bar that records when each row came."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self.bar = bar
+        self.began = time.monotonic()
+        self.times: list[float] = []
+        """Seconds from the beginning to each row."""
+
+    def update(self, n: int = 1) -> None:
+        self.times += [time.monotonic() - self.began] * n
+        self.bar.update(n)
+
+    def set_postfix_str(self, s: str, refresh: bool = True) -> None:
+        self.bar.set_postfix_str(s, refresh)
+
+    @property
+    def rate(self) -> float:
+        """Rows a second: the best rate over the first 90 % of the rows or more; 0 without any."""
+        least = max(1, int(STEADY * len(self.times)))
+        return max((n / max(self.times[n - 1], 1e-9) for n in range(least, len(self.times) + 1)), default=0.0)
 
 
 class Collector:
@@ -86,13 +110,7 @@ def part_of(sources: Sequence[Source], start: int, count: int) -> list[Part]:
     return parts
 
 
-class StageOfJobs(Protocol):
-    inbox: asyncio.Queue[RowJob | None]
-
-    async def run(self) -> None: ...
-
-
-def run_stage(stage: StageOfJobs, jobs: Sequence[RowJob]) -> None:
+def run_stage(stage: Decode | Encode | Write, jobs: Sequence[RowJob]) -> None:
     """Run one stage on these jobs to its end."""
 
     async def feed() -> None:
@@ -186,11 +204,13 @@ def measure_together(
 ) -> tuple[Measured, dict[str, float], JsonDict]:
     """The whole pipeline: its rate, how busy each stage was, and the outcomes of the rows."""
     rows, shards = sum(len(columns.image_refs) for _, columns in parts), list[Shard]()
+
+    def done(shard: Shard, seconds: float) -> None:
+        shards.append(shard)
+
     with openers(config, tower, parts) as opened, progress(rows, "rows", desc="together", leave=False) as bar:
         meter = RateMeter(bar)
-        figures = run_pipeline(
-            tower, config, opened, meter, lambda shard, seconds: shards.append(shard), keep=False
-        )
+        figures = run_async(run_pipeline(tower, config, opened, meter, done, keep=False))
         outcomes = summarise(shards)
     busy = {name: stage["busy"] for name, stage in figures["stages"].items()}
     return _measured(meter, outcomes["image_bytes"]), busy, outcomes

@@ -11,9 +11,9 @@ from llava_core.shards.folder import open_shards
 from llava_core.types import JsonDict
 
 BINS, BAR = 10, 32
-"""Of a histogram in the terminal: bins, and columns of the longest bar."""
+"""Bins of a histogram in the terminal, and columns of its longest bar."""
 HOSTS = 8
-"""Hosts that are shown."""
+"""Hosts that are listed."""
 
 
 def run(config: InspectConfig) -> JsonDict:

@@ -26,12 +26,12 @@ class Histogram:
 
     @property
     def edges(self) -> list[float]:
-        """Of the bins, ascending, one more than bins."""
+        """Edges of the bins, ascending, one more than there are bins."""
         return [float(f"{self.start + k * self.step:.10g}") for k in range(len(self.counts) + 1)]
 
     @property
     def labels(self) -> list[str]:
-        """Of the bins: '20–39' for whole numbers, '1.5–2.0' for others, '≥ 480' for one that is open."""
+        """Label of a bin: '20–39' for whole numbers, '1.5–2.0' for others, '≥ 480' for one that is open."""
         edges = [self.edge_text(k) for k in range(len(self.edges))]
         last = [f"{edge - 1:.0f}" for edge in self.edges] if self.whole else edges
         labels = [low if low == up else f"{low}–{up}" for low, up in zip(edges, last[1:], strict=False)]
@@ -72,7 +72,7 @@ def _reads_well(step: float) -> float:
 
 
 def bar(share: float, columns: int) -> str:
-    """A bar of at most so many columns, by eighths; something shows for any share above 0."""
+    """A bar of up to `columns` columns, in eighths; any share above 0 is visible."""
     eighths = max(round(share * columns * 8), 1 if share > 0 else 0)
     full, rest = divmod(eighths, 8)
     return "█" * full + EIGHTHS[rest].strip()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from extract.statistics import CacheStatistics, spread, stored_as
 from llava_core.cli.console import human_bytes
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
+from llava_core.report.tables import facts, table, totals
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
@@ -81,17 +82,20 @@ def _totals(figures: JsonDict) -> str:
         "of features": _bytes(figures["feature_bytes"]),
         "of images": _bytes(figures["image_bytes"]),
     }
-    return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
+    return totals(numbers)
 
 
 def _outcomes(stats: CacheStatistics) -> str:
     rows = stats.figures["rows"]
-    return _table(
+    return table(
         ("outcome", "rows", "share"),
         (
             [
-                (label, f"{n:,}", f"{n / rows:.2%}"),
-                *((code, f"{k:,}", "") for code, k in stats.figures["by_http"].get(label, {}).items()),
+                ("", (label, f"{n:,}", f"{n / rows:.2%}")),
+                *(
+                    ("under", (code, f"{k:,}", ""))
+                    for code, k in stats.figures["by_http"].get(label, {}).items()
+                ),
             ]
             for label, n in stats.figures["by_status"].items()
         ),
@@ -103,29 +107,16 @@ def _hosts(stats: CacheStatistics) -> str:
         return '<p class="note">None.</p>'
     shown = list(stats.hosts.items())[:HOSTS]
     more = len(stats.hosts) - len(shown)
-    return _table(
+    return table(
         ("host", "failed", "of rows"),
         (
             [
-                (host, f"{found.failed:,}", f"{found.rows:,}"),
-                *((label, f"{n:,}", "") for label, n in found.by_status.items()),
+                ("", (host, f"{found.failed:,}", f"{found.rows:,}")),
+                *(("under", (label, f"{n:,}", "")) for label, n in found.by_status.items()),
             ]
             for host, found in shown
         ),
     ) + (f'<p class="note">and {more:,} more hosts</p>' if more else "")
-
-
-def _table(head: Sequence[str], groups: Iterable[Sequence[Sequence[str]]]) -> str:
-    """Groups of rows; all but the first of a group belong under it."""
-    bodies = []
-    for group in groups:
-        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in group)
-        first, *under = rows
-        bodies.append(
-            f"<tbody><tr>{first}</tr>{''.join(f'<tr class=under>{row}</tr>' for row in under)}</tbody>"
-        )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return f"<table><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table>"
 
 
 def _chart(name: str, shape: Histogram, stats: CacheStatistics) -> str:
@@ -198,14 +189,10 @@ def _facts(stats: CacheStatistics) -> str:
         "Preprocessing": figures["preprocess"],
         "Source files": files,
     }
-    return "".join(f"<div><h3>{name}</h3>{_list(facts)}</div>" for name, facts in parts.items())
+    return facts({title: {k: _shown(k, v) for k, v in values.items()} for title, values in parts.items()})
 
 
-def _list(facts: JsonDict) -> str:
-    items = []
-    for name, value in facts.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        if name == "layer" and value is None:
-            text = "all tokens after the final norm"
-        items.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>")
-    return f'<dl class="facts">{"".join(items)}</dl>'
+def _shown(name: str, value: object) -> str:
+    if name == "layer" and value is None:
+        return "all tokens after the final norm"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -6,7 +6,7 @@ from extract.inspect.histogram import Histogram
 from llava_core.row_status import Status
 
 WIDTH, HEIGHT = 420, 130
-"""Of a histogram, in its own units: it grows and shrinks with the page."""
+"""Size of a histogram in its own units; it scales with the page."""
 
 
 def share_bar(by_status: dict[str, int]) -> str:

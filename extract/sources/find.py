@@ -27,7 +27,7 @@ def find_sources(data: str, images: Path | None = None, limit: int | None = None
     if there is no source, one is damaged, or two have the same stem and so would share a shard.
     """
     if images is not None and not images.is_dir():
-        raise LlavaError(f"no image folder {images}", do="mend --images")
+        raise LlavaError(f"no image folder {images}", do="correct --images")
     found = [_source(path, images) for path in _paths(data)]
     stems: dict[str, Path] = {}
     sources: list[Source] = []
@@ -135,5 +135,5 @@ def _nothing(what: str) -> LlavaError:
     return LlavaError(
         what,
         expected=f"parquet or LLaVA JSON files, or images ({' '.join(SUFFIXES)}) with captions",
-        do="mend --data, or download the data as README.md shows",
+        do="correct --data, or download the data as README.md shows",
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
-from extract.row_job import JobSink, RowJob, RowRef
+from extract.row_job import RowJob, RowRef
 from extract.stages.host_queue import HostQueue
 from extract.stages.write import Write
 from llava_core.errors import LlavaError
@@ -16,7 +16,7 @@ from llava_core.shards.writer import RowRecord
 
 
 class Feed:
-    """Rows with an image go to `out`; rows without a caption, and duplicates, go straight to `outcomes`.
+    """Rows with an image go to `out`; rows without a caption, and duplicates, go straight to `write`.
 
     A shard that cannot be opened is the last one: the shards before it are finished, and `error` says why.
     """
@@ -31,7 +31,6 @@ class Feed:
     ) -> None:
         """`rows_ahead`: rows ready for download above which no further shard is opened."""
         self.openers, self.out, self.write, self.rows_ahead = openers, out, write, rows_ahead
-        self.outcomes: JobSink = write.inbox
         self.deduplicator = deduplicator
         self.error: LlavaError | OSError | None = None
 
@@ -55,8 +54,8 @@ class Feed:
         for row in shard.pending:
             ref, host = RowRef(shard, row), shard.host(row)
             if shard.captions[row] is None:
-                await self.outcomes.put(RowJob(shard, RowRecord(row, Status.BAD_CAPTION)))
+                await self.write.inbox.put(RowJob(shard, RowRecord(row, Status.BAD_CAPTION)))
             elif host is not None and (found := self.deduplicator.claim(shard.urls[row], ref)):
-                await self.outcomes.put(RowJob(shard, RowRecord(row, Status.PENDING), duplicate_of=found))
+                await self.write.inbox.put(RowJob(shard, RowRecord(row, Status.PENDING), duplicate_of=found))
             else:
                 self.out.put(host, ref)

@@ -6,28 +6,18 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from infer.aligned_model import FeatureAnswerer, open_aligned_model, open_feature_answerer
-from infer.batch.jsonl import to_line
-from infer.batch.questions import (
-    VisualTokenLoader,
-    load_from_images,
-    load_from_shards,
-    questions_of,
-    read_questions,
-)
+from infer.aligned_model import FeatureAnswerer
+from infer.batch.output import write_answers
+from infer.batch.questions import OUTPUT_KEYS, VisualTokenLoader, open_questions
 from infer.config import BatchConfig
-from llava_core.cli.console import progress, say
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.filesystem import Lock
 from llava_core.language.detokenize import StreamDetokenizer
 from llava_core.language.sampling import Sampling, sampling_of
-from llava_core.shards.folder import open_shards
 from llava_core.types import JsonDict
 
 WINDOW = 32
@@ -39,77 +29,18 @@ def run(config: BatchConfig) -> JsonDict:
 
     Raises LlavaError for a line that is no question, or if OUTPUT holds anything but answers to these.
     """
-    questions, open_models = asked(config)
-    with Lock(config.output), config.output.open("a+b") as file:
-        made = {"checkpoint": str(config.checkpoint), "sampling": dataclasses.asdict(sampling_of(config))}
-        made = json.loads(json.dumps(made))  # as it is read back: lists for tuples
-        done = continued(file, questions, made, config)
-        failed = sum("error" in line for line in done)
-        todo = questions[len(done) :]
-        if todo:
-            answerer, look = open_models()
-            with progress(len(questions), "questions", len(done)) as bar:
-                for line in answers(answerer, todo, look, sampling_of(config), config.batch_size, len(done)):
-                    file.write(to_line({**line, **made}))
-                    file.flush()
-                    failed += "error" in line
-                    bar.update()
+    sampling = sampling_of(config)
+    questions, open_models = open_questions(config, OUTPUT_KEYS)
+
+    def answer_all(todo: Sequence[JsonDict], before: int) -> Iterator[JsonDict]:
+        answerer, visual_tokens = open_models()
+        return answers(answerer, todo, visual_tokens, sampling, config.batch_size, before)
+
+    made = {"checkpoint": str(config.checkpoint), "sampling": dataclasses.asdict(sampling)}
+    lines = write_answers(config, questions, made, answer_all)
+    failed = sum("error" in line for line in lines)
     say(f"{len(questions)} questions, {failed} without an answer")
     return {"questions": len(questions), "failed": failed, "output": str(config.output)}
-
-
-def asked(
-    config: BatchConfig,
-) -> tuple[list[JsonDict], Callable[[], tuple[FeatureAnswerer, VisualTokenLoader]]]:
-    """The questions, and what loads the models and the questions' visual tokens."""
-    if config.features is not None:
-        shards = open_shards(config.features)
-
-        def open_stored() -> tuple[FeatureAnswerer, VisualTokenLoader]:
-            answerer = open_feature_answerer(config, shards[0])
-            return answerer, load_from_shards(answerer, shards)
-
-        return questions_of(shards, config.prompt), open_stored
-    assert config.input is not None
-    folder = config.input.parent
-
-    def open_live() -> tuple[FeatureAnswerer, VisualTokenLoader]:
-        aligned = open_aligned_model(config)
-        return aligned, load_from_images(aligned, folder, config.allow_private)
-
-    return read_questions(config.input, config.prompt), open_live
-
-
-def continued(
-    file: BinaryIO, questions: Sequence[JsonDict], made: JsonDict, config: BatchConfig
-) -> list[JsonDict]:
-    """The answers of an earlier, interrupted run, `made` alike; its torn last line is cut off.
-
-    Raises LlavaError, and leaves the file alone, if it holds anything else.
-    """
-    file.seek(0)
-    *whole, torn = file.read().split(b"\n")
-    done: list[JsonDict] = []
-    try:
-        done = [json.loads(line) for line in whole]
-        ours = len(done) <= len(questions) and all(
-            made.items() <= line.items() and question.items() <= line.items()
-            for line, question in zip(done, questions, strict=False)
-        )
-    except (ValueError, TypeError, KeyError, AttributeError):
-        ours = False
-    if ours and torn:
-        ours = len(done) < len(questions)
-        following = to_line(questions[len(done)])[:-2] if ours else b""
-        ours = ours and (torn.startswith(following) or following.startswith(torn))
-    if not ours:
-        raise LlavaError(
-            f"{config.output} holds something else",
-            expected=f"answers of {config.checkpoint} to {config.input or config.features}, sampled alike",
-            do="choose another --output",
-        )
-    file.truncate(sum(len(line) + 1 for line in whole))
-    return done
 
 
 def answers(

@@ -7,22 +7,51 @@ from pathlib import Path
 
 import torch
 
-from infer.aligned_model import AlignedModel, FeatureAnswerer
+from infer.aligned_model import (
+    AlignedModel,
+    FeatureAnswerer,
+    open_aligned_model,
+    open_feature_answerer,
+)
 from infer.batch.jsonl import read_lines
+from infer.config import QuestionFile
 from llava_core.errors import LlavaError
+from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
 from llava_core.vision.preprocess import ImageError
 
-OURS = ("answer", "error", "checkpoint", "sampling")
-"""Keys that the output adds."""
+OUTPUT_KEYS = ("answer", "error", "checkpoint", "sampling")
+"""Keys that the output of `infer batch` adds to a line."""
 
 VisualTokenLoader = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaError]]
 """Questions -> the visual tokens [T, hidden] of each, or why there are none."""
 
 
-def read_questions(path: Path, prompt: str) -> list[JsonDict]:
+def open_questions(
+    config: QuestionFile, output_keys: Sequence[str]
+) -> tuple[list[JsonDict], Callable[[], tuple[FeatureAnswerer, VisualTokenLoader]]]:
+    """The questions, and what loads the models and the questions' visual tokens."""
+    if config.features is not None:
+        shards = open_shards(config.features)
+
+        def open_stored() -> tuple[FeatureAnswerer, VisualTokenLoader]:
+            answerer = open_feature_answerer(config, shards[0])
+            return answerer, load_from_shards(answerer, shards)
+
+        return questions_of(shards, config.prompt), open_stored
+    assert config.input is not None
+    folder = config.input.parent
+
+    def open_live() -> tuple[FeatureAnswerer, VisualTokenLoader]:
+        aligned = open_aligned_model(config)
+        return aligned, load_from_images(aligned, folder, config.allow_private)
+
+    return read_questions(config.input, config.prompt, output_keys), open_live
+
+
+def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[JsonDict]:
     """Raises LlavaError naming the first line that is no question, or has a key that the output adds."""
     questions = [{"prompt": prompt, **line} for line in read_lines(path)]
     for number, question in enumerate(questions, 1):
@@ -30,8 +59,8 @@ def read_questions(path: Path, prompt: str) -> list[JsonDict]:
             wanted = '{"image": PATH or URL, "prompt": TEXT}'
             got = ", ".join(question)
             raise LlavaError(f"line {number} of {path} is no question", expected=wanted, got=f"keys {got}")
-        if taken := [key for key in OURS if key in question]:
-            do = f"rename it, since the output has {', '.join(OURS)} of its own"
+        if taken := [key for key in output_keys if key in question]:
+            do = f"rename it, since the output has {', '.join(output_keys)} of its own"
             raise LlavaError(f"line {number} of {path} has the key {taken[0]!r}", do=do)
     return questions
 
@@ -51,7 +80,7 @@ def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
 def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = False) -> VisualTokenLoader:
     """Visual tokens of images at URLs, or at paths relative to `folder`."""
 
-    def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
+    def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, seen = [], list[LlavaError | None]()
         files = read_images(
             [question["image"] for question in questions], untrusted_limits(allow_private), folder
@@ -67,14 +96,14 @@ def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = 
         visual = iter(aligned.encode_images(decoded) if decoded else ())
         return [next(visual) if fault is None else fault for fault in seen]
 
-    return look
+    return load
 
 
 def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> VisualTokenLoader:
     """Visual tokens of rows of shards; a damaged row gives its error."""
     by_name = {shard.path.name: shard for shard in shards}
 
-    def look(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
+    def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         seen: list[torch.Tensor | LlavaError] = []
         for question in questions:
             shard, row = by_name[question["shard"]], question["row"]
@@ -84,4 +113,4 @@ def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> Visu
                 seen.append(damaged)
         return seen
 
-    return look
+    return load

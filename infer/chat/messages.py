@@ -59,14 +59,14 @@ MESSAGES = {
     "saved": ("已保存到 {file}", "saved to {file}"),
     "loaded": ("已载入 {turns} 轮对话", "loaded, with turns: {turns}"),
     "took": (
-        "首个词元 {first:.2f} 秒，{rate:.0f} 词元/秒，新读 {prefilled}，缓存 {cached}",
+        "首个 token {first:.2f} 秒，{rate:.0f} token/秒，新读 {prefilled}，缓存 {cached}",
         "first token {first:.2f} s, {rate:.0f} tokens/s, read {prefilled}, from the cache {cached}",
     ),
-    "prefilled tokens": ("新读的词元", "prefilled tokens"),
-    "cached tokens": ("缓存中的词元", "cached tokens"),
-    "answer tokens": ("回答的词元", "tokens of the answer"),
-    "time to first token": ("首个词元用时（秒）", "seconds to the first token"),
-    "tokens/s": ("每秒词元", "tokens/s"),
+    "prefilled tokens": ("新读的 token", "prefilled tokens"),
+    "cached tokens": ("缓存中的 token", "cached tokens"),
+    "answer tokens": ("回答的 token", "tokens of the answer"),
+    "time to first token": ("首个 token 用时（秒）", "seconds to the first token"),
+    "tokens/s": ("每秒 token", "tokens/s"),
     "turns": ("对话轮数", "turns"),
 }
 """(Chinese, English) text of each message, by its name."""

@@ -18,13 +18,13 @@ from llava_core.cli.console import progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.network.fetch_limits import FetchLimits
-from llava_core.pairing import other_pictures, same_pictures
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
+from llava_core.shuffled_pairs import mismatched_rows, picture_numbers
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
 from llava_core.vision.preprocess import ImageError
-from llava_core.vision.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.vision.similarity import BATCH_SIZE, embed_texts, open_both_towers
 from llava_core.vision.tower import VisionTower
 
 CLIP_WEIGHT = 2.5
@@ -72,14 +72,14 @@ def look(
     folder, limits = config.images or config.input.parent, untrusted_limits(config.allow_private)
     with progress(len(lines), "pictures") as bar:
         parts, keys = [], []
-        for start in range(0, len(lines), TOGETHER):
-            part = lines[start : start + TOGETHER]
+        for start in range(0, len(lines), BATCH_SIZE):
+            part = lines[start : start + BATCH_SIZE]
             embedded, own = _stored(tower, shards, part) if shards else _live(tower, part, folder, limits)
             parts.append(embedded)
             keys += own
             bar.update(len(part))
-    embeddings, pictures = torch.cat(parts), same_pictures(keys)
-    said, others = embed_texts(tower, answers), other_pictures(pictures)
+    embeddings, pictures = torch.cat(parts), picture_numbers(keys)
+    said, others = embed_texts(tower, answers), mismatched_rows(pictures)
     figures = {"clip": tower.encoder["model_id"], "pictures": max(pictures) + 1}
     figures |= _clipscore("clipscore", embeddings, said, pictures)
     if others is None:

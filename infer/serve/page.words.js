@@ -15,7 +15,7 @@ const WORDS = {
     dialogue: "对话", question: "就图片提问", send: "发送", stop: "停止", copy: "复制", copied: "已复制",
     key: "API 密钥", first: "请描述这张图片。", stopped: "已停止", cut: "已截断：达到最大长度",
     unread: "这个文件不是能读取的图片。", askKey: "服务器需要 API 密钥：填写后再次发送。",
-    offline: "服务器没有应答。", broken: "回答中断了。", tokens: (n) => `${n} 个词元`,
+    offline: "服务器没有应答。", broken: "回答中断了。", tokens: (n) => `${n} 个 token`,
     picture: "本次对话的图片", another: "换一张图片，开始新对话",
   },
 };

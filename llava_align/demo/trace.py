@@ -20,14 +20,14 @@ from llava_core.language.detokenize import HALF
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.target_logits import target_logits
+from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector, build_projector, match_scale, parameter_count
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_image
-from llava_core.vision.open import open_vision_tower
+from llava_core.vision.open import open_trained_tower, open_vision_tower
 from llava_core.vision.preprocess import ImageError, image_format
 from llava_core.vision.tower import VisionTower
-from llava_core.vision.trained_tower import open_trained_tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,10 @@ def run(config: TraceConfig) -> JsonDict:
     trained = checkpoint.provenance if checkpoint else None
     if trained:
         tower = open_trained_tower(config.vision, trained, device)
+        llm = load_its_language_model(trained, config.llm, device)
     else:
         tower = open_vision_tower(config.vision, device)
-    llm = load_language_model(config.llm, device)
-    if trained:
-        trained.require_language_model(llm.identity)
+        llm = load_language_model(config.llm, device)
 
     stages, features, caption = _see(config, tower)
     projector = checkpoint.projector if checkpoint else _random_projector(tower, llm, features, config.seed)

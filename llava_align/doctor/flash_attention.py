@@ -30,7 +30,7 @@ class Place:
 
     @property
     def release(self) -> tuple[int, int]:
-        """Of torch."""
+        """Version of torch, without its build."""
         major, minor = self.torch.split(".")[:2]
         return int(major), int(minor)
 

@@ -13,8 +13,8 @@ import torch
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
 from llava_align.demo.world.dataset import draw
-from llava_align.reference_models import TOKENS, WIDTH, write_features, write_language_model
 from llava_align.subprocess_command import run_command
+from llava_align.synthetic_reference import TOKENS, WIDTH, write_features, write_language_model
 from llava_core.device import default_dtype, matmul_rate, pick_device
 from llava_core.filesystem import flush, read_json_lines
 from llava_core.types import JsonDict

@@ -30,5 +30,5 @@ def cure(error: Exception) -> str | None:
         kind = type(error).__name__
         return f"the network is not at fault ({kind}); try another version of the hub's client"
     if isinstance(error, OSError) and (error.filename or error.errno in FULL):
-        return "the network is not at fault; mend that on this disk, and the same command continues"
+        return "the network is not at fault; correct that on this disk, and the same command continues"
     return None

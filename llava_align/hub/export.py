@@ -23,17 +23,17 @@ from llava_align.config import ExportConfig
 from llava_core.cli.console import human_bytes, say, show
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing, sha256_files
-from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
+from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.model_card import model_card
 from llava_core.projector.projector import parameter_count
 from llava_core.sha256sums import write_sums
 from llava_core.types import JsonDict
 from llava_core.vision.chinese_clip import ChineseClip, VisionTransformer
+from llava_core.vision.open import open_trained_tower
 from llava_core.vision.tower import VisionTower
-from llava_core.vision.trained_tower import open_trained_tower
 
 SHIPPED = ("modeling_llava_align.py", "processing_llava_align.py")
 AUTO_MAP = {
@@ -42,7 +42,7 @@ AUTO_MAP = {
 }
 PREPROCESS = ("size", "mean", "std", "filter", "crop", "decode")
 LEFT_OUT = ("dtype", "_name_or_path", "quantization_config")
-"""Of published configurations: the folder has weights of its own, none of them quantised, and no old path."""
+"""Keys left out of published configurations: the folder has weights of its own, none of them quantised."""
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -65,8 +65,7 @@ def run(config: ExportConfig) -> JsonDict:
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.provenance
     tower = open_trained_tower(config.vision, trained)
-    llm = load_language_model(config.llm)
-    trained.require_language_model(llm.identity)
+    llm = load_its_language_model(trained, config.llm)
 
     weights = all_weights(tower, checkpoint, llm, getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in weights.values())

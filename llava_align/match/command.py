@@ -16,13 +16,13 @@ from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.cli.terminal import Terminal
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.pairing import same_pictures
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
+from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES
 from llava_core.vision.preprocess import ImageError
-from llava_core.vision.similarity import TOGETHER, embed_texts, open_both_towers
+from llava_core.vision.similarity import BATCH_SIZE, embed_texts, open_both_towers
 from llava_core.vision.tower import VisionTower
 
 
@@ -43,14 +43,14 @@ class Candidate:
         return self.shard.thumbnail(self.row) if self.shard else None
 
     def keys(self) -> list[bytes | str]:
-        """What tells its picture from others (llava_core.pairing)."""
+        """What tells its picture from others (llava_core.shuffled_pairs)."""
         if self.shard is not None:
             return self.shard.picture_keys(self.row)
         return [hashlib.sha256(self.read() or b"").digest()]
 
     @property
     def caption(self) -> str:
-        """Of a row; an image file has none."""
+        """Caption of a row; an image file has none."""
         return next((answer for _, answer in self.shard.turns(self.row)), "") if self.shard else ""
 
     def to_json(self) -> JsonDict:
@@ -82,7 +82,7 @@ def run(config: MatchConfig) -> JsonDict:
         candidates, embeddings = encode(tower, config.images)
     else:
         candidates, embeddings = recall(tower, shards)
-    pictures = same_pictures(candidate.keys() for candidate in candidates)
+    pictures = picture_numbers(candidate.keys() for candidate in candidates)
     firsts = sorted({picture: k for k, picture in reversed(list(enumerate(pictures)))}.values())
     if more := len(candidates) - len(firsts):
         say(f"{counted(more, 'image')} left out: each shows the same picture as one before it")
@@ -126,9 +126,9 @@ def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Ten
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     with progress(len(paths), "images") as bar:
-        for start in range(0, len(paths), TOGETHER):
+        for start in range(0, len(paths), BATCH_SIZE):
             pixels = []
-            for path in paths[start : start + TOGETHER]:
+            for path in paths[start : start + BATCH_SIZE]:
                 try:
                     pixels.append(tower.preprocess.decode_image(path.read_bytes()).pixels)
                     candidates.append(Candidate(str(path.relative_to(folder)), path))

@@ -1,7 +1,7 @@
-"""How every command starts and ends: flags, `-c run.yaml`, exit codes, `--json`.
+"""Entry point of every command: parse flags and `-c run.yaml`, run, print `--json`, choose the exit code.
 
 A command is a frozen dataclass (its fields are the flags, their docstrings the help) and a function that
-takes it. The function is named by a string and imported only once the flags are right: `--help` is instant.
+takes it. The function is named by a string and imported only after parsing, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OUT_OF_MEMORY = "lower --micro-tokens of train, --batch-size of extract or infer
 def main(
     prog: str, description: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Parse, run, and leave the process with DESIGN's exit code."""
+    """Parse, run, and end the process with an exit code: 0, 1, 2, 3 or INTERRUPTED."""
     guard_terminal()
     for signum in stop_signals():
         if signum != signal.SIGINT:  # which raises by itself
@@ -85,7 +85,7 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """What asks a command to stop: Ctrl-C, SIGTERM, and SIGHUP, unless that is ignored (`nohup`)."""
+    """Signals that stop a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP, unless ignored (`nohup`)."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
 
@@ -96,7 +96,7 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 @contextlib.contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Python drops what is raised in a `__del__` or a weak reference's callback: an interrupt comes again."""
+    """Repeat an interrupt that Python drops, since it was raised in a `__del__` or a weakref callback."""
     others = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:

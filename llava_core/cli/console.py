@@ -1,7 +1,7 @@
-"""What the person at the terminal sees: log lines, results, progress bars and tables.
+"""Output to the terminal: log lines, results, progress bars and text tables.
 
-Results go to standard output by `show`, everything else to standard error. Hosts, captions, answers and
-paths were written by strangers: here alone is decided what of them a terminal gets.
+Results go to standard output by `show`, everything else to standard error. Hosts, captions, answers and paths
+are untrusted: this module alone escapes their control characters.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control, format (bidi among them), surrogate and line-separating characters."""
 JOINERS = "\u200c\u200d"
-"""Format characters that Persian and emoji are written with."""
+"""Format characters that Persian and emoji need."""
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with control, bidi and other invisible characters as JSON escapes them: ESC is `\\u001b`.
+    """`text` with control, bidi and other invisible characters escaped as in JSON: ESC is `\\u001b`.
 
-    Those in `keep` stay, such as newlines. JSON means the same afterwards.
+    Characters in `keep`, such as newlines, stay. A JSON text keeps its meaning.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -39,7 +39,7 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def _escaped(character: str) -> str:
-    """As JSON writes it; DEL, too, which JSON may leave as it is."""
+    """JSON's escape of a character; of DEL, too, which JSON need not escape."""
     return "\\u007f" if character == "\x7f" else json.dumps(character)[1:-1]
 
 
@@ -49,19 +49,19 @@ def say(text: str, keep: str = "") -> None:
 
 
 def say_fault(error: BaseException) -> None:
-    """The traceback of an error that nobody foresaw and that ends nothing."""
+    """Print the traceback of an unexpected error that does not end the command."""
     say("".join(traceback.format_exception(error)).rstrip(), keep="\n")
 
 
 def show(text: object = "", end: str = "\n") -> None:
-    """Print a result, at once. A terminal gets newlines and tabs, but no other control characters; a pipe or
-    a file gets the exact text."""
+    """Print a result and flush. Control characters except newlines and tabs are escaped on a terminal; a pipe
+    or a file gets the exact text."""
     shown = visible(str(text), keep="\n\t") if sys.stdout.isatty() else str(text)
     _outliving(lambda: print(shown, end=end, flush=True))
 
 
 def _outliving(write: Callable[[], None]) -> None:
-    """Write; if the terminal has gone, which is no reason to lose the work, write to nothing from then on."""
+    """Write; if the terminal is gone, discard all further output, so that the work goes on."""
     try:
         write()
     except OSError as error:
@@ -71,7 +71,7 @@ def _outliving(write: Callable[[], None]) -> None:
 
 
 def leave_terminal() -> None:
-    """Point standard output and error at nothing where they lead to a terminal that has gone."""
+    """Redirect standard output and error to /dev/null where their terminal is gone."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
@@ -79,7 +79,7 @@ def leave_terminal() -> None:
 
 
 class _Record(logging.LogRecord):
-    """What a library logs, visibly."""
+    """A library's log record, its message escaped by `visible`."""
 
     def getMessage(self) -> str:
         return visible(super().getMessage(), keep="\n\t")
@@ -91,18 +91,18 @@ def _fault(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 
 def guard_terminal() -> None:
-    """Let libraries' log messages, and the traceback of a fault of ours, go through `visible`, too."""
+    """Escape control characters in libraries' log messages and in tracebacks as well."""
     logging.setLogRecordFactory(_Record)
     sys.excepthook = _fault
 
 
 def silence() -> None:
-    """Say nothing more in this process, for another says the same; faults of ours keep their traceback."""
+    """Discard this process's output, because another prints the same; tracebacks are still printed."""
     sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def speak() -> None:
-    """The end of `silence`: no other will say it."""
+    """Undo `silence`."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
@@ -111,10 +111,20 @@ def in_notebook() -> bool:
     return "ipykernel.zmqshell" in sys.modules
 
 
+class ProgressBar(Protocol):
+    """What work reports its progress to: a `tqdm` bar, or a stand-in that counts or measures."""
+
+    def update(self, n: int = 1) -> object:
+        """Count `n` more finished items."""
+
+    def set_postfix_str(self, text: str, /, refresh: bool = True) -> object:
+        """Show a text behind the bar."""
+
+
 def progress(
     total: int | None, unit: str, initial: int = 0, desc: str | None = None, leave: bool = True
 ) -> tqdm[Any]:
-    """A bar with rate and ETA on standard error; silent when that is neither a terminal nor a notebook."""
+    """A progress bar with rate and ETA on standard error; hidden unless in a terminal or a notebook."""
     return tqdm(
         total=total,
         unit=f" {unit}",
@@ -122,21 +132,21 @@ def progress(
         desc=None if desc is None else visible(desc),
         leave=leave,
         dynamic_ncols=True,
-        disable=not (sys.stderr.isatty() or in_notebook()),
+        disable=not (sys.stderr.isatty() or (leave and in_notebook())),  # a notebook shows nested bars badly
         file=sys.stderr,
         smoothing=0.1,
     )
 
 
 def width(text: str) -> int:
-    """Columns that `text` takes in a terminal; Chinese characters take two."""
+    """Terminal columns that `text` takes; Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
-    """Rows as aligned text columns, the first column to the left and the others to the right.
+    """Rows as aligned text columns: the first flush left, the others flush right.
 
-    A cell is one line: a newline in it is visible, too.
+    A cell is one line: a newline in it is escaped.
     """
     cells = [[visible(str(c)) for c in row] for row in ([header] if header else []) + list(rows)]
     if not cells:
@@ -155,7 +165,7 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None)
 
 
 def human_bytes(n: float) -> str:
-    """1536 -> '1.5 KiB'."""
+    """Bytes as text: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(n) < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -164,12 +174,12 @@ def human_bytes(n: float) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """1, 'source' -> '1 source'; 2000 -> '2,000 sources'."""
+    """Number and noun: 1 -> '1 source', 2000 -> '2,000 sources'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def human_seconds(seconds: float) -> str:
-    """90 -> '1.5 min'."""
+    """Seconds as text: 90 -> '1.5 min'."""
     for unit, length in (("s", 60), ("min", 60), ("h", 48)):
         if seconds < length:
             return f"{seconds:.3g} {unit}"

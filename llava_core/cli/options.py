@@ -1,4 +1,4 @@
-"""Flags that every command has."""
+"""Base class of the commands' flags, and the record of a subcommand."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ class Options:
     """Make the last line of standard output one JSON object with the figures of the summary."""
 
     def require_inputs(self) -> None:
-        """Raise LlavaError for files and folders that are seen to be wrong without reading them.
+        """Raise LlavaError for files and folders that can be seen to be wrong without reading them.
 
-        Called before what runs is imported: torch takes seconds.
+        Called before the command's module is imported: torch takes seconds.
         """
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Raise LlavaError (wrong usage) unless these flags are `least` or more."""
+        for name in names:
+            if (value := getattr(self, name)) < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise LlavaError(flag, expected=f"{least} or more", got=value, exit_code=2)
 
     def require_above_zero(self, *names: str) -> None:
         """Raise LlavaError (wrong usage) unless these flags are finite numbers above 0, or None."""
@@ -35,11 +42,11 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One subcommand: its flags and, as "module:function", what it runs."""
+    """One subcommand: its flags, and the function that it runs as "module:function"."""
 
     config: type[Options]
     target: str
     recipes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Values of several flags by the name that `--recipe` gives them."""
+    """Flags and their values by the name of the `--recipe`."""
     continues: bool = False
     """Whether the same command goes on where an interrupted one stopped."""

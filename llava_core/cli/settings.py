@@ -1,4 +1,4 @@
-"""`-c run.yaml` and `--recipe NAME`: their values as flags, of which those typed win."""
+"""Configuration files (`-c run.yaml`) and recipes (`--recipe NAME`), turned into flags; typed flags win."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_core.errors import LlavaError, first_line, nearest
 
 
 def with_settings(command: Command, argv: list[str]) -> list[str]:
-    """Replace `-c FILE` and `--recipe NAME` by their flags: those typed win, then those of the file."""
+    """Replace `-c FILE` and `--recipe NAME` by their flags. Typed flags win, then those of the file."""
     config = command.config
     known = [*(field.name for field in dataclasses.fields(config)), *(["recipe"] if command.recipes else [])]
     _require_once(config, argv)
@@ -28,7 +28,7 @@ def with_settings(command: Command, argv: list[str]) -> list[str]:
 
 
 def _require_once(config: type[Options], argv: list[str]) -> None:
-    """Of a list that is typed twice, the first would be forgotten; of one value the last wins, as usual."""
+    """Raise LlavaError for a list flag that is typed twice: the parser would drop the first list."""
     names = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
     for field in dataclasses.fields(config):
         name = f"--{field.name.replace('_', '-')}"
@@ -37,7 +37,7 @@ def _require_once(config: type[Options], argv: list[str]) -> None:
 
 
 def _repeats(field: dataclasses.Field[Any]) -> bool:
-    """Whether a flag may be given again and again."""
+    """Whether a flag may be repeated to append values."""
     return "UseAppendAction" in str(field.type)
 
 
@@ -55,7 +55,7 @@ def _expanded(
     example: str,
     settings: Callable[[str], Mapping[str, Any]],
 ) -> list[str]:
-    """Put the flags in `settings` of its value in the place of `option`, less those in `argv`."""
+    """Replace `option` and its value by the flags that `settings` gives for it, without those in `argv`."""
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{option}=") else [arg])]
     if option not in argv:
         return argv
@@ -100,15 +100,15 @@ def _switch(flag: str, value: object) -> str:
 
 
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp", "value")}
-"""YAML's tags of what is one word, on the command line, too."""
+"""YAML tags of scalars that are one word on the command line."""
 
 
 def read_settings(path: Path, known: Sequence[str] | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, its keys as Python's names: words, or lists of words, as they are written
-    (so that 010 stays ten); None for a key without a value.
+    """The mapping in a YAML file: keys as Python names; values as text exactly as written, or lists of it.
 
-    Raises LlavaError (exit code 2) for a missing file, one that is no mapping, a value of another kind, or a
-    key that is there twice or none of `known`.
+    None stands for a key without a value. Values stay text so that 010 remains ten. Raises LlavaError (exit
+    code 2) for a missing file, one that is no mapping, a value of another kind, or a key that is repeated or
+    not in `known`.
     """
     try:
         top = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
@@ -137,7 +137,7 @@ def read_settings(path: Path, known: Sequence[str] | None = None) -> dict[str, A
 
 
 def _word(node: yaml.Node, where: str) -> str:
-    """A YAML scalar as it is written. Raises LlavaError (wrong usage) for anything else."""
+    """Text of a YAML scalar as written. Raises LlavaError (wrong usage) for anything else."""
     text = str(node.value)
     if node.tag in SCALARS and "\0" not in text and text == text.encode(errors="replace").decode():
         return text

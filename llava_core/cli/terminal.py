@@ -1,4 +1,4 @@
-"""Who talks to us: a person at a terminal, or a program at the other end of a pipe.
+"""Interactive input and output of `infer chat` and others: at a terminal, or through a pipe.
 
 A pipe gets answers on standard output and nothing else there: no prompt, no colour, no picture.
 """
@@ -22,7 +22,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Terminal:
-    """Lines in; answers, remarks and pictures out."""
+    """Reads lines; prints answers, remarks and pictures."""
 
     def __init__(self, commands: Sequence[str] = (), with_path: Sequence[str] = ()) -> None:
         self.live = sys.stdin.isatty() and sys.stdout.isatty()
@@ -30,7 +30,7 @@ class Terminal:
         self._console = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def lines(self) -> Iterator[str]:
-        """What is typed, without the empty entries, until the end of input or Ctrl-C at the prompt."""
+        """Non-empty lines until the end of input, or Ctrl-C at the prompt."""
         while True:
             try:
                 line = self._read().strip()
@@ -40,11 +40,11 @@ class Terminal:
                 yield line
 
     def say(self, text: str, style: str = "") -> None:
-        """A remark, on standard error."""
+        """Print a remark on standard error."""
         self._console.print(visible(text, keep="\n\t"), style=style)
 
     def answer(self, pieces: Generator[str, None, None]) -> bool:
-        """Print an answer as it comes, thoughts dim; False if Ctrl-C stopped it."""
+        """Print an answer as it is generated, with thoughts dimmed; False if Ctrl-C stopped it."""
         try:
             for piece in pieces:
                 self._write(piece)
@@ -56,7 +56,7 @@ class Terminal:
         return True
 
     def picture(self, pixels: np.ndarray) -> None:
-        """Show uint8 [h, w, 3] in half-blocks, if there is a person and the terminal has colour."""
+        """Show uint8 [h, w, 3] in half-block characters, if this is a terminal with colours."""
         if self._coloured:
             self._console.print(half_blocks(pixels))
 
@@ -81,7 +81,7 @@ class Terminal:
 
 
 def half_blocks(pixels: np.ndarray) -> Text:
-    """uint8 [h, w, 3] -> lines of ▀: its colour is the upper pixel, that behind it the lower one."""
+    """uint8 [h, w, 3] as lines of ▀: foreground is the upper pixel, background the lower one."""
     text = Text()
     for top in range(0, len(pixels) - 1, 2):
         for upper, lower in zip(pixels[top].tolist(), pixels[top + 1].tolist(), strict=True):

@@ -1,7 +1,7 @@
-"""Chat text as token ids and labels: the only caller of the chat template.
+"""Token ids of prompts and training labels (loss mask), by the chat template, whose only caller this is.
 
-The language model sees `[visual tokens][chat-template text]`; this module makes the second part. Loss falls
-on every answer and the end token that closes it, on nothing else.
+The language model sees `[visual tokens][chat-template text]`; this module makes the second part. Labels (the
+loss mask) cover each answer and its end token; all other tokens have the label IGNORE.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 from llava_core.errors import LlavaError, first_line
 
 CONVERSATION_FORMAT = "visual-prefix/1"
-"""Name of the layout `[visual][template text]`, kept in checkpoints; another layout gets another name."""
+"""Name of the layout `[visual][template text]` in checkpoints; another layout gets another name."""
 
 RENDER_SECONDS = 30.0
-"""Longest time that a chat template may take; a usual one takes milliseconds."""
+"""Most seconds that rendering a chat template may take; it usually takes milliseconds."""
 TODAY = datetime.datetime(2024, 7, 26)
-"""The date of templates that write today's: training and inference must agree on it, whenever they run. It
-is the one that Llama 3's template has by default."""
+"""Replaces today's date in chat templates, so that training and inference agree whenever they run; Llama 3's
+default."""
 
 DATE_MACRO = "{%- macro strftime_now(format) -%}"
 DATE_CODES = "aAbBcdHIjmMpSUwWxXyY"
-"""Of strftime, in C's locale."""
+"""Format codes of strftime that are replaced, in the C locale."""
 IGNORE = -100
-"""Label of a token that is context only."""
+"""Label of a token without loss (context)."""
 
 INSTRUCTIONS = (
     "请描述这张图片。",
@@ -45,13 +45,13 @@ INSTRUCTIONS = (
     "Describe this image in detail.",
     "What do you see?",
 )
-"""Questions that a caption answers."""
+"""Instructions that a caption may answer."""
 QUESTION = INSTRUCTIONS[0]
-"""What is asked where nothing else is."""
+"""Default question."""
 
 
 def pick_instruction(seed: int, key: str) -> str:
-    """One of INSTRUCTIONS, a pure function of (seed, key), alike on every machine."""
+    """One of INSTRUCTIONS: a pure function of (seed, key), the same on every machine."""
     return INSTRUCTIONS[zlib.crc32(f"{seed}/{key}".encode()) % len(INSTRUCTIONS)]
 
 
@@ -63,55 +63,55 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Text of one training sample."""
+    """Token ids and labels of one training sample."""
 
     ids: list[int]
     labels: list[int]
-    """As long as `ids`: the token itself where it is to be learnt, IGNORE elsewhere (not shifted)."""
+    """As long as `ids`, not shifted: the token id itself for target tokens, IGNORE elsewhere."""
     cut: bool
-    """An answer was longer than the budget; it lost its tail and therefore teaches no end token."""
+    """Whether an answer was truncated to the token budget; it then has no end token."""
     dropped: int = 0
-    """Turns after that answer, which were left out."""
+    """Number of turns after the truncated answer, which are left out."""
 
 
 Role = tuple[str, str | None]
-"""Who speaks and what; None stands for an answer, which is not the template's."""
+"""Role and content of a message; the content None stands for an answer, which is tokenised separately."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a chat template writes beside an answer."""
+    """What a chat template writes around an answer."""
 
     lead: str
-    """Blanks between the prompt and the answer, the model's to write: ' ' in Llama 2's and Mistral's."""
+    """Whitespace between prompt and answer, a part of the answer: ' ' in Llama 2's and Mistral's."""
     trail: str
-    """Blanks between the answer and its end token: ' ' in Llama 2's."""
+    """Whitespace between the answer and its end token: ' ' in Llama 2's."""
     trail_ids: list[int]
     end: list[int]
-    """The id after the trail: that of the end token, in a template that has one."""
+    """Id after the trail: the end token, if the template writes one; empty if it writes nothing."""
     after: str
-    """All that follows the answer."""
+    """All text after the answer."""
 
 
 class Conversation:
     """Builds prompts and training examples with one tokenizer's chat template.
 
-    Thinking is switched off, but for prompts that ask for it. What the template writes is tokenised in whole,
-    with the questions in it; an answer is tokenised by itself, as what follows, since a model that answers
-    has read nothing of it before. Control tokens are the template's alone: in a question, an answer or a
-    system prompt their text is text.
+    Thinking is off unless a prompt asks for it. The template's text is tokenised as a whole, questions
+    included; each answer is tokenised separately, as a continuation, as it is when the model generates it.
+    Only the template can write control tokens: in questions, answers and system prompts they are plain text.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
-        """Raises LlavaError for a tokenizer that `PlainText` does not take."""
-        from llava_core.language.plain_text import PlainText  # with tokenizers, which --help does without
+        """Raises LlavaError for a tokenizer that is unfit, or a chat template that fails."""
+        # Imported here: it imports tokenizers, which --help does without.
+        from llava_core.language.control_token_guard import PlainTextTokenizer
 
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
-        self._plain = PlainText(tokenizer, eos_ids)
+        self._plain = PlainTextTokenizer(tokenizer, eos_ids)
         # The template's text around answers depends on the questions alone, and captions have few of them.
         self._known_frame = functools.lru_cache(maxsize=4096)(self._frame)
-        self.prompt([{"role": "user", "content": QUESTION}])  # or fail before any work has begun
+        self.prompt([{"role": "user", "content": QUESTION}])  # so that a template fails before any work
 
     @property
     def can_think(self) -> bool:
@@ -119,7 +119,7 @@ class Conversation:
         return "enable_thinking" in str(self.tokenizer.chat_template)
 
     def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> list[int]:
-        """Token ids of a chat that waits for the assistant's next answer, or for its thoughts before that.
+        """Token ids of a generation prompt; with `thinking`, the model may think before it answers.
 
         `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
         Raises LlavaError if the template drops or repeats an answer.
@@ -135,19 +135,19 @@ class Conversation:
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
-        """What generated ids say, without special tokens."""
+        """Text of generated ids, without special tokens."""
         decoded: str = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return decoded
 
     def example(self, turns: Sequence[Turn], max_answer_tokens: int) -> Example:
-        """Ids and labels of a dialogue; it ends after its last end token, or where an answer is cut.
+        """Ids and labels of a dialogue, up to its last end token or a truncated answer.
 
-        Each answer may have `max_answer_tokens` tokens; one that is longer is cut there and ends the
-        dialogue, since the next question is about the whole answer. The ids before the last answer are those
-        `prompt` gives for the same history, so training and inference agree on every token. Raises
-        LlavaError if the template drops or repeats an answer, or closes it without an end token.
+        An answer of more than `max_answer_tokens` tokens is truncated and ends the dialogue, since the next
+        question is about the whole answer. The ids before the last answer are those that `prompt` gives for
+        the same history, so training and inference agree on every token. Raises LlavaError if the template
+        drops or repeats an answer, or closes it without an end token.
         """
         layout = self._layout
         closing = [*layout.trail_ids, *layout.end]
@@ -165,7 +165,7 @@ class Conversation:
                 )
             answer = self._answer(turn.answer, ids)
             if len(answer) > max_answer_tokens:
-                if k < len(turns):  # a template may write the last turn otherwise
+                if k < len(turns):  # a template may render the last turn differently
                     cut = self.example(turns[:k], max_answer_tokens)
                     return dataclasses.replace(cut, dropped=len(turns) - k)
                 answer = answer[:max_answer_tokens]
@@ -175,18 +175,18 @@ class Conversation:
         return Example(ids, labels, cut=False)
 
     def _answer(self, text: str, before: Sequence[int]) -> list[int]:
-        """Ids of an answer after those of the text before it."""
+        """Ids of an answer; `before` are those of the text before it."""
         return self._plain(self._layout.lead + text.strip(), begins=self._plain.begins_after(before))
 
     def _without_thoughts(self, answer: str) -> str:
-        """An earlier answer as templates of models that think write it."""
+        """An earlier answer without its think block, as templates of thinking models render it."""
         if self.can_think and answer.startswith("<think>"):
             return answer.rpartition("</think>")[2]
         return answer
 
     @functools.cached_property
     def _layout(self) -> Layout:
-        """How the template writes one turn. Raises LlavaError if it drops or repeats the answer."""
+        """How the template renders one turn. Raises LlavaError if it drops or repeats the answer."""
         question, mark = {"role": "user", "content": "question"}, "answer-0-of-1"
         whole = self._render([question, {"role": "assistant", "content": mark}], add_generation_prompt=False)
         before, after = _split(whole, [mark])
@@ -200,12 +200,11 @@ class Conversation:
     def _frame(self, roles: tuple[Role, ...], thinking: bool = False) -> list[list[int]]:
         """Token ids of the text around the answers: before the first, and after each.
 
-        It is the very prompt that inference sends, with marks in place of the answers. Slicing by the length
-        of the previous turns would be wrong: Qwen3's template drops the empty think block from earlier
-        answers.
+        It is rendered as for inference, with marks in place of the answers. Slicing by the length of the
+        previous turns would be wrong: Qwen3's template drops the empty think block from earlier answers.
         """
         word = "answer"
-        while any(word in content for _, content in roles if content):  # a mark must be only where it was put
+        while any(word in content for _, content in roles if content):  # a mark must not occur in the text
             word += "~"
         count = sum(content is None for _, content in roles)
         marks = [f"{word}-{i}-of-{count}" for i in range(count)]
@@ -229,7 +228,7 @@ class Conversation:
     def _render(
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, thinking: bool = False
     ) -> str:
-        """Raises LlavaError if the template, a program of the model's publisher, fails or does not end."""
+        """Render the template. It is untrusted code: raises LlavaError if it fails, or does not end."""
         try:
             with _at_most(RENDER_SECONDS):
                 text: str = self.tokenizer.apply_chat_template(
@@ -238,7 +237,7 @@ class Conversation:
                     add_generation_prompt=add_generation_prompt,
                     enable_thinking=thinking,
                 )
-        except Exception as error:  # of Jinja, of Python by its hands, or what the template itself raises
+        except Exception as error:  # from Jinja, Python called by it, or raised by the template
             raise LlavaError(
                 f"the chat template of {self.tokenizer.name_or_path} fails",
                 got=f"{type(error).__name__}: {first_line(error)}",
@@ -252,8 +251,9 @@ class Conversation:
 
 
 def with_fixed_date(template: str) -> str:
-    """A chat template in which transformers' `strftime_now` writes TODAY: as a macro of the template's own,
-    since newer versions of transformers hand no function over to a template."""
+    """A chat template in which `strftime_now` gives TODAY, by a macro of the same name in the template.
+
+    Newer versions of transformers do not let callers pass the function to a template."""
     if "strftime_now" not in template or DATE_MACRO in template:
         return template
     codes = [f"%{flag}{code}" for code in DATE_CODES for flag in ("-", "")]
@@ -263,7 +263,7 @@ def with_fixed_date(template: str) -> str:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block if it takes longer; signals allow that in the main thread only."""
+    """Raise TimeoutError in the block after `seconds`; in the main thread only, where signals arrive."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

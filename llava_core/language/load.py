@@ -1,4 +1,4 @@
-"""Loading a language model: any local folder with a causal model and a chat template."""
+"""Loading a language model: any local folder with a causal model, a tokenizer and a chat template."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    modeling_gguf_pytorch_utils,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llava_core.cli.console import say
@@ -35,15 +30,13 @@ from llava_core.language.conversation import DATE_MACRO, TODAY, with_fixed_date
 from llava_core.language.model import LanguageModel, differ
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-"""Nothing is fetched, and no folder's own code is run: unless told so, transformers would ask on stdin."""
-
-
+"""Download nothing and run no code of the folder; without the latter transformers would ask on stdin."""
 OWN_CODE = "use the model in the format that transformers has itself (often NAME-hf), a GGUF file, or another"
 
 
 @contextlib.contextmanager
 def no_gguf_bar() -> Iterator[None]:
-    """Without the bar of GGUF files, which alone is no part of transformers' own switch for bars."""
+    """Hide the progress bar for GGUF files, which transformers' own switch does not cover."""
     shown = modeling_gguf_pytorch_utils.tqdm
     modeling_gguf_pytorch_utils.tqdm = functools.partial(shown, disable=True)
     try:
@@ -55,7 +48,7 @@ def no_gguf_bar() -> Iterator[None]:
 def load_language_model(
     folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """Load the model and tokenizer in `folder` (safetensors, bin or one .gguf), freeze them, set eval mode.
+    """Load model and tokenizer in `folder` (safetensors, bin or one .gguf), frozen and in eval mode.
 
     Raises LlavaError if weights or chat template are missing, or transformers cannot load the folder.
     """
@@ -74,7 +67,7 @@ def load_language_model(
         raise LlavaError(
             f"cannot load {weights[0]}", got=first_line(error), do="pip install 'llava-align[gguf]'"
         ) from None
-    except Exception as error:  # a damaged file makes each library raise kinds of its own
+    except Exception as error:  # each library raises its own kinds of exception for damaged files
         raise LlavaError(
             f"cannot load the language model in {folder}",
             expected="a causal model and tokenizer that transformers loads",
@@ -93,7 +86,7 @@ def load_language_model(
             do="use an instruct model, or add chat_template.jinja to the folder",
         )
     model = model.to(device).eval().requires_grad_(False)
-    # Not the buffers: rotary frequencies rounded to bf16 turn by wrong angles.
+    # Parameters, not buffers: rotary frequencies rounded to bf16 give wrong angles.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or default_dtype(device))
     embedding, scale = model.get_input_embeddings().weight, _embedding_scale(model)
@@ -111,7 +104,7 @@ def load_language_model(
 
 
 def outline_language_model(folder: Path) -> LanguageModel:
-    """The model in `folder` on the meta device: sizes and tokenizer, no weights and nothing of their values.
+    """The model in `folder` on the meta device: shapes and tokenizer without weights.
 
     Raises LlavaError if transformers knows no such model or tokenizer.
     """
@@ -135,7 +128,7 @@ def outline_language_model(folder: Path) -> LanguageModel:
 
 
 def _tokenizer(folder: Path, where: dict[str, str]) -> Any:
-    """The tokenizer in `folder`, with a chat template that is the same every day."""
+    """The tokenizer in `folder`, with a fixed date in its chat template, and a message if that changes it."""
     tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **where)
     template: Any = getattr(tokenizer, "chat_template", None)
     if "strftime_now(" in str(template) and DATE_MACRO not in str(template):
@@ -149,7 +142,7 @@ def _tokenizer(folder: Path, where: dict[str, str]) -> Any:
 
 
 def _require_causal(folder: Path) -> None:
-    """Raise LlavaError for a folder that is not there, or holds a model of another kind, or none."""
+    """Raise LlavaError if the folder is missing or holds no causal language model that transformers has."""
     require_language_model(folder)
     _require_readable(folder / "generation_config.json")
     if any(folder.glob("*.gguf")):
@@ -174,7 +167,7 @@ def _require_causal(folder: Path) -> None:
 
 
 def _require_readable(path: Path) -> None:
-    """Raise LlavaError for a JSON file that is damaged, for which transformers would take its defaults."""
+    """Raise LlavaError for a damaged JSON file, which transformers would silently replace by defaults."""
     try:
         if path.exists() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
             raise ValueError("no object in braces")
@@ -183,7 +176,7 @@ def _require_readable(path: Path) -> None:
 
 
 def _embedding_scale(model: Any) -> float:
-    """Of transformers' ScaledWordEmbedding classes; rounded, since bf16 and fp32 are to agree."""
+    """Factor of transformers' ScaledWordEmbedding classes, rounded so that bf16 and fp32 agree; else 1."""
     layer = model.get_input_embeddings()
     scale = getattr(layer, "embed_scale", 1.0)
     if isinstance(scale, torch.Tensor) and scale.is_meta:
@@ -192,9 +185,9 @@ def _embedding_scale(model: Any) -> float:
 
 
 def _require_embeddings_alone(llm: LanguageModel) -> None:
-    """Raise LlavaError if the model makes more of token ids than of what `embed` gives for them.
+    """Raise LlavaError if logits for token ids differ from those for the embeddings that `embed` gives.
 
-    Gemma 3n and others add embeddings of their own in every layer, which no visual token has.
+    Gemma 3n and others add per-layer embeddings of token ids, which visual tokens do not have.
     """
     ids = torch.arange(2, device=llm.device)[None]
     try:
@@ -202,9 +195,9 @@ def _require_embeddings_alone(llm: LanguageModel) -> None:
             embedded = llm.embed(ids)
             logits = llm.model(inputs_embeds=embedded, use_cache=False).logits
             different = differ(logits, llm.model(input_ids=ids, use_cache=False).logits)
-            llm.model(inputs_embeds=embedded.mean(1, keepdim=True), use_cache=False)  # one of no token
+            llm.model(inputs_embeds=embedded.mean(1, keepdim=True), use_cache=False)  # of no token
         got = "other logits for embeddings" if different else ""
-    except Exception as error:  # each model has an own way to say that it takes none
+    except Exception as error:  # each model rejects embeddings in its own way
         if isinstance(error, torch.OutOfMemoryError) or is_device_failure(error):
             raise
         got = first_line(error)
@@ -218,7 +211,7 @@ def _require_embeddings_alone(llm: LanguageModel) -> None:
 
 
 def _end_tokens(folder: Path, model: Any, tokenizer: Any) -> frozenset[int]:
-    """Raises LlavaError for what is no token's number; says which numbers the vocabulary does not have."""
+    """Ids of the end tokens; prints those outside the vocabulary. Raises LlavaError for anything but ids."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     numbers: list[Any] = [
         *(configured if isinstance(configured, list) else [configured]),

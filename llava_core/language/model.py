@@ -1,4 +1,4 @@
-"""The frozen language model: any local folder with a causal model and a chat template."""
+"""The frozen causal language model: embeddings, vocabulary head, context length, KV cache, identity."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    DynamicCache,
-)
+from transformers import DynamicCache
 from transformers.utils import logging
 
 from llava_core.errors import LlavaError, first_line
@@ -21,7 +19,7 @@ from llava_core.types import JsonDict
 logging.disable_progress_bar()
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Kinds of layers whose memory is one key and one value for each token."""
+"""Kinds of layers whose cache is one key and one value per token."""
 
 SETTINGS = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -29,7 +27,7 @@ SETTINGS = (
     *("rms_norm_eps", "layer_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"),
     *("sliding_window", "rope_theta", "rope_type", "factor", "partial_rotary_factor"),
 )
-"""Of config.json: what no shape of a weight shows."""
+"""Keys of config.json that change what the weights compute but show in no shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +40,17 @@ class LanguageModel:
     id: str
     """Name of its folder."""
     weights_sha256: str | None
-    """None of an outline."""
+    """sha256 of the weight files; None for an outline, which has no weights."""
     embedding_rms: float
-    """Root mean square of one number of what `embed` gives: the scale projected tokens start at."""
+    """Root mean square of the numbers that `embed` gives: the initial scale of projected tokens."""
     eos_ids: frozenset[int]
-    """Tokens that end an answer."""
+    """Ids of the end tokens (EOS)."""
     embedding_scale: float = 1.0
-    """What `embed` multiplies the embedding's weights by: the root of `hidden` in Gemma, 1 in most models."""
+    """Factor that `embed` applies to the embedding weights: sqrt(hidden) in Gemma, 1 in most models."""
 
     @functools.cached_property
     def identity(self) -> LanguageModelIdentity:
-        """What a projector checkpoint remembers of it."""
+        """The identity that a projector checkpoint records."""
         return LanguageModelIdentity.of_tokenizer(
             self.tokenizer,
             self.eos_ids,
@@ -89,7 +87,7 @@ class LanguageModel:
 
     @property
     def context(self) -> int:
-        """Most positions it reads, visual tokens among them."""
+        """Context length in tokens, visual tokens included."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
 
     def require_context(self, what: str, tokens: int, do: str) -> None:
@@ -104,22 +102,22 @@ class LanguageModel:
 
     @property
     def layer_types(self) -> list[str]:
-        """Kinds of its layers, by the names that transformers has for them; attention where it names none."""
+        """Kinds of its layers, by transformers' names; full attention if the configuration names none."""
         config = self.model.config.get_text_config()
         return sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
 
     @functools.cached_property
     def can_rewind(self) -> bool:
-        """Whether a cache can drop its last tokens, as one of attention layers can."""
+        """Whether its cache can drop the last tokens, as that of attention layers can."""
         takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
         return takes_cache and ATTENTION.issuperset(self.layer_types)
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache for generating.
+        """An empty KV cache for generation.
 
-        That of a model with recurrent or convolutional layers keeps a state of all that was read, which
-        cannot be rewound, nor safely be given several tokens more. Raises LlavaError if this transformers has
-        none that gives the answers of the model.
+        With recurrent or convolutional layers it holds a state of everything read, which cannot be rewound
+        nor safely be given several more tokens. Raises LlavaError if this transformers has no cache for the
+        model that gives the same logits as without one.
         """
         if self.can_rewind:
             return DynamicCache()
@@ -135,7 +133,7 @@ class LanguageModel:
 
     @functools.cached_property
     def _no_cache(self) -> str:
-        """Why a model that cannot rewind cannot generate either; "" if it can."""
+        """Why a model that cannot rewind cannot generate with a cache either; "" if it can."""
         try:
             with torch.inference_mode():
                 embedded = self.embed(torch.arange(4, device=self.device)[None])
@@ -144,7 +142,7 @@ class LanguageModel:
                 for part in (embedded[:, :3], embedded[:, 3:]):
                     out = self.model(inputs_embeds=part, past_key_values=cache, use_cache=True)
             return "other logits than without it" if differ(out.logits[:, -1], whole) else ""
-        except Exception as error:  # each model has an own way to say that it takes no such cache
+        except Exception as error:  # each model rejects a cache in its own way
             return first_line(error)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -154,7 +152,7 @@ class LanguageModel:
 
 
 def _settings(config: Any) -> JsonDict:
-    """Those of SETTINGS that the configuration has."""
+    """The values of SETTINGS that the configuration has."""
     text = config.get_text_config()
     # transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters.
     rope = {**(getattr(text, "rope_scaling", None) or {}), **(getattr(text, "rope_parameters", None) or {})}
@@ -163,6 +161,6 @@ def _settings(config: Any) -> JsonDict:
 
 
 def differ(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits differ by more than rounding."""
+    """Whether logits differ from `expected` by more than rounding."""
     close = 1e-3 if expected.dtype == torch.float32 else 5e-2
     return not float((logits.float() - expected.float()).norm()) <= close * float(expected.float().norm())

@@ -1,4 +1,4 @@
-"""A projector on disk: a folder that says what it is, what it belongs to and how it was made.
+"""Checkpoint of a projector: a folder with its weights, provenance, training flags, metrics and resume state.
 
 Its files:
 
@@ -6,9 +6,9 @@ Its files:
     config.json           format version, projector, encoder, language model, conversation format
     training_config.yaml  the flags of the run
     metrics.json          its figures when it was saved
-    README.md             model card; may be edited, and is the one file that SHA256SUMS leaves out
+    README.md             model card; may be edited, so SHA256SUMS leaves it out
     SHA256SUMS            sha256 of every other file, as `sha256sum --check` reads it
-    state.pt              optimizer, step and random state, for resuming; none if it was imported
+    state.pt              optimizer, step and random state, for resuming; missing if it was imported
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ STATE = "state.pt"
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What a projector was trained between; a checkpoint is useless beside anything else."""
+    """The vision encoder, language model and conversation format that a projector was trained with."""
 
     encoder: EncoderIdentity
     language_model: LanguageModelIdentity
     conversation: str = CONVERSATION_FORMAT
 
     def require_encoder(self, other: EncoderIdentity) -> None:
-        """Raise LlavaError naming both sides unless features of this encoder are the ones trained on."""
+        """Raise LlavaError naming both encoders unless features of `other` equal those trained on."""
         do = "give the encoder it was trained on, or its features, or train on features of this one"
         if all(difference.startswith("layer: ") for difference in self.encoder.differences(other)):
             layer = self.encoder.encoder.get("layer")
@@ -64,7 +64,7 @@ class Provenance:
         )
 
     def require_language_model(self, other: LanguageModelIdentity) -> None:
-        """Raise LlavaError naming both sides unless this is the language model it was trained for."""
+        """Raise LlavaError naming both unless `other` is the language model it was trained with."""
         self.language_model.require_same(
             other,
             "this projector was trained for another language model, tokenizer or chat template",
@@ -72,7 +72,7 @@ class Provenance:
         )
 
     def to_json(self) -> JsonDict:
-        """As config.json has it."""
+        """The keys of config.json that record it."""
         return {
             "fingerprint": self.encoder.fingerprint,
             "encoder": self.encoder.encoder,
@@ -92,7 +92,7 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the projector in eval mode on the CPU, fp32, and where it belongs."""
+    """A loaded checkpoint: the projector in eval mode on the CPU, in fp32, and its provenance."""
 
     folder: Path
     projector: Projector
@@ -110,7 +110,7 @@ def save_checkpoint(
     metrics: JsonDict,
     state: dict[str, Any] | None,
 ) -> None:
-    """Write the folder under a temporary name, flush it, rename it. Without `state` no run can resume."""
+    """Write the folder atomically: temporary name, fsync, rename. Without `state` no run can resume."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -124,7 +124,7 @@ def save_checkpoint(
         name: tensor.detach().float().cpu().contiguous()
         for name, tensor in projector.map.state_dict().items()
     }
-    # As bytes: of a full disk the libraries' own writers raise errors of other kinds than OSError.
+    # Written as bytes: on a full disk the libraries' own writers raise other exceptions than OSError.
     files: dict[str, bytes | memoryview] = {
         "model.safetensors": save(weights),
         "config.json": _text(json.dumps(config, ensure_ascii=False, indent=2)),
@@ -171,7 +171,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except LlavaError:
         raise
-    except Exception as error:  # each of the libraries raises kinds of its own for a damaged file
+    except Exception as error:  # each library raises its own kinds of exception for damaged files
         raise _damaged(folder, error) from None
     if provenance.conversation != CONVERSATION_FORMAT:
         raise LlavaError(
@@ -183,13 +183,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged or missing."""
+    """Resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged or missing."""
     if not (folder / STATE).is_file():
         raise LlavaError(
             f"{folder} has no state.pt, so no run goes on from it",
             do="it is of use to infer and `train eval`, as what was imported or downloaded is",
         )
-    _require_sums(folder, 1, [STATE])  # of which version it is, load_checkpoint has seen
+    _require_sums(folder, 1, [STATE])  # load_checkpoint has checked the version
     try:
         state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -202,7 +202,10 @@ def _damaged(folder: Path, error: Exception) -> LlavaError:
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to `target`, replacing it in one step."""
+    """Make `link` a relative symbolic link to `target`, replacing it atomically.
+
+    Raises LlavaError if the file system has no symbolic links.
+    """
     partial = link.with_name(link.name + ".part")
     partial.unlink(missing_ok=True)
     try:
@@ -218,7 +221,7 @@ def point_to(link: Path, target: Path) -> None:
 
 
 def _require_sums(folder: Path, version: int, names: Sequence[str]) -> None:
-    """Raise LlavaError unless these files are what SHA256SUMS says; version 1 may have none."""
+    """Raise LlavaError unless these files match SHA256SUMS, which version 1 may lack."""
     if (folder / SUMS).exists():
         require_sums(folder, names)
     elif version > 1:

@@ -1,8 +1,7 @@
-"""The model card: README.md of a projector, or of a whole model around one, for people and for the two hubs.
+"""The model card: README.md of a projector or an exported model, for readers and for both hubs.
 
-Its header holds the keys of Hugging Face (https://huggingface.co/docs/hub/model-cards) and, beside them,
-those of ModelScope: frameworks, tasks, domain. What only its owner knows, such as the licence, `llava push`
-adds.
+Its YAML header holds the keys of Hugging Face (https://huggingface.co/docs/hub/model-cards) and those of
+ModelScope: frameworks, tasks, domain. `llava push` adds what only the owner knows, such as the licence.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def model_card(
     library: str = "llava-align",
     tags: Sequence[str] = ("projector",),
 ) -> str:
-    """README.md from what a checkpoint's config.json, training_config.yaml and metrics.json hold.
+    """README.md from the contents of a checkpoint's config.json, training_config.yaml and metrics.json.
 
-    `parameters` are the projector's; `usage` is Markdown, by default on `infer`; `beside` says where the two
-    models are; `library` is what opens the folder.
+    `parameters` is the projector's parameter count; `usage` is Markdown, by default about `infer`; `beside`
+    says where the two models are; `library` loads the folder.
     """
     projector, encoder, language = config["projector"], config["encoder"], config["language_model"]
     title = f"{language['id']} sees through {encoder.get('model_id')}"
@@ -93,13 +92,13 @@ A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {
 
 
 def header_of(card: str) -> JsonDict:
-    """The YAML between the first two lines of `---`; empty without. Raises LlavaError if damaged."""
+    """YAML header, between the first two lines of `---`; may be empty. Raises LlavaError if damaged."""
     header, _ = _parted(card)
     return header
 
 
 def with_header(card: str, more: JsonDict) -> str:
-    """The card with these keys in its header too; those there already give way."""
+    """The card with these keys added to its header, replacing existing values."""
     header, text = _parted(card)
     return _block({**header, **more}) + text
 
@@ -123,7 +122,7 @@ def _block(header: JsonDict) -> str:
 
 
 def _model_index(title: str, training: JsonDict, metrics: JsonDict) -> JsonDict:
-    """What was measured on held-out rows, as Hugging Face lists results; nothing if nothing was."""
+    """Held-out metrics in Hugging Face's `model-index` format; empty without any."""
     measured = [
         {"type": name.removeprefix("eval_"), "name": name.replace("_", " "), "value": value}
         for name in figure_names(metrics)
@@ -131,7 +130,7 @@ def _model_index(title: str, training: JsonDict, metrics: JsonDict) -> JsonDict:
     ]
     if not measured:
         return {}
-    # A name of theirs, but no path of theirs.
+    # The name of the folder alone: its path is the owner's affair.
     rows = {"type": "image-caption-pairs", "name": Path(training.get("eval_features") or "held out").name}
     results = [{"task": {"type": TASK}, "dataset": rows, "metrics": measured}]
     return {"model-index": [{"name": title, "results": results}]}

@@ -1,7 +1,7 @@
-"""The one part that trains: vision features to token embeddings of the language model.
+"""The projector (connector), the part that trains: vision features to token embeddings of the language model.
 
-A projector is a choice of visual tokens (`visual_tokens.py`), which has no weights, then a map of them to the
-language model's width. Both are named; `llava_core/registry.py` has the names.
+It selects visual tokens (`visual_tokens.py`), without weights, then maps them to the language model's width.
+Both parts have names; `llava_core/registry.py` lists them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Sequential):
-    """Linear, GELU, linear with the output's width between them (LLaVA-1.5's mlp2x_gelu)."""
+    """Linear, GELU, linear; hidden width = output width (LLaVA-1.5's mlp2x_gelu)."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
@@ -44,18 +44,18 @@ class Projector(nn.Module):
             "visual_tokens": tokens.reference,
             **arguments,
         }
-        """What a checkpoint records, and `build_projector` takes."""
+        """Arguments of `build_projector`, as a checkpoint records them."""
         self.select: VisualTokens = _instance(tokens, **tokens.arguments)
         widened = in_width * self.select.widening
         self.map: nn.Module = _instance(chosen, widened, out_width, **arguments)
-        """All weights; a checkpoint holds them by their names in here."""
+        """Holds all weights; a checkpoint has them by their names in its state dict."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = self.map(self.select(features))
         return projected
 
     def tokens_out(self, tokens: int) -> int:
-        """Visual tokens the language model sees for an encoder's. Raises LlavaError if they do not fit."""
+        """Number of visual tokens for `tokens` of an encoder. Raises LlavaError if they cannot be cut so."""
         selected = self.select.tokens_out(tokens)
         tokens_out: Any = getattr(self.map, "tokens_out", None)  # a resampler may change the number
         return int(tokens_out(selected)) if tokens_out else selected
@@ -66,7 +66,7 @@ class Projector(nn.Module):
         expected = (2, self.tokens_out(tokens), self.config["out_width"])
         try:
             got = tuple(self(torch.zeros(2, tokens, self.config["in_width"])).shape)
-        except Exception as error:  # a stranger's module raises anything
+        except Exception as error:  # untrusted module: it may raise anything
             raise LlavaError(f"the projector {self.config['kind']} fails", got=first_line(error)) from None
         if got != expected:
             raise LlavaError(
@@ -77,7 +77,7 @@ class Projector(nn.Module):
 def build_projector(
     kind: str, in_width: int, out_width: int, visual_tokens: str = "all", **arguments: Any
 ) -> Projector:
-    """A projector with its classes' own initialisation.
+    """A projector, initialised as its classes do.
 
     `kind` and `visual_tokens` are names or `module:Class`; `arguments` go to the projector's constructor.
     Raises LlavaError for an unknown name.
@@ -86,7 +86,7 @@ def build_projector(
 
 
 def _instance(entry: Entry, *positional: int, **arguments: Any) -> Any:
-    """An object of a registered class. Raises LlavaError if it cannot be constructed so."""
+    """An instance of a registered class. Raises LlavaError if its constructor fails."""
     try:
         return entry.target(*positional, **arguments)
     except LlavaError:
@@ -96,7 +96,7 @@ def _instance(entry: Entry, *positional: int, **arguments: Any) -> Any:
 
 
 def last_linear(projector: nn.Module) -> nn.Linear:
-    """The linear layer that is constructed last. Raises LlavaError if there is none."""
+    """The linear layer constructed last. Raises LlavaError if there is none."""
     layers = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise LlavaError("this projector has no nn.Linear to start from", do="use --start torch")
@@ -105,10 +105,10 @@ def last_linear(projector: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def match_scale(projector: nn.Module, features: torch.Tensor, target_rms: float) -> None:
-    """Scale the last linear layer so that projected `features` [..., T, in_width] have this RMS per number.
+    """Scale the last linear layer: projected `features` [..., T, in_width] get an RMS of `target_rms`.
 
-    A token far larger or smaller than the model's own embeddings leaves the range its first block was trained
-    on, and the first hundred steps go into undoing that. Raises LlavaError if the layer does not decide it.
+    Tokens far larger or smaller than the model's embeddings lie outside the range that its first block was
+    trained on, and cost the first hundred steps. Raises LlavaError if the layer does not set the scale.
     """
     last = last_linear(projector)
     if last.bias is not None:

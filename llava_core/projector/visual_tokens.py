@@ -1,4 +1,4 @@
-"""Visual tokens: which of an encoder's tokens, or which joins of them, the language model sees."""
+"""Visual token selection and pooling: all, patches, 2x2 average pooling, 2x2 pixel shuffle."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from llava_core.errors import LlavaError
 
 
 class VisualTokens(Protocol):
-    """What the language model gets to see: [..., T, D] -> [..., tokens_out(T), D * widening]."""
+    """Selects or merges an encoder's tokens: [..., T, D] -> [..., tokens_out(T), D * widening]."""
 
     widening: int
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor: ...
 
     def tokens_out(self, tokens: int) -> int:
-        """Raises LlavaError if an encoder's number of tokens cannot be cut so."""
+        """Number of visual tokens for `tokens` of an encoder. Raises LlavaError if it does not allow this."""
 
 
 class All:
-    """Every token, a class token included: 197 stay 197."""
+    """All tokens, with the class token: 197 stay 197."""
 
     widening = 1
 
@@ -34,7 +34,7 @@ class All:
 
 
 class Patches:
-    """The patches without a class token: 197 become 196."""
+    """Patch tokens without a class token: 197 become 196."""
 
     widening = 1
 
@@ -46,7 +46,7 @@ class Patches:
 
 
 class Pool:
-    """The mean of each 2x2 patches, without a class token: 197 become 49."""
+    """Mean of each 2x2 block of patches, without a class token: 197 become 49."""
 
     widening = 1
 
@@ -58,10 +58,10 @@ class Pool:
 
 
 class Shuffle:
-    """Each 2x2 patches side by side in one token, without a class token: 197 become 49, four times as wide.
+    """Each 2x2 block of patches concatenated, without a class token: 197 become 49, four times as wide.
 
-    Space to depth, or pixel shuffle (arXiv:2404.16821): nothing is lost, and the map has four times as many
-    weights.
+    Space to depth, or pixel shuffle (arXiv:2404.16821): it loses no information; the projector gets four
+    times as many weights.
     """
 
     widening = 4
@@ -74,9 +74,9 @@ class Shuffle:
 
 
 def grid_side(tokens: int) -> int:
-    """Patches along a side of the square that an encoder's tokens form, a class token before them or not.
+    """Side of the square of patches that `tokens` are, with or without a class token.
 
-    The number says which: no two squares above 0 differ by one. Raises LlavaError for any other number.
+    The number tells which: no two squares above 0 differ by one. Raises LlavaError for any other number.
     """
     side = math.isqrt(tokens)
     if tokens - side**2 > 1:
@@ -89,7 +89,7 @@ def grid_side(tokens: int) -> int:
 
 
 def halved_side(tokens: int) -> int:
-    """Half of `grid_side`. Raises LlavaError for an odd one."""
+    """Half of `grid_side`. Raises LlavaError if that is odd."""
     side = grid_side(tokens)
     if side % 2:
         raise LlavaError(
@@ -101,10 +101,10 @@ def halved_side(tokens: int) -> int:
 
 
 def blocks(features: torch.Tensor) -> torch.Tensor:
-    """Tokens [..., T, D] -> the patches of each 2x2 block, row by row, as [..., blocks, 4, D]."""
+    """Tokens [..., T, D] -> 2x2 blocks of patches, row by row: [..., blocks, 4, D]."""
     half = halved_side(features.shape[-2])
     *batch, _, width = features.shape
     patches = features[..., -((2 * half) ** 2) :, :]
-    # row of blocks, row in the block, column of blocks, column in the block
+    # axes: row of blocks, row in the block, column of blocks, column in the block
     grid = patches.reshape(*batch, half, 2, half, 2, width)
     return grid.transpose(-4, -3).reshape(*batch, half * half, 4, width)

@@ -1,4 +1,4 @@
-"""A font with Chinese characters, if this machine has one."""
+"""Finding an installed font with Chinese characters (CJK)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CHINESE_FONTS = (
     *("pingfang*", "msyh*", "simhei*", "noto*cjk*", "notoserifsc*", "sourcehan*", "wqy*", "lxgw*"),
     *("simsun*", "ukai*", "uming*"),
 )
-"""Names of their files, in lower case; the best for small text first."""
+"""Patterns of font file names, in lower case; the best for small text first."""
 SUFFIXES = (".ttc", ".ttf", ".otf")
 
 
 def chinese_font(size: int) -> ImageFont.FreeTypeFont | None:
-    """The best that Pillow can read, in its regular weight if there is a choice."""
+    """The best installed Chinese font that Pillow can read, preferably regular; None without any."""
     ranked = sorted(
         (rank, "regular" not in path.stem.lower(), path.name, path)
         for path in _font_files()
@@ -35,7 +35,7 @@ def chinese_font(size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _font_files() -> Iterator[Path]:
-    """Of the user and of all, on Linux and on a Mac."""
+    """Font files of the user and of the system, on Linux and macOS."""
     home = Path.home()
     kept = [os.environ.get("XDG_DATA_HOME") or home / ".local/share"]
     kept += (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")

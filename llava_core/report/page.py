@@ -1,4 +1,4 @@
-"""Pages that are one file and ask nothing of any other: style and script inside, allowed by their hashes."""
+"""Self-contained HTML pages from templates: style and script inline, allowed by hash in their CSP."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from llava_core import __version__
 
 REPORT_STYLE = Path(__file__).with_name("report.css")
-"""Colours, type and tables of pages that report figures."""
+"""Style sheet of report pages: colours, type and tables."""
 
 
 def fill(template: Path, parts: dict[str, str], *styles: Path) -> str:
-    """The page NAME.html with its `$parts`, the style of `styles` and NAME.css, and NAME.js if there is one.
+    """The page NAME.html with its `$parts`, the style sheets `styles` and NAME.css, and any NAME.js.
 
-    `parts` are HTML. Besides them the template may name style, style_hash, script, script_hash and version.
+    `parts` are HTML. The template may also name style, style_hash, script, script_hash and version.
     """
     own = [template.with_suffix(suffix) for suffix in (".css", ".js")]
     style = "".join(_text(path) for path in (*styles, own[0]))

@@ -1,4 +1,4 @@
-"""A dialogue about one image as text: what a shard of conversations keeps in place of a caption."""
+"""Dialogues about an image as JSON text, which a shard of conversations stores in place of a caption."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 from collections.abc import Sequence
 
 Turns = tuple[tuple[str | None, str], ...]
-"""Questions and their answers; a question None is to be drawn from the pool of instructions."""
+"""(question, answer) of each turn; for the question None, an instruction is drawn at random."""
 
 
 def turns_to_text(turns: Sequence[tuple[str | None, str]]) -> str:
-    """Compact JSON: [["question","answer"],[null,"answer"]]."""
+    """Turns as compact JSON: [["question","answer"],[null,"answer"]]."""
     return json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
 
 
 def turns_from_text(text: str) -> Turns:
-    """Raises ValueError for anything that `turns_to_text` has not written."""
+    """Turns from their JSON. Raises ValueError for anything that `turns_to_text` does not write."""
     turns = json.loads(text)
     if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
         raise ValueError("not a list of [question, answer]")

@@ -1,4 +1,4 @@
-"""A folder of feature shards: found, opened, and of one encoder."""
+"""Opening a folder of feature shards, all of one encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava_core.shards.reader import Shard
 
 
 def open_shards(path: Path) -> list[Shard]:
-    """The shards of a folder in the order of their names, or the one at a path; all of one encoder.
+    """The shards of a folder, by name, or the one shard at `path`.
 
     Raises LlavaError if there are none, one is damaged, or two come from different encoders.
     """
@@ -21,7 +21,7 @@ def open_shards(path: Path) -> list[Shard]:
 
 
 def find_shards(path: Path) -> list[Shard]:
-    """As `open_shards`, of whatever encoders. Raises LlavaError if there are none, or one is damaged."""
+    """As `open_shards`, but encoders may differ. Raises LlavaError if there are none, or one is damaged."""
     paths = shard_paths(path)
     shards = [Shard(p) for p in paths]
     if path.is_dir() and (left := len({p.with_suffix("") for p in path.glob("*.h5.part")} - set(paths))):

@@ -1,7 +1,7 @@
-"""The shard file as HDF5: created whole, opened strictly. The only module that knows HDF5.
+"""The shard file format in HDF5: a file is created whole and opened strictly. The only module that uses h5py.
 
-What happens in between goes through plain system calls at the offsets it reports (`writer.py`, `layout.py`).
-The format is described in features/README.md.
+Rows are written and read by plain system calls at the offsets it reports (`writer.py`, `layout.py`). The
+format is described in features/README.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from llava_core import __version__
 from llava_core.errors import LlavaError, first_line
 from llava_core.identity import EncoderIdentity
-from llava_core.shards import user_block
+from llava_core.shards.file_checksums import REDO, USER_BLOCK_BYTES, require_checksum, write_checksums
 from llava_core.shards.layout import (
     CHECKSUMS,
     COLUMNS,
@@ -31,37 +31,32 @@ from llava_core.shards.layout import (
     columns,
     disk_bytes,
 )
-from llava_core.shards.quantize import STORAGES, Storage, parts_of
+from llava_core.shards.quantize import STORAGES, Storage, dataset_specs
 from llava_core.shards.sparse_file import SparseFile
-from llava_core.shards.user_block import AGAIN, require_common, write_user_block
 from llava_core.types import JsonDict
 
 FORMAT = "llava-features"
-
-
 ALIGNMENT = 4096
-
-
 TEXTS = ("caption", "url", "id")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardHeader:
-    """What a shard is made of, known before the first image arrives."""
+    """A shard's texts and metadata, known before the first image arrives."""
 
     encoder: JsonDict
     preprocess: JsonDict
     source: JsonDict
-    """name, rows and sha256 of what it is made from."""
+    """name, rows and sha256 of the source file."""
     tokens: int
     width: int
     captions: Sequence[str]
     urls: Sequence[str]
     ids: Sequence[str]
     storage: Storage = "float16"
-    """How features lie in the file; who reads them gets fp16 either way."""
+    """Number type of features in the file; readers get fp16 either way."""
     thumbnails: bool = False
-    """Whether there is space for a small JPEG of each row."""
+    """Whether to reserve space for a small JPEG of each row."""
     conversations: bool = False
     """The captions are dialogues (llava_core.shards.dialogue)."""
     local: bool = False
@@ -77,17 +72,17 @@ class ShardHeader:
 
     @property
     def disk_bytes(self) -> int:
-        """Of the file when it is full, its text and columns aside."""
+        """Bytes of the full file, without its texts and columns."""
         return self.rows * disk_bytes(self.storage, self.tokens, self.width, self.thumbnails)
 
 
 def create_file(path: Path, header: ShardHeader) -> None:
-    """Write a whole shard file with its text; the space of the features is reserved and left sparse.
+    """Write a shard file with its texts; space for features is reserved, and stays sparse until written.
 
-    Raises OSError if it cannot be written, or what is read back is not what was written.
+    Raises OSError if the file cannot be written, or reads back with other bytes.
     """
     content = SparseFile()
-    room = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT, "userblock_size": user_block.BYTES}
+    room = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT, "userblock_size": USER_BLOCK_BYTES}
     with h5py.File(content, "w", **room) as file:
         file.attrs.update(
             format=FORMAT,
@@ -111,7 +106,7 @@ def create_file(path: Path, header: ShardHeader) -> None:
                 file[f"{name}_bytes"][:] = np.frombuffer(b"".join(encoded), np.uint8)
         for name, (kind, shape) in COLUMNS.items():
             _create(file, name, (header.rows, *shape), np.dtype(kind))
-        for name, (dtype, shape) in parts_of(header.storage, header.tokens, header.width).items():
+        for name, (dtype, shape) in dataset_specs(header.storage, header.tokens, header.width).items():
             _create(file, name, (header.rows, *shape), dtype)
         if header.local:
             _create(file, "mtime", (header.rows,), np.dtype("<i8"))
@@ -119,12 +114,12 @@ def create_file(path: Path, header: ShardHeader) -> None:
             _create(file, "thumbnails", (header.rows, SLOT_BYTES), np.dtype("|u1"))
     with h5py.File(content, "r") as file:
         layout = _layout(path, file, content.seek(0, os.SEEK_END))
-    write_user_block(content, layout.ranges)
+    write_checksums(content, layout.ranges)
     content.save(path)
 
 
 def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """A contiguous dataset whose space is allocated now and never filled."""
+    """A contiguous dataset whose space is allocated at once and not filled."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -135,29 +130,29 @@ def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) 
 
 
 def read_layout(path: Path) -> Layout:
-    """Open a shard file strictly and say where everything lies.
+    """Metadata of a shard file and the byte offset of each dataset.
 
-    Raises LlavaError, naming what is wrong, for anything that is not a whole shard of this format version.
+    Raises LlavaError, naming what is wrong, for anything but a complete shard of a known format version.
     """
-    with path.open("rb") as plain:  # what keeps a whole file from being read says so itself
-        require_common(path, plain)
+    with path.open("rb") as plain:  # an OSError here, such as of permissions, already has a good message
+        require_checksum(path, plain)
         try:
             file = h5py.File(path, "r", locking=False)
         except OSError as error:
             reason = str(error).split("(")[-1].rstrip(")")
-            raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=AGAIN) from None
+            raise LlavaError(f"{path} is not a readable HDF5 file", got=reason, do=REDO) from None
         with file:
             try:
                 layout = _layout(path, file, os.path.getsize(path))
             except LlavaError:
                 raise
             except Exception as error:  # h5py and json raise whatever a flipped bit makes them trip over
-                raise LlavaError(f"damaged shard {path}", got=first_line(error), do=AGAIN) from None
+                raise LlavaError(f"damaged shard {path}", got=first_line(error), do=REDO) from None
     return layout
 
 
 def _layout(path: Path, file: Any, end: int) -> Layout:
-    """`end`: bytes of the file."""
+    """See `read_layout`; `end` is the size of the file in bytes."""
     attributes = dict(file.attrs)
     kind = (attributes.get("format"), attributes.get("format_version"))
     if kind not in [(FORMAT, version) for version in CHECKSUMS]:
@@ -169,7 +164,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
     version = int(kind[1])
     encoder, preprocess = json.loads(attributes["encoder"]), json.loads(attributes["preprocess"])
     if EncoderIdentity(encoder, preprocess).fingerprint != attributes["fingerprint"]:
-        raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=AGAIN)
+        raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=REDO)
     storage = attributes.get("storage", "float16")
     if storage not in STORAGES:
         raise LlavaError(
@@ -177,7 +172,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
         )
     rows, tokens, width = file["features"].shape
     wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in columns(version).items()}
-    for name, (dtype, shape) in parts_of(storage, tokens, width).items():
+    for name, (dtype, shape) in dataset_specs(storage, tokens, width).items():
         wanted[name] = (dtype, (rows, *shape))
     if "mtime" in file:
         wanted["mtime"] = (np.dtype("<i8"), (rows,))
@@ -194,24 +189,24 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
                 f"{path}: dataset {name}",
                 expected=f"{dtype} {shape}",
                 got=f"{dataset.dtype} {dataset.shape}",
-                do=AGAIN,
+                do=REDO,
             )
         offsets[name], sizes[name] = dataset.id.get_offset() or 0, dataset.size * dtype.itemsize
         if sizes[name] and not offsets[name]:
-            raise LlavaError(f"{path}: dataset {name} is not contiguous", do=AGAIN)
+            raise LlavaError(f"{path}: dataset {name} is not contiguous", do=REDO)
         if offsets[name] + sizes[name] > end:
             raise LlavaError(
                 f"truncated shard {path}",
                 expected=f"{offsets[name] + sizes[name]:,} bytes",
                 got=f"{end:,}",
-                do=AGAIN,
+                do=REDO,
             )
     if version > 1 and not file.userblock_size:
-        raise LlavaError(f"damaged shard {path}", got="no checksums in it", do=AGAIN)
+        raise LlavaError(f"damaged shard {path}", got="no checksums in it", do=REDO)
     source, uid = json.loads(attributes["source"]), attributes["uid"]
     text, images = attributes.get("text", "caption"), attributes.get("images", "address")
     if text not in ("caption", "conversation") or images not in ("address", "local"):
-        raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=AGAIN)
+        raise LlavaError(f"damaged shard {path}", got=f"text {text}, images {images}", do=REDO)
     return Layout(
         path=path,
         version=version,
@@ -232,7 +227,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
 
 @contextlib.contextmanager
 def read_by_hdf5(path: Path) -> Iterator[Callable[[int], np.ndarray]]:
-    """Reads the features of a row, fp16 [T, D], as any program with h5py does: to compare with."""
+    """Yields a function from a row to its features, fp16 [T, D], read through h5py: for comparison."""
     with h5py.File(path, "r", locking=False) as file:
         features, scales = file["features"], file.get("scales")
         yield (lambda row: features[row]) if scales is None else (lambda row: features[row] * scales[row])

@@ -1,4 +1,4 @@
-"""The list of finished rows beside an unfinished shard: appended to, replayed after a crash.
+"""Write-ahead journal of finished rows beside an unfinished shard: appended to, replayed after a crash.
 
 header   8 bytes of magic, the last the shard's format version, and 32 of its uid (hex)
 record   fields of `record_type`, the last a crc32 of those before it
@@ -23,7 +23,7 @@ HEADER_BYTES = len(MAGIC) + 1 + 32
 
 
 def record_type(version: int) -> np.dtype[Any]:
-    """What a record holds beside a shard of that format version."""
+    """Fields of a record, for shards of this format version."""
     return np.dtype(
         [
             ("row", "<u4"),
@@ -43,10 +43,10 @@ RECORD = record_type(FORMAT_VERSION)
 
 
 class Journal:
-    """Opened for appending; its torn tail, if any, is cut first. `records` are the rows it held then.
+    """A journal opened for appending. `records` are the whole records found; a torn tail is cut off.
 
-    A journal that is not of `uid` begins anew if it `may_begin`; otherwise LlavaError is raised. What is lost
-    of it, but for its torn tail, is said.
+    A journal of another shard than `uid` is emptied if `may_begin`; otherwise LlavaError is raised. Prints
+    what is lost, except for a torn tail.
     """
 
     def __init__(self, path: Path, uid: str, version: int = FORMAT_VERSION, may_begin: bool = True) -> None:
@@ -58,7 +58,7 @@ class Journal:
             os.close(self.descriptor)
             do = "delete it and the .part beside it: the finished shard is whole, only its retry is lost"
             raise LlavaError(f"damaged journal {path}", do=do)
-        if not data.startswith(header):  # new, torn at birth, or of a shard that is no more
+        if not data.startswith(header):  # new, torn in its header, or of a shard that was deleted
             if len(data) > HEADER_BYTES:
                 say(f"{path} is damaged, or of another shard: its rows are made again")
             data = header
@@ -73,7 +73,7 @@ class Journal:
         os.ftruncate(self.descriptor, self.end)
 
     def append(self, records: np.ndarray) -> None:
-        """Add records (`check` is filled in here) and wait until they are on disk."""
+        """Append records, whose field `check` is filled in here, and wait until they are on disk."""
         data = sealed(records).tobytes()
         write_all(self.descriptor, data, self.end)
         flush(self.descriptor, self.path)
@@ -88,14 +88,14 @@ def _header(uid: str, version: int) -> bytes:
 
 
 def _whole(data: bytes, kind: np.dtype[Any]) -> np.ndarray:
-    """Whether each record has its checksum, bool [records], up to the last that has."""
+    """Whether each record has its checksum, bool [records]; ends with the last one that has."""
     records = np.frombuffer(data[: len(data) // kind.itemsize * kind.itemsize], kind)
     whole = records["check"] == np.array(_checks(records), np.uint32)
     return np.asarray(whole[: int(np.flatnonzero(whole)[-1]) + 1 if whole.any() else 0])
 
 
 def sealed(records: np.ndarray) -> np.ndarray:
-    """The same records with their checksums."""
+    """A copy of the records with their checksums filled in."""
     records = records.copy()
     records["check"] = _checks(records)
     return records
@@ -108,7 +108,7 @@ def _checks(records: np.ndarray) -> list[int]:
 
 
 def write_file(path: Path, uid: str, version: int, records: np.ndarray) -> None:
-    """A whole journal at once, under a temporary name first."""
+    """Write a journal in one step: under a temporary name, then renamed."""
     partial = path.with_name(path.name + ".tmp")
     with partial.open("wb") as file:
         file.write(_header(uid, version) + sealed(records).tobytes())

@@ -1,4 +1,4 @@
-"""Where everything lies in a shard file, and how a row is read there: by plain system calls, without HDF5."""
+"""Byte offsets of the datasets in a shard file, and reading rows at them by `pread`, without HDF5."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
-from llava_core.shards.quantize import Storage, checksum, dequantise, parts_of, row_bytes
+from llava_core.shards.quantize import DatasetSpecs, Storage, checksum, dataset_specs, dequantise, row_bytes
 from llava_core.types import JsonDict
 
 FORMAT_VERSION = 2
 CHECKSUMS = {1: ("crc32", "<u4"), 2: ("xxh3", "<u8")}
-"""Of a row's features, by format version: the kind, which names the column, and its number type."""
+"""Checksum of a row's features by format version: the algorithm, which names the column, and its type."""
 SLOT_BYTES = 4096
-"""Of a row in `thumbnails`: a JPEG, zeros, and the checksum of both, its seed the row's number."""
+"""Bytes of a row in `thumbnails`: a JPEG, zeros, and the checksum of both, seeded with the row's number."""
 THUMBNAIL_BYTES = SLOT_BYTES - 8
-"""Most bytes of the JPEG."""
+"""Largest JPEG, in bytes."""
 
 
 def columns(version: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -42,18 +41,18 @@ COLUMNS = columns(FORMAT_VERSION)
 
 
 def disk_bytes(storage: Storage, tokens: int, width: int, thumbnails: bool) -> int:
-    """What one row takes of the disk, its text and columns aside."""
+    """Bytes that one row takes on disk, without its texts and columns."""
     return row_bytes(storage, tokens, width) + thumbnails * SLOT_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the file says of itself, and the byte offset of each dataset in it."""
+    """Metadata of a shard file, and the byte offset and size of each dataset."""
 
     path: Path
-    """Where it was read, for errors."""
+    """The shard file, for error messages."""
     version: int
-    """Of the format."""
+    """Format version."""
     rows: int
     tokens: int
     width: int
@@ -80,23 +79,23 @@ class Layout:
 
     @property
     def checksum(self) -> str:
-        """Which checksum the rows have, and the name of its column."""
+        """Checksum algorithm of the rows, which is also the name of the column."""
         return CHECKSUMS[self.version][0]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that the features of a row take in the file."""
+        """Bytes of a row's features in the file."""
         return row_bytes(self.storage, self.tokens, self.width)
 
     @functools.cached_property
-    def parts(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Datasets that hold the features: number type, and shape of one row's share."""
-        return parts_of(self.storage, self.tokens, self.width)
+    def parts(self) -> DatasetSpecs:
+        """See `quantize.dataset_specs`."""
+        return dataset_specs(self.storage, self.tokens, self.width)
 
     def read_into(self, descriptor: int, row: int, out: np.ndarray, recorded: int | None = None) -> None:
-        """Features of `row` into `out`, a C-contiguous fp16 array [T, D].
+        """Read features of `row` into `out`, a C-contiguous fp16 array [T, D].
 
-        Raises LlavaError if `recorded` is given and is not their checksum.
+        Raises LlavaError if the checksum `recorded` is given and differs from theirs.
         """
         parts: tuple[np.ndarray, ...] = (out,)
         if self.storage == "float16":
@@ -108,11 +107,11 @@ class Layout:
             raise self.damaged(f"row {row}")
 
     def row_checksum(self, descriptor: int, row: int) -> int:
-        """Of the features of `row` as they lie on disk now."""
+        """Checksum of the features of `row` as they are on disk now."""
         return checksum(self.read_parts(descriptor, row), self.checksum)
 
     def is_whole(self, descriptor: int, row: int, recorded: int) -> bool:
-        """Whether a row that is ok has its features, of this checksum, and its thumbnail as written."""
+        """Whether the features of a row that is ok have this checksum, and its thumbnail its own."""
         try:
             self.read_thumbnail(descriptor, row)
         except LlavaError:
@@ -120,7 +119,7 @@ class Layout:
         return self.row_checksum(descriptor, row) == recorded
 
     def damaged(self, what: str) -> LlavaError:
-        """The error for a row, or its thumbnail, that does not have its checksum."""
+        """The error for a row, or a thumbnail, with another checksum than recorded."""
         folder = self.path.parent
         return LlavaError(
             f"{what} of {self.path} is damaged",
@@ -129,14 +128,14 @@ class Layout:
         )
 
     def read_parts(self, descriptor: int, row: int) -> tuple[np.ndarray, ...]:
-        """Features of `row` as they lie on disk: the row's share of each of `parts`."""
+        """Features of `row` as stored: one array for each of `parts`."""
         arrays = tuple(np.empty(shape, dtype) for dtype, shape in self.parts.values())
         for name, array in zip(self.parts, arrays, strict=True):
             self._read(descriptor, name, row, array)
         return arrays
 
     def read_thumbnail(self, descriptor: int, row: int) -> bytes | None:
-        """The JPEG of a row that is ok, None if there is none. Raises LlavaError if it is damaged."""
+        """JPEG of a row that is ok; None if the shard has none. Raises LlavaError if it is damaged."""
         if not self.thumbnails:
             return None
         slot = np.empty(SLOT_BYTES, np.uint8)
@@ -148,7 +147,7 @@ class Layout:
         return slot.tobytes().rstrip(b"\0") or None
 
     def mtime(self, descriptor: int) -> list[np.ndarray]:
-        """The column `mtime` in a list, which is empty for shards without it: those of no local images."""
+        """The column `mtime` in a list; an empty list for shards without local images, which have none."""
         if "mtime" not in self.offsets:
             return []
         column = np.empty(self.rows, "<i8")
@@ -157,7 +156,7 @@ class Layout:
 
     @property
     def ranges(self) -> list[int]:
-        """Starts and ends of what rows are written to: their features, thumbnails and columns."""
+        """Starts and ends, ascending, of the bytes that rows own: features, thumbnails and columns."""
         apart = {*self.parts, "thumbnails", "mtime", *columns(self.version)} & self.sizes.keys()
         spans = sorted((self.offsets[name], self.offsets[name] + self.sizes[name]) for name in apart)
         return [place for span in spans for place in span]

@@ -1,7 +1,7 @@
-"""How the features of a row lie in a shard: fp16 as they are, or int8 with a scale for each channel.
+"""Storage of features in a shard: fp16, or int8 quantised with a scale per row and channel.
 
-Nothing is known of a channel before the first image, and a row that is written is final, so every row has
-scales of its own: the channel's largest magnitude in that row, divided by 127. Whoever reads gets fp16.
+A row is final once written, and channels are unknown before the first image, so every row has its own scales:
+the channel's largest magnitude in that row, divided by 127. Readers get fp16.
 """
 
 from __future__ import annotations
@@ -18,32 +18,36 @@ STORAGES: tuple[Storage, ...] = get_args(Storage)
 FEATURE_TYPE = np.dtype("<f2")
 LEVELS = 127
 MAX_SCALE = 515.5
-"""The largest scale of which 127 are still a finite fp16."""
+"""Largest scale: 127 times it is still finite in fp16."""
 SERIAL = 32_767
-"""Most elements that torch computes without waking its pool."""
+"""Most elements that torch converts in the calling thread, without waking its thread pool."""
 
 
-def parts_of(storage: Storage, tokens: int, width: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Datasets that hold the features: number type, and shape of one row's share."""
+DatasetSpecs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+"""Number type of each dataset, and the shape of one row in it."""
+
+
+def dataset_specs(storage: Storage, tokens: int, width: int) -> DatasetSpecs:
+    """The datasets that hold the features, by name."""
     if storage == "float16":
         return {"features": (FEATURE_TYPE, (tokens, width))}
     return {"features": (np.dtype("|i1"), (tokens, width)), "scales": (FEATURE_TYPE, (width,))}
 
 
 def row_bytes(storage: Storage, tokens: int, width: int) -> int:
-    """Bytes of disk that the features of a row take."""
-    parts = parts_of(storage, tokens, width).values()
-    return sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in parts)
+    """Bytes that the features of a row take on disk."""
+    specs = dataset_specs(storage, tokens, width).values()
+    return sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in specs)
 
 
 def pack(storage: Storage, features: np.ndarray) -> list[np.ndarray]:
-    """Features fp16 [T, D] -> a row's share of each dataset in `parts_of`."""
-    features = np.require(features, FEATURE_TYPE, ["C", "W"])  # torch wants to be allowed to write
+    """Features fp16 [T, D] -> one array for each dataset of `dataset_specs`."""
+    features = np.require(features, FEATURE_TYPE, ["C", "W"])  # torch warns of read-only arrays
     return [features] if storage == "float16" else list(quantise(features))
 
 
 def checksum(parts: Sequence[np.ndarray], kind: str = "xxh3", seed: int = 0) -> int:
-    """xxh3 (XXH3, 64 bits) or crc32 over the bytes of contiguous arrays, one after the other."""
+    """Checksum, xxh3 (64 bits) or crc32, over the bytes of contiguous arrays, one after the other."""
     if kind == "crc32":
         crc = 0
         for part in parts:
@@ -58,8 +62,8 @@ def checksum(parts: Sequence[np.ndarray], kind: str = "xxh3", seed: int = 0) -> 
 def quantise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finite fp16 [T, D] -> int8 [T, D] and fp16 scales [D].
 
-    |features - int8 * scales| <= scales / 2 everywhere. What `dequantise` makes of them is quantised to the
-    same again, unless a scale is subnormal.
+    |features - int8 * scales| <= scales / 2 everywhere. Quantising the output of `dequantise` gives the same
+    numbers again, unless a scale is subnormal.
     """
     values = np.empty(features.shape, np.float32)
     _convert(features, values)
@@ -73,12 +77,12 @@ def quantise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantise(quantised: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-    """int8 [T, D] and fp16 scales [D] -> their products, rounded once, in `out`, fp16 [T, D]."""
+    """Products of int8 [T, D] and fp16 scales [D], rounded once, into `out`, fp16 [T, D]."""
     _convert(quantised * scales.astype(np.float32), out)
 
 
 def _convert(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy to another number type. numpy converts fp16 one number at a time; torch is 10 times as fast."""
+    """Copy to another number type, by torch: 10 times as fast as numpy, which converts fp16 singly."""
     import torch  # here, so that `extract inspect` starts without it
 
     numbers, converted = torch.from_numpy(source).view(-1), torch.from_numpy(target).view(-1)

@@ -1,8 +1,6 @@
-"""The feature shard on disk: one HDF5 file per source of rows, row i of one is row i of the other.
+"""Reading a finished feature shard: features, texts and per-row columns of one source file.
 
-This is the only module that knows HDF5. It creates a file whole, and it opens a finished one strictly; what
-happens in between goes through plain system calls at the offsets it reports (llava_core.shards.writer). The
-format is described in features/README.md.
+Row i of the shard is row i of the source. Rows are read by plain system calls, so that processes may fork.
 """
 
 from __future__ import annotations
@@ -17,18 +15,16 @@ import numpy as np
 
 from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
-from llava_core.shards import user_block
+from llava_core.shards import file_checksums
 from llava_core.shards.dialogue import Turns, turns_from_text
+from llava_core.shards.file_checksums import REDO
 from llava_core.shards.format import TEXTS, read_layout
-from llava_core.shards.layout import (
-    columns,
-)
+from llava_core.shards.layout import columns
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
-from llava_core.shards.user_block import AGAIN
 
 
 class Shard:
-    """A finished shard, opened strictly; HDF5 is closed again once this exists.
+    """A finished shard, opened strictly: its columns are in memory, features and texts are read row by row.
 
     Columns are arrays of all rows: `status`, `checksums`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
     A row's features are compared with their checksum when a process first reads them.
@@ -54,10 +50,10 @@ class Shard:
         self._checked = np.zeros(self.rows, bool)
         held = {name: self._array(name, kind) for name, (kind, _) in columns(layout.version).items()}
         mtime = layout.mtime(self._descriptor())
-        head = os.pread(self._descriptor(), user_block.BYTES, 0)
-        recorded = np.frombuffer(head, user_block.NUMBER)[user_block.COLUMNS]
+        head = os.pread(self._descriptor(), file_checksums.USER_BLOCK_BYTES, 0)
+        recorded = np.frombuffer(head, file_checksums.NUMBER)[file_checksums.COLUMNS]
         if layout.version > 1 and checksum([*held.values(), *mtime]) != recorded:
-            raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=AGAIN)
+            raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=REDO)
         for name, (_, shape) in columns(layout.version).items():
             column = held[name].reshape(self.rows, *shape)
             setattr(self, "checksums" if name == layout.checksum else name, column)
@@ -66,13 +62,13 @@ class Shard:
         self._ends = {name: self._array(f"{name}_offsets", "<i8") for name in TEXTS}
         for name, ends in self._ends.items():
             if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:
-                raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=AGAIN)
+                raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=REDO)
         if unknown := set(self.status.tolist()) - set(Status):
-            raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=AGAIN)
+            raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=REDO)
         self._close()  # a folder may hold more shards than a process may have open files
 
     def read_into(self, row: int, out: np.ndarray) -> None:
-        """Features of `row` into `out`, a C-contiguous fp16 array [T, D]. Raises LlavaError if damaged."""
+        """Read features of `row` into `out`, C-contiguous fp16 [T, D]. Raises LlavaError if damaged."""
         recorded = None if self._checked[row] else int(self.checksums[row])
         self.layout.read_into(self._descriptor(), row, out, recorded)
         self._checked[row] = True
@@ -84,12 +80,12 @@ class Shard:
         return out
 
     def ok_rows(self) -> list[int]:
-        """The rows that have features, in their order."""
+        """The rows that have features, ascending."""
         rows: list[int] = np.flatnonzero(self.status == Status.OK).tolist()
         return rows
 
     def failed(self, failures: Iterable[Failure]) -> np.ndarray:
-        """Which rows ended in one of these ways, bool [N]; for `damaged`, reads every row."""
+        """Which rows have one of these failures, bool [N]; for `damaged`, reads every row."""
         mask = np.zeros(self.rows, bool)
         for failure in failures:
             mask |= failure.mask(self.status, self.http)
@@ -98,18 +94,15 @@ class Shard:
         return mask
 
     def check(self, row: int) -> bool:
-        """Whether features and thumbnail of `row`, which is ok, still have their checksums."""
+        """Whether features and thumbnail of a row that is ok still have their checksums."""
         return self.layout.is_whole(self._descriptor(), row, int(self.checksums[row]))
 
     def checksum(self, row: int) -> int:
-        """Of the features of `row` as they lie on disk now."""
+        """Checksum of the features of `row` as they are on disk now."""
         return self.layout.row_checksum(self._descriptor(), row)
 
     def thumbnail(self, row: int) -> bytes | None:
-        """A small JPEG of `row`; None if the shard keeps none or the row is not ok.
-
-        Raises LlavaError if it is damaged.
-        """
+        """Small JPEG of `row`; None if there is none or the row failed. Raises LlavaError if damaged."""
         if self.status[row] != Status.OK:
             return None
         return self.layout.read_thumbnail(self._descriptor(), row)
@@ -118,27 +111,27 @@ class Shard:
         return self._text("caption", row)
 
     def caption_bytes(self, row: int) -> int:
-        """Length of its caption, or dialogue, as stored; reads nothing."""
+        """Bytes of the caption, or dialogue, as stored; reads nothing."""
         ends = self._ends["caption"]
         return int(ends[row + 1] - ends[row])
 
     def turns(self, row: int) -> Turns:
-        """Questions and answers; a caption is the answer to a question that is still to be drawn, None."""
+        """(question, answer) pairs; a caption is one answer, to the question None, which is drawn later."""
         text = self.caption(row)
         if not self.conversations or not text:
             return ((None, text),) if text.strip() else ()
         try:
             return turns_from_text(text)
         except ValueError:
-            raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=AGAIN) from None
+            raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=REDO) from None
 
     def url(self, row: int) -> str:
         return self._text("url", row)
 
     def picture_keys(self, row: int) -> list[bytes | str]:
-        """What tells its picture from others (llava_core.pairing): sha256 and address, where they are known.
+        """Keys for `shuffled_pairs.picture_numbers`: sha256 and URL of the image, those that are known.
 
-        Of a local image the sha256 alone: one name may be that of several, in several folders.
+        Local images have the sha256 alone: the same file name may stand for several images.
         """
         digest, url = self.sha256[row].tobytes(), "" if self.local else self.url(row)
         return [*([digest] if any(digest) else ()), *([url] if url else ())]
@@ -147,7 +140,7 @@ class Shard:
         return self._text("id", row)
 
     def urls(self) -> list[str]:
-        """All of them, in one read."""
+        """The URLs of all rows, in one read."""
         data, ends = self._array("url_bytes", "|u1").tobytes(), self._ends["url"].tolist()
         return [data[a:b].decode("utf-8", "replace") for a, b in itertools.pairwise(ends)]
 
@@ -157,14 +150,14 @@ class Shard:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=AGAIN) from None
+            raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=REDO) from None
 
     def _array(self, name: str, kind: str) -> np.ndarray:
         data = os.pread(self._descriptor(), self.layout.sizes[name], self.layout.offsets[name])
         return np.frombuffer(data, kind)
 
     def _descriptor(self) -> int:
-        """A file descriptor of this process's own: one inherited through fork would be shared."""
+        """A file descriptor of this process alone: after a fork, both processes would share one."""
         if self._open is None or self._open[0] != os.getpid():
             self._open = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         return self._open[1]

@@ -1,4 +1,4 @@
-"""A file in memory in which what was never written takes no space, for HDF5 to write into."""
+"""An in-memory sparse file for HDF5 to write into: bytes that were never written take no memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from llava_core.filesystem import tolerated, without_flush, write_all
 
 PAGE = 4096
-"""Bytes of a part of a SparseFile."""
+"""Bytes of a page, the unit of memory of a SparseFile."""
 
 
 class SparseFile(io.RawIOBase):
-    """A file in memory in which what was never written takes no space; then put on disk.
+    """A sparse file in memory, saved to disk at the end.
 
-    HDF5 writes into it: on a disk it would swallow an error of one write, such as a full disk's.
+    HDF5 writes into it because on disk it may swallow the error of a single write, such as on a full disk.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class SparseFile(io.RawIOBase):
             done += length
 
     def save(self, path: Path) -> None:
-        """Write it to a new file; raises OSError if what is read back is not what was written."""
+        """Write the content to a new file. Raises OSError if it reads back with other bytes."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             os.ftruncate(descriptor, self._size)

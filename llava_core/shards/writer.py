@@ -18,7 +18,7 @@ from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock, flush, fsync, write_all
 from llava_core.row_status import Failure, Status
-from llava_core.shards import user_block
+from llava_core.shards import file_checksums
 from llava_core.shards.format import ShardHeader, read_layout
 from llava_core.shards.journal import Journal, record_type
 from llava_core.shards.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
@@ -204,9 +204,9 @@ class ShardWriter:
             write_all(self._descriptor, column, self.layout.offsets[name])
         if self.layout.version > 1:
             whole = np.array(
-                [checksum([*held.values(), *self.layout.mtime(self._descriptor)])], user_block.NUMBER
+                [checksum([*held.values(), *self.layout.mtime(self._descriptor)])], file_checksums.NUMBER
             )
-            write_all(self._descriptor, whole, user_block.COLUMNS * whole.nbytes)
+            write_all(self._descriptor, whole, file_checksums.COLUMNS * whole.nbytes)
         fsync(self.part)
         self.part.replace(self.path)
         fsync(self.path.parent)

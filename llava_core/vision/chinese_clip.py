@@ -19,7 +19,7 @@ from torch import nn
 PAD = 0
 """Token id of [PAD] in Chinese-CLIP's vocab.txt."""
 CONTEXT = 52
-"""Tokens of a text, [CLS] and [SEP] among them; longer ones are cut."""
+"""Tokens of a text, with [CLS] and [SEP]; longer texts are truncated."""
 
 
 class TextTokenizer:
@@ -27,12 +27,12 @@ class TextTokenizer:
 
     def __init__(self, vocab: Path) -> None:
         self.pieces = BertWordPieceTokenizer(str(vocab), lowercase=True)
-        self.pieces._tokenizer.encode_special_tokens = True  # a text that says [SEP] does not end there
+        self.pieces._tokenizer.encode_special_tokens = True  # "[SEP]" in a text is no special token
         self.pieces.enable_truncation(CONTEXT)
         self.pieces.enable_padding(length=CONTEXT, pad_id=PAD)
 
     def cuts(self, text: str) -> bool:
-        """Whether only the first tokens of `text` are read."""
+        """Whether `text` is truncated."""
         return bool(self.pieces.encode(text).overflowing)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -41,7 +41,7 @@ class TextTokenizer:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in fp32 whatever the input is."""
+    """Layer norm in fp32, whatever the dtype of the input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(
@@ -136,7 +136,7 @@ class VisionTransformer(nn.Module):
 
 
 class ChineseClip(nn.Module):
-    """Both towers, built from the two JSON configurations of a ModelScope folder; without `text`, one."""
+    """Vision and, with `text`, text tower, from the JSON configurations of a ModelScope folder."""
 
     def __init__(self, vision: dict[str, Any], text: dict[str, Any] | None) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class ChineseClip(nn.Module):
         return embedded
 
     def _add_text_tower(self, text: dict[str, Any], embed_dim: int) -> None:
-        from transformers import BertConfig, BertModel  # seconds that only texts are to cost
+        from transformers import BertConfig, BertModel  # takes seconds, needed for texts alone
 
         config = BertConfig(
             vocab_size=text["vocab_size"],

@@ -1,4 +1,4 @@
-"""Vision encoders with patch tokens in Hugging Face folders: CLIP, SigLIP, DINOv2, Chinese-CLIP."""
+"""Loader for vision encoders in Hugging Face folders: CLIP, SigLIP, DINOv2, Chinese-CLIP."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def open_hugging_face(
             expected="config.json, preprocessor_config.json and *.safetensors or pytorch_model*.bin",
             do="download it again",
         )
-    import transformers  # seconds that Chinese-CLIP's own folder does without
+    import transformers  # takes seconds, which a ModelScope folder does not need
 
     try:
         with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def open_hugging_face(
             model, loading = getattr(transformers, HUGGING_FACE[kind]).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
-    except Exception as error:  # a damaged file makes each library raise kinds of its own
+    except Exception as error:  # each library raises its own kinds of exception for damaged files
         raise LlavaError(f"cannot load the vision encoder in {folder}", got=first_line(error)) from None
     if loading["missing_keys"]:
         raise LlavaError(
@@ -87,7 +87,7 @@ def open_hugging_face(
 
 
 def _final_norm(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """CLIP's last layer norm, which transformers applies to the class token only; others apply their own."""
+    """The last layer norm of CLIP, which transformers applies to the class token only; else the identity."""
     inner = getattr(model, "vision_model", model)
     if type(model).__name__ not in ("CLIPVisionModel", "ChineseCLIPVisionModel"):
         return lambda tokens: tokens
@@ -96,7 +96,7 @@ def _final_norm(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _preprocess(config: JsonDict, decode: str) -> Preprocess:
-    """From preprocessor_config.json, in the old forms (a number for a size) and the new ones."""
+    """Settings from preprocessor_config.json, in the old format (a number for a size) or the new one."""
     size, crop = _sides(config.get("size", 224)), _sides(config.get("crop_size", 224))
     cropped = config.get("do_center_crop", False)
     target = crop[1] if cropped else size[1]
@@ -116,7 +116,7 @@ def _preprocess(config: JsonDict, decode: str) -> Preprocess:
 
 
 def _sides(size: Any) -> tuple[int | None, int]:
-    """A preprocessor's size -> (shorter side if only that is fixed, side)."""
+    """A preprocessor's size -> (shorter side, or None if both sides are fixed; side)."""
     if isinstance(size, dict):
         if "shortest_edge" in size:
             return size["shortest_edge"], size["shortest_edge"]

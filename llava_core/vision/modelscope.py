@@ -1,4 +1,4 @@
-"""Chinese-CLIP in a folder as ModelScope publishes it."""
+"""Loader for Chinese-CLIP in a folder as ModelScope publishes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_core.vision.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from llava_core.vision.tower import VisionTower, encoder_record, layer_index, read_json
 
 TEXT_WEIGHTS = ("bert.", "text_projection", "logit_scale")
-"""Beginnings of the names of Chinese-CLIP's weights that images do without."""
+"""Name prefixes of the weights that encoding images does not need."""
 
 
 def open_modelscope(
@@ -30,7 +30,7 @@ def open_modelscope(
         clip.load_state_dict(state)
     except KeyError as error:
         raise LlavaError(f"a configuration in {folder} lacks {error}", do="download it again") from None
-    except Exception as error:  # torch.load and load_state_dict raise many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds of exception for damaged files
         raise LlavaError(
             f"cannot load {weights}",
             expected="Chinese-CLIP's weights",
@@ -54,7 +54,7 @@ def open_modelscope(
 
 
 def _plain_names(loaded: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights by their plain names: out of `state_dict`, without prefixes, without BERT's pooler."""
+    """Weights from `state_dict`, if there, without name prefixes and without BERT's pooler."""
     state = loaded.get("state_dict", loaded)
     plain = {name.removeprefix("module.").removeprefix("clip_model."): value for name, value in state.items()}
     unused = ("bert.pooler.", "bert.embeddings.position_ids")

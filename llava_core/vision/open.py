@@ -1,4 +1,4 @@
-"""Opening a vision encoder: the layout of its folder says by which loader."""
+"""Loading a vision encoder: the folder's layout (registered, ModelScope, Hugging Face) selects the loader."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 
 from llava_core.device import default_dtype
 from llava_core.input_folders import MODELSCOPE_FILES, registered_layout, require_vision_encoder
+from llava_core.projector.checkpoint import Provenance
 from llava_core.vision.hugging_face import open_hugging_face
 from llava_core.vision.modelscope import open_modelscope
 from llava_core.vision.tower import VisionTower
 
 
 class EncoderLayout(Protocol):
-    """A layout of folders that `registry.VISION_ENCODERS` has: a class, never instantiated."""
+    """A folder layout in `registry.VISION_ENCODERS`: a class with static methods, never instantiated."""
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Whether the folder has this layout; reads its names, and small files at most."""
+        """Whether the folder has this layout; may read file names and small files."""
 
     @staticmethod
     def open(
@@ -36,13 +37,13 @@ def open_vision_tower(
     decode: str = "draft",
     text: bool = False,
 ) -> VisionTower:
-    """Load the encoder in `folder`, frozen, bf16 on a GPU unless `dtype` says otherwise.
+    """Load the encoder in `folder`, frozen; by default in bf16 on a GPU, fp32 on a CPU.
 
-    `layer` takes that entry of transformers' `hidden_states` (0 the input of the first block, -1 the output
+    `layer` selects an entry of transformers' `hidden_states` (0 the input of the first block, -1 the output
     of the last, -2 LLaVA's choice) instead of all tokens after the final layer norm. With `text`,
     Chinese-CLIP's text tower is loaded as well.
 
-    Raises LlavaError if a file is missing or damaged, or the encoder is of no kind known here.
+    Raises LlavaError if a file is missing or damaged, or the kind of encoder is unknown.
     """
     device = torch.device(device)
     dtype = dtype or default_dtype(device)
@@ -53,3 +54,15 @@ def open_vision_tower(
     if (folder / MODELSCOPE_FILES[0]).exists():
         return open_modelscope(folder, device, dtype, layer, decode, text)
     return open_hugging_face(folder, device, dtype, layer, decode)
+
+
+def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:
+    """The encoder in `folder`, with the layer and the decoding that a projector was trained on.
+
+    Raises LlavaError if it is another encoder.
+    """
+    layer = trained.encoder.encoder.get("layer")
+    decode = trained.encoder.preprocess.get("decode", "draft")
+    tower = open_vision_tower(folder, device, layer=layer, decode=decode)
+    trained.require_encoder(tower.identity)
+    return tower

@@ -1,6 +1,6 @@
-"""Image bytes to the pixels an encoder takes: the only module that decodes images.
+"""Image preprocessing: decode, resize, EXIF orientation, crop, normalise. Only this module decodes images.
 
-`extract` and `infer` both call it, so what a projector was trained on is what it is asked about.
+`extract` and `infer` share it, so that training and inference see the same pixels.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from llava_core.types import JsonDict
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 50_000_000
-"""Largest width × height that is decoded; read from the header, before any pixel."""
+"""Largest width × height that is decoded; checked in the header, before any pixel is decoded."""
 
 MAX_RESIZED = 16_000_000
-"""Largest width × height of a picture resized by its shorter side."""
+"""Largest width × height after a resize by the shorter side."""
 
 MAX_SCANS = 100
-"""Most scans of a JPEG. Each is a pass over all pixels, in as little as 75 bytes; encoders write about 10."""
+"""Most scans of a JPEG. A scan of 75 bytes can cost a pass over all pixels; encoders write about 10."""
 
 MAX_SECONDS = 10.0
-"""Most CPU time of the decoding thread, looked at when Pillow reads on; 50 million pixels take up to 6."""
+"""Most CPU seconds to decode one image, checked at each read by Pillow; 50 million pixels take up to 6."""
 
 MAX_READS = 500_000
-"""Most reads of one file; one of 20 MB takes some thousand. Run-length BMPs alone take one a run."""
+"""Most reads of one file; 20 MB take some thousand. Run-length BMPs, exempt, take one a run."""
 
 LARGE_READ = 4096
-"""Bytes of a read from which on the time is looked at before each, and not before one of 256."""
+"""Bytes from which on each read checks the time; of smaller reads every 256th does."""
 
 MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -48,12 +48,12 @@ MAGIC = {
     b"GIF89a": "GIF",
     b"BM": "BMP",
 }
-"""First bytes of the formats that are read; WebP is told by bytes 0-3 and 8-11."""
+"""First bytes of supported formats; WebP is recognised by bytes 0-3 and 8-11."""
 UNREAD = (b"II*\x00", b"MM\x00*", b"8BPS", b"\x00\x00\x01\x00", b"\xff\x0a", b"\x00\x00\x00\x0cJ", b"<svg")
-"""First bytes of images that are not read: TIFF, Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
+"""First bytes of unsupported image formats: TIFF, Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
 
 THUMBNAIL_SIDES = (128, 96, 64, 32)
-"""Longest sides of a thumbnail, tried until its JPEG is small enough."""
+"""Longest sides of a thumbnail in pixels, tried in order until its JPEG is small enough."""
 THUMBNAIL_QUALITIES = (80, 65, 50, 35)
 
 FILTERS = {member.name.lower(): member for member in Image.Resampling}
@@ -69,11 +69,11 @@ _TURNS = {
 }
 
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead
-warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd EXIF and palettes; set once, for threads
+warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF or palettes; once, for threads
 
 
 class ImageError(Exception):
-    """These bytes make no image; `status` says why."""
+    """Bytes that cannot be decoded as an image; `status` says why."""
 
     def __init__(self, status: Status, detail: str) -> None:
         super().__init__(detail)
@@ -85,37 +85,37 @@ class Decoded:
     pixels: np.ndarray
     """uint8 [size, size, 3], RGB."""
     orig_hw: tuple[int, int]
-    """Height and width of the upright picture."""
+    """Height and width of the whole picture, after EXIF orientation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How one encoder wants its pixels."""
+    """Preprocessing settings of one encoder."""
 
     size: int
-    """Height and width of the result."""
+    """Height and width of the result in pixels."""
     mean: tuple[float, ...]
-    """Of the three channels, on a scale from 0 to 1."""
+    """Mean of the three channels, on a scale from 0 to 1; so is `std`."""
     std: tuple[float, ...]
     filter: str = "bicubic"
-    """One of FILTERS."""
+    """Resampling filter, one of FILTERS."""
     crop: str = "squash"
     """`squash`: the whole picture, whatever its aspect ratio (Chinese-CLIP, SigLIP). `center N`: the shorter
     side to N pixels, then the middle `size` × `size` (CLIP, DINOv2)."""
     decode: str = "draft"
-    """`draft`: JPEGs at the smallest DCT scale that keeps twice the wanted size; `exact`: in full."""
+    """`draft` decodes JPEGs at the smallest DCT scale that keeps twice `size`; `exact` in full."""
 
     def to_json(self) -> JsonDict:
-        """What a shard records of it, EXIF policy and Pillow's version included."""
+        """The settings as a shard records them, with EXIF policy and Pillow's version."""
         recorded: dict[str, Any] = dataclasses.asdict(self)
         recorded.update(mean=list(self.mean), std=list(self.std), exif="apply", pillow=PIL.__version__)
         return recorded
 
     def decode_image(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
-        """Decode, resize, turn upright, crop. Transparent pixels turn white; an animation is its first frame.
+        """Decode, resize, apply EXIF orientation, crop. Transparency becomes white; animations give frame 1.
 
-        Raises ImageError for bytes that are no whole image of a format in MAGIC, or WebP, or that take too
-        much of a machine.
+        Raises ImageError for bytes that are no complete image of a format in MAGIC, or WebP, or cost too much
+        time or memory.
         """
         kind = image_format(data)
         if kind == "PNG":
@@ -130,15 +130,15 @@ class Preprocess:
                 return self._prepare(image)
         except ImageError:
             raise
-        except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them trip over
+        except Exception as error:  # Pillow's plugins raise any kind of exception for damaged files
             truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
             detail = f"{kind}: {str(error) or type(error).__name__}"
             raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None
 
     def thumbnail(self, decoded: Decoded, max_bytes: int) -> bytes:
-        """A JPEG of what the encoder sees, in the aspect ratio it had before it was squashed.
+        """JPEG of what the encoder sees, in the original aspect ratio, of at most `max_bytes`.
 
-        At most 128 pixels long, never enlarged, smaller or coarser until it takes no more than `max_bytes`.
+        At most 128 pixels long and never enlarged; size and quality are lowered until it fits.
         """
         for side in THUMBNAIL_SIDES:
             small = self._small(decoded, side)
@@ -150,18 +150,18 @@ class Preprocess:
         raise AssertionError(f"no JPEG of {THUMBNAIL_SIDES[-1]} pixels takes {max_bytes} bytes")
 
     def preview(self, decoded: Decoded, side: int) -> np.ndarray:
-        """What the encoder sees in the aspect ratio it had, uint8 [h, w, 3], h and w at most `side`."""
+        """What the encoder sees, in the original aspect ratio: uint8 [h, w, 3], h and w at most `side`."""
         return np.asarray(self._small(decoded, side))
 
     def _small(self, decoded: Decoded, side: int) -> Image.Image:
-        """Never enlarged."""
+        """See `preview`; never enlarged."""
         height, width = decoded.orig_hw if self.crop == "squash" else (1, 1)
         scale = min(side, self.size) / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         return Image.fromarray(decoded.pixels).resize(size, Image.Resampling.BICUBIC)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, S, S, 3] -> fp32 [B, 3, S, S] on the same device."""
+        """Scale to 0..1, subtract mean, divide by std: uint8 [B, S, S, 3] -> fp32 [B, 3, S, S]."""
         mean = torch.tensor(self.mean, device=pixels.device)
         std = torch.tensor(self.std, device=pixels.device)
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -171,17 +171,17 @@ class Preprocess:
         width, height = image.size
         box: tuple[float, float, float, float] = (0, 0, width, height)
         if self.decode == "draft" and (drafted := image.draft("RGB", (2 * side, 2 * side))):
-            box = drafted[1]  # the picture's true edge: the last DCT block may reach beyond it
+            box = drafted[1]  # the true edge of the picture: its last DCT blocks may extend beyond it
         image.load()
         turn = _orientation(image)
         scale = side / min(width, height)
         size = (side, side) if self.crop == "squash" else (round(width * scale), round(height * scale))
-        if size[0] * size[1] > MAX_RESIZED:  # a line of pixels, whose shorter side becomes `side`
+        if size[0] * size[1] > MAX_RESIZED:  # an extreme aspect ratio, whose shorter side becomes `side`
             raise ImageError(
                 Status.TOO_MANY_PIXELS, f"{width} × {height} pixels become {size[0]} × {size[1]}"
             )
         resized = _rgb(image).resize(size, FILTERS[self.filter], box=box)
-        # Turning the small picture is as good as turning the large one, and cheap.
+        # Transposing the resized picture gives the same pixels as transposing the large one, and is cheap.
         if turn in _TURNS:
             resized = resized.transpose(_TURNS[turn])
         left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
@@ -190,7 +190,7 @@ class Preprocess:
 
 
 def image_format(data: bytes) -> str:
-    """Pillow's name of the format, told by the first bytes. Raises ImageError for one that is not read."""
+    """Pillow's name of the format, from the first bytes. Raises ImageError for an unsupported one."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     for magic, kind in MAGIC.items():
@@ -204,9 +204,9 @@ def image_format(data: bytes) -> str:
 
 
 class _Metered(io.BytesIO):
-    """An image file that ends its own decoding with ImageError once that has cost too much.
+    """An image file whose `read` raises ImageError once decoding has cost too much.
 
-    A decoder cannot be stopped, but between any two pieces of its work it reads on.
+    A decoder cannot be stopped from outside, but it reads again between any two pieces of its work.
     """
 
     def __init__(self, data: bytes, kind: str) -> None:
@@ -225,13 +225,13 @@ class _Metered(io.BytesIO):
 
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
-"""Of JPEG, those without a length left out; bytes that belong to none are passed over, as libjpeg does."""
+"""JPEG markers that have a length; bytes between segments are skipped, as libjpeg does."""
 _SOS, _EOI = 0xDA, 0xD9
 
 
 def _scans(data: bytes) -> int:
-    """Scans of a JPEG, or more if there are few."""
-    if (most := data.count(b"\xff\xda")) <= MAX_SCANS:  # a thumbnail's own scan counts among them
+    """Number of scans of a JPEG; an upper bound if that is at most MAX_SCANS."""
+    if (most := data.count(b"\xff\xda")) <= MAX_SCANS:  # counts the scan of an embedded thumbnail too
         return most
     scans, at = 0, 2
     while (found := _MARKER.search(data, at)) and found[1][0] != _EOI:
@@ -241,23 +241,23 @@ def _scans(data: bytes) -> int:
 
 
 _SHOWN = {b"tRNS", b"eXIf"}
-"""Ancillary chunks of a PNG that decide what is seen."""
-_TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-"""Texts that may tell its orientation."""
+"""Ancillary chunks of a PNG that change its pixels."""
+_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Beginnings of text chunks that may hold the orientation."""
 _MAX_TEXT = 1 << 20
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG without the ancillary chunks that decide nothing, or are damaged: only their own text is lost.
+    """A PNG without ancillary chunks that are damaged or do not change its pixels.
 
-    Pillow refuses the whole picture for a long text, and reads further frames before the end.
+    Pillow refuses the whole picture for one long text, and reads all frames of an animation.
     """
     kept, at = [data[:8]], 8
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         kind = data[at + 4 : at + 8]
-        if kind[0] & 0x20 and end <= len(data):  # a lower-case letter: ancillary
-            turning = end - at <= _MAX_TEXT and data.startswith(_TURNING, at + 8)
+        if kind[0] & 0x20 and end <= len(data):  # a lower-case first letter marks an ancillary chunk
+            turning = end - at <= _MAX_TEXT and data.startswith(_ORIENTATION_TEXTS, at + 8)
             whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
             if not (whole and (kind in _SHOWN or turning)):
                 at = end
@@ -276,13 +276,13 @@ def _without_metadata(data: bytes) -> bytes:
 def _orientation(image: Image.Image) -> int:
     try:
         turn = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF raises anything; the picture itself is whole
+    except Exception:  # damaged EXIF raises anything, but the pixels are complete
         return 1
     return turn if turn in _TURNS else 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """RGB on white; 16-bit grey by its upper byte."""
+    """Convert to RGB on white; 16-bit grey keeps its upper byte."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.has_transparency_data:

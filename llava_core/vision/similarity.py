@@ -1,4 +1,4 @@
-"""Chinese-CLIP's two towers together: pictures and texts as vectors whose cosine says how well they match."""
+"""Image-text similarity (CLIPScore) by Chinese-CLIP: opening both towers, and embedding texts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llava_core.vision.chinese_clip import CONTEXT
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 
-TOGETHER = 32
-"""Pictures, or texts, encoded at a time."""
+BATCH_SIZE = 32
+"""Images or texts in a batch."""
 
 
 def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard] = ()) -> VisionTower:
-    """The encoder in `vision` with its text tower, decoding as those of `shards`, if any, were.
+    """The encoder in `vision` with its text tower; it decodes images as for `shards`, if given.
 
-    Raises LlavaError if the features of these shards are of another encoder, or of a layer before the last.
+    Raises LlavaError if these shards hold features of another encoder, or of a layer before the last.
     """
     if not shards:
         return open_vision_tower(vision, device, text=True)
@@ -43,9 +43,9 @@ def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard]
 
 
 def embed_texts(tower: VisionTower, texts: Sequence[str]) -> torch.Tensor:
-    """L2-normalised embeddings [texts, P]; says which texts are too long to be read whole."""
+    """L2-normalised embeddings [texts, P]; prints which texts are truncated."""
     if cut := [text for text in texts if tower.cuts(text)]:
         long = f"{counted(len(cut), 'text')}, such as {cut[0][:20]!r}…"
         say(f"compared are only the first {CONTEXT - 2} tokens of {long}")
-    parts = [tower.encode_text(texts[k : k + TOGETHER]) for k in range(0, len(texts), TOGETHER)]
+    parts = [tower.encode_text(texts[k : k + BATCH_SIZE]) for k in range(0, len(texts), BATCH_SIZE)]
     return torch.cat(parts)

@@ -1,7 +1,6 @@
-"""The frozen vision encoder: a local folder to tokens [B, T, D].
+"""The frozen vision encoder (vision tower): pixels to visual tokens [B, T, D].
 
-Two layouts are opened: ModelScope's Chinese-CLIP as published, and Hugging Face folders of encoders with
-patch tokens. The language side never imports this module.
+`open.py` loads it from a folder. The language side never imports this module.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ class VisionTower:
 
     preprocess: Preprocess
     encoder: JsonDict
-    """model_id, weights_sha256, layer, tokens, width, dtype: what a shard records of it."""
+    """model_id, weights_sha256, layer, tokens, width and dtype, as a shard records them."""
     device: torch.device
     dtype: torch.dtype
     _tokens: Callable[[torch.Tensor], torch.Tensor]
     """Normalised pixels [B, 3, S, S] -> [B, T, D]."""
     network: torch.nn.Module
-    """What computes them: a ChineseClip, or a vision model of transformers."""
+    """The module that computes the tokens: a ChineseClip, or a vision model of transformers."""
     _clip: ChineseClip | None = None
     _tokenizer: TextTokenizer | None = None
 
@@ -66,18 +65,18 @@ class VisionTower:
 
     @torch.inference_mode()
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [B, T, D] as `encode` gives them after the last layer norm -> embeddings as above."""
+        """Features [B, T, D] of the last layer -> L2-normalised image embeddings [B, P]."""
         clip, _ = self._both_towers()
         return F.normalize(clip.embed_tokens(features.to(self.device, self.dtype)).float(), dim=-1)
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts -> L2-normalised embeddings [texts, P]; of a text the first 50 tokens."""
+        """Texts, of which the first 50 tokens count -> L2-normalised embeddings [texts, P]."""
         clip, tokenizer = self._both_towers()
         return F.normalize(clip.encode_text(tokenizer(texts).to(self.device)).float(), dim=-1)
 
     def cuts(self, text: str) -> bool:
-        """Whether `encode_text` reads only the first tokens of it."""
+        """Whether `encode_text` truncates this text."""
         return self._both_towers()[1].cuts(text)
 
     def _both_towers(self) -> tuple[ChineseClip, TextTokenizer]:
@@ -103,7 +102,7 @@ def encoder_record(
 
 
 def layer_index(layer: int | None, blocks: int) -> int | None:
-    """`layer` counted from the front, so that one layer has one name."""
+    """`layer` as a non-negative index, so that each has one number. Raises LlavaError if out of range."""
     if layer is None:
         return None
     if not -blocks - 1 <= layer <= blocks:

@@ -140,7 +140,7 @@ def test_what_the_network_has_no_part_in(hub: ModelScope, tmp_path: Path) -> Non
     (tmp_path / "models/clip").touch()
     there = download(hub, tmp_path, "models", code=1).one_line()
     assert "models/clip" in there
-    assert "the network is not at fault; mend that on this disk" in there
+    assert "the network is not at fault; correct that on this disk" in there
     hub.odd = True
     odd = download(hub, tmp_path, "models", code=1).one_line()
     assert "the network is not at fault (AttributeError); try another version of the hub's client" in odd

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import english_world as english
 from benchmarks.real_lm import PACKAGE, SMOLLM2
-from llava_align.demo.world import english
 from llava_align.demo.world.dataset import draw
 from llava_core.filesystem import read_json_lines
 from llava_core.language.conversation import IGNORE, Conversation, Turn

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llava_core.shards.quantize import dequantise, pack, parts_of, quantise, row_bytes
+from llava_core.shards.quantize import dataset_specs, dequantise, pack, quantise, row_bytes
 
 SMALLEST_NORMAL = 2.0**-14
 
@@ -69,5 +69,5 @@ def test_more_numbers_than_are_converted_at_once() -> None:
 def test_bytes_of_a_row() -> None:
     assert row_bytes("float16", 197, 768) == 302_592
     assert row_bytes("int8", 197, 768) == 152_832
-    shapes = {name: (dtype.str, shape) for name, (dtype, shape) in parts_of("int8", 5, 12).items()}
+    shapes = {name: (dtype.str, shape) for name, (dtype, shape) in dataset_specs("int8", 5, 12).items()}
     assert shapes == {"features": ("|i1", (5, 12)), "scales": ("<f2", (12,))}

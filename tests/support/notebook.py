@@ -6,6 +6,7 @@ With --to FILE the result goes there, and the notebook runs in that file's folde
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ def execute(notebook: Any, folder: Path) -> None:
     client.execute(cwd=str(folder))
 
 
-def normal(notebook: Any) -> str:
-    """The file's text, without what differs from one Jupyter to another."""
+def normal(notebook: Any, folder: Path | None = None) -> str:
+    """The text of the file, alike whatever Jupyter wrote it, with paths relative to `folder`."""
     notebook.metadata = nbformat.from_dict(METADATA)  # type: ignore[no-untyped-call]
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})  # type: ignore[no-untyped-call]
         if cell.cell_type == "code":
             cell.outputs = _joined(cell.outputs)
+            for output in cell.outputs:
+                if folder and output.output_type == "stream":
+                    output.text = output.text.replace(f"{folder.absolute()}/", "")
     nbformat.validate(notebook)
     text: str = nbformat.writes(notebook)  # type: ignore[no-untyped-call]
     return text.rstrip("\n") + "\n"
@@ -55,6 +59,9 @@ def _joined(outputs: list[Any]) -> list[Any]:
             joined[-1].text += output.text
         else:
             joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":  # of a progress bar its last state
+            output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
     return joined
 
 
@@ -64,7 +71,7 @@ def main() -> None:
     to = parser.parse_args().to
     notebook = read(NOTEBOOK)
     execute(notebook, to.parent)
-    to.write_text(normal(notebook), encoding="utf-8")
+    to.write_text(normal(notebook, to.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from llava_core.row_status import Status
-from llava_core.shards import user_block
+from llava_core.shards import file_checksums
 from llava_core.shards.format import ShardHeader
 from llava_core.shards.layout import COLUMNS
 from llava_core.shards.quantize import Storage, checksum
@@ -88,11 +88,11 @@ def reseal(path: Path) -> None:
         held = [name for name in (*COLUMNS, "mtime") if name in file]
         columns = checksum([np.ascontiguousarray(file[name][:]) for name in held])
     with path.open("r+b") as plain:
-        _put(plain, user_block.SIZE, path.stat().st_size)
-        _put(plain, user_block.COMMON, user_block.common_checksum(plain))
-        _put(plain, user_block.COLUMNS, columns)
+        _put(plain, file_checksums.SIZE, path.stat().st_size)
+        _put(plain, file_checksums.SHARED, file_checksums.shared_checksum(plain))
+        _put(plain, file_checksums.COLUMNS, columns)
 
 
 def _put(file: BinaryIO, place: int, number: int) -> None:
-    file.seek(place * user_block.NUMBER.itemsize)
-    file.write(number.to_bytes(user_block.NUMBER.itemsize, "little"))
+    file.seek(place * file_checksums.NUMBER.itemsize)
+    file.write(number.to_bytes(file_checksums.NUMBER.itemsize, "little"))

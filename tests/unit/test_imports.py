@@ -52,12 +52,6 @@ def test_core_imports_none_of_its_siblings() -> None:
         assert not imported(path) & {*PHASES, "llava_align"}, path
 
 
-def test_llava_reaches_the_phases_only_through_their_commands() -> None:
-    for path in (ROOT / "llava_align").rglob("*.py"):
-        if path != ROOT / "llava_align/__main__.py":  # its `examples` is a command of extract's
-            assert not imported(path) & set(PHASES), path
-
-
 def test_what_is_exported_needs_nothing_of_ours() -> None:
     for path in SHIPPED:
         assert not imported(path) & {*PHASES, "llava_align", "llava_core"}, path

@@ -14,8 +14,8 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
-from llava_core.pairing import same_pictures
 from llava_core.shards.reader import Shard
+from llava_core.shuffled_pairs import picture_numbers
 from train.data.feature_cache import FeatureCache
 
 
@@ -106,8 +106,8 @@ class Samples:
 
     @functools.cached_property
     def pictures(self) -> list[int]:
-        """The number of each sample's picture (llava_core.pairing): several samples may show one."""
-        return same_pictures(self.shards[shard].picture_keys(row) for shard, row in self.rows)
+        """The number of each sample's picture (llava_core.shuffled_pairs): several samples may show one."""
+        return picture_numbers(self.shards[shard].picture_keys(row) for shard, row in self.rows)
 
     @property
     def identity(self) -> str:

@@ -50,7 +50,7 @@ def run(config: SweepConfig) -> JsonDict:
         raise LlavaError("a sweep wants no torchrun", got="WORLD_SIZE", do=do, exit_code=2)
     _require_extra()
     if config.resume and not (config.out / "sweep.yaml").exists():
-        raise LlavaError(f"no sweep to resume in {config.out}", do="leave out --resume, or mend --out")
+        raise LlavaError(f"no sweep to resume in {config.out}", do="leave out --resume, or correct --out")
     planned = plan(config, space)
     if config.dry_run:
         return planned

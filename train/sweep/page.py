@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from llava_core.cli.console import counted, human_seconds
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
+from llava_core.report.tables import facts, table, totals
 from train.config import SweepConfig
 from train.sweep.plots import Plot
 from train.sweep.record import Record
@@ -46,7 +47,7 @@ def _totals(space: Space, rows: Sequence[Row], records: Sequence[Record], best: 
             numbers[state] = f"{n:,}"
     numbers["loss of the best"] = decimal(best.loss if best else None)
     numbers["of training"] = human_seconds(sum(record.seconds for record in records))
-    return "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
+    return totals(numbers)
 
 
 def _best(best: Record | None, command: str | None, kept: bool) -> str:
@@ -75,16 +76,11 @@ def _figure(plot: Plot) -> str:
 
 
 def _table(space: Space, rows: Sequence[Row]) -> str:
-    heads = "".join(
-        f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in [*space.axes, *COLUMNS]
-    )
-    body = ""
+    lines = []
     for k, row in enumerate(rows):
         kind = "best" if k == 0 and row.finished else "failed" if row.state == "failed" else ""
-        values = [shown(row.point.get(key, "-")) for key in space.axes]
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in [*values, *row.cells()])
-        body += f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>"
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        lines.append((kind, [*(shown(row.point.get(key, "-")) for key in space.axes), *row.cells()]))
+    return table([name.replace("_", " ") for name in (*space.axes, *COLUMNS)], [lines])
 
 
 def _failures(records: Sequence[Record]) -> str:
@@ -110,12 +106,8 @@ def _facts(config: SweepConfig, space: Space) -> str:
         and value not in (None, ())
     }
     parts = {"Varied": space.plain(), "Common to all": flags}
-    return "".join(f"<div><h3>{name}</h3>{_list(facts)}</div>" for name, facts in parts.items())
+    return facts({title: {k: _shown(v) for k, v in values.items()} for title, values in parts.items()})
 
 
-def _list(facts: Mapping[str, object]) -> str:
-    items = []
-    for name, value in facts.items():
-        text = ", ".join(map(shown, value)) if isinstance(value, list) else shown(value)
-        items.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>")
-    return f'<dl class="facts">{"".join(items)}</dl>'
+def _shown(value: object) -> str:
+    return ", ".join(map(shown, value)) if isinstance(value, list) else shown(value)

@@ -19,13 +19,13 @@ from llava_core.cli.console import counted, progress, say
 from llava_core.errors import LlavaError
 from llava_core.ray_cluster import (
     LOCK_SECONDS,
-    Lines,
+    LogForwarder,
     Plan,
     code_digest,
     connected,
     other_version,
     plan_for,
-    start_tally,
+    start_progress_actor,
 )
 from train.config import SweepConfig
 from train.stop_signal import StopRequest
@@ -67,7 +67,7 @@ class RayWorkers:
 
     def __init__(self, ray: Any, plan: Plan, config: SweepConfig, space: Space, study: Study) -> None:
         self.ray, self.study = ray, study
-        self.tally = start_tally(ray)
+        self.tally = start_progress_actor(ray)
         task = ray.remote(work_here).options(
             num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_retries=0
         )
@@ -115,7 +115,7 @@ class RayWorkers:
         self._print_lines()
 
     def _print_lines(self) -> None:
-        for line in self.ray.get(self.tally.news.remote())[1]:
+        for line in self.ray.get(self.tally.collect.remote())[1]:
             say(line)
 
     def _error_of(self, call: Any) -> WorkerError | None:
@@ -144,7 +144,7 @@ def work_here(config: SweepConfig, space: Space, tally: Any, code: str, threads:
     host = socket.gethostname()
     if text := other_version(code, *OUR_CODE):
         return WorkerError(text, fatal=True)
-    with contextlib.redirect_stderr(Lines(tally, host)):
+    with contextlib.redirect_stderr(LogForwarder(tally, host)):
         try:
             work(config, space)
         except (LlavaError, OSError) as error:

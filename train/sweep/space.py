@@ -27,7 +27,7 @@ COMMON = {
 }
 """Keys that all trials have in common: they read the same data, and are measured alike."""
 MOST_SHUFFLED = 100_000
-"""Of a larger grid, --trials draws from this many points, the first ones."""
+"""Largest grid that --trials shuffles whole; of a larger one it draws from this many first points."""
 MOST_TRIALS = 100_000
 """More trials are a slip: no sweep of that size ends."""
 

@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from llava_align.demo.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
-from llava_core.pairing import other_pictures
+from llava_core.shuffled_pairs import mismatched_rows
 
 COUNTS = ("一", "两", "三")
 ATTRIBUTES = ("shape", "colour", "place", "size")
-"""Of an object: what the demo's accuracy counts."""
+"""Attributes of an object that the demo's accuracy counts."""
 
 _OPENINGS = (
     "图中有{n}个图形",
@@ -71,7 +71,7 @@ _CLAUSE = re.compile(f"{_any(PLACES)}[^，。]*?{_any(SIZES)}的?{_any(COLOURS)}
 
 
 Parse = Callable[[str], list[Thing]]
-"""How a language's captions are read: `parse`, or that of llava_align.demo.world.english."""
+"""How a language's captions are read: `parse`, or that of benchmarks.english_world."""
 
 
 def score(scene: Scene, text: str, parse: Parse = parse) -> dict[str, tuple[int, int]]:
@@ -113,7 +113,7 @@ def chance(scenes: Sequence[Scene], rng: random.Random) -> dict[str, float]:
 
 def shuffled(scenes: Sequence[Scene], texts: Sequence[str]) -> list[str]:
     """For each scene the text of a picture that shows another one. Raises ValueError if all show one."""
-    others = other_pictures(scenes)
+    others = mismatched_rows(scenes)
     if others is None:
         raise ValueError(f"{len(scenes)} pictures of one scene")
     return [texts[other] for other in others]

@@ -49,7 +49,7 @@ def write_split(
 
 
 def draw(folder: Path, rows: int, rng: random.Random) -> tuple[list[Path], list[Scene]]:
-    """Draw so many random scenes into the folder; returns the pictures and what they show."""
+    """Draw `rows` random scenes into the folder; returns the image files and the scenes."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [random_scene(rng) for _ in range(rows)]
     paths = [folder / f"{row:05d}.jpg" for row in range(rows)]

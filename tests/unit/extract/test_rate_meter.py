@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from extract.bench.rate_meter import RateMeter
+from extract.bench.measure import RateMeter
 from llava_core.cli.console import progress
 
 

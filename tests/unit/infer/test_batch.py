@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer.batch.command import alike
-from infer.batch.questions import read_questions
+from infer.batch.questions import OUTPUT_KEYS, read_questions
 from llava_core.errors import LlavaError
 
 
@@ -39,6 +39,6 @@ def test_a_line_with_a_key_of_the_output_is_refused_before_anything_is_answered(
     lines = [{"image": "a.png", "prompt": "看", "caption": "红"}, {"image": "b.png", "answer": "old"}]
     path.write_text("\n".join(json.dumps(line) for line in lines))
     with pytest.raises(LlavaError, match=r"line 2 of .*q.jsonl has the key 'answer'; rename it"):
-        read_questions(path, "看")
+        read_questions(path, "看", OUTPUT_KEYS)
     path.write_text(json.dumps(lines[0]))
-    assert read_questions(path, "?") == [lines[0]]
+    assert read_questions(path, "?", OUTPUT_KEYS) == [lines[0]]

@@ -154,8 +154,8 @@ from infer.serve.image_cache import VisualTokenCache
 async def main():
     begun = threading.Event()
     decode = lambda image: (begun.set(), threading.Event().wait())
-    cache = VisualTokenCache(types.SimpleNamespace(aligned=types.SimpleNamespace(decode=decode)))
-    waiting = asyncio.create_task(cache.get(b"image"))
+    pictures = VisualTokenCache(types.SimpleNamespace(aligned=types.SimpleNamespace(decode=decode)))
+    waiting = asyncio.create_task(pictures.get(b"image"))
     await asyncio.to_thread(begun.wait)
     waiting.cancel()
 

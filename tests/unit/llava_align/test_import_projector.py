@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from llava_align.hub.import_projector import find_projector, project_of, read_tensors, require_numbers
+from llava_align.hub.foreign_projector import find_projector, project_of, read_tensors, require_numbers
 from llava_core.errors import LlavaError
 from llava_core.projector.projector import build_projector
 

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import english_world as english
 from llava_align.demo.contact_sheet import is_right
-from llava_align.demo.world import english
 from llava_align.demo.world.captions import (
     accuracy,
     caption,

@@ -17,7 +17,7 @@ COMPUTED = ("inv_freq", "position_ids", "masked_bias")
 """Last parts of names of buffers that older versions of transformers saved, and that no training changes."""
 
 
-def require_as_given(
+def require_frozen_weights(
     path: Path, beside: Mapping[str, torch.Tensor], tower: VisionTower, outline: LanguageModel, llm: Path
 ) -> LanguageModelIdentity | None:
     """Compare what lies in `path` beside a projector with the two models that it is imported for.

@@ -7,12 +7,12 @@ import collections
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_core.pairing import other_pictures, same_pictures
+from llava_core.shuffled_pairs import mismatched_rows, picture_numbers
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60))
 def test_no_row_is_paired_with_its_own_picture(pictures: list[int]) -> None:
-    others = other_pictures(pictures)
+    others = mismatched_rows(pictures)
     if len(set(pictures)) == 1:
         assert others is None
         return
@@ -23,10 +23,10 @@ def test_no_row_is_paired_with_its_own_picture(pictures: list[int]) -> None:
 
 
 def test_pictures_of_their_own_are_paired_with_the_next() -> None:
-    assert other_pictures("abcd") == [1, 2, 3, 0]
-    assert other_pictures("aab") == [2, 2, 1]
+    assert mismatched_rows("abcd") == [1, 2, 3, 0]
+    assert mismatched_rows("aab") == [2, 2, 1]
 
 
 def test_rows_with_a_key_in_common_show_one_picture() -> None:
     keys = [("x", "u1"), ("y", "u2"), (), ("z", "u1"), (), ("z", "u3"), ("u2",)]
-    assert same_pictures(keys) == [0, 1, 2, 0, 3, 0, 1]
+    assert picture_numbers(keys) == [0, 1, 2, 0, 3, 0, 1]

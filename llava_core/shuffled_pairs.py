@@ -1,15 +1,15 @@
-"""Which rows show one picture, and another picture for each row: what a shuffled control pairs."""
+"""Shuffled image-text pairs, for the grounding gap: a row of another picture for each row."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 
 
-def same_pictures(keys: Iterable[Iterable[Hashable]]) -> list[int]:
-    """The number of the picture that each row shows, from 0 in the order of their first rows.
+def picture_numbers(keys: Iterable[Iterable[Hashable]]) -> list[int]:
+    """Number of the picture that each row shows, from 0, in order of first appearance.
 
-    Rows that have a key in common, such as a sha256 or an address, show one picture; a row without keys has
-    one of its own.
+    Rows that share a key, such as a sha256 or a URL, show the same picture (union-find); a row without keys
+    has a picture of its own.
     """
     above: list[int] = []
     first: dict[Hashable, int] = {}
@@ -28,18 +28,18 @@ def same_pictures(keys: Iterable[Iterable[Hashable]]) -> list[int]:
     return [numbers.setdefault(root(row), len(numbers)) for row in range(len(above))]
 
 
-def other_pictures(pictures: Sequence[Hashable]) -> list[int] | None:
-    """For each row the index of one that shows another picture; None if all rows show one.
+def mismatched_rows(pictures: Sequence[Hashable]) -> list[int] | None:
+    """For each row, the index of a row that shows another picture; None if all rows show the same.
 
-    The next row, where every row has a picture of its own. Each row is taken once, unless more than half of
-    them show one picture.
+    If all pictures differ, it is the next row. Each row is used once, unless more than half of the rows show
+    one picture.
     """
     rows: dict[Hashable, list[int]] = {}
     for row, picture in enumerate(pictures):
         rows.setdefault(picture, []).append(row)
     if len(rows) < 2:
         return None
-    # By picture, the one of most rows first: a shift by its length leaves every picture's rows behind.
+    # Sorted by picture, the most frequent first: a shift by its count moves past every picture's own rows.
     order = [row for own in sorted(rows.values(), key=len, reverse=True) for row in own]
     n, most = len(order), max(map(len, rows.values()))
     others = [0] * n

@@ -1,6 +1,6 @@
 """Make the small world's vision encoder: a Chinese-CLIP trained from scratch on pictures and captions.
 
-    python -m llava_align.demo.world.train_encoder --out FOLDER
+    python -m benchmarks.world_models.train_encoder --out FOLDER
 
 It never meets the language model. Two contrastive losses: CLIP's, between a picture's class token and its
 caption, and one between patch tokens and phrases about what lies there (as in RegionCLIP, arXiv:2112.09106),

@@ -1,4 +1,4 @@
-"""Text as token ids in which nothing is a control token, whatever the text says."""
+"""Guard against control-token injection: text as token ids that never include special tokens."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tokenizers import AddedToken, Tokenizer, models
 from llava_core.errors import LlavaError
 
 
-class PlainText:
-    """A tokenizer to which the text of a control token is text like any other.
+class PlainTextTokenizer:
+    """A tokenizer that encodes the text of a control token, such as "<|im_end|>", as ordinary text.
 
-    Control tokens are those marked as special, those that end an answer, and those that the chat template
-    writes, such as Qwen3's <think>, which is not marked. Many SentencePiece tokenizers begin a text with a
-    space of their own (the "dummy prefix"): right after a control token, wrong in the middle of a text.
+    Control tokens are those marked as special, end tokens, and those that the chat template writes, such as
+    Qwen3's <think>, which is not marked. Many SentencePiece tokenizers put a space before a text (the "dummy
+    prefix"): right after a control token, wrong in the middle of a text.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
-        """Raises LlavaError for a tokenizer that is not one of the `tokenizers` library (a "slow" one)."""
+        """Raises LlavaError for a "slow" tokenizer, one that is not of the `tokenizers` library."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise LlavaError(
@@ -47,15 +47,15 @@ class PlainText:
         self._later = self._sharing(backend, tokens, {"first": "never", "always": "never"})
 
     def begins_after(self, ids: Sequence[int]) -> bool:
-        """Whether what follows these ids is a text of its own, as after every added token."""
+        """Whether a new text begins after these ids, as it does after every added token."""
         return not ids or ids[-1] in self._added
 
     def __call__(self, text: str, begins: bool) -> list[int]:
-        """Ids of a text that begins, or of one that goes on from another."""
+        """Ids of a text that begins, or that continues another one."""
         ids: list[int] = (self._first if begins else self._later).encode(text, add_special_tokens=False).ids
         if self._control_ids.isdisjoint(ids):
             return ids
-        # Unigram and some BPE models know control tokens as pieces of text too: never let them see one whole.
+        # Unigram and some BPE models have control tokens in their vocabulary too: split each one in two.
         cuts = [0, *(found.start() + 1 for found in self._control.finditer(text)), len(text)]
         ids = []
         for start, end in itertools.pairwise(cuts):
@@ -64,11 +64,11 @@ class PlainText:
         return ids
 
     def hide(self, text: str, word: str) -> str:
-        """The text with its control tokens written as `word`, which it does not contain, and a number."""
+        """The text with each control token replaced by a placeholder: `word`, not in it, and a number."""
         return self._control.sub(lambda found: f"{word}.{self._names.index(found[0])}.", text)
 
     def with_hidden(self, text: str, word: str) -> list[int]:
-        """Ids of a chat template's text in which some are hidden: these are text, all others control."""
+        """Ids of rendered text: placeholders of `hide` become text, other control tokens stay control."""
         hidden = re.compile(re.escape(word) + r"\.(\d+)\.")
         ids: list[int] = []
         for part in re.split(f"({self._control.pattern})", text):
@@ -80,7 +80,7 @@ class PlainText:
         return ids
 
     def _sharing(self, backend: Tokenizer, tokens: list[AddedToken], schemes: dict[str, str]) -> Tokenizer:
-        """A tokenizer of the same model that recognises no control token, and puts spaces by `schemes`."""
+        """A tokenizer with the same model but without control tokens; `schemes` changes its dummy prefix."""
         steps = Tokenizer(models.BPE())
         for name in ("normalizer", "pre_tokenizer"):
             if (step := getattr(backend, name)) is not None:
@@ -99,7 +99,7 @@ class PlainText:
 
 
 def _set_prefix(part: Any, schemes: dict[str, str]) -> None:
-    """Change when a space is put before a text, from one scheme of Metaspace to another."""
+    """Replace Metaspace's schemes of prepending a space, and switch off other prefixes, in place."""
     if isinstance(part, list):
         for inner in part:
             _set_prefix(inner, schemes)

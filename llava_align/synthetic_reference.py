@@ -76,7 +76,7 @@ def write_language_model(folder: Path, weights: bool = True) -> None:
 def write_features(
     path: Path, rows: int, encoder: JsonDict = ENCODER, preprocess: JsonDict | None = None, seed: int = 0
 ) -> None:
-    """A finished shard of so many rows of noise, fp16 [tokens, width], with captions of unlike lengths."""
+    """A finished shard of `rows` rows of noise, fp16 [tokens, width], with captions of unlike lengths."""
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     lengths = [rng.randint(*SENTENCES) for _ in range(rows)]
     words = ["".join(caption(random_scene(rng), rng) for _ in range(length)) for length in lengths]

@@ -1,9 +1,9 @@
 """Make the small world's language model: a Qwen3 trained from scratch on text alone.
 
-    python -m llava_align.demo.world.train_language_model --out FOLDER
+    python -m benchmarks.world_models.train_language_model --out FOLDER
 
 It never meets a picture. What it learns is to put words of its context into sentences
-(llava_align.demo.world.dialogues).
+(benchmarks.world_models.dialogues).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from llava_align.demo.world.dialogues import Dialogue, random_dialogue
+from benchmarks.world_models.dialogues import Dialogue, random_dialogue
 from llava_align.demo.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
 from llava_core.language.conversation import IGNORE, INSTRUCTIONS, Conversation
 

@@ -1,0 +1,70 @@
+"""The JSONL output of `infer batch` and `infer rank`: lines in the order of the questions; it continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
+
+from infer.batch.jsonl import to_line
+from infer.config import QuestionFile
+from llava_core.cli.console import progress
+from llava_core.errors import LlavaError
+from llava_core.filesystem import Lock
+from llava_core.types import JsonDict
+
+
+def write_answers(
+    config: QuestionFile,
+    questions: Sequence[JsonDict],
+    made: JsonDict,
+    answer: Callable[[Sequence[JsonDict], int], Iterator[JsonDict]],
+) -> list[JsonDict]:
+    """Answer the questions that OUTPUT does not hold yet; returns the lines of all of them.
+
+    `made` goes into every line. `answer` takes the questions left, and how many come before them. Raises
+    LlavaError if OUTPUT holds anything but answers to these questions, made alike.
+    """
+    made = json.loads(json.dumps(made))  # as it is read back: lists for tuples
+    with Lock(config.output), config.output.open("a+b") as file:
+        lines = continued(file, questions, made, config)
+        if todo := questions[len(lines) :]:
+            with progress(len(questions), "questions", len(lines)) as bar:
+                for answered in answer(todo, len(lines)):
+                    lines.append({**answered, **made})
+                    file.write(to_line(lines[-1]))
+                    file.flush()
+                    bar.update()
+    return lines
+
+
+def continued(
+    file: BinaryIO, questions: Sequence[JsonDict], made: JsonDict, config: QuestionFile
+) -> list[JsonDict]:
+    """The answers of an earlier, interrupted run, `made` alike; its torn last line is cut off.
+
+    Raises LlavaError, and leaves the file alone, if it holds anything else.
+    """
+    file.seek(0)
+    *whole, torn = file.read().split(b"\n")
+    done: list[JsonDict] = []
+    try:
+        done = [json.loads(line) for line in whole]
+        ours = len(done) <= len(questions) and all(
+            made.items() <= line.items() and question.items() <= line.items()
+            for line, question in zip(done, questions, strict=False)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        ours = False
+    if ours and torn:
+        ours = len(done) < len(questions)
+        following = to_line(questions[len(done)])[:-2] if ours else b""
+        ours = ours and (torn.startswith(following) or following.startswith(torn))
+    if not ours:
+        raise LlavaError(
+            f"{config.output} holds something else",
+            expected=f"answers of {config.checkpoint} to {config.input or config.features}, sampled alike",
+            do="choose another --output",
+        )
+    file.truncate(sum(len(line) + 1 for line in whole))
+    return done

@@ -1,0 +1,147 @@
+"""`infer rank`: forced choice between texts for each image, and its accuracy."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from infer.aligned_model import FeatureAnswerer
+from infer.batch.output import write_answers
+from infer.batch.questions import VisualTokenLoader, open_questions
+from infer.config import RankConfig
+from infer.rank.forced_choice import ranked, text_losses
+from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
+from llava_core.cli.console import show, table
+from llava_core.errors import LlavaError
+from llava_core.shards.folder import open_shards
+from llava_core.shuffled_pairs import picture_numbers
+from llava_core.types import JsonDict
+
+OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "by")
+"""Keys that the output adds to a line."""
+
+
+def run(config: RankConfig) -> JsonDict:
+    """Rank the texts of the lines that OUTPUT does not hold yet; returns the accuracy over all of them.
+
+    Raises LlavaError for a line without texts, or if OUTPUT holds anything but rankings of these.
+    """
+    questions, open_models = open_questions(config, OUTPUT_KEYS)
+    if config.features is not None:
+        questions, keys = with_other_captions(config, questions)
+    else:
+        keys = [[question["image"]] for question in questions]
+        for number, question in enumerate(questions, 1):
+            require_texts(f"line {number} of {config.input}", question)
+    made = {"checkpoint": str(config.checkpoint), "by": config.by}
+
+    def rank_all(todo: Sequence[JsonDict], before: int) -> Iterator[JsonDict]:
+        answerer, visual_tokens = open_models()
+        return rankings(answerer, todo, visual_tokens, config)
+
+    lines = write_answers(config, questions, made, rank_all)
+    figures = accuracy(lines, picture_numbers(keys))
+    show(table(figure_rows(figures)))
+    return {**figures, "output": str(config.output)}
+
+
+def require_texts(where: str, question: JsonDict) -> None:
+    """Raise LlavaError unless `texts` are at least two, and `answer`, if there is one, is among them."""
+    texts, answer = question.get("texts"), question.get("answer")
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) and t for t in texts):
+        raise LlavaError(
+            f"{where} has no texts to rank", expected='"texts": [TEXT, TEXT, …]', got=repr(texts)[:80]
+        )
+    known = range(len(texts)) if type(answer) is int else texts
+    if answer is not None and answer not in known:
+        expected = "one of its texts, or the number of one, from 0"
+        raise LlavaError(f"`answer` in {where}", expected=expected, got=repr(answer)[:80])
+
+
+def with_other_captions(
+    config: RankConfig, questions: Sequence[JsonDict]
+) -> tuple[list[JsonDict], list[list[Any]]]:
+    """Rows with a caption, each beside captions of `choices` - 1 other images; and the keys of their images.
+
+    Which ones is a function of the seed and the row's place. Raises LlavaError if there are too few.
+    """
+    assert config.features is not None
+    shards = {shard.path.name: shard for shard in open_shards(config.features)}
+    rows = [question for question in questions if question.get("caption")]
+    keys = [list(shards[row["shard"]].picture_keys(row["row"])) for row in rows]
+    pictures = picture_numbers(keys)
+    chosen = []
+    for place, row in enumerate(rows):
+        draw = random.Random(f"{config.seed}/{place}")
+        texts = [row["caption"]]
+        for other in draw.sample(range(len(rows)), len(rows)):
+            if pictures[other] != pictures[place] and rows[other]["caption"] not in texts:
+                texts.append(rows[other]["caption"])
+            if len(texts) == config.choices:
+                break
+        else:
+            raise LlavaError(
+                f"--choices {config.choices}",
+                expected=f"at most {len(texts)}, the different captions in {config.features}",
+            )
+        draw.shuffle(texts)
+        chosen.append({**row, "texts": texts, "answer": row["caption"]})
+    return chosen, keys
+
+
+def rankings(
+    answerer: FeatureAnswerer,
+    questions: Sequence[JsonDict],
+    visual_tokens: VisualTokenLoader,
+    config: RankConfig,
+) -> Iterator[JsonDict]:
+    """The questions with `ranking` (indices, best first), `losses`, `choice`, and `correct` if known."""
+    for start in range(0, len(questions), config.batch_size):
+        part = questions[start : start + config.batch_size]
+        for question, visual in zip(part, visual_tokens(part), strict=True):
+            if isinstance(visual, LlavaError):
+                yield {**question, "error": str(visual)}
+                continue
+            yield {**question, **_ranking(answerer, visual, question, config.by == "mean")}
+
+
+def _ranking(
+    answerer: FeatureAnswerer, visual: torch.Tensor, question: JsonDict, normalise: bool
+) -> JsonDict:
+    texts, answer = question["texts"], question.get("answer")
+    try:
+        choices = text_losses(answerer, visual, question["prompt"], texts)
+    except LlavaError as error:  # a text that does not fit the context
+        return {"error": str(error)}
+    order = ranked(choices, normalise)
+    result: JsonDict = {
+        "ranking": [choice.index for choice in order],
+        "losses": [round(choice.loss, 6) for choice in choices],
+        "choice": order[0].text,
+    }
+    if answer is not None:
+        result["correct"] = answer in (order[0].text, order[0].index)
+    return result
+
+
+def accuracy(lines: Sequence[JsonDict], pictures: Sequence[int]) -> JsonDict:
+    """Share of lines whose best text is the right one, and what chance would give."""
+    judged = [k for k, line in enumerate(lines) if "correct" in line]
+    figures: JsonDict = {
+        "lines": len(lines), "failed": sum("error" in line for line in lines), "judged": len(judged)
+    }  # fmt: skip
+    if not judged:
+        return figures
+    correct = np.array([lines[k]["correct"] for k in judged], float)
+    figures["accuracy"] = float(correct.mean())
+    own = [pictures[k] for k in judged]
+    numbers = {picture: number for number, picture in enumerate(dict.fromkeys(own))}
+    sums = by_picture(np.stack([correct, np.ones_like(correct)], 1), [numbers[p] for p in own])
+    if len(sums) > 1:
+        right, count = redrawn(sums).T
+        figures |= interval("accuracy", right / count)
+    return {**figures, "chance": float(np.mean([1 / len(lines[k]["texts"]) for k in judged]))}

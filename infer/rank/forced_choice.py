@@ -1,0 +1,80 @@
+"""Forced choice: the loss of several texts as the answer to one question about an image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from infer.aligned_model import FeatureAnswerer
+from llava_core.language.conversation import IGNORE, Example, Turn
+
+CHUNK_LOGITS = 1 << 27
+"""Most numbers of logits in one forward pass; 0.5 GB in fp32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A text as the answer."""
+
+    index: int
+    """Its place among the texts that were given."""
+    text: str
+    loss: float
+    """Mean over its tokens, its end token included, in nats per token."""
+    log_probability: float
+    """Log probability of the whole text, in nats."""
+
+
+@torch.inference_mode()
+def text_losses(
+    answerer: FeatureAnswerer, visual: torch.Tensor, question: str, texts: Sequence[str]
+) -> list[Choice]:
+    """The choices in the order of `texts`, after visual tokens [T, hidden].
+
+    The loss is the one that training sees; several texts share a forward pass, padded at their ends, which
+    no earlier token attends to. Raises LlavaError if a text does not fit the language model's context.
+    """
+    conversation, llm = answerer.conversation, answerer.llm
+    examples = [conversation.example([Turn(question, text)], max_answer_tokens=1 << 30) for text in texts]
+    longest = max(len(example.ids) for example in examples)
+    llm.require_context("the longest text", len(visual) + longest, "shorten it")
+    together = max(1, CHUNK_LOGITS // (longest * llm.head.shape[0]))
+    choices: list[Choice] = []
+    for start in range(0, len(texts), together):
+        for losses in _losses(answerer, visual, examples[start : start + together]):
+            index, total = len(choices), float(losses.sum())
+            choices.append(Choice(index, texts[index], total / len(losses), -total))
+    return choices
+
+
+def _losses(
+    answerer: FeatureAnswerer, visual: torch.Tensor, examples: Sequence[Example]
+) -> list[torch.Tensor]:
+    """Loss of each target token, [A] for every example."""
+    llm = answerer.llm
+    ids, labels = (
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(values) for values in column], batch_first=True, padding_value=padding
+        ).to(llm.device)
+        for column, padding in (
+            ([example.ids for example in examples], 0),
+            ([example.labels for example in examples], IGNORE),
+        )
+    )
+    first = min(next(k for k, label in enumerate(e.labels) if label != IGNORE) for e in examples)
+    before = torch.arange(first, ids.shape[1], device=llm.device) + len(visual) - 1
+    embedded = torch.cat([visual.expand(len(examples), -1, -1), llm.embed(ids)], dim=1)
+    logits = llm.model(inputs_embeds=embedded, use_cache=False, logits_to_keep=before).logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten(), reduction="none")
+    return [
+        row[label != IGNORE]
+        for row, label in zip(losses.view(len(examples), -1), labels[:, first:], strict=True)
+    ]
+
+
+def ranked(choices: Sequence[Choice], normalise: bool = True) -> list[Choice]:
+    """Best first: by mean loss, or else by the probability of the whole text, which favours short ones."""
+    return sorted(choices, key=lambda choice: choice.loss if normalise else -choice.log_probability)
