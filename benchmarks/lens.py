@@ -16,7 +16,7 @@ import tyro
 
 from infer.aligned_model import FeatureAnswerer, open_feature_answerer
 from infer.config import Aligned
-from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
+from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, piece_losses, random_projector
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import ATTRIBUTES, parse
 from llava_align.demo.world.scene import PLACES, Thing
@@ -41,7 +41,7 @@ class Config:
 
 
 def measure(demo: Path, pictures: int) -> dict[str, dict[str, float]]:
-    """Share of patches on objects that name an attribute rightly, by projector and reading."""
+    """Share of patches on objects that name an attribute rightly, by projector and readout."""
     answerer, shard, rows = opened(demo, pictures)
     features = torch.stack([torch.from_numpy(shard.read(row)).float() for row in rows])
     projectors = {
@@ -56,11 +56,11 @@ def measure(demo: Path, pictures: int) -> dict[str, dict[str, float]]:
         things = parse(shard.caption(row))
         for name, projector in projectors.items():
             visual = projector(tokens)
-            scores = {"input embeddings": nearest(answerer.llm, visual)}
+            scores = {"input embeddings": embedding_similarity(answerer.llm, visual)}
             scores |= {f"after block {layer}": logit_lens(answerer.llm, visual, layer) for layer in blocks}
-            for reading, found in scores.items():
+            for readout, found in scores.items():
                 counts = right.setdefault(
-                    f"{name}, {reading}", dict.fromkeys((*ATTRIBUTES, "shape or colour"), 0)
+                    f"{name}, {readout}", dict.fromkeys((*ATTRIBUTES, "shape or colour"), 0)
                 )
                 words = vocabulary.top(found, TOP)
                 for thing in things:
@@ -105,7 +105,7 @@ def captions_lost(demo: Path, pictures: int) -> dict[str, float]:
         turn = Turn(QUESTION, shard.caption(row))
         count += sum(label >= 0 for label in answerer.conversation.example([turn], 1 << 30).labels)
         for name, tokens in seen.items():
-            totals[name] = totals.get(name, 0) + sum(losses(answerer, tokens, turn)[1])
+            totals[name] = totals.get(name, 0) + sum(piece_losses(answerer, tokens, turn)[1])
     return {name: total / count for name, total in totals.items()}
 
 

@@ -79,8 +79,8 @@ class AlignedModel:
 
     def chat(self, image: ImageLike | None = None, *, system: str = "", **sampling: Any) -> AlignedChat:
         """A dialogue about one image, or without one; `sampling` as for `answer`."""
-        dialogue = Dialogue(self._answerer.llm, self._answerer.conversation, _sampling(sampling))
-        dialogue.system = system
+        llm, conversation = self._answerer.llm, self._answerer.conversation
+        dialogue = Dialogue(llm, conversation, _sampling(sampling), system=system)
         dialogue.begin(None if image is None else self.visual_tokens(image)[None])
         return AlignedChat(dialogue)
 

@@ -46,14 +46,14 @@ def run(config: BatchConfig) -> JsonDict:
 def answers(
     answerer: FeatureAnswerer,
     questions: Sequence[JsonDict],
-    look: VisualTokenLoader,
+    visual_tokens: VisualTokenLoader,
     sampling: Sampling,
     size: int,
     before: int = 0,
 ) -> Iterator[JsonDict]:
     """The questions with `answer` or `error`, in their order, each as soon as those before it are done.
 
-    What is drawn for one depends on its place alone, after the `before` that were answered earlier.
+    The seed of each depends only on its place in the file: `before` questions were answered earlier.
     """
 
     @functools.lru_cache(maxsize=65536)
@@ -63,23 +63,23 @@ def answers(
     done: dict[int, JsonDict] = {}
     given = 0
     lengths = (len(prompt(question["prompt"])) for question in questions)
-    for together in alike(lengths, size, WINDOW * size):
+    for together in same_length(lengths, size, WINDOW * size):
         part = [questions[index] for index in together]
         ids = [prompt(question["prompt"]) for question in part]
         seeds = [seed_of(sampling.seed, before + index) for index in together]
-        told = outcomes(answerer, look(part), ids, sampling, seeds)
-        for index, outcome in zip(together, told, strict=True):
+        results = outcomes(answerer, visual_tokens(part), ids, sampling, seeds)
+        for index, outcome in zip(together, results, strict=True):
             done[index] = {**questions[index], **outcome}
         while given in done:
             yield done.pop(given)
             given += 1
 
 
-def alike(lengths: Iterable[int], size: int, window: int) -> Iterator[list[int]]:
-    """Up to `size` indices of one length at a time, so that nothing is padded.
+def same_length(lengths: Iterable[int], size: int, window: int) -> Iterator[list[int]]:
+    """Batches of up to `size` indices of one length, so that nothing is padded.
 
-    The first index left is always among them, and the others come from the `window` that begins with it:
-    results may be given out in order all along, and no more than a window's wait for their turn.
+    A batch has the first index left, and others from the `window` that begins there: so results can be
+    written in order all along, and at most a window of them is held back.
     """
     rest, upto = enumerate(lengths), 0
     ahead: list[tuple[int, int]] = []
@@ -102,29 +102,29 @@ def seed_of(seed: int, place: int) -> int:
 
 def outcomes(
     answerer: FeatureAnswerer,
-    seen: Sequence[torch.Tensor | LlavaError],
+    visual_tokens: Sequence[torch.Tensor | LlavaError],
     ids: Sequence[list[int]],
     sampling: Sampling,
     seeds: Sequence[int],
 ) -> list[JsonDict]:
-    """Pictures, and prompts of one length -> {"answer": TEXT} or {"error": TEXT} of each."""
-    results = [{"error": str(visual)} if isinstance(visual, LlavaError) else {} for visual in seen]
-    shown = [k for k, visual in enumerate(seen) if isinstance(visual, torch.Tensor)]
-    if not shown:
+    """Visual tokens [T, hidden], and prompts of one length -> {"answer": TEXT} or {"error": TEXT} of each."""
+    results = [{"error": str(found)} if isinstance(found, LlavaError) else {} for found in visual_tokens]
+    encoded = {k: found for k, found in enumerate(visual_tokens) if isinstance(found, torch.Tensor)}
+    if not encoded:
         return results
-    visual = torch.stack([visual for visual in seen if isinstance(visual, torch.Tensor)])
-    asked = torch.tensor([ids[k] for k in shown], device=answerer.llm.device)
-    said = [StreamDetokenizer(answerer.text, sampling.stop) for _ in shown]
+    visual = torch.stack([*encoded.values()])
+    prompts = torch.tensor([ids[k] for k in encoded], device=answerer.llm.device)
+    texts = [StreamDetokenizer(answerer.text, sampling.stop) for _ in encoded]
     try:
-        embedded = torch.cat([visual, answerer.llm.embed(asked)], dim=1)
-        drawn_by = [seeds[k] for k in shown]
-        for step in answerer.generate(embedded, sampling, lambda k: said[k].stopped, drawn_by):
-            for detokenizer, token in zip(said, step, strict=True):
+        embedded = torch.cat([visual, answerer.llm.embed(prompts)], dim=1)
+        own_seeds = [seeds[k] for k in encoded]
+        for step in answerer.generate(embedded, sampling, lambda k: texts[k].stopped, own_seeds):
+            for detokenizer, token in zip(texts, step, strict=True):
                 if token is not None:
                     detokenizer.add(token)
     except LlavaError as error:  # a prompt too long for the model
         return [{"error": str(error)} for _ in results]
-    for k, detokenizer in zip(shown, said, strict=True):
+    for k, detokenizer in zip(encoded, texts, strict=True):
         detokenizer.end()
         results[k]["answer"] = detokenizer.text.strip()
     return results

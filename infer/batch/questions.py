@@ -52,7 +52,7 @@ def open_questions(
 
 
 def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[JsonDict]:
-    """Raises LlavaError naming the first line that is no question, or has a key that the output adds."""
+    """Questions of a JSONL file. Raises LlavaError for an invalid line, or a key that the output adds."""
     questions = [{"prompt": prompt, **line} for line in read_lines(path)]
     for number, question in enumerate(questions, 1):
         if not isinstance(question.get("image"), str) or not isinstance(question["prompt"], str):
@@ -66,7 +66,7 @@ def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[
 
 
 def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
-    """One for each row that has features; of a dialogue, its first question and answer."""
+    """One question for each row with features; a dialogue gives its first question and answer."""
     questions = []
     for shard in shards:
         for row in shard.ok_rows():
@@ -81,20 +81,20 @@ def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = 
     """Visual tokens of images at URLs, or at paths relative to `folder`."""
 
     def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
-        decoded, seen = [], list[LlavaError | None]()
+        decoded, errors = [], list[LlavaError | None]()
         files = read_images(
             [question["image"] for question in questions], untrusted_limits(allow_private), folder
         )
         for question, file in zip(questions, files, strict=True):
-            fault = file if isinstance(file, LlavaError) else None
+            error = file if isinstance(file, LlavaError) else None
             if not isinstance(file, LlavaError):
                 try:
                     decoded.append(aligned.decode(file))
-                except ImageError as error:
-                    fault = not_an_image(question["image"], error)
-            seen.append(fault)
+                except ImageError as undecoded:
+                    error = not_an_image(question["image"], undecoded)
+            errors.append(error)
         visual = iter(aligned.encode_images(decoded) if decoded else ())
-        return [next(visual) if fault is None else fault for fault in seen]
+        return [next(visual) if error is None else error for error in errors]
 
     return load
 
@@ -104,13 +104,13 @@ def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> Visu
     by_name = {shard.path.name: shard for shard in shards}
 
     def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
-        seen: list[torch.Tensor | LlavaError] = []
+        visual: list[torch.Tensor | LlavaError] = []
         for question in questions:
             shard, row = by_name[question["shard"]], question["row"]
             try:
-                seen.append(answerer.project(torch.from_numpy(shard.read(row))[None])[0])
+                visual.append(answerer.project(torch.from_numpy(shard.read(row))[None])[0])
             except LlavaError as damaged:
-                seen.append(damaged)
-        return seen
+                visual.append(damaged)
+        return visual
 
     return load

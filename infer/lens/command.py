@@ -1,6 +1,6 @@
 """`infer lens`: the words nearest to each visual token, and how much the image lowers a caption's loss.
 
-A random projector of the same kind and scale says which words would be found if nothing had been learnt.
+A random projector of the same kind and scale is the baseline: its words come from no training.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from infer.aligned_model import AlignedModel, open_aligned_model
-from infer.chat.image_dialogue import ImageDialogue
+from infer.chat.dialogue import Dialogue
 from infer.config import LensConfig
 from infer.lens.page import write_page
 from infer.lens.picture import draw
-from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
-from infer.lens.result import Panel, Seen
+from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, piece_losses, random_projector
+from infer.lens.result import LensResult, Panel
 from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Turn
@@ -27,30 +27,30 @@ from llava_core.vision.preprocess import ImageError
 
 def run(config: LensConfig) -> JsonDict:
     """Write OUT.png and OUT.html; print and return the losses. Raises LlavaError for an image or layer."""
-    seen = look(open_aligned_model(config), config)
+    result = analyse(open_aligned_model(config), config)
     picture, page = (config.out.with_name(config.out.name + ending) for ending in (".png", ".html"))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(seen).save(picture)
-    write_page(page, seen)
-    gains = [other - loss for loss, other in zip(seen.loss, seen.other_loss, strict=True)]
-    rows = zip([*seen.pieces[:-1], "(end)"], seen.loss, seen.other_loss, gains, strict=True)
+    draw(result).save(picture)
+    write_page(page, result)
+    gains = [other - loss for loss, other in zip(result.loss, result.other_loss, strict=True)]
+    rows = zip([*result.pieces[:-1], "(end)"], result.loss, result.other_loss, gains, strict=True)
     cells = [(piece, f"{a:.2f}", f"{b:.2f}", f"{gain:+.2f}") for piece, a, b, gain in rows]
-    show(table(cells, ("caption", "loss", f"with {seen.other}", "the image tells")))
+    show(table(cells, ("caption", "loss", f"with {result.other}", "the image tells")))
     say(f"{picture}  words over the image")
     say(f"{page}  the same, with more words under the pointer")
     return {
         "image": config.image,
-        "caption": "".join(seen.pieces),
-        "loss": sum(seen.loss),
-        "other": seen.other,
-        "other_loss": sum(seen.other_loss),
+        "caption": "".join(result.pieces),
+        "loss": sum(result.loss),
+        "other": result.other,
+        "other_loss": sum(result.other_loss),
         "png": str(picture),
         "html": str(page),
     }
 
 
-def look(aligned: AlignedModel, config: LensConfig) -> Seen:
-    """The words of every patch, and the caption's losses with the image and with the other one."""
+def analyse(aligned: AlignedModel, config: LensConfig) -> LensResult:
+    """Words of every patch, and the caption's losses with the image and with the other one."""
     pixels = _pixels(aligned, config.image)
     if config.other is None:
         blank, other = np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape), "a blank image"
@@ -68,25 +68,29 @@ def look(aligned: AlignedModel, config: LensConfig) -> Seen:
     vocabulary, panels = Vocabulary(aligned), []
     random = random_projector(aligned.projector, features, config.seed)
     kinds = {"trained projector": visual[0], "random projector": random(features.to(aligned.llm.device))[0]}
-    for reading in ("nearest input embeddings", f"logit lens after block {layer}"):
+    for readout in ("nearest input embeddings", f"logit lens after block {layer}"):
         for projector, found in kinds.items():
             found = found.to(aligned.llm.dtype)
-            near = "nearest" in reading
-            scores = nearest(aligned.llm, found) if near else logit_lens(aligned.llm, found, layer)
+            near = "nearest" in readout
+            scores = (
+                embedding_similarity(aligned.llm, found) if near else logit_lens(aligned.llm, found, layer)
+            )
             words = vocabulary.top(scores, config.top)
             class_words = words[0] if tokens > side**2 else []
-            panels.append(Panel(projector, reading, words[tokens - side**2 :], class_words))
+            panels.append(Panel(projector, readout, words[tokens - side**2 :], class_words))
     caption = config.caption if config.caption is not None else _answer(aligned, visual, config)
     turn = Turn(config.prompt, caption)
-    pieces, loss = losses(aligned, visual[0], turn)
-    _, other_loss = losses(aligned, aligned.project(aligned.tower.encode(np.array(blank)[None]))[0], turn)
-    return Seen(config.image, pixels, side, panels, other, pieces, loss, other_loss)
+    pieces, loss = piece_losses(aligned, visual[0], turn)
+    _, other_loss = piece_losses(
+        aligned, aligned.project(aligned.tower.encode(np.array(blank)[None]))[0], turn
+    )
+    return LensResult(config.image, pixels, side, panels, other, pieces, loss, other_loss)
 
 
 def _answer(aligned: AlignedModel, visual: torch.Tensor, config: LensConfig) -> str:
-    session = ImageDialogue(aligned, sampling_of(config))
-    session.visual = visual
-    return "".join(session.ask(config.prompt)).strip()
+    dialogue = Dialogue(aligned.llm, aligned.conversation, sampling_of(config))
+    dialogue.begin(visual)
+    return "".join(dialogue.ask(config.prompt)).strip()
 
 
 def _pixels(aligned: AlignedModel, image: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 "use strict";
 const content = JSON.parse(document.getElementById("content").textContent);
 const image = document.getElementById("image").src;
-const readings = [...new Set(content.panels.map((panel) => panel.reading))];
+const readouts = [...new Set(content.panels.map((panel) => panel.readout))];
 
 function make(tag, className, text) {
   const element = document.createElement(tag);
@@ -34,17 +34,17 @@ function drawn(panel) {
   return figure;
 }
 
-function show(reading) {
-  document.getElementById("panels").replaceChildren(...content.panels.filter((panel) => panel.reading === reading).map(drawn));
-  for (const button of document.querySelectorAll("#readings button")) {
-    button.setAttribute("aria-pressed", String(button.textContent === reading));
+function show(readout) {
+  document.getElementById("panels").replaceChildren(...content.panels.filter((panel) => panel.readout === readout).map(drawn));
+  for (const button of document.querySelectorAll("#readouts button")) {
+    button.setAttribute("aria-pressed", String(button.textContent === readout));
   }
 }
 
-for (const reading of readings) {
-  const button = make("button", "", reading);
-  button.addEventListener("click", () => show(reading));
-  document.getElementById("readings").append(button);
+for (const readout of readouts) {
+  const button = make("button", "", readout);
+  button.addEventListener("click", () => show(readout));
+  document.getElementById("readouts").append(button);
 }
 for (const [text, loss, other] of content.pieces) {
   const share = Math.min(1, Math.max(0, (other - loss) / 4));
@@ -57,4 +57,4 @@ for (const [text, loss, other] of content.pieces) {
   }
   document.getElementById("pieces").append(piece);
 }
-show(readings[0]);
+show(readouts[0]);

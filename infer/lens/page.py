@@ -10,36 +10,36 @@ from pathlib import Path
 
 from PIL import Image
 
-from infer.lens.result import Seen
+from infer.lens.result import LensResult
 from llava_core.filesystem import replace_text
 from llava_core.report.page import fill
 
 
-def write_page(path: Path, seen: Seen) -> None:
+def write_page(path: Path, result: LensResult) -> None:
     content = {
-        "side": seen.side,
+        "side": result.side,
         "panels": [
             {
                 "projector": panel.projector,
-                "reading": panel.reading,
+                "readout": panel.readout,
                 "words": panel.words,
                 "classWords": panel.class_words,
             }
-            for panel in seen.panels
+            for panel in result.panels
         ],
-        "pieces": list(zip(seen.pieces, seen.loss, seen.other_loss, strict=True)),
+        "pieces": list(zip(result.pieces, result.loss, result.other_loss, strict=True)),
     }
     parts = {
-        "title": escape(Path(seen.image).name),
-        "image": _data_url(seen),
-        "other": escape(seen.other),
+        "title": escape(Path(result.image).name),
+        "image": _data_url(result),
+        "other": escape(result.other),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
     }
     page = fill(Path(__file__).with_name("lens.html"), parts)
     replace_text(path, page)
 
 
-def _data_url(seen: Seen) -> str:
+def _data_url(result: LensResult) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(seen.pixels).save(buffer, "PNG")
+    Image.fromarray(result.pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What `infer lens` draws: the nearest word over each patch, by projector and reading, and the caption."""
+"""PNG of `infer lens`: the nearest words over each patch, by projector and readout, and the caption."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from infer.lens.result import Panel, Seen
+from infer.lens.result import LensResult, Panel
 from llava_core.cli.console import say, visible
 from llava_core.report.fonts import chinese_font
 
 MARGIN, CELL, LEAST = 20, 54, 420
-"""Pixels: between panels, of a patch at least, and of a panel's side at least."""
+"""Pixels between panels, and least sizes of a patch and of a panel's side in pixels."""
 LINES = 3
 """Words in each patch, the nearest largest."""
 INK, GREY, LINE, PAPER, GAIN = (20, 20, 25), (90, 90, 100), (170, 170, 180), (255, 255, 255), (255, 176, 32)
@@ -22,30 +22,30 @@ MOST = 4.0
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def draw(seen: Seen) -> Image.Image:
-    """The trained projector to the left, the random one to the right; a reading each row; the caption below.
+def draw(result: LensResult) -> Image.Image:
+    """Trained projector on the left, random one on the right; a readout per row; the caption below.
 
-    Words need a Chinese font on this machine; without one they are left to the page.
+    Words need a Chinese font on this machine; without one they are left out.
     """
     font, small = chinese_font(17), chinese_font(13)
     if font is None or small is None:
         say("no Chinese font on this machine: the picture goes without words, the page has them")
-    cell = max(CELL, math.ceil(LEAST / seen.side))
-    panel = cell * seen.side
+    cell = max(CELL, math.ceil(LEAST / result.side))
+    panel = cell * result.side
     width, title = 3 * MARGIN + 2 * panel, 52
-    rows = (len(seen.panels) + 1) // 2
+    rows = (len(result.panels) + 1) // 2
     sheet = Image.new("RGB", (width, MARGIN + rows * (title + panel + MARGIN) + 400), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pale = Image.blend(Image.fromarray(seen.pixels), Image.new("RGB", seen.pixels.shape[1::-1], PAPER), 0.45)
-    pale = pale.resize((panel, panel), Image.Resampling.BICUBIC)
-    for k, shown in enumerate(seen.panels):
+    image, paper = Image.fromarray(result.pixels), Image.new("RGB", result.pixels.shape[1::-1], PAPER)
+    pale = Image.blend(image, paper, 0.45).resize((panel, panel), Image.Resampling.BICUBIC)
+    for k, shown in enumerate(result.panels):
         x, y = MARGIN + k % 2 * (panel + MARGIN), MARGIN + k // 2 * (title + panel + MARGIN)
         sheet.paste(pale, (x, y + title))
         if font and small:
-            _words(pen, (x, y), shown, seen.side, cell, font, small)
+            _words(pen, (x, y), shown, result.side, cell, font, small)
     bottom = MARGIN + rows * (title + panel + MARGIN)
     if font and small:
-        bottom = _caption(pen, seen, bottom, width, font, small)
+        bottom = _caption(pen, result, bottom, width, font, small)
     return sheet.crop((0, 0, width, bottom))
 
 
@@ -53,7 +53,7 @@ def _words(
     pen: ImageDraw.ImageDraw, at: tuple[int, int], shown: Panel, side: int, cell: int, font: Font, small: Font
 ) -> None:
     x, y = at
-    pen.text((x, y), f"{shown.projector}: {shown.reading}", INK, font)
+    pen.text((x, y), f"{shown.projector}: {shown.readout}", INK, font)
     if shown.class_words:
         pen.text((x, y + 28), "class token: " + "  ".join(word for word, _ in shown.class_words), INK, small)
     for k, words in enumerate(shown.words):
@@ -74,21 +74,23 @@ def _fitting(pen: ImageDraw.ImageDraw, word: str, font: Font, width: int) -> str
     return text
 
 
-def _caption(pen: ImageDraw.ImageDraw, seen: Seen, y: int, width: int, font: Font, small: Font) -> int:
+def _caption(
+    pen: ImageDraw.ImageDraw, result: LensResult, y: int, width: int, font: Font, small: Font
+) -> int:
     """Draw the caption; colour grows with the nats that the image saves. Returns the y of its end."""
-    against = f"caption: nats of loss that the image saves against {visible(seen.other)}"
+    against = f"caption: nats of loss that the image saves against {visible(result.other)}"
     pen.text((MARGIN, y), against, INK, font)
     x, y = MARGIN, y + 34
-    for piece, loss, other in zip(seen.pieces, seen.loss, seen.other_loss, strict=True):
+    for piece, loss, other in zip(result.pieces, result.loss, result.other_loss, strict=True):
         text, gain = visible(piece.replace("\n", " ")) or "(end)", other - loss
-        told = f"{gain:+.1f}" if abs(gain) >= 0.05 else ""
-        wide = int(max(pen.textlength(text, font), pen.textlength(told, small))) + 8
+        saved = f"{gain:+.1f}" if abs(gain) >= 0.05 else ""
+        wide = int(max(pen.textlength(text, font), pen.textlength(saved, small))) + 8
         if x + wide > width - MARGIN:
             x, y = MARGIN, y + 54
         share = min(1.0, max(0.0, gain / MOST))
         fill = tuple(int(np.interp(share, (0, 1), (255, full))) for full in GAIN)
         pen.rectangle((x, y, x + wide - 2, y + 46), fill=fill)
         pen.text((x + 3, y + 3), text, INK, font)
-        pen.text((x + 3, y + 27), told, INK, small)
+        pen.text((x + 3, y + 27), saved, INK, small)
         x += wide
     return y + 54 + MARGIN

@@ -1,8 +1,8 @@
 """Readouts of visual tokens: nearest words, logit lens, and the loss of a caption with and without the image.
 
-Two readings of every visual token: the vocabulary's words whose input embeddings are nearest to it, and the
-words that the language model's head makes of it after some blocks (the logit lens, nostalgebraist 2020). A
-random projector of the same kind and scale says what the words would be if nothing had been learnt.
+There are two readouts of a visual token: the words whose input embeddings are most similar to it, and the
+words that the head predicts after some blocks (the logit lens, nostalgebraist 2020). A random
+projector of the same kind and scale is the baseline.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from llava_core.language.target_logits import target_logits
 from llava_core.projector.projector import match_scale
 
 Words = list[tuple[str, float]]
-"""Words and how near they are, the nearest first."""
+"""Words and their scores, the highest first."""
 
 CONTROL = 0x1E45
-"""Added to the seed of a random projector: the trained one began at that of its run."""
+"""Added to the seed of a random projector, which must not start at the weights of the trained one."""
 
 
 class Vocabulary:
-    """The words of a language model that can be shown: whole characters, neither special nor blank."""
+    """Printable words of a language model: whole characters, neither special tokens nor blanks."""
 
     def __init__(self, answerer: FeatureAnswerer) -> None:
         texts = [answerer.text([token]).strip() for token in range(len(answerer.llm.embedding.weight))]
@@ -50,7 +50,7 @@ class Vocabulary:
 
 
 @torch.inference_mode()
-def nearest(llm: LanguageModel, visual: torch.Tensor) -> torch.Tensor:
+def embedding_similarity(llm: LanguageModel, visual: torch.Tensor) -> torch.Tensor:
     """Visual tokens [T, hidden] -> their cosines to the input embeddings [T, vocabulary]."""
     return F.normalize(visual.float(), dim=-1) @ F.normalize(llm.embedding.weight.float(), dim=-1).T
 
@@ -59,8 +59,8 @@ def nearest(llm: LanguageModel, visual: torch.Tensor) -> torch.Tensor:
 def logit_lens(llm: LanguageModel, visual: torch.Tensor, layer: int) -> torch.Tensor:
     """Visual tokens [T, hidden] -> probabilities [T, vocabulary] by the head, after `layer` blocks.
 
-    The tokens come first and the model looks back only, so no question changes this. Raises LlavaError for a
-    layer that there is not, or a model whose last norm has another name.
+    Visual tokens come first and attention is causal, so this does not depend on the question. Raises
+    LlavaError for a layer that does not exist, or a model whose last norm has another name.
     """
     blocks = llm.model.config.num_hidden_layers
     if not 1 <= layer <= blocks:
@@ -76,10 +76,12 @@ def logit_lens(llm: LanguageModel, visual: torch.Tensor, layer: int) -> torch.Te
 
 
 @torch.inference_mode()
-def losses(answerer: FeatureAnswerer, visual: torch.Tensor, turn: Turn) -> tuple[list[str], list[float]]:
-    """Pieces of the answer that are whole characters, and the loss of each in nats, its end among them.
+def piece_losses(
+    answerer: FeatureAnswerer, visual: torch.Tensor, turn: Turn
+) -> tuple[list[str], list[float]]:
+    """Loss in nats of each piece of the answer, after visual tokens [T, hidden].
 
-    `visual` is [T, hidden].
+    A piece is one or more tokens that are whole characters; the last, "", is the end token.
     """
     example = answerer.conversation.example([turn], max_answer_tokens=1 << 30)
     logits, targets = target_logits(answerer.llm, visual, example)

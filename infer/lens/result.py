@@ -11,10 +11,10 @@ from infer.lens.readout import Words
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What one projector's visual tokens say in one reading."""
+    """Words of one projector's visual tokens by one readout."""
 
     projector: str
-    reading: str
+    readout: str
     words: list[Words]
     """Words of each patch, row by row."""
     class_words: Words
@@ -22,19 +22,20 @@ class Panel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class LensResult:
     """Everything that the PNG and the page show."""
 
     image: str
     pixels: np.ndarray
-    """uint8 [S, S, 3], as the encoder saw them."""
+    """uint8 [S, S, 3], as the encoder takes them."""
     side: int
     """Patches along a side."""
     panels: list[Panel]
     other: str
+    """Path or URL of the image to compare with, or "a blank image"."""
     pieces: list[str]
     """The caption in whole characters, and its end, which is empty."""
     loss: list[float]
     """Loss of each piece in nats, with the image."""
     other_loss: list[float]
-    """With the other one."""
+    """Loss of each piece in nats, with the other image."""

@@ -41,17 +41,17 @@ def run(config: ScoreConfig) -> JsonDict:
     figures: JsonDict = {"lines": len(lines), "unanswered": len(lines) - len(answers)}
     if any(config.reference in line for line in answered) or config.vision is None:
         references = [_references(line, config.reference, config.input) for line in answered]
-        figures |= compare(answers, references, config.tokenizer)
+        figures |= caption_scores(answers, references, config.tokenizer)
     else:
         references = []
     if config.vision is not None:
-        figures |= look(answered, answers, references, config)
+        figures |= clip_scores(answered, answers, references, config)
     show(table([(name.replace("_", " "), _shown(figures, name)) for name in figure_names(figures)]))
     return figures
 
 
-def compare(answers: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str) -> JsonDict:
-    """BLEU, ROUGE-L, CIDEr-D, and the tokenizer they were counted with."""
+def caption_scores(answers: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str) -> JsonDict:
+    """BLEU, ROUGE-L and CIDEr-D, and the tokenizer that split the words."""
     split, record = open_tokenizer(tokenizer, (text for texts in references for text in texts))
     words = [split(answer) for answer in answers]
     known = [[split(text) for text in texts] for texts in references]
@@ -59,7 +59,7 @@ def compare(answers: Sequence[str], references: Sequence[Sequence[str]], tokeniz
     return {"tokenizer": record, **scores, "rouge_l": rouge_l(words, known), "cider_d": cider_d(words, known)}
 
 
-def look(
+def clip_scores(
     lines: Sequence[JsonDict],
     answers: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -74,7 +74,9 @@ def look(
         parts, keys = [], []
         for start in range(0, len(lines), BATCH_SIZE):
             part = lines[start : start + BATCH_SIZE]
-            embedded, own = _stored(tower, shards, part) if shards else _live(tower, part, folder, limits)
+            embedded, own = (
+                _from_shards(tower, shards, part) if shards else _from_files(tower, part, folder, limits)
+            )
             parts.append(embedded)
             keys += own
             bar.update(len(part))
@@ -104,7 +106,7 @@ def _clipscore(name: str, images: torch.Tensor, texts: torch.Tensor, pictures: S
     return figures
 
 
-def _live(
+def _from_files(
     tower: VisionTower, lines: Sequence[JsonDict], folder: Path, limits: FetchLimits
 ) -> tuple[torch.Tensor, list[list[bytes | str]]]:
     """Embeddings of the images that the lines name, and the keys of each: its sha256 and its name.
@@ -127,7 +129,7 @@ def _live(
     return tower.encode_image_embedding(torch.stack(pixels)), keys
 
 
-def _stored(
+def _from_shards(
     tower: VisionTower, shards: Sequence[Shard], lines: Sequence[JsonDict]
 ) -> tuple[torch.Tensor, list[list[bytes | str]]]:
     """Embeddings of the rows that the lines name, from their features, and the keys of their pictures."""

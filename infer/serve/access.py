@@ -1,4 +1,4 @@
-"""Whom the server answers: nobody without the key, and no other site's page in a visitor's browser."""
+"""Access control of the server: API key, and Host and Origin checks against other sites' pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from infer.serve.openai_api import ApiError
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to `host` can be reached from its own machine alone."""
+    """Whether a server bound to `host` can be reached from its own machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -20,11 +20,11 @@ def is_loopback(host: str) -> bool:
 
 
 def check_origin(host: str, origin: str | None, *, loopback: bool, allowed: Collection[str]) -> None:
-    """Raise ApiError (403) unless the headers Host and Origin are those of a client that is meant.
+    """Raise ApiError (403) unless the headers Host and Origin are those of this server or of an allowed site.
 
-    A browser tells in Origin which site's page asks: that has to be ours, or one that is allowed. A name that
-    was pointed at this machine after its page was loaded (DNS rebinding) makes both headers agree; so a
-    server bound to loopback knows itself by no other names, but those allowed.
+    A browser sends the site of the requesting page as Origin. With DNS rebinding (a name that is pointed at
+    this machine after its page was loaded) both headers agree; so a server bound to loopback accepts no other
+    host names, except allowed ones.
     """
     sites = {site.partition("://")[2]: site for site in allowed}
     if loopback and host not in sites and not is_loopback(_name(host)):
@@ -35,7 +35,7 @@ def check_origin(host: str, origin: str | None, *, loopback: bool, allowed: Coll
 
 
 def _name(host: str) -> str:
-    """The header Host without its port; nothing if it is none."""
+    """The header Host without its port; empty if it is malformed."""
     try:
         return urllib.parse.urlsplit(f"//{host}").hostname or ""
     except ValueError:

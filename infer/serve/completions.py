@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: from a request to its answer, whole or streamed."""
+"""`POST /v1/chat/completions`: a request to its answer, whole or streamed."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ from llava_core.row_status import Status
 from llava_core.types import JsonDict
 from llava_core.vision.preprocess import ImageError
 
-SLOW_BODY = 60.0
-"""Seconds in which a request's body must have come."""
-STALLED = 60.0
-"""Seconds after which a client that takes nothing of its stream is left."""
-LEFT = 499
+BODY_SECONDS = 60.0
+"""Seconds within which a request's body must arrive."""
+WRITE_SECONDS = 60.0
+"""Seconds after which a client that receives nothing of its stream is disconnected."""
+DISCONNECTED = 499
 """Status in the metrics of a request whose client disconnected."""
 
 
 class Completions:
-    """The requests that are here, each from the first byte of its body to the last of its answer."""
+    """All chat requests, each from the first byte of its body to the last of its answer."""
 
     def __init__(
         self, config: ServeConfig, model: str, scheduler: Scheduler, fetcher: Fetcher, metrics: Metrics
     ) -> None:
         self.config, self.model, self.metrics = config, model, metrics
         self.inside = 0
-        """Requests that are here."""
+        """Number of requests."""
         self._placed = 0
-        """Requests whose body and image have arrived, and whose answer is not complete."""
-        self._coming = 0
-        """Bytes of bodies that are still coming."""
+        """Number of requests whose body and image have arrived, and whose answer is not complete."""
+        self._receiving = 0
+        """Bytes received of bodies that are not complete."""
         self._scheduler, self._fetcher = scheduler, fetcher
         self._visual_tokens, self._seeds = VisualTokenCache(scheduler), itertools.count(config.seed)
         # Characters; more surely exceed the context. Tokenizing 5 million to refuse them took 2 min and 3 GB.
         self._most_text = scheduler.context * max(map(len, scheduler.llm.tokenizer.get_vocab()))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        began, status = time.monotonic(), LEFT
+        began, status = time.monotonic(), DISCONNECTED
         self.inside += 1
         try:
             self._require_place()
@@ -98,17 +98,17 @@ class Completions:
         self, request: web.Request, began: float, stack: contextlib.ExitStack
     ) -> tuple[web.StreamResponse, int]:
         """The response, and the status to count, since a stream may fail after it began with 200."""
-        news: asyncio.Queue[TextDelta] = asyncio.Queue()
+        queue: asyncio.Queue[TextDelta] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(delta: TextDelta) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, delta)
+        def on_delta(delta: TextDelta) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, delta)
 
-        generation, asked = await self._generation(request, tell, stack)
+        generation, asked = await self._generation(request, on_delta, stack)
         self._scheduler.submit(generation)
         try:
             shapes = api.Shapes(f"chatcmpl-{uuid.uuid4().hex}", self.model, asked.include_usage)
-            deltas = self._deltas(news, generation, began)
+            deltas = self._deltas(queue, generation, began)
             if asked.stream:
                 return await _stream(request, shapes, deltas, generation)
             texts, finish = [], ""
@@ -121,12 +121,12 @@ class Completions:
             self._scheduler.cancel(generation)
 
     async def _deltas(
-        self, news: asyncio.Queue[TextDelta], generation: GenerationRequest, began: float
+        self, queue: asyncio.Queue[TextDelta], generation: GenerationRequest, began: float
     ) -> AsyncIterator[TextDelta]:
-        """The answer as it comes. Raises ApiError if it ends early."""
+        """The answer as it is generated. Raises ApiError if it ends early."""
         first = None
         while True:
-            delta = await news.get()
+            delta = await queue.get()
             if delta.error:
                 raise ApiError(503 if delta is STOPPING else 500, delta.error)
             if first is None:
@@ -142,17 +142,17 @@ class Completions:
                 return
 
     async def _generation(
-        self, request: web.Request, tell: Callable[[TextDelta], None], stack: contextlib.ExitStack
+        self, request: web.Request, on_delta: Callable[[TextDelta], None], stack: contextlib.ExitStack
     ) -> tuple[GenerationRequest, api.ChatRequest]:
-        """What a request asks for, with a place on the stack; its image, which may be large, is let go."""
-        # Where nobody gives a seed, no two requests have the same.
+        """The parsed request without its image file, and its generation; its place is put on the stack."""
+        # Requests without a seed get a different one each.
         defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
         if (characters := sum(len(message["content"]) for message in asked.messages)) > self._most_text:
             raise self._too_long(f"{characters:,} characters")
         if len(asked.messages) >= self._scheduler.context:  # a template gives each at least a token
             raise self._too_long(f"{len(asked.messages):,} of them")
-        image = await self._image(asked.image) if asked.image else None
+        image = await self._image_file(asked.image) if asked.image else None
         stack.enter_context(self._place())
         try:
             ids = await in_thread(self._scheduler.aligned.conversation.prompt, asked.messages)
@@ -160,8 +160,8 @@ class Completions:
             raise ApiError(
                 400, f"the chat template refuses these messages: {error}", param="messages"
             ) from None
-        picture = await self._picture(image) if image else None
-        generation = GenerationRequest(ids, picture, asked.sampling, tell)
+        visual = await self._encoded(image) if image else None
+        generation = GenerationRequest(ids, visual, asked.sampling, on_delta)
         if generation.prompt_tokens >= self._scheduler.context:
             raise self._too_long(f"{generation.prompt_tokens:,} tokens")
         return generation, dataclasses.replace(asked, image=None)
@@ -177,26 +177,26 @@ class Completions:
             raise too_large
         body = bytearray()
         try:
-            async with time_limit(SLOW_BODY):
+            async with time_limit(BODY_SECONDS):
                 async for chunk in request.content.iter_any():
                     body += chunk
-                    self._coming += len(chunk)
+                    self._receiving += len(chunk)
                     if len(body) > limit:
                         raise too_large
-                    if self._coming > limit * self._places:
+                    if self._receiving > limit * self._places:
                         raise ApiError(
                             429, "too many bodies are coming in; try again soon", code="queue_full"
                         )
         except (web.RequestPayloadError, HttpProcessingError) as error:
             raise ApiError(400, f"the body is damaged: {first_line(error)}") from None
         except asyncio.TimeoutError:
-            raise ApiError(408, f"the body took over {SLOW_BODY:g} s") from None
+            raise ApiError(408, f"the body took over {BODY_SECONDS:g} s") from None
         finally:
-            self._coming -= len(body)
+            self._receiving -= len(body)
         return bytes(body)
 
-    async def _image(self, url: str) -> bytes:
-        """The image file. Raises ApiError if it cannot be had."""
+    async def _image_file(self, url: str) -> bytes:
+        """Content of an image file. Raises ApiError if it cannot be fetched."""
         if url.startswith("data:"):
             return api.read_data_url(url, self.config.max_bytes)
         if self.config.allow_remote_images:
@@ -209,8 +209,8 @@ class Completions:
         message = "this server fetches no images; send a data URL, or start it with --allow-remote-images"
         raise ApiError(400, message, param="messages", code="invalid_image_url")
 
-    async def _picture(self, image: bytes) -> RequestImage:
-        """Raises ApiError for a file that cannot be read as an image."""
+    async def _encoded(self, image: bytes) -> RequestImage:
+        """The visual tokens of an image file. Raises ApiError if it cannot be decoded."""
         try:
             return await self._visual_tokens.get(image)
         except ImageError as error:
@@ -227,7 +227,7 @@ async def _stream(
 
     async def send(content: bytes) -> None:
         try:
-            async with time_limit(STALLED):
+            async with time_limit(WRITE_SECONDS):
                 await response.write(content)
         except asyncio.TimeoutError:
             if request.transport:
@@ -251,7 +251,7 @@ async def _stream(
         await send(api.DONE)
         await response.write_eof()
     except ConnectionError:
-        status = LEFT
+        status = DISCONNECTED
     return response, status
 
 

@@ -24,21 +24,21 @@ class VisualTokenCache:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._decoders = asyncio.Semaphore(DECODERS)
-        self._seen: collections.OrderedDict[bytes, asyncio.Task[torch.Tensor]] = collections.OrderedDict()
+        self._tasks: collections.OrderedDict[bytes, asyncio.Task[torch.Tensor]] = collections.OrderedDict()
 
     async def get(self, image: bytes) -> RequestImage:
         """Visual tokens of an image file, encoded once even for concurrent requests. Raises ImageError."""
         key = hashlib.sha256(image).digest()
-        if key not in self._seen:
-            self._seen[key] = asyncio.create_task(self._encode(image))
-        self._seen.move_to_end(key)
-        while len(self._seen) > KEPT_IMAGES:
-            self._seen.popitem(last=False)
+        if key not in self._tasks:
+            self._tasks[key] = asyncio.create_task(self._encode(image))
+        self._tasks.move_to_end(key)
+        while len(self._tasks) > KEPT_IMAGES:
+            self._tasks.popitem(last=False)
         try:
             # A client that disconnects does not cancel the encoding for others that wait for it.
-            return RequestImage(key, await asyncio.shield(self._seen[key]))
+            return RequestImage(key, await asyncio.shield(self._tasks[key]))
         except Exception:
-            self._seen.pop(key, None)
+            self._tasks.pop(key, None)
             raise
 
     async def _encode(self, image: bytes) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from llava_core.errors import LlavaError
 
 GROW_TOKENS = 256
-"""Tokens by which the rows grow."""
+"""Rows have room for a multiple of this many tokens."""
 
 
 class SlotKVCache(DynamicCache):  # type: ignore[misc]
@@ -20,8 +20,8 @@ class SlotKVCache(DynamicCache):  # type: ignore[misc]
 
     Nothing moves when a sequence begins or ends, and a step writes one token to each row that it is for. Only
     `update` is transformers' own interface, which has stayed as it is from 4.53 to 5; masks and positions
-    are given to the model outright by `reading`. Rows hold zeros or what an earlier sequence left, never
-    NaN, so what a mask hides counts for nothing.
+    are passed to the model by `forward_arguments`. Rows hold zeros or the rest of an earlier sequence, never
+    NaN, so masked positions contribute exactly nothing.
     """
 
     def __init__(self, rows: int, context: int) -> None:
@@ -30,6 +30,9 @@ class SlotKVCache(DynamicCache):  # type: ignore[misc]
         self.room = min(GROW_TOKENS, context)
         """Tokens that each row has memory for; grows up to `context`, never shrinks."""
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # The current forward pass: rows [B], positions [B, new], longest length, whether it is all rows.
+        self._active = self._positions = torch.empty(0, dtype=torch.long)
+        self._end, self._all = 0, False
 
     def forward_arguments(
         self, rows: Sequence[int], held: Sequence[int], new: int, like: torch.Tensor
@@ -41,7 +44,7 @@ class SlotKVCache(DynamicCache):  # type: ignore[misc]
         device, end = like.device, max(held) + new
         assert end <= self.context
         self._grow(end)
-        self._at = torch.tensor(rows, device=device)
+        self._active = torch.tensor(rows, device=device)
         self._end, self._all = end, list(rows) == list(range(self.rows))
         self._positions = torch.tensor(held, device=device)[:, None] + torch.arange(new, device=device)
         hidden = torch.arange(end, device=device) > self._positions[..., None]
@@ -56,16 +59,16 @@ class SlotKVCache(DynamicCache):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep [B, heads, new, width] of the rows being read; all that these rows hold then."""
+        """Store keys and values [B, heads, new, width] of this pass; returns all that its rows then hold."""
         if layer_idx not in self._layers:
             self._layers[layer_idx] = (self._empty(key_states), self._empty(value_states))
         keys, values = self._layers[layer_idx]
         return self._put(keys, key_states), self._put(values, value_states)
 
     def _put(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        kept[self._at[:, None], :, self._positions] = new.transpose(1, 2)
+        kept[self._active[:, None], :, self._positions] = new.transpose(1, 2)
         kept = kept[:, :, : self._end]
-        return kept if self._all else kept.index_select(0, self._at)
+        return kept if self._all else kept.index_select(0, self._active)
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(self.rows, like.shape[1], self.room, like.shape[3])
@@ -93,5 +96,5 @@ def longest_context(config: Any) -> int:
     context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
     window = getattr(config, "sliding_window", None)
     if window and (not kinds or "sliding_attention" in kinds):
-        context = min(context, int(window))  # up to there a window hides nothing
+        context = min(context, int(window))  # a sequence of this length fits into the window
     return context

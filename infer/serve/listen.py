@@ -1,4 +1,4 @@
-"""The port of `infer serve`, taken before any model is loaded."""
+"""The listening socket of `infer serve`, opened before any model is loaded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from llava_core.errors import LlavaError
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that holds its port: who connects before the models are loaded waits for them.
+    """A listening socket; clients that connect before the models are loaded wait for them.
 
-    Until it listens, another server could bind the same port, and fail only after loading its own models.
+    If it were only bound, another server could bind the same port, and fail after loading its own models.
+    Raises LlavaError if the port is in use.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -1,4 +1,4 @@
-"""The chat part of OpenAI's HTTP interface: what a request means, and the shape of what is answered.
+"""OpenAI's chat completions API: parsing of requests, and the JSON of answers and errors.
 
 https://platform.openai.com/docs/api-reference/chat. Fields that are not named here are ignored.
 """
@@ -23,7 +23,7 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """A request that gets an error for an answer."""
+    """An error response with this HTTP status."""
 
     def __init__(self, status: int, message: object, *, param: str | None = None, code: str | None = None):
         super().__init__(str(message))
@@ -46,7 +46,7 @@ class ChatRequest:
 
 
 def parse_request(body: bytes, model: str, defaults: Sampling) -> ChatRequest:
-    """Raises ApiError for a body that is no request to `model`."""
+    """A chat request from its JSON body. Raises ApiError for a body that is not a request to `model`."""
     try:
         fields = json.loads(body)
         body.decode().encode()
@@ -182,7 +182,7 @@ class Usage:
     """Visual tokens, and tokens of the text in the template."""
     completion: int
     cached: int
-    """Tokens of the prompt that the model had read before."""
+    """Prompt tokens whose keys and values were in the cache."""
 
     def to_json(self) -> JsonDict:
         return {

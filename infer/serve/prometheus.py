@@ -1,4 +1,4 @@
-"""Counts of what the server did, in Prometheus' text form."""
+"""Metrics of the server in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Seconds:
 
 
 class Metrics:
-    """Everything since the start; states of the moment are given to `text`."""
+    """Counters and histograms since the start; gauges are passed to `text`."""
 
     def __init__(self) -> None:
         self.requests: collections.Counter[int] = collections.Counter()
@@ -43,14 +43,14 @@ class Metrics:
         """From the request to the end of its answer."""
 
     def add(self, seconds: float, prompt: int, cached: int, completion: int) -> None:
-        """Count an answer that was given in full."""
+        """Count a complete answer."""
         self.whole.add(seconds)
         self.prompt_tokens += prompt
         self.cached_tokens += cached
         self.completion_tokens += completion
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """`gauges`: name -> (help, value)."""
+        """The metrics, and `gauges` by name as (help, value)."""
         lines = ["# HELP llava_requests_total Chat requests by HTTP status; 499: the client left."]
         lines.append("# TYPE llava_requests_total counter")
         lines += [f'llava_requests_total{{status="{code}"}} {n}' for code, n in sorted(self.requests.items())]

@@ -38,15 +38,15 @@ class GenerationRequest:
     """A prompt, its sampling, and where its answer goes."""
 
     ids: list[int]
-    """The prompt, without visual tokens."""
+    """Token ids of the prompt, without visual tokens."""
     image: RequestImage | None
     sampling: Sampling
     on_delta: Callable[[TextDelta], None]
     """Called from the scheduler's thread; must not block."""
     cancelled: bool = False
-    """The client has gone: nothing is emitted any more."""
+    """Whether the client has disconnected; nothing is emitted any more."""
     reused: int = 0
-    """Tokens of the prompt that were in the cache already."""
+    """Prompt tokens whose keys and values were in the cache."""
     tokens: int = 0
     """Tokens generated so far."""
 
@@ -55,8 +55,12 @@ class GenerationRequest:
             self.on_delta(delta)
 
     @property
+    def image_key(self) -> bytes | None:
+        return self.image.key if self.image else None
+
+    @property
     def visual_tokens(self) -> int:
-        return 0 if self.image is None else self.image.visual.shape[1]
+        return self.image.visual.shape[1] if self.image else 0
 
     @property
     def prompt_tokens(self) -> int:

@@ -45,27 +45,41 @@ class SequenceSlot:
 
     row: int
     answer: Answer | None = None
-    key: bytes | None = None
+    image_key: bytes | None = None
     """sha256 of the image at its beginning."""
     visual_tokens: int = 0
     ids: list[int] = dataclasses.field(default_factory=list)
     """Text tokens in the cache, after the visual ones."""
     used: float = 0.0
-    """When (of time.monotonic) it last answered."""
+    """Time (of time.monotonic) when its last answer ended."""
 
     @property
     def held(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return self.visual_tokens + len(self.ids)
 
-    def shares(self, request: GenerationRequest) -> int:
-        """Leading tokens that the request need not read again; its last one is always read."""
-        if self.key != (request.image.key if request.image else None):
+    def reusable(self, request: GenerationRequest) -> int:
+        """Number of leading prompt tokens whose keys and values are in the cache."""
+        if self.image_key != request.image_key or not self.held:
             return 0
-        return self.visual_tokens + cached_prefix(self.ids, request.ids) if self.held else 0
+        return self.visual_tokens + cached_prefix(self.ids, request.ids)
 
-    def forget(self) -> None:
-        self.key, self.visual_tokens, self.ids = None, 0, []
+    def begin(self, answer: Answer) -> None:
+        answer.request.reused = self.reusable(answer.request)
+        self.answer = answer
+
+    def keep_prompt(self, request: GenerationRequest) -> None:
+        """Note that the cache now holds the request's prompt."""
+        self.image_key, self.visual_tokens = request.image_key, request.visual_tokens
+        self.ids = list(request.ids)
+
+    def free(self) -> None:
+        """End the answer; the tokens in the cache stay."""
+        self.answer, self.used = None, time.monotonic()
+
+    def clear(self) -> None:
+        """End the answer, and drop the tokens in the cache."""
+        self.answer, self.image_key, self.visual_tokens, self.ids = None, None, 0, []
 
 
 class Scheduler:
@@ -89,7 +103,7 @@ class Scheduler:
         return sum(slot.answer is not None for slot in self.slots)
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request whose prompt and at least one token of an answer fit the context."""
+        """Queue a request. Its prompt and at least one token of an answer must fit the context."""
         assert request.prompt_tokens < self.context
         with self._wake:
             if self._closed:
@@ -99,13 +113,13 @@ class Scheduler:
             self._wake.notify()
 
     def cancel(self, request: GenerationRequest) -> None:
-        """Leave the queue, or free the slot before the next step. An answer that is over stays as it is."""
+        """Remove a request from the queue, or free its slot before the next step, if it has not ended."""
         request.cancelled = True
         with self._wake, contextlib.suppress(ValueError):
             self.waiting.remove(request)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run something else that needs the device between two steps: one thread computes, and only one."""
+        """Run a function between two steps, in the scheduler's thread: only that one uses the device."""
         future: Future[T] = Future()
         with self._wake:
             self._calls.append((future, function))
@@ -113,7 +127,7 @@ class Scheduler:
         return future
 
     def close(self) -> None:
-        """Tell every request that there is no more to come, and wait for the thread."""
+        """End the thread, and every request with the error STOPPING."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -140,53 +154,47 @@ class Scheduler:
     def _free_cancelled(self) -> None:
         for slot in self.slots:
             if slot.answer and slot.answer.request.cancelled:
-                slot.answer, slot.used = None, time.monotonic()
+                slot.free()
 
     def _admit(self) -> list[SequenceSlot]:
-        """Slots that the next requests got, if any are free; waits where there is nothing else to do.
+        """Slots of waiting requests that share the next prefill; waits if there is nothing to do at all.
 
-        Requests with equally many tokens to prefill begin together, up to PREFILL_TOKENS tokens: a prefill
-        delays the answers that are under way.
+        They have equally many tokens to prefill, up to PREFILL_TOKENS together: a prefill delays the answers
+        under way.
         """
         begun: list[SequenceSlot] = []
-        alike = 0
+        each = 0
         with self._wake:
             while not (self._closed or self.waiting or self._calls or self.busy):
                 self._wake.wait()
             while self.waiting and (free := [slot for slot in self.slots if slot.answer is None]):
                 request = self.waiting[0]
                 # The slot that holds most of the prompt already, else the one idle for longest.
-                slot = max(free, key=lambda slot: (slot.shares(request), -slot.used))
-                new = request.prompt_tokens - slot.shares(request)
-                if begun and (new != alike or (len(begun) + 1) * new > PREFILL_TOKENS):
+                slot = max(free, key=lambda slot: (slot.reusable(request), -slot.used))
+                new = request.prompt_tokens - slot.reusable(request)
+                if begun and (new != each or (len(begun) + 1) * new > PREFILL_TOKENS):
                     break
-                alike, request.reused = new, slot.shares(request)
+                each = new
                 generator = torch.Generator(self.llm.device).manual_seed(request.sampling.seed)
-                slot.answer = Answer(
-                    request, StreamDetokenizer(self.aligned.text, request.sampling.stop), generator
-                )
+                detokenizer = StreamDetokenizer(self.aligned.text, request.sampling.stop)
+                slot.begin(Answer(request, detokenizer, generator))
                 begun.append(slot)
                 self.waiting.popleft()
         return begun
 
     def _prefill(self, slots: Sequence[SequenceSlot]) -> None:
-        """Prefill the prompts, from where the rows' prefixes end, and emit the first tokens."""
+        """Run the prompts through the model, after the rows' prefixes, and emit the first tokens."""
         requests = [slot.answer.request for slot in slots if slot.answer]
         try:
-            logits = self._forward(
-                slots, [request.reused for request in requests], torch.cat([*map(self._unread, requests)])
-            )
+            inputs = torch.cat([self._new_inputs(request) for request in requests])
+            logits = self._forward(slots, [request.reused for request in requests], inputs)
             for slot, request in zip(slots, requests, strict=True):
-                slot.key, slot.visual_tokens = (
-                    request.image.key if request.image else None,
-                    request.visual_tokens,
-                )
-                slot.ids = list(request.ids)
+                slot.keep_prompt(request)
             self._emit(slots, logits)
         except Exception as error:
             self._fail(slots, _fault(error))
 
-    def _unread(self, request: GenerationRequest) -> torch.Tensor:
+    def _new_inputs(self, request: GenerationRequest) -> torch.Tensor:
         """Embeddings [1, new, hidden] of the prompt from `reused` on."""
         embedded = self.aligned.embed(request.ids)
         if request.image:
@@ -194,7 +202,7 @@ class Scheduler:
         return embedded[:, request.reused :]
 
     def _step(self, active: Sequence[SequenceSlot]) -> None:
-        """One token more of every answer."""
+        """Generate one more token of every answer."""
         last = [slot.answer.detokenizer.tokens[-1] for slot in active if slot.answer]
         try:
             embedded = self.llm.embed(torch.tensor(last, device=self.llm.device)[:, None])
@@ -208,11 +216,10 @@ class Scheduler:
     def _forward(
         self, slots: Sequence[SequenceSlot], held: Sequence[int], embedded: torch.Tensor
     ) -> torch.Tensor:
-        """Inputs [B, new, hidden] after what the slots hold -> logits [B, V] of what follows."""
-        reading = self.cache.forward_arguments(
-            [slot.row for slot in slots], held, embedded.shape[1], embedded
-        )
-        logits: torch.Tensor = self.llm.model(inputs_embeds=embedded, logits_to_keep=1, **reading).logits
+        """Inputs [B, new, hidden] after the `held` tokens of each slot -> logits [B, V] of the next token."""
+        rows = [slot.row for slot in slots]
+        arguments = self.cache.forward_arguments(rows, held, embedded.shape[1], embedded)
+        logits: torch.Tensor = self.llm.model(inputs_embeds=embedded, logits_to_keep=1, **arguments).logits
         return logits[:, -1].float()
 
     def _emit(self, slots: Sequence[SequenceSlot], logits: torch.Tensor) -> None:
@@ -223,15 +230,15 @@ class Scheduler:
             assert answer is not None
             sampling = answer.request.sampling
             if sampling.temperature or sampling.repetition_penalty != 1:
-                said = torch.tensor([answer.detokenizer.tokens], dtype=torch.long, device=logits.device)
+                generated = torch.tensor([answer.detokenizer.tokens], dtype=torch.long, device=logits.device)
                 try:
-                    token = int(choose(row[None], sampling, [answer.generator], said))
-                except RuntimeError as error:  # of this answer alone
+                    token = int(choose(row[None], sampling, [answer.generator], generated))
+                except RuntimeError as error:  # only this answer fails
                     self._fail([slot], _fault(error))
                     continue
             delta = self._add(answer.request, answer.detokenizer, token)
             if delta.finish:
-                slot.answer, slot.used = None, time.monotonic()
+                slot.free()
             if delta.finish or delta.text:
                 answer.request.emit(delta)
 
@@ -242,10 +249,7 @@ class Scheduler:
         request.tokens += 1
         if detokenizer.stopped:
             return TextDelta(text, "stop")
-        if (
-            request.tokens == request.sampling.max_tokens
-            or request.prompt_tokens + request.tokens == self.context
-        ):
+        if request.tokens == min(request.sampling.max_tokens, self.context - request.prompt_tokens):
             return TextDelta(text + detokenizer.end(), "length")
         return TextDelta(text)
 
@@ -253,8 +257,7 @@ class Scheduler:
         for slot in slots:
             if slot.answer:
                 slot.answer.request.emit(TextDelta("", error=error))
-            slot.answer = None
-            slot.forget()
+            slot.clear()
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

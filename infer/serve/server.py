@@ -1,4 +1,4 @@
-"""`infer serve`: an OpenAI-compatible server with a page to talk to."""
+"""`infer serve`: an OpenAI-compatible server with a chat page."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ HEADERS = {
 SHUTDOWN_SECONDS = 0.5
 """Seconds for answers under way to end; their clients have got the error already."""
 MORE_CONNECTIONS = 256
-"""Connections besides those of requests that are answered or wait: pages, browsers' spares, slow senders."""
+"""Connections besides those of accepted requests: pages, browsers' spare ones, bodies that arrive slowly."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -61,7 +61,7 @@ def run(config: ServeConfig) -> JsonDict:
 
 
 class Server:
-    """The routes, and what they share."""
+    """The routes and the state that they share."""
 
     def __init__(self, config: ServeConfig, aligned: AlignedModel) -> None:
         self.config, self.aligned = config, aligned
@@ -77,7 +77,7 @@ class Server:
         self.completions = Completions(config, self.model, self.scheduler, self.fetcher, self.metrics)
 
     async def serve(self, listener: socket.socket) -> None:
-        """Serve on a bound socket until a signal comes."""
+        """Serve on a bound socket until a signal arrives."""
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         numbers = stop_signals()
         for number in numbers:
@@ -107,7 +107,7 @@ class Server:
             await runner.cleanup()
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[self._answering])
+        app = web.Application(middlewares=[self._middleware])
         app.on_response_prepare.append(self._finish_headers)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
@@ -136,11 +136,9 @@ class Server:
         if not is_loopback(host) and not self.config.api_key:
             say("anybody who reaches this port may use it; --api-key asks for a key")
 
-    # What surrounds every route.
-
     @web.middleware
-    async def _answering(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Whom to answer; whatever goes wrong gets OpenAI's shape."""
+    async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check access; errors get the JSON of OpenAI's API."""
         with self.connections.request(request.transport):
             return await self._answered(request, handler)
 
@@ -172,8 +170,6 @@ class Server:
             response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
             response.headers["Vary"] = "Origin"
 
-    # The small routes.
-
     async def _page(self, request: web.Request) -> web.StreamResponse:
         name, kind = PAGE[request.path]
         body = resources.files("infer.serve").joinpath(name).read_bytes()
@@ -184,7 +180,10 @@ class Server:
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         gauges = {
-            "requests_inside": ("Chat requests that are read, waiting or answered.", self.completions.inside),
+            "requests_inside": (
+                "Chat requests that are read, waiting or answered.",
+                self.completions.inside,
+            ),
             "requests_waiting": ("Chat requests that wait for a slot.", len(self.scheduler.waiting)),
             "slots": ("Answers that can be given at a time.", self.config.slots),
             "slots_busy": ("Answers that are being given.", self.scheduler.busy),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from infer.aligned_model import open_aligned_model
 from infer.config import LensConfig
-from infer.lens.command import look
+from infer.lens.command import analyse
 from tests.support.aligned import write_world
 from tests.support.browser import dom_of
 from tests.support.commands import call, run
@@ -29,32 +29,32 @@ def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
         top=3,
         other=str(world.images[1]),
     )
-    seen = look(open_aligned_model(config), config)
-    assert [(panel.projector, panel.reading) for panel in seen.panels] == [
+    result = analyse(open_aligned_model(config), config)
+    assert [(panel.projector, panel.readout) for panel in result.panels] == [
         ("trained projector", "nearest input embeddings"),
         ("random projector", "nearest input embeddings"),
         ("trained projector", "logit lens after block 1"),
         ("random projector", "logit lens after block 1"),
     ]
-    for panel in seen.panels:
+    for panel in result.panels:
         assert [len(words) for words in (*panel.words, panel.class_words)] == [3] * 5
-    assert seen.panels[0].words != seen.panels[1].words
-    assert "".join(seen.pieces) == caption
-    assert (summary["caption"], summary["loss"]) == (caption, pytest.approx(sum(seen.loss), rel=1e-4))
-    assert (summary["other"], seen.other) == ("a blank image", str(world.images[1]))
-    assert summary["other_loss"] != summary["loss"] != sum(seen.other_loss)
+    assert result.panels[0].words != result.panels[1].words
+    assert "".join(result.pieces) == caption
+    assert (summary["caption"], summary["loss"]) == (caption, pytest.approx(sum(result.loss), rel=1e-4))
+    assert (summary["other"], result.other) == ("a blank image", str(world.images[1]))
+    assert summary["other_loss"] != summary["loss"] != sum(result.other_loss)
 
     with Image.open(summary["png"]) as picture:
         assert min(picture.size) > 800
         assert len(picture.getcolors(1 << 24)) > 50
     dom = unescape(dom_of(Path(summary["html"]), tmp_path / "profile"))
     shown = dom.split('<div id="panels">')[1]
-    for panel in seen.panels[:2]:
+    for panel in result.panels[:2]:
         for words in panel.words:
             assert f'title="{"   ".join(f"{word} {score:.2f}" for word, score in words)}"' in shown
     assert shown.count('class="patch"') == 8
     assert "<b>" not in dom  # no caption becomes markup
-    assert shown.count('class="piece') == len(seen.pieces)
+    assert shown.count('class="piece') == len(result.pieces)
 
 
 def test_an_image_is_compared_with_another(tmp_path: Path) -> None:

@@ -9,22 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer.batch.command import alike
+from infer.batch.command import same_length
 from infer.batch.questions import OUTPUT_KEYS, read_questions
 from llava_core.errors import LlavaError
 
 
-def test_alike_looks_ahead_for_prompts_of_one_length() -> None:
-    assert list(alike([7, 9, 7, 9, 7, 8], size=2, window=6)) == [[0, 2], [1, 3], [4], [5]]
-    assert list(alike([7, 9, 7, 9, 7, 8], size=2, window=3)) == [[0, 2], [1, 3], [4], [5]]
-    assert list(alike([7, 9, 7], size=2, window=2)) == [[0], [1], [2]]
-    assert list(alike([7] * 5, size=2, window=2)) == [[0, 1], [2, 3], [4]]
+def test_same_length_looks_ahead_for_prompts_of_one_length() -> None:
+    assert list(same_length([7, 9, 7, 9, 7, 8], size=2, window=6)) == [[0, 2], [1, 3], [4], [5]]
+    assert list(same_length([7, 9, 7, 9, 7, 8], size=2, window=3)) == [[0, 2], [1, 3], [4], [5]]
+    assert list(same_length([7, 9, 7], size=2, window=2)) == [[0], [1], [2]]
+    assert list(same_length([7] * 5, size=2, window=2)) == [[0, 1], [2, 3], [4]]
 
 
 @given(st.lists(st.integers(1, 4), max_size=60), st.integers(1, 5), st.integers(1, 12))
-def test_alike_is_a_partition_that_keeps_near_the_front(lengths: list[int], size: int, window: int) -> None:
+def test_same_length_is_a_partition_that_keeps_near_the_front(
+    lengths: list[int], size: int, window: int
+) -> None:
     left = list(range(len(lengths)))
-    for together in alike(iter(lengths), size, window):
+    for together in same_length(iter(lengths), size, window):
         assert together[0] == left[0]
         assert together == sorted(set(together) & set(left))
         assert len({lengths[index] for index in together}) == 1

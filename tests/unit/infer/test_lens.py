@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from infer.aligned_model import FeatureAnswerer
-from infer.lens.readout import Vocabulary, logit_lens, losses, nearest, random_projector
+from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, piece_losses, random_projector
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Turn
 from llava_core.language.load import load_language_model
@@ -30,7 +30,7 @@ def test_a_token_that_is_a_word_is_nearest_to_it(answerer: FeatureAnswerer) -> N
     # Special tokens, blanks and half characters are not among the words: 94 bytes are left.
     assert sorted(vocabulary.words) == [chr(code) for code in range(33, 127)]
     ids = [answerer.conversation.tokenizer.convert_tokens_to_ids(letter) for letter in "aZ?"]
-    scores = nearest(answerer.llm, 3 * answerer.embed(ids)[0])
+    scores = embedding_similarity(answerer.llm, 3 * answerer.embed(ids)[0])
     tops = vocabulary.top(scores, 4)
     assert [words[0][0] for words in tops] == ["a", "Z", "?"]
     assert [words[0][1] for words in tops] == pytest.approx([1, 1, 1])
@@ -54,14 +54,14 @@ def test_after_the_last_block_the_lens_is_the_model(answerer: FeatureAnswerer) -
 def test_the_losses_of_the_pieces_are_those_of_the_caption(answerer: FeatureAnswerer) -> None:
     visual = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     turn = Turn("看", "红 a。")
-    pieces, loss = losses(answerer, visual, turn)
+    pieces, loss = piece_losses(answerer, visual, turn)
     assert pieces == ["红", " ", "a", "。", ""]  # 3, 1, 1 and 3 bytes, and the end token
     example = answerer.conversation.example([turn], 100)
     embedded = torch.cat([visual[None], answerer.embed(example.ids)], dim=1)
     labels = torch.tensor([[-100] * 4 + example.labels])
     mean = answerer.llm.model(inputs_embeds=embedded, labels=labels).loss
     assert sum(loss) / 9 == pytest.approx(float(mean), rel=1e-5)
-    assert losses(answerer, visual.flip(0), turn)[1] != loss
+    assert piece_losses(answerer, visual.flip(0), turn)[1] != loss
 
 
 def test_the_random_projector_has_learnt_nothing_and_is_as_loud(answerer: FeatureAnswerer) -> None:
