@@ -46,7 +46,7 @@ from llava_core.network.async_tasks import run_async
 from llava_core.network.fetch import fetch_all
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
-from llava_core.shards.format import ShardHeader
+from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower

@@ -23,7 +23,7 @@ import tyro
 from llava_core.cli.console import table
 from llava_core.row_status import Status
 from llava_core.shards.folder import open_shards
-from llava_core.shards.format import ShardHeader
+from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.quantize import STORAGES
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter

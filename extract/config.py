@@ -10,7 +10,7 @@ from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file_place, require_folder
 from llava_core.input_folders import require_vision_encoder, shard_paths
-from llava_core.launcher import cpu_cores
+from llava_core.launcher_variables import cpu_cores
 from llava_core.network.fetch_limits import FetchLimits
 
 

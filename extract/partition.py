@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from extract.config import EncodeConfig
-from llava_core.launcher import WorkerIndex
+from llava_core.launcher_variables import WorkerIndex
 
 T = TypeVar("T")
 Flags = TypeVar("Flags", bound=EncodeConfig)

@@ -23,7 +23,7 @@ from extract.statistics import TOP_HOSTS
 from llava_core.cli.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
-from llava_core.launcher import WorkerIndex
+from llava_core.launcher_variables import WorkerIndex
 from llava_core.ray_cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_progress_actor
 from llava_core.types import JsonDict
 

@@ -20,7 +20,7 @@ from extract.statistics import TOO_MANY_FAILED, outcome_table, summarise
 from llava_core.cli.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing
-from llava_core.launcher import worker_index
+from llava_core.launcher_variables import worker_index
 from llava_core.row_status import Failure, Status
 from llava_core.shards.folder import open_shards
 from llava_core.shards.layout import disk_bytes

@@ -14,7 +14,7 @@ from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
 from llava_align.demo.world.scene import random_scene
 from llava_core.row_status import Status
-from llava_core.shards.format import ShardHeader
+from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.types import JsonDict
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.launcher import local_gpu
+from llava_core.launcher_variables import local_gpu
 
 DEVICE_ERRORS = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|device-side assert")
 LEAST_PRODUCTS = 8

@@ -15,7 +15,7 @@ from train.recipes import RECIPES
 COMMANDS = {
     "run": Command(RunConfig, "train.run:run", RECIPES, continues=True),
     "sweep": Command(SweepConfig, "train.sweep.command:run", RECIPES, continues=True),
-    "plan": Command(PlanConfig, "train.plan:run", RECIPES),
+    "plan": Command(PlanConfig, "train.cost_prediction:run", RECIPES),
     "eval": Command(EvalConfig, "train.evaluate:run"),
 }
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

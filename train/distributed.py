@@ -24,7 +24,7 @@ import torch.distributed as dist
 from llava_core.cli.console import speak
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError, first_line
-from llava_core.launcher import whole_number
+from llava_core.launcher_variables import whole_number
 from train.stop_signal import ignore_signals
 
 Item = TypeVar("Item")

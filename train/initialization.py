@@ -12,8 +12,8 @@ from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import Provenance
 from llava_core.projector.projector import Projector, match_scale
 from train.config import RunConfig
+from train.cost_prediction import projector_of, require_same_kind
 from train.data.samples import Samples
-from train.plan import projector_of, require_same_kind
 
 SCALE_SAMPLES = 64
 """Samples whose features set the scale of a random projector."""

@@ -13,13 +13,13 @@ from llava_core.bootstrap import figure_rows
 from llava_core.cli.console import progress, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
+from train.cost_prediction import outcome_line
 from train.data.packing import Packing
 from train.data.prefetch import prefetch
 from train.data.samples import Batch
 from train.distributed import DeferredError
 from train.model.loss import packed_losses
 from train.model.packed_model import compilations
-from train.plan import outcome_line
 from train.resources import TrainingResources
 from train.stop_signal import StopRequest
 from train.throughput import Throughput, progress_line

@@ -12,10 +12,10 @@ from llava_core.filesystem import Lock
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from llava_core.types import JsonDict
 from train.config import RunConfig
+from train.cost_prediction import projector_of
+from train.cost_prediction import run as plan
 from train.distributed import joined
 from train.loop import EvalCallback, Outcome, Trainer
-from train.plan import projector_of
-from train.plan import run as plan
 from train.resources import TrainingResources
 from train.run_folder import RunFolder
 from train.stop_signal import StopRequest

@@ -13,6 +13,7 @@ from llava_core.errors import LlavaError
 from llava_core.projector.projector import parameter_count
 from llava_core.types import JsonDict
 from train.config import RunConfig
+from train.cost_prediction import predict, projector_of
 from train.data.packing import Packing
 from train.data.samples import TextCounts
 from train.data.schedule import Schedule
@@ -20,7 +21,6 @@ from train.evaluate import INTERVALS, ONE_PICTURE, evaluate
 from train.initialization import initial_projector
 from train.metric_writers import MetricWriters
 from train.optimizer import build_optimizer, learning_rate
-from train.plan import predict, projector_of
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
 from train.sample_captions import beside_its_caption, captions

@@ -16,7 +16,7 @@ from benchmarks.gpu.worker import PACKAGES
 from llava_align.doctor.command import driver
 from llava_core import __version__
 from llava_core.device import default_dtype
-from llava_core.launcher import cpu_cores
+from llava_core.launcher_variables import cpu_cores
 
 
 def versions() -> Iterator[Row]:

@@ -14,7 +14,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, in_turns, median_of, row, seconds_of
 from llava_align.subprocess_command import run_command
 from llava_align.synthetic_reference import VIT_B_16
-from llava_core.launcher import cpu_cores
+from llava_core.launcher_variables import cpu_cores
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 

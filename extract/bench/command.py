@@ -15,7 +15,7 @@ from extract.statistics import TOO_MANY_FAILED, outcome_table
 from llava_core.cli.console import counted, human_bytes, human_seconds, say, show, table
 from llava_core.device import free_ram
 from llava_core.errors import LlavaError
-from llava_core.launcher import cpu_cores
+from llava_core.launcher_variables import cpu_cores
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
 

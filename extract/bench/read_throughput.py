@@ -16,7 +16,7 @@ from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import fsync
 from llava_core.shards.folder import open_shards
-from llava_core.shards.format import read_by_hdf5
+from llava_core.shards.hdf5_file import read_by_hdf5
 from llava_core.shards.quantize import FEATURE_TYPE
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict

@@ -19,7 +19,7 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock, flush, fsync, write_all
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
-from llava_core.shards.format import ShardHeader, read_layout
+from llava_core.shards.hdf5_file import ShardHeader, read_layout
 from llava_core.shards.journal import Journal, record_type
 from llava_core.shards.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.shards.part_file import FinishedMeanwhile, copy_to_part, create_part, journal_of, part_of

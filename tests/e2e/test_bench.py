@@ -13,7 +13,7 @@ import pytest
 from extract.bench.command import run as bench
 from extract.config import BenchConfig
 from llava_core.errors import LlavaError
-from llava_core.shards.format import read_by_hdf5
+from llava_core.shards.hdf5_file import read_by_hdf5
 from llava_core.shards.quantize import STORAGES, Storage
 from llava_core.shards.reader import Shard
 from tests.support.commands import run, started, wait_until

@@ -26,7 +26,7 @@ from tests.support.local_data import write_parquet, write_pictures
 from tests.support.runs import config, curve, edited, flags_of, weights
 from tests.support.shards import TOKENS, WIDTH, write_shard
 from tests.support.vision_encoders import VISION, write_vision_folder
-from train.plan import run as plan_run
+from train.cost_prediction import run as plan_run
 from train.run import run as train_run
 
 NAMES = [f"{i}.jpg" for i in range(8)]

@@ -21,7 +21,7 @@ from extract.run import run as extract
 from llava_core.cli.console import progress
 from llava_core.network.async_tasks import run_async
 from llava_core.row_status import Status
-from llava_core.shards.format import ShardHeader
+from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
 from llava_core.vision.open import open_vision_tower

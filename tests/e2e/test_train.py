@@ -28,9 +28,9 @@ from tests.support.language_models import write_language_model
 from tests.support.runs import LOSS_CURVE, config, curve, flags_of, weights
 from tests.support.shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig
+from train.cost_prediction import run as plan_run
 from train.evaluate import run as evaluate_run
 from train.metric_writers import has_key
-from train.plan import run as plan_run
 from train.run import run as train_run
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.row_status import Status
-from llava_core.shards.format import ShardHeader
+from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import World

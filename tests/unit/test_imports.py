@@ -81,7 +81,7 @@ def test_train_never_reaches_the_vision_tower_pillow_or_aiohttp() -> None:
 
 
 def test_one_module_owns_h5py() -> None:
-    assert importers("h5py") == {"llava_core/shards/format.py"}
+    assert importers("h5py") == {"llava_core/shards/hdf5_file.py"}
 
 
 def test_one_module_owns_the_http_client() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from llava_core.cli.console import counted, human_seconds, say
 from llava_core.errors import LlavaError
-from llava_core.launcher import whole_number
+from llava_core.launcher_variables import whole_number
 from llava_core.types import JsonDict
 from train.config import SweepConfig
-from train.plan import forecast
+from train.cost_prediction import forecast
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS
 from train.run_folder import DEFAULTS

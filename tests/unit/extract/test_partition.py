@@ -17,7 +17,7 @@ from extract.ray_worker import OUR_CODE, Worker, WorkerError
 from extract.sources.find import find_sources
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Held, Lock
-from llava_core.launcher import WorkerIndex, cpu_cores, local_gpu, worker_index
+from llava_core.launcher_variables import WorkerIndex, cpu_cores, local_gpu, worker_index
 from llava_core.ray_cluster import Plan, code_digest, connected, plan_workers
 from tests.support.pictures import write_parquet
 from tests.support.vision_encoders import write_vision_folder

@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from llava_core.row_status import Status
-from llava_core.shards.format import TEXTS
+from llava_core.shards.hdf5_file import TEXTS
 from llava_core.shards.layout import COLUMNS
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter

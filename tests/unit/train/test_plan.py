@@ -13,9 +13,9 @@ from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.support.loss import summed_loss
 from tests.unit.train.test_loss import WIDTH, a_batch
+from train.cost_prediction import activation_bytes
 from train.data.packing import pack
 from train.model.packed_model import prepare
-from train.plan import activation_bytes
 
 
 def test_activations_are_those_that_autograd_keeps(tmp_path: Path) -> None:
