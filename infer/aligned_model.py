@@ -16,6 +16,7 @@ from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
+from llava_core.projector.projector import Projector
 from llava_core.shards.reader import Shard
 from llava_core.vision.open import open_trained_tower
 from llava_core.vision.preprocess import Decoded
@@ -25,7 +26,7 @@ from llava_core.vision.tower import VisionTower
 class FeatureAnswerer:
     """A projector and its language model: features to text."""
 
-    def __init__(self, projector: torch.nn.Module, llm: LanguageModel) -> None:
+    def __init__(self, projector: Projector, llm: LanguageModel) -> None:
         self.projector, self.llm = projector.to(llm.device), llm
         self.conversation = Conversation(llm.tokenizer, llm.eos_ids)
 
@@ -53,7 +54,7 @@ class FeatureAnswerer:
 class AlignedModel(FeatureAnswerer):
     """Encoder, projector and language model that were trained together."""
 
-    def __init__(self, tower: VisionTower, projector: torch.nn.Module, llm: LanguageModel) -> None:
+    def __init__(self, tower: VisionTower, projector: Projector, llm: LanguageModel) -> None:
         super().__init__(projector, llm)
         self.tower = tower
 

@@ -12,12 +12,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
+
+if TYPE_CHECKING:  # which --help does without
+    import numpy as np
 
 LACKING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """Numbers of an OSError that mean the file system (some network and FUSE ones) has no locks or fsync."""
@@ -38,7 +40,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def write_all(descriptor: int, data: bytes | bytearray | np.ndarray, offset: int) -> None:
     """Write all bytes at `offset`, then read them back. Raises OSError if the disk is full or they differ."""
-    view = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
+    view = memoryview(data) if isinstance(data, (bytes, bytearray)) else data.reshape(-1).view("u1").data
     start, rest = offset, view
     while rest:
         written = os.pwrite(descriptor, rest, start)

@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +65,8 @@ class Registry:
 
     def names(self) -> list[str]:
         """Every name that needs no module, built-ins first."""
+        from importlib import metadata  # which --help does without
+
         installed = (point.name for point in metadata.entry_points(group=self.group))
         return list(dict.fromkeys([*self.builtins, *self.registered, *installed]))
 
@@ -83,6 +84,8 @@ class Registry:
             self._require_class(name, target)
             entries = (entry for entry in self.registered.values() if entry.target is target)
             return next((entry for entry in entries if not entry.arguments), Entry(target, name))
+        from importlib import metadata
+
         for point in metadata.entry_points(group=self.group, name=name):
             if name not in self.registered:
                 self.register(name)(_imported(point.value.split()[0], self.noun))

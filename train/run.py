@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.distributed import joined
@@ -104,7 +105,11 @@ def train_to_the_end(
 def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict | None:
     """The summary of a finished run. Raises LlavaError if it cannot be the same run, or cannot be trained."""
     config, shard = folder.config, resources.shards[0]
-    projector_of(config, shard, resources.llm.hidden)  # or refuse
+    VISUAL_TOKENS.get(config.visual_tokens).target().tokens_out(
+        shard.tokens
+    )  # or refuse, with no model loaded
+    if config.projector not in PROJECTORS.builtins:
+        projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()
     if finished is not None:
         if folder.moved:

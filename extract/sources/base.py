@@ -6,12 +6,14 @@ import abc
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from llava_core.filesystem import sha256_files
-from llava_core.network.fetch import Fetched
 from llava_core.types import JsonDict
+
+if TYPE_CHECKING:  # with aiohttp, which `extract inspect` does without
+    from llava_core.network.fetch import Fetched
 
 
 class Images(Protocol):

@@ -7,17 +7,16 @@ projector of the same kind and scale is the baseline.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
 from infer.aligned_model import FeatureAnswerer
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.language.conversation import Turn
 from llava_core.language.model import LanguageModel
 from llava_core.language.target_logits import target_logits
-from llava_core.projector.projector import match_scale
+from llava_core.projector.projector import Projector, build_projector, match_scale
 
 Words = list[tuple[str, float]]
 """Words and their scores, the highest first."""
@@ -99,15 +98,15 @@ def piece_losses(
 
 
 @torch.no_grad()
-def random_projector(trained: torch.nn.Module, features: torch.Tensor, seed: int) -> torch.nn.Module:
+def random_projector(trained: Projector, features: torch.Tensor, seed: int) -> Projector:
     """An untrained projector of the same kind, sizes and RMS of visual tokens for `features`."""
-    projector = copy.deepcopy(trained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(CONTROL + seed)
-        for module in projector.cpu().modules():
-            if isinstance(module, torch.nn.Linear):
-                module.reset_parameters()
+        projector = build_projector(**trained.config).eval().requires_grad_(False)
     features = features.float()
     target = float(trained(features.to(next(trained.parameters()).device)).pow(2).mean().sqrt())
-    match_scale(projector, features.cpu(), target)
+    try:
+        match_scale(projector, features.cpu(), target)
+    except LlavaError:  # a class of one's own, whose last layer does not set the scale
+        say("the random projector's visual tokens are not at the scale of the trained one's")
     return projector.to(next(trained.parameters()).device)

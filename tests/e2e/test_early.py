@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 CHECK = """
 import importlib, json, sys
-from llava_core import cli
+from llava_core.cli import command as cli
 
 for module, *argv in json.loads(sys.argv[1]):
     try:

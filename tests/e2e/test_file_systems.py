@@ -35,7 +35,7 @@ def lacking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, Lacking(request.param))
     monkeypatch.setattr(fcntl, "flock", Lacking(request.param))
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(files, "_warned", set())
 
 
 EACH = pytest.mark.parametrize(

@@ -63,7 +63,6 @@ def push(hub: Hubs, tmp_path: Path, folder: Path, to: str, *arguments: object, *
         to,
         "--name",
         "somebody/projector",
-        *arguments,
     )
     return run(*command, *arguments, "--json", code=code, **{**variables, **given})
 

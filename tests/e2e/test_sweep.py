@@ -172,7 +172,7 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
 def test_wrong_usage(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "projector=lineer")
     line = call(*command(given), code=2).one_line()
-    assert line == "error: --space projector; expected one of linear, mlp; got lineer"
+    assert line == "error: unknown projector 'lineer'; did you mean 'linear'?; or give package.module:Class"
     for space in ("lr=1e-3..1e-2", "seed=0..2000000000"):
         with pytest.raises(LlavaError, match="--trials 20") as caught:
             sweep_run(sweep(world, tmp_path / "out", space))

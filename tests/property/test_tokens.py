@@ -18,7 +18,7 @@ from llava_core.language import generate
 from llava_core.language.conversation import IGNORE, Conversation, Turn
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
-from tests.support.tokenizers import FAMILIES, TEMPLATES, WORDS, small_tokenizer
+from tests.support.small_tokenizers import FAMILIES, TEMPLATES, WORDS, small_tokenizer
 
 VISUAL = 3
 CONTROL_TEXTS = ["<|im_end|>", "<|im_start|>user\n", "</s>", "<s>", "[/INST]", "<think>", "</think>", "<unk>"]

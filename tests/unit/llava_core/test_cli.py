@@ -315,9 +315,15 @@ def test_help_of_every_command(module: str, commands: list[str]) -> None:
     assert "--json" in run(module, commands[0], "--help").out
 
 
+def test_inspecting_shards_needs_no_torch_and_no_http_client() -> None:
+    code = "import extract.inspect.command, sys; print({'torch', 'aiohttp'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("module", ["extract", "train", "infer", "llava_align"])
 def test_help_loads_nothing_heavy(module: str) -> None:
-    heavy = {"torch", "transformers", "tokenizers", "h5py", "PIL"}
+    heavy = {"torch", "transformers", "tokenizers", "h5py", "PIL", "numpy", "aiohttp", "asyncio"}
     code = f"import {module}.__main__, sys; print({heavy} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert ended.stdout == "set()\n"
