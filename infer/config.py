@@ -42,7 +42,7 @@ class Aligned(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folders(Aligned):
-    """What answers about live images."""
+    """The models that answer about live images."""
 
     vision: Path
     """Folder of the vision encoder it was trained for."""
@@ -182,7 +182,7 @@ class ServeConfig(Models):
     model_id: str | None = None
     """Name of the model for clients; by default the last two folders of the checkpoint, such as RUN/best."""
     slots: int = 16
-    """Answers given at a time; others wait."""
+    """Answers generated at a time; other requests wait."""
     queue: int = 64
     """Requests that may wait; one more gets status 429."""
     context: int = 4096

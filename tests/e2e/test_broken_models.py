@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 
 from llava_core.language import conversation
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import Ended, call
 
 FAILS = "the chat template of {llm} fails; got "
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def small(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_aligned(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
-def llm(small: World, tmp_path: Path) -> Path:
+def llm(small: Folders, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small.llm, tmp_path / "llm"))
 
 
-def ask(small: World, llm: Path, code: int = 1) -> Ended:
+def ask(small: Folders, llm: Path, code: int = 1) -> Ended:
     flags = ("--checkpoint", small.checkpoint, "--vision", small.vision, "--llm", llm, "--device", "cpu")
     return call("infer", "ask", *flags, "--image", small.images[0], "--max-tokens", 4, code=code)
 
@@ -47,7 +47,7 @@ def ask(small: World, llm: Path, code: int = 1) -> Ended:
     ],
 )  # fmt: skip
 def test_a_template_that_fails_or_never_ends(
-    small: World, llm: Path, template: str, got: str, monkeypatch: pytest.MonkeyPatch
+    small: Folders, llm: Path, template: str, got: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversation, "RENDER_SECONDS", 0.2)
     (llm / "chat_template.jinja").write_text(template)
@@ -55,7 +55,7 @@ def test_a_template_that_fails_or_never_ends(
 
 
 @pytest.mark.parametrize("value", [["</s>"], [2, "2"], "", 1.5, True, {"a": 1}, [[1]], float("nan")])
-def test_end_tokens_that_are_no_numbers(small: World, llm: Path, value: object) -> None:
+def test_end_tokens_that_are_no_numbers(small: Folders, llm: Path, value: object) -> None:
     (llm / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     line = ask(small, llm).one_line()
     assert "eos_token_id" in line
@@ -63,7 +63,7 @@ def test_end_tokens_that_are_no_numbers(small: World, llm: Path, value: object) 
 
 
 @pytest.mark.parametrize("value", [-1, 264, 2**70, [2, -5]])
-def test_end_tokens_beyond_the_vocabulary_are_told(small: World, llm: Path, value: object) -> None:
+def test_end_tokens_beyond_the_vocabulary_are_told(small: Folders, llm: Path, value: object) -> None:
     (llm / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     odd = value[1] if isinstance(value, list) else value
     assert (
@@ -72,14 +72,14 @@ def test_end_tokens_beyond_the_vocabulary_are_told(small: World, llm: Path, valu
 
 
 @pytest.mark.parametrize("value", [None, [], [None], 2])
-def test_end_tokens_that_are_none_leave_the_tokenizers(small: World, llm: Path, value: object) -> None:
+def test_end_tokens_that_are_none_leave_the_tokenizers(small: Folders, llm: Path, value: object) -> None:
     (llm / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     assert "eos" not in ask(small, llm, code=0).err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\udcff", "[" * 100_000])
 def test_settings_that_transformers_would_leave_out_without_a_word(
-    small: World, llm: Path, content: str
+    small: Folders, llm: Path, content: str
 ) -> None:
     path = llm / "generation_config.json"
     path.write_bytes(content.encode(errors="surrogateescape"))

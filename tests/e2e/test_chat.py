@@ -16,7 +16,7 @@ from infer.chat.command import ImageChatRepl
 from infer.chat.image_dialogue import ImageDialogue
 from infer.config import ChatConfig
 from llava_core.language.sampling import Sampling
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import ENVIRONMENT
 from tests.support.paths import ROOT
 from tests.support.servers import answer, serving
@@ -26,16 +26,16 @@ SHORT = Sampling(max_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_aligned(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def aligned(world: World) -> AlignedModel:
+def aligned(world: Folders) -> AlignedModel:
     return open_aligned_model(ChatConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm))
 
 
-def chat(world: World, *flags: object) -> list[str]:
+def chat(world: Folders, *flags: object) -> list[str]:
     return [sys.executable, "-m", "infer", "chat", *map(str, (*world.flags, *flags))]
 
 
@@ -43,7 +43,7 @@ def said(dialogue: ImageDialogue, question: str) -> str:
     return "".join(dialogue.ask(question))
 
 
-def test_over_a_pipe(world: World, aligned: AlignedModel, tmp_path: Path) -> None:
+def test_over_a_pipe(world: Folders, aligned: AlignedModel, tmp_path: Path) -> None:
     """Answers on standard output and nothing else."""
     spaced = tmp_path / "ein Bild.png"
     spaced.write_bytes(world.images[1].read_bytes())
@@ -114,7 +114,7 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
     assert thesis.read_text() == '{"title": "years of work"}'
 
 
-def test_at_a_terminal(world: World, aligned: AlignedModel, tmp_path: Path) -> None:
+def test_at_a_terminal(world: Folders, aligned: AlignedModel, tmp_path: Path) -> None:
     """A person types, in Chinese surroundings: prompt, preview, history, several lines, Ctrl-C."""
     state = {"XDG_STATE_HOME": str(tmp_path / "state"), "LC_ALL": "zh_CN.UTF-8"}
     command = chat(world, "--max-tokens", 900, "--repetition-penalty", 1.1)
@@ -171,7 +171,7 @@ def test_at_a_terminal(world: World, aligned: AlignedModel, tmp_path: Path) -> N
         tmux.gone()
 
 
-def test_whoever_is_told_to_end_ends_within_an_answer(world: World) -> None:
+def test_whoever_is_told_to_end_ends_within_an_answer(world: Folders) -> None:
     process = subprocess.Popen(
         chat(world, "--max-tokens", 900, "--repetition-penalty", 1.1),
         stdin=subprocess.PIPE,

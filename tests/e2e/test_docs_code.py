@@ -16,7 +16,7 @@ import pytest
 from llava_core.input_folders import registered_layout
 from llava_core.registry import PROJECTORS, VISION_ENCODERS
 from llava_core.vision.open import open_vision_tower
-from tests.support.aligned import write_world
+from tests.support.aligned import write_aligned
 from tests.support.commands import call
 from tests.support.paths import ROOT
 from train.config import RunConfig
@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What the pages take for granted, under the names they use."""
-    world = write_world(tmp_path / "world")
+    world = write_aligned(tmp_path / "world")
     (tmp_path / "models").mkdir()
     shutil.copytree(world.vision, tmp_path / "models/clip")
     shutil.copytree(world.llm, tmp_path / "models/qwen3")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.aligned import write_world
+from tests.support.aligned import write_aligned
 from tests.support.commands import ENVIRONMENT, run
 from tests.support.paths import ROOT
 
@@ -28,7 +28,7 @@ for module, *argv in json.loads(sys.argv[1]):
 
 
 def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
-    world = write_world(tmp_path)
+    world = write_aligned(tmp_path)
     (tmp_path / "empty").mkdir()
     nix, empty = tmp_path / "nix", tmp_path / "empty"
     shard = tmp_path / "f/a.h5"

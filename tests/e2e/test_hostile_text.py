@@ -70,9 +70,9 @@ def test_an_answer_is_exact_in_a_pipe_and_visible_in_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from infer.chat.image_dialogue import ImageDialogue
-    from tests.support.aligned import write_world
+    from tests.support.aligned import write_aligned
 
-    world = write_world(tmp_path)
+    world = write_aligned(tmp_path)
     monkeypatch.setattr(ImageDialogue, "ask", lambda self, prompt: iter([f"a{NAME}", "b\n\tc"]))
     command = ("infer", "ask", *world.flags, "--image", world.images[0])
     assert call(*command).out == f"a{NAME}b\n\tc\n"

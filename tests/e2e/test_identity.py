@@ -18,7 +18,7 @@ from llava_align.hub.import_projector import run as import_run
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import load_checkpoint, point_to
 from tests.e2e.test_import import config as import_config
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call
 from tests.support.features import write_features
 from tests.support.runs import config, flags_of, weights
@@ -31,7 +31,7 @@ from train.sweep.command import run as sweep_run
 class Trained:
     """A world, features of its encoder, and a run of 4 steps on them with a checkpoint after 2."""
 
-    world: World
+    world: Folders
     given: RunConfig
     other: Path
     """The language model with another chat template."""
@@ -44,7 +44,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("trained")
-    world = write_world(root / "world")
+    world = write_aligned(root / "world")
     for name in ("features", "held-out"):
         write_features(world, root / name / "part.h5")
     given = config(root, root / "run", llm=world.llm, batch_size=2, epochs=2, eval_every=2, save_every=2)

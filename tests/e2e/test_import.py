@@ -19,7 +19,7 @@ from llava_core.errors import LlavaError
 from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import load_checkpoint, load_state
 from llava_core.vision.open import open_vision_tower
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import run
 from tests.support.local_data import write_parquet, write_pictures
 from tests.support.vision_encoders import VISION, write_vision_folder
@@ -30,11 +30,11 @@ WIDTH, HIDDEN = 64, 32
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_aligned(tmp_path_factory.mktemp("world"))
 
 
-def config(world: World, tmp_path: Path, weights: object) -> ImportConfig:
+def config(world: Folders, tmp_path: Path, weights: object) -> ImportConfig:
     torch.save(weights, tmp_path / "given.bin")
     return ImportConfig(
         file=tmp_path / "given.bin", vision=world.vision, llm=world.llm, out=tmp_path / "imported"
@@ -54,7 +54,7 @@ def llava_mlp(
     }
 
 
-def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) -> None:
+def test_the_course_projector_answers_as_it_did(world: Folders, tmp_path: Path) -> None:
     """The state dict of a trained checkpoint, by the course's names, gives that checkpoint's answers."""
     trained = load_checkpoint(world.checkpoint)
     file, out = tmp_path / "stage1_projection.pt", tmp_path / "imported"
@@ -93,7 +93,7 @@ def test_the_course_projector_answers_as_it_did(world: World, tmp_path: Path) ->
 
 
 def test_llava_takes_the_patches_of_the_layer_before_the_last(
-    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    world: Folders, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     weights = llava_mlp()
     import_run(config(world, tmp_path, {name: value.bfloat16() for name, value in weights.items()}))
@@ -126,7 +126,7 @@ def test_llava_takes_the_patches_of_the_layer_before_the_last(
         eval_run(dataclasses.replace(of_it, features=tmp_path / "featuresNone"))
 
 
-def test_what_does_not_fit_is_one_line(world: World, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_line(world: Folders, tmp_path: Path) -> None:
     vision = write_vision_folder(tmp_path / "vision", vision={**VISION, "vision_patch_size": 8})
     shuffled = dataclasses.replace(config(world, tmp_path, llava_mlp(4 * WIDTH)), vision=vision)
     with pytest.raises(LlavaError, match="expected 64 wide; got 256; give --visual-tokens shuffle"):

@@ -19,7 +19,7 @@ from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import Sampling
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call, run
 from tests.support.language_models import write_language_model
 from tests.support.servers import answer, serving
@@ -29,12 +29,12 @@ SHORT = Sampling(max_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_aligned(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def aligned(world: World) -> AlignedModel:
+def aligned(world: Folders) -> AlignedModel:
     return world.aligned()
 
 
@@ -60,7 +60,7 @@ def reference(
     return aligned.text(tokens)
 
 
-def test_answers_equal_plain_decoding_over_many_turns(aligned: AlignedModel, world: World) -> None:
+def test_answers_equal_plain_decoding_over_many_turns(aligned: AlignedModel, world: Folders) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[0]))
     for question in ("图中有什么？", "颜色？", "What else?"):
@@ -69,7 +69,7 @@ def test_answers_equal_plain_decoding_over_many_turns(aligned: AlignedModel, wor
         assert dialogue.messages[:-1] == messages
 
 
-def test_a_second_turn_reads_only_what_is_new(aligned: AlignedModel, world: World) -> None:
+def test_a_second_turn_reads_only_what_is_new(aligned: AlignedModel, world: Folders) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[0]))
     said(dialogue, "一个很长很长很长很长的问题")
@@ -81,7 +81,7 @@ def test_a_second_turn_reads_only_what_is_new(aligned: AlignedModel, world: Worl
     assert dialogue.figures.prefilled < whole - aligned.tower.tokens - 40
 
 
-def test_the_picture_matters_and_clear_forgets_only_the_turns(aligned: AlignedModel, world: World) -> None:
+def test_the_picture_matters_and_clear_forgets_only_the_turns(aligned: AlignedModel, world: Folders) -> None:
     answers = []
     for image in world.images:
         dialogue = ImageDialogue(aligned, SHORT)
@@ -99,7 +99,7 @@ def test_without_a_picture_the_language_model_answers_alone(aligned: AlignedMode
 
 
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
-    aligned: AlignedModel, world: World
+    aligned: AlignedModel, world: Folders
 ) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[1]))
@@ -111,7 +111,7 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
     assert said(dialogue, "再") == reference(aligned, world.images[1], messages, SHORT)
 
 
-def test_clear_and_retry_read_almost_nothing_again(aligned: AlignedModel, world: World) -> None:
+def test_clear_and_retry_read_almost_nothing_again(aligned: AlignedModel, world: Folders) -> None:
     dialogue = ImageDialogue(aligned, dataclasses.replace(SHORT, temperature=1.5))
     dialogue.show(str(world.images[0]))
     first = said(dialogue, "看")
@@ -134,7 +134,7 @@ def test_clear_and_retry_read_almost_nothing_again(aligned: AlignedModel, world:
         ImageDialogue(aligned, SHORT).retry()
 
 
-def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(aligned: AlignedModel, world: World) -> None:
+def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(aligned: AlignedModel, world: Folders) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[0]))
     whole = said(dialogue, "看")
@@ -149,14 +149,14 @@ def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(aligned: AlignedM
 
 @pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
 def test_compiled_steps_say_the_same_and_leave_the_same_cache(
-    aligned: AlignedModel, world: World, stance: str
+    aligned: AlignedModel, world: Folders, stance: str
 ) -> None:
     """A cache of fixed size, a stop in the middle of an answer, and a dialogue that goes on after it."""
     with torch.compiler.set_stance(stance):
         _compare_compiled(aligned, world)
 
 
-def _compare_compiled(aligned: AlignedModel, world: World) -> None:
+def _compare_compiled(aligned: AlignedModel, world: Folders) -> None:
     try:
         compiled = CompiledStep(aligned.llm, length=60)  # too short for the second turn
     except LlavaError as error:
@@ -178,7 +178,7 @@ def _compare_compiled(aligned: AlignedModel, world: World) -> None:
 
 
 def test_a_saved_dialogue_goes_on(
-    aligned: AlignedModel, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    aligned: AlignedModel, world: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dialogue, other = ImageDialogue(aligned, SHORT), ImageDialogue(aligned, SHORT)
     monkeypatch.chdir(world.images[0].parent)
@@ -211,7 +211,7 @@ def test_a_full_context_is_said(aligned: AlignedModel) -> None:
     assert said(dialogue, "再") == reference(aligned, None, messages, SHORT)
 
 
-def test_ask_by_path_and_by_address(world: World) -> None:
+def test_ask_by_path_and_by_address(world: Folders) -> None:
     flags = (*world.flags, "--prompt", "看", "--max-tokens", 8, "--json")
     by_path = run("infer", "ask", *flags, "--image", world.images[0])
     with serving({"/a.png": answer(world.images[0].read_bytes())}) as base:
@@ -221,7 +221,7 @@ def test_ask_by_path_and_by_address(world: World) -> None:
     assert "cannot fetch the image; got http 4xx (HTTP 404)" in gone
 
 
-def test_addresses_in_a_file_are_a_strangers(world: World, tmp_path: Path) -> None:
+def test_addresses_in_a_file_are_a_strangers(world: Folders, tmp_path: Path) -> None:
     """What is typed may be private; what came in a JSONL file or a saved dialogue may not, unless opened."""
     flags = (*world.flags, "--max-tokens", 8, "--input", tmp_path / "in.jsonl", "--output")
     saved, remedy = tmp_path / "saved.json", "--allow-private lets it lead to this machine"
@@ -242,7 +242,7 @@ def test_addresses_in_a_file_are_a_strangers(world: World, tmp_path: Path) -> No
     assert opened["answer"]
 
 
-def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line(world: Folders, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("不是图片")
     line = call("infer", "ask", *world.flags, "--image", text, code=1).one_line()
@@ -268,7 +268,7 @@ def test_bad_input_is_one_clear_line(world: World, tmp_path: Path) -> None:
     assert f"give {world.checkpoint}" in hint.one_line()
 
 
-def test_batch_equals_ask_and_continues(world: World, aligned: AlignedModel, tmp_path: Path) -> None:
+def test_batch_equals_ask_and_continues(world: Folders, aligned: AlignedModel, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("text")
     questions = [{"image": str(image), "prompt": p} for p in ("看", "另一个长问题") for image in world.images]
     questions.insert(3, {"image": "bad.png", "prompt": "看"})
@@ -297,7 +297,7 @@ def test_batch_equals_ask_and_continues(world: World, aligned: AlignedModel, tmp
     assert "line 1 of" in call(*command, "--output", tmp_path / "b.jsonl", code=1).one_line()
 
 
-def test_what_is_drawn_depends_on_no_company(aligned: AlignedModel, world: World, tmp_path: Path) -> None:
+def test_what_is_drawn_depends_on_no_company(aligned: AlignedModel, world: Folders, tmp_path: Path) -> None:
     drawn = dataclasses.replace(SHORT, temperature=1.5)
     questions = [{"image": str(image), "prompt": "看"} for image in (*world.images, world.images[0])]
 
@@ -320,7 +320,7 @@ def test_a_sequence_that_is_over_is_waited_for_no_more(aligned: AlignedModel) ->
     assert [[token is not None for token in step] for step in steps] == [[True] * 2] * 2 + [[False, True]] * 2
 
 
-def test_pictures_are_seen_as_in_training(aligned: AlignedModel, world: World) -> None:
+def test_pictures_are_seen_as_in_training(aligned: AlignedModel, world: Folders) -> None:
     """infer's visual tokens are the projection of what extract would have stored, to the last bit."""
     data = world.images[2].read_bytes()
     pixels = aligned.tower.preprocess.decode_image(data).pixels
@@ -332,7 +332,7 @@ def test_pictures_are_seen_as_in_training(aligned: AlignedModel, world: World) -
 
 
 def test_an_interrupt_within_the_model_leaves_a_sound_dialogue(
-    aligned: AlignedModel, world: World, monkeypatch: pytest.MonkeyPatch
+    aligned: AlignedModel, world: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C lands between two layers: the first has read a token that the second has not."""
     dialogue = ImageDialogue(aligned, SHORT)
@@ -356,7 +356,7 @@ def test_an_interrupt_within_the_model_leaves_a_sound_dialogue(
         assert said(dialogue, "什么？") == reference(aligned, world.images[0], messages, SHORT)
 
 
-def test_batch_writes_into_no_file_but_its_own(world: World, tmp_path: Path) -> None:
+def test_batch_writes_into_no_file_but_its_own(world: Folders, tmp_path: Path) -> None:
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("years of work, in one line")
     source = tmp_path / "q.jsonl"

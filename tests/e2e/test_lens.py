@@ -11,14 +11,14 @@ from PIL import Image
 from infer.aligned_model import open_aligned_model
 from infer.config import LensConfig
 from infer.lens.command import analyse
-from tests.support.aligned import write_world
+from tests.support.aligned import write_aligned
 from tests.support.browser import dom_of
 from tests.support.commands import call, run
 from tests.support.features import models
 
 
 def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
-    world = write_world(tmp_path / "world")
+    world = write_aligned(tmp_path / "world")
     caption = "红</script><b>圆"
     flags = [*world.flags, "--image", world.images[0], "--caption", caption]
     summary = run("infer", "lens", *flags, "--out", tmp_path / "new/lens", "--top", 3, "--json").summary
@@ -58,7 +58,7 @@ def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
 
 
 def test_an_image_is_compared_with_another(tmp_path: Path) -> None:
-    world = write_world(tmp_path / "world")
+    world = write_aligned(tmp_path / "world")
     flags = [*world.flags, "--image", world.images[0], "--caption", "红", "--out", tmp_path / "lens"]
     same = call("infer", "lens", *flags, "--other", world.images[0], code=1).one_line()
     assert "--other shows the same picture" in same

@@ -17,7 +17,7 @@ from infer.rank import forced_choice
 from llava_align import AlignedModel, FeatureDataset, LlavaError
 from llava_core.language.conversation import QUESTION, Turn
 from llava_core.language.target_logits import target_logits
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call
 from tests.support.features import CAPTIONS, write_features
 
@@ -25,18 +25,20 @@ TEXTS = ["红色的圆", "蓝色的圆形在左边。", "a", "b c d e f"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = write_world(tmp_path_factory.mktemp("rank"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    world = write_aligned(tmp_path_factory.mktemp("rank"))
     write_features(world, world.llm.parent / "features/a.h5")
     return world
 
 
 @pytest.fixture(scope="module")
-def model(world: World) -> AlignedModel:
+def model(world: Folders) -> AlignedModel:
     return AlignedModel.load(world.checkpoint, vision=str(world.vision), llm=world.llm, device="cpu")
 
 
-def test_it_answers_as_the_command_does_whatever_an_image_comes_as(world: World, model: AlignedModel) -> None:
+def test_it_answers_as_the_command_does_whatever_an_image_comes_as(
+    world: Folders, model: AlignedModel
+) -> None:
     flags = (*world.flags, "--image", world.images[0], "--prompt", "What?", "--max-tokens", 6, "--json")
     answer = call("infer", "ask", *flags).summary["answer"]
     image = Image.open(world.images[0])
@@ -53,7 +55,7 @@ def test_it_answers_as_the_command_does_whatever_an_image_comes_as(world: World,
         cached.answer(image)
 
 
-def test_a_chat_keeps_its_turns(world: World, model: AlignedModel) -> None:
+def test_a_chat_keeps_its_turns(world: Folders, model: AlignedModel) -> None:
     chat = model.chat(world.images[0], max_tokens=4)
     first = chat.ask("What?")
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
@@ -65,7 +67,7 @@ def test_a_chat_keeps_its_turns(world: World, model: AlignedModel) -> None:
 
 @pytest.mark.parametrize("limit", [1 << 27, 1])
 def test_losses_are_those_of_each_text_alone(
-    world: World, model: AlignedModel, limit: int, monkeypatch: pytest.MonkeyPatch
+    world: Folders, model: AlignedModel, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded together, or one by one."""
     monkeypatch.setattr(forced_choice, "CHUNK_LOGITS", limit)
@@ -90,7 +92,7 @@ def test_losses_are_those_of_each_text_alone(
     assert model.loss(world.images[0], TEXTS[1]) == pytest.approx(float(expected[TEXTS[1]].mean()), rel=1e-4)
 
 
-def test_what_is_no_image_or_no_list_is_refused(world: World, model: AlignedModel, tmp_path: Path) -> None:
+def test_what_is_no_image_or_no_list_is_refused(world: Folders, model: AlignedModel, tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("text")
     with pytest.raises(LlavaError, match=r"cannot read .*no\.png as an image"):
         model.answer(tmp_path / "no.png")
@@ -106,7 +108,9 @@ def test_what_is_no_image_or_no_list_is_refused(world: World, model: AlignedMode
         model.answer(world.images[0], temperature=-1)
 
 
-def test_a_file_of_questions_is_ranked_and_goes_on(world: World, tmp_path: Path, model: AlignedModel) -> None:
+def test_a_file_of_questions_is_ranked_and_goes_on(
+    world: Folders, tmp_path: Path, model: AlignedModel
+) -> None:
     source, output = world.images[0].parent / "choices.jsonl", tmp_path / "ranked.jsonl"
     best = model.rank(world.images[0], TEXTS, "?")[0]
     lines = [
@@ -137,7 +141,7 @@ def test_a_file_of_questions_is_ranked_and_goes_on(world: World, tmp_path: Path,
         assert line == before
 
 
-def test_rows_of_shards_are_ranked_among_captions_of_other_images(world: World, tmp_path: Path) -> None:
+def test_rows_of_shards_are_ranked_among_captions_of_other_images(world: Folders, tmp_path: Path) -> None:
     flags = ("--checkpoint", world.checkpoint, "--llm", world.llm, "--device", "cpu")
     features = ("--features", world.llm.parent / "features")
     command = ("infer", "rank", *flags, *features, "--output", tmp_path / "r.jsonl", "--json")
@@ -166,7 +170,7 @@ def test_rows_of_shards_are_ranked_among_captions_of_other_images(world: World, 
     ],
 )
 def test_lines_that_cannot_be_ranked(
-    world: World, tmp_path: Path, line: dict[str, object], words: str
+    world: Folders, tmp_path: Path, line: dict[str, object], words: str
 ) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps(line))
     command = (

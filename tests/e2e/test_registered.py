@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from llava_core.errors import LlavaError
 from llava_core.projector.projector import build_projector, match_scale, parameter_count
 from llava_core.registry import PROJECTORS
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call, run
 from tests.support.features import write_features
 from tests.support.paths import ROOT
@@ -57,14 +57,14 @@ def factory(in_width, out_width):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = write_world(tmp_path_factory.mktemp("own"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    world = write_aligned(tmp_path_factory.mktemp("own"))
     write_features(world, world.llm.parent / "features/a.h5")
     return world
 
 
 @pytest.fixture(scope="module")
-def here(world: World) -> Path:
+def here(world: Folders) -> Path:
     """A folder with the module, where commands are run."""
     (world.llm.parent / "here").mkdir()
     (world.llm.parent / "here/my_parts.py").write_text(MINE, encoding="utf-8")
@@ -80,7 +80,7 @@ def _in_its_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     PROJECTORS.registered.clear()
 
 
-def trained(world: World, here: Path, name: str, *flags: object) -> Path:
+def trained(world: Folders, here: Path, name: str, *flags: object) -> Path:
     features = world.llm.parent / "features"
     call(
         *("train", "run", "--features", features, "--llm", world.llm, "--device", "cpu", "--batch-size", 2),
@@ -90,7 +90,7 @@ def trained(world: World, here: Path, name: str, *flags: object) -> Path:
 
 
 @pytest.mark.usefixtures("_in_its_folder")
-def test_a_class_of_ones_own_trains_answers_explains_and_is_exported(world: World, here: Path) -> None:
+def test_a_class_of_ones_own_trains_answers_explains_and_is_exported(world: Folders, here: Path) -> None:
     mine = ("--projector", "my_parts:Gated", "--visual-tokens", "my_parts:Odd")
     checkpoint = trained(world, here, "run", *mine)
     recorded = json.loads((checkpoint / "config.json").read_text())["projector"]
@@ -117,7 +117,7 @@ def test_a_class_of_ones_own_trains_answers_explains_and_is_exported(world: Worl
 
 
 @pytest.mark.usefixtures("_in_its_folder")
-def test_another_process_that_lacks_the_module_says_which(world: World, here: Path) -> None:
+def test_another_process_that_lacks_the_module_says_which(world: Folders, here: Path) -> None:
     checkpoint = trained(world, here, "lacking", "--projector", "my_parts:Gated")
     models = ("--checkpoint", checkpoint, "--vision", world.vision, "--llm", world.llm, "--device", "cpu")
     line = run("infer", "ask", *models, "--image", world.images[0], code=2).one_line()
@@ -126,7 +126,7 @@ def test_another_process_that_lacks_the_module_says_which(world: World, here: Pa
 
 
 @pytest.mark.usefixtures("_in_its_folder")
-def test_a_sweep_over_ones_own_and_built_in_projectors_together(world: World, here: Path) -> None:
+def test_a_sweep_over_ones_own_and_built_in_projectors_together(world: Folders, here: Path) -> None:
     features = world.llm.parent / "features"
     swept = call(
         *("train", "sweep", "--features", features, "--eval-features", features, "--llm", world.llm),
@@ -149,7 +149,7 @@ def test_a_sweep_over_ones_own_and_built_in_projectors_together(world: World, he
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_written(
-    world: World, here: Path, name: str, words: str
+    world: Folders, here: Path, name: str, words: str
 ) -> None:
     features, out = world.llm.parent / "features", here / "refused"
     command = ("train", "run", "--features", features, "--llm", world.llm, "--out", out, "--device", "cpu")
@@ -178,7 +178,7 @@ def test_a_registered_name_records_its_class_and_arguments() -> None:
         PROJECTORS.register("local")(Local)
 
 
-def test_an_installed_package_adds_names(here: Path, world: World, tmp_path: Path) -> None:
+def test_an_installed_package_adds_names(here: Path, world: Folders, tmp_path: Path) -> None:
     """By entry points, as pip writes them."""
     site = tmp_path / "site"
     (site / "my_parts-1.dist-info").mkdir(parents=True)

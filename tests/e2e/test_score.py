@@ -20,7 +20,7 @@ from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
 from llava_core.vision.open import open_vision_tower
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import ENVIRONMENT, call, run
 from tests.support.features import models, write_features
 from tests.support.paths import ROOT
@@ -28,16 +28,16 @@ from tests.support.shards import header, outcome, write_shard
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """The shard of its pictures lies in features/."""
     root = tmp_path_factory.mktemp("world")
-    world = write_world(root)
+    world = write_aligned(root)
     write_features(world, root / "features/part.h5")
     return world
 
 
 @pytest.fixture(scope="module")
-def features(world: World) -> Path:
+def features(world: Folders) -> Path:
     return world.vision.parent / "features"
 
 
@@ -45,7 +45,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_captions_of_a_shard_are_those_of_its_pictures(world: World, features: Path, tmp_path: Path) -> None:
+def test_captions_of_a_shard_are_those_of_its_pictures(
+    world: Folders, features: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "stored.jsonl"
     flags = [*world.flags, "--max-tokens", 8, "--features", features, "--prompt", "看", "--output", out]
     vision = flags.index("--vision")
@@ -73,7 +75,7 @@ def test_captions_of_a_shard_are_those_of_its_pictures(world: World, features: P
     assert out.read_bytes() == whole
 
 
-def test_a_damaged_row_and_a_prompt_too_long_are_rows(world: World, features: Path, tmp_path: Path) -> None:
+def test_a_damaged_row_and_a_prompt_too_long_are_rows(world: Folders, features: Path, tmp_path: Path) -> None:
     (tmp_path / "features").mkdir()
     path = tmp_path / "features/part.h5"
     data = bytearray((features / "part.h5").read_bytes())
@@ -103,7 +105,7 @@ def test_a_damaged_row_and_a_prompt_too_long_are_rows(world: World, features: Pa
         BatchConfig(**blind, input=source, output=tmp_path / "c.jsonl")
 
 
-def test_ask_about_several_images_one_of_them_on_standard_input(world: World) -> None:
+def test_ask_about_several_images_one_of_them_on_standard_input(world: Folders) -> None:
     (world.vision.parent / "bad.png").write_text("text")
     words = [
         "--image",
@@ -148,7 +150,7 @@ def test_ask_about_several_images_one_of_them_on_standard_input(world: World) ->
 
 
 def test_scores_of_a_file(
-    world: World, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Folders, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The figures, and CLIPScore alike from live images, from features, and from the tower itself."""
     tower = open_vision_tower(world.vision, text=True)
@@ -203,7 +205,7 @@ def test_scores_of_a_file(
         score.run(ScoreConfig(input=source, answer="reply"))
 
 
-def test_features_that_no_clipscore_can_be_had_from(world: World, features: Path, tmp_path: Path) -> None:
+def test_features_that_no_clipscore_can_be_had_from(world: Folders, features: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text(json.dumps({"shard": "part.h5", "row": 99, "answer": "红"}))
     flags: dict[str, Any] = {"input": source, "vision": world.vision, "device": "cpu"}

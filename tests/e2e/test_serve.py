@@ -24,7 +24,7 @@ import pytest
 
 from infer.chat.image_dialogue import ImageDialogue
 from llava_core.language.sampling import Sampling
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import ENVIRONMENT, run
 from tests.support.llava_server import Served, llava_server
 from tests.support.servers import answer, serving
@@ -35,12 +35,12 @@ ENDLESS = {"max_tokens": 10_000, "messages": [{"role": "user", "content": "说"}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_aligned(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def served(world: World) -> Iterator[Served]:
+def served(world: Folders) -> Iterator[Served]:
     """With four slots, and the defaults otherwise."""
     with llava_server(*world.flags, "--slots", 4, "--max-tokens", TOKENS, "--json") as served:
         yield served
@@ -50,7 +50,7 @@ def served(world: World) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def strict(world: World) -> Iterator[Served]:
+def strict(world: Folders) -> Iterator[Served]:
     """One slot, one place in the queue, small images, a key, addresses of images, a site that may ask."""
     flags = ("--slots", 1, "--queue", 1, "--max-bytes", 5000, "--api-key", "geheim", "--model-id", "mine")
     remote = ("--allow-remote-images", "--allow-private", "--allow-origin", "https://a.example")
@@ -59,7 +59,7 @@ def strict(world: World) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def session(world: World) -> ImageDialogue:
+def session(world: Folders) -> ImageDialogue:
     return ImageDialogue(world.aligned(), Sampling(max_tokens=TOKENS))
 
 
@@ -110,7 +110,7 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_the_openai_client(served: Served, world: World, session: ImageDialogue) -> None:
+def test_the_openai_client(served: Served, world: Folders, session: ImageDialogue) -> None:
     client = client_of(served)
     (model,) = client.models.list().data
     assert model.id == client.models.retrieve("run/last").id == "run/last"
@@ -152,7 +152,7 @@ def test_the_openai_client(served: Served, world: World, session: ImageDialogue)
     assert warm(1) == warm(1) != warm(2)
 
 
-def test_errors_reach_the_openai_client_as_its_own(served: Served, world: World, tmp_path: Path) -> None:
+def test_errors_reach_the_openai_client_as_its_own(served: Served, world: Folders, tmp_path: Path) -> None:
     client = client_of(served)
 
     def refused(messages: Any, model: str = "run/last") -> openai.APIStatusError:
@@ -180,7 +180,7 @@ def test_errors_reach_the_openai_client_as_its_own(served: Served, world: World,
     assert "the messages have 20,000 characters" in refused([question("长" * 20_000)]).message
 
 
-def test_the_llm_command(served: Served, world: World, session: ImageDialogue, tmp_path: Path) -> None:
+def test_the_llm_command(served: Served, world: Folders, session: ImageDialogue, tmp_path: Path) -> None:
     settings = {"model_id": "mine", "model_name": "run/last", "api_base": f"{served.base}/v1", "vision": True}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([settings]))
     alone = {"LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": "", "OPENAI_API_KEY": "none"}
@@ -201,7 +201,7 @@ def test_the_llm_command(served: Served, world: World, session: ImageDialogue, t
     assert second == "".join(session.ask("再看")).strip()
 
 
-def test_many_clients_at_once(served: Served, world: World, session: ImageDialogue) -> None:
+def test_many_clients_at_once(served: Served, world: Folders, session: ImageDialogue) -> None:
     """More than slots, some streaming; nobody is lost, and everybody hears what they would hear alone."""
     cases = [(f"第{n}个问题", world.images[n % 5] if n % 3 else None) for n in range(16)]
 
@@ -252,7 +252,7 @@ def test_the_key_and_the_site_that_may_ask(strict: Served) -> None:
     connection.close()
 
 
-def test_images_by_address(strict: Served, world: World) -> None:
+def test_images_by_address(strict: Served, world: Folders) -> None:
     client = client_of(strict, "geheim")
     image = world.images[1].read_bytes()
     assert len(image) < 5000
@@ -370,7 +370,7 @@ def test_malformed_http_leaves_no_traceback(served: Served) -> None:
     assert "Unhandled" not in log
 
 
-def test_a_port_in_use_is_one_line(served: Served, world: World) -> None:
+def test_a_port_in_use_is_one_line(served: Served, world: Folders) -> None:
     port = served.base.rsplit(":", 1)[1]
     line = run("infer", "serve", *world.flags, "--port", port, code=1).one_line()
     assert line == f"error: port {port} of 127.0.0.1 is in use; choose another --port"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from infer.chat.image_dialogue import ImageDialogue
 from llava_core.language.sampling import Sampling
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 from tests.support.devtools import Tab, browsing
 from tests.support.llava_server import Served, llava_server
 
@@ -19,12 +19,12 @@ LONG = 300
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_aligned(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def served(world: World) -> Iterator[Served]:
+def served(world: Folders) -> Iterator[Served]:
     with llava_server(*world.flags, "--max-tokens", LONG, "--api-key", "geheim") as served:
         yield served
         served.stop()
@@ -51,7 +51,7 @@ def enter_key(tab: Tab) -> None:
     tab.type("geheim")
 
 
-def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, world: World) -> None:
+def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, world: Folders) -> None:
     tab.run("""
         window.lengths = new Set();
         new MutationObserver(() => {

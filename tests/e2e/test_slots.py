@@ -15,18 +15,18 @@ from infer.serve.request import GenerationRequest, RequestImage, TextDelta
 from infer.serve.scheduler import Scheduler
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
-from tests.support.aligned import World, write_world
+from tests.support.aligned import Folders, write_aligned
 
 SHORT = Sampling(max_tokens=20)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_aligned(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def aligned(world: World) -> AlignedModel:
+def aligned(world: Folders) -> AlignedModel:
     return world.aligned()
 
 
@@ -79,7 +79,7 @@ def alone(aligned: AlignedModel, question: str, image: Path | None = None, sampl
 
 
 def test_answers_in_company_equal_those_alone(
-    aligned: AlignedModel, world: World, scheduler: Scheduler
+    aligned: AlignedModel, world: Folders, scheduler: Scheduler
 ) -> None:
     """Of every length, with and without a picture, more than slots, joining while others are answered."""
     questions = ["看", "图中有什么？" * 9, "What?", "长" * 120, "", "a" * 300, "颜色" * 3]
@@ -96,7 +96,9 @@ def test_answers_in_company_equal_those_alone(
     assert scheduler.busy == 0
 
 
-def test_a_dialogue_reads_only_what_is_new(aligned: AlignedModel, world: World, scheduler: Scheduler) -> None:
+def test_a_dialogue_reads_only_what_is_new(
+    aligned: AlignedModel, world: Folders, scheduler: Scheduler
+) -> None:
     session = ImageDialogue(aligned, SHORT)
     session.show(str(world.images[0]))
     for turn, question in enumerate(("一个很长很长很长很长的问题", "短", "再")):

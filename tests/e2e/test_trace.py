@@ -15,7 +15,7 @@ from llava_core.errors import LlavaError
 from llava_core.language.conversation import pick_instruction
 from llava_core.language.load import load_language_model
 from llava_core.shards.reader import Shard
-from tests.support.aligned import write_world
+from tests.support.aligned import write_aligned
 from tests.support.commands import call, run
 from train.config import EvalConfig
 from train.evaluate import run as evaluate
@@ -24,7 +24,7 @@ CAPTION = "红色的圆 a。"
 
 
 def test_its_figures_are_those_of_extract_and_train(tmp_path: Path) -> None:
-    world = write_world(tmp_path / "world")
+    world = write_aligned(tmp_path / "world")
     folder = tmp_path / "pics"
     folder.mkdir()
     shutil.copy(world.images[0], folder / "one.png")
@@ -82,7 +82,7 @@ def test_what_cannot_be_traced(tmp_path: Path) -> None:
         TraceConfig(image="a.png")
     with pytest.raises(LlavaError, match="--caption; expected a text; got nothing"):
         TraceConfig(image="a.png", caption="  ")
-    world = write_world(tmp_path)
+    world = write_aligned(tmp_path)
     with pytest.raises(LlavaError, match="trained on features of another vision encoder"):
         trace.run(TraceConfig(checkpoint=world.checkpoint, llm=world.llm, device="cpu"))
     image, long = str(world.images[0]), "红" * 1300

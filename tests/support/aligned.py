@@ -1,4 +1,4 @@
-"""Three random models that fit each other, and pictures: all that `infer` needs."""
+"""Folders of three random models that belong together, and images: all that `infer` needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.vision_encoders import write_vision_folder
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class Folders:
     vision: Path
     llm: Path
     checkpoint: Path
@@ -46,7 +46,7 @@ class World:
         )
 
 
-def write_world(root: Path) -> World:
+def write_aligned(root: Path) -> Folders:
     vision, llm_folder = write_vision_folder(root / "vision"), write_language_model(root / "llm")
     tower, llm = open_vision_tower(vision), load_language_model(llm_folder)
     torch.manual_seed(0)
@@ -61,4 +61,4 @@ def write_world(root: Path) -> World:
         pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40, 30)).save(path)
         images.append(path)
-    return World(vision, llm_folder, root / "run/last", images)
+    return Folders(vision, llm_folder, root / "run/last", images)

@@ -10,20 +10,20 @@ from llava_core.row_status import Status
 from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.vision.open import open_vision_tower
-from tests.support.aligned import World
+from tests.support.aligned import Folders
 
 CAPTIONS = ["红色的圆", "蓝色的圆", "红的", "a 圆 b", ""]
 DEAD = 1
 """The row that has no features."""
 
 
-def models(world: World) -> dict[str, Any]:
+def models(world: Folders) -> dict[str, Any]:
     """Fields of a configuration that answers."""
     folders = {"checkpoint": world.checkpoint, "vision": world.vision, "llm": world.llm}
     return {**folders, "device": "cpu", "max_tokens": 8}
 
 
-def write_features(world: World, path: Path) -> Path:
+def write_features(world: Folders, path: Path) -> Path:
     """Row i is picture i; row DEAD was a dead link. Returns the path."""
     tower = open_vision_tower(world.vision)
     records = []
