@@ -29,7 +29,8 @@ def test_it_ran_from_top_to_bottom(code: list[Any]) -> None:
     for cell in code:
         for output in cell.outputs:
             assert output.output_type in ("stream", "display_data"), cell.id
-            assert output.get("name") != "stderr", cell.id
+            if output.get("name") == "stderr":  # where the API logs, as the commands do
+                assert not re.search("Warning|Traceback|error:", output.text), cell.id
 
 
 def test_what_it_shows_names_no_folder_of_a_machine(code: list[Any]) -> None:
