@@ -29,7 +29,8 @@ class CompiledStep:
                 do="leave out --compile",
             )
         self._llm = llm
-        self._grow(length)
+        self._length, self._fixed = length, self._static_cache(length)
+        self._cache, self._started = llm.new_cache(), False
         if not hasattr(next(iter(getattr(self._fixed, "layers", [])), None), "cumulative_length"):
             raise LlavaError("--compile needs a newer transformers", do="pip install --upgrade transformers")
         mode = "reduce-overhead" if llm.device.type == "cuda" else "default"
@@ -47,7 +48,8 @@ class CompiledStep:
         """Go on after what `cache` holds, up to `length` tokens in all."""
         self._cache, self._started = cache, False
         if length > self._length:
-            self._grow(max(length, 2 * self._length))
+            self._length = max(length, 2 * self._length)
+            self._fixed = self._static_cache(self._length)
 
     def forward(self, embedded: torch.Tensor) -> torch.Tensor:
         """Inputs [1, L, hidden] -> logits [1, V], valid until the next call; L is 1 after the first call."""
@@ -71,6 +73,5 @@ class CompiledStep:
                 self._cache.update(layer.keys[:, :, new], layer.values[:, :, new], index)
             self._started = False
 
-    def _grow(self, length: int) -> None:
-        self._length = length
-        self._fixed = StaticCache(config=self._llm.model.config, max_cache_len=length, max_batch_size=1)
+    def _static_cache(self, length: int) -> StaticCache:
+        return StaticCache(config=self._llm.model.config, max_cache_len=length, max_batch_size=1)

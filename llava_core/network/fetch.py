@@ -71,6 +71,7 @@ class Fetcher:
         """Requests under way."""
         self.received = 0
         """Bytes of bodies received so far."""
+        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Fetcher:
         # Semaphores outside the request bound them: waiting for the connector's would count as download time.
@@ -95,6 +96,7 @@ class Fetcher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        assert self._session is not None
         await self._session.close()
 
     async def fetch(self, url: str) -> Fetched:
@@ -157,6 +159,7 @@ class Fetcher:
 
     async def _get(self, url: yarl.URL) -> Fetched:
         limits = self.limits
+        assert self._session is not None
         async with self._session.get(url, max_redirects=limits.max_redirects) as response:
             http = response.status
             if http >= 400:
