@@ -47,8 +47,8 @@ from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, load_state, save_checkpoint
 from llava_core.projector.projector import build_projector
 from llava_core.row_status import Status
+from llava_core.shards.byte_offsets import COLUMNS
 from llava_core.shards.hdf5_file import ShardHeader
-from llava_core.shards.layout import COLUMNS
 from llava_core.shards.quantize import Storage
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter

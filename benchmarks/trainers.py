@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from llava_core.language.conversation import IGNORE, Example
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import IGNORE, Example
 from llava_core.vision.tower import VisionTower
 from train.data.samples import Samples
 from train.loop import Trainer as Ours

@@ -22,8 +22,8 @@ from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.network.async_tasks import run_async
 from llava_core.row_status import Status
+from llava_core.shards.byte_offsets import Layout
 from llava_core.shards.hdf5_file import ShardHeader
-from llava_core.shards.layout import Layout
 from llava_core.shards.part_file import is_finished
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter, require_storage

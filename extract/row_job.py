@@ -9,7 +9,7 @@ import numpy as np
 
 from extract.open_shard import OpenShard
 from llava_core.row_status import Status
-from llava_core.shards.layout import Layout
+from llava_core.shards.byte_offsets import Layout
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord
 

@@ -22,8 +22,8 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing
 from llava_core.launcher_variables import worker_index
 from llava_core.row_status import Failure, Status
+from llava_core.shards.byte_offsets import disk_bytes
 from llava_core.shards.folder import open_shards
-from llava_core.shards.layout import disk_bytes
 from llava_core.shards.part_file import is_finished, part_of
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter

@@ -10,9 +10,9 @@ import torch
 from infer.config import Aligned, Models, QuestionFile
 from llava_core.cli.console import say
 from llava_core.device import pick_device
-from llava_core.language.conversation import Conversation
 from llava_core.language.generate import generate
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint

@@ -20,7 +20,7 @@ from llava_core.input_folders import (
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.language.conversation import QUESTION
+from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.language.sampling import Sampling
 
 

@@ -18,7 +18,7 @@ from infer.rank.forced_choice import Choice, ranked, text_losses
 from llava_align.feature_dataset import FeatureRow
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import QUESTION
+from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint

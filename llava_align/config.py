@@ -19,7 +19,7 @@ from llava_core.input_folders import (
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.language.conversation import QUESTION
+from llava_core.language.prompt_and_labels import QUESTION
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""

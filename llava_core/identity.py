@@ -16,7 +16,7 @@ from typing import Any
 
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import Conversation
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.types import JsonDict
 
 ENCODER_KEYS = ("weights_sha256", "layer", "tokens", "width")

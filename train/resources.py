@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.projector.checkpoint import Provenance
 from llava_core.shards.folder import open_shards, require_one_encoder
 from llava_core.types import JsonDict

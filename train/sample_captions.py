@@ -6,9 +6,9 @@ import itertools
 
 import torch
 
-from llava_core.language.conversation import QUESTION
 from llava_core.language.generate import generate
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 from train.data.samples import Samples

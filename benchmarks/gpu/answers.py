@@ -17,8 +17,8 @@ from benchmarks.gpu.rows import Clock, Row, in_turns, row, seconds_of
 from benchmarks.serve import measure, server_command
 from llava_align.subprocess_command import run_command
 from llava_core.language.compiled_decode import CompiledStep
-from llava_core.language.conversation import QUESTION
 from llava_core.language.generate import generate
+from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.language.sampling import Sampling
 
 

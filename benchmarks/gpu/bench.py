@@ -16,9 +16,9 @@ from benchmarks.gpu.rows import Row
 from llava_align.config import MODELS
 from llava_align.synthetic_reference import write_features, write_language_model, write_vision
 from llava_core.device import pick_device
-from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 from train.config import Compile, RunConfig

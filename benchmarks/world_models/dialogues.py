@@ -12,7 +12,7 @@ import random
 
 from llava_align.demo.world.captions import COUNTS, caption, phrase
 from llava_align.demo.world.scene import PLACES, SHAPES, Scene, Thing, random_scene
-from llava_core.language.conversation import INSTRUCTIONS, Turn
+from llava_core.language.prompt_and_labels import INSTRUCTIONS, Turn
 
 Slot = list[tuple[str, float]]
 """Words and their weights."""

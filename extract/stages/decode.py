@@ -13,7 +13,7 @@ from extract.stages.metrics import StageMetrics
 from llava_core.network.async_tasks import together
 from llava_core.network.rate_limit import ByteBudget
 from llava_core.row_status import Status
-from llava_core.shards.layout import THUMBNAIL_BYTES
+from llava_core.shards.byte_offsets import THUMBNAIL_BYTES
 from llava_core.vision.preprocess import ImageError, Preprocess
 
 

@@ -11,8 +11,8 @@ from infer.config import ChatLlmConfig
 from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.sampling import sampling_of
 from llava_core.types import JsonDict
 

@@ -12,10 +12,10 @@ import torch
 from infer.chat.transcript import Transcript
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
-from llava_core.language.conversation import Conversation
 from llava_core.language.detokenize import StreamDetokenizer
 from llava_core.language.generate import cached_prefix, generate
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.sampling import Sampling
 
 

@@ -17,7 +17,7 @@ from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, pie
 from infer.lens.result import LensResult, Panel
 from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import Turn
+from llava_core.language.prompt_and_labels import Turn
 from llava_core.language.sampling import sampling_of
 from llava_core.projector.visual_tokens import grid_side
 from llava_core.types import JsonDict

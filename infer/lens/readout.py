@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from infer.aligned_model import FeatureAnswerer
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import Turn
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Turn
 from llava_core.language.target_logits import target_logits
 from llava_core.projector.projector import Projector, build_projector, match_scale
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from infer.aligned_model import FeatureAnswerer
-from llava_core.language.conversation import IGNORE, Example, Turn
+from llava_core.language.prompt_and_labels import IGNORE, Example, Turn
 
 CHUNK_LOGITS = 1 << 27
 """Most numbers of logits in one forward pass; 0.5 GB in fp32."""

@@ -15,10 +15,10 @@ from llava_align.demo.world.render import jpeg, render
 from llava_align.demo.world.scene import random_scene
 from llava_core.cli.console import say, show, table
 from llava_core.device import pick_device
-from llava_core.language.conversation import IGNORE, Conversation, Example, Turn
 from llava_core.language.detokenize import HALF
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn
 from llava_core.language.target_logits import target_logits
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import load_checkpoint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llava_core.language.conversation import IGNORE, Example
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import IGNORE, Example
 
 
 @torch.inference_mode()

@@ -6,8 +6,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import email.utils
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -22,17 +20,13 @@ from llava_core.network.async_tasks import run_async, time_limit
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, OutageDetector
 from llava_core.network.rate_limit import ByteBudget, HostRateLimit
+from llava_core.network.retry import may_pass, pause_seconds, retry_after_seconds
 from llava_core.row_status import Status
 
 USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
 SLOW_AFTER = 5.0
 """Seconds after the start of a body from which `min_rate` is required."""
-LONGEST_PAUSE = 30.0
-"""Seconds between two attempts, at most."""
-LONGEST_RETRY_AFTER = 120.0
-"""Seconds to pause at a host that asks for it, at most."""
 CHUNK = 1 << 16
-RETRIED_4XX = (408, 425, 429)
 DISALLOWED = {"noai", "noimageai", "noindex", "noimageindex"}
 """Directives of X-Robots-Tag that exclude an image."""
 
@@ -135,11 +129,10 @@ class Fetcher:
                 fetched = dataclasses.replace(await self._attempt(url), attempts=attempt)
             await self._outage.record((host, url.port), fetched.status, began)
             if fetched.retry_after:
-                rate_limit.pause(min(LONGEST_RETRY_AFTER, fetched.retry_after))
-            again = fetched.status.transient or fetched.http in RETRIED_4XX
-            if not again or attempt > self.limits.retries:
+                rate_limit.pause(fetched.retry_after)
+            if not may_pass(fetched.status, fetched.http) or attempt > self.limits.retries:
                 break
-            await asyncio.sleep(min(LONGEST_PAUSE, random.uniform(0.5, 1.0) * 2 ** (attempt - 1)))
+            await asyncio.sleep(pause_seconds(attempt))
         return fetched
 
     async def _attempt(self, url: yarl.URL) -> Fetched:
@@ -164,7 +157,7 @@ class Fetcher:
             http = response.status
             if http >= 400:
                 status = Status.HTTP_4XX if http < 500 else Status.HTTP_5XX
-                wait = _seconds(response.headers.get("Retry-After"))
+                wait = retry_after_seconds(response.headers.get("Retry-After"))
                 return Fetched(status, http=http, detail=f"HTTP {http}", retry_after=wait)
             if not limits.ignore_robots and refuses_use(response.headers.getall("X-Robots-Tag", ())):
                 return Fetched(Status.ROBOTS, http=http, detail="X-Robots-Tag")
@@ -266,15 +259,3 @@ def _status_of(error: Exception) -> Status:
         (aiohttp.ClientPayloadError, Status.TRUNCATED),
     ]
     return next((status for kind, status in kinds if isinstance(error, kind)), Status.PROTOCOL)
-
-
-def _seconds(header: str | None) -> float | None:
-    """Seconds from now that a Retry-After header gives, as a number or a date; None if neither."""
-    if not header:
-        return None
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(header))
-    with contextlib.suppress(ValueError, TypeError):
-        date = email.utils.parsedate_to_datetime(header)
-        return max(0.0, date.timestamp() - time.time())
-    return None

@@ -32,7 +32,7 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import LACKING, fsync
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.input_folders import require_checkpoint
-from llava_core.language.conversation import CONVERSATION_FORMAT
+from llava_core.language.prompt_and_labels import CONVERSATION_FORMAT
 from llava_core.projector.model_card import model_card
 from llava_core.projector.projector import Projector, build_projector, parameter_count
 from llava_core.sha256sums import RESTORE, SUMS, require_sums, write_sums

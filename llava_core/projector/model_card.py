@@ -14,7 +14,7 @@ import yaml
 
 from llava_core.bootstrap import figure_names
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import QUESTION
+from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.types import JsonDict
 
 TASK = "image-text-to-text"

@@ -1,7 +1,7 @@
 """The shard file format in HDF5: a file is created whole and opened strictly. The only module that uses h5py.
 
-Rows are written and read by plain system calls at the offsets it reports (`writer.py`, `layout.py`). The
-format is described in features/README.md.
+Rows are written and read by plain system calls at the offsets it reports (`writer.py`, `byte_offsets.py`).
+The format is described in features/README.md.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import numpy as np
 from llava_core import __version__
 from llava_core.errors import LlavaError, first_line
 from llava_core.identity import EncoderIdentity
-from llava_core.shards.file_checksums import REDO, USER_BLOCK_BYTES, require_checksum, write_checksums
-from llava_core.shards.layout import (
+from llava_core.shards.byte_offsets import (
     CHECKSUMS,
     COLUMNS,
     FORMAT_VERSION,
@@ -31,6 +30,7 @@ from llava_core.shards.layout import (
     columns,
     disk_bytes,
 )
+from llava_core.shards.file_checksums import REDO, USER_BLOCK_BYTES, require_checksum, write_checksums
 from llava_core.shards.quantize import STORAGES, Storage, dataset_specs
 from llava_core.shards.sparse_file import SparseFile
 from llava_core.types import JsonDict

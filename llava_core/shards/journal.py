@@ -16,7 +16,7 @@ import numpy as np
 from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import flush, write_all
-from llava_core.shards.layout import CHECKSUMS, FORMAT_VERSION
+from llava_core.shards.byte_offsets import CHECKSUMS, FORMAT_VERSION
 
 MAGIC = b"LLVAJNL"
 HEADER_BYTES = len(MAGIC) + 1 + 32

@@ -21,9 +21,9 @@ from llava_core.cli.console import human_bytes
 from llava_core.errors import LlavaError
 from llava_core.filesystem import fsync
 from llava_core.row_status import Failure
+from llava_core.shards.byte_offsets import columns
 from llava_core.shards.hdf5_file import ShardHeader, create_file
 from llava_core.shards.journal import record_type, write_file
-from llava_core.shards.layout import columns
 from llava_core.shards.reader import Shard
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
+from llava_core.shards.byte_offsets import columns
 from llava_core.shards.dialogue import Turns, turns_from_text
 from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
-from llava_core.shards.layout import columns
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
 
 

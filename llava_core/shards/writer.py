@@ -19,9 +19,9 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock, flush, fsync, write_all
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
+from llava_core.shards.byte_offsets import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.shards.hdf5_file import ShardHeader, read_layout
 from llava_core.shards.journal import Journal, record_type
-from llava_core.shards.layout import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.shards.part_file import FinishedMeanwhile, copy_to_part, create_part, journal_of, part_of
 from llava_core.shards.quantize import FEATURE_TYPE, Storage, checksum, pack
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_core.language import conversation
+from llava_core.language import prompt_and_labels as conversation
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import Ended, call
 

@@ -14,8 +14,8 @@ from benchmarks import english_world as english
 from benchmarks.real_lm import PACKAGE, SMOLLM2
 from llava_align.demo.world.dataset import draw
 from llava_core.filesystem import read_json_lines
-from llava_core.language.conversation import IGNORE, Conversation, Turn
 from llava_core.language.load import load_language_model
+from llava_core.language.prompt_and_labels import IGNORE, Conversation, Turn
 from tests.support.commands import run
 from tests.support.paths import WORLD_MODELS
 from tests.unit.train.test_packed_model import RIGHT, WRONG, kernel, offer

@@ -28,7 +28,7 @@ from train import training_run
 from train.config import SweepConfig
 from train.metric_writers import MetricWriters
 from train.resources import TrainingResources
-from train.sweep import trials
+from train.sweep import run_trials as trials
 from train.sweep.command import run as sweep_run
 from train.sweep.study import MOST_DEATHS, Study
 

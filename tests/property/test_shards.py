@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_core.row_status import Status
+from llava_core.shards.byte_offsets import THUMBNAIL_BYTES
 from llava_core.shards.dialogue import turns_to_text
 from llava_core.shards.journal import HEADER_BYTES, RECORD
-from llava_core.shards.layout import THUMBNAIL_BYTES
 from llava_core.shards.part_file import is_finished, journal_of
 from llava_core.shards.quantize import STORAGES, Storage, dequantise, quantise
 from llava_core.shards.reader import Shard

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from infer.chat.dialogue import Dialogue
 from llava_core.language import generate
-from llava_core.language.conversation import IGNORE, Conversation, Turn
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import IGNORE, Conversation, Turn
 from llava_core.language.sampling import Sampling
 from tests.support.small_tokenizers import FAMILIES, TEMPLATES, WORDS, small_tokenizer
 

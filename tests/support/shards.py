@@ -13,8 +13,8 @@ import numpy as np
 
 from llava_core.row_status import Status
 from llava_core.shards import file_checksums
+from llava_core.shards.byte_offsets import COLUMNS
 from llava_core.shards.hdf5_file import ShardHeader
-from llava_core.shards.layout import COLUMNS
 from llava_core.shards.quantize import Storage, checksum
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.types import JsonDict

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_core.language.conversation import Conversation
+from llava_core.language.prompt_and_labels import Conversation
 from tests.support.language_models import LLAMA_TEMPLATE, QWEN3_TEMPLATE
 
 LINES = [

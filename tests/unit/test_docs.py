@@ -19,8 +19,8 @@ from llava_align.demo import trace
 from llava_core.cli.command import OUT_OF_MEMORY
 from llava_core.cli.options import Command
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import Conversation, Turn
 from llava_core.language.load import load_language_model
+from llava_core.language.prompt_and_labels import Conversation, Turn
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model

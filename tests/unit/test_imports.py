@@ -97,7 +97,7 @@ def test_one_module_calls_the_chat_template() -> None:
     callers = {
         str(p.relative_to(ROOT)) for p in SOURCES if "apply_chat_template(" in p.read_text(encoding="utf-8")
     }
-    assert callers == {"llava_core/language/conversation.py"}
+    assert callers == {"llava_core/language/prompt_and_labels.py"}
 
 
 def test_one_module_decodes_images() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.quality import Whitened
-from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.projector.projector import build_projector
 from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import IGNORE, Example
+from llava_core.language.prompt_and_labels import IGNORE, Example
 from train.data.samples import Batch
 
 SAMPLES_UNIT = 32

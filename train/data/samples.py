@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import IGNORE, Conversation, Example, Turn, pick_instruction
+from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn, pick_instruction
 from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import picture_numbers
 from train.data.feature_cache import FeatureCache

@@ -54,7 +54,7 @@ def run(config: SweepConfig) -> JsonDict:
     planned = plan(config, space)
     if config.dry_run:
         return planned
-    from train.sweep.trials import conclude, open_study, work  # need the extra
+    from train.sweep.run_trials import conclude, open_study, work  # need the extra
 
     study = open_study(config, space)  # or refuse, before anything is loaded
     if config.retry_failed:

@@ -29,9 +29,9 @@ from llava_core.ray_cluster import (
 )
 from train.config import SweepConfig
 from train.stop_signal import StopRequest
+from train.sweep.run_trials import open_study, work
 from train.sweep.space import Space
 from train.sweep.study import Study
-from train.sweep.trials import open_study, work
 
 OUR_CODE = ("train", "llava_core")
 MOST_DEATHS = 10

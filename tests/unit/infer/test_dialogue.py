@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from infer.chat.dialogue import Dialogue
-from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.sampling import Sampling
 from tests.support.language_models import LLAMA_TEMPLATE
 from tests.support.paths import WORLD_MODELS

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from infer.aligned_model import FeatureAnswerer
 from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, piece_losses, random_projector
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import Turn
 from llava_core.language.load import load_language_model
+from llava_core.language.prompt_and_labels import Turn
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 

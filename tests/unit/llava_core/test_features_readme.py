@@ -14,8 +14,8 @@ import pytest
 import xxhash
 
 from llava_core.row_status import Status
+from llava_core.shards.byte_offsets import COLUMNS
 from llava_core.shards.hdf5_file import TEXTS
-from llava_core.shards.layout import COLUMNS
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
 from tests.support.paths import ROOT

@@ -16,6 +16,7 @@ from aiohttp import web
 from llava_core.network import fetch
 from llava_core.network.fetch import Fetched, Fetcher, fetch_all, fetch_each
 from llava_core.network.fetch_limits import FetchLimits
+from llava_core.network.retry import LONGEST_RETRY_AFTER, retry_after_seconds
 from llava_core.row_status import Status
 from tests.support.servers import answer, serving
 
@@ -268,9 +269,10 @@ def test_a_host_that_asks_for_peace_gets_it() -> None:
 
 def test_retry_after_in_its_two_forms() -> None:
     in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
-    assert 50 < (fetch._seconds(in_a_minute) or 0) <= 60
-    assert fetch._seconds("2.5") == 2.5
-    assert [fetch._seconds(header) for header in (None, "", "soon", "-3")] == [None, None, None, 0]
+    assert 50 < (retry_after_seconds(in_a_minute) or 0) <= 60
+    assert retry_after_seconds("2.5") == 2.5
+    assert retry_after_seconds("1e9") == LONGEST_RETRY_AFTER
+    assert [retry_after_seconds(header) for header in (None, "", "soon", "-3")] == [None, None, None, 0]
 
 
 def test_no_download_begins_while_too_many_bytes_wait() -> None:

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 from llava_align.hub.export import write_tokenizer
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
-from llava_core.language import conversation
-from llava_core.language.conversation import Conversation, with_fixed_date
+from llava_core.language import prompt_and_labels as conversation
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation, with_fixed_date
 from tests.support.language_models import QWEN3_TEMPLATE, byte_tokenizer, write_language_model
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + QWEN3_TEMPLATE

@@ -13,10 +13,10 @@ from transformers import modeling_gguf_pytorch_utils
 from infer.chat.dialogue import Dialogue
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
-from llava_core.language.conversation import Conversation
 from llava_core.language.generate import generate
 from llava_core.language.load import load_language_model, no_gguf_bar, outline_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.sampling import Sampling
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
 

@@ -16,9 +16,9 @@ import pytest
 
 from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
+from llava_core.shards.byte_offsets import FORMAT_VERSION
 from llava_core.shards.folder import open_shards
 from llava_core.shards.journal import HEADER_BYTES, RECORD
-from llava_core.shards.layout import FORMAT_VERSION
 from llava_core.shards.part_file import FinishedMeanwhile, is_finished, journal_of, part_of
 from llava_core.shards.quantize import STORAGES, Storage
 from llava_core.shards.reader import Shard

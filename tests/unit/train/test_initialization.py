@@ -11,9 +11,9 @@ import torch
 
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
-from llava_core.language.conversation import Conversation
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
 from llava_core.projector.projector import build_projector
 from llava_core.shards.folder import open_shards

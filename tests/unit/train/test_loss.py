@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llava_core.errors import LlavaError
-from llava_core.language.conversation import IGNORE, Conversation, Example, Turn
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import byte_tokenizer, write_language_model
 from tests.support.loss import summed_loss

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from llava_core.cli.console import visible
-from llava_core.language.conversation import INSTRUCTIONS, Conversation
 from llava_core.language.load import load_language_model
+from llava_core.language.prompt_and_labels import INSTRUCTIONS, Conversation
 from llava_core.projector.projector import build_projector
 from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model
