@@ -1,6 +1,6 @@
-"""The small world in English, for language models that others have made: one short sentence, and its inverse.
+"""English captions of the built-in world, one short sentence each, and their parser; for published models.
 
-The background goes unsaid: tokens are dear where the model is real.
+The background is left out, since tokens of a real model take time.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _ENGLISH = {
         )
     ),
 }
-"""Attributes in the order in which they are said; words of llava_align.demo.world.scene -> English."""
+"""Attributes in the order of the sentence; words of llava_align.demo.world.scene -> English."""
 
 
 def caption(scene: Scene) -> str:
-    """Such as "A big red circle on the left, a small blue star in the middle."; objects in reading order."""
+    """Caption such as "A big red circle on the left, a small blue star in the middle.", in reading order."""
     return ", ".join(map(phrase, scene.things)).capitalize() + "."
 
 
@@ -45,7 +45,7 @@ def phrase(thing: Thing) -> str:
 
 
 def parse(text: str) -> list[Thing]:
-    """The objects that a caption names; clauses that lack an attribute are passed over."""
+    """The objects that a caption names; clauses that lack an attribute are skipped."""
     return [
         Thing(**{name: _OURS[name][word] for name, word in found.groupdict().items()})
         for found in _CLAUSE.finditer(text)
@@ -53,9 +53,9 @@ def parse(text: str) -> list[Thing]:
 
 
 def write_json(path: Path, pictures: Sequence[Path], scenes: Sequence[Scene]) -> None:
-    """Pictures and their captions as LLaVA's JSON, each the answer to QUESTION.
+    """Write pictures and captions in LLaVA's JSON format, each caption as the answer to QUESTION.
 
-    The JSON lies in a folder above the pictures.
+    `path` must be in a folder above the pictures.
     """
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Flags of `llava`."""
+"""Flags of the commands of `llava`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llava_core.language.prompt_and_labels import QUESTION
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""
 CHARTS = (".png", ".jpg", ".jpeg", ".webp")
-"""Kinds of image file that a chart can be written as."""
+"""File name suffixes that a chart can have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class TraceConfig(Options):
     image: str | None = None
     """Path or URL of the image; by default one is drawn."""
     caption: str | None = None
-    """What the language model is to say of it; that of a drawn image is known."""
+    """Caption of the image; a drawn image brings its own."""
     prompt: str = QUESTION
     """The question before the caption."""
     checkpoint: Path | None = None
@@ -151,7 +151,7 @@ class DownloadConfig(Options):
 class ImportConfig(Options):
     """A projector of the course (stage1_projection.pt), LLaVA (mm_projector.bin) or nanoVLM, as a checkpoint.
 
-    What its names do not say is assumed, and printed.
+    What the names of its weights do not tell is assumed, and printed.
     """
 
     file: Path
@@ -163,11 +163,11 @@ class ImportConfig(Options):
     out: Path
     """Folder of the new checkpoint."""
     visual_tokens: Literal["auto", "all", "patches", "pool", "shuffle"] = "auto"
-    """What it was given; auto: all, but patches for LLaVA and shuffle for nanoVLM."""
+    """Visual tokens it was trained on; auto: all, but patches for LLaVA and shuffle for nanoVLM."""
     layer: Literal["auto", "norm"] | int = "auto"
-    """Entry of `hidden_states` it was given, or `norm`: after the final norm; auto: norm, -2 for LLaVA."""
+    """Entry of `hidden_states` it was trained on, or `norm`: the final norm; auto: norm, -2 for LLaVA."""
     decode: Literal["draft", "exact"] = "draft"
-    """How features that it is to be evaluated on were decoded, as in `extract run`."""
+    """Decoding of the features that it will be evaluated on, as in `extract run`."""
 
     def require_inputs(self) -> None:
         require_file("--file", self.file)
@@ -191,7 +191,7 @@ class PushConfig(Options):
     name: str
     """OWNER/NAME of the repository; it is made if it is not there."""
     private: bool = False
-    """Make it a private one; a public one of that name is refused."""
+    """Make the repository private; an existing public one of that name is refused."""
     license: str | None = None
     """Licence of the weights for the card, such as apache-2.0."""
     language: tuple[str, ...] = ()
@@ -199,7 +199,7 @@ class PushConfig(Options):
     base_model: tuple[str, ...] = ()
     """Names on the hub of vision encoder and language model, for the card, such as Qwen/Qwen3-0.6B."""
     with_state: bool = False
-    """Upload state.pt too, so that others can go on with the run."""
+    """Upload state.pt too, so that others can resume the run."""
     dry_run: bool = False
     """Print the files and the card's header, and upload nothing."""
 
@@ -238,13 +238,13 @@ class ExportConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Options):
-    """What this machine has, what each command lacks, and a measured self-test of some ten seconds.
+    """What this machine has, what each command lacks, and a measured self-test of up to a minute.
 
     Ends with exit code 1 if the demo cannot run here.
     """
 
     folder: Path = Path()
-    """Folder on the disk to look at: where features are to lie."""
+    """Folder on the disk to measure: where features will be stored."""
     test: bool = True
     """Measure matrix products, disk, encoding and training."""
 

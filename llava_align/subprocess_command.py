@@ -1,4 +1,4 @@
-"""The commands of the phases, run as a user runs them."""
+"""Running commands of the phases in a subprocess, as a user runs them, and parsing their `--json` summary."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llava_core.types import JsonDict
 
 
 def run_command(*arguments: object, echo: bool = True) -> JsonDict:
-    """Run `python -m ... --json`; returns its summary. Raises LlavaError if it fails.
+    """Run `python -m ARGUMENTS --json`; returns its summary. Raises LlavaError if it fails.
 
-    With `echo` the command and what it says are shown, else an error says the last line of that.
+    With `echo` the command and its output are printed, else an error message quotes its last line.
     """
     words = [str(argument) for argument in arguments]
     if echo:
@@ -28,19 +28,19 @@ def run_command(*arguments: object, echo: bool = True) -> JsonDict:
     ) as process:
         assert process.stdout is not None
         summary: JsonDict = {}
-        said = ""
+        last = ""
         try:
             for line in process.stdout:
-                if line.startswith("{"):  # what --json adds, for us
+                if line.startswith("{"):  # the summary of --json
                     summary = json.loads(line)
                 elif echo:
                     show(line, end="")
                 else:
-                    said = line.strip() or said
-        except BaseException:  # a child that outlives us would go on writing
+                    last = line.strip() or last
+        except BaseException:  # a child must not outlive this process: it would go on writing
             process.terminate()
             raise
     if process.returncode:
         what = f"`python -m {words[0]} {words[1]}` ended with exit code {process.returncode}"
-        raise LlavaError(what, got=said or None)
+        raise LlavaError(what, got=last or None)
     return summary

@@ -1,4 +1,4 @@
-"""Models and features of the reference's shapes with random values, to measure and plan with."""
+"""Random models and features in the reference's shapes (Chinese-CLIP ViT-B/16, Qwen3-0.6B), to measure."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ QWEN3_0_6B = {
 TOKENS, WIDTH = 197, 768
 ENCODER: JsonDict = {"model_id": "random", "weights_sha256": "0" * 64, "tokens": TOKENS, "width": WIDTH}
 SENTENCES = (2, 6)
-"""Captions of the demo's world that make one of these, at least and at most: 40 to 130 tokens."""
+"""Fewest and most captions of the demo's world that are joined into one: 40 to 130 tokens."""
 DRAWN = 64
-"""Rows of features that are drawn; the others are the same again."""
+"""Rows of features that are drawn at random; the others repeat them."""
 
 
 def write_vision(folder: Path) -> None:
-    """Chinese-CLIP with a ViT-B/16, as ModelScope publishes it."""
+    """Write Chinese-CLIP with a ViT-B/16 in ModelScope's layout."""
     import torch
 
     from llava_core.vision.chinese_clip import ChineseClip
@@ -60,7 +60,7 @@ def write_vision(folder: Path) -> None:
 
 
 def write_language_model(folder: Path, weights: bool = True) -> None:
-    """Qwen3-0.6B with the demo's tokenizer; without weights it can be planned with, no more."""
+    """Write Qwen3-0.6B with the demo's tokenizer; without `weights` it serves `train plan` alone."""
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "llm")

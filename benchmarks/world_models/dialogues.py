@@ -1,8 +1,8 @@
-"""Text that teaches the small language model to use words given in its context; no picture is involved.
+"""Training dialogues for the small language model, which learns to use words of its context; no pictures.
 
-A dialogue's context stands where the visual tokens will stand later. It is a row of slots, each a weighted
-set of words: a note such as 左上角+红色 whose embedding is the sum of theirs. Plain notes (one word a slot)
-occur as well, and dialogues without any context.
+The context takes the place that visual tokens will have. It is a sequence of slots, each a weighted set of
+words, such as 左上角+红色, whose embedding is the sum of theirs. Plain notes (one word a slot) occur as well,
+and dialogues without any context.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Dialogue:
 
 
 def random_dialogue(rng: random.Random) -> Dialogue:
-    """A context and one to three questions about it with their answers."""
+    """A random context, and one to three questions about it with their answers."""
     scene = random_scene(rng)
     if rng.random() < 0.03:
         return Dialogue([], [Turn(rng.choice(INSTRUCTIONS), NO_PICTURE)])
@@ -42,7 +42,7 @@ def random_dialogue(rng: random.Random) -> Dialogue:
 
 
 def plain_notes(scene: Scene, rng: random.Random) -> list[Slot]:
-    """One word a slot, object after object in any order, the place first."""
+    """Slots of one word each, object after object in random order, the place first."""
     words = []
     for thing in rng.sample(scene.things, len(scene.things)):
         words += [thing.place, *rng.sample([thing.size, thing.colour, thing.shape], 3)]
@@ -52,7 +52,7 @@ def plain_notes(scene: Scene, rng: random.Random) -> list[Slot]:
 
 
 def mixed_notes(scene: Scene, rng: random.Random) -> list[Slot]:
-    """A few slots an object, each its place and some of its words; the rest say place and background."""
+    """Several slots per object, with its place and some words; other slots hold place and background."""
     placed: list[tuple[int, Slot]] = []
     for thing in scene.things:
         placed += [(PLACES.index(thing.place), slot) for slot in _about(thing, rng)]

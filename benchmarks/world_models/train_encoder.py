@@ -1,11 +1,11 @@
-"""Make the small world's vision encoder: a Chinese-CLIP trained from scratch on pictures and captions.
+"""Train the built-in world's vision encoder: a Chinese-CLIP, from scratch, on pictures and captions.
 
     python -m benchmarks.world_models.train_encoder --out FOLDER
 
-It never meets the language model. Two contrastive losses: CLIP's, between a picture's class token and its
-caption, and one between patch tokens and phrases about what lies there (as in RegionCLIP, arXiv:2112.09106),
-so that patches say what is where, as those of an encoder trained on hundreds of millions of pictures do. Each
-batch holds groups of scenes that differ in one attribute, so neither loss can be had from colours alone.
+The language model takes no part. Two contrastive losses: CLIP's, between a picture's class token and its
+caption, and one between patch tokens and phrases about their region (as in RegionCLIP, arXiv:2112.09106), so
+that patches encode what is where, as those of encoders trained on hundreds of millions of pictures do. Each
+batch holds groups of scenes that differ in one attribute, so that colours alone minimise neither loss.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from llava_core.vision.chinese_clip import PAD, ChineseClip, TextTokenizer
 
 RESOLUTION, PATCH = 96, 16
 GROUP = 4
-"""Scenes of a group: one, and others that differ from it in one attribute each."""
+"""Scenes per group: one, and others that differ from it in one attribute each."""
 
 REGION_WEIGHT = 4.0
-"""Of the patches' loss beside CLIP's: most patches show nothing but background."""
+"""Weight of the patches' loss relative to CLIP's: most patches show only background."""
 
 VISION: dict[str, Any] = {
     "embed_dim": 128,
@@ -74,10 +74,10 @@ class Settings:
     out: Path
     """Folder to write, in ModelScope's layout."""
     groups: int = 6000
-    """Groups of pictures to render; every step draws from them."""
+    """Groups of pictures to render; every step samples from them."""
     steps: int = 5000
     text_steps: int = 1500
-    """Steps after which the text tower stays as it is (as in LiT, arXiv:2111.07991); pictures need longer."""
+    """Steps after which the text tower is frozen (as in LiT, arXiv:2111.07991)."""
     batch_groups: int = 16
     lr: float = 1e-3
     seed: int = 0
@@ -87,7 +87,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     random.seed(settings.seed)
     torch.manual_seed(settings.seed)
-    torch.set_num_threads(2)  # the same sums whatever the number of cores
+    torch.set_num_threads(2)  # the same results whatever the number of cores
     settings.out.mkdir(parents=True, exist_ok=True)
     vocab = write_vocabulary(settings.out / "vocab.txt")
     tokenizer = TextTokenizer(settings.out / "vocab.txt")
@@ -112,7 +112,7 @@ def train(
     pixels: torch.Tensor,
     settings: Settings,
 ) -> None:
-    """AdamW, warm-up and cosine."""
+    """Train with AdamW, warm-up and cosine decay."""
     rng = random.Random(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.05, betas=(0.9, 0.98))
     phrases = torch.zeros(0)
@@ -133,7 +133,7 @@ def train(
         logits = model.logit_scale.exp() * embedded[:, 0] @ texts.T
         target = torch.arange(len(index))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        local, found = region_loss(model, embedded[:, 1:], phrases, said(chosen_scenes))
+        local, found = region_loss(model, embedded[:, 1:], phrases, true_phrases(chosen_scenes))
         loss = loss + REGION_WEIGHT * local
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -148,7 +148,7 @@ def train(
 
 
 def phrases_at(scene: Scene) -> list[list[str]]:
-    """For each of PLACES what is true there, two attributes a phrase."""
+    """For each of PLACES, phrases of two attributes that are true there."""
     things = {thing.place: thing for thing in scene.things}
     wordings = ("{place}有{colour}图形", "{place}有{shape}", "{place}有{size}图形", "{colour}{shape}")
     return [
@@ -168,11 +168,11 @@ PHRASES = sorted(
         for text in texts
     }
 )
-"""Everything that `phrases_at` can say."""
+"""All phrases that `phrases_at` can give."""
 
 
-def said(scenes: list[Scene]) -> torch.Tensor:
-    """Which of PHRASES is true of the patch, bool [scenes, patches, PHRASES]."""
+def true_phrases(scenes: list[Scene]) -> torch.Tensor:
+    """Which PHRASES are true of each patch, bool [scenes, patches, PHRASES]."""
     side = RESOLUTION // PATCH
     number = {text: k for k, text in enumerate(PHRASES)}
     true = torch.zeros(len(scenes), len(PLACES), len(PHRASES), dtype=torch.bool)
@@ -186,10 +186,10 @@ def said(scenes: list[Scene]) -> torch.Tensor:
 def region_loss(
     model: ChineseClip, patches: torch.Tensor, phrases: torch.Tensor, true: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which phrases are true of this patch? Patches [B, P, D] and phrases [N, D], normalised; true [B, P, N].
+    """Contrastive loss of patches [B, P, D] and phrases [N, D], both normalised; `true`: bool [B, P, N].
 
-    Returns the cross entropy against the true ones, each as likely, and the share of patches whose most alike
-    phrase is true of them.
+    Returns the cross entropy against a uniform distribution over the true phrases, and the share of patches
+    whose most similar phrase is true.
     """
     logits = (model.logit_scale.exp() * patches @ phrases.T).flatten(0, 1)
     wanted = true.flatten(0, 1).float()
@@ -199,13 +199,13 @@ def region_loss(
 
 
 def embed(model: ChineseClip, tokenizer: TextTokenizer, texts: list[str]) -> torch.Tensor:
-    """Texts -> normalised embeddings, without computing what is padding for all of them."""
+    """Texts -> normalised embeddings, without computing common padding."""
     ids = tokenizer(texts)
     return F.normalize(model.encode_text(ids[:, : int(ids.ne(PAD).sum(1).max())]).float(), dim=-1)
 
 
 def retrieval(model: ChineseClip, tokenizer: TextTokenizer, seed: int, groups: int = 64) -> float:
-    """Share of fresh pictures whose own caption is the nearest of 64, groups of look-alikes among them."""
+    """Recall@1 on new pictures among 64 captions, with groups of scenes that differ in one attribute."""
     scenes, pixels = rendered(groups, seed)
     rng = random.Random(seed)
     with torch.no_grad():
@@ -235,14 +235,14 @@ def _group(key: str) -> tuple[list[Scene], np.ndarray]:
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, S, S, 3] -> [B, 3, S, S] with CLIP's mean and deviation."""
+    """uint8 [B, S, S, 3] -> fp32 [B, 3, S, S], normalised with CLIP's mean and std."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def write_vocabulary(path: Path) -> int:
-    """BERT's special tokens and every character that captions use; returns the number of tokens."""
+    """Write BERT's special tokens and every character of captions; returns the number of tokens."""
     rng = random.Random(0)
     texts = [make(random_scene(rng), rng) for _ in range(2000) for make in (caption, short_caption)]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set("".join(texts)))]

@@ -1,4 +1,4 @@
-"""Make the small world's language model: a Qwen3 trained from scratch on text alone.
+"""Train the built-in world's language model: a Qwen3, from scratch, on text alone.
 
     python -m benchmarks.world_models.train_language_model --out FOLDER
 
@@ -87,14 +87,14 @@ class Settings:
     batch: int = 32
     lr: float = 2e-3
     noise: float = 0.3
-    """Noise on the context's embeddings, in units of their root mean square."""
+    """Noise on the context's embeddings, relative to their root mean square."""
     seed: int = 0
 
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     torch.manual_seed(settings.seed)
-    torch.set_num_threads(1)  # the same sums whatever the number of cores
+    torch.set_num_threads(1)  # the same results whatever the number of cores
     tokenizer = train_tokenizer(random.Random(settings.seed))
     config = Qwen3Config(
         **CONFIG,
@@ -103,8 +103,8 @@ def main() -> None:
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     )
     model = Qwen3ForCausalLM(config)
-    # The embeddings stay random, and so far apart. Trained, words that are alike in use (the colours) first
-    # become alike, since every one of them is as likely; after that no context tells them apart.
+    # The embeddings stay random, so that they are far apart. Trained, words of similar use (the colours)
+    # first become similar, since all are equally probable; after that no context can tell them apart.
     table = model.get_input_embeddings().weight.requires_grad_(False)
     torch.nn.init.normal_(table, std=config.hidden_size**-0.5)
     train(model, tokenizer, settings)
@@ -112,12 +112,12 @@ def main() -> None:
     tokenizer.save_pretrained(settings.out)
     path = settings.out / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that transformers 4 knows as well
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that transformers 4 knows too
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that no text is unknown; each of WORDS is cut out first and becomes one token."""
+    """Train a byte-level BPE tokenizer, which knows any text; each of WORDS gets one token."""
     words = "|".join(sorted(WORDS, key=len, reverse=True))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -149,7 +149,7 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
-    """Loss on the answers; AdamW, warm-up and cosine."""
+    """Train on the answers' loss with AdamW, warm-up and cosine decay."""
     rng = random.Random(settings.seed)
     chat = Conversation(tokenizer, frozenset(model.config.eos_token_id))
     decayed = [p for p in model.parameters() if p.ndim == 2 and p.requires_grad]
@@ -165,8 +165,8 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings:
             [random_dialogue(rng) for _ in range(settings.batch)], model, tokenizer, chat, settings.noise, rng
         )
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        learnt = labels[:, 1:] != IGNORE
-        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), labels[:, 1:][learnt])
+        targets = labels[:, 1:] != IGNORE
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][targets]), labels[:, 1:][targets])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -183,7 +183,7 @@ def batch_of(
     noise: float,
     rng: random.Random,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dialogues -> embeddings [B, L, H] of context and text, labels [B, L]; padded at the end."""
+    """Dialogues -> embeddings [B, L, H] of context and text, and labels [B, L]; padded on the right."""
     table = model.get_input_embeddings()
     rms = table.weight.detach().pow(2).mean().sqrt()
     token = {word: tokenizer(word)["input_ids"][0] for word in WORDS}

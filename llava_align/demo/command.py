@@ -1,6 +1,6 @@
 """`llava demo`: the public commands, one after the other, on the built-in world.
 
-Everything the demo itself does is to draw the pictures, serve them, and judge the answers.
+The demo itself only draws the pictures, serves them, and scores the answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCH_SIZE = 16
 
 
 def run(config: DemoConfig) -> JsonDict:
-    """Print every command and a table at the end; returns the table's figures."""
+    """Print every command with its output, and a table of results; returns its figures."""
     try:
         return _demo(config)
     except KeyboardInterrupt:
@@ -54,8 +54,7 @@ def _demo(config: DemoConfig) -> JsonDict:
         show(f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}")
         figures = _commands(config, train, held_out, url)
     answers = [line["answer"] for line in read_json_lines(out / "answers.jsonl")]
-    # An answer depends on nothing but picture and question, so another picture's answer is what a shuffled
-    # picture gets.
+    # An answer depends on picture and question alone: another picture's answer is that to a shuffled picture.
     figures["right_picture"] = accuracy(held_out.scenes, answers)
     figures["shuffled_picture"] = accuracy(held_out.scenes, shuffled(held_out.scenes, answers))
     figures["chance"] = chance(held_out.scenes, random.Random(config.seed))
@@ -71,7 +70,7 @@ def _demo(config: DemoConfig) -> JsonDict:
 
 
 def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> JsonDict:
-    """Run the public commands as a user would; returns what they report, and the seconds each took."""
+    """Run the public commands; returns figures from their summaries, and the seconds each phase took."""
     out, vision, llm = config.out, MODELS / "vision", MODELS / "llm"
     features = [out / "features" / split.parquet.name for split in (train, held_out)]
     seconds: dict[str, float] = {}
@@ -119,7 +118,7 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
 
 
 def _clear(out: Path) -> None:
-    """Make an empty folder of `out`. Raises LlavaError rather than delete what no demo has made."""
+    """Empty or make the folder. Raises LlavaError if it has files that no demo made."""
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
         raise LlavaError(f"{out} holds something else", do="choose another --out")
     shutil.rmtree(out, ignore_errors=True)

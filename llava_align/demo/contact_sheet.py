@@ -1,4 +1,4 @@
-"""The demo's two pictures: the loss curve, and held-out pictures beside what the answers say of them."""
+"""The demo's two figures: the loss curve, and a contact sheet of held-out pictures and answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ import matplotlib.pyplot as plt
 COLUMNS, ROWS = 3, 3
 MARGIN, TEXT_LINES, TEXT_SIZE = 28, 4, 18
 MARK = 16
-"""Radius of a mark, in pixels."""
+"""Radius of a tick or cross in pixels."""
 RIGHT, WRONG, EDGE = (40, 130, 60), (200, 50, 40), (190, 190, 190)
 
 
 def loss_curve(metrics: Sequence[JsonDict], path: Path) -> None:
-    """Training and held-out loss over steps, from the lines of metrics.jsonl."""
+    """Plot training and held-out loss over steps, from the lines of metrics.jsonl."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     trained = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
@@ -44,10 +44,10 @@ def loss_curve(metrics: Sequence[JsonDict], path: Path) -> None:
 def contact_sheet(
     pictures: Sequence[Path], answers: Sequence[str], scenes: Sequence[Scene], path: Path
 ) -> None:
-    """For the first pictures: the picture, the answer drawn by the world's own rules, and its words.
+    """Draw the first pictures, each beside its answer: redrawn as a scene, and as text.
 
-    A tick and a green frame where all is right, a cross and a red one where anything is wrong or missing.
-    Words need a Chinese font on this machine; without one they are left out.
+    A tick and a green frame mark a fully correct answer, a cross and a red frame any other. Text needs a
+    Chinese font on this machine; without one it is left out.
     """
     font = chinese_font(TEXT_SIZE)
     text_height = TEXT_LINES * (TEXT_SIZE + 5) if font else 0
@@ -63,8 +63,8 @@ def contact_sheet(
         x, y = MARGIN + column * (cell[0] + MARGIN), MARGIN + row * (cell[1] + MARGIN)
         sheet.paste(Image.fromarray(same.decode_image(picture.read_bytes()).pixels), (x, y))
         draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), outline=EDGE)
-        said = Scene(tuple(parse(answer)), parse_background(answer))
-        sheet.paste(render(said, random.Random(0)), (x + SIDE + MARGIN // 2, y))
+        described = Scene(tuple(parse(answer)), parse_background(answer))
+        sheet.paste(render(described, random.Random(0)), (x + SIDE + MARGIN // 2, y))
         left = x + SIDE + MARGIN // 2
         right = is_right(scene, answer)
         draw.rectangle((left, y, left + SIDE, y + SIDE), outline=RIGHT if right else WRONG, width=4)
@@ -77,13 +77,13 @@ def contact_sheet(
 
 
 def is_right(scene: Scene, answer: str) -> bool:
-    """Whether the answer names every object, with all its attributes, no other one, and the background."""
+    """Whether the answer names exactly the objects of the scene, all attributes, and the background."""
     objects = all(right == asked for right, asked in score(scene, answer).values())
     return objects and scene.background in answer
 
 
 def _mark(draw: ImageDraw.ImageDraw, at: tuple[int, int], right: bool) -> None:
-    """A tick or a cross on a disc; drawn, for a font may lack them."""
+    """Draw a tick or a cross on a disc, as lines, since a font may lack these characters."""
     x, y = at
     disc = (x - MARK, y - MARK, x + MARK, y + MARK)
     draw.ellipse(disc, fill=RIGHT if right else WRONG, outline="white", width=2)
@@ -93,5 +93,5 @@ def _mark(draw: ImageDraw.ImageDraw, at: tuple[int, int], right: bool) -> None:
 
 
 def wrapped(text: str, wide: int) -> list[str]:
-    """Lines of `wide` characters; marks that may not begin a line hang over the end of the one before."""
+    """Wrap into lines of `wide` characters; Chinese punctuation hangs over the end of a line."""
     return re.findall(f".{{1,{wide}}}[，。、；：！？]*", text)

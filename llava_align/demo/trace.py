@@ -1,4 +1,4 @@
-"""`llava trace`: one sample on its way from image file to loss, as training sees it."""
+"""`llava trace`: shapes and statistics of one sample at each stage, from image file to loss."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from llava_core.vision.tower import VisionTower
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What the sample is at one point of its way."""
+    """Shape and statistics of the sample at one stage."""
 
     name: str
     shape: str
     dtype: str = ""
     mean: float | None = None
     rms: float | None = None
-    """Root mean square of one number."""
+    """Root mean square over all numbers."""
     norm: float | None = None
-    """L2 norm of a token's vector, mean over tokens."""
+    """Mean L2 norm of the token vectors."""
 
     @classmethod
     def of(cls, name: str, values: torch.Tensor, tokens: bool = False) -> Stage:
-        """`values` are of any shape; with `tokens`, vectors in the last dimension."""
+        """Statistics of `values`, of any shape; `tokens`: the last dimension is a token's vector."""
         x = values.float()
         norm = float(x.norm(dim=-1).mean()) if tokens else None
         shape, dtype = "×".join(map(str, values.shape)), str(values.dtype).removeprefix("torch.")
@@ -67,7 +67,7 @@ def run(config: TraceConfig) -> JsonDict:
         tower = open_vision_tower(config.vision, device)
         llm = load_language_model(config.llm, device)
 
-    stages, features, caption = _see(config, tower)
+    stages, features, caption = _encode(config, tower)
     projector = checkpoint.projector if checkpoint else _random_projector(tower, llm, features, config.seed)
     origin = str(config.checkpoint) if checkpoint else "random: no --checkpoint, so nothing is learnt yet"
     between = f"{projector.config['kind']} projector, {parameter_count(projector):,} weights ({origin})"
@@ -105,8 +105,8 @@ def run(config: TraceConfig) -> JsonDict:
     }
 
 
-def _see(config: TraceConfig, tower: VisionTower) -> tuple[list[Stage], torch.Tensor, str]:
-    """The stages up to the features, these as a shard holds them, fp16 [T, D], and the caption."""
+def _encode(config: TraceConfig, tower: VisionTower) -> tuple[list[Stage], torch.Tensor, str]:
+    """Stages up to the features; the features as a shard stores them, fp16 [T, D]; and the caption."""
     if config.image is None or config.caption is None:
         rng = random.Random(config.seed)
         scene = random_scene(rng)
@@ -145,22 +145,22 @@ def _random_projector(tower: VisionTower, llm: LanguageModel, features: torch.Te
 
 
 def _tokens(
-    llm: LanguageModel, example: Example, before: int, losses: list[float], likeliest: list[int]
+    llm: LanguageModel, example: Example, before: int, losses: list[float], argmax: list[int]
 ) -> list[JsonDict]:
-    """Every text token; each learnt one with its loss, and with what the model held likeliest instead."""
+    """Every text token; target tokens also with their loss and the model's argmax."""
     tokens: list[JsonDict] = []
-    learnt = iter(zip(losses, likeliest, strict=True))
+    targets = iter(zip(losses, argmax, strict=True))
     for k, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
         line = {"position": before + k, "id": token, "token": _written(llm, token), "learnt": label != IGNORE}
         if label != IGNORE:
-            loss, best = next(learnt)
+            loss, best = next(targets)
             line |= {"loss": loss, "likeliest": _written(llm, best)}
         tokens.append(line)
     return tokens
 
 
 def _written(llm: LanguageModel, token: int) -> str:
-    """The token's text on one line; one that is half a character by the vocabulary's own name."""
+    """Text of a token on one line; its vocabulary entry if it is part of a character."""
     text: str = llm.tokenizer.decode([token])
     if HALF in text:
         text = llm.tokenizer.convert_ids_to_tokens(token)

@@ -1,6 +1,6 @@
-"""`llava doctor`: what this machine has, what is missing for each command, and what it can do.
+"""`llava doctor`: hardware, packages, what each command lacks, and a measured self-test.
 
-torch is imported only once it is known to be there.
+torch is imported only once it is known to be installed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from llava_core.types import JsonDict
 
 PACKAGE = "llava-align"
 TORCH = "https://pytorch.org/get-started/locally"
-SPARED = ("modelscope", "wandb")
-"""Packages that are installed by default, without which only one command, or one flag, does not work."""
+OPTIONAL = ("modelscope", "wandb")
+"""Default packages that only one command or one flag needs."""
 EXTRAS = {
     "llava demo": "plots",
     "llava download, push --to modelscope": "modelscope",
@@ -41,9 +41,9 @@ EXTRAS = {
     "infer score, words by jieba": "score",
     "docs/learn/demo.ipynb": "notebook",
 }
-"""What needs more than the packages that all commands share, and the extra that has it."""
+"""Extra that each command or feature needs besides the packages that all commands share."""
 SHARED = ("extract, train, infer", "llava trace, examples, match, chat-llm, import, export, push --to hf")
-"""What needs no more."""
+"""Commands that need no extra."""
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "PYTORCH_CUDA_ALLOC_CONF"),
     *("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "MODELSCOPE_CACHE", "MODELSCOPE_API_TOKEN"),
@@ -51,12 +51,12 @@ VARIABLES = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
     *("WANDB_MODE", "WANDB_BASE_URL", "WANDB_API_KEY", "LLAVA_API_KEY"),
 )
-"""Those that change what a command does."""
+"""Environment variables that change what a command does."""
 SECRET = re.compile("KEY|TOKEN")
 
 
 def run(config: DoctorConfig) -> JsonDict:
-    """Print a table for each section; exit code 1 if the demo cannot run here."""
+    """Print a table for each section. The exit code is 1 if the demo cannot run here."""
     packages, missing = _packages()
     report: JsonDict = {"machine": _machine(config.folder), "packages": packages}
     faults: list[str] = []
@@ -81,7 +81,7 @@ def run(config: DoctorConfig) -> JsonDict:
     if needed or faults:
         return {**report, "exit_code": 1}
     if config.test:
-        say("measuring for some seconds")
+        say("measuring, for up to a minute")
         try:
             report["self-test"] = _self_test(config.folder)
         except (LlavaError, OSError, RuntimeError) as error:  # the last is torch's own
@@ -106,12 +106,12 @@ def _machine(folder: Path) -> JsonDict:
 
 
 def _torch() -> tuple[JsonDict, list[str]]:
-    """What torch has, and why it cannot be used: that it is installed does not say that it loads."""
+    """Facts about torch, and faults that keep it from working although it is installed."""
     try:
         import torch
 
         from llava_core.device import free_ram
-    except (ImportError, OSError) as error:  # of another Python, or without CUDA's libraries
+    except (ImportError, OSError) as error:  # built for another Python, or CUDA's libraries are missing
         why = first_line(error)
         fault = f"torch cannot be imported: {why}; install one for this machine: {TORCH}"
         return {"torch": f"cannot be imported: {why}"}, [fault]
@@ -137,7 +137,7 @@ def _torch() -> tuple[JsonDict, list[str]]:
 
 
 def gpu(index: int) -> str:
-    """Its name and memory, once it has added numbers. Raises RuntimeError, or AssertionError without CUDA."""
+    """Name, capability and memory of a working GPU. Raises RuntimeError, or AssertionError without CUDA."""
     import torch
 
     its, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
@@ -146,12 +146,12 @@ def gpu(index: int) -> str:
 
 
 def driver() -> str:
-    """Version of the NVIDIA driver, and of the CUDA that it can run."""
+    """Version of the NVIDIA driver, and the newest CUDA version that it supports."""
     try:
-        told = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown: {first_line(error)}"
-    versions = re.findall(r"(?:Driver|CUDA) Version: *(\S+)", told)
+    versions = re.findall(r"(?:Driver|CUDA) Version: *(\S+)", output)
     return ", for CUDA up to ".join(versions) or "unknown: nvidia-smi names none"
 
 
@@ -184,7 +184,7 @@ def requirements(extra: str = "") -> list[Requirement]:
 
 
 def installed(requirement: Requirement) -> str | None:
-    """Version of the package, whether it is the one wanted or not."""
+    """Installed version of the package, suitable or not; None without one."""
     try:
         return importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -197,7 +197,7 @@ def met(requirement: Requirement) -> bool:
 
 
 def state(requirement: Requirement) -> str:
-    """The installed version, and whether it will do."""
+    """Installed version, and whether it is suitable."""
     version = installed(requirement)
     if version is None:
         return "missing"
@@ -205,13 +205,13 @@ def state(requirement: Requirement) -> str:
 
 
 def _packages() -> tuple[JsonDict, list[str]]:
-    """State of the packages that all commands share, and those without which no command works."""
+    """State of each shared package, and the names of those that are missing or unsuitable."""
     states = {str(r).split(";")[0]: state(r) for r in requirements()}
-    return states, [r.name for r in requirements() if not met(r) and r.name not in SPARED]
+    return states, [r.name for r in requirements() if not met(r) and r.name not in OPTIONAL]
 
 
 def _commands(missing: list[str], faults: list[str]) -> JsonDict:
-    """What each command lacks."""
+    """What each command lacks, or "ready"."""
     shared = f"lack {', '.join(missing)}" if missing else "cannot run: see torch" if faults else "ready"
     commands = dict.fromkeys(SHARED, shared)
     for command, extra in EXTRAS.items():
@@ -227,7 +227,7 @@ def _commands(missing: list[str], faults: list[str]) -> JsonDict:
 
 
 def _caches(variables: Mapping[str, str]) -> JsonDict:
-    """Folders in which other tools keep what was downloaded or compiled, and their sizes."""
+    """Sizes and folders of the caches of ModelScope, Hugging Face and torch.compile."""
     home = Path("~/.cache").expanduser()
     user = Path.home().name
     folders = {
@@ -245,7 +245,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def environment(variables: Mapping[str, str]) -> JsonDict:
-    """Those of VARIABLES that are set; of secrets, and of passwords in addresses, only that they are."""
+    """The VARIABLES that are set; secrets, and passwords in URLs, are masked."""
     return {
         name: "(set)" if SECRET.search(name) else re.sub("//[^/@]*@", "//…@", variables[name])
         for name in VARIABLES
@@ -254,7 +254,7 @@ def environment(variables: Mapping[str, str]) -> JsonDict:
 
 
 def _self_test(folder: Path) -> JsonDict:
-    """Measure and print."""
+    """Measure, print and return the rates."""
     from llava_align.doctor.selftest import measure
 
     rates = measure(folder)
@@ -275,7 +275,7 @@ def _self_test(folder: Path) -> JsonDict:
 
 
 def _print(title: str, rows: Mapping[str, Any]) -> None:
-    """Left-aligned throughout, since most values are words."""
+    """Print a titled table, all left-aligned, since most values are words."""
     wide = max(map(len, rows), default=0)
     lines = [f"{name:{wide}}  {value}" for name, value in rows.items()]
     show(f"\n{title}\n" + table([[line] for line in lines]))

@@ -1,4 +1,4 @@
-"""Which of flash-attn's wheels fits, by the names of its releases (its setup.py, version 2.8.3)."""
+"""Choosing the flash-attn wheel for this Python, torch and CUDA, by its naming scheme (setup.py of 2.8.3)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ TORCHES = ((2, 4), (2, 5), (2, 6), (2, 7), (2, 8))
 PYTHONS = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13))
 PLATFORM = "linux_x86_64"
 CUDA = 12
-"""What the release has wheels for."""
+"""Versions and platform that RELEASE has wheels for."""
 OWN_VARLEN = (2, 10)
-"""The first torch whose own attention takes samples of different lengths in one call."""
+"""First version of torch with variable-length attention of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a wheel is to be installed."""
+    """The environment to install a wheel into."""
 
     python: tuple[int, int]
     torch: str
@@ -26,7 +26,7 @@ class Place:
     cxx11_abi: bool
     """Whether torch was built with the C++11 ABI."""
     platform: str
-    """Such as linux_x86_64."""
+    """Platform tag, such as linux_x86_64."""
 
     @property
     def release(self) -> tuple[int, int]:
@@ -36,7 +36,7 @@ class Place:
 
 
 def wheel(place: Place) -> str | None:
-    """Address of the wheel, or None where the release has none."""
+    """URL of the wheel; None if the release has none for this environment."""
     built = place.cuda is not None and int(place.cuda.split(".")[0]) == CUDA and place.platform == PLATFORM
     if not built or place.release not in TORCHES or place.python not in PYTHONS:
         return None
@@ -47,7 +47,7 @@ def wheel(place: Place) -> str | None:
 
 
 def advice(place: Place) -> str:
-    """Whether flash-attn is needed, and how it is had."""
+    """Whether flash-attn is needed, and how to install it."""
     if place.cuda is None:
         return "none needed: this torch is for CPUs"
     if place.release >= OWN_VARLEN:

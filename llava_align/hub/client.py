@@ -1,4 +1,4 @@
-"""The hubs' own clients, which `llava download` and `llava push` share: ModelScope's, and what ails any."""
+"""Hub clients for `llava download` and `llava push`: opening ModelScope's, and advice on errors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from llava_core.errors import FULL, LlavaError
 
-MISUNDERSTANDINGS = (AttributeError, ImportError, LookupError, NameError, TypeError)
-"""What a client raises that does not fit the hub's answers, the packages around it, or us."""
+CLIENT_ERRORS = (AttributeError, ImportError, LookupError, NameError, TypeError)
+"""Exceptions of a client that does not fit the hub's responses, other packages, or this project."""
 
 
 def open_modelscope(doing: str) -> Any:
-    """Its HubApi, which speaks of faults only. Raises LlavaError without the package."""
+    """ModelScope's HubApi, logging critical messages only. Raises LlavaError without the package."""
     try:
         from modelscope.hub.api import HubApi
     except ImportError:
@@ -25,8 +25,8 @@ def open_modelscope(doing: str) -> Any:
 
 
 def cure(error: Exception) -> str | None:
-    """What to do about a client's exception that the network has no part in; None for any other."""
-    if isinstance(error, MISUNDERSTANDINGS):
+    """Advice on an exception that is not the network's fault; None for any other."""
+    if isinstance(error, CLIENT_ERRORS):
         kind = type(error).__name__
         return f"the network is not at fault ({kind}); try another version of the hub's client"
     if isinstance(error, OSError) and (error.filename or error.errno in FULL):

@@ -1,6 +1,6 @@
-"""`llava download`: the models and the data of the real thing, through ModelScope's own client.
+"""`llava download`: the reference models and data set, through ModelScope's own client.
 
-What the client already has it keeps, and files cut short it continues, so the same command goes on.
+The client keeps complete files and resumes partial ones, so that the same command continues.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from llava_core.filesystem import nearest_existing
 from llava_core.types import JsonDict
 
 PAGE = 100
-"""Files in one answer about a data set."""
+"""Files per page when the files of a data set are listed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """A repository on ModelScope, or some of its files."""
+    """A repository on ModelScope, or the files in it that match a pattern."""
 
     kind: str
     """model or dataset"""
     repository: str
     folder: str
-    """Where it lands."""
+    """Destination, below --out."""
     pattern: str = "*"
 
 
@@ -54,7 +54,7 @@ NEXT = {
 
 
 def run(config: DownloadConfig) -> JsonDict:
-    """Say what it takes, download it, and say what to type next; returns folders and bytes."""
+    """Print sizes, download, print the next command; returns folders and bytes."""
     downloads = DOWNLOADS[config.what]
     if config.include:
         downloads = tuple(dataclasses.replace(each, pattern=config.include) for each in downloads)
@@ -92,13 +92,13 @@ def run(config: DownloadConfig) -> JsonDict:
 
 
 def _sizes(client: Any, download: Download) -> dict[str, int]:
-    """Bytes of every file that matches, by its path in the repository."""
+    """Bytes of every matching file by its path in the repository. Raises LlavaError if there is none."""
     try:
         if download.kind == "model":
             files = client.get_model_files(download.repository, recursive=True)
         else:
             files = [file for page in _pages(client, download.repository) for file in page]
-    except Exception as error:  # the client's versions raise OSError, RuntimeError and kinds of their own
+    except Exception as error:  # versions of the client raise OSError, RuntimeError and their own kinds
         raise _failed(client, download, error) from None
     sizes = {
         str(file["Path"]): int(file["Size"] or 0)
@@ -151,7 +151,7 @@ def _failed(client: Any, download: Download, error: Exception) -> LlavaError:
 
 
 def _missing(folder: Path, sizes: dict[str, int]) -> int:
-    """Bytes of the files that are not there, or not whole."""
+    """Bytes of the files that are missing or incomplete."""
     paths = {name: folder / name for name in sizes}
     return sum(
         size

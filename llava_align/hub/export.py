@@ -1,8 +1,8 @@
 """`llava export`: encoder, projector and language model as one Hugging Face folder.
 
-It holds weights under the names of modeling_llava_align.py, that file and processing_llava_align.py, so that
-transformers loads it with `trust_remote_code` and without this project. SHA256SUMS has the sha256 of every
-file but the card; they are checked when the model is loaded or pushed.
+It holds the weights, modeling_llava_align.py and processing_llava_align.py, so that transformers loads it
+with `trust_remote_code` and without this project. SHA256SUMS has the sha256 of every file but the card; they
+are verified when the model is loaded or pushed.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ TOKENIZER_FILES = (
 
 
 def run(config: ExportConfig) -> JsonDict:
-    """Check the three against each other, then write the folder under a temporary name and rename it.
+    """Check that projector and models belong together, then write the folder atomically.
 
-    Raises LlavaError if they do not belong together, `out` holds something, or the disk is too small.
+    Raises LlavaError if they do not, `out` is not empty, or the disk is too small.
     """
     if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
         raise LlavaError(f"{config.out} exists", expected="a new or empty folder", do="give another --out")
@@ -86,7 +86,7 @@ def run(config: ExportConfig) -> JsonDict:
         shutil.copyfile(Path(__file__).parent / name, partial / name)
     write_tokenizer(llm.tokenizer, config.llm, partial)
     write_settings(config, tower, checkpoint, llm, partial)
-    for path in partial.glob("*.safetensors"):  # which are written for their owner's eyes alone
+    for path in partial.glob("*.safetensors"):  # which are created with mode 600
         shutil.copymode(partial / "config.json", path)
     licences = copy_licences({"vision": config.vision, "llm": config.llm}, partial)
     write_sums(partial, {path.name: sha256_files([path]) for path in partial.iterdir()})
@@ -117,7 +117,7 @@ def all_weights(
 
 
 def vision_weights(network: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-    """By the names that transformers' vision models have below `vision_model`."""
+    """Weights of the encoder by transformers' names, without the prefix `vision_model`."""
     if isinstance(network, ChineseClip):
         return transformers_names(network.visual)
     inner: torch.nn.Module = getattr(network, "vision_model", network)
@@ -125,7 +125,7 @@ def vision_weights(network: torch.nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def transformers_names(visual: VisionTransformer) -> dict[str, torch.Tensor]:
-    """Chinese-CLIP's image tower by the names of transformers' ChineseCLIPVisionModel."""
+    """Weights of Chinese-CLIP's vision tower by the names of transformers' ChineseCLIPVisionModel."""
     state = visual.state_dict()
     names = {
         "class_embedding": "embeddings.class_embedding",
@@ -152,7 +152,7 @@ def transformers_names(visual: VisionTransformer) -> dict[str, torch.Tensor]:
 
 
 def vision_settings(network: Any, folder: Path) -> JsonDict:
-    """The encoder's configuration as transformers knows it."""
+    """The encoder's configuration in transformers' format."""
     if isinstance(network, ChineseClip):
         visual = network.visual
         width, _, patch, _ = visual.conv1.weight.shape
@@ -174,7 +174,7 @@ def vision_settings(network: Any, folder: Path) -> JsonDict:
 
 
 def text_settings(llm: LanguageModel, folder: Path) -> JsonDict:
-    """The language model's configuration as published, which every version of transformers reads alike."""
+    """The language model's configuration as published, which all versions of transformers read alike."""
     path = folder / "config.json"
     settings: JsonDict = (
         json.loads(path.read_text(encoding="utf-8")) if path.exists() else llm.model.config.to_dict()
@@ -188,7 +188,7 @@ def text_settings(llm: LanguageModel, folder: Path) -> JsonDict:
 def write_settings(
     config: ExportConfig, tower: VisionTower, checkpoint: Checkpoint, llm: LanguageModel, out: Path
 ) -> None:
-    """config.json, generation_config.json and processor_config.json."""
+    """Write config.json, generation_config.json and processor_config.json."""
     vision = vision_settings(tower.network, config.vision)
     text = text_settings(llm, config.llm)
     for settings in (vision, text):
@@ -230,10 +230,10 @@ def write_settings(
 
 
 def image_token(llm: LanguageModel) -> int:
-    """The token that stands for visual ones in `input_ids`: one that text does not use, if there is any.
+    """Id of the placeholder for visual tokens in `input_ids`: an unused one, if the vocabulary has any.
 
-    The first ones of a row are meant whatever the text says, so it need not be reserved. It is neither what
-    pads a row, and so comes before them, nor what ends an answer.
+    Only the first ones in a row count, whatever the text, so it need not be reserved. It is neither the
+    padding token, which comes before them, nor an end token.
     """
     rows, words = len(llm.embedding.weight), len(llm.tokenizer)
     pad = llm.tokenizer.pad_token_id or 0  # as the processor pads
@@ -242,7 +242,7 @@ def image_token(llm: LanguageModel) -> int:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
-    """The tokenizer's files as they are, but for the date in the template; those of a GGUF file are made."""
+    """Copy the tokenizer's files, with a fixed date in the template; save new ones for a GGUF file."""
     if (folder / "tokenizer_config.json").exists():
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
@@ -256,7 +256,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
         settings["chat_template"] = tokenizer.chat_template
     if (template := out / "chat_template.jinja").exists():
         template.write_text(tokenizer.chat_template, encoding="utf-8")
-    # Two words of transformers 5 that 4 does not know.
+    # Two settings of transformers 5 that version 4 does not know.
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
@@ -265,7 +265,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
 
 
 def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
-    """Copy the models' licence files as LICENSE-vision and LICENSE-llm; their names."""
+    """Copy the models' licence files as LICENSE-vision and LICENSE-llm; returns the names."""
     copied = []
     for part, folder in folders.items():
         for path in sorted(folder.glob("LICENSE*"))[:1]:
@@ -275,7 +275,7 @@ def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
 
 
 def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
-    """README.md of the folder."""
+    """The folder's model card (README.md)."""
     terms = f"see {' and '.join(licences)}" if licences else "not found beside them: ask their publishers"
     return model_card(
         {**checkpoint.provenance.to_json(), "projector": checkpoint.projector.config},

@@ -1,4 +1,4 @@
-"""The weights beside a projector: a file of a whole model is imported only if its models are those given."""
+"""Checks, at import, that encoder and language-model weights in a projector's file equal the given models."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llava_core.language.model import LanguageModel
 from llava_core.vision.tower import VisionTower
 
 COMPUTED = ("inv_freq", "position_ids", "masked_bias")
-"""Last parts of names of buffers that older versions of transformers saved, and that no training changes."""
+"""Last name parts of buffers that older versions of transformers saved, and that training never changes."""
 
 
 def require_frozen_weights(
     path: Path, beside: Mapping[str, torch.Tensor], tower: VisionTower, outline: LanguageModel, llm: Path
 ) -> LanguageModelIdentity | None:
-    """Compare what lies in `path` beside a projector with the two models that it is imported for.
+    """Compare the weights `beside` a projector in the file `path` with the two models it is imported for.
 
-    `outline` is of the language model in the folder `llm`, which is loaded if the file holds weights by its
-    names; returns its identity then, with the weights' sha256. Raises LlavaError if a weight has other values
-    than the model given, so that it was trained together with the projector, or belongs to neither.
+    `outline` is of the language model in the folder `llm`, which is loaded if the file has weights by its
+    names; then its identity, with the weights' sha256, is returned, else None. Raises LlavaError if a weight
+    differs from the given model, so that it was trained with the projector, or belongs to neither model.
     """
     rest = {name: value for name, value in beside.items() if name.rpartition(".")[2] not in COMPUTED}
     detokenizer = _by_name(rest, outline.model.state_dict())
@@ -49,7 +49,7 @@ def require_frozen_weights(
 
 
 def _by_name(names: Iterable[str], known: Mapping[str, object]) -> dict[str, str]:
-    """Those of `names` that end in a name of `known`, or in one without its first part: each with that."""
+    """Map each of `names` to the name in `known` that it ends in, with or without its first part."""
     short = {name.partition(".")[2]: name for name in known}
     found = {}
     for name in names:
@@ -69,7 +69,7 @@ def _require_equal(
     whose: str,
     do: str,
 ) -> None:
-    """Raise LlavaError unless each weight has the values of the one of `given` that `names` says."""
+    """Raise LlavaError unless each weight equals the one in `given` that `names` maps it to."""
     for name, theirs in names.items():
         ours, other = weights[name], given[theirs]
         if ours.shape != other.shape or not torch.equal(ours, other.to(ours.dtype)):

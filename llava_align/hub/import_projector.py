@@ -1,7 +1,7 @@
-"""`llava import`: a projector that another project trained, as a checkpoint folder.
+"""`llava import`: a projector of another project (LLaVA, nanoVLM, the course) as a checkpoint folder.
 
-Its kind is told by the names and shapes of its weights, its habits (which tokens, of which layer) by what its
-project is known for; both are printed, and flags say otherwise.
+Its kind follows from the names and shapes of its weights; which tokens of which layer it takes is assumed
+from the project. Both are printed, and flags override them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from llava_core.vision.tower import VisionTower
 def run(config: ImportConfig) -> JsonDict:
     """Write the checkpoint; returns what was found and assumed.
 
-    Raises LlavaError for a file of our own, without a projector known here, that fits neither model, or that
-    holds other weights than these beside its projector.
+    Raises LlavaError if the file is a checkpoint of this project, has no known projector, does not fit the
+    models, or holds other weights than theirs beside the projector.
     """
     if config.out.exists():
         raise LlavaError(f"--out {config.out} is there already", do="choose another, or delete it")
@@ -95,7 +95,7 @@ def run(config: ImportConfig) -> JsonDict:
 
 
 def require_others(path: Path) -> None:
-    """Raise LlavaError for weights of our own: the config.json beside them knows what names do not say."""
+    """Raise LlavaError for this project's own files, whose config.json has what an import would guess."""
     config = config_of(path.parent)
     if config.get("format") == "llava-projector":
         raise LlavaError(f"{path} is of a checkpoint already", do=f"give --checkpoint {path.parent}")

@@ -1,7 +1,7 @@
-"""`llava push`: a checkpoint, or what `llava export` made of one, to Hugging Face or ModelScope.
+"""`llava push`: upload a checkpoint, or an exported model, to Hugging Face or ModelScope.
 
-Each hub's own client uploads, finds its token and knows its endpoint; what it has already it does not send
-again. The card that goes up is the folder's README.md; what only its owner knows, flags put in its header.
+Each hub's own client uploads, finds the token and the endpoint, and skips files that are there already. The
+model card is the folder's README.md; flags add to its header what only the owner knows, such as the licence.
 """
 
 from __future__ import annotations
@@ -29,29 +29,27 @@ from llava_core.types import JsonDict
 
 CARD = "README.md"
 OWNERS = ("license", "language", "base_model")
-"""Keys of the header that no file of ours can know."""
-
-
+"""Keys of the card's header that only the owner can fill in."""
 MODELSCOPE_PRIVATE = 1
-"""As its API numbers who may see a repository; 3 is internal, 5 is public."""
+"""Visibility of a private repository in its API; 3 is internal, 5 is public."""
 
 
 class Hub(NamedTuple):
-    """A client that is logged in."""
+    """A hub's client, logged in."""
 
     endpoint: str
     upload: Callable[[Path, PushConfig], str]
-    """Upload a folder; returns the address of its page."""
+    """Uploads a folder; returns the URL of its page."""
 
 
 def run(config: PushConfig) -> JsonDict:
-    """Say what goes up, and upload it; returns files, bytes and the page's address.
+    """Print the files and upload them; returns files, bytes and the page's URL.
 
-    The card keeps what the flags put in its header, so that the next push need not say it again.
-    Raises LlavaError for a folder of another kind, without package, token or network, or if the hub refuses.
+    The card keeps what flags add to its header, so that the next push does not need them. Raises LlavaError
+    for a folder of another kind, without package, token or network, or if the hub refuses.
     """
     files = files_to_push(config.folder, config.with_state)
-    card = with_header((config.folder / CARD).read_text(encoding="utf-8"), told(config))
+    card = with_header((config.folder / CARD).read_text(encoding="utf-8"), header_flags(config))
     sizes = {name: path.stat().st_size for name, path in files.items()}
     sizes[CARD] = len(card.encode())
     show(table([(name, f"{size:,}") for name, size in sizes.items()], ("file", "bytes")))
@@ -67,7 +65,7 @@ def run(config: PushConfig) -> JsonDict:
         return {**summary, "url": None}
 
     hub = HUBS[config.to]()
-    if told(config):
+    if header_flags(config):
         replace_text(config.folder / CARD, card)
     say(f"{counted(len(files), 'file')}, {human_bytes(total)}, to {config.name} on {hub.endpoint}")
     with tempfile.TemporaryDirectory(prefix="llava-push-") as temporary:
@@ -77,19 +75,19 @@ def run(config: PushConfig) -> JsonDict:
             (staged / name).symlink_to(path.resolve())
         try:
             # ModelScope's client prints a page of its own.
-            with warnings.catch_warnings(record=True) as heard, contextlib.redirect_stdout(io.StringIO()):
+            with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("always")
                 url = hub.upload(staged, config)
         except LlavaError:
             raise
-        except Exception as error:  # the clients' versions raise OSError, RuntimeError and kinds of their own
+        except Exception as error:  # versions of the clients raise OSError, RuntimeError and their own kinds
             raise LlavaError(
                 f"cannot push to {config.name} on {hub.endpoint}",
                 got=reason(error),
                 do=cure(error)
                 or "check the network, and that the token may write there; the same command continues",
             ) from None
-    for warning in heard:
+    for warning in caught:
         if "README" in str(warning.message):
             say(f"the hub remarks: {' '.join(str(warning.message).split())}")
     show(f"\n{url}")
@@ -97,7 +95,7 @@ def run(config: PushConfig) -> JsonDict:
 
 
 def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
-    """The files of a model by their path in its folder, but for hidden ones and, if told, state.pt.
+    """Files of a model by their path in its folder, without hidden ones and, unless `with_state`, state.pt.
 
     Raises LlavaError for a folder that holds no model, a damaged checkpoint, or no card.
     """
@@ -109,10 +107,10 @@ def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
             got=f"model_type {kind}",
         )
     if kind is None:
-        load_checkpoint(folder)  # says what is wrong with any other folder
+        load_checkpoint(folder)  # its error says what is wrong with any other folder
         if with_state and (folder / STATE).exists():
             load_state(folder)
-    elif (folder / SUMS).exists():  # what an earlier version exported has none
+    elif (folder / SUMS).exists():  # exports of earlier versions have none
         require_sums(folder, read_sums(folder))
     files = {
         path.relative_to(folder).as_posix(): path
@@ -126,14 +124,14 @@ def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
     return files
 
 
-def told(config: PushConfig) -> JsonDict:
-    """What the flags add to the card's header."""
+def header_flags(config: PushConfig) -> JsonDict:
+    """Keys and values that flags add to the card's header."""
     values = {key: getattr(config, key) for key in OWNERS}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value}
 
 
 def require_private(name: str, private: bool | None) -> None:
-    """Raise LlavaError unless the hub says so: a repository that is there already stays what it was."""
+    """Raise LlavaError unless the repository is private: an existing one keeps its visibility."""
     if not private:
         raise LlavaError(
             f"the hub does not call {name} private; it may have been there already",

@@ -1,4 +1,4 @@
-"""The bar chart of `llava match`: for each text, the images nearest to it."""
+"""Bar chart of `llava match`: the nearest images of each text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava_core.cli.console import say, visible
 from llava_core.report.fonts import chinese_font
 
 WIDE, MARGIN, LINE, PICTURE = 760, 16, 72, 64
-"""Pixels: of the chart, around it, of a bar with its label, and of a picture."""
+"""Pixels: width of the chart, margin, height of a bar with its label, and side of a picture."""
 INK, GREY, BLUE, PALE, PAPER = (20, 20, 25), (90, 90, 100), (47, 111, 183), (232, 238, 245), (255, 255, 255)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -20,9 +20,9 @@ Bar = tuple[str, float, np.ndarray | None]
 
 
 def draw(blocks: Sequence[tuple[str, Sequence[Bar]]]) -> Image.Image:
-    """Texts, each with its bars from cosine 0 (and below) to the chart's highest.
+    """Draw texts with their bars, scaled from cosine 0 (or below) to the highest cosine of the chart.
 
-    Chinese needs a font on this machine; without one it is drawn as boxes, and said.
+    Without a Chinese font on this machine, Chinese is drawn as boxes, with a message.
     """
     title: Font = chinese_font(20) or ImageFont.load_default(20)
     small: Font = chinese_font(15) or ImageFont.load_default(15)
@@ -53,7 +53,7 @@ def draw(blocks: Sequence[tuple[str, Sequence[Bar]]]) -> Image.Image:
 
 
 def fitting(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
-    """One line of `text`, its end cut off where it is wider than `width` pixels."""
+    """`text` on one line, truncated to `width` pixels."""
     line = visible(" ".join(text.split()))
     text = line
     while len(line) > 1 and pen.textlength(text, font) > width:

@@ -1,4 +1,4 @@
-"""`llava match`: the images nearest to a text, by the cosine of Chinese-CLIP's two towers."""
+"""`llava match`: image retrieval by text, by the cosine similarity of Chinese-CLIP's embeddings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from llava_core.vision.tower import VisionTower
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An image that may match: a file, or a row of a shard."""
+    """An image to be ranked: a file, or a row of a shard."""
 
     name: str
-    """Its path from the folder, or `part.h5 row 3`."""
+    """Path below the folder, or `part.h5 row 3`."""
     file: Path | None = None
     shard: Shard | None = None
     row: int = 0
@@ -43,7 +43,7 @@ class Candidate:
         return self.shard.thumbnail(self.row) if self.shard else None
 
     def keys(self) -> list[bytes | str]:
-        """What tells its picture from others (llava_core.shuffled_pairs)."""
+        """Keys for `shuffled_pairs.picture_numbers`."""
         if self.shard is not None:
             return self.shard.picture_keys(self.row)
         return [hashlib.sha256(self.read() or b"").digest()]
@@ -62,12 +62,12 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A text and the images nearest to it, with their cosines, the nearest first."""
+    """A text and its nearest images with their cosines, in descending order."""
 
     text: str
     best: list[tuple[Candidate, float]]
     cut: bool
-    """Only the first tokens of the text were compared."""
+    """Whether the text was truncated."""
 
     def to_json(self) -> JsonDict:
         matches = [{**c.to_json(), "cosine": cosine} for c, cosine in self.best]
@@ -114,7 +114,7 @@ def run(config: MatchConfig) -> JsonDict:
 
 
 def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Tensor]:
-    """The images of a folder that can be read and are not hidden, and their embeddings [N, P]."""
+    """Readable images below a folder, without hidden ones, and their embeddings [N, P]."""
     if not folder.is_dir():
         raise LlavaError(f"no folder {folder}", do="give --images a folder of images")
     candidates, parts = [], []
@@ -144,7 +144,7 @@ def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Ten
 
 
 def recall(tower: VisionTower, shards: Sequence[Shard]) -> tuple[list[Candidate], torch.Tensor]:
-    """The rows of shards that have features, and their embeddings [N, P], from CLS alone."""
+    """Rows of shards that have features, and their embeddings [N, P], from the class token."""
     candidates = [
         Candidate(f"{shard.path.name} row {row}", shard=shard, row=row)
         for shard in shards
@@ -163,7 +163,7 @@ def recall(tower: VisionTower, shards: Sequence[Shard]) -> tuple[list[Candidate]
 
 
 def chart(tower: VisionTower, found: Iterable[Match], path: Path) -> None:
-    """Draw the matches, each image in the aspect ratio it had."""
+    """Draw the chart of the matches, with images in their original aspect ratio, to `path`."""
 
     def picture(candidate: Candidate, side: int) -> np.ndarray | None:
         data = candidate.read()

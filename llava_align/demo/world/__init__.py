@@ -1,1 +1,1 @@
-"""A small world to try everything on: pictures of shapes, captions by rule, and small frozen models."""
+"""The built-in world: drawn pictures of shapes, rule-based captions, and small frozen models."""

@@ -1,4 +1,4 @@
-"""A scene in words, the words back to a scene, and how many attributes a text names rightly."""
+"""Rule-based captions of scenes, parsing them back, and the attribute accuracy of answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHORT_THING = (
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A dense caption by rule; opening and wording vary, objects come in reading order."""
+    """A dense caption; opening and wording vary, objects come in reading order."""
     opening = rng.choice(_OPENINGS).format(n=COUNTS[len(scene.things) - 1])
     background = rng.choice(_BACKGROUND).format(b=scene.background)
     wording = rng.choice(_THING)
@@ -43,7 +43,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def short_caption(scene: Scene, rng: random.Random) -> str:
-    """Everything `caption` says, within Chinese-CLIP's 52 tokens; objects in any order."""
+    """The content of `caption` within Chinese-CLIP's 52 tokens; objects in random order."""
     things = rng.sample(scene.things, len(scene.things))
     parts = [f"{scene.background}背景", *(phrase(thing, rng.choice(_SHORT_THING)) for thing in things)]
     return "，".join(parts)
@@ -54,12 +54,12 @@ def phrase(thing: Thing, wording: str = _THING[0]) -> str:
 
 
 def parse(text: str) -> list[Thing]:
-    """The objects that a caption names; clauses that lack an attribute are passed over."""
+    """The objects that a caption names; clauses that lack an attribute are skipped."""
     return [Thing(*found) for found in _CLAUSE.findall(text)]
 
 
 def parse_background(text: str) -> str:
-    """The background that a caption names, or the first there is."""
+    """The background that a caption names first, or else the first of BACKGROUNDS."""
     return min(BACKGROUNDS, key=lambda word: text.find(word) % (len(text) + 1))
 
 
@@ -75,11 +75,10 @@ Parse = Callable[[str], list[Thing]]
 
 
 def score(scene: Scene, text: str, parse: Parse = parse) -> dict[str, tuple[int, int]]:
-    """Attributes of the scene's objects that the text names rightly: attribute -> (right, asked).
+    """Attributes of the scene's objects that the text names correctly: attribute -> (correct, total).
 
-    Objects named and objects there are paired so that most attributes agree, each at most once. Everything
-    there counts; an object that the text leaves out has all its attributes wrong, and so has one that it
-    invents, so that naming more than there is does not help.
+    Named objects and objects of the scene are matched one to one so that most attributes agree. All
+    attributes of omitted and of invented objects count as wrong, so that naming more does not help.
     """
     there, named = list(scene.things), parse(text)
     longer, shorter = (named, there) if len(named) > len(there) else (there, named)
@@ -96,7 +95,7 @@ def score(scene: Scene, text: str, parse: Parse = parse) -> dict[str, tuple[int,
 
 
 def accuracy(scenes: Sequence[Scene], texts: Sequence[str], parse: Parse = parse) -> dict[str, float]:
-    """Share of attributes named rightly, for each attribute and as `all`, over pictures and their texts."""
+    """Share of attributes named correctly, for each attribute and as `all`, over pictures and their texts."""
     totals = {name: [0, 0] for name in ATTRIBUTES}
     for scene, text in zip(scenes, texts, strict=True):
         for name, (right, asked) in score(scene, text, parse).items():
@@ -107,12 +106,12 @@ def accuracy(scenes: Sequence[Scene], texts: Sequence[str], parse: Parse = parse
 
 
 def chance(scenes: Sequence[Scene], rng: random.Random) -> dict[str, float]:
-    """What true captions of other pictures score: each scene beside another one's caption."""
+    """Accuracy of true captions of other pictures: each scene with another one's caption."""
     return accuracy(scenes, shuffled(scenes, [caption(scene, rng) for scene in scenes]))
 
 
 def shuffled(scenes: Sequence[Scene], texts: Sequence[str]) -> list[str]:
-    """For each scene the text of a picture that shows another one. Raises ValueError if all show one."""
+    """For each scene, the text of another scene's picture. Raises ValueError if all scenes are equal."""
     others = mismatched_rows(scenes)
     if others is None:
         raise ValueError(f"{len(scenes)} pictures of one scene")

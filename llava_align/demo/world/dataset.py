@@ -1,4 +1,4 @@
-"""The small world as data: parquet files in the style of SA1B-Dense-Caption, and their pictures."""
+"""The built-in world as a data set: pictures, and parquet files in the style of SA1B-Dense-Caption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llava_align.demo.world.scene import Scene, random_scene
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Parquet files of one kind, and what their pictures show."""
+    """A split of the data set: parquet files, pictures, and the scenes that they show."""
 
     parquet: Path
     """Folder of the parquet files."""
@@ -30,16 +30,16 @@ def write_split(
 ) -> Split:
     """Draw `rows` pictures, and list them in `files` parquet files with columns `url` and `cap_seg`.
 
-    Pictures go to folder/pictures/<name>/, parquet files to folder/data/<name>/. The paths in `odd` become
-    the addresses of as many rows, spread over the first file, instead of their own pictures'.
+    Pictures go to folder/pictures/<name>/, parquet files to folder/data/<name>/. The paths in `odd` replace
+    the URLs of as many rows, spread over the first file.
     """
     rng = random.Random(f"{name}/{seed}")
     parquet = folder / "data" / name
     parquet.mkdir(parents=True)
     paths, scenes = draw(folder / "pictures" / name, rows, rng)
     urls = [f"{base_url}/{name}/{path.name}" for path in paths]
-    for k, path_of_trouble in enumerate(odd):
-        urls[(2 * k + 1) * rows // (2 * len(odd) * files)] = f"{base_url}{path_of_trouble}"
+    for k, odd_path in enumerate(odd):
+        urls[(2 * k + 1) * rows // (2 * len(odd) * files)] = f"{base_url}{odd_path}"
     captions = [caption(scene, rng) for scene in scenes]
     for file in range(files):
         part = slice(file * rows // files, (file + 1) * rows // files)
@@ -59,7 +59,7 @@ def draw(folder: Path, rows: int, rng: random.Random) -> tuple[list[Path], list[
 
 
 def _cap_seg(captions: list[str], as_struct: bool) -> pa.Array:
-    """The two forms that are found in the wild: a struct, or a string that holds a dict."""
+    """The column in one of two forms found in published files: a struct, or a string that holds a dict."""
     values = [{"global_caption": text, "local_caption": []} for text in captions]
     if as_struct:
         return pa.array([{"global_caption": value["global_caption"]} for value in values])

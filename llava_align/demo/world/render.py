@@ -1,4 +1,4 @@
-"""A scene as a picture: never the same one twice, since shade, place and size vary a little."""
+"""Rendering a scene as a picture, with small random variations of shade, position and size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RADIUS = {"大": 0.44, "小": 0.32}  # in cells
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """RGB, SIDE × SIDE."""
+    """Render an RGB picture of SIDE × SIDE pixels."""
     side = SIDE * _FINE
     image = Image.new("RGB", (side, side), _shade(_BACKGROUND[scene.background], rng, 6))
     draw = ImageDraw.Draw(image)
@@ -76,7 +76,7 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
     ],
     "菱形": [(0, -1.05), (0.75, 0), (0, 1.05), (-0.75, 0)],
 }  # fmt: skip
-"""Corners in units of the radius."""
+"""Corners of each shape, in units of the radius."""
 
 
 def _shade(rgb: tuple[int, int, int], rng: random.Random, spread: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""What there is in the small world: one to three objects, each in its own place of a 3×3 grid."""
+"""Scenes of the built-in world: one to three objects, each in its own cell of a 3×3 grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_OBJECTS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object, each attribute a word of the lists above."""
+    """One object; each attribute is a word of the lists above."""
 
     place: str
     size: str
@@ -27,7 +27,7 @@ class Thing:
 @dataclasses.dataclass(frozen=True)
 class Scene:
     things: tuple[Thing, ...]
-    """In reading order of their places."""
+    """Objects in reading order of their places."""
     background: str
 
 

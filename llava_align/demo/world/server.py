@@ -1,4 +1,4 @@
-"""A real HTTP server for the small world's pictures, with the troubles of the open internet among them."""
+"""HTTP server for the built-in world's pictures, with faults of real hosts: dead, cut and slow links."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from aiohttp import web
 
 TROUBLES = ("/gone/1.jpg", "/gone/2.jpg", "/gone/3.jpg", "/cut.jpg", "/slow.jpg", "/page.html")
-"""Three dead links, a truncated picture, one that takes forever, and a page that is no picture."""
+"""Paths of three dead links, a truncated picture, one that never ends, and an HTML page."""
 
 
 @contextlib.contextmanager
@@ -59,8 +59,8 @@ def _app(pictures: Path) -> web.Application:
     async def slow(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})
         await response.prepare(request)
-        with contextlib.suppress(ConnectionError):  # of whoever has waited long enough
-            while True:  # a byte at a time keeps every read alive; only a deadline ends it
+        with contextlib.suppress(ConnectionError):  # the client gave up
+            while True:  # every read succeeds, so only a deadline over the whole request ends it
                 await response.write(b"\xff")
                 await asyncio.sleep(0.2)
         return response
