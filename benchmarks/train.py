@@ -28,7 +28,8 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks.extract import DRAWN, header, photo, serving, with_comment
+from benchmarks.extract import header
+from benchmarks.photo_server import DRAWN, photo, serving, with_comment
 from benchmarks.trainers import (
     Bench,
     Cached,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.extract import photo, with_comment
 from benchmarks.gpu.rows import Row
+from benchmarks.photo_server import photo, with_comment
 from llava_align.config import MODELS
 from llava_align.synthetic_reference import write_features, write_language_model, write_vision
 from llava_core.device import pick_device
