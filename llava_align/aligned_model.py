@@ -92,15 +92,19 @@ class AlignedModel:
         self, image: ImageLike, texts: Sequence[str], question: str = QUESTION, *, normalise: bool = True
     ) -> list[Choice]:
         """The texts as answers, best first: by mean loss, or by the probability of the whole text."""
-        if isinstance(texts, str) or not texts:
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise LlavaError("rank", expected="a list of texts", got=repr(texts)[:80])
         choices = text_losses(self._answerer, self.visual_tokens(image), question, list(texts))
         return ranked(choices, normalise)
 
     def visual_tokens(self, image: ImageLike) -> torch.Tensor:
         """What the language model sees of an image: [T, hidden]. Raises LlavaError if it cannot be read."""
-        if isinstance(image, (FeatureRow, torch.Tensor)):
-            return self._from_features(image.features if isinstance(image, FeatureRow) else image)
+        if isinstance(image, FeatureRow):
+            image = image.features
+        if isinstance(image, np.ndarray) and image.ndim == 2 and image.dtype.kind == "f":
+            image = torch.from_numpy(image)
+        if isinstance(image, torch.Tensor):
+            return self._from_features(image)
         if not isinstance(self._answerer, LiveModel):
             do = "load the model with vision=FOLDER, or give cached features"
             raise LlavaError("this model was loaded without an encoder", do=do)
@@ -120,6 +124,9 @@ class AlignedModel:
             raise LlavaError(
                 "features of an image", expected=f"a tensor {expected}", got=tuple(features.shape)
             )
+        if not (features.is_floating_point() and features.isfinite().all()):
+            do = "give them as FeatureDataset returns them"
+            raise LlavaError("features of an image", expected="finite floating-point numbers", do=do)
         return self._answerer.project(features[None])[0]
 
 
@@ -154,16 +161,23 @@ def _sampling(given: dict[str, Any]) -> Sampling:
 def _png(image: Image.Image | np.ndarray) -> bytes:
     """An image file with the same pixels. Raises LlavaError for what is no image."""
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             got = f"{image.dtype} {list(image.shape)}"
             raise LlavaError("an image as an array", expected="uint8 [height, width, 3]", got=got)
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         expected = "a path, an address, a PIL image, an array or features"
         raise LlavaError("an image", expected=expected, got=type(image).__name__)
+    if not (image.width and image.height):
+        raise LlavaError("an image", expected="some pixels", got=f"{image.width}×{image.height}")
     upright = ImageOps.exif_transpose(image)
-    if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # PNG has no others of 8 bits
-        upright = upright.convert("RGB")
+    if upright.mode in ("I", "F"):  # the value of white is not known
+        do = "scale it to 0 … 255 and convert it to mode L, or give its path"
+        raise LlavaError("an image", expected="8 or 16 bits a channel", got=f"mode {upright.mode}", do=do)
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
+    elif upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # the others that a PNG can have
+        upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     file = io.BytesIO()
     upright.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -55,6 +55,41 @@ def test_it_answers_as_the_command_does_whatever_an_image_comes_as(
         cached.answer(image)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16", "I;16B"])
+def test_a_pil_image_of_any_mode_is_seen_as_in_a_file(
+    world: Folders, model: AlignedModel, tmp_path: Path, mode: str
+) -> None:
+    image = Image.open(world.images[0]).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    if mode.startswith("I"):
+        grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+        given = Image.fromarray(grey if mode == "I;16" else grey.astype(">u2"))
+        Image.fromarray(grey).save(tmp_path / "a.png")
+    else:
+        given = image.convert("LA" if mode == "PA" else mode).convert(mode)
+        given.convert("RGBA" if given.has_transparency_data else "RGB").save(tmp_path / "a.png")
+    assert given.mode == mode
+    assert torch.equal(model.visual_tokens(given), model.visual_tokens(tmp_path / "a.png"))
+
+
+def test_what_is_no_image_is_refused_and_no_number_is_made_of_it(model: AlignedModel, world: Folders) -> None:
+    features = FeatureDataset(world.llm.parent / "features")[0].features
+    assert torch.equal(model.visual_tokens(features.numpy()), model.visual_tokens(features))
+    bad = features.clone()
+    bad[1, 1] = torch.nan
+    for given, message in (
+        (bad, "features of an image; expected finite floating-point numbers"),
+        (features.int(), "expected finite floating-point numbers"),
+        (features[None], "features of an image; expected a tensor"),
+        (np.zeros((0, 4, 3), np.uint8), r"expected uint8 \[height, width, 3\]; got uint8 \[0, 4, 3\]"),
+        (Image.new("RGB", (0, 3)), "an image; expected some pixels; got 0×3"),
+        (Image.new("F", (3, 3)), "expected 8 or 16 bits a channel; got mode F; scale it to 0"),
+        (None, "an image; expected a path, an address, a PIL image, an array or features; got NoneType"),
+    ):
+        with pytest.raises(LlavaError, match=message):
+            model.visual_tokens(given)  # type: ignore[arg-type]
+
+
 def test_a_chat_keeps_its_turns(world: Folders, model: AlignedModel) -> None:
     chat = model.chat(world.images[0], max_tokens=4)
     first = chat.ask("What?")
@@ -102,6 +137,8 @@ def test_what_is_no_image_or_no_list_is_refused(world: Folders, model: AlignedMo
         model.answer(torch.zeros(3, 12))
     with pytest.raises(LlavaError, match="rank; expected a list of texts; got 'red'"):
         model.rank(world.images[0], "red")
+    with pytest.raises(LlavaError, match=r"rank; expected a list of texts; got \['red', None\]"):
+        model.rank(torch.zeros(5, 64), ["red", None])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="temprature"):
         model.answer(world.images[0], temprature=1)
     with pytest.raises(LlavaError, match="temperature; expected 0 to 100"):
