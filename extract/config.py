@@ -27,6 +27,22 @@ def require_count(sample: int) -> None:
         raise LlavaError("--sample", expected="0 (every row) or more", got=sample, exit_code=2)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """How --data is read."""
+
+    images: Path | None = None
+    """Folder of the images that --data names by path; without it, the folder each file lies in."""
+    image_column: str | None = None
+    """Column of the images: addresses, paths, or the files themselves; without it, by its name."""
+    text_column: str | None = None
+    """Column of the words: captions, lists of them, or dialogues; without it, by its name."""
+    id_column: str | None = None
+    """Column of the rows' names; without it, id or key, or else their numbers."""
+    caption_key: str | None = None
+    """Key of the caption where the words are objects, as in SA1B-Dense-Caption's cap_seg: global_caption."""
+
+
 MOST = {"concurrency": 10_000, "decoders": 1_000}
 """More tasks or threads are a slip, and cost gigabytes before the first download."""
 
@@ -109,14 +125,12 @@ class EncodeConfig(PipelineConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(EncodeConfig):
+class RunConfig(EncodeConfig, DataOptions):
     """Encode images into feature shards. The same command continues where it stopped."""
 
     data: str
-    """Parquet or LLaVA JSON files: their folder, one file, or a glob in quotes; or a folder of images with
-    captions beside them."""
-    images: Path | None = None
-    """Folder of the images that those files name by path; without it, the folder each file lies in."""
+    """Parquet, Arrow, JSON, CSV or tar files: their folder, one file, or a glob in quotes; or a folder of
+    images with their words beside them. docs/use/data.md shows each."""
     limit: int | None = None
     """Take only the first N rows of all files together."""
     dtype: Literal["float16", "int8"] = "float16"
@@ -144,7 +158,7 @@ class RunConfig(EncodeConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RetryConfig(EncodeConfig):
+class RetryConfig(EncodeConfig, DataOptions):
     """Try the failed rows of finished shards again; all others stay as they are."""
 
     status: tuple[str, ...] = ()
@@ -152,9 +166,7 @@ class RetryConfig(EncodeConfig):
 
     damaged: rows that no longer have their checksum; every row is read to find them."""
     data: str | None = None
-    """What the shards were made from, as for `run`; needed if that had images of its own."""
-    images: Path | None = None
-    """Folder of the images, as for `run`."""
+    """What the shards were made from, if it has images of its own and does not lie there any more."""
 
     def require_inputs(self) -> None:
         super().require_inputs()
@@ -162,7 +174,7 @@ class RetryConfig(EncodeConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifyConfig(Options):
+class VerifyConfig(DataOptions):
     """Check every checksum, and, with --vision, that the encoder still gives the same features.
 
     Names the rows that are damaged or hold the features of another row, and the shards of another encoder.
@@ -175,9 +187,7 @@ class VerifyConfig(Options):
     sample: int = 16
     """Images to encode again for that; 0 takes every row."""
     data: str | None = None
-    """What the shards were made from, as for `run`; without it, shards of local images are left out there."""
-    images: Path | None = None
-    """Folder of the images, as for `run`."""
+    """What the shards were made from, if it has images of its own and does not lie there any more."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to encode."""
     allow_private: bool = False
@@ -213,7 +223,7 @@ class InspectConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExamplesConfig(Options):
+class ExamplesConfig(DataOptions):
     """Save the first pictures of a data set with their captions: 0000.jpg (or .png, as it came), 0000.txt, ….
 
     Rows without a caption or picture are skipped; too many in a row end it. You can pass the folder to
@@ -226,8 +236,6 @@ class ExamplesConfig(Options):
     """Folder for them; it must be empty or new."""
     count: int = 16
     """Pictures to save."""
-    images: Path | None = None
-    """Folder of the images, as for `extract run`."""
     allow_private: bool = False
     """Let image addresses lead to this machine or a private network."""
 
@@ -240,7 +248,7 @@ class ExamplesConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig(PipelineConfig):
+class BenchConfig(PipelineConfig, DataOptions):
     """How fast this machine extracts: each stage of `run` alone, then all together, on the first rows.
 
     With --features instead: how fast a finished cache is read, as training reads it. Nothing stays on disk.
@@ -256,8 +264,6 @@ class BenchConfig(PipelineConfig):
     """Rows for the stages alone, and as many others for all together; with --features, rows to read."""
     out: Path = Path("features")
     """Folder whose disk is written to: where `run` would put its shards. It need not exist."""
-    images: Path | None = None
-    """Folder of the images, as for `run`."""
     limit: int | None = None
     """Rows that `run` would take; the time is estimated for them."""
     dtype: Literal["float16", "int8"] = "float16"

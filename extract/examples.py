@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.config import ExamplesConfig
-from extract.sources.base import Columns, Source
+from extract.sources.base import Columns, DataFlags, Source
 from extract.sources.find import find_sources
 from llava_core.cli.console import counted, progress, say
 from llava_core.errors import LlavaError
@@ -39,7 +39,7 @@ def run(config: ExamplesConfig) -> JsonDict:
     Returns the number of examples, and of skipped rows by outcome. Raises LlavaError if too many consecutive
     rows have no picture; the examples found before them are written.
     """
-    sources = find_sources(config.data, config.images)
+    sources = find_sources(config.data, DataFlags.of(config))
     config.out.mkdir(parents=True, exist_ok=True)
     hidden = config.out / HIDDEN
     shutil.rmtree(hidden, ignore_errors=True)  # left by a process that was killed

@@ -16,12 +16,11 @@ from extract.pipeline import run_pipeline
 from extract.sources.base import Columns, Source
 from extract.sources.local_images import changed
 from extract.stages.metrics import ProgressBar
-from extract.statistics import write_statistics
+from extract.statistics import summarise, write_statistics
 from llava_core.cli.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.network.async_tasks import run_async
-from llava_core.row_status import Status
 from llava_core.shards.byte_offsets import Layout
 from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.part_file import is_finished
@@ -55,6 +54,9 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
     shard = Shard(path)
     require_same(path, shard, tower)
     if shard.source != source.identity():
+        if (rows := _changed_words(shard, source)) is not None:
+            say(f"{path}: the words of {counted(rows, 'row')} changed; its images are not encoded again")
+            return False
         raise LlavaError(
             f"{path} was made from another file, or from other rows of it",
             expected=source.identity(),
@@ -63,10 +65,20 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
         )
     require_storage(path, shard.layout, config.dtype)
     _mention_thumbnails(path, shard.layout, config)
-    rows = changed(source.images, shard)
-    if rows.any():
-        _mention_changed(path, shard.urls(), rows)
-    return not rows.any()
+    redo = changed(source.images, shard)
+    if redo.any():
+        _mention_changed(path, shard.urls(), redo)
+    return not redo.any()
+
+
+def _changed_words(shard: Shard, source: Source) -> int | None:
+    """Number of rows whose words differ; None if any other thing does."""
+    if shard.rows != source.rows or shard.source.get("name") != source.identity()["name"]:
+        return None
+    columns = source.read()
+    if (shard.urls(), [shard.id(row) for row in range(shard.rows)]) != (columns.image_refs, columns.ids):
+        return None
+    return sum((shard.caption(row) or None) != text for row, text in enumerate(columns.captions))
 
 
 def _mention_changed(path: Path, image_refs: Sequence[str], changed: np.ndarray) -> None:
@@ -91,8 +103,11 @@ def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
 
 def open_shard(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> OpenShard:
     """Create or continue the shard of a source; of a finished one, redo rows whose image has changed."""
-    redo = changed(source.images, Shard(path)) if is_finished(path) else np.zeros(0, bool)
-    return open_shard_of(path, source.read(), source.identity(), tower, config, redo, source.images)
+    identity, redo = source.identity(), np.zeros(0, bool)
+    mended = is_finished(path) and Shard(path).source != identity
+    if is_finished(path) and not mended:
+        redo = changed(source.images, Shard(path))
+    return open_shard_of(path, source.read(), identity, tower, config, redo, source.images, mended)
 
 
 def open_shard_of(
@@ -103,8 +118,11 @@ def open_shard_of(
     config: RunConfig,
     redo: np.ndarray | tuple[()] = (),
     images: Path | None = None,
+    replace: bool = False,
 ) -> OpenShard:
     """Create or continue the shard of these columns; `source` is the identity of their source.
+
+    With `replace`, a finished shard with other words stays until this one is finished.
 
     `redo`: mask of the rows of a finished shard to encode anew. Of an unfinished shard, rows whose file in
     the folder `images` has changed are encoded anew.
@@ -123,12 +141,12 @@ def open_shard_of(
         conversations=columns.conversations,
         local=columns.images is not None,
     )
-    writer = ShardWriter(path, header, redo if np.any(redo) else ())
+    writer = ShardWriter(path, header, redo if np.any(redo) else (), replace)
     _mention_thumbnails(writer.part, writer.layout, config)
     if images is not None and (found := changed(images, writer, columns.image_refs)).any():
         _mention_changed(path, columns.image_refs, found)
         writer.make_again(found)
-    return OpenShard(writer, columns.image_refs, columns.captions, columns.images)
+    return OpenShard(writer, columns.image_refs, columns.captions, columns.images, columns.outcomes)
 
 
 def extract(
@@ -148,8 +166,8 @@ def extract(
         return {"seconds": 0.0}
 
     def done(shard: Shard, seconds: float) -> None:
-        write_statistics(shard, seconds)
-        say(f"{shard.path}: {shard.rows:,} rows, {int((shard.status != Status.OK).sum()):,} failed")
+        write_statistics(shard, seconds, config)
+        say(f"{shard.path}: {shard.rows:,} rows, {summarise([shard])['failed']:,} failed")
 
     deduplicator = Deduplicator(finished)
     with contextlib.nullcontext(bar) if bar else progress(rows, "rows") as counter:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -23,8 +24,11 @@ class OpenShard:
         urls: Sequence[str],
         captions: Sequence[str | None],
         images: Images | None = None,
+        outcomes: Mapping[int, Status] = MappingProxyType({}),
     ) -> None:
+        """`outcomes`: rows whose outcome is known already."""
         self.writer, self.urls, self.captions, self.images = writer, urls, captions, images
+        self.outcomes = outcomes
         self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
         """Rows without an outcome when it was opened."""
         self.missing = len(self.pending)

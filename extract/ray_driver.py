@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -117,6 +118,8 @@ class Dispatch:
         )
         config = dataclasses.replace(
             limits_of(config, WorkerIndex(world_size=plan.workers)),
+            data=os.path.abspath(config.data),
+            images=config.images and config.images.absolute(),
             out=config.out.absolute(),
             vision=config.vision.absolute(),
             device="cuda" if plan.gpus else "cpu",

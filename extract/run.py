@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from extract.extract_shards import describe, extract, is_done, open_shard, open_
 from extract.open_shard import OpenShard
 from extract.partition import limits_of, partition
 from extract.ray_driver import extract_on_ray
-from extract.sources.base import Source
+from extract.sources.base import DataFlags, Source
 from extract.sources.find import find_sources, sources_of
 from extract.statistics import TOO_MANY_FAILED, outcome_table, summarise
 from llava_core.cli.console import counted, human_bytes, say, show, table
@@ -36,7 +37,7 @@ Flags = TypeVar("Flags", bound=EncodeConfig)
 
 def run(config: RunConfig) -> JsonDict:
     """Extract every source that has no finished shard; returns the figures of the summary."""
-    sources, config = _part(find_sources(config.data, config.images, config.limit), "sources", config)
+    sources, config = _part(find_sources(config.data, DataFlags.of(config), config.limit), "sources", config)
     if not sources:
         return _nothing(config)
     paths = {source: config.out / f"{source.stem}.h5" for source in sources}
@@ -55,7 +56,7 @@ def run(config: RunConfig) -> JsonDict:
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
     openers = [functools.partial(open_shard, paths[source], source, tower, config) for source in todo]
-    finished = [Shard(paths[source]) for source in sources if source not in todo]
+    finished = [Shard(paths[source]) for source in sources if paths[source].exists()]
     speed = extract(config, tower, openers, finished, sum(source.rows for source in todo))
     return conclude(config, summarise([Shard(path) for path in paths.values()]), speed)
 
@@ -65,23 +66,30 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     chosen = [Failure.parse(name) for name in config.status] or [
         Failure(status)
         for status in Status
-        if status.failed and status not in (Status.BAD_CAPTION, Status.DAMAGED)
+        if status.failed and not status.in_data and status is not Status.DAMAGED
     ]
     shards, config = _part(open_shards(config.out), "shards", config)
     if not shards:
         return _nothing(config)
-    tower = open_tower(config)
+    tower = open_tower(_as_recorded(config, shards[0]))
     say(describe(tower))
     require_same(shards[0].path, shards[0], tower)
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{counted(sum(counts.values()), 'failed row')} in {len(todo)} of {len(shards)} shards to try again")
-    sources = sources_of(todo, config.data, config.images)
+    sources = sources_of(todo, config.data, DataFlags.of(config))
     openers = [
         functools.partial(_reopen, shard, chosen, source) for shard, source in zip(todo, sources, strict=True)
     ]
     speed = extract(config, tower, openers, shards, sum(shard.rows for shard in todo))
     return conclude(config, summarise([Shard(shard.path) for shard in shards]), speed)
+
+
+def _as_recorded(config: RetryConfig, shard: Shard) -> RetryConfig:
+    """The flags with the layer and the decoding of the shard, where none is given."""
+    layer = shard.encoder.get("layer") if config.layer is None else config.layer
+    decode = shard.preprocess.get("decode", "draft") if config.decode == "draft" else config.decode
+    return dataclasses.replace(config, layer=layer, decode=decode)
 
 
 def _require_other_names(paths: dict[Source, Path]) -> None:
@@ -123,14 +131,29 @@ def conclude(config: EncodeConfig, figures: JsonDict, speed: JsonDict) -> JsonDi
         hosts = ", ".join(f"{host} ({n:,})" for host, n in figures["failed_hosts"].items())
         say(f"most failures: {hosts}")
     if share > config.max_failed:
-        say(
-            f"{share:.1%} of the rows failed, over --max-failed {config.max_failed:g}; `extract retry-failed`"
-        )
+        say(f"{share:.1%} of the rows failed, over --max-failed {config.max_failed:g}")
         figures["exit_code"] = TOO_MANY_FAILED
+        for line in _advice(config, figures["by_status"]):
+            say(line)
     if "bottleneck" in speed:
         busy = ", ".join(f"{name} busy {stage['busy']:.0%}" for name, stage in speed["stages"].items())
         say(f"{speed['seconds']:,.0f} s, bounded by {speed['bottleneck']} ({busy} of the time)")
     return {**figures, **speed, "out": str(config.out)}
+
+
+def _advice(config: EncodeConfig, by_status: dict[str, int]) -> Iterator[str]:
+    """What helps with the failures that there are."""
+    failed = {status: n for status in Status if status.failed and (n := by_status.get(status.label, 0))}
+    if Status.BAD_CAPTION in failed:
+        rows = counted(failed[Status.BAD_CAPTION], "row")
+        yield f"{rows} without words: mend them in --data, and the same command takes them"
+    if Status.SEVERAL_IMAGES in failed:
+        yield f"{counted(failed[Status.SEVERAL_IMAGES], 'row')} about several images: a row may have one"
+    again = [status for status in failed if status.transient or status is Status.FORBIDDEN_ADDRESS]
+    if again or Status.HTTP_4XX in failed:
+        flags = " --allow-private" * (Status.FORBIDDEN_ADDRESS in failed and not config.allow_private)
+        command = f"extract retry-failed --out {config.out} --vision {config.vision}{flags}"
+        yield f"to try again: {command}"
 
 
 def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> JsonDict:

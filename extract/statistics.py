@@ -5,15 +5,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from extract.inspect.histogram import Histogram, histogram
-from extract.sources.base import host_of, is_address
+from extract.sources.base import DataFlags, host_of, is_address
 from llava_core import __version__
 from llava_core.cli.console import table
+from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
@@ -24,6 +27,8 @@ TOO_MANY_FAILED = 3
 TOP_HOSTS = 5
 BY_CODE = (Status.HTTP_4XX, Status.HTTP_5XX)
 """Outcomes that are broken down by HTTP status code."""
+ASKED_IN_VAIN = [status for status in Status if status.failed and not status.in_data]
+"""Outcomes of rows whose image was asked for."""
 SAMPLE = 256
 """Rows whose token norms are computed."""
 QUANTILES = (0, 50, 95, 100)
@@ -37,14 +42,14 @@ def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> J
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:
-        failed = (shard.status != Status.OK) & (shard.status != Status.BAD_CAPTION)
+        failed = np.isin(shard.status, ASKED_IN_VAIN)
         urls = (shard.url(row) for row in np.flatnonzero(failed).tolist())
         hosts.update(host_of(url) for url in urls if not shard.local or is_address(url))
     rows = sum(counts.values())
     return {
         "rows": rows,
         "ok": counts[Status.OK],
-        "failed": rows - counts[Status.OK],
+        "failed": sum(n for code, n in counts.items() if Status(code).failed),
         "by_status": {Status(code).label: n for code, n in counts.most_common()},
         "by_http": {status.label: codes for status in BY_CODE if (codes := _codes(shards, status))},
         "failed_hosts": dict(hosts.most_common(hosts_shown)),
@@ -69,8 +74,8 @@ def _codes(shards: Sequence[Shard], status: Status) -> dict[str, int]:
     return {str(code): n for code, n in codes.most_common()}
 
 
-def write_statistics(shard: Shard, seconds: float) -> None:
-    """Write `<stem>.json` beside a finished shard."""
+def write_statistics(shard: Shard, seconds: float, flags: object = None) -> None:
+    """Write `<stem>.json` beside a finished shard; `flags` of the command say what it was made from."""
     content: dict[str, Any] = {
         "version": 1,
         "tool_version": __version__,
@@ -79,8 +84,31 @@ def write_statistics(shard: Shard, seconds: float) -> None:
         "fingerprint": shard.identity.fingerprint,
         "seconds": round(seconds, 2),
         **summarise([shard]),
+        "made_from": made_from(shard),
     }
+    if data := getattr(flags, "data", None):
+        images = getattr(flags, "images", None)
+        given = {**dataclasses.asdict(DataFlags.of(flags)), "images": images and os.path.abspath(images)}
+        content["made_from"] = {"data": os.path.abspath(data), **given}
     replace_text(shard.path.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def made_from(shard: Shard) -> JsonDict | None:
+    """`data`, and the fields of DataFlags, that a shard was made from; None if nothing says so."""
+    try:
+        statistics = json.loads(shard.path.with_suffix(".json").read_text(encoding="utf-8"))
+        return {"data": str(statistics["made_from"]["data"]), **statistics["made_from"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def data_flags_of(shard: Shard) -> tuple[str, DataFlags]:
+    """--data and its flags of the command that made a shard. Raises LlavaError if nothing says so."""
+    if (found := made_from(shard)) is None:
+        raise LlavaError(f"{shard.path} was made from local images", do="give --data as to `extract run`")
+    known: JsonDict = {field.name: found.get(field.name) for field in dataclasses.fields(DataFlags)}
+    known["images"] = known["images"] and Path(known["images"])
+    return found["data"], DataFlags(**known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +219,7 @@ def _by_host(shards: Sequence[Shard]) -> dict[str, HostFailures]:
     for shard in shards:
         for row, status in enumerate(shard.status.tolist()):
             rows[host := host_of(shard.url(row))] += 1
-            if status not in (Status.OK, Status.BAD_CAPTION):  # rows without a caption were never requested
+            if status in ASKED_IN_VAIN:
                 failed[host][Status(status).label] += 1
     found = [HostFailures(rows[host], dict(counts.most_common())) for host, counts in failed.items()]
     pairs = sorted(zip(failed, found, strict=True), key=lambda pair: (-pair[1].failed, pair[0]))

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from extract.config import VerifyConfig
+from extract.sources.base import DataFlags
 from extract.sources.refetch import ImageRefetcher
+from extract.statistics import made_from
 from llava_core.cli.console import counted, progress, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
@@ -195,13 +197,14 @@ def _changed(
     config: VerifyConfig, tower: VisionTower, rows: Sequence[Row], every: Sequence[Row]
 ) -> tuple[list[Fault], int, float | None]:
     """Encode a sample of `rows` again; returns faults, rows compared, and their largest distance."""
-    if config.data is None and (local := {shard for shard, _ in rows if shard.local}):
-        say(f"{len(local)} shards of local images are not encoded again; give --data as to `extract run`")
-        rows = [(shard, row) for shard, row in rows if not shard.local]
+    gone = {shard for shard, _ in rows if shard.local and config.data is None and not made_from(shard)}
+    if gone:
+        say(f"{len(gone)} shards of local images are not encoded again; give --data as to `extract run`")
+        rows = [(shard, row) for shard, row in rows if shard not in gone]
     count = min(config.sample or len(rows), len(rows))
     chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
     # What it is asked to be again is known by its sha256.
-    images = ImageRefetcher([shard for shard, _ in chosen], config.data, config.images)
+    images = ImageRefetcher([shard for shard, _ in chosen], config.data, DataFlags.of(config))
     limits = FetchLimits(allow_private=config.allow_private, ignore_robots=True, max_bytes=sys.maxsize)
     distances: list[float] = []
     failed: collections.Counter[str] = collections.Counter()

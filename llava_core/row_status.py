@@ -40,6 +40,10 @@ class Status(enum.IntEnum):
     NOT_FINITE = 31
     DAMAGED = 32
     """Found by checksums, and accepted by `retry-failed --status`; never stored in a file."""
+    TEXT_ONLY = 33
+    """A dialogue about no image: a row without features, and no failure."""
+    SEVERAL_IMAGES = 34
+    """A row about several images at once."""
 
     @property
     def label(self) -> str:
@@ -53,7 +57,12 @@ class Status(enum.IntEnum):
 
     @property
     def failed(self) -> bool:
-        return self not in (Status.PENDING, Status.OK)
+        return self not in (Status.PENDING, Status.OK, Status.TEXT_ONLY)
+
+    @property
+    def in_data(self) -> bool:
+        """Whether it lies in the source, which has to be changed before another attempt can help."""
+        return self in (Status.BAD_CAPTION, Status.SEVERAL_IMAGES)
 
 
 _TRANSIENT = frozenset(

@@ -9,7 +9,7 @@ from extract.bench.measure import Measured, Part, measure_alone, measure_togethe
 from extract.bench.read_throughput import read_rates
 from extract.config import BenchConfig, RunConfig
 from extract.extract_shards import describe, open_tower
-from extract.sources.base import host_of
+from extract.sources.base import DataFlags, host_of
 from extract.sources.find import find_sources
 from extract.statistics import TOO_MANY_FAILED, outcome_table
 from llava_core.cli.console import counted, human_bytes, human_seconds, say, show, table
@@ -31,7 +31,7 @@ def run(config: BenchConfig) -> JsonDict:
     if config.features is not None:
         return read_rates(config.features, config.count)
     flags = config.as_run()
-    sources = find_sources(flags.data, flags.images, flags.limit)
+    sources = find_sources(flags.data, DataFlags.of(flags), flags.limit)
     rows = sum(source.rows for source in sources)
     tower = open_tower(flags)
     say(describe(tower))

@@ -132,7 +132,7 @@ def _chart(name: str, shape: Histogram, stats: CacheStatistics) -> str:
 
 
 def _sampled(stats: CacheStatistics, chosen: Sequence[tuple[Shard, int]]) -> str:
-    rows, failed = stats.figures["rows"], sum(shard.status[row] != Status.OK for shard, row in chosen)
+    rows, failed = stats.figures["rows"], sum(Status(shard.status[row]).failed for shard, row in chosen)
     text = f"All {rows:,} rows"
     if len(chosen) < rows:
         text = f"{len(chosen):,} of {rows:,} rows, evenly spread"

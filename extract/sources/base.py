@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from llava_core.filesystem import sha256_files
+from llava_core.row_status import Status
 from llava_core.types import JsonDict
 
 if TYPE_CHECKING:  # with aiohttp, which `extract inspect` does without
@@ -37,6 +38,8 @@ class Columns:
     """Images that need no network; None if every image is at an address."""
     conversations: bool = False
     """Whether `captions` holds dialogues."""
+    outcomes: Mapping[int, Status] = dataclasses.field(default_factory=dict)
+    """Rows whose outcome is known already: text only, or several images."""
 
     def after(self, rows: int) -> Columns:
         """The columns without the first N rows."""
@@ -46,6 +49,7 @@ class Columns:
             ids=self.ids[rows:],
             images=self.images and _ImagesAfter(self.images, rows),
             conversations=self.conversations,
+            outcomes={row - rows: status for row, status in self.outcomes.items() if row >= rows},
         )
 
 
@@ -61,6 +65,26 @@ class _ImagesAfter:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataFlags:
+    """How `--data` is read: the flags of the same names."""
+
+    images: Path | None = None
+    """Folder of the images that the sources name by path; None: the folder each source lies in."""
+    image_column: str | None = None
+    text_column: str | None = None
+    id_column: str | None = None
+    caption_key: str | None = None
+
+    @classmethod
+    def of(cls, config: object) -> DataFlags:
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+
+BY_NAME = DataFlags()
+"""Without any flag."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
     """A file or folder of rows, or its first `rows` rows."""
 
@@ -68,11 +92,19 @@ class Source(abc.ABC):
     rows: int
     images: Path
     """Folder of the images that it names by path."""
+    flags: DataFlags = BY_NAME
+    prefix: str = ""
+    """Beginning of the shard's name, where two sources have the same name."""
+
+    @property
+    def name(self) -> str:
+        """File name without suffixes."""
+        return self.path.name.removesuffix(".gz").rpartition(".")[0] or self.path.name
 
     @property
     def stem(self) -> str:
         """File name of the shard, without suffix."""
-        return self.path.stem
+        return self.prefix + self.name
 
     def identity(self) -> JsonDict:
         """name, rows and sha256, which the shard records."""
@@ -91,14 +123,9 @@ class Source(abc.ABC):
         """Read the columns. Raises LlavaError if the source is damaged."""
 
 
-def captions_of(values: Sequence[object]) -> list[str | None]:
-    """Captions without surrounding space; None for anything but text."""
-    return [value.strip() or None if isinstance(value, str) else None for value in values]
-
-
 def is_address(image_ref: str) -> bool:
     """Whether an image is to be downloaded; anything without a scheme is a path."""
-    return "://" in image_ref
+    return "://" in image_ref or image_ref.startswith("//")
 
 
 def host_of(url: str) -> str:
@@ -107,3 +134,15 @@ def host_of(url: str) -> str:
         return urlsplit(url).hostname or "(no host)"
     except ValueError:
         return "(no host)"
+
+
+def shown(value: object) -> str:
+    """A value as the user's terminal may show it: short, and bytes as their number."""
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in [*value.items()][:4]) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(shown, value[:2])) + (", …]" if len(value) > 2 else "]")
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…" + text[0]

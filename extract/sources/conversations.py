@@ -1,9 +1,11 @@
-"""Dialogues in data sets: LLaVA's {from, value} and OpenAI's {role, content}."""
+"""Dialogues in data sets: LLaVA's and ShareGPT's {from, value}, and OpenAI's {role, content}."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from llava_core.errors import LlavaError
-from llava_core.shards.dialogue import turns_to_text
+from llava_core.shards.dialogue import Turns
 
 IMAGE_MARK = "<image>"
 """LLaVA's placeholder of the image; here the image always comes first."""
@@ -11,28 +13,42 @@ QUESTION, ANSWER, SYSTEM = "question", "answer", "system"
 ROLES = {"human": QUESTION, "user": QUESTION, "gpt": ANSWER, "assistant": ANSWER, "system": SYSTEM}
 
 
-def conversation_text(messages: object, where: str) -> str | None:
-    """A dialogue as a shard keeps it; None unless questions and answers alternate and no answer is empty.
+def conversation_turns(messages: list[dict[str, Any]], where: str) -> Turns | None:
+    """A dialogue as turns; None unless questions and answers alternate and no answer is empty.
 
     Image marks and system messages are dropped. A question that is then empty becomes None: training takes an
     instruction of its own. Raises LlavaError, which names `where`, for a role not in ROLES.
     """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return None
-    parts = [(_role(message, where), message.get("value", message.get("content"))) for message in messages]
+    parts = [(_role(message, where), _text(message)) for message in messages]
     parts = [(role, text) for role, text in parts if role != SYSTEM]
     turns = len(parts) // 2
     if not turns or [role for role, _ in parts] != [QUESTION, ANSWER] * turns:
         return None
-    texts = [text for _, text in parts if isinstance(text, str)]
+    texts = [text for _, text in parts if text is not None]
     questions = [text.replace(IMAGE_MARK, "").strip() for text in texts[::2]]
     answers = [text.strip() for text in texts[1::2]]
     if len(texts) < len(parts) or not all(answers):
         return None
-    return turns_to_text([(q or None, a) for q, a in zip(questions, answers, strict=True)])
+    return tuple((question or None, answer) for question, answer in zip(questions, answers, strict=True))
 
 
-def _role(message: dict[str, object], where: str) -> str:
+def names_image(messages: object) -> bool:
+    """Whether a dialogue speaks of an image at a place in its text."""
+    if not isinstance(messages, list):
+        return False
+    return any(IMAGE_MARK in (_text(message) or "") for message in messages if isinstance(message, dict))
+
+
+def _text(message: dict[str, Any]) -> str | None:
+    """Text of a message, which may be a list of content parts; None if it has none."""
+    content = message.get("value", message.get("content"))
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [IMAGE_MARK if part.get("type") != "text" else part.get("text") for part in content]
+        return "\n".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else None
+
+
+def _role(message: dict[str, Any], where: str) -> str:
     role = message.get("from", message.get("role"))
     if not isinstance(role, str) or role not in ROLES:
         raise LlavaError(f"{where}: unknown role {role!r}", expected=f"one of {', '.join(ROLES)}")

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import glob
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from extract.sources import llava_json
-from extract.sources.base import Source
-from extract.sources.folder import Folder
-from extract.sources.llava_json import LlavaJson
-from extract.sources.parquet import Parquet
+from extract.sources.base import BY_NAME, DataFlags, Source
+from extract.sources.folder import LABELS, Folder
+from extract.sources.table import TableSource
+from extract.sources.table_files import SUFFIXES as TABLE_SUFFIXES
+from extract.sources.tar import Tar
+from extract.statistics import data_flags_of
+from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
 from llava_core.vision.image_files import SUFFIXES
 
 STATISTICS_HEAD = 1024
 """Bytes at the beginning of a statistics file that hold the name of its shard."""
+GROUPS = (
+    (".parquet",),
+    (".arrow",),
+    (".tar",),
+    tuple(s for s in TABLE_SUFFIXES if s not in (".parquet", ".arrow")),
+)
+"""Suffixes of sources in a folder; only the first kind that is there is taken."""
+NOTES = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
+"""JSON files beside data sets, which `datasets` writes."""
 
 
-def find_sources(data: str, images: Path | None = None, limit: int | None = None) -> list[Source]:
+def find_sources(data: str, flags: DataFlags = BY_NAME, limit: int | None = None) -> list[Source]:
     """Sources in a folder, at a path or of a glob, in the order of their names, cut to `limit` rows in all.
 
-    A folder means its parquet files, or if it has none its JSON files, or else its images. Raises LlavaError
-    if there is no source, one is damaged, or two have the same stem and so would share a shard.
+    A folder means its parquet files, or if it has none its Arrow files, tar archives, or tables as text, or
+    else its images. Raises LlavaError if there is no source, or one is damaged.
     """
-    if images is not None and not images.is_dir():
-        raise LlavaError(f"no image folder {images}", do="correct --images")
-    found = [_source(path, images) for path in _paths(data)]
+    if flags.images is not None and not flags.images.is_dir():
+        raise LlavaError(f"no image folder {flags.images}", do="correct --images")
+    found = [_source(path, flags) for path in _paths(data)]
+    names = collections.Counter(source.name for source in found)
+    found = [
+        dataclasses.replace(source, prefix=f"{source.path.absolute().parent.name}-")
+        if names[source.name] > 1
+        else source
+        for source in found
+    ]
     stems: dict[str, Path] = {}
     sources: list[Source] = []
     for source in found:
@@ -48,17 +69,18 @@ def find_sources(data: str, images: Path | None = None, limit: int | None = None
     return sources
 
 
-def sources_of(shards: Sequence[Shard], data: str | None, images: Path | None) -> list[Source | None]:
+def sources_of(shards: Sequence[Shard], data: str | None, flags: DataFlags) -> list[Source | None]:
     """Source of each shard; None if its images are all at addresses.
 
-    Raises LlavaError if the source of a shard with local images is not in `data`.
+    Without `data`, they are where their statistics say. Raises LlavaError if the source of a shard with local
+    images is not there.
     """
-    if not any(shard.local for shard in shards):
+    local = [shard for shard in shards if shard.local]
+    if not local:
         return [None] * len(shards)
-    local = next(shard for shard in shards if shard.local)
     if data is None:
-        raise LlavaError(f"{local.path} was made from local images", do="give --data as to `extract run`")
-    stems = {source.stem: source for source in find_sources(data, images)}
+        data, flags = data_flags_of(local[0])
+    stems = {source.stem: source for source in find_sources(data, flags)}
     return [_source_of(shard, stems, data) if shard.local else None for shard in shards]
 
 
@@ -87,17 +109,57 @@ def matching(data: str) -> list[Path]:
 def _paths(data: str) -> list[Path]:
     path = Path(data)
     if not path.is_dir():
-        return matching(data)
-    files = [file for file in sorted(path.rglob("*")) if _is_listed(file.relative_to(path))]
-    parquet = [file for file in files if file.suffix == ".parquet"]
-    # The statistics beside a shard are not data, wherever --out lies.
-    listed = [file for file in files if not _is_statistics(file)]
-    return parquet or listed or [path]
+        return _local_instead([file for file in matching(data)])
+    files = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
+    for group in GROUPS:
+        # The words of single images, and the statistics beside a shard, are not data, wherever they lie.
+        listed = [file for file in files if file.name.lower().endswith(group)]
+        if ".json" in group:
+            images = {_stem(file) for file in files if file.suffix.lower() in SUFFIXES}
+            listed = [file for file in listed if not _is_note(file, images)]
+        if listed:
+            return _local_instead(listed)
+    return [path]
 
 
-def _is_listed(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and path.suffix in (".parquet", *llava_json.SUFFIXES)
+def _local_instead(paths: list[Path]) -> list[Path]:
+    """img2dataset keeps its table of addresses beside the pictures that it downloaded: these are taken."""
+    chosen, local = [], 0
+    for path in paths:
+        tar, folder = path.with_suffix(".tar"), path.with_suffix("")
+        if path.suffix == ".parquet" and tar.is_file():
+            path = tar
+        elif path.suffix == ".parquet" and folder.is_dir() and _has_images(folder):
+            path = folder
+        local += path in (tar, folder)
+        if path not in chosen:
+            chosen.append(path)
+    if local:
+        say(f"the pictures of {counted(local, 'table')} are on this disk; their addresses are not asked")
+    return chosen
+
+
+def _has_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(os.path.splitext(entry.name)[1].lower() in SUFFIXES for entry in entries)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _stem(path: Path) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _is_note(path: Path, images: set[str]) -> bool:
+    """Whether a file holds the words of an image, notes of another tool, or the statistics of a shard."""
+    if _stem(path) in images or os.path.splitext(_stem(path))[0] in images:
+        return True
+    if path.parent.name in LABELS and path.parent.with_name("images").is_dir():
+        return True
+    noted = path.name in NOTES or path.name.endswith("_stats.json")
+    return noted or (path.suffix == ".json" and _is_statistics(path))
 
 
 def _is_statistics(path: Path) -> bool:
@@ -115,25 +177,26 @@ def _is_statistics(path: Path) -> bool:
     return head.startswith(b"{") and b'"tool_version"' in head and f'"shard": {shard}'.encode() in head
 
 
-def _source(path: Path, images: Path | None) -> Source:
+def _source(path: Path, flags: DataFlags) -> Source:
     if path.is_dir():
-        if images is not None:
+        if flags.images is not None:
             got = f"a folder of images, {path}"
             raise LlavaError("--images", expected="--data of files that name images", got=got, exit_code=2)
-        source = Folder.find(path)
+        source = Folder.find(path, flags)
         if not source.rows:
             raise _nothing(f"nothing to extract in {path}")
         return source
     if not path.is_file():  # a pipe that nobody writes to would be waited for
         raise _nothing(f"{path} is no regular file")
-    if path.suffix in llava_json.SUFFIXES:
-        return LlavaJson.find(path, images or path.parent)
-    return Parquet.find(path, images or path.parent)
+    with path.open("rb") as file:
+        head = file.read(262)
+    return Tar.find(path, flags) if head[257:262] == b"ustar" else TableSource.find(path, flags)
 
 
 def _nothing(what: str) -> LlavaError:
     return LlavaError(
         what,
-        expected=f"parquet or LLaVA JSON files, or images ({' '.join(SUFFIXES)}) with captions",
+        expected="parquet, Arrow, JSON, CSV or tar files, or images with words beside them "
+        f"({' '.join(SUFFIXES)})",
         do="correct --data, or download the data as README.md shows",
     )

@@ -1,20 +1,30 @@
-"""A folder of images with their captions beside them: `cat.jpg` and `cat.txt`."""
+"""A folder of images with their words beside them: `1.txt` beside `1.jpg`, or `labels_zh/1.json`."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from extract.sources.base import Columns, Source, captions_of
+from extract.sources.base import BY_NAME, Columns, DataFlags, Source
 from extract.sources.local_images import LocalImages
+from extract.sources.words import WordReader, texts_of
 from llava_core.cli.console import say
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES
+
+TEXT_SUFFIXES = (".txt", ".caption", ".json")
+"""Suffixes of the words of an image, the preferred first: `a.txt` or `a.jpg.txt`."""
+LABELS = ("labels_zh", "labels", "labels_en")
+"""Folders of the words of the images in a folder `images` beside them, the preferred first."""
+TABLES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv", ".gz", ".tar", ".json", ".md", ".h5")
+"""Suffixes of files that are not counted as left out."""
+SAMPLE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,25 +32,38 @@ class Folder(Source):
     """Every image in the folder and those below it, in the order of their paths; hidden ones are left out."""
 
     @classmethod
-    def find(cls, path: Path) -> Folder:
-        return cls(path, sum(1 for _ in _walk(path)), path)
+    def find(cls, path: Path, flags: DataFlags = BY_NAME) -> Folder:
+        """Prints how many files of which kind are no images."""
+        left_out: collections.Counter[str] = collections.Counter()
+        found = cls(path, sum(1 for _ in _walk(path, left_out)), path, flags)
+        mention_left_out(path, left_out)
+        if found.rows:
+            found._reader()
+        return found
 
     @property
-    def stem(self) -> str:
+    def name(self) -> str:
         return self.path.resolve().name or "images"
 
     def identity(self) -> JsonDict:
         """name, rows, and the sha256 of paths and captions; the shard records that of each image."""
         content = json.dumps([self._paths, self._captions]).encode()
-        return {"name": self.stem, "rows": self.rows, "sha256": hashlib.sha256(content).hexdigest()}
+        return {"name": self.name, "rows": self.rows, "sha256": hashlib.sha256(content).hexdigest()}
 
     def read(self) -> Columns:
+        reader = self._reader()
+        words = [reader.words(value, row) for row, value in enumerate(self._values)]
+        captions, conversations = texts_of(words)
         return Columns(
             image_refs=self._paths,
-            captions=captions_of(self._captions),
+            captions=captions,
             ids=[os.path.splitext(path)[0] for path in self._paths],
             images=LocalImages(self.path, self._paths),
+            conversations=conversations,
         )
+
+    def _reader(self) -> WordReader:
+        return WordReader(str(self.path), "text", self._values[:SAMPLE], self.flags.caption_key)
 
     @functools.cached_property
     def _listing(self) -> list[tuple[str, Path | None]]:
@@ -63,14 +86,78 @@ class Folder(Source):
             say(f"{len(unread):,} captions in {self.path} are no UTF-8 text, such as {unread[0]}")
         return captions
 
+    @functools.cached_property
+    def _values(self) -> list[object]:
+        """The words of each image as they are in their files, JSON decoded."""
+        values: list[object] = []
+        for text, (_, path) in zip(self._captions, self._listing, strict=True):
+            value: object = text
+            if text is not None and path is not None and path.suffix.lower() == ".json":
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError):
+                    value = None
+            values.append(value)
+        return values
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path | None]]:
-    """Each image as a path relative to `folder`, and the file of its caption."""
+
+def mention_left_out(path: Path, left_out: Mapping[str, int]) -> None:
+    """Print how many files of which suffix are no images and no words."""
+    if left_out:
+        kinds = sorted(left_out.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in kinds[:6])
+        more = f" and {len(kinds) - 6} other kinds" if len(kinds) > 6 else ""
+        say(f"{path}: {named}{more} left out; images are {' '.join(SUFFIXES)}")
+
+
+def _walk(
+    folder: Path, left_out: collections.Counter[str] | None = None
+) -> Iterator[tuple[str, Path | None]]:
+    """Each image as a path relative to `folder`, and the file of its words; counts the other files."""
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        captions = {name[:-4]: name for name in names if name.lower().endswith(".txt")}
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES and not name.startswith("."):
-                caption = Path(parent, captions[stem]) if stem in captions else None
-                yield os.path.relpath(os.path.join(parent, name), folder), caption
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = [name for name in names if not name.startswith(".")]
+        images = [name for name in names if _is_image(parent, name)]
+        texts = _texts(Path(parent), names)
+        for name in images:
+            stem = os.path.splitext(name)[0]
+            path = texts.get(stem) or texts.get(name)
+            yield os.path.relpath(os.path.join(parent, name), folder), path
+        if left_out is not None:
+            stems = {key for name in images for key in (name, os.path.splitext(name)[0])}
+            others = (os.path.splitext(name) for name in {*names} - {*images})
+            left_out.update(
+                suffix.lower()
+                for stem, suffix in others
+                if suffix.lower() not in TABLES and not (suffix.lower() in TEXT_SUFFIXES and stem in stems)
+            )
+
+
+def _is_image(parent: str, name: str) -> bool:
+    """By its suffix; a file without one by its first bytes."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix:
+        return suffix in SUFFIXES
+    from llava_core.vision.preprocess import ImageError, image_format  # with torch
+
+    try:
+        with open(os.path.join(parent, name), "rb") as file:
+            image_format(file.read(32))
+    except (OSError, ImageError):
+        return False
+    return True
+
+
+def _texts(parent: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Files of words by the name of their image, with or without its suffix; the preferred ones."""
+    found: dict[str, Path] = {}
+    places = [(parent, names)]
+    if parent.name == "images":
+        labels = (parent.with_name(label) for label in LABELS)
+        places += [(folder, os.listdir(folder)) for folder in labels if folder.is_dir()][:1]
+    for folder, files in places:
+        for suffix in TEXT_SUFFIXES:
+            for name in files:
+                if name.lower().endswith(suffix):
+                    found.setdefault(name[: -len(suffix)], folder / name)
+    return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from extract.sources.base import DataFlags
 from extract.sources.find import sources_of
 from llava_core.network.fetch import Fetched, fetch_all
 from llava_core.network.fetch_limits import FetchLimits
@@ -14,9 +14,9 @@ from llava_core.shards.reader import Shard
 class ImageRefetcher:
     """Reads local images from `data` and downloads the others. Raises LlavaError as `sources_of` does."""
 
-    def __init__(self, shards: Sequence[Shard], data: str | None, images: Path | None) -> None:
+    def __init__(self, shards: Sequence[Shard], data: str | None, flags: DataFlags) -> None:
         shards = list(dict.fromkeys(shards))
-        sources = zip(shards, sources_of(shards, data, images), strict=True)
+        sources = zip(shards, sources_of(shards, data, flags), strict=True)
         self._local = {shard: source.read().images for shard, source in sources if source is not None}
 
     def load(

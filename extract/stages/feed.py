@@ -53,8 +53,9 @@ class Feed:
         self.deduplicator.add_open(shard)
         for row in shard.pending:
             ref, host = RowRef(shard, row), shard.host(row)
-            if shard.captions[row] is None:
-                await self.write.inbox.put(RowJob(shard, RowRecord(row, Status.BAD_CAPTION)))
+            outcome = Status.BAD_CAPTION if shard.captions[row] is None else shard.outcomes.get(row)
+            if outcome is not None:
+                await self.write.inbox.put(RowJob(shard, RowRecord(row, outcome)))
             elif host is not None and (found := self.deduplicator.claim(shard.urls[row], ref)):
                 await self.write.inbox.put(RowJob(shard, RowRecord(row, Status.PENDING), duplicate_of=found))
             else:

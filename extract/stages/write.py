@@ -13,7 +13,6 @@ from extract.open_shard import OpenShard
 from extract.row_job import InFlightRow, RowJob, RowRef
 from extract.stages.metrics import ProgressBar, StageMetrics
 from llava_core.network.async_tasks import time_limit
-from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 
 OPEN_SHARDS = 4
@@ -125,7 +124,7 @@ class Write:
         """Add an outcome to those of its shard, and to the rows that waited for it."""
         record = job.record
         job.shard.waiting.append(record)
-        self.failed += record.status is not Status.OK
+        self.failed += record.status.failed
         self.bar.update()
         for waiter in self.deduplicator.settle(RowRef(job.shard, record.row), record):
             waiter.take_over(record)

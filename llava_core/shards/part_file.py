@@ -22,7 +22,7 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import fsync
 from llava_core.row_status import Failure
 from llava_core.shards.byte_offsets import columns
-from llava_core.shards.hdf5_file import ShardHeader, create_file
+from llava_core.shards.hdf5_file import ShardHeader, create_file, read_layout
 from llava_core.shards.journal import record_type, write_file
 from llava_core.shards.reader import Shard
 
@@ -45,12 +45,18 @@ def is_finished(path: Path) -> bool:
 
 
 def create_part(path: Path, header: ShardHeader) -> None:
-    """Create the part of a new shard. Raises LlavaError if the disk is too small."""
+    """Create the part of a new shard, or of one that is to replace a finished shard.
+
+    Raises LlavaError if the disk is too small.
+    """
     texts = itertools.chain(header.captions, header.urls, header.ids)
     text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     _require_space(path, header.disk_bytes + text_bytes)
     with _whole(path) as partial:
         create_file(partial, header)
+        if path.exists():  # beside a finished shard, a part has a journal from birth
+            layout = read_layout(partial)
+            write_file(journal_of(path), layout.uid, layout.version, np.zeros(0, record_type(layout.version)))
 
 
 def copy_to_part(path: Path, retry: Sequence[Failure] | np.ndarray) -> None:

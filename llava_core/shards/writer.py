@@ -53,11 +53,16 @@ class ShardWriter:
     """
 
     def __init__(
-        self, path: Path, header: ShardHeader | None = None, retry: Sequence[Failure] | np.ndarray = ()
+        self,
+        path: Path,
+        header: ShardHeader | None = None,
+        retry: Sequence[Failure] | np.ndarray = (),
+        replace: bool = False,
     ) -> None:
         """Create, or continue, the shard at `path`; with `retry`, make the rows with these failures anew.
 
-        `retry` may also be a mask of any rows, bool [N].
+        `retry` may also be a mask of any rows, bool [N]. With `replace`, a finished shard stays until the new
+        one takes its place.
 
         Raises LlavaError if another process holds the shard, if it has another fingerprint or source, or if
         the disk is too small; FinishedMeanwhile if it is finished.
@@ -69,7 +74,7 @@ class ShardWriter:
             if not self.part.exists():
                 if len(retry):
                     copy_to_part(path, retry)
-                elif path.exists():
+                elif path.exists() and not replace:
                     raise FinishedMeanwhile
                 else:
                     assert header is not None

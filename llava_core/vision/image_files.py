@@ -14,7 +14,7 @@ from llava_core.row_status import Status
 if TYPE_CHECKING:  # what checks flags does without torch
     from llava_core.vision.preprocess import ImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff", ".jfif", ".jpe")
 """Suffixes of image files, in lower case."""
 
 TYPED_LIMITS = FetchLimits(allow_private=True, private_redirects=False, retries=1)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
@@ -47,10 +47,13 @@ MAGIC = {
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
     b"BM": "BMP",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
 }
-"""First bytes of supported formats; WebP is recognised by bytes 0-3 and 8-11."""
-UNREAD = (b"II*\x00", b"MM\x00*", b"8BPS", b"\x00\x00\x01\x00", b"\xff\x0a", b"\x00\x00\x00\x0cJ", b"<svg")
-"""First bytes of unsupported image formats: TIFF, Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
+"""First bytes of supported formats; WebP is recognised by bytes 0-3 and 8-11, AVIF by 4-11."""
+AVIF_BRANDS = (b"avif", b"avis")
+UNREAD = (b"8BPS", b"\x00\x00\x01\x00", b"\xff\x0a", b"\x00\x00\x00\x0cJ", b"<svg")
+"""First bytes of unsupported image formats: Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
 
 THUMBNAIL_SIDES = (128, 96, 64, 32)
 """Longest sides of a thumbnail in pixels, tried in order until its JPEG is small enough."""
@@ -132,7 +135,8 @@ class Preprocess:
             raise
         except Exception as error:  # Pillow's plugins raise any kind of exception for damaged files
             truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
-            detail = f"{kind}: {str(error) or type(error).__name__}"
+            unknown = isinstance(error, UnidentifiedImageError)  # its own text has an address of memory
+            detail = f"{kind}: {'damaged header' if unknown else str(error) or type(error).__name__}"
             raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None
 
     def thumbnail(self, decoded: Decoded, max_bytes: int) -> bytes:
@@ -196,10 +200,11 @@ def image_format(data: bytes) -> str:
     for magic, kind in MAGIC.items():
         if data.startswith(magic):
             return kind
-    if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: AVIF and HEIC
-        raise ImageError(
-            Status.UNSUPPORTED_FORMAT, f"expected JPEG, PNG, WebP, GIF or BMP; begins with {data[:12]!r}"
-        )
+    if data[4:8] == b"ftyp" and data[8:12] in AVIF_BRANDS and features.check("avif"):
+        return "AVIF"
+    if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: HEIC, and AVIF without its library
+        expected = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+        raise ImageError(Status.UNSUPPORTED_FORMAT, f"expected {expected}; begins with {data[:12]!r}")
     raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
 
 
@@ -282,9 +287,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB on white; 16-bit grey keeps its upper byte."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    """Convert to RGB on white; 16-bit grey keeps its upper byte. Raises ImageError for other numbers."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 0xFFFF:
+            got = f"{grey.dtype} from {grey.min():g} to {grey.max():g}"
+            raise ImageError(Status.UNSUPPORTED_FORMAT, f"expected 8 or 16 bits a channel; got {got}")
+        image = Image.fromarray((grey.astype(np.uint32) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(

@@ -111,15 +111,19 @@ def test_rows_in_files_that_fail_are_tried_again_with_their_data(
         path = tmp_path / "out/own.h5"
         assert Shard(path).status.tolist() == [1, 1, 1, 15, 20, 22, 16, 1, 30]
 
+        write_pictures(tmp_path / "images", ["missing.jpg"])
+        statistics = path.with_suffix(".json").rename(tmp_path / "statistics.json")
         line = call("extract", "retry-failed", *flags, code=1).one_line()
         assert f"{path} was made from local images; give --data as to `extract run`" in line
-        write_pictures(tmp_path / "images", ["missing.jpg"])
-        ended = call("extract", "retry-failed", *flags, *local, "--json", code=3)
+        statistics.rename(path.with_suffix(".json"))
+        ended = call("extract", "retry-failed", *flags, "--json", code=3)
         assert ended.summary["ok"] == 5
         assert Shard(path).status[3] == Status.OK
         assert Shard(path).turns(3) == (("q", "answer of missing.jpg"),)
 
         config = VerifyConfig(out=tmp_path / "out", vision=vision, allow_private=True)
+        assert verify(config)["encoded_again"] == 5
+        path.with_suffix(".json").unlink()
         figures = verify(config)
         assert "1 shards of local images are not encoded again; give --data" in capfd.readouterr().err
         assert (figures["checked"], figures["encoded_again"]) == (5, 0)

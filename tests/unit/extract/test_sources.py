@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.sources.base import Columns
-from extract.sources.conversations import conversation_text
+from extract.sources.base import Columns, DataFlags
+from extract.sources.conversations import conversation_turns
 from extract.sources.find import find_sources
 from extract.sources.local_images import LocalImages, read_image
-from extract.sources.parquet_images import ParquetImages
+from extract.sources.stored_images import ParquetImages, StoredImages
 from extract.statistics import write_statistics
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
@@ -33,7 +33,7 @@ MOST = 20_000_000
 
 
 def rows_of(data: object, images: Path | None = None) -> Columns:
-    (source,) = find_sources(str(data), images)
+    (source,) = find_sources(str(data), DataFlags(images=images))
     return source.read()
 
 
@@ -60,7 +60,7 @@ def test_a_folder_of_images_in_the_order_of_their_paths(tmp_path: Path) -> None:
         ("sub/b.txt", "国标码".encode("gbk")),
         ("三.txt", b"  \n"),
         ("z.txt", "utf-16".encode("utf-16")),
-        ("u.caption", b"not this"),
+        ("u.caption", b"a caption"),
         ("README.md", b""),
     ]:
         (folder / name).write_bytes(caption)
@@ -71,7 +71,7 @@ def test_a_folder_of_images_in_the_order_of_their_paths(tmp_path: Path) -> None:
     texts = dict(zip(rows.image_refs, rows.captions, strict=True))
     assert texts == {
         "IMG 02.JPG": "第二张", "a.png": "a cat", "sub/深/猫.jpeg": "一只猫", "sub/b.webp": None,
-        "三.jpg": None, "z.jpg": None, "u.jpg": None,
+        "三.jpg": None, "z.jpg": None, "u.jpg": "a caption",
     }  # fmt: skip
     assert rows.ids[:2] == ["IMG 02", "a"]
     assert bodies(rows) == [pictures[names.index(place)] for place in rows.image_refs]
@@ -121,14 +121,15 @@ def test_llava_json(tmp_path: Path, lines: bool) -> None:
         '[["q","a"]]',
         None,
         None,
-        None,
+        '[[null,"?"]]',
         '[["q","a"]]',
         None,
         None,
     ]
     assert rows.ids[:5] == ["id of coco/1 一.jpg", "id of 2.JPG", "id of missing.jpg", "7", "id of 2.JPG"]
     one, two = pictures
-    assert bodies(rows) == [one, two, "no file", "no file", two, two, "no file", two, two, two]
+    assert bodies(rows) == [one, two, "no file", "no file", two, two, two, two, two, two]
+    assert rows.outcomes == {3: Status.TEXT_ONLY}
 
 
 def test_parquet_with_paths_beside_it_or_in_a_folder_that_is_named(tmp_path: Path) -> None:
@@ -227,15 +228,19 @@ def random_bytes(rows: int, size: int) -> list[bytes]:
     return [rng.bytes(size + row % 7) for row in range(rows)]
 
 
-def stored(path: Path, images: list[bytes], **options: Any) -> ParquetImages:
+def stored_images(path: Path, rows: int) -> StoredImages:
+    return StoredImages(ParquetImages(path, "image").value, LocalImages(path.parent, [""] * rows))
+
+
+def stored(path: Path, images: list[bytes], **options: Any) -> StoredImages:
     table = pa.table({"image": pa.array(images, pa.binary()), "caption": ["x"] * len(images)})
     pq.write_table(table, path, **options)
-    return ParquetImages(path, "image", LocalImages(path.parent, [""] * len(images)))
+    return stored_images(path, len(images))
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "threads"])
 def test_stored_images_in_any_order(tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.sources.parquet_images.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("extract.sources.stored_images.BATCH_BYTES", 20_000)
     images = random_bytes(300, 1000)
     store = stored(tmp_path / "x.parquet", images, row_group_size=130)
     rows = list(range(300))
@@ -254,14 +259,14 @@ def test_stored_images_in_any_order(tmp_path: Path, order: str, monkeypatch: pyt
 
 
 def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.sources.parquet_images.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("extract.sources.stored_images.BATCH_BYTES", 20_000)
     path, images = tmp_path / "x.parquet", random_bytes(300, 1000)
     stored(path, images, row_group_size=100, use_dictionary=False, data_page_size=1000, write_batch_size=20)
     data = bytearray(path.read_bytes())
     at = data.index(images[150])
     data[at - 200 : at + 50_000] = bytes(50_200)  # page headers among them
     path.write_bytes(data)
-    store = ParquetImages(path, "image", LocalImages(tmp_path, [""] * 300))
+    store = stored_images(path, 300)
     ends = [store.load(row, MOST) for row in range(300)]
     status = [end.status for end in ends if end is not None]
     assert status[:100] == status[200:] == [Status.OK] * 100
@@ -274,14 +279,15 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from extract.sources.local_images import LocalImages
-from extract.sources.parquet_images import ParquetImages
+from extract.sources.stored_images import ParquetImages, StoredImages
 
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 path, rows = Path(sys.argv[1]), int(sys.argv[2])
-store, before = ParquetImages(path, "image", LocalImages(path.parent, [""] * rows)), peak()
+store = StoredImages(ParquetImages(path, "image").value, LocalImages(path.parent, [""] * rows))
+before = peak()
 assert sum(len(store.load(row, 10**9).body) for row in range(rows)) > 400e6
 print(peak() - before)
 """
@@ -326,13 +332,17 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
     fails(tmp_path / "set", "--images; expected --data of files", tmp_path)
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "nothing to extract in .*empty; expected parquet")
-    fails(write_json(tmp_path / "a.json", {"a": 1}), "a.json is not a JSON list; expected .*; got object")
+    fails(
+        write_json(tmp_path / "a.json", {"a": 1}),
+        "a.json is not a JSON list; expected .*; got an object of a",
+    )
     fails(write_json(tmp_path / "a.json", [llava("x", "q", "a"), 3]), "a.json, row 1; .* got number")
-    fails(write_json(tmp_path / "a.json", [{"text": "x"}]), "names no image; .* got text")
+    fails(
+        write_json(tmp_path / "a.json", [{"text": "x"}]),
+        "lacks the images; .* got text; name it by --image-column",
+    )
     fails(write_json(tmp_path / "a.json", []), "no row in")
     fails(write_json(tmp_path / "a.json", [llava("x.jpg", "q", "a")]), "none of the images that .* got x.jpg")
-    (tmp_path / "a.json").write_text('{"image": 1}\n{"image": 2}\n')
-    fails(tmp_path / "a.json", r"a.json is not JSON; got Extra data.*; name a file of JSON lines \*.jsonl")
     (tmp_path / "a.json").write_text("[" * 100_000)
     fails(tmp_path / "a.json", "a.json is not JSON")
     (tmp_path / "a.json").write_bytes("[国标]".encode("gbk"))
@@ -345,18 +355,17 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
     )
     write_json(tmp_path / "two/a.json", strange[:1])
     (tmp_path / "two/a.jsonl").write_text("")
-    fails(tmp_path / "two", r"a.json and .*a.jsonl would both become a.h5")
+    fails(tmp_path / "two", r"a.json and .*a.jsonl would both become two-a.h5")
     lists = write_parquet(tmp_path / "c.parquet", image=[[1, 2]], caption=["x"])
-    fails(lists, "c.parquet: column image; .* got list")
+    fails(lists, "c.parquet: column 'image' holds no images; .* got list<element: int64>, such as")
     fails(
         write_parquet(tmp_path / "d.parquet", image=["a"], words=["x"]),
         "lacks the words; .* got image, words",
     )
 
 
-@pytest.mark.parametrize("messages", [None, "text", [], ["x"], [{"from": "human", "value": "q"}]])
-def test_what_is_no_dialogue(messages: object) -> None:
-    assert conversation_text(messages, "here") is None
+def test_a_question_without_an_answer_is_no_dialogue() -> None:
+    assert conversation_turns([{"from": "human", "value": "q"}], "here") is None
 
 
 def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:

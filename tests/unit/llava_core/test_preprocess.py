@@ -158,8 +158,8 @@ def test_what_is_no_image() -> None:
     assert status_of(b"") is Status.NOT_AN_IMAGE
     assert status_of(b"<!doctype html><p>404") is Status.NOT_AN_IMAGE
     assert status_of("一段文字".encode()) is Status.NOT_AN_IMAGE
-    assert status_of(b"II*\x00" + bytes(64)) is Status.UNSUPPORTED_FORMAT
-    assert status_of(b"\x00\x00\x00\x20ftypavif" + bytes(64)) is Status.UNSUPPORTED_FORMAT
+    assert status_of(b"8BPS" + bytes(64)) is Status.UNSUPPORTED_FORMAT
+    assert status_of(b"\x00\x00\x00\x20ftypheic" + bytes(64)) is Status.UNSUPPORTED_FORMAT
     assert status_of(b"\x89PNG\r\n\x1a\n" + bytes(64)) is Status.DECODE_ERROR
     assert image_format(saved(photo(8, 8), "WEBP")) == "WEBP"
 

@@ -1,0 +1,249 @@
+"""A table as a source: which of its columns has the images, the words and the ids."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from extract.sources.base import Columns, DataFlags, Images, Source, is_address, shown
+from extract.sources.conversations import names_image
+from extract.sources.local_images import LocalImages, local_images
+from extract.sources.stored_images import StoredImages, is_base64
+from extract.sources.table_files import SAMPLE, DamagedTable, Table, open_table
+from extract.sources.words import WordReader, Words, texts_of
+from llava_core.errors import LlavaError
+from llava_core.row_status import Status
+
+IMAGES = (
+    *("url", "image", "path", "images", "image_url", "image_path", "file_name", "filename", "img"),
+    *("jpg", "jpeg", "png", "webp", "jpeg_bytes", "image_bytes", "image_base64"),
+)
+"""Columns of images, the preferred first; one that holds the files themselves precedes all."""
+NAMES_ONLY = ("url", "path", "image_url", "image_path", "file_name", "filename")
+"""Columns whose bytes are text."""
+DIALOGUES = ("conversations", "messages", "conversation")
+TEXTS = ("cap_seg", "caption", "text", *DIALOGUES, "captions", "txt", "sentences", "texts", "response")
+"""Columns of words, the preferred first; `response` is ms-swift's, beside `query` and `history`."""
+IDS = ("id", "key", "image_id", "uid")
+"""Upper and lower case do not matter: LAION's are URL and TEXT."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSource(Source):
+    """Rows of a table, or its first `rows` rows."""
+
+    @classmethod
+    def find(cls, path: Path, flags: DataFlags) -> TableSource:
+        """Raises LlavaError unless the file has images and words that can be read."""
+        table = open_table(path)
+        if table.rows:
+            with contextlib.suppress(DamagedTable):  # which concerns its own rows alone, when they are read
+                _Reader(table, flags)
+        return cls(path, table.rows, flags.images or path.parent, flags)
+
+    def read(self) -> Columns:
+        table = open_table(self.path)
+        if not table.rows:
+            return Columns([], [], [])
+        return _Reader(table, self.flags).columns(self.rows, self.images)
+
+
+class _Reader:
+    """The chosen columns of a table."""
+
+    def __init__(self, table: Table, flags: DataFlags) -> None:
+        self.table = table
+        self.ref, self.stored = self._image_columns(flags)
+        self.text: str = self._column("--text-column", flags.text_column, TEXTS, "the words") or ""
+        self.id = self._column("--id-column", flags.id_column, IDS, "")
+        self.words = WordReader(str(table.path), self.text, self._texts(SAMPLE), flags.caption_key)
+
+    def columns(self, rows: int, folder: Path) -> Columns:
+        """Raises LlavaError if the table is damaged, or names only files and none is in `folder`."""
+        values = self._texts(rows)
+        words = [self.words.words(value, row) for row, value in enumerate(values)]
+        captions, conversations = texts_of(words)
+        refs, outcomes = [""] * len(values), {}
+        if self.ref is not None:
+            for row, value in enumerate(self.table.values(self.ref, rows)):
+                refs[row], several = _ref(value)
+                if several:
+                    outcomes[row] = Status.SEVERAL_IMAGES
+                elif not refs[row] and self.stored is None and _is_text_only(words[row], values[row]):
+                    outcomes[row] = Status.TEXT_ONLY
+        ids = self.table.values(self.id, rows) if self.id is not None else range(len(values))
+        return Columns(
+            image_refs=refs,
+            captions=captions,
+            ids=[_text(value) for value in ids],
+            images=self._images(folder, refs),
+            conversations=conversations,
+            outcomes=outcomes,
+        )
+
+    def _images(self, folder: Path, refs: list[str]) -> Images | None:
+        if self.stored is not None:
+            return StoredImages(self.table.at(self.stored), LocalImages(folder, refs))
+        # In a column of addresses, anything else is a broken address, not a path.
+        if (self.ref or "").lower() == "url" and (any(map(is_address, refs)) or not any(refs)):
+            return None
+        return local_images(self.table.path, folder, refs)
+
+    def _texts(self, rows: int) -> list[Any]:
+        values = self.table.values(self.text, rows)
+        if self.text in DIALOGUES:  # rows of one file may differ in the name
+            for other in {*DIALOGUES}.intersection(self.table.names) - {self.text}:
+                pairs = zip(values, self.table.values(other, rows), strict=True)
+                values = [second if first is None else first for first, second in pairs]
+        beside = {name.lower(): name for name in self.table.names}
+        if self.text.lower() != "response" or "query" not in beside:
+            return values
+        queries = self.table.values(beside["query"], rows)
+        history = self.table.values(beside["history"], rows) if "history" in beside else [None] * len(values)
+        return [
+            [message for turn in [*(earlier or ()), (query, answer)] for message in _turn(*turn)]
+            for earlier, query, answer in zip(history, queries, values, strict=True)
+        ]
+
+    def _image_columns(self, flags: DataFlags) -> tuple[str | None, str | None]:
+        """The column, or field of a struct, of addresses or paths, and the column of files themselves."""
+        given = flags.image_column
+        if given is not None:
+            name = self._column("--image-column", given, (), "")
+            found = [name] if name else []
+        else:
+            found = self._named(IMAGES)
+            if not found:
+                raise self._lacks("the images", "--image-column", IMAGES[:3])
+        kinds = [(name, *_kind_of_images(self.table, name)) for name in found]
+        for name, ref, stored in kinds:
+            if stored:
+                return ref, name
+        for _, ref, _ in kinds:
+            if ref is not None:
+                return ref, None
+        raise LlavaError(
+            f"{self.table.path}: column {found[0]!r} holds no images",
+            expected="addresses, paths, image files, base64, or a struct of bytes and path",
+            got=self._described(found[0]),
+            do="name the column of the images by --image-column",
+        )
+
+    def _column(self, flag: str, given: str | None, known: Sequence[str], what: str) -> str | None:
+        if given is not None:
+            if given not in self.table.names:
+                got = ", ".join(self.table.names)
+                raise LlavaError(f"{self.table.path} has no column {given!r}", got=got, do=f"correct {flag}")
+            self._require_once(given)
+            return given
+        found = self._named(known)
+        if not found and what:
+            raise self._lacks(what, flag, TEXTS[:5])
+        return found[0] if found else None
+
+    def _named(self, known: Sequence[str]) -> list[str]:
+        """Columns with these names, the preferred first. Raises LlavaError if one is there twice."""
+        order = {name: place for place, name in enumerate(known)}
+        found = [name for name in self.table.names if name.lower() in order]
+        for name in found:
+            self._require_once(name)
+        return sorted(found, key=lambda name: order[name.lower()])
+
+    def _require_once(self, name: str) -> None:
+        if self.table.names.count(name) > 1:
+            raise LlavaError(f"{self.table.path} has more than one column {name!r}", do="drop all but one")
+
+    def _lacks(self, what: str, flag: str, known: Sequence[str]) -> LlavaError:
+        return LlavaError(
+            f"{self.table.path} lacks {what}",
+            expected=f"a column {', '.join(known)}, …",
+            got=", ".join(self.table.names) or "no column",
+            do=f"name it by {flag}",
+        )
+
+    def _described(self, name: str) -> str:
+        kind = self.table.kind(name)
+        sample = next((value for value in self.table.values(name, SAMPLE) if value is not None), None)
+        return f"{kind or type(sample).__name__}, such as {shown(sample)}"
+
+
+def _kind_of_images(table: Table, name: str) -> tuple[str | None, bool]:
+    """The column or field of addresses or paths, if there is one; whether the column holds files."""
+    kind = table.kind(name)
+    if kind is not None:
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+            if pa.types.is_struct(kind):
+                return (name, False) if "bytes" not in _fields(kind) else (None, True)
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if _is_binary(kind):
+            return (name, False) if name.lower() in NAMES_ONLY else (None, True)
+        if pa.types.is_struct(kind):
+            fields = _fields(kind)
+            ref = next((f"{name}.{field}" for field in ("path", "url") if field in fields), None)
+            return ref, _is_binary(fields.get("bytes", pa.null()))
+        if not (_is_text(kind) or pa.types.is_null(kind)):
+            return None, False
+    sample = [value for value in map(_only, table.values(name, SAMPLE)) if value not in (None, "")]
+    if any(isinstance(value, str) and is_base64(value) for value in map(_decoded, sample)):
+        return None, True
+    if any(isinstance(value, dict) and "bytes" in value for value in sample):
+        return None, True
+    fits = not sample or any(isinstance(_decoded(value), str) or isinstance(value, dict) for value in sample)
+    return (name, False) if fits else (None, False)
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    return {field.name: field.type for field in kind}
+
+
+def _is_binary(kind: Any) -> bool:
+    types = pa.types
+    return bool(
+        types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+        or types.is_binary_view(kind)
+    )  # fmt: skip
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _only(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(_decoded(value))
+
+
+def _ref(value: Any) -> tuple[str, bool]:
+    """Address or path in a value, and whether there are several."""
+    if isinstance(value, list) and len(value) > 1:
+        return "", True
+    value = _only(value)
+    if isinstance(value, dict):
+        value = value.get("path") or value.get("url") or value.get("image")
+        value = value.get("url") if isinstance(value, dict) else value
+    value = _decoded(value)
+    return (value if isinstance(value, str) else ""), False
+
+
+def _is_text_only(words: Words | None, value: Any) -> bool:
+    """Whether a row without an image is a dialogue that speaks of none."""
+    return isinstance(words, tuple) and any(question for question, _ in words) and not names_image(value)
+
+
+def _turn(query: Any, answer: Any) -> Iterator[dict[str, Any]]:
+    yield {"role": "user", "content": query}
+    yield {"role": "assistant", "content": answer}

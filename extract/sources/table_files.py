@@ -1,0 +1,281 @@
+"""Files of rows and columns, recognised by their content: parquet, Arrow, JSON, JSON lines, CSV and TSV."""
+
+from __future__ import annotations
+
+import abc
+import csv
+import gzip
+import io
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from extract.sources.stored_images import ArrowImages, ParquetImages
+from llava_core.cli.console import say
+from llava_core.errors import LlavaError, first_line
+
+SUFFIXES = (
+    ".parquet",
+    ".arrow",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".json.gz",
+    ".jsonl.gz",
+    ".csv.gz",
+    ".tsv.gz",
+)
+"""Suffixes of such files in a folder, in lower case."""
+SAMPLE = 256
+"""Rows by which a column is judged."""
+GZIP = b"\x1f\x8b"
+FOREIGN = {
+    b"version https://git-lfs": (
+        "a pointer of Git LFS, not the file itself",
+        "run `git lfs pull` where it lies",
+    ),
+    b"PARE": ("an encrypted parquet file", "write it again without encryption"),
+    b"Rar!": ("a RAR archive", "unpack it, and give its folder"),
+    b"PK\x03\x04": ("a ZIP archive", "unpack it, and give its folder"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it, and give its folder"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "decompress it"),
+    b"\xfd7zXZ": ("compressed by xz", "decompress it"),
+    b"BZh": ("compressed by bzip2", "decompress it"),
+    b"\x89HDF": ("an HDF5 file", "give what the shards were made from"),
+    b"SQLite format 3": ("an SQLite database", "export its table as parquet or CSV"),
+    b"<": ("an HTML or XML page, as failed downloads leave", "download it again"),
+}
+"""First bytes of files that are no table: what they are, and what to do."""
+
+
+class DamagedTable(LlavaError):
+    """A file whose columns are known, but not their values."""
+
+
+class Table(abc.ABC):
+    """Rows and columns. A column may be a field of another one: `image.path`."""
+
+    def __init__(self, path: Path, names: Sequence[str], rows: int) -> None:
+        self.path, self.names, self.rows = path, list(names), rows
+
+    @abc.abstractmethod
+    def values(self, name: str, rows: int) -> list[Any]:
+        """The first `rows` values of a column; text that is no UTF-8 is bytes."""
+
+    @abc.abstractmethod
+    def kind(self, name: str) -> Any:
+        """Arrow type of a column; None where the file declares none."""
+
+    @abc.abstractmethod
+    def at(self, name: str) -> Callable[[int], Any]:
+        """The value of a column in one row, for images; it may raise OSError. Several threads may call it."""
+
+
+class ArrowTable(Table):
+    """A parquet or an Arrow file."""
+
+    def __init__(self, path: Path, schema: Any, rows: int, read: Callable[[list[str], int], Any]) -> None:
+        super().__init__(path, schema.names, rows)
+        self._schema, self._read = schema, read
+
+    def kind(self, name: str) -> Any:
+        column, *fields = name.split(".") if name not in self.names else [name]
+        kind = self._schema.field(column).type
+        for field in fields:
+            kind = kind.field(field).type
+        return kind
+
+    def values(self, name: str, rows: int) -> list[Any]:
+        column, *fields = name.split(".") if name not in self.names else [name]
+        try:
+            found = self._read([name], rows)[column]
+        except (pa.ArrowException, OSError) as error:
+            got = first_line(error)
+            raise DamagedTable(f"damaged file {self.path}", got=got, do="download it again") from None
+        for field in fields:
+            found = pa.compute.struct_field(found, field)
+        values: list[Any] = _without_codec(found).to_pylist()
+        return values
+
+    def at(self, name: str) -> Callable[[int], Any]:
+        if isinstance(self, ParquetTable):
+            return ParquetImages(self.path, name).value
+        return ArrowImages(self._read([name], self.rows)[name]).value
+
+
+class ParquetTable(ArrowTable):
+    def __init__(self, path: Path) -> None:
+        try:
+            file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            got = first_line(error)
+            raise LlavaError(
+                f"{path} is not a readable parquet file", got=got, do="download it again"
+            ) from None
+
+        def read(names: list[str], rows: int) -> Any:
+            if rows >= file.metadata.num_rows:
+                return file.read(columns=names)
+            found = list(_first(file.iter_batches(min(rows, 1 << 16), columns=names), rows))
+            return pa.Table.from_batches(found).slice(0, rows) if found else file.read(columns=names)
+
+        super().__init__(path, file.schema_arrow, file.metadata.num_rows, read)
+
+
+def _first(batches: Iterator[Any], rows: int) -> Iterator[Any]:
+    while rows > 0 and (batch := next(batches, None)) is not None:
+        rows -= len(batch)
+        yield batch
+
+
+def _arrow_file(path: Path) -> ArrowTable:
+    """An Arrow file or stream, as `datasets.save_to_disk` writes it; it stays on disk."""
+    try:
+        source = pa.memory_map(str(path))
+        stream = source.read(6) != b"ARROW1"
+        source.seek(0)
+        table = (pa.ipc.open_stream if stream else pa.ipc.open_file)(source).read_all()
+    except (pa.ArrowException, OSError) as error:
+        got = first_line(error)
+        raise LlavaError(f"{path} is not a readable Arrow file", got=got, do="download it again") from None
+    return ArrowTable(path, table.schema, len(table), lambda names, rows: table.slice(0, rows))
+
+
+class RowTable(Table):
+    """Rows of JSON or CSV, in memory."""
+
+    def __init__(self, path: Path, entries: list[dict[str, Any]]) -> None:
+        names = list(dict.fromkeys(itertools.chain.from_iterable(entries)))
+        super().__init__(path, names, len(entries))
+        self.entries = entries
+
+    def kind(self, name: str) -> Any:
+        return None
+
+    def values(self, name: str, rows: int) -> list[Any]:
+        return [entry.get(name) for entry in self.entries[:rows]]
+
+    def at(self, name: str) -> Callable[[int], Any]:
+        return lambda row: self.entries[row].get(name)
+
+
+def open_table(path: Path) -> Table:
+    """Open a file by its content. Raises LlavaError, which names what it is, for anything but a table."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    for magic, (what, do) in FOREIGN.items():
+        if head.startswith(magic) and (len(magic) > 1 or path.suffix != ".csv"):
+            raise LlavaError(f"{path} is {what}", do=do)
+    if head.startswith(b"PAR1"):
+        return ParquetTable(path)
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return _arrow_file(path)
+    text, name = _text(path, head), path.name.removesuffix(".gz")
+    first = text.lstrip()[:1]
+    if first in ("[", "{"):
+        return RowTable(path, _json_entries(path, text))
+    if name.endswith((".csv", ".tsv", ".txt")):
+        return RowTable(path, _csv_entries(path, text, "\t" if name.endswith(".tsv") else ""))
+    if not first and name.endswith((".json", ".jsonl")):
+        return RowTable(path, [])
+    if name.endswith((".json", ".jsonl")):
+        raise LlavaError(f"{path} is not JSON", expected="a list, or lines, of objects", got=repr(text[:20]))
+    kinds = "parquet, Arrow, JSON, CSV or TSV (*.csv, *.tsv)"
+    raise LlavaError(f"{path} is no table", expected=kinds, got=f"begins with {head[:12]!r}")
+
+
+def _text(path: Path, head: bytes) -> str:
+    """Text of a file, decompressed. Raises LlavaError for binary files."""
+    data = path.read_bytes()
+    if head.startswith(GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise LlavaError(f"{path} is a damaged gzip file", got=first_line(error)) from None
+        if data[257:262] == b"ustar":
+            raise LlavaError(f"{path} is a compressed tar archive", do="decompress it by `gunzip`")
+    if b"\0" in data[:4096] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        kinds = "parquet, Arrow, JSON, JSON lines, CSV, TSV or tar"
+        raise LlavaError(f"{path} is no table", expected=kinds, got=f"begins with {head[:12]!r}")
+    try:
+        return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        if ".csv" in path.suffixes or ".tsv" in path.suffixes:  # as spreadsheets in China write them
+            try:
+                text = data.decode("gb18030")
+                say(f"{path} is not UTF-8; it is read as GB 18030")
+                return text
+            except UnicodeDecodeError:
+                pass
+        raise LlavaError(f"{path} is not UTF-8", got=error) from None
+
+
+def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
+    """Objects of a JSON list, or of JSON lines. Blank lines are no rows."""
+    entries: Any
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not (isinstance(error, json.JSONDecodeError) and text.lstrip().startswith("{")):
+            raise LlavaError(f"{path} is not JSON", got=first_line(error)) from None
+        lines = enumerate(io.StringIO(text), 1)
+        entries = [_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if isinstance(entries, dict):
+        if ".jsonl" not in path.suffixes:
+            expected = "[{image, …}, …], or lines of {image, …}"
+            got = f"an object of {', '.join(list(entries)[:6]) or 'nothing'}"
+            raise LlavaError(f"{path} is not a JSON list", expected=expected, got=got)
+        entries = [entries]
+    for row, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise LlavaError(f"{path}, row {row}", expected="an object", got=_json_type(entry))
+    return list(entries)
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LlavaError(f"{where} is not JSON", got=first_line(error)) from None
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
+    """Rows under a header. Raises LlavaError for a row of more fields than the header."""
+    head = text.split("\n", 1)[0]
+    separator = delimiter or max(",\t;", key=head.count)
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    entries = []
+    try:
+        for entry in rows:
+            if None in entry:
+                wanted = len(rows.fieldnames or ())
+                got = wanted + len(entry[None])
+                raise LlavaError(f"{path}, line {rows.line_num}", expected=f"{wanted} fields", got=got)
+            entries.append(entry)
+    except csv.Error as error:
+        raise LlavaError(f"{path}, line {rows.line_num} is no CSV", got=error) from None
+    return entries
+
+
+def _without_codec(column: Any) -> Any:
+    """Text as bytes, so that a value that is no UTF-8 does not stop the rest."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return column.cast(pa.large_binary())
+    return column

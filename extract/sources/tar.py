@@ -1,0 +1,119 @@
+"""Tar archives of samples, as WebDataset and img2dataset write them: `000.jpg`, `000.txt`, `000.json`, …"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from extract.sources.base import Columns, DataFlags, Source
+from extract.sources.folder import TEXT_SUFFIXES, mention_left_out
+from extract.sources.local_images import loaded
+from extract.sources.words import WordReader, texts_of
+from llava_core.errors import LlavaError, first_line
+from llava_core.network.fetch import Fetched
+from llava_core.row_status import Status
+from llava_core.vision.image_files import SUFFIXES as IMAGE_SUFFIXES
+
+
+class Member(NamedTuple):
+    """A file in the archive."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tar(Source):
+    """Every sample with an image or words, in the order of the archive."""
+
+    @classmethod
+    def find(cls, path: Path, flags: DataFlags) -> Tar:
+        """Raises LlavaError if the archive is damaged, or has no image."""
+        samples, left_out = _samples(path)
+        if not any(_image(sample) for sample in samples.values()):
+            kinds = ", ".join(left_out) or "nothing"
+            raise LlavaError(f"no image in {path}", expected=" ".join(IMAGE_SUFFIXES), got=kinds)
+        mention_left_out(path, left_out)
+        found = cls(path, len(samples), path.parent, flags)
+        found.first(min(len(samples), 256)).read()
+        return found
+
+    def read(self) -> Columns:
+        samples = dict(list(_samples(self.path)[0].items())[: self.rows])
+        images = [_image(sample) for sample in samples.values()]
+        with self.path.open("rb") as file:
+            values = [_words(file.fileno(), sample) for sample in samples.values()]
+        reader = WordReader(str(self.path), "text", values[:256], self.flags.caption_key)
+        captions, conversations = texts_of([reader.words(value, row) for row, value in enumerate(values)])
+        return Columns(
+            image_refs=[image.name if image else "" for image in images],
+            captions=captions,
+            ids=list(samples),
+            images=_TarImages(self.path, images),
+            conversations=conversations,
+        )
+
+
+class _TarImages:
+    def __init__(self, path: Path, images: list[Member | None]) -> None:
+        self.path, self.images = path, images
+
+    def load(self, row: int, max_bytes: int) -> Fetched | None:
+        if (image := self.images[row]) is None:
+            return Fetched(Status.NO_FILE, attempts=0, detail="no image in the sample")
+        try:
+            with self.path.open("rb") as file:
+                return loaded(_content(file.fileno(), image, max_bytes + 1), max_bytes)
+        except OSError as error:
+            return Fetched(Status.UNREADABLE_FILE, attempts=0, detail=first_line(error))
+
+
+def _samples(path: Path) -> tuple[dict[str, dict[str, Member]], dict[str, int]]:
+    """The files of each sample by suffix, in lower case; and the number of other files by suffix."""
+    samples: dict[str, dict[str, Member]] = {}
+    left_out: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                folder, base = os.path.split(member.name)
+                stem, dot, suffix = base.partition(".")
+                if not member.isfile() or not stem:
+                    continue
+                suffix = (dot + suffix).lower()
+                if suffix in IMAGE_SUFFIXES or suffix in TEXT_SUFFIXES:
+                    sample = samples.setdefault(os.path.join(folder, stem), {})
+                    sample.setdefault(suffix, Member(member.name, member.offset_data, member.size))
+                else:
+                    left_out[suffix] = left_out.get(suffix, 0) + 1
+    except (tarfile.TarError, OSError, EOFError) as error:
+        got = first_line(error)
+        raise LlavaError(f"{path} is a damaged tar archive", got=got, do="download it again") from None
+    return samples, left_out
+
+
+def _image(sample: dict[str, Member]) -> Member | None:
+    return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+
+
+def _words(descriptor: int, sample: dict[str, Member]) -> object:
+    """Text of the sample, or the value of its JSON."""
+    for suffix in TEXT_SUFFIXES:
+        if suffix in sample:
+            text = _content(descriptor, sample[suffix]).decode("utf-8-sig", "replace")
+            if suffix != ".json":
+                return text
+            try:
+                return json.loads(text)
+            except (ValueError, RecursionError):
+                return None
+    return None
+
+
+def _content(descriptor: int, member: Member, most: int | None = None) -> bytes:
+    size = member.size if most is None else min(member.size, most)
+    return os.pread(descriptor, size, member.offset)

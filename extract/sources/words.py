@@ -1,0 +1,139 @@
+"""The words of rows: captions, several captions of one image, or dialogues, in whatever form they come."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from extract.sources.base import shown
+from extract.sources.conversations import conversation_turns
+from llava_core.errors import LlavaError
+from llava_core.shards.dialogue import Turns, turns_to_text
+
+CAPTION_KEYS = ("global_caption", "caption", "text", "conversations", "messages")
+"""Keys of an object that holds the words, the preferred first; the first one is SA1B-Dense-Caption's."""
+STARTS = ("{", "[", '"')
+"""First characters of JSON that may hold words."""
+MOST_ENCODED = 3
+"""Times that a text may be encoded as JSON."""
+Words = str | Turns
+"""A caption, or the turns of a dialogue."""
+
+
+class WordReader:
+    """Reads the values of one column; what they are is decided by a sample of them."""
+
+    def __init__(self, where: str, column: str, sample: Sequence[object], key: str | None = None) -> None:
+        """`where` names the source, `key` the caption in values that are objects.
+
+        Raises LlavaError if the sample has values, and none of them has words.
+        """
+        self.where, self.key = where, key
+        values = [value for value in map(_plain, sample) if value not in (None, "", [], {})]
+        decoded = [_decoded(value) for value in values if isinstance(value, str)]
+        self.quoted = bool(decoded) and None not in decoded
+        """Whether all texts are JSON, so that quotes around one are not its own."""
+        objects = sum(isinstance(value, (dict, list)) for value in decoded)
+        self.encoded = 0 < len(decoded) <= 2 * objects
+        """Whether texts are objects or lists as JSON, so that one that cannot be decoded is damaged."""
+        if values and not any([self.words(value, row) for row, value in enumerate(sample)]):
+            self._refuse(column, values)
+
+    def words(self, value: object, row: int) -> Words | None:
+        """The words of the value in a row; None if there are none. Raises LlavaError for an unknown role."""
+        value, where = _plain(value), f"{self.where}, row {row}"
+        if not isinstance(value, str):
+            return self._words(value, where)
+        decoded: Any = value
+        for _ in range(MOST_ENCODED):
+            if isinstance(decoded, str) and decoded.startswith(STARTS[: 3 if self.quoted else 2]):
+                decoded = _decoded(decoded.strip())
+        found = self._words(decoded, where)
+        return found if found is not None or self.encoded or self.quoted else value or None
+
+    def _words(self, value: object, where: str) -> Words | None:
+        if isinstance(value, str):
+            return value.strip() or None
+        if isinstance(value, dict):
+            keys = [self.key] if self.key is not None else CAPTION_KEYS
+            return self._words(next((value[key] for key in keys if value.get(key) is not None), None), where)
+        if not isinstance(value, list) or not value:
+            return None
+        if all(_is_pair(item) for item in value):  # how Arrow gives a map
+            return self._words(dict(value), where)
+        if all(isinstance(item, dict) for item in value):
+            if {"from", "role"} & value[0].keys():
+                return conversation_turns(value, where)
+            if "type" in value[0]:
+                return "\n".join(_parts(value)) or None
+        captions = [self._words(item, where) for item in value]
+        if len(captions) == 1:
+            return captions[0]
+        texts = [text for text in captions if isinstance(text, str)]
+        return tuple((None, text) for text in texts) if texts and len(texts) == len(captions) else None
+
+    def _refuse(self, column: str, values: Sequence[Any]) -> None:
+        value = _decoded(values[0]) if isinstance(values[0], str) else values[0]
+        keys = collections.Counter(key for item in values[:8] for key in _keys(item))
+        found = ", ".join(map(str, keys))
+        raise LlavaError(
+            f"{self.where}: column {column!r} has no words that can be read",
+            expected="text, a list of texts, a dialogue, or an object with one of "
+            + (repr(self.key) if self.key is not None else ", ".join(CAPTION_KEYS)),
+            got=f"{type(value).__name__} {shown(value)}",
+            do=f"give --caption-key one of {found}"
+            if found
+            else "name the column of the words by --text-column",
+        )
+
+
+def texts_of(words: Sequence[Words | None]) -> tuple[list[str | None], bool]:
+    """What a shard keeps of each row, and whether these are dialogues: they are once any row is one."""
+    if not any(isinstance(item, tuple) for item in words):
+        return [item if isinstance(item, str) else None for item in words], False
+    turns = [((None, item),) if isinstance(item, str) else item for item in words]
+    return [turns_to_text(item) if item else None for item in turns], True
+
+
+def _plain(value: object) -> Any:
+    return (
+        value.decode("utf-8", "replace").strip()
+        if isinstance(value, bytes)
+        else (value.strip() if isinstance(value, str) else value)
+    )
+
+
+def _decoded(text: str) -> Any:
+    """The value of JSON, or of a Python literal; None if it is neither, or no text, list or object."""
+    if not text.startswith(STARTS):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            return None
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _parts(parts: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Texts of content parts: [{type: text, text: …}, {type: image, …}]."""
+    for part in parts:
+        if part.get("type") == "text" and isinstance(text := part.get("text"), str) and text.strip():
+            yield text.strip()
+
+
+def _keys(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        value = _decoded(value)
+    if isinstance(value, list) and value:
+        value = dict(value) if all(map(_is_pair, value)) else value[0]
+    if isinstance(value, dict):
+        yield from value

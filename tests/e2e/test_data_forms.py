@@ -1,0 +1,435 @@
+"""Data as tools and people write it, through `extract run`: words, columns, formats, and what is no data."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+from tests.support.commands import Ended, call
+from tests.support.local_data import llava, write_json, write_parquet, write_pictures
+from tests.support.servers import answer, serving
+from tests.support.vision_encoders import write_vision_folder
+
+NAMES = ["a.jpg", "b.jpg"]
+CAPTIONS = ["一只猫", "a dog"]
+DIALOGUE = [{"role": "user", "content": "<image>什么？"}, {"role": "assistant", "content": "猫"}]
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vision_folder(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[bytes]:
+    return write_pictures(tmp_path, NAMES)
+
+
+def extract(vision: Path, data: object, *flags: object, code: int = 0) -> Ended:
+    out = Path(str(data)).parent / "features"
+    given = ("--data", data, "--vision", vision, "--out", out, "--device", "cpu", "--json", *flags)
+    ended = call("extract", "run", *given, code=code)
+    assert len(ended.err) < 5000
+    assert "JFIF" not in ended.out + ended.err
+    return ended
+
+
+def words(data: object, name: str | None = None) -> list[Any]:
+    """Words of the rows that are ok, and labels of the others, in the only shard or the one of this name."""
+    folder = Path(str(data)).parent / "features"
+    (path,) = folder.glob(f"{name or '*'}.h5")
+    shard = Shard(path)
+    return [
+        shard.caption(row) if status == Status.OK else Status(status).label
+        for row, status in enumerate(shard.status.tolist())
+    ]
+
+
+def turns(*answers: str) -> str:
+    return json.dumps([[None, answer] for answer in answers], ensure_ascii=False, separators=(",", ":"))
+
+
+WORDS: dict[str, tuple[list[Any], list[str | None]]] = {
+    "list": ([["一只猫", "a cat"], ["a dog"]], [turns("一只猫", "a cat"), turns("a dog")]),
+    "struct": ([{"global_caption": text, "other": 1} for text in CAPTIONS], list(CAPTIONS)),
+    "struct of another key": ([{"caption": text, "n": 1} for text in CAPTIONS], list(CAPTIONS)),
+    "json text": ([json.dumps({"global_caption": text}) for text in CAPTIONS], list(CAPTIONS)),
+    "json list": ([json.dumps([text]) for text in CAPTIONS], list(CAPTIONS)),
+    "doubly encoded": (
+        [json.dumps(json.dumps({"global_caption": text})) for text in CAPTIONS],
+        list(CAPTIONS),
+    ),
+    "quoted": ([json.dumps(text) for text in CAPTIONS], list(CAPTIONS)),
+    "python": ([str({"global_caption": text}) for text in CAPTIONS], list(CAPTIONS)),
+    "parts": ([[{"type": "text", "text": text}] for text in CAPTIONS], list(CAPTIONS)),
+    "bytes": ([text.encode() for text in CAPTIONS], list(CAPTIONS)),
+    "dialogue": ([DIALOGUE, DIALOGUE], ['[["什么？","猫"]]'] * 2),
+    "dialogue as text": ([json.dumps(DIALOGUE)] * 2, ['[["什么？","猫"]]'] * 2),
+    "one is missing": ([None, "a dog"], [None, "a dog"]),
+    "like json": (["[1] 猫", '{"a'], ["[1] 猫", '{"a']),
+}
+
+
+@pytest.mark.parametrize("kind", list(WORDS))
+def test_words_of_every_kind_are_taken(
+    vision: Path, tmp_path: Path, pictures: list[bytes], kind: str
+) -> None:
+    values, expected = WORDS[kind]
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, caption=values)
+    extract(vision, data, code=3 if None in expected else 0)
+    assert words(data) == [text if text is not None else "bad caption" for text in expected]
+
+
+def test_a_map_is_an_object(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    maps = pa.array([[("zh", "猫"), ("en", "cat")]] * 2, pa.map_(pa.string(), pa.string()))
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, text=maps)
+    refused = extract(vision, data, code=1).one_line()
+    assert "x.parquet: column 'text' has no words that can be read" in refused
+    assert "give --caption-key one of zh, en" in refused
+    assert not (tmp_path / "features").exists()
+    extract(vision, data, "--caption-key", "zh")
+    assert words(data) == ["猫", "猫"]
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [([1, 2], "got int 1"), ([{"zh": "猫"}] * 2, "got dict {zh: '猫'}"), ([[1.5], [2.5]], r"got list [1.5]"),
+     (['{"zh": "猫"}'] * 2, "got dict {zh: '猫'}"), ([{"raw": b"\x89PNG" * 99}] * 2, "{raw: 396 bytes}")],
+)  # fmt: skip
+def test_words_that_are_none_are_refused_before_anything_is_written(
+    vision: Path, tmp_path: Path, pictures: list[bytes], values: list[Any], got: str
+) -> None:
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, cap_seg=values)
+    line = extract(vision, data, code=1).one_line()
+    assert "column 'cap_seg' has no words that can be read" in line
+    assert got in line
+    assert ("give --caption-key one of zh" in line) == ("zh" in got)
+    assert not (tmp_path / "features").exists()
+
+
+def test_mended_words_are_taken_without_encoding_again(vision: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path, [*NAMES, "c.jpg"])
+    names = [*NAMES, "c.jpg"]
+    data = write_parquet(tmp_path / "x.parquet", image=names, caption=["old", None, "kept"])
+    ended = extract(vision, data, code=3)
+    assert "1 row without words: mend them in --data, and the same command takes them" in ended.err
+    assert "retry-failed" not in ended.err
+    before = Shard(tmp_path / "features/x.h5")
+    write_parquet(data, image=names, caption=["new", "mended", "kept"])
+    ended = extract(vision, data)
+    assert "the words of 2 rows changed; its images are not encoded again" in ended.err
+    assert words(data) == ["new", "mended", "kept"]
+    after = Shard(tmp_path / "features/x.h5")
+    np.testing.assert_array_equal(after.read(0), before.read(0))
+    assert ended.summary["stages"]["encode"]["busy"] >= 0
+    assert not list(tmp_path.glob("features/*.part"))
+    assert "nothing to do" in extract(vision, data).err
+
+
+def test_retrying_knows_data_and_layer(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    (tmp_path / "b.jpg").unlink()
+    write_parquet(tmp_path / "x.parquet", image=NAMES, words=CAPTIONS)
+    extract(
+        vision, tmp_path / "x.parquet", "--text-column", "words", "--layer", -2, "--decode", "exact", code=3
+    )
+    (tmp_path / "b.jpg").write_bytes(pictures[1])
+    retry = ("extract", "retry-failed", "--out", tmp_path / "features", "--vision", vision, "--device", "cpu")
+    call(*retry)
+    assert words(tmp_path / "x.parquet") == CAPTIONS
+
+
+def test_the_advice_is_what_helps(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    with serving({"/a.jpg": answer(pictures[0])}) as base:
+        data = write_parquet(tmp_path / "x.parquet", url=[f"{base}/a.jpg"], caption=["a"])
+        ended = extract(vision, data, code=3)
+        (line,) = [line for line in ended.err.splitlines() if "to try again: " in line]
+        call(*line.partition("to try again: ")[2].split(), "--device", "cpu")
+        assert words(data) == ["a"]
+
+
+def image_values(kind: str, pictures: list[bytes]) -> Any:
+    coded = [base64.b64encode(content).decode() for content in pictures]
+    kinds: dict[str, Callable[[], Any]] = {
+        "large": lambda: pa.array(pictures, pa.large_binary()),
+        "dictionary": lambda: pa.array(pictures, pa.dictionary(pa.int32(), pa.binary())),
+        "list of one": lambda: [[content] for content in pictures],
+        "structs in lists": lambda: [[{"bytes": content, "path": "x"}] for content in pictures],
+        "base64": lambda: coded,
+        "wrapped": lambda: ["\n".join(text[i : i + 76] for i in range(0, len(text), 76)) for text in coded],
+        "base64 bytes": lambda: [text.encode() for text in coded],
+        "data url": lambda: [f"data:image/jpeg;base64,{text}" for text in coded],
+        "paths in lists": lambda: [[name] for name in NAMES],
+        "openai": lambda: [{"url": name} for name in NAMES],
+    }
+    return kinds[kind]()
+
+
+IMAGE_KINDS = ("large", "dictionary", "list of one", "structs in lists", "base64", "wrapped", "base64 bytes",
+               "data url", "paths in lists", "openai")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+@pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl"])
+def test_images_of_every_kind_are_taken(
+    vision: Path, tmp_path: Path, pictures: list[bytes], kind: str, form: str
+) -> None:
+    values = image_values(kind, pictures)
+    data = tmp_path / f"x.{form}"
+    table = pa.table({"pic": values, "TEXT": CAPTIONS, "KEY": ["k", "l"]})
+    if form == "parquet":
+        pq.write_table(table, data)
+    elif form == "arrow":
+        with pa.OSFile(str(data), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    elif isinstance(table.to_pylist()[0]["pic"], bytes) or "bytes" in str(table.schema.field("pic").type):
+        pytest.skip("JSON has no bytes")
+    elif kind in ("list of one", "base64 bytes"):
+        pytest.skip("JSON has no bytes")
+    else:
+        data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()))
+    extract(vision, data, "--image-column", "pic")
+    assert words(data) == CAPTIONS
+    shard = Shard(tmp_path / "features/x.h5")
+    assert [shard.id(row) for row in range(2)] == ["k", "l"]
+    assert not any("base64" in url or len(url) > 40 for url in shard.urls())
+
+
+def test_arrow_types_without_a_place_in_parquet(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    size = max(map(len, pictures))
+    fixed = pa.array([content.ljust(size, b"\0") for content in pictures], pa.binary(size))
+    for name, column in {"fixed": fixed, "view": pa.array(pictures, pa.binary_view())}.items():
+        data = tmp_path / name / "data-00000-of-00001.arrow"
+        data.parent.mkdir()
+        table = pa.table({"image": column, "text": CAPTIONS})
+        with pa.OSFile(str(data), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        write_json(data.parent / "dataset_info.json", {"features": {}})
+        write_json(data.parent / "state.json", {"_data_files": []})
+        extract(vision, data.parent, "--out", tmp_path / name / "features")
+        assert words(data) == CAPTIONS
+
+
+def test_several_images_in_one_row_are_a_failure_with_a_name(
+    vision: Path, tmp_path: Path, pictures: list[bytes]
+) -> None:
+    data = tmp_path / "x.jsonl"
+    rows = [{"images": NAMES, "messages": DIALOGUE}, {"images": ["a.jpg"], "messages": DIALOGUE},
+            {"images": [], "messages": [{"role": "user", "content": "q"}, DIALOGUE[1]]},
+            {"images": [], "messages": DIALOGUE}]  # fmt: skip
+    data.write_text("\n".join(map(json.dumps, rows)))
+    ended = extract(vision, data, code=3)
+    assert words(data) == ["several images", '[["什么？","猫"]]', "text only", "no file"]
+    assert ended.summary["failed"] == 2
+    assert "1 row about several images: a row may have one" in ended.err
+
+
+def ms_swift(folder: Path) -> Path:
+    rows = [{"query": "什么？", "response": "猫", "history": [["q", "a"]], "images": ["a.jpg"]},
+            {"query": "<image>什么？", "response": "狗", "images": ["b.jpg"]}]  # fmt: skip
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "x.jsonl"
+
+
+def sharegpt(folder: Path) -> Path:
+    return write_json(
+        folder / "x.json", [llava(name, "q", text) for name, text in zip(NAMES, CAPTIONS, strict=True)]
+    )
+
+
+def comma_separated(folder: Path) -> Path:
+    with (folder / "x.csv").open("w", newline="", encoding="gb18030") as file:
+        writer = csv.writer(file)
+        writer.writerows([("file_name", "caption"), ("a.jpg", "一只猫，\n坐着"), ("b.jpg", 'a "dog"')])
+    return folder / "x.csv"
+
+
+def tab_separated(folder: Path) -> Path:
+    (folder / "x.tsv").write_text("URL\tTEXT\na.jpg\t一只猫\nb.jpg\ta dog\n", encoding="utf-8-sig")
+    return folder / "x.tsv"
+
+
+def compressed(folder: Path) -> Path:
+    rows = [{"image": name, "caption": text} for name, text in zip(NAMES, CAPTIONS, strict=True)]
+    (folder / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    return folder / "x.jsonl.gz"
+
+
+def json_lines_named_json(folder: Path) -> Path:
+    rows = [{"image": name, "caption": text} for name, text in zip(NAMES, CAPTIONS, strict=True)]
+    (folder / "x.json").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "x.json"
+
+
+def image_folder(folder: Path) -> Path:
+    rows = [{"file_name": name, "text": text} for name, text in zip(NAMES, CAPTIONS, strict=True)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def beside(folder: Path) -> Path:
+    (folder / "a.caption").write_text("一只猫")
+    (folder / "b.jpg.txt").write_text("a dog")
+    return folder
+
+
+def course(folder: Path) -> Path:
+    (folder / "set/images").mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        (folder / name).rename(folder / f"set/images/{number}.jpg")
+        write_json(folder / f"set/labels_zh/{number}.json", DIALOGUE)
+    return folder / "set"
+
+
+def web_dataset(folder: Path) -> Path:
+    with tarfile.open(folder / "00000.tar", "w") as archive:
+        for name, text in zip(NAMES, CAPTIONS, strict=True):
+            stem = name.removesuffix(".jpg")
+            notes = json.dumps({"caption": "not this", "url": "http://127.0.0.1:9/x"}).encode()
+            for suffix, content in (
+                ("json", notes),
+                ("jpg", (folder / name).read_bytes()),
+                ("txt", text.encode()),
+            ):
+                member = tarfile.TarInfo(f"deep/{stem}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return folder / "00000.tar"
+
+
+def img2dataset_tars(folder: Path) -> Path:
+    web_dataset(folder)
+    write_parquet(folder / "00000.parquet", url=["http://127.0.0.1:9/x"] * 2, caption=["no"] * 2)
+    write_json(folder / "00000_stats.json", {"count": 2})
+    return folder
+
+
+def img2dataset_files(folder: Path) -> Path:
+    (folder / "00000").mkdir()
+    for name, text in zip(NAMES, CAPTIONS, strict=True):
+        (folder / name).rename(folder / "00000" / name)
+        (folder / "00000" / name).with_suffix(".txt").write_text(text)
+        write_json(
+            (folder / "00000" / name).with_suffix(".json"), {"caption": text, "url": "http://127.0.0.1:9/x"}
+        )
+    write_parquet(folder / "00000.parquet", url=["http://127.0.0.1:9/x"] * 2, caption=["no"] * 2)
+    return folder
+
+
+FORMS: list[tuple[Callable[[Path], Path], list[str]]] = [
+    (ms_swift, ['[["q","a"],["什么？","猫"]]', '[["什么？","狗"]]']),
+    (sharegpt, ['[["q","一只猫"]]', '[["q","a dog"]]']),
+    (comma_separated, ["一只猫，\n坐着", 'a "dog"']),
+    (tab_separated, CAPTIONS),
+    (compressed, CAPTIONS),
+    (json_lines_named_json, CAPTIONS),
+    (image_folder, CAPTIONS),
+    (beside, CAPTIONS),
+    (course, ['[["什么？","猫"]]'] * 2),
+    (web_dataset, CAPTIONS),
+    (img2dataset_tars, CAPTIONS),
+    (img2dataset_files, CAPTIONS),
+]
+
+
+@pytest.mark.parametrize(("write", "expected"), FORMS, ids=[write.__name__ for write, _ in FORMS])
+def test_formats_of_other_tools(
+    vision: Path, tmp_path: Path, write: Callable[[Path], Path], expected: list[str]
+) -> None:
+    folder = tmp_path / "data"
+    write_pictures(folder, NAMES)
+    data = write(folder)
+    ended = extract(vision, data, "--out", tmp_path / "features")
+    (path,) = (tmp_path / "features").glob("*.h5")
+    assert [Shard(path).caption(row) for row in range(2)] == expected
+    assert ended.summary["ok"] == 2
+    if "img2dataset" in write.__name__:
+        assert "the pictures of 1 table are on this disk; their addresses are not asked" in ended.err
+    elif write is comma_separated:
+        assert "is not UTF-8; it is read as GB 18030" in ended.err
+    else:
+        assert "left out" not in ended.err
+
+
+def test_equal_names_in_two_folders_do_not_collide(vision: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_pictures(tmp_path / "set" / split, NAMES)
+        write_parquet(
+            tmp_path / "set" / split / "data.parquet", image=NAMES, caption=[f"{split} {n}" for n in NAMES]
+        )
+    extract(vision, tmp_path / "set")
+    assert words(tmp_path / "set", "train-data") == ["train a.jpg", "train b.jpg"]
+    assert words(tmp_path / "set", "test-data") == ["test a.jpg", "test b.jpg"]
+
+
+def test_what_is_left_out_of_a_folder_is_said(vision: Path, tmp_path: Path) -> None:
+    names = ["a.jfif", "b.jpe", "c", "d.heic", "e.heic", "f.mp4"]
+    for name, content in zip(names, write_pictures(tmp_path / "set", names), strict=True):
+        if name in ("d.heic", "e.heic"):
+            (tmp_path / "set" / name).write_bytes(b"\0\0\0\x18ftypheic" + content)
+    for name, kind in (("g.tif", "TIFF"), ("h.avif", "AVIF")):
+        Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "set" / name, kind)
+    for stem in "abcdefgh":
+        (tmp_path / f"set/{stem}.txt").write_text(stem)
+    ended = extract(vision, tmp_path / "set")
+    assert words(tmp_path / "set") == ["a", "b", "c", "g", "h"]
+    (line,) = [line for line in ended.err.splitlines() if "left out" in line]
+    assert "2 .heic, 3 .txt, 1 .mp4 left out" in line or "3 .txt, 2 .heic, 1 .mp4 left out" in line
+
+
+@pytest.mark.parametrize(
+    ("head", "line"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "a pointer of Git LFS, not the file itself",
+        ),
+        (b"PARE" + bytes(99), "an encrypted parquet file"),
+        (b"Rar!\x1a\x07\x00" + bytes(99), "a RAR archive"),
+        (b"PK\x03\x04" + bytes(99), "a ZIP archive"),
+        (gzip.compress(bytes(257) + b"ustar" + bytes(999)), "a compressed tar archive"),
+        (b"<!DOCTYPE html><html>", "an HTML or XML page, as failed downloads leave"),
+        (b"PAR1" + bytes(99), "is not a readable parquet file"),
+        (b"ARROW1" + bytes(99), "is not a readable Arrow file"),
+        (bytes(257) + b"ustar" + bytes(999), "is a damaged tar archive"),
+        (b"\x00\x01" * 50, "is no table"),
+    ],
+    ids=["lfs", "encrypted", "rar", "zip", "tar.gz", "html", "parquet", "arrow", "tar", "bytes"],
+)
+def test_files_that_are_something_else_are_named(
+    vision: Path, tmp_path: Path, head: bytes, line: str
+) -> None:
+    (tmp_path / "x.parquet").write_bytes(head)
+    assert line in extract(vision, tmp_path / "x.parquet", code=1).one_line()
+
+
+def test_columns_that_are_not_there(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    data = write_parquet(tmp_path / "x.parquet", pic=NAMES, words=CAPTIONS)
+    lines = [
+        extract(vision, data, code=1).one_line(),
+        extract(vision, data, "--image-column", "pic", code=1).one_line(),
+        extract(vision, data, "--image-column", "picture", code=1).one_line(),
+    ]
+    assert (
+        "lacks the images; expected a column url, image, path, …; got pic, words; name it by --image-column"
+        in lines[0]
+    )
+    assert "lacks the words" in lines[1]
+    assert "name it by --text-column" in lines[1]
+    assert "has no column 'picture'; got pic, words; correct --image-column" in lines[2]
+    extract(vision, data, "--image-column", "pic", "--text-column", "words", "--id-column", "words")
+    assert words(data) == CAPTIONS
