@@ -93,11 +93,16 @@ def _as_recorded(config: RetryConfig, shard: Shard) -> RetryConfig:
 
 
 def _require_other_names(paths: dict[Source, Path]) -> None:
-    """Raise LlavaError if the statistics of a shard would overwrite what it is made from."""
+    """Raise LlavaError if a shard would overwrite what it is made from, or is there under a shorter name."""
     for source, path in paths.items():
         if source.path.resolve() == path.with_suffix(".json").resolve():
             raise LlavaError(
                 f"the statistics beside {path} would overwrite {source.path}", do="choose another --out"
+            )
+        if source.prefix and (old := path.with_name(f"{source.name}.h5")).exists():
+            raise LlavaError(
+                f"{old} was made when only one file was called {source.path.name}",
+                do=f"rename it to the one that it was made from, such as {path.name}, its .json too",
             )
 
 

@@ -374,6 +374,10 @@ def test_equal_names_in_two_folders_do_not_collide(vision: Path, tmp_path: Path)
     extract(vision, tmp_path / "set")
     assert words(tmp_path / "set", "train-data") == ["train a.jpg", "train b.jpg"]
     assert words(tmp_path / "set", "test-data") == ["test a.jpg", "test b.jpg"]
+    shard = tmp_path / "features/train-data.h5"
+    shard.rename(shard.with_name("data.h5"))
+    line = extract(vision, tmp_path / "set", code=1).one_line()
+    assert "data.h5 was made when only one file was called data.parquet; rename it" in line
 
 
 def test_what_is_left_out_of_a_folder_is_said(vision: Path, tmp_path: Path) -> None:
