@@ -9,6 +9,8 @@ from llava_core.shards.dialogue import Turns
 
 IMAGE_MARK = "<image>"
 """LLaVA's placeholder of the image; here the image always comes first."""
+MEDIA_MARKS = (IMAGE_MARK, "<img>", "<video>", "<audio>")
+"""Marks of what a dialogue is about besides its text."""
 QUESTION, ANSWER, SYSTEM = "question", "answer", "system"
 ROLES = {"human": QUESTION, "user": QUESTION, "gpt": ANSWER, "assistant": ANSWER, "system": SYSTEM}
 
@@ -32,11 +34,12 @@ def conversation_turns(messages: list[dict[str, Any]], where: str) -> Turns | No
     return tuple((question or None, answer) for question, answer in zip(questions, answers, strict=True))
 
 
-def names_image(messages: object) -> bool:
-    """Whether a dialogue speaks of an image at a place in its text."""
+def names_media(messages: object) -> bool:
+    """Whether a dialogue has a mark of an image, a video or a sound in its text."""
     if not isinstance(messages, list):
         return False
-    return any(IMAGE_MARK in (_text(message) or "") for message in messages if isinstance(message, dict))
+    texts = [_text(message) or "" for message in messages if isinstance(message, dict)]
+    return any(mark in text for text in texts for mark in MEDIA_MARKS)
 
 
 def _text(message: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from extract.sources.base import Columns, DataFlags, Images, Source, is_address, shown
-from extract.sources.conversations import names_image
+from extract.sources.conversations import names_media
 from extract.sources.local_images import LocalImages, local_images
 from extract.sources.stored_images import StoredImages, is_base64
 from extract.sources.table_files import SAMPLE, DamagedTable, Table, open_table
@@ -241,7 +241,7 @@ def _ref(value: Any) -> tuple[str, bool]:
 
 def _is_text_only(words: Words | None, value: Any) -> bool:
     """Whether a row without an image is a dialogue that speaks of none."""
-    return isinstance(words, tuple) and any(question for question, _ in words) and not names_image(value)
+    return isinstance(words, tuple) and any(question for question, _ in words) and not names_media(value)
 
 
 def _turn(query: Any, answer: Any) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from extract.sources.base import Columns, DataFlags, Source
 from extract.sources.folder import TEXT_SUFFIXES, mention_left_out
@@ -74,26 +76,47 @@ class _TarImages:
 
 
 def _samples(path: Path) -> tuple[dict[str, dict[str, Member]], dict[str, int]]:
-    """The files of each sample by suffix, in lower case; and the number of other files by suffix."""
-    samples: dict[str, dict[str, Member]] = {}
-    left_out: dict[str, int] = {}
+    """The files of each sample by suffix, in lower case; and the number of other files by suffix.
+
+    A sample's name ends at the last dot (`22.05.png`, `22.05.txt`), or, if no image has words then, at the
+    first (`7.input.jpg`, `7.output.txt`).
+    """
+    files, left_out = [], collections.Counter[str]()
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                folder, base = os.path.split(member.name)
-                stem, dot, suffix = base.partition(".")
-                if not member.isfile() or not stem:
-                    continue
-                suffix = (dot + suffix).lower()
-                if suffix in IMAGE_SUFFIXES or suffix in TEXT_SUFFIXES:
-                    sample = samples.setdefault(os.path.join(folder, stem), {})
-                    sample.setdefault(suffix, Member(member.name, member.offset_data, member.size))
-                else:
-                    left_out[suffix] = left_out.get(suffix, 0) + 1
+                stem, suffix = os.path.splitext(member.name)
+                if member.isfile() and (suffix.lower() in IMAGE_SUFFIXES or suffix.lower() in TEXT_SUFFIXES):
+                    place = Member(member.name, member.offset_data, member.size)
+                    files.append((stem, suffix.lower(), place))
+                elif member.isfile():
+                    left_out[suffix.lower()] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         got = first_line(error)
         raise LlavaError(f"{path} is a damaged tar archive", got=got, do="download it again") from None
-    return samples, left_out
+    by_last, by_first = _grouped(files), _grouped([(_first_stem(stem), *rest) for stem, *rest in files])
+    if not any(map(_is_complete, by_last.values())):
+        return by_first, left_out
+    for stem in [stem for stem, sample in by_last.items() if not _is_complete(sample)]:
+        if _first_stem(stem) != stem and _is_complete(by_last.get(_first_stem(stem), {})):
+            left_out.update(stem.rpartition(".")[2] + suffix for suffix in by_last.pop(stem))
+    return by_last, left_out
+
+
+def _grouped(files: Sequence[Any]) -> dict[str, dict[str, Member]]:
+    samples: dict[str, dict[str, Member]] = {}
+    for stem, suffix, member in files:
+        samples.setdefault(stem, {}).setdefault(suffix, member)
+    return samples
+
+
+def _first_stem(stem: str) -> str:
+    folder, base = os.path.split(stem)
+    return os.path.join(folder, base.partition(".")[0])
+
+
+def _is_complete(sample: dict[str, Member]) -> bool:
+    return _image(sample) is not None and not sample.keys().isdisjoint(TEXT_SUFFIXES)
 
 
 def _image(sample: dict[str, Member]) -> Member | None:

@@ -230,11 +230,12 @@ def test_several_images_in_one_row_are_a_failure_with_a_name(
     data = tmp_path / "x.jsonl"
     rows = [{"images": NAMES, "messages": DIALOGUE}, {"images": ["a.jpg"], "messages": DIALOGUE},
             {"images": [], "messages": [{"role": "user", "content": "q"}, DIALOGUE[1]]},
-            {"images": [], "messages": DIALOGUE}]  # fmt: skip
+            {"images": [], "messages": DIALOGUE},
+            {"images": [], "messages": [{"role": "user", "content": "<video>q"}, DIALOGUE[1]]}]  # fmt: skip
     data.write_text("\n".join(map(json.dumps, rows)))
     ended = extract(vision, data, code=3)
-    assert words(data) == ["several images", '[["什么？","猫"]]', "text only", "no file"]
-    assert ended.summary["failed"] == 2
+    assert words(data) == ["several images", '[["什么？","猫"]]', "text only", "no file", "no file"]
+    assert ended.summary["failed"] == 3
     assert "1 row about several images: a row may have one" in ended.err
 
 
@@ -363,6 +364,31 @@ def test_formats_of_other_tools(
         assert "is not UTF-8; it is read as GB 18030" in ended.err
     else:
         assert "left out" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("files", "expected", "left_out"),
+    [
+        (["v1.0/22.05.jpg", "v1.0/22.05.txt", "v1.0/22.06.jpg", "v1.0/22.06.txt"], ["05", "06"], ""),
+        (["7.input.jpg", "8.input.jpg", "7.output.txt", "8.output.txt"], ["output", "output"], ""),
+        (["7.jpg", "7.seg.png", "7.txt", "7.cls"], ["7"], "1 seg.png"),
+        (["7.jpg", "7.txt", "8.jpg"], ["7", "bad caption"], ""),
+    ],
+)
+def test_names_in_tar_archives(
+    vision: Path, tmp_path: Path, files: list[str], expected: list[str], left_out: str
+) -> None:
+    (content,) = write_pictures(tmp_path, ["a.jpg"])
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in files:
+            text = name.rpartition("/")[2].removesuffix(".txt").rpartition(".")[2].encode()
+            data = content if name.endswith(("jpg", "png")) else text
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    ended = extract(vision, tmp_path / "x.tar", code=3 if "bad caption" in expected else 0)
+    assert words(tmp_path / "x.tar") == expected
+    assert left_out in ended.err
 
 
 def test_equal_names_in_two_folders_do_not_collide(vision: Path, tmp_path: Path) -> None:
