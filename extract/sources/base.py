@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from llava_core.filesystem import sha256_files
+from llava_core.network.request_url import clean_address
 from llava_core.types import JsonDict
 
 if TYPE_CHECKING:  # with aiohttp, which `extract inspect` does without
@@ -97,13 +98,13 @@ def captions_of(values: Sequence[object]) -> list[str | None]:
 
 
 def is_address(image_ref: str) -> bool:
-    """Whether an image is to be downloaded; anything without a scheme is a path."""
-    return "://" in image_ref
+    """Whether an image is to be downloaded; anything without a scheme, but for `//host.name/`, is a path."""
+    return "://" in image_ref or "://" in clean_address(image_ref)
 
 
 def host_of(url: str) -> str:
     """Host of an address alone: user names, passwords and queries stay out of every report."""
     try:
-        return urlsplit(url).hostname or "(no host)"
+        return urlsplit(clean_address(url)).hostname or "(no host)"
     except ValueError:
         return "(no host)"

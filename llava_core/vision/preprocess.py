@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import io
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
@@ -68,6 +69,18 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_accepting = contextvars.ContextVar("_accepting", default=False)
+"""Whether this thread decodes a file that ends early as far as it goes."""
+
+
+class _Accepting:
+    """Pillow's switch for such files is one for the process; this value of it is another in each thread."""
+
+    def __bool__(self) -> bool:
+        return _accepting.get()
+
+
+ImageFile.LOAD_TRUNCATED_IMAGES = _Accepting()  # type: ignore[assignment]
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF or palettes; once, for threads
 
@@ -86,6 +99,8 @@ class Decoded:
     """uint8 [size, size, 3], RGB."""
     orig_hw: tuple[int, int]
     """Height and width of the whole picture, after EXIF orientation."""
+    lacks: str = ""
+    """What is missing from the picture, in words; empty for a complete one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,17 +126,37 @@ class Preprocess:
         recorded.update(mean=list(self.mean), std=list(self.std), exif="apply", pillow=PIL.__version__)
         return recorded
 
-    def decode_image(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
+    def decode_image(
+        self, data: bytes, max_pixels: int = MAX_PIXELS, accept_truncated: bool = False
+    ) -> Decoded:
         """Decode, resize, apply EXIF orientation, crop. Transparency becomes white; animations give frame 1.
 
         Raises ImageError for bytes that are no complete image of a format in MAGIC, or WebP, or cost too much
-        time or memory.
+        time or memory. With `accept_truncated`, a file that ends early gives what it has, the rest grey or
+        black. It changes no complete picture, and is therefore no part of the settings.
         """
         kind = image_format(data)
         if kind == "PNG":
             data = _without_metadata(data)
         elif kind == "JPEG" and (scans := _scans(data)) > MAX_SCANS:
             raise ImageError(Status.TOO_COSTLY, f"{kind}: {scans:,} scans, at most {MAX_SCANS}")
+        try:
+            return self._decode(data, kind, max_pixels)
+        except ImageError as error:
+            if error.status is not Status.TRUNCATED or not accept_truncated:
+                raise
+            truncated = error
+        before = _accepting.set(True)
+        try:
+            return dataclasses.replace(
+                self._decode(data, kind, max_pixels), lacks="accepted: file ends early"
+            )
+        except ImageError:
+            raise truncated from None
+        finally:
+            _accepting.reset(before)
+
+    def _decode(self, data: bytes, kind: str, max_pixels: int) -> Decoded:
         try:
             with Image.open(_Metered(data, kind), formats=(kind,)) as image:
                 if image.width * image.height > max_pixels:
@@ -132,7 +167,7 @@ class Preprocess:
             raise
         except Exception as error:  # Pillow's plugins raise any kind of exception for damaged files
             truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
-            detail = f"{kind}: {str(error) or type(error).__name__}"
+            detail = f"{kind}: {str(error).partition(' <')[0] or type(error).__name__}"  # <_Metered object …>
             raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None
 
     def thumbnail(self, decoded: Decoded, max_bytes: int) -> bytes:
@@ -198,7 +233,7 @@ def image_format(data: bytes) -> str:
             return kind
     if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: AVIF and HEIC
         raise ImageError(
-            Status.UNSUPPORTED_FORMAT, f"expected JPEG, PNG, WebP, GIF or BMP; begins with {data[:12]!r}"
+            Status.UNSUPPORTED_FORMAT, f"begins with {data[:12]!r}; expected JPEG, PNG, WebP, GIF or BMP"
         )
     raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
 
@@ -257,7 +292,7 @@ def _without_metadata(data: bytes) -> bytes:
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         kind = data[at + 4 : at + 8]
         if kind[0] & 0x20 and end <= len(data):  # a lower-case first letter marks an ancillary chunk
-            turning = end - at <= _MAX_TEXT and data.startswith(_ORIENTATION_TEXTS, at + 8)
+            turning = data.startswith(_ORIENTATION_TEXTS, at + 8) and _is_short(kind, data[at + 8 : end - 4])
             whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
             if not (whole and (kind in _SHOWN or turning)):
                 at = end
@@ -271,6 +306,18 @@ def _without_metadata(data: bytes) -> bytes:
     else:
         kept.append(data[at:])
     return b"".join(kept)
+
+
+def _is_short(kind: bytes, text: bytes) -> bool:
+    """Whether a text chunk of a PNG holds at most _MAX_TEXT bytes; over that, Pillow refuses the picture."""
+    packed = text.partition(b"\0")[2][1:]
+    if kind == b"iTXt":
+        packed = packed[1:].split(b"\0", 2)[-1] if text.partition(b"\0")[2][:1] == b"\1" else b""
+    try:
+        unpacked = zlib.decompressobj().decompress(packed, _MAX_TEXT + 1) if kind != b"tEXt" else b""
+    except zlib.error:
+        unpacked = b""
+    return max(len(text), len(unpacked)) <= _MAX_TEXT
 
 
 def _orientation(image: Image.Image) -> int:
