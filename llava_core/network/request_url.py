@@ -14,7 +14,7 @@ _AROUND = "".join(map(chr, range(0x21))) + '\x7f\xa0\u200b\u200c\u200d\u2060\u30
 """Characters around an address that are none of it: spaces, invisible ones such as a BOM, quotes."""
 _WITHOUT_SCHEME = re.compile(r"//[^/?#\s]*[.:][^/?#\s]*(?:[/?#]|$)")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_ADDRESS = re.compile(r"(https?)://([^/?#]*)([^?#]*)\??([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
+_ADDRESS = re.compile(r"(https?)://([^/?#\s]*)([^?#]*)\??([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
 _QUOTED = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^!#-;=?-Z\[\]_a-z~]")
 
 

@@ -299,8 +299,8 @@ def test_reasons_are_kept_and_shown(vision: Path, tmp_path: Path) -> None:
     }
     with serving(routes) as base:
         urls = [f"{base}{path}?key={secret}" for path in routes]
-        urls += [f"http://nowhere.invalid/{secret}", f"http://127.0.0.1:1/{secret}", f"http://h:x/{secret}", secret,
-                 base.replace("http", "https") + f"/{secret}"]  # fmt: skip
+        urls += [f"http://nowhere.invalid/{secret}", f"http://127.0.0.1:1/{secret}",
+                 f"http://h:x/{secret}", secret, base.replace("http", "https") + f"/{secret}"]  # fmt: skip
         extract(tmp_path, vision, urls, "--timeout", 30)
         shutil.copytree(tmp_path / "out", tmp_path / "again")
         healed = True
