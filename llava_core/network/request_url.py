@@ -14,7 +14,11 @@ _AROUND = "".join(map(chr, range(0x21))) + '\x7f\xa0\u200b\u200c\u200d\u2060\u30
 """Characters around an address that are none of it: spaces, invisible ones such as a BOM, quotes."""
 _WITHOUT_SCHEME = re.compile(r"//[^/?#\s]*[.:][^/?#\s]*(?:[/?#]|$)")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_ADDRESS = re.compile(r"(https?)://([^/?#\s]*)([^?#]*)\??([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
+_ADDRESS = re.compile(
+    r"(https?)://([^/?#\s]*)(/[^?#]*)?(?:\?([^#]*))?(?:#.*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Scheme, user and host and port, path, query."""
 _QUOTED = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^!#-;=?-Z\[\]_a-z~]")
 
 
@@ -39,7 +43,7 @@ def request_url(address: str) -> yarl.URL:
     parts = _ADDRESS.fullmatch(clean_address(address))
     if parts is None:
         raise BadAddress("expected http:// or https:// and a host")
-    scheme, authority, path, query = parts.groups()
+    scheme, authority, path, query = parts.groups("")
     try:
         origin = yarl.URL(f"{scheme}://{authority}")  # host in IDNA, port as a number
         if not origin.host or not origin.port:

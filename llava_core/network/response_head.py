@@ -60,7 +60,8 @@ class MendingResponseHandler(ResponseHandler):
             return
         self._held += data
         end, is_http = head_bytes(self._held), self._held[:5] == b"HTTP/"[: len(self._held)]
-        if end or not is_http or len(self._held) > MAX_HEAD_BYTES:
+        large = len(self._held) > MAX_HEAD_BYTES or self._held.count(b"\n") > MAX_HEADERS
+        if end or large or not is_http:
             self._pass_on(end)
 
     def connection_lost(self, exc: BaseException | None) -> None:

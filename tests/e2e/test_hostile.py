@@ -114,7 +114,7 @@ async def endless_trickle_of_headers(writer: asyncio.StreamWriter) -> None:
     while True:
         writer.write(b"X: a\r\n")
         await writer.drain()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.001)
 
 
 async def not_http(writer: asyncio.StreamWriter) -> None:
