@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
+from llava_core.cli.download_options import DownloadOptions
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file_place, require_folder
@@ -30,54 +28,12 @@ def require_count(sample: int) -> None:
         raise LlavaError("--sample", expected="0 (every row) or more", got=sample, exit_code=2)
 
 
-OWN_HEADERS = ("host", "connection", "content-length", "transfer-encoding", "accept-encoding", "range")
-"""Headers that --header may not change: they decide what comes back, and how."""
 MOST = {"concurrency": 10_000, "decoders": 1_000}
 """More tasks or threads are a slip, and cost gigabytes before the first download."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DownloadConfig(Options):
-    """Flags of every command that downloads images."""
-
-    allow_private: bool = False
-    """Let image addresses lead to this machine or a private network."""
-    header: tyro.conf.UseAppendAction[tuple[str, ...]] = dataclasses.field(default=(), repr=False)
-    """A header to send with every download, NAME:VALUE; may be repeated. It goes to every host of the data;
-    Authorization and Cookie do not follow a redirect to another one."""
-    user_agent: str | None = None
-    """User-Agent to send instead of this tool's name."""
-    referer: str | None = None
-    """Referer to send, for hosts that serve images only to their own pages."""
-
-    def __post_init__(self) -> None:
-        self.headers()
-
-    def headers(self) -> tuple[tuple[str, str], ...]:
-        """Names and values of these headers. Raises LlavaError (wrong usage), with no value in its text."""
-        named = [header.partition(":") for header in self.header]
-        own = {"User-Agent": self.user_agent, "Referer": self.referer}
-        flags = [(name, ":", value) for name, value in own.items() if value is not None]
-        found: list[tuple[str, str]] = []
-        for name, colon, value in named + flags:
-            name, value = name.strip(), value.strip()
-            if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-                got = "no colon" if not colon else "a name with other characters than letters, digits and -"
-                raise LlavaError("--header", expected="NAME:VALUE", got=got, exit_code=2)
-            if name.lower() in OWN_HEADERS:
-                do = f"leave {name} out: the connection itself decides it"
-                raise LlavaError("--header", do=do, exit_code=2)
-            if not value.isprintable() or not value:
-                got = "none" if not value else "line breaks or control characters"
-                raise LlavaError(f"the value of the header {name}", expected="text", got=got, exit_code=2)
-            if name.lower() in {other.lower() for other, _ in found}:
-                raise LlavaError(f"the header {name} is given twice", do="give it once", exit_code=2)
-            found.append((name, value))
-        return tuple(found)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PipelineConfig(DownloadConfig):
+class PipelineConfig(DownloadOptions):
     """Flags of the stages from an image's address to its features on disk."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -209,7 +165,7 @@ class RetryConfig(EncodeConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifyConfig(DownloadConfig):
+class VerifyConfig(DownloadOptions):
     """Check every checksum, and, with --vision, that the encoder still gives the same features.
 
     Names the rows that are damaged or hold the features of another row, and the shards of another encoder.
@@ -259,7 +215,7 @@ class InspectConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExamplesConfig(DownloadConfig):
+class ExamplesConfig(DownloadOptions):
     """Save the first pictures of a data set with their captions: 0000.jpg (or .png, as it came), 0000.txt, ….
 
     Rows without a caption or picture are skipped; too many in a row end it. You can pass the folder to

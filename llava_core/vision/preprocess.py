@@ -11,7 +11,6 @@ import io
 import re
 import time
 import warnings
-import zlib
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from PIL import Image, ImageFile
 
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
+from llava_core.vision.png_chunks import shown_chunks
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -137,7 +137,10 @@ class Preprocess:
         """
         kind = image_format(data)
         if kind == "PNG":
-            data = _without_metadata(data)
+            chunks = shown_chunks(data, MAX_READS // 4)
+            if len(chunks) > MAX_READS // 4:
+                raise ImageError(Status.TOO_COSTLY, f"PNG: over {MAX_READS // 4:,} chunks")
+            data = b"".join(chunks)
         elif kind == "JPEG" and (scans := _scans(data)) > MAX_SCANS:
             raise ImageError(Status.TOO_COSTLY, f"{kind}: {scans:,} scans, at most {MAX_SCANS}")
         try:
@@ -273,51 +276,6 @@ def _scans(data: bytes) -> int:
         scans += found[1][0] == _SOS
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     return scans
-
-
-_SHOWN = {b"tRNS", b"eXIf"}
-"""Ancillary chunks of a PNG that change its pixels."""
-_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-"""Beginnings of text chunks that may hold the orientation."""
-_MAX_TEXT = 1 << 20
-
-
-def _without_metadata(data: bytes) -> bytes:
-    """A PNG without ancillary chunks that are damaged or do not change its pixels.
-
-    Pillow refuses the whole picture for one long text, and reads all frames of an animation.
-    """
-    kept, at = [data[:8]], 8
-    while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        kind = data[at + 4 : at + 8]
-        if kind[0] & 0x20 and end <= len(data):  # a lower-case first letter marks an ancillary chunk
-            turning = data.startswith(_ORIENTATION_TEXTS, at + 8) and _is_short(kind, data[at + 8 : end - 4])
-            whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
-            if not (whole and (kind in _SHOWN or turning)):
-                at = end
-                continue
-        kept.append(data[at:end])
-        at = end
-        if len(kept) > MAX_READS // 4:
-            raise ImageError(Status.TOO_COSTLY, f"PNG: over {MAX_READS // 4:,} chunks")
-        if kind == b"IEND":
-            break
-    else:
-        kept.append(data[at:])
-    return b"".join(kept)
-
-
-def _is_short(kind: bytes, text: bytes) -> bool:
-    """Whether a text chunk of a PNG holds at most _MAX_TEXT bytes; over that, Pillow refuses the picture."""
-    packed = text.partition(b"\0")[2][1:]
-    if kind == b"iTXt":
-        packed = packed[1:].split(b"\0", 2)[-1] if text.partition(b"\0")[2][:1] == b"\1" else b""
-    try:
-        unpacked = zlib.decompressobj().decompress(packed, _MAX_TEXT + 1) if kind != b"tEXt" else b""
-    except zlib.error:
-        unpacked = b""
-    return max(len(text), len(unpacked)) <= _MAX_TEXT
 
 
 def _orientation(image: Image.Image) -> int:
