@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from llava_core.cli.download_options import DownloadOptions
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file_place, require_folder
@@ -48,7 +49,7 @@ MOST = {"concurrency": 10_000, "decoders": 1_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PipelineConfig(Options):
+class PipelineConfig(DownloadOptions):
     """Flags of the stages from an image's address to its features on disk."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,8 +79,8 @@ class PipelineConfig(Options):
     """Largest image file, in bytes."""
     max_pixels: int = 50_000_000
     """Largest width × height."""
-    allow_private: bool = False
-    """Let image addresses lead to this machine or a private network."""
+    accept_truncated: bool = False
+    """Take pictures whose file ends early as far as they go, the rest grey or black, and count them."""
     ignore_robots: bool = False
     """Also keep images whose X-Robots-Tag (noai, noimageai, noindex, noimageindex) asks not to be used."""
     patience: float = 600.0
@@ -88,6 +89,7 @@ class PipelineConfig(Options):
     """Share of failed rows above which the command ends with exit code 3."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_above_zero("batch_size", "decoders", "concurrency", "per_host", "host_rate")
         self.require_above_zero("bytes_in_flight", "timeout", "max_bytes", "max_pixels")
         for name, most in MOST.items():
@@ -108,7 +110,8 @@ class PipelineConfig(Options):
     def fetch_limits(self) -> FetchLimits:
         """Those of these flags that limit downloads; they have the same names."""
         names = {field.name for field in dataclasses.fields(FetchLimits)}
-        return FetchLimits(**{name: value for name, value in vars(self).items() if name in names})
+        flags = {name: value for name, value in vars(self).items() if name in names}
+        return FetchLimits(**flags, headers=self.headers())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ class RetryConfig(EncodeConfig, DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifyConfig(DataOptions):
+class VerifyConfig(DownloadOptions, DataOptions):
     """Check every checksum, and, with --vision, that the encoder still gives the same features.
 
     Names the rows that are damaged or hold the features of another row, and the shards of another encoder.
@@ -190,10 +193,9 @@ class VerifyConfig(DataOptions):
     """What the shards were made from, if it has images of its own and does not lie there any more."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to encode."""
-    allow_private: bool = False
-    """Let image addresses lead to this machine or a private network."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_count(self.sample)
 
     def require_inputs(self) -> None:
@@ -223,7 +225,7 @@ class InspectConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExamplesConfig(DataOptions):
+class ExamplesConfig(DownloadOptions, DataOptions):
     """Save the first pictures of a data set with their captions: 0000.jpg (or .png, as it came), 0000.txt, ….
 
     Rows without a caption or picture are skipped; too many in a row end it. You can pass the folder to
@@ -236,10 +238,9 @@ class ExamplesConfig(DataOptions):
     """Folder for them; it must be empty or new."""
     count: int = 16
     """Pictures to save."""
-    allow_private: bool = False
-    """Let image addresses lead to this machine or a private network."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_above_zero("count")
         require_folder(self.out)
 

@@ -72,7 +72,12 @@ class _Search:
 
     def __init__(self, config: ExamplesConfig, sources: Sequence[Source], hidden: Path, bar: Any) -> None:
         self.config, self.sources, self.hidden, self.bar = config, sources, hidden, bar
-        self.limits = FetchLimits(retries=1, bytes_in_flight=BYTES, allow_private=config.allow_private)
+        self.limits = FetchLimits(
+            retries=1,
+            bytes_in_flight=BYTES,
+            allow_private=config.allow_private,
+            headers=config.headers(),
+        )
         self.found: list[tuple[Path, str]] = []
         """Pictures and their captions."""
         self.failed: collections.Counter[str] = collections.Counter()

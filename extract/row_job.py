@@ -93,5 +93,6 @@ class StoredRow:
             nbytes=int(shard.nbytes[row]),
             orig_hw=(height, width),
             sha256=shard.sha256[row].tobytes(),
+            reason=shard.reason_of(row),
             thumbnail=shard.thumbnail(row),
         )

@@ -19,7 +19,7 @@ from llava_core.cli.console import table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text
 from llava_core.row_status import Status
-from llava_core.shards.reader import Shard
+from llava_core.shards.reader import Shard, reason_text
 from llava_core.types import JsonDict
 
 TOO_MANY_FAILED = 3
@@ -29,6 +29,9 @@ BY_CODE = (Status.HTTP_4XX, Status.HTTP_5XX)
 """Outcomes that are broken down by HTTP status code."""
 ASKED_IN_VAIN = [status for status in Status if status.failed and not status.in_data]
 """Outcomes of rows whose image was asked for."""
+REASONS, REASONS_SHOWN = 50, 5
+"""Reasons of an outcome that are counted apart, and that the terminal and the page show."""
+OTHERS = "other reasons"
 SAMPLE = 256
 """Rows whose token norms are computed."""
 QUANTILES = (0, 50, 95, 100)
@@ -38,7 +41,8 @@ Item = TypeVar("Item")
 
 def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> JsonDict:
     """Counts over shards: rows, ok, failed, by_status {label: rows}, by_http {label: {code: rows}} of
-    failures with an HTTP status code, failed_hosts {host: rows}, image_bytes."""
+    failures with an HTTP status code, by_reason {label: {reason: rows}} with the REASONS most frequent ones,
+    failed_hosts {host: rows}, image_bytes."""
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:
@@ -52,18 +56,44 @@ def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> J
         "failed": sum(n for code, n in counts.items() if Status(code).failed),
         "by_status": {Status(code).label: n for code, n in counts.most_common()},
         "by_http": {status.label: codes for status in BY_CODE if (codes := _codes(shards, status))},
+        "by_reason": _reasons(shards),
         "failed_hosts": dict(hosts.most_common(hosts_shown)),
         "image_bytes": sum(int(shard.nbytes.sum(dtype=np.int64)) for shard in shards),
     }
 
 
 def outcome_table(figures: JsonDict) -> str:
-    """Table of rows by outcome, and by HTTP status code where there is one."""
+    """Table of rows by outcome, and under each by HTTP status code or reason."""
     rows: list[tuple[str, ...]] = []
     for label, n in figures["by_status"].items():
         rows.append((label, f"{n:,}", f"{n / figures['rows']:.2%}"))
-        rows += [(f"  {code}", f"{of:,}") for code, of in figures["by_http"].get(label, {}).items()]
+        rows += [(f"  {why}", f"{of:,}") for why, of in broken_down(figures, label).items()]
     return table(rows, ("outcome", "rows", "share"))
+
+
+def broken_down(figures: JsonDict, label: str) -> dict[str, int]:
+    """Rows of an outcome by HTTP status code, else by reason: the REASONS_SHOWN most frequent, and OTHERS."""
+    if codes := figures["by_http"].get(label):
+        return dict(codes)
+    reasons = figures["by_reason"].get(label, {})
+    shown = {why: n for why, n in list(reasons.items())[:REASONS_SHOWN] if why != OTHERS}
+    more = sum(reasons.values()) - sum(shown.values())
+    return {**shown, OTHERS: more} if more else shown
+
+
+def _reasons(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
+    """{outcome: {reason: rows}}, the most frequent first; all after the first REASONS are OTHERS."""
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for shard in shards:
+        pairs = np.rec.fromarrays([shard.status, shard.reason])[shard.reason != b""]
+        for (code, reason), n in collections.Counter(pairs.tolist()).items():
+            counts[Status(code).label][reason_text(reason)] += n
+    by_reason = {}
+    for label, of in counts.items():
+        by_reason[label] = dict(of.most_common(REASONS))
+        if more := of.total() - sum(by_reason[label].values()):
+            by_reason[label][OTHERS] = more
+    return by_reason
 
 
 def _codes(shards: Sequence[Shard], status: Status) -> dict[str, int]:

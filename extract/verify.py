@@ -205,7 +205,12 @@ def _changed(
     chosen = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
     # What it is asked to be again is known by its sha256.
     images = ImageRefetcher([shard for shard, _ in chosen], config.data, DataFlags.of(config))
-    limits = FetchLimits(allow_private=config.allow_private, ignore_robots=True, max_bytes=sys.maxsize)
+    limits = FetchLimits(
+        allow_private=config.allow_private,
+        ignore_robots=True,
+        max_bytes=max((int(shard.nbytes[row]) for shard, row in chosen), default=0) or sys.maxsize,
+        headers=config.headers(),
+    )
     distances: list[float] = []
     failed: collections.Counter[str] = collections.Counter()
     found: list[_Changed] = []
@@ -250,7 +255,7 @@ def _encode(tower: VisionTower, images: Sequence[bytes]) -> np.ndarray:
     """Features of image files that are known to decode, fp32 [B, T, D]."""
     if not images:
         return np.empty((0, tower.tokens, tower.width), np.float32)
-    decoded = [tower.preprocess.decode_image(image, max_pixels=sys.maxsize) for image in images]
+    decoded = [tower.preprocess.decode_image(image, sys.maxsize, True) for image in images]
     return tower.encode(np.stack([image.pixels for image in decoded])).cpu().numpy()
 
 

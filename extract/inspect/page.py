@@ -16,7 +16,7 @@ from pathlib import Path
 from extract.inspect.histogram import Histogram
 from extract.inspect.svg import bars, outline, share_bar
 from extract.sources.base import host_of
-from extract.statistics import CacheStatistics, spread, stored_as
+from extract.statistics import CacheStatistics, broken_down, spread, stored_as
 from llava_core.cli.console import human_bytes
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
@@ -92,10 +92,7 @@ def _outcomes(stats: CacheStatistics) -> str:
         (
             [
                 ("", (label, f"{n:,}", f"{n / rows:.2%}")),
-                *(
-                    ("under", (code, f"{k:,}", ""))
-                    for code, k in stats.figures["by_http"].get(label, {}).items()
-                ),
+                *(("under", (code, f"{k:,}", "")) for code, k in broken_down(stats.figures, label).items()),
             ]
             for label, n in stats.figures["by_status"].items()
         ),
@@ -155,7 +152,8 @@ def _tile(shard: Shard, row: int) -> str:
         escape(f"id {host_of(ident) if '://' in ident else ident}"),
         escape(host_of(shard.url(row))),
         f"{width}&nbsp;×&nbsp;{height}" if width else "",
-        f"HTTP&nbsp;{shard.http[row]}" if failed and shard.http[row] else "",
+        escape(shard.reason_of(row))
+        or (f"HTTP&nbsp;{shard.http[row]}" if failed and shard.http[row] else ""),
     ]
     spans = " ".join(f"<span>{text}</span>" for text in where if text)
     if failed:

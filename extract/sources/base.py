@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from llava_core.filesystem import sha256_files
+from llava_core.network.request_url import clean_address
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
 
@@ -124,14 +125,14 @@ class Source(abc.ABC):
 
 
 def is_address(image_ref: str) -> bool:
-    """Whether an image is to be downloaded; anything without a scheme is a path."""
-    return "://" in image_ref or image_ref.startswith("//")
+    """Whether an image is to be downloaded; anything without a scheme, but for `//host.name/`, is a path."""
+    return "://" in image_ref or "://" in clean_address(image_ref)
 
 
 def host_of(url: str) -> str:
     """Host of an address alone: user names, passwords and queries stay out of every report."""
     try:
-        return urlsplit(url).hostname or "(no host)"
+        return urlsplit(clean_address(url)).hostname or "(no host)"
     except ValueError:
         return "(no host)"
 

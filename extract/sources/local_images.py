@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.sources.base import is_address
-from llava_core.errors import LlavaError, first_line
+from llava_core.errors import LlavaError
 from llava_core.filesystem import sha256_files
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
@@ -56,13 +56,15 @@ def read_image(folder: Path, name: str, max_bytes: int) -> Fetched:
     """
     path = _inside(folder, name)
     if path is None:
-        return _failed(Status.OUTSIDE_FOLDER, f"not in {folder}")
+        return _failed(Status.OUTSIDE_FOLDER, "its path leads out of the folder of the images")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last one for a zero byte
-        return _failed(Status.NO_FILE, first_line(error))
+    except (FileNotFoundError, NotADirectoryError):
+        return _failed(Status.NO_FILE, "nothing at its path")
+    except ValueError:
+        return _failed(Status.NO_FILE, "a zero byte in its path")
     except OSError as error:
-        return _failed(Status.UNREADABLE_FILE, first_line(error))
+        return _failed(Status.UNREADABLE_FILE, error.strerror or "")
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -71,7 +73,7 @@ def read_image(folder: Path, name: str, max_bytes: int) -> Fetched:
             image = loaded(file.read(min(found.st_size, max_bytes) + 1), max_bytes)
             return dataclasses.replace(image, mtime=found.st_mtime_ns)
     except OSError as error:
-        return _failed(Status.UNREADABLE_FILE, first_line(error))
+        return _failed(Status.UNREADABLE_FILE, error.strerror or "")
     finally:
         os.close(descriptor)
 

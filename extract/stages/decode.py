@@ -63,10 +63,13 @@ class Decode:
                 if job.duplicate_of is not None:
                     return
             try:
-                decoded = self.preprocess.decode_image(job.body, self.config.max_pixels)
+                decoded = self.preprocess.decode_image(
+                    job.body, self.config.max_pixels, self.config.accept_truncated
+                )
             except ImageError as error:
-                record.status = error.status
+                record.status, record.reason = error.status, str(error)
                 return
+            record.reason = decoded.lacks
             record.orig_hw = decoded.orig_hw
             if job.shard.writer.layout.thumbnails:
                 record.thumbnail = self.preprocess.thumbnail(decoded, THUMBNAIL_BYTES)

@@ -46,7 +46,7 @@ class Download:
                 self.inbox.done(host)
             body = fetched.body
             record = RowRecord(row, fetched.status, None, fetched.http, fetched.attempts, len(body))
-            record.mtime = fetched.mtime
+            record.mtime, record.reason = fetched.mtime, fetched.detail
             await self.out.put(RowJob(shard, record, body))
 
     async def _read(self, shard: OpenShard, row: int) -> Fetched | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import collections
 import contextlib
 import dataclasses
+import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -15,11 +18,15 @@ import aiohttp
 import yarl
 
 from llava_core import __version__
-from llava_core.network.address_guard import ForbiddenAddress, Hops, guarded_socket, hops
+from llava_core.network.address_guard import Hops, guarded_socket, hops
 from llava_core.network.async_tasks import run_async, time_limit
+from llava_core.network.client_errors import outcome_of
+from llava_core.network.content_encoding import EncodingError, restored
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, OutageDetector
 from llava_core.network.rate_limit import ByteBudget, HostRateLimit
+from llava_core.network.request_url import BadAddress, redirect_url, request_url
+from llava_core.network.response_head import MAX_FIELD_BYTES, MAX_HEADERS, MendingResponseHandler
 from llava_core.network.retry import may_pass, pause_seconds, retry_after_seconds
 from llava_core.row_status import Status
 
@@ -27,6 +34,11 @@ USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
 SLOW_AFTER = 5.0
 """Seconds after the start of a body from which `min_rate` is required."""
 CHUNK = 1 << 16
+REDIRECTS = (301, 302, 303, 307, 308)
+WHOLE = (200, 203)
+"""Status codes of a whole image; 203 comes from a proxy that has changed something."""
+SECRET_HEADERS = ("authorization", "cookie", "proxy-authorization")
+"""Headers that do not follow a redirect to another host."""
 DISALLOWED = {"noai", "noimageai", "noindex", "noimageindex"}
 """Directives of X-Robots-Tag that exclude an image."""
 
@@ -42,7 +54,7 @@ class Fetched:
     """Last HTTP status code; 0 if there was no answer."""
     attempts: int = 1
     detail: str = ""
-    """What happened, without the address: its query may hold secrets."""
+    """Why there is no image, in words, without host or address, whose query may hold secrets."""
     retry_after: float | None = None
     """Seconds to wait, as the server asks."""
     mtime: int = 0
@@ -65,6 +77,8 @@ class Fetcher:
         """Requests under way."""
         self.received = 0
         """Bytes of bodies received so far."""
+        self.agent = next((v for k, v in limits.headers if k.lower() == "user-agent"), USER_AGENT)
+        """The User-Agent of requests."""
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Fetcher:
@@ -74,16 +88,19 @@ class Fetcher:
             socket_factory=guarded_socket(self.limits.allow_private),
             force_close=not self.limits.private_redirects,  # every hop makes a socket, and is checked
         )
-        trace = aiohttp.TraceConfig()
-        trace.on_request_redirect.append(_redirected)
+        handler = functools.partial(MendingResponseHandler, loop=asyncio.get_running_loop())
+        connector._factory = handler  # type: ignore[assignment]
+        limits: dict[str, Any] = {"max_line_size": MAX_FIELD_BYTES, "max_field_size": MAX_FIELD_BYTES}
+        if "max_headers" in inspect.signature(aiohttp.ClientSession).parameters:  # not in aiohttp 3.12
+            limits["max_headers"] = MAX_HEADERS
         self._session = aiohttp.ClientSession(
             connector=connector,
-            trace_configs=[trace],
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_timeout),
             headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
             auto_decompress=False,
             trust_env=False,
+            **limits,
         )
         return self
 
@@ -100,12 +117,10 @@ class Fetcher:
         Raises LlavaError if the network stays down for `patience` seconds.
         """
         try:
-            parsed = yarl.URL(url.strip())
-            host = parsed.host
-        except ValueError as error:
+            parsed = request_url(url)
+        except BadAddress as error:
             return Fetched(Status.BAD_URL, attempts=0, detail=str(error))
-        if parsed.scheme not in ("http", "https") or not host:
-            return Fetched(Status.BAD_URL, attempts=0, detail="expected http:// or https:// and a host")
+        host = str(parsed.host)
         async with self._outage.download():
             while True:
                 began = time.monotonic()
@@ -144,24 +159,45 @@ class Fetcher:
         except asyncio.TimeoutError:  # TimeoutError itself from Python 3.11 on
             return Fetched(Status.TIMEOUT, detail=f"not done within {self.limits.timeout:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            status = _status_of(error)
-            forbidden = status is Status.FORBIDDEN_ADDRESS
-            return Fetched(status, detail=str(ForbiddenAddress()) if forbidden else type(error).__name__)
+            status, detail = outcome_of(error)
+            return Fetched(status, detail=detail)
         finally:
             self.in_flight -= 1
 
     async def _get(self, url: yarl.URL) -> Fetched:
+        """Request `url`, and what it redirects to."""
+        headers = self.limits.headers
+        for _ in range(self.limits.max_redirects + 1):
+            if url.raw_user is not None:  # aiohttp refuses it beside the header
+                headers = (*_without(headers, "authorization"), ("Authorization", _basic(url)))
+                url = url.with_user(None)
+            answer = await self._request(url, headers)
+            if isinstance(answer, Fetched):
+                return answer
+            if route := hops.get():
+                route.redirected()
+            target = redirect_url(url, answer)
+            if not _same_site(url, target):
+                headers = _without(headers, *SECRET_HEADERS)
+            url = target
+        return Fetched(Status.TOO_MANY_REDIRECTS, detail=f"over {self.limits.max_redirects} redirects")
+
+    async def _request(self, url: yarl.URL, headers: Sequence[tuple[str, str]]) -> Fetched | str:
+        """The outcome of one request, or the Location that it redirects to."""
         limits = self.limits
         assert self._session is not None
-        async with self._session.get(url, max_redirects=limits.max_redirects) as response:
+        async with self._session.get(url, headers=headers, allow_redirects=False) as response:
             http = response.status
+            if http in REDIRECTS and (location := response.headers.get("Location")):
+                return location
             if http >= 400:
                 status = Status.HTTP_4XX if http < 500 else Status.HTTP_5XX
                 wait = retry_after_seconds(response.headers.get("Retry-After"))
                 return Fetched(status, http=http, detail=f"HTTP {http}", retry_after=wait)
-            if not limits.ignore_robots and refuses_use(response.headers.getall("X-Robots-Tag", ())):
+            robots = response.headers.getall("X-Robots-Tag", ())
+            if not limits.ignore_robots and refuses_use(robots, self.agent):
                 return Fetched(Status.ROBOTS, http=http, detail="X-Robots-Tag")
-            if http != 200:
+            if http not in WHOLE:
                 return Fetched(Status.PROTOCOL, http=http, detail=f"HTTP {http}")
             if (response.content_length or 0) > limits.max_bytes:
                 return Fetched(
@@ -179,8 +215,14 @@ class Fetcher:
                     if elapsed > SLOW_AFTER and len(body) < limits.min_rate * elapsed:
                         rate = f"{len(body) / elapsed:.0f} bytes/s"
                         return Fetched(Status.TOO_SLOW, http=http, detail=rate)
-                self.memory.hold(len(body))
-                return Fetched(Status.OK, bytes(body), http)
+                whole = bytes(body)
+                if encodings := ",".join(response.headers.getall("Content-Encoding", ())):
+                    try:
+                        whole = await asyncio.to_thread(restored, whole, encodings, limits.max_bytes)
+                    except EncodingError as error:
+                        return Fetched(error.status, http=http, detail=str(error))
+                self.memory.hold(len(whole))
+                return Fetched(Status.OK, whole, http)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[bytearray]:
@@ -226,36 +268,30 @@ def fetch_all(
     return [found[index] for index in range(len(urls))]
 
 
-def refuses_use(tags: Sequence[str]) -> bool:
+def refuses_use(tags: Sequence[str], user_agent: str = USER_AGENT) -> bool:
     """Whether X-Robots-Tag asks every agent, or this one by name, not to use the image.
 
     The directives are those img2dataset honours; `other-bot: noai` does not apply.
     """
     for tag in tags:
         agent, colon, directives = tag.rpartition(":")
-        if colon and agent.strip().lower() not in ("*", USER_AGENT.split("/")[0]):
+        if colon and agent.strip().lower() not in ("*", user_agent.split("/")[0].lower()):
             continue
         if {word.strip().lower() for word in directives.split(",")} & DISALLOWED:
             return True
     return False
 
 
-async def _redirected(*_: object) -> None:
-    if route := hops.get():
-        route.redirected()
+def _without(headers: Sequence[tuple[str, str]], *names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, value) for name, value in headers if name.lower() not in names)
 
 
-def _status_of(error: Exception) -> Status:
-    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ForbiddenAddress):
-        return Status.FORBIDDEN_ADDRESS
-    kinds: list[tuple[Any, Status]] = [
-        (ForbiddenAddress, Status.FORBIDDEN_ADDRESS),
-        (aiohttp.TooManyRedirects, Status.TOO_MANY_REDIRECTS),
-        ((aiohttp.InvalidURL, aiohttp.NonHttpUrlRedirectClientError), Status.BAD_URL),
-        (aiohttp.ClientConnectorDNSError, Status.DNS),
-        ((aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError), Status.TLS),
-        (aiohttp.ServerTimeoutError, Status.TIMEOUT),
-        (aiohttp.ClientConnectorError, Status.CONNECT),
-        (aiohttp.ClientPayloadError, Status.TRUNCATED),
-    ]
-    return next((status for kind, status in kinds if isinstance(error, kind)), Status.PROTOCOL)
+def _basic(url: yarl.URL) -> str:
+    """Value of the Authorization header for the user and password in `url`."""
+    return "Basic " + base64.b64encode(f"{url.user or ''}:{url.password or ''}".encode()).decode()
+
+
+def _same_site(url: yarl.URL, target: yarl.URL) -> bool:
+    """Whether secrets may follow a redirect: to the same scheme, host and port, or from http to https."""
+    upgraded = (url.scheme, url.port, target.scheme, target.port) == ("http", 80, "https", 443)
+    return url.raw_host == target.raw_host and (upgraded or url.origin() == target.origin())

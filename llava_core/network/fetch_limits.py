@@ -1,4 +1,4 @@
-"""Limits of a download."""
+"""Limits of a download, and what its requests say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class FetchLimits:
-    """Limits on time, bytes, attempts and concurrency of downloads, and the addresses they may reach."""
+    """Limits on time, bytes, attempts and concurrency of downloads, the addresses they may reach, and what
+    their requests say."""
 
     timeout: float = 30.0
     """Seconds for one attempt: connection, redirects and body together."""
@@ -35,5 +36,7 @@ class FetchLimits:
     """With `allow_private`: let a public address, too, redirect to a private one."""
     ignore_robots: bool = False
     """Keep images whose X-Robots-Tag asks not to be used."""
+    headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    """Further headers of each request, or others than the usual; they may hold secrets."""
     patience: float = 0.0
     """Seconds to wait while no host answers (`outage.py`); with 0 every failure is final."""

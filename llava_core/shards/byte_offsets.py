@@ -14,9 +14,11 @@ from llava_core.identity import EncoderIdentity
 from llava_core.shards.quantize import DatasetSpecs, Storage, checksum, dataset_specs, dequantise, row_bytes
 from llava_core.types import JsonDict
 
-FORMAT_VERSION = 2
-CHECKSUMS = {1: ("crc32", "<u4"), 2: ("xxh3", "<u8")}
+FORMAT_VERSION = 3
+CHECKSUMS = {1: ("crc32", "<u4"), 2: ("xxh3", "<u8"), 3: ("xxh3", "<u8")}
 """Checksum of a row's features by format version: the algorithm, which names the column, and its type."""
+REASON_BYTES = 64
+"""Bytes of a row's reason, UTF-8; longer ones are cut."""
 SLOT_BYTES = 4096
 """Bytes of a row in `thumbnails`: a JPEG, zeros, and the checksum of both, seeded with the row's number."""
 THUMBNAIL_BYTES = SLOT_BYTES - 8
@@ -26,6 +28,7 @@ THUMBNAIL_BYTES = SLOT_BYTES - 8
 def columns(version: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Per-row columns: number type and the shape of one row's value."""
     kind, number = CHECKSUMS[version]
+    reason = {"reason": (f"|S{REASON_BYTES}", ())} if version > 2 else {}
     return {
         "status": ("|u1", ()),
         kind: (number, ()),
@@ -34,6 +37,7 @@ def columns(version: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         "nbytes": ("<u4", ()),
         "orig_hw": ("<u4", (2,)),
         "sha256": ("|u1", (32,)),
+        **reason,
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import flush, write_all
-from llava_core.shards.byte_offsets import CHECKSUMS, FORMAT_VERSION
+from llava_core.shards.byte_offsets import CHECKSUMS, FORMAT_VERSION, columns
 
 MAGIC = b"LLVAJNL"
 HEADER_BYTES = len(MAGIC) + 1 + 32
@@ -34,6 +34,7 @@ def record_type(version: int) -> np.dtype[Any]:
             ("orig_hw", "<u4", (2,)),
             ("sha256", "|u1", (32,)),
             CHECKSUMS[version],
+            *([("reason", columns(version)["reason"][0])] if version > 2 else []),
             ("check", "<u4"),
         ]
     )

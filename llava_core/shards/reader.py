@@ -16,11 +16,16 @@ import numpy as np
 from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
-from llava_core.shards.byte_offsets import columns
+from llava_core.shards.byte_offsets import REASON_BYTES, columns
 from llava_core.shards.dialogue import Turns, turns_from_text
 from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
+
+
+def reason_text(stored: bytes) -> str:
+    """A reason as text; what cannot be printed, or was cut in the middle of a character, is left out."""
+    return "".join(filter(str.isprintable, stored.rstrip(b"\0").decode("utf-8", "ignore")))
 
 
 class Shard:
@@ -54,7 +59,10 @@ class Shard:
         recorded = np.frombuffer(head, file_checksums.NUMBER)[file_checksums.COLUMNS]
         if layout.version > 1 and checksum([*held.values(), *mtime]) != recorded:
             raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=REDO)
+        held.pop("reason", None)  # larger than all other columns together, and rarely read
         for name, (_, shape) in columns(layout.version).items():
+            if name not in held:
+                continue
             column = held[name].reshape(self.rows, *shape)
             setattr(self, "checksums" if name == layout.checksum else name, column)
         self.mtime = mtime[0] if mtime else np.zeros(self.rows, "<i8")
@@ -106,6 +114,22 @@ class Shard:
         if self.status[row] != Status.OK:
             return None
         return self.layout.read_thumbnail(self._descriptor(), row)
+
+    @property
+    def reason(self) -> np.ndarray:
+        """Why each row failed, in words, or what an ok row lacks: bytes [N], UTF-8; read anew each time.
+
+        Empty where there is nothing to say, and in shards of format versions 1 and 2.
+        """
+        kind = f"|S{REASON_BYTES}"
+        return self._array("reason", kind) if "reason" in self.layout.offsets else np.zeros(self.rows, kind)
+
+    def reason_of(self, row: int) -> str:
+        """One row's `reason`; reads nothing else."""
+        if "reason" not in self.layout.offsets:
+            return ""
+        offset = self.layout.offsets["reason"] + REASON_BYTES * row
+        return reason_text(os.pread(self._descriptor(), REASON_BYTES, offset))
 
     def caption(self, row: int) -> str:
         return self._text("caption", row)

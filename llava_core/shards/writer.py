@@ -19,11 +19,12 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock, flush, fsync, write_all
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
-from llava_core.shards.byte_offsets import SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
+from llava_core.shards.byte_offsets import REASON_BYTES, SLOT_BYTES, THUMBNAIL_BYTES, Layout, columns
 from llava_core.shards.hdf5_file import ShardHeader, read_layout
 from llava_core.shards.journal import Journal, record_type
 from llava_core.shards.part_file import FinishedMeanwhile, copy_to_part, create_part, journal_of, part_of
 from llava_core.shards.quantize import FEATURE_TYPE, Storage, checksum, pack
+from llava_core.shards.reader import reason_text
 
 
 @dataclasses.dataclass
@@ -41,6 +42,8 @@ class RowRecord:
     sha256: bytes = bytes(32)
     mtime: int = 0
     """Modification time of its image file, in ns since 1970; 0 if it came from no file."""
+    reason: str = ""
+    """Why the row failed, in words, or what an ok row lacks. Nothing of its address or host."""
     thumbnail: bytes | None = None
     """A JPEG of at most THUMBNAIL_BYTES, kept if the status is OK and the shard has space for it."""
 
@@ -143,6 +146,8 @@ class ShardWriter:
                 record[name] = getattr(outcome, name)
             record["attempts"] = min(outcome.attempts, 255)
             record["sha256"] = np.frombuffer(outcome.sha256, np.uint8)
+            if "reason" in self.layout.offsets:
+                record["reason"] = outcome.reason.encode("utf-8", "replace")[:REASON_BYTES]
         flush(self._descriptor, self.path)
         self._journal.append(records)
         self._records[records["row"]] = records
@@ -158,6 +163,7 @@ class ShardWriter:
             nbytes=int(record["nbytes"]),
             orig_hw=(int(record["orig_hw"][0]), int(record["orig_hw"][1])),
             sha256=record["sha256"].tobytes(),
+            reason=reason_text(bytes(record["reason"])) if "reason" in self.layout.offsets else "",
         )
 
     def read(self, row: int) -> np.ndarray:

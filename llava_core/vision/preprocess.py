@@ -5,21 +5,22 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import io
 import re
 import time
 import warnings
-import zlib
 from typing import Any
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
+from llava_core.vision.png_chunks import shown_chunks
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,6 +72,18 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_accepting = contextvars.ContextVar("_accepting", default=False)
+"""Whether this thread decodes a file that ends early as far as it goes."""
+
+
+class _Accepting:
+    """Pillow's switch for such files is one for the process; this value of it is another in each thread."""
+
+    def __bool__(self) -> bool:
+        return _accepting.get()
+
+
+ImageFile.LOAD_TRUNCATED_IMAGES = _Accepting()  # type: ignore[assignment]
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF or palettes; once, for threads
 
@@ -89,6 +102,8 @@ class Decoded:
     """uint8 [size, size, 3], RGB."""
     orig_hw: tuple[int, int]
     """Height and width of the whole picture, after EXIF orientation."""
+    lacks: str = ""
+    """What is missing from the picture, in words; empty for a complete one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +129,40 @@ class Preprocess:
         recorded.update(mean=list(self.mean), std=list(self.std), exif="apply", pillow=PIL.__version__)
         return recorded
 
-    def decode_image(self, data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
+    def decode_image(
+        self, data: bytes, max_pixels: int = MAX_PIXELS, accept_truncated: bool = False
+    ) -> Decoded:
         """Decode, resize, apply EXIF orientation, crop. Transparency becomes white; animations give frame 1.
 
         Raises ImageError for bytes that are no complete image of a format in MAGIC, or WebP, or cost too much
-        time or memory.
+        time or memory. With `accept_truncated`, a file that ends early gives what it has, the rest grey or
+        black. It changes no complete picture, and is therefore no part of the settings.
         """
         kind = image_format(data)
         if kind == "PNG":
-            data = _without_metadata(data)
+            chunks = shown_chunks(data, MAX_READS // 4)
+            if len(chunks) > MAX_READS // 4:
+                raise ImageError(Status.TOO_COSTLY, f"PNG: over {MAX_READS // 4:,} chunks")
+            data = b"".join(chunks)
         elif kind == "JPEG" and (scans := _scans(data)) > MAX_SCANS:
             raise ImageError(Status.TOO_COSTLY, f"{kind}: {scans:,} scans, at most {MAX_SCANS}")
+        try:
+            return self._decode(data, kind, max_pixels)
+        except ImageError as error:
+            if error.status is not Status.TRUNCATED or not accept_truncated:
+                raise
+            truncated = error
+        before = _accepting.set(True)
+        try:
+            return dataclasses.replace(
+                self._decode(data, kind, max_pixels), lacks="accepted: file ends early"
+            )
+        except ImageError:
+            raise truncated from None
+        finally:
+            _accepting.reset(before)
+
+    def _decode(self, data: bytes, kind: str, max_pixels: int) -> Decoded:
         try:
             with Image.open(_Metered(data, kind), formats=(kind,)) as image:
                 if image.width * image.height > max_pixels:
@@ -204,7 +242,7 @@ def image_format(data: bytes) -> str:
         return "AVIF"
     if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: HEIC, and AVIF without its library
         expected = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-        raise ImageError(Status.UNSUPPORTED_FORMAT, f"expected {expected}; begins with {data[:12]!r}")
+        raise ImageError(Status.UNSUPPORTED_FORMAT, f"begins with {data[:12]!r}; expected {expected}")
     raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
 
 
@@ -243,39 +281,6 @@ def _scans(data: bytes) -> int:
         scans += found[1][0] == _SOS
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     return scans
-
-
-_SHOWN = {b"tRNS", b"eXIf"}
-"""Ancillary chunks of a PNG that change its pixels."""
-_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-"""Beginnings of text chunks that may hold the orientation."""
-_MAX_TEXT = 1 << 20
-
-
-def _without_metadata(data: bytes) -> bytes:
-    """A PNG without ancillary chunks that are damaged or do not change its pixels.
-
-    Pillow refuses the whole picture for one long text, and reads all frames of an animation.
-    """
-    kept, at = [data[:8]], 8
-    while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        kind = data[at + 4 : at + 8]
-        if kind[0] & 0x20 and end <= len(data):  # a lower-case first letter marks an ancillary chunk
-            turning = end - at <= _MAX_TEXT and data.startswith(_ORIENTATION_TEXTS, at + 8)
-            whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
-            if not (whole and (kind in _SHOWN or turning)):
-                at = end
-                continue
-        kept.append(data[at:end])
-        at = end
-        if len(kept) > MAX_READS // 4:
-            raise ImageError(Status.TOO_COSTLY, f"PNG: over {MAX_READS // 4:,} chunks")
-        if kind == b"IEND":
-            break
-    else:
-        kept.append(data[at:])
-    return b"".join(kept)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava_core.shards.reader import Shard
 from tests.support.commands import run
 from tests.support.paths import GOLDEN, WORLD_MODELS
 
@@ -41,6 +42,20 @@ def test_a_shard_half_written_by_version_1_is_finished(old: Path) -> None:
     flags = ("--data", "pictures", "--vision", "models/vision", "--out", "part", "--json")
     assert run("extract", "run", *flags, cwd=old).summary["rows"] == 6
     assert run("extract", "verify", "--out", "part", "--json", cwd=old).summary["damaged_rows"] == 0
+
+
+def test_shards_of_version_2_have_no_reasons_and_are_finished(old: Path) -> None:
+    shutil.copytree(GOLDEN / "version_2", old / "two")
+    where = ("--data", "pictures", "--vision", "models/vision", "--device", "cpu")
+    for folder in ("two/features", "two/part"):
+        kept = run("extract", "run", *where, "--out", folder, "--dtype", "int8", "--json", cwd=old)
+        assert (kept.summary["ok"], kept.summary["by_reason"]) == (6, {})
+        checked = run("extract", "verify", "--out", folder, *where, "--json", cwd=old).summary
+        assert (checked["damaged_rows"], checked["encoded_again"]) == (0, 6)
+    shards = [Shard(old / "two" / folder / "pictures.h5") for folder in ("features", "part")]
+    assert [shard.layout.version for shard in shards] == [2, 2]
+    assert (shards[0].checksums == shards[1].checksums).all()
+    assert run("extract", "inspect", "--out", "two/part", "--json", cwd=old).summary["by_reason"] == {}
 
 
 def test_a_run_killed_under_version_1_goes_on(old: Path) -> None:

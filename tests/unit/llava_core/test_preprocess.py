@@ -6,11 +6,12 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFile
 
 from llava_core.row_status import Status
 from llava_core.vision.preprocess import (
@@ -171,6 +172,24 @@ def test_truncated_files_are_never_taken(kind: str) -> None:
         assert status_of(data[: int(len(data) * share)]) in (Status.TRUNCATED, Status.DECODE_ERROR)
     if kind != "WEBP":
         assert status_of(data[: len(data) // 2]) is Status.TRUNCATED
+
+
+def test_a_file_that_ends_early_is_taken_in_the_thread_that_asks() -> None:
+    """Pillow's switch is one for the process: no other thread may see it while one decodes."""
+    buffer = io.BytesIO()
+    Image.effect_noise((600, 600), 50).save(buffer, "JPEG")
+    cut = buffer.getvalue()[:-9000]
+
+    def taken(accepts: bool) -> bool:
+        try:
+            return SQUASH.decode_image(cut, accept_truncated=accepts).lacks != ""
+        except ImageError as error:
+            return error.status is not Status.TRUNCATED
+
+    asked = [i % 3 == 0 for i in range(300)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(taken, asked)) == asked
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_pixels_are_counted_before_decoding() -> None:

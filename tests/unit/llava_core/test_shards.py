@@ -107,6 +107,25 @@ def test_killed_between_rename_and_clean_up(tmp_path: Path) -> None:
         assert not writer.done.any()  # a journal of another shard says nothing of this one
 
 
+def test_reasons_survive_a_crash_and_a_retry(tmp_path: Path) -> None:
+    path, reasons = tmp_path / "a.h5", ["", "HTTP 403", "", "图" * 40]
+    records = [
+        dataclasses.replace(outcome(row), reason=reason) for row, reason in enumerate(reasons) if not reason
+    ] + [RowRecord(row, Status.HTTP_4XX, reason=reason) for row, reason in enumerate(reasons) if reason]
+    with ShardWriter(path, header("abcd")) as writer:
+        writer.write(records[:3])
+    with ShardWriter(path, header("abcd")) as writer:  # reads the journal
+        assert writer.outcome(1).reason == "HTTP 403"
+        writer.write(records[3:])
+        writer.finish()
+    kept = ["", "HTTP 403", "", "图" * 21]  # whole characters in 64 bytes
+    assert [Shard(path).reason_of(row) for row in range(4)] == kept
+    with ShardWriter(path, retry=np.arange(4) == 3) as writer:
+        writer.write([outcome(3)])
+        writer.finish()
+    assert [Shard(path).reason_of(row) for row in range(4)] == [*kept[:3], ""]
+
+
 def test_a_second_writer_is_told_who_holds_the_shard(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "x.h5", header(["a"])):
         with pytest.raises(LlavaError, match=f"is being written; got by process {os.getpid()} on "):
