@@ -316,7 +316,7 @@ def test_reasons_are_kept_and_shown(vision: Path, tmp_path: Path) -> None:
         "HTTP 204",
         "received 100 of 1000 bytes",
         "expected http:// or https:// and a host",
-        "GIF: cannot identify image file",
+        "GIF: damaged header",
         "begins with b'II*\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'; expected",
         "its host has no address",
         "Connection refused",
