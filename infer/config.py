@@ -106,8 +106,8 @@ class QuestionFile(Aligned):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
-    """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, `prompt` may be
-    left out, and other keys are kept."""
+    """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
+    read, `prompt` may be left out, and other keys are kept."""
     features: Path | None = None
     """Folder of feature shards, or one of them, to ask about in place of images: every row once."""
     vision: Path | None = None

@@ -63,7 +63,7 @@ def said(reply: Any) -> str:
 
 def by_requests(url: str, body: dict[str, Any]) -> list[str]:
     with requests.post(url, json=body, stream=True, timeout=60) as response:
-        return list(response.iter_lines(decode_unicode=True))
+        return [str(line) for line in response.iter_lines(decode_unicode=True)]
 
 
 def by_httpx(url: str, body: dict[str, Any]) -> list[str]:
@@ -138,16 +138,17 @@ def test_values_mean_what_they_mean_elsewhere(served: Served, world: Folders, an
     assert most.usage is not None
     assert most.usage.total_tokens == CONTEXT
     assert (most.choices[0].finish_reason, most.choices[0].message.content) != ("stop", answer)
-    for fields, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"stream": "true"}, "stream: expected true or false, got 'true'"),
         ({"max_tokens": 1.5}, "max_tokens: expected a whole number, got 1.5"),
         ({"max_tokens": -2}, "max_tokens; expected a number above 0, or -1; got -2"),
         ({"frequency_penalty": 1}, "frequency_penalty is not supported here, got 1; leave it out"),
         ({"repeat_penalty": 1}, "unknown field 'repeat_penalty'; did you mean 'repetition_penalty'?"),
-    ):
+    ]
+    for wrong, message in refused:
         with pytest.raises(openai.BadRequestError) as raised:
-            client.chat.completions.create(**body, extra_body=fields)
-        (name,) = fields
+            client.chat.completions.create(**body, extra_body=wrong)
+        (name,) = wrong
         assert message in raised.value.message
         assert raised.value.param == name
 

@@ -150,7 +150,9 @@ def test_values_mean_what_they_mean_elsewhere(fields: dict[str, Any], changed: d
 
 
 def test_an_unknown_field_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(ApiError, match=r"unknown field 'repeat_penalty'; did you mean 'repetition_penalty'\?"):
+    with pytest.raises(
+        ApiError, match=r"unknown field 'repeat_penalty'; did you mean 'repetition_penalty'\?"
+    ):
         parse(repeat_penalty=1.1)
 
 
