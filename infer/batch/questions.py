@@ -18,6 +18,7 @@ from infer.config import QuestionFile
 from llava_core.cli.console import say
 from llava_core.data_url import decode_data_url, is_data_url
 from llava_core.errors import LlavaError
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
@@ -38,6 +39,9 @@ def open_questions(
 
     Of a line, only `read_keys` have an effect; others are named.
     """
+    prompt = config.prompt
+    if prompt is None:
+        prompt = load_checkpoint(config.checkpoint).provenance.question
     if config.features is not None:
         shards = open_shards(config.features)
 
@@ -45,16 +49,16 @@ def open_questions(
             answerer = open_feature_answerer(config, shards[0])
             return answerer, load_from_shards(answerer, shards)
 
-        return questions_of(shards, config.prompt), open_stored
+        return questions_of(shards, prompt), open_stored
     assert config.input is not None
     folder = config.input.parent
-    questions = read_questions(config.input, config.prompt, output_keys)
+    questions = read_questions(config.input, prompt, output_keys)
 
     def open_live() -> tuple[FeatureAnswerer, VisualTokenLoader]:
         if copied := sorted({key for question in questions for key in question} - {*read_keys}):
-            asked = sum(question["prompt"] == config.prompt for question in questions)
+            asked = sum(question["prompt"] == prompt for question in questions)
             effective = f"of a line, {', '.join(read_keys)} have an effect"
-            asking = f"{asked} of {len(questions)} lines ask {config.prompt!r}"
+            asking = f"{asked} of {len(questions)} lines ask {prompt!r}"
             say(f"only copied to {config.output}: {', '.join(copied)} ({effective}); {asking}")
         aligned = open_aligned_model(config)
         return aligned, load_from_images(aligned, folder, config.allow_private)

@@ -150,6 +150,8 @@ class Completions:
         # Requests without a seed get a different one each.
         defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
+        if asked.image and not asked.messages[-1]["content"]:  # an image alone
+            asked.messages[-1]["content"] = self._scheduler.aligned.question
         if (characters := sum(len(message["content"]) for message in asked.messages)) > self._most_text:
             raise self._too_long(f"{characters:,} characters")
         if len(asked.messages) >= self._scheduler.context:  # a template gives each at least a token

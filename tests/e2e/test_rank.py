@@ -15,7 +15,8 @@ from infer.aligned_model import open_aligned_model
 from infer.config import AskConfig
 from infer.rank import forced_choice
 from llava_align import AlignedModel, FeatureDataset, LlavaError
-from llava_core.language.prompt_and_labels import QUESTION, Turn
+from llava_core.language.instructions import QUESTION
+from llava_core.language.prompt_and_labels import Turn
 from llava_core.language.target_logits import target_logits
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call
