@@ -25,8 +25,9 @@ from llava_align.config import MODELS
 from llava_core.cli.console import say, table
 from llava_core.device import pick_device
 from llava_core.language.compiled_decode import CompiledStep
+from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.load import load_language_model
-from llava_core.language.prompt_and_labels import INSTRUCTIONS, Conversation
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.sampling import Sampling
 
 VISUAL_TOKENS = 197

@@ -21,7 +21,7 @@ from llava_align.demo.world.captions import accuracy
 from llava_align.demo.world.scene import Scene, random_scene
 from llava_core.cli.console import table
 from llava_core.filesystem import read_json_lines
-from llava_core.language.prompt_and_labels import QUESTION
+from llava_core.language.instructions import QUESTION
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import parameter_count
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS

@@ -21,7 +21,8 @@ from llava_align.config import MODELS
 from llava_align.demo.world.captions import ATTRIBUTES, parse
 from llava_align.demo.world.scene import PLACES, Thing
 from llava_core.cli.console import table
-from llava_core.language.prompt_and_labels import QUESTION, Turn
+from llava_core.language.instructions import QUESTION
+from llava_core.language.prompt_and_labels import Turn
 from llava_core.projector.visual_tokens import grid_side
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard

@@ -25,7 +25,7 @@ from pathlib import Path
 import aiohttp
 
 from llava_core.cli.console import table
-from llava_core.language.prompt_and_labels import QUESTION
+from llava_core.language.instructions import QUESTION
 
 PAGE = resource.getpagesize()
 

@@ -11,6 +11,7 @@ from infer.config import Aligned, Models, QuestionFile
 from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.language.generate import generate
+from llava_core.language.instructions import QUESTION
 from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.sampling import Sampling
@@ -26,8 +27,9 @@ from llava_core.vision.tower import VisionTower
 class FeatureAnswerer:
     """A projector and its language model: features to text."""
 
-    def __init__(self, projector: Projector, llm: LanguageModel) -> None:
-        self.projector, self.llm = projector.to(llm.device), llm
+    def __init__(self, projector: Projector, llm: LanguageModel, question: str = QUESTION) -> None:
+        """`question` is what is asked by default."""
+        self.projector, self.llm, self.question = projector.to(llm.device), llm, question
         self.conversation = Conversation(llm.tokenizer, llm.eos_ids)
 
     @torch.inference_mode()
@@ -54,8 +56,10 @@ class FeatureAnswerer:
 class AlignedModel(FeatureAnswerer):
     """Encoder, projector and language model that were trained together."""
 
-    def __init__(self, tower: VisionTower, projector: Projector, llm: LanguageModel) -> None:
-        super().__init__(projector, llm)
+    def __init__(
+        self, tower: VisionTower, projector: Projector, llm: LanguageModel, question: str = QUESTION
+    ) -> None:
+        super().__init__(projector, llm, question)
         self.tower = tower
 
     def encode_files(self, images: Sequence[bytes]) -> torch.Tensor:
@@ -77,7 +81,7 @@ def open_aligned_model(config: Models | QuestionFile) -> AlignedModel:
     checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
     tower = open_trained_tower(config.vision, checkpoint.provenance, device)
     llm = _language_model(config, checkpoint, str(tower.encoder["model_id"]), device)
-    return AlignedModel(tower, checkpoint.projector, llm)
+    return AlignedModel(tower, checkpoint.projector, llm, checkpoint.provenance.question)
 
 
 def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:
@@ -85,7 +89,7 @@ def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:
     checkpoint = load_checkpoint(config.checkpoint)
     checkpoint.provenance.require_encoder(shard.identity)
     llm = _language_model(config, checkpoint, str(shard.path.parent), pick_device(config.device))
-    return FeatureAnswerer(checkpoint.projector, llm)
+    return FeatureAnswerer(checkpoint.projector, llm, checkpoint.provenance.question)
 
 
 def _language_model(

@@ -20,9 +20,10 @@ def run(config: AskConfig) -> JsonDict:
     Raises LlavaError if the only image fails.
     """
     prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
-    if prompt != prompt.encode(errors="replace").decode():
+    if prompt is not None and prompt != prompt.encode(errors="replace").decode():
         raise LlavaError("--prompt", expected="text in UTF-8", got=ascii(prompt), exit_code=2)
     dialogue = ImageDialogue(open_aligned_model(config), sampling_of(config))
+    prompt = dialogue.aligned.question if prompt is None else prompt
     if len(config.image) == 1:
         return {"image": config.image[0], "prompt": prompt, **ask(dialogue, config.image[0], prompt)}
     answers: list[JsonDict] = []

@@ -20,7 +20,6 @@ from llava_core.input_folders import (
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.language.sampling import Sampling
 
 
@@ -63,8 +62,8 @@ class AskConfig(Models):
 
     image: tyro.conf.UseAppendAction[tuple[str, ...]]
     """Path or URL of an image, or - for standard input; may be given again, and each is asked about."""
-    prompt: str = QUESTION
-    """The question; - reads it from standard input."""
+    prompt: str | None = None
+    """The question; - reads it from standard input. By default the first instruction it was trained with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,8 +105,8 @@ class QuestionFile(Aligned):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
-    """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, `prompt` may be
-    left out, and other keys are kept."""
+    """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
+    read, `prompt` may be left out, and other keys are kept."""
     features: Path | None = None
     """Folder of feature shards, or one of them, to ask about in place of images: every row once."""
     vision: Path | None = None
@@ -115,8 +114,8 @@ class QuestionFile(Aligned):
     output: Path
     """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
     `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
-    prompt: str = QUESTION
-    """The question of lines that have none."""
+    prompt: str | None = None
+    """The question of lines that have none; by default the first instruction it was trained with."""
     batch_size: int = 16
     """Questions whose images are encoded, and which are answered, together."""
     allow_private: bool = False
@@ -254,8 +253,8 @@ class LensConfig(Models):
     """Path or URL of the image."""
     out: Path = Path("lens")
     """Writes OUT.png and OUT.html."""
-    prompt: str = QUESTION
-    """The question."""
+    prompt: str | None = None
+    """The question; by default the first instruction it was trained with."""
     caption: str | None = None
     """The text whose loss is shown word by word; the model's own answer by default."""
     other: str | None = None

@@ -18,7 +18,6 @@ from infer.rank.forced_choice import Choice, ranked, text_losses
 from llava_align.feature_dataset import FeatureRow
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint
@@ -55,26 +54,31 @@ class AlignedModel:
         model = load_its_language_model(trained, Path(llm), place)
         model.new_cache()  # raises for a model that cannot generate here
         if tower is None:
-            return cls(FeatureAnswerer(loaded.projector, model), trained)
-        return cls(LiveModel(tower, loaded.projector, model), trained)
+            return cls(FeatureAnswerer(loaded.projector, model, trained.question), trained)
+        return cls(LiveModel(tower, loaded.projector, model, trained.question), trained)
 
     @overload
     def answer(
-        self, image: ImageLike | None, question: str = ..., *, stream: Literal[False] = ..., **sampling: Any
+        self,
+        image: ImageLike | None,
+        question: str | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **sampling: Any,
     ) -> str: ...
     @overload
     def answer(
-        self, image: ImageLike | None, question: str = ..., *, stream: Literal[True], **sampling: Any
+        self, image: ImageLike | None, question: str | None = ..., *, stream: Literal[True], **sampling: Any
     ) -> Iterator[str]: ...
     def answer(
-        self, image: ImageLike | None, question: str = QUESTION, *, stream: bool = False, **sampling: Any
+        self, image: ImageLike | None, question: str | None = None, *, stream: bool = False, **sampling: Any
     ) -> str | Iterator[str]:
         """The answer, or with `stream` its pieces as they come. Greedy unless `sampling` says otherwise.
 
         `sampling` are fields of `Sampling`: max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
         stop. Raises LlavaError for an image that cannot be read, or a question beyond the context.
         """
-        chat = self.chat(image, **sampling)
+        chat, question = self.chat(image, **sampling), self._question(question)
         return chat.ask(question, stream=True) if stream else chat.ask(question)
 
     def chat(self, image: ImageLike | None = None, *, system: str = "", **sampling: Any) -> AlignedChat:
@@ -84,17 +88,18 @@ class AlignedModel:
         dialogue.begin(None if image is None else self.visual_tokens(image)[None])
         return AlignedChat(dialogue)
 
-    def loss(self, image: ImageLike, text: str, question: str = QUESTION) -> float:
+    def loss(self, image: ImageLike, text: str, question: str | None = None) -> float:
         """Mean loss of `text` as the answer, in nats per token, its end token included."""
         return self.rank(image, [text], question)[0].loss
 
     def rank(
-        self, image: ImageLike, texts: Sequence[str], question: str = QUESTION, *, normalise: bool = True
+        self, image: ImageLike, texts: Sequence[str], question: str | None = None, *, normalise: bool = True
     ) -> list[Choice]:
         """The texts as answers, best first: by mean loss, or by the probability of the whole text."""
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise LlavaError("rank", expected="a list of texts", got=repr(texts)[:80])
-        choices = text_losses(self._answerer, self.visual_tokens(image), question, list(texts))
+        visual, question = self.visual_tokens(image), self._question(question)
+        choices = text_losses(self._answerer, visual, question, list(texts))
         return ranked(choices, normalise)
 
     def visual_tokens(self, image: ImageLike) -> torch.Tensor:
@@ -116,6 +121,10 @@ class AlignedModel:
             return self._answerer.encode_files([data])[0]
         except ImageError as error:
             raise not_an_image(name, error) from None
+
+    def _question(self, given: str | None) -> str:
+        """The question, by default the first instruction that the projector was trained with."""
+        return self._trained.question if given is None else given
 
     def _from_features(self, features: torch.Tensor) -> torch.Tensor:
         encoder = self._trained.encoder.encoder

@@ -19,7 +19,6 @@ from llava_core.input_folders import (
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.language.prompt_and_labels import QUESTION
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""
@@ -55,8 +54,8 @@ class TraceConfig(Options):
     """Path or URL of the image; by default one is drawn."""
     caption: str | None = None
     """Caption of the image; a drawn image brings its own."""
-    prompt: str = QUESTION
-    """The question before the caption."""
+    prompt: str | None = None
+    """The question before the caption; by default the first that the checkpoint was trained with."""
     checkpoint: Path | None = None
     """Folder of a projector, such as RUN/best; without one, a linear projector with random weights whose
     tokens are as large as the words' embeddings, where training starts."""

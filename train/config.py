@@ -11,6 +11,7 @@ from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_folder
 from llava_core.input_folders import require_checkpoint, require_language_model, shard_paths
+from llava_core.language.instructions import read_instructions
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
@@ -72,6 +73,10 @@ class RunConfig(Options):
     """Most tokens in one forward pass: bounds memory, and changes no result."""
     seed: int = 0
     """Seed of initialisation, order and instructions."""
+    instructions: str = "auto"
+    """What captions without a question answer, drawn for each anew: Chinese (zh) or English (en)
+    instructions, both mixed, a text FILE with one a line, or, auto, those in the caption's own language. The
+    first is what the checkpoint is asked by default."""
 
     eval_every: int = 500
     """Evaluate on the held-out shards every N steps, and before the first and after the last."""
@@ -106,6 +111,7 @@ class RunConfig(Options):
         )
         PROJECTORS.require(self.projector)
         VISUAL_TOKENS.require(self.visual_tokens)
+        object.__setattr__(self, "instructions", read_instructions(self.instructions))
         if self.lr > MOST_LR:
             raise LlavaError("--lr", expected=f"up to {MOST_LR}", got=self.lr, exit_code=2)
         if self.eval_captions < 0:
@@ -187,6 +193,9 @@ class EvalConfig(Options):
     """Use only the first N usable rows."""
     max_text_tokens: int = RunConfig.max_text_tokens
     """Budget of each answer in tokens."""
+    instructions: str | None = None
+    """What captions without a question answer: auto, zh, en, mixed or FILE, as in `train run`; by default
+    those it was trained with."""
     batch_size: int = RunConfig.batch_size
     """Samples read at a time."""
     micro_tokens: int = RunConfig.micro_tokens
@@ -196,6 +205,8 @@ class EvalConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("max_samples", "max_text_tokens", "batch_size", "micro_tokens")
+        if self.instructions is not None:
+            object.__setattr__(self, "instructions", read_instructions(self.instructions))
 
     def require_inputs(self) -> None:
         require_checkpoint(self.checkpoint)

@@ -14,6 +14,7 @@ from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
 from llava_core.language.model import LanguageModel
 from llava_core.projector.aligned import load_aligned
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector
 from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
@@ -23,6 +24,7 @@ from train.data.samples import Batch, Samples, answer_tokens
 from train.distributed import ProcessGroup, joined
 from train.model.loss import sample_losses
 from train.resources import TrainingResources
+from train.run_folder import OLD_INSTRUCTIONS
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""
@@ -120,6 +122,8 @@ def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, P
     """The held-out rows are those that a run with these flags would train on."""
     given = ("features", "llm", "max_samples", "max_text_tokens", "device")
     flags: dict[str, Any] = {name: getattr(config, name) for name in given}
+    trained = load_checkpoint(config.checkpoint).training.get("instructions", OLD_INSTRUCTIONS)
+    flags["instructions"] = trained if config.instructions is None else config.instructions
     run_config = RunConfig(out=config.checkpoint, compile="off", **flags)
     resources = TrainingResources(run_config, group)
     projector = load_aligned(config.checkpoint, resources.provenance).projector

@@ -22,7 +22,7 @@ from train.model.packed_model import Prepared, prepare
 from train.throughput import peak_memory
 
 EVAL_SEED = 0
-"""Seed of the held-out rows' instructions: every run is asked the same questions."""
+"""Seed of the held-out rows' instructions: runs with the same ones are asked the same questions."""
 SHAPES = 24
 """Row lengths for which the model is compiled: multiples of a usual step's tokens divided by this."""
 
@@ -78,11 +78,12 @@ class TrainingResources:
 
     def samples(self, config: RunConfig) -> tuple[Samples, Samples | None]:
         """The rows that a run trains on, and those held out."""
-        training = self._rows(config, held_out=False).with_text_options(config.max_text_tokens, config.seed)
+        tokens, instructions = config.max_text_tokens, config.instructions
+        training = self._rows(config, held_out=False).with_text_options(tokens, config.seed, instructions)
         if not self.held_out_shards:
             return training, None
         held_out = self._rows(config, held_out=True)
-        return training, held_out.with_text_options(config.max_text_tokens, EVAL_SEED)
+        return training, held_out.with_text_options(tokens, EVAL_SEED, instructions)
 
     def rows(self, config: RunConfig) -> JsonDict:
         """Identities of the rows that a run trains on, and of those it is judged by."""
@@ -115,6 +116,6 @@ class TrainingResources:
         if (held_out, limit) not in self._samples:
             shards = self.held_out_shards if held_out else self.shards
             self._samples[held_out, limit] = Samples(
-                shards, self.conversation, config.max_text_tokens, limit, config.seed
+                shards, self.conversation, config.max_text_tokens, limit, config.seed, config.instructions
             )
         return self._samples[held_out, limit]

@@ -17,7 +17,7 @@ from train.cost_prediction import run as plan
 from train.distributed import joined
 from train.loop import EvalCallback, Outcome, Trainer
 from train.resources import TrainingResources
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, as_begun
 from train.stop_signal import StopRequest
 from train.training_run import TrainingRun
 
@@ -56,6 +56,7 @@ def train(
     `pruned` where `on_eval` ended it, or the error it failed with while the others went on. `names` are what
     metric writers call the runs, by default their folders'.
     """
+    configs = [as_begun(config) for config in configs]
     outcomes: dict[int, Outcome] = {}
     runs: dict[int, TrainingRun] = {}
     with ExitStack() as stack:

@@ -9,15 +9,17 @@ last, best             links to two of them
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text, require_folder, sha256_files
 from llava_core.projector.aligned import load_aligned
@@ -47,7 +49,24 @@ def plain(value: object) -> object:
 
 
 DEFAULTS = {field.name: plain(field.default) for field in dataclasses.fields(RunConfig)}
-"""A flag that is newer than a run, or a sweep, had its default's effect there."""
+OLD_INSTRUCTIONS = "mixed"
+BEFORE = {**DEFAULTS, "instructions": OLD_INSTRUCTIONS}
+"""What a flag that is newer than a run, or a sweep, was in effect there."""
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def as_begun(config: Config) -> Config:
+    """The flags, with `mixed` instructions if the run or sweep in OUT began before there were others."""
+    if config.instructions != DEFAULTS["instructions"]:
+        return config
+    for name in ("last/training_config.yaml", "training_config.yaml", "sweep.yaml"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            recorded = yaml.safe_load((config.out / name).read_text(encoding="utf-8"))
+            if "instructions" in {*recorded, *recorded.get("flags", ()), *recorded.get("space", ())}:
+                return config
+            say(f"{config.out} began with --instructions {OLD_INSTRUCTIONS}, and continues with them")
+            return dataclasses.replace(config, instructions=OLD_INSTRUCTIONS)
+    return config
 
 
 def moved_of(before: JsonDict, now: JsonDict) -> set[str]:
@@ -97,7 +116,7 @@ class RunFolder:
         return (self.path / "last").exists()
 
     def _require_same_flags(self, flags: JsonDict) -> None:
-        before = {**DEFAULTS, **flags}
+        before = {**BEFORE, **flags}
         differing = [k for k in self.training if k not in FREE_KEYS and before[k] != self.training[k]]
         self.moved = moved_of(before, self.training) & set(differing)
         if left := [key for key in differing if key not in self.moved]:

@@ -8,7 +8,6 @@ import torch
 
 from llava_core.language.generate import generate
 from llava_core.language.model import LanguageModel
-from llava_core.language.prompt_and_labels import QUESTION
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 from train.data.samples import Samples
@@ -39,10 +38,10 @@ def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, c
     generated one. Prompts of one length form a batch.
     """
     lines: list[JsonDict] = []
-    for s, row in samples.rows[:count]:
-        shard = samples.shards[s]
-        question, answer = shard.turns(row)[0]
-        lines.append({"row": f"{shard.path.name}:{row}", "question": question or QUESTION, "written": answer})
+    for index, (s, row) in enumerate(samples.rows[:count]):
+        question, answer = samples.first_question(index)
+        name = f"{samples.shards[s].path.name}:{row}"
+        lines.append({"row": name, "question": question, "written": answer})
     conversation = samples.conversation
     prompts = [conversation.prompt([{"role": "user", "content": line["question"]}]) for line in lines]
     order = sorted(range(len(lines)), key=lambda i: len(prompts[i]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -45,6 +46,8 @@ class TrainingRun:
         self.llm, self.group = resources.llm, resources.group
         resources.cache_features(config)
         self.samples, self.held_out = resources.samples(config)
+        question = self.samples.default_question()
+        self.provenance = dataclasses.replace(resources.provenance, question=question)
         self.schedule = Schedule.of(config, len(self.samples))
         self.prediction = predict(
             config,
@@ -218,7 +221,7 @@ class TrainingRun:
             return
         with self.group.same_outcome():
             if self.group.main:
-                described = (self.resources.provenance, self.figures, self.state())
+                described = (self.provenance, self.figures, self.state())
                 self.folder.save(self.step, self.projector, *described, self.improved)
         self.saved_step, self.improved = self.step, False
 

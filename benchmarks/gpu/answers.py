@@ -18,7 +18,7 @@ from benchmarks.serve import measure, server_command
 from llava_align.subprocess_command import run_command
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.generate import generate
-from llava_core.language.prompt_and_labels import QUESTION
+from llava_core.language.instructions import QUESTION
 from llava_core.language.sampling import Sampling
 
 

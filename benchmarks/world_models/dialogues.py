@@ -12,7 +12,8 @@ import random
 
 from llava_align.demo.world.captions import COUNTS, caption, phrase
 from llava_align.demo.world.scene import PLACES, SHAPES, Scene, Thing, random_scene
-from llava_core.language.prompt_and_labels import INSTRUCTIONS, Turn
+from llava_core.language.instructions import INSTRUCTIONS
+from llava_core.language.prompt_and_labels import Turn
 
 Slot = list[tuple[str, float]]
 """Words and their weights."""

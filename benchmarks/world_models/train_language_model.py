@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.world_models.dialogues import Dialogue, random_dialogue
 from llava_align.demo.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
-from llava_core.language.prompt_and_labels import IGNORE, INSTRUCTIONS, Conversation
+from llava_core.language.instructions import INSTRUCTIONS
+from llava_core.language.prompt_and_labels import IGNORE, Conversation
 
 WORDS = (*PLACES, *COLOURS, *SHAPES, *BACKGROUNDS, *SIZES)
 """Words that are one token each."""

@@ -25,7 +25,7 @@ WINDOW = 32
 
 
 def run(config: BatchConfig) -> JsonDict:
-    """Answer the questions that OUTPUT does not hold yet.
+    """Answer the questions that OUTPUT does not hold yet; exit code 1 if any of all has no answer.
 
     Raises LlavaError for a line that is no question, or if OUTPUT holds anything but answers to these.
     """
@@ -39,8 +39,10 @@ def run(config: BatchConfig) -> JsonDict:
     made = {"checkpoint": str(config.checkpoint), "sampling": dataclasses.asdict(sampling)}
     lines = write_answers(config, questions, made, answer_all)
     failed = sum("error" in line for line in lines)
-    say(f"{len(questions)} questions, {failed} without an answer")
-    return {"questions": len(questions), "failed": failed, "output": str(config.output)}
+    why = f": `error` in {config.output} tells why" if failed else ""
+    say(f"{len(questions)} questions, {failed} without an answer{why}")
+    figures = {"questions": len(questions), "failed": failed, "output": str(config.output)}
+    return {**figures, "exit_code": int(failed > 0)}
 
 
 def answers(

@@ -15,7 +15,10 @@ from infer.aligned_model import (
 )
 from infer.batch.jsonl import read_lines
 from infer.config import QuestionFile
+from llava_core.cli.console import say
+from llava_core.data_url import decode_data_url, is_data_url
 from llava_core.errors import LlavaError
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
@@ -30,9 +33,15 @@ VisualTokenLoader = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaErro
 
 
 def open_questions(
-    config: QuestionFile, output_keys: Sequence[str]
+    config: QuestionFile, output_keys: Sequence[str], read_keys: Sequence[str] = ("image", "prompt")
 ) -> tuple[list[JsonDict], Callable[[], tuple[FeatureAnswerer, VisualTokenLoader]]]:
-    """The questions, and what loads the models and the questions' visual tokens."""
+    """The questions, and what loads the models and the questions' visual tokens.
+
+    Of a line, only `read_keys` have an effect; others are named.
+    """
+    prompt = config.prompt
+    if prompt is None:
+        prompt = load_checkpoint(config.checkpoint).provenance.question
     if config.features is not None:
         shards = open_shards(config.features)
 
@@ -40,15 +49,21 @@ def open_questions(
             answerer = open_feature_answerer(config, shards[0])
             return answerer, load_from_shards(answerer, shards)
 
-        return questions_of(shards, config.prompt), open_stored
+        return questions_of(shards, prompt), open_stored
     assert config.input is not None
     folder = config.input.parent
+    questions = read_questions(config.input, prompt, output_keys)
 
     def open_live() -> tuple[FeatureAnswerer, VisualTokenLoader]:
+        if copied := sorted({key for question in questions for key in question} - {*read_keys}):
+            asked = sum(question["prompt"] == prompt for question in questions)
+            effective = f"of a line, {', '.join(read_keys)} have an effect"
+            asking = f"{asked} of {len(questions)} lines ask {prompt!r}"
+            say(f"only copied to {config.output}: {', '.join(copied)} ({effective}); {asking}")
         aligned = open_aligned_model(config)
         return aligned, load_from_images(aligned, folder, config.allow_private)
 
-    return read_questions(config.input, config.prompt, output_keys), open_live
+    return questions, open_live
 
 
 def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[JsonDict]:
@@ -78,25 +93,35 @@ def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
 
 
 def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = False) -> VisualTokenLoader:
-    """Visual tokens of images at URLs, or at paths relative to `folder`."""
+    """Visual tokens of images in data URLs, at URLs, or at paths relative to `folder`."""
+    limits = untrusted_limits(allow_private)
 
     def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, errors = [], list[LlavaError | None]()
-        files = read_images(
-            [question["image"] for question in questions], untrusted_limits(allow_private), folder
-        )
-        for question, file in zip(questions, files, strict=True):
+        images = [question["image"] for question in questions]
+        outside = iter(read_images([image for image in images if not is_data_url(image)], limits, folder))
+        for image in images:
+            file = _inside(image) if is_data_url(image) else next(outside)
             error = file if isinstance(file, LlavaError) else None
             if not isinstance(file, LlavaError):
                 try:
                     decoded.append(aligned.decode(file))
                 except ImageError as undecoded:
-                    error = not_an_image(question["image"], undecoded)
+                    error = not_an_image("a data URL" if is_data_url(image) else image, undecoded)
             errors.append(error)
         visual = iter(aligned.encode_images(decoded) if decoded else ())
         return [next(visual) if error is None else error for error in errors]
 
     return load
+
+
+def _inside(url: str) -> bytes | LlavaError:
+    """The image file in a data URL, or the error."""
+    try:
+        return decode_data_url(url)
+    except ValueError:
+        expected = "data:image/...;base64,..."
+        return LlavaError("cannot read a data URL", expected=expected, got=url[:40])
 
 
 def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> VisualTokenLoader:

@@ -79,7 +79,7 @@ def analyse(aligned: AlignedModel, config: LensConfig) -> LensResult:
             class_words = words[0] if tokens > side**2 else []
             panels.append(Panel(projector, readout, words[tokens - side**2 :], class_words))
     caption = config.caption if config.caption is not None else _answer(aligned, visual, config)
-    turn = Turn(config.prompt, caption)
+    turn = Turn(_prompt(aligned, config), caption)
     pieces, loss = piece_losses(aligned, visual[0], turn)
     _, other_loss = piece_losses(
         aligned, aligned.project(aligned.tower.encode(np.array(blank)[None]))[0], turn
@@ -90,7 +90,11 @@ def analyse(aligned: AlignedModel, config: LensConfig) -> LensResult:
 def _answer(aligned: AlignedModel, visual: torch.Tensor, config: LensConfig) -> str:
     dialogue = Dialogue(aligned.llm, aligned.conversation, sampling_of(config))
     dialogue.begin(visual)
-    return "".join(dialogue.ask(config.prompt)).strip()
+    return "".join(dialogue.ask(_prompt(aligned, config))).strip()
+
+
+def _prompt(aligned: AlignedModel, config: LensConfig) -> str:
+    return aligned.question if config.prompt is None else config.prompt
 
 
 def _pixels(aligned: AlignedModel, image: str) -> np.ndarray:

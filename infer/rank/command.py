@@ -23,14 +23,17 @@ from llava_core.types import JsonDict
 
 OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "by")
 """Keys that the output adds to a line."""
+READ_KEYS = ("image", "prompt", "texts", "answer")
+"""Keys of a line that have an effect."""
 
 
 def run(config: RankConfig) -> JsonDict:
     """Rank the texts of the lines that OUTPUT does not hold yet; returns the accuracy over all of them.
 
+    Exit code 1 if a line of OUTPUT has an error in place of a ranking.
     Raises LlavaError for a line without texts, or if OUTPUT holds anything but rankings of these.
     """
-    questions, open_models = open_questions(config, OUTPUT_KEYS)
+    questions, open_models = open_questions(config, OUTPUT_KEYS, READ_KEYS)
     if config.features is not None:
         questions, keys = with_other_captions(config, questions)
     else:
@@ -46,7 +49,7 @@ def run(config: RankConfig) -> JsonDict:
     lines = write_answers(config, questions, made, rank_all)
     figures = accuracy(lines, picture_numbers(keys))
     show(table(figure_rows(figures)))
-    return {**figures, "output": str(config.output)}
+    return {**figures, "output": str(config.output), "exit_code": int(figures["failed"] > 0)}
 
 
 def require_texts(where: str, question: JsonDict) -> None:

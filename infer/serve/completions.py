@@ -22,6 +22,7 @@ from infer.serve.prometheus import Metrics
 from infer.serve.request import STOPPING, GenerationRequest, RequestImage, TextDelta
 from infer.serve.scheduler import Scheduler
 from llava_core.cli.console import say
+from llava_core.data_url import is_data_url
 from llava_core.errors import first_line
 from llava_core.language.sampling import sampling_of
 from llava_core.network.async_tasks import in_thread, time_limit
@@ -34,6 +35,7 @@ BODY_SECONDS = 60.0
 """Seconds within which a request's body must arrive."""
 WRITE_SECONDS = 60.0
 """Seconds after which a client that receives nothing of its stream is disconnected."""
+EVENTS = "text/event-stream; charset=utf-8"
 DISCONNECTED = 499
 """Status in the metrics of a request whose client disconnected."""
 
@@ -148,6 +150,8 @@ class Completions:
         # Requests without a seed get a different one each.
         defaults = dataclasses.replace(sampling_of(self.config), seed=next(self._seeds))
         asked = api.parse_request(await self._body(request), self.model, defaults)
+        if asked.image and not asked.messages[-1]["content"]:  # an image alone
+            asked.messages[-1]["content"] = self._scheduler.aligned.question
         if (characters := sum(len(message["content"]) for message in asked.messages)) > self._most_text:
             raise self._too_long(f"{characters:,} characters")
         if len(asked.messages) >= self._scheduler.context:  # a template gives each at least a token
@@ -197,8 +201,8 @@ class Completions:
 
     async def _image_file(self, url: str) -> bytes:
         """Content of an image file. Raises ApiError if it cannot be fetched."""
-        if url.startswith("data:"):
-            return api.read_data_url(url, self.config.max_bytes)
+        if is_data_url(url) or ":" not in url:
+            return api.read_image_text(url, self.config.max_bytes)
         if self.config.allow_remote_images:
             fetched = await self._fetcher.fetch(url)
             self._fetcher.release(fetched)
@@ -223,7 +227,7 @@ async def _stream(
 ) -> tuple[web.StreamResponse, int]:
     """Server-sent events; an error from here on is one of them. The status is for the metrics."""
     status = 200
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+    response = web.StreamResponse(headers={"Content-Type": EVENTS, "X-Accel-Buffering": "no"})
 
     async def send(content: bytes) -> None:
         try:

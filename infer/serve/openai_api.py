@@ -1,18 +1,19 @@
 """OpenAI's chat completions API: parsing of requests, and the JSON of answers and errors.
 
-https://platform.openai.com/docs/api-reference/chat. Fields that are not named here are ignored.
+https://platform.openai.com/docs/api-reference/chat. A field that is unknown, or that would change the answer
+if it were supported, is an error.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llava_core.errors import LlavaError
+from llava_core.data_url import decode_base64, decode_data_url, is_data_url
+from llava_core.errors import LlavaError, nearest
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 
@@ -20,6 +21,31 @@ MAX_STOPS = 16
 """Stop texts of a request."""
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """Error types by HTTP status; other 4xx are `invalid_request_error`, 5xx `server_error`."""
+
+NUMBERS: dict[str, type[int] | type[float]] = {
+    "temperature": float, "top_p": float, "repetition_penalty": float, "top_k": int, "seed": int,
+    "max_tokens": int, "max_completion_tokens": int,
+}  # fmt: skip
+"""Fields of the sampling; null is the server's default."""
+KNOWN = {*NUMBERS, "model", "messages", "n", "stop", "stream", "stream_options"}
+WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "parallel_tool_calls", "prediction", "reasoning_effort", "verbosity"),
+}
+"""Fields of OpenAI's API that are ignored: what they ask for does not concern the text of an answer here."""
+NO_THINKING = {"enable_thinking": False}
+WITHOUT_EFFECT_AT: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "min_p": (0,), "logit_bias": ({},),
+    "logprobs": (False,), "top_logprobs": (0,), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"), "enable_thinking": (False,), "chat_template_kwargs": ({}, NO_THINKING),
+}  # fmt: skip
+"""Fields that are not supported, and the values at which they change nothing, as many clients send them."""
+PARTS = {
+    "text": "text", "input_text": "text", "output_text": "text",
+    "image_url": "image_url", "input_image": "image_url", "image": "image",
+}  # fmt: skip
+"""Key of the text, or of the image's URL, by the type of a content part."""
 
 
 class ApiError(Exception):
@@ -56,7 +82,8 @@ def parse_request(body: bytes, model: str, defaults: Sampling) -> ChatRequest:
         raise ApiError(400, "the body is no JSON object")
     if (asked := fields.get("model")) not in (None, model):
         raise ApiError(404, f"no model {asked!r} here; use {model!r}", param="model", code="model_not_found")
-    if (n := fields.get("n")) is not None and (n != 1 or isinstance(n, bool)):
+    _require_known(fields)
+    if _number(fields, "n", int) not in (None, 1):
         raise ApiError(400, "one answer for each request; leave out n", param="n")
     messages, image = _messages(fields.get("messages"))
     options = fields.get("stream_options")
@@ -115,40 +142,36 @@ def _parts(content: object, where: str) -> Iterator[tuple[str, str]]:
     if not isinstance(parts, list):
         raise ApiError(400, "content is neither text nor a list of parts", param=where)
     for index, part in enumerate(parts):
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image_url"):
-            expected = "a part of type text or image_url"
+        key = PARTS.get(kind) if isinstance(kind, str) else None
+        if key is None:
+            expected = f"a part of type {', '.join(PARTS)}"
             raise ApiError(400, f"expected {expected}, got {kind!r}", param=f"{where}[{index}]")
-        value = part[kind] if kind in part else None
-        if kind == "image_url" and isinstance(value, dict):
+        value = part.get(key)
+        if key != "text" and isinstance(value, dict):
             value = value.get("url")
-        if not isinstance(value, str) or not _is_text(value):
-            raise ApiError(400, f"no text in {kind}", param=f"{where}[{index}].{kind}")
-        yield ("text", value) if kind == "text" else ("image", value)
+        if not _is_text(value):
+            raise ApiError(400, f"no text in {key} of {kind}", param=f"{where}[{index}].{key}")
+        yield "text" if key == "text" else "image", str(value)
 
 
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a character
-        return False
-    return True
+def _is_text(value: object) -> bool:
+    # Half a character is none: it cannot be encoded.
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
 def _sampling(fields: JsonDict, defaults: Sampling) -> Sampling:
     changes: dict[str, Any] = {}
-    numbers = {"temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "seed": int}
-    for name, kind in {**numbers, "max_tokens": int, "max_completion_tokens": int}.items():
-        if (value := fields.get(name)) is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-            wanted = "a whole number" if kind is int else "a number"
-            raise ApiError(400, f"{name}: expected {wanted}, got {value!r}", param=name)
-        changes["max_tokens" if name == "max_completion_tokens" else name] = value
+    for name, kind in NUMBERS.items():
+        if (value := _number(fields, name, kind)) is not None:
+            changes["max_tokens" if name == "max_completion_tokens" else name] = value
+    if changes.get("seed") == -1:  # a random one, as without a seed
+        del changes["seed"]
     stop = fields.get("stop")
     if stop is not None:
         stops = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(_stops(text) for text in stops):
+        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(map(_is_text, stops)):
             raise ApiError(400, f"stop: expected a text or up to {MAX_STOPS} of them", param="stop")
         changes["stop"] = tuple(stops)
     try:
@@ -157,23 +180,42 @@ def _sampling(fields: JsonDict, defaults: Sampling) -> Sampling:
         raise ApiError(400, error, param=str(error).split(";")[0]) from None
 
 
-def _stops(text: object) -> bool:
-    return isinstance(text, str) and bool(text) and _is_text(text)
+def _number(fields: JsonDict, name: str, kind: type[int] | type[float]) -> Any:
+    """A field's number, or None. A whole one may be 64.0, as some languages write all numbers."""
+    value = fields.get(name)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    wanted = int if kind is int else (int, float)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, wanted)):
+        expected = "a whole number" if kind is int else "a number"
+        raise ApiError(400, f"{name}: expected {expected}, got {value!r}", param=name)
+    return value
 
 
-def read_data_url(url: str, max_bytes: int) -> bytes:
-    """The bytes in `data:image/png;base64,...`. Raises ApiError if there are none, or too many."""
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise ApiError(
-            400, "the image's data URL is not of the form data:image/...;base64,...", param="messages"
-        )
-    if len(data) > max_bytes * 4 // 3 + 4:
-        raise ApiError(413, f"an image may have {max_bytes:,} bytes", param="messages")
+def _require_known(fields: JsonDict) -> None:
+    """Raise ApiError for a field that this server does not know, or one that would change the answer."""
+    for name, value in fields.items():
+        if value is None or name in KNOWN or name in WITHOUT_EFFECT:
+            continue
+        if name not in WITHOUT_EFFECT_AT:
+            message = f"unknown field {name[:80]!r}; {nearest(name, sorted(KNOWN))}"
+            raise ApiError(400, message, param=name, code="unknown_parameter")
+        if value not in WITHOUT_EFFECT_AT[name]:
+            message = f"{name} is not supported here, got {repr(value)[:80]}; leave it out"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+
+
+def read_image_text(text: str, max_bytes: int) -> bytes:
+    """The image file in a data URL, or in base64 alone. Raises ApiError if there is none, or too large."""
     try:
-        return base64.b64decode(data, validate=True)
+        image = decode_data_url(text) if is_data_url(text) else decode_base64(text)
     except ValueError:
-        raise ApiError(400, "the image's data URL holds no base64", param="messages") from None
+        got = f"cannot read the image {text[:24]!r}..."
+        message = f"{got}; expected a data URL (data:image/...;base64,...), an address or base64"
+        raise ApiError(400, message, param="messages", code="invalid_image_url") from None
+    if len(image) > max_bytes:
+        raise ApiError(413, f"an image may have {max_bytes:,} bytes", param="messages")
+    return image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +270,8 @@ def list_json(models: Sequence[JsonDict]) -> JsonDict:
 
 
 def event(content: JsonDict) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    """One server-sent event, in ASCII: readers split lines at U+2028, or guess the encoding of text."""
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -249,7 +249,7 @@ class Scheduler:
         request.tokens += 1
         if detokenizer.stopped:
             return TextDelta(text, "stop")
-        if request.tokens == min(request.sampling.max_tokens, self.context - request.prompt_tokens):
+        if request.tokens == request.sampling.limit(self.context - request.prompt_tokens):
             return TextDelta(text + detokenizer.end(), "length")
         return TextDelta(text)
 

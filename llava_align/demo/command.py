@@ -23,7 +23,7 @@ from llava_core.cli.command import INTERRUPTED
 from llava_core.cli.console import show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
-from llava_core.language.prompt_and_labels import QUESTION
+from llava_core.language.instructions import QUESTION
 from llava_core.types import JsonDict
 
 MARK = ".llava-demo"

@@ -16,6 +16,7 @@ from llava_align.demo.world.scene import random_scene
 from llava_core.cli.console import say, show, table
 from llava_core.device import pick_device
 from llava_core.language.detokenize import HALF
+from llava_core.language.instructions import QUESTION
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn
@@ -75,7 +76,10 @@ def run(config: TraceConfig) -> JsonDict:
     with torch.inference_mode():
         visual = projector.to(device)(features.float()).to(llm.dtype)
     chat = Conversation(llm.tokenizer, llm.eos_ids)
-    example = chat.example([Turn(config.prompt, caption)], config.max_text_tokens)
+    prompt = config.prompt
+    if prompt is None:
+        prompt = trained.question if trained else QUESTION
+    example = chat.example([Turn(prompt, caption)], config.max_text_tokens)
     do = "shorten --caption or --prompt, or lower --max-text-tokens"
     llm.require_context("the sample", len(visual) + len(example.ids), do)
     text = llm.embed(torch.tensor(example.ids, device=device))

@@ -37,7 +37,7 @@ def generate(
     generators = [torch.Generator(llm.device).manual_seed(seed) for seed in seeds]
     known = cache.get_seq_length() + embedded.shape[1]
     llm.require_context("the question", known + 1, do="shorten it")  # and an answer's first token
-    limit = min(sampling.max_tokens, llm.context - known)
+    limit = sampling.limit(llm.context - known)
     ended = [False] * len(embedded)
     generated = torch.empty(len(embedded), 0, dtype=torch.long, device=llm.device)
     with forward_pass(llm, cache, compiled, known + limit) as forward:

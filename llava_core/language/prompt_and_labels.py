@@ -12,11 +12,11 @@ import datetime
 import functools
 import signal
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llava_core.errors import LlavaError, first_line
+from llava_core.language.instructions import QUESTION
 
 CONVERSATION_FORMAT = "visual-prefix/1"
 """Name of the layout `[visual][template text]` in checkpoints; another layout gets another name."""
@@ -32,27 +32,6 @@ DATE_CODES = "aAbBcdHIjmMpSUwWxXyY"
 """Format codes of strftime that are replaced, in the C locale."""
 IGNORE = -100
 """Label of a token without loss (context)."""
-
-INSTRUCTIONS = (
-    "请描述这张图片。",
-    "描述图中的内容。",
-    "这张图片里有什么？",
-    "请详细说明图片中的内容。",
-    "用中文描述一下这幅图。",
-    "你在图中看到了什么？",
-    "Describe the image.",
-    "What is in this picture?",
-    "Describe this image in detail.",
-    "What do you see?",
-)
-"""Instructions that a caption may answer."""
-QUESTION = INSTRUCTIONS[0]
-"""Default question."""
-
-
-def pick_instruction(seed: int, key: str) -> str:
-    """One of INSTRUCTIONS: a pure function of (seed, key), the same on every machine."""
-    return INSTRUCTIONS[zlib.crc32(f"{seed}/{key}".encode()) % len(INSTRUCTIONS)]
 
 
 @dataclasses.dataclass(frozen=True)

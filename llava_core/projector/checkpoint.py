@@ -3,7 +3,7 @@
 Its files:
 
     model.safetensors     the projector's weights, fp32
-    config.json           format version, projector, encoder, language model, conversation format
+    config.json           format version, projector, encoder, language model, conversation format, question
     training_config.yaml  the flags of the run
     metrics.json          its figures when it was saved
     README.md             model card; may be edited, so SHA256SUMS leaves it out
@@ -32,6 +32,7 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import LACKING, fsync
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.input_folders import require_checkpoint
+from llava_core.language.instructions import QUESTION
 from llava_core.language.prompt_and_labels import CONVERSATION_FORMAT
 from llava_core.projector.model_card import model_card
 from llava_core.projector.projector import Projector, build_projector, parameter_count
@@ -46,11 +47,13 @@ STATE = "state.pt"
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """The vision encoder, language model and conversation format that a projector was trained with."""
+    """The vision encoder, language model and conversation that a projector was trained with."""
 
     encoder: EncoderIdentity
     language_model: LanguageModelIdentity
     conversation: str = CONVERSATION_FORMAT
+    question: str = QUESTION
+    """The first instruction that captions answered, which is asked by default."""
 
     def require_encoder(self, other: EncoderIdentity) -> None:
         """Raise LlavaError naming both encoders unless features of `other` equal those trained on."""
@@ -79,6 +82,7 @@ class Provenance:
             "preprocess": self.encoder.preprocess,
             "language_model": self.language_model.to_json(),
             "conversation": self.conversation,
+            "question": self.question,
         }
 
     @classmethod
@@ -87,6 +91,7 @@ class Provenance:
             EncoderIdentity(config["encoder"], config["preprocess"]),
             LanguageModelIdentity.from_json(config["language_model"]),
             config["conversation"],
+            config.get("question", QUESTION),  # which earlier versions did not record
         )
 
 

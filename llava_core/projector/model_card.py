@@ -7,6 +7,7 @@ ModelScope: frameworks, tasks, domain. `llava push` adds what only the owner kno
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,14 +15,14 @@ import yaml
 
 from llava_core.bootstrap import figure_names
 from llava_core.errors import LlavaError
-from llava_core.language.prompt_and_labels import QUESTION
+from llava_core.language.instructions import QUESTION
 from llava_core.types import JsonDict
 
 TASK = "image-text-to-text"
-ASK = f"""\
+ASK = """\
 Ask it about a picture, in the folder of this file:
 
-    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt {QUESTION}
+    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt {question}
 """
 FLAGS = "`training_config.yaml` holds the flags it was trained with."
 TRAINED = "It was trained between these two, and is of no use beside others."
@@ -57,7 +58,8 @@ def model_card(
     }
     imported = "imported" in training
     if usage is None:
-        usage = ASK if imported else f"{ASK}\n{FLAGS}"
+        ask = ASK.format(question=shlex.quote(config.get("question", QUESTION)))
+        usage = ask if imported else f"{ask}\n{FLAGS}"
     names = figure_names(metrics)
     figures = "\n".join(f"| {name} | {metrics[name]}{_interval(metrics, name)} |" for name in names)
     return f"""{_block(header)}# {title}

@@ -103,7 +103,7 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
             f"/load {thesis}": "thesis.json is no saved chat",
             "/set temperatur=1": "no setting temperatur; did you mean 'temperature'?",
             "/set max-tokens=none": "max_tokens; expected a whole number; got 'none'",
-            "/set top_p=7": "top_p; expected above 0, up to 1; got 7",
+            "/set top_p=7": "top_p; expected 0 to 1; got 7",
         }.items():
             monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n看\n"))
             repl = ImageChatRepl(ImageDialogue(aligned, SHORT), "en")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
@@ -227,7 +228,7 @@ def test_addresses_in_a_file_are_a_strangers(world: Folders, tmp_path: Path) -> 
     saved, remedy = tmp_path / "saved.json", "--allow-private lets it lead to this machine"
     with serving({"/a.png": answer(world.images[0].read_bytes())}) as base:
         (tmp_path / "in.jsonl").write_text(json.dumps({"image": f"{base}/a.png"}) + "\n")
-        call("infer", "batch", *flags, tmp_path / "closed.jsonl")
+        call("infer", "batch", *flags, tmp_path / "closed.jsonl", code=1)
         call("infer", "batch", *flags, tmp_path / "open.jsonl", "--allow-private")
         aligned = world.aligned()
         strict, loose = (ImageDialogue(aligned, SHORT, allow_private=allowed) for allowed in (False, True))
@@ -276,8 +277,9 @@ def test_batch_equals_ask_and_continues(world: Folders, aligned: AlignedModel, t
     source, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
     command = ("infer", "batch", *world.flags, "--max-tokens", 12, "--batch-size", 4, "--input", source)
-    summary = run(*command, "--output", out, "--json").summary
-    assert (summary["questions"], summary["failed"]) == (12, 2)
+    failed = run(*command, "--output", out, "--json", code=1)
+    assert (failed.summary["questions"], failed.summary["failed"]) == (12, 2)
+    assert f"12 questions, 2 without an answer: `error` in {out} tells why" in failed.err
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [{"image": line["image"], "prompt": line["prompt"]} for line in lines] == questions
     assert "not an image" in lines[3]["error"]
@@ -291,10 +293,31 @@ def test_batch_equals_ask_and_continues(world: Folders, aligned: AlignedModel, t
     whole = out.read_bytes()
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(whole[: len(whole) // 2])
-    call(*command, "--output", cut)
+    call(*command, "--output", cut, code=1)
     assert cut.read_bytes() == whole
     source.write_text('{"prompt": "no image"}\n')
     assert "line 1 of" in call(*command, "--output", tmp_path / "b.jsonl", code=1).one_line()
+
+
+def test_batch_reads_data_urls_and_names_the_keys_it_does_not_use(world: Folders, tmp_path: Path) -> None:
+    data = world.images[0].read_bytes()
+    images = [str(world.images[0]), "DATA:image/png;base64," + base64.encodebytes(data).decode()]
+    wrong = ["data:image/png;base64,?", "data:text/plain,hi"]
+    source, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    lines = [{"image": image, "question": "看", "id": 1} for image in images + wrong]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = call(
+        "infer", "batch", *world.flags, "--max-tokens", 4, "--input", source, "--output", out, code=1
+    )
+    assert f"only copied to {out}: id, question (of a line, image, prompt have an effect); " in asked.err
+    assert "; 4 of 4 lines ask '请描述这张图片。'" in asked.err
+    first, second, third, fourth = [json.loads(line) for line in out.read_text().splitlines()]
+    assert first["answer"] == second["answer"]
+    assert (
+        third["error"]
+        == "cannot read a data URL; expected data:image/...;base64,...; got data:image/png;base64,?"
+    )
+    assert "cannot read a data URL as an image: not an image" in fourth["error"]
 
 
 def test_what_is_drawn_depends_on_no_company(aligned: AlignedModel, world: Folders, tmp_path: Path) -> None:
@@ -366,9 +389,10 @@ def test_batch_writes_into_no_file_but_its_own(world: Folders, tmp_path: Path) -
     assert "holds something else" in call(*command, thesis, code=1).one_line()
     assert thesis.read_text() == "years of work, in one line"
     out = tmp_path / "new/a.jsonl"
-    assert call(*command, out, "--json").summary == {"questions": 2, "failed": 1, "output": str(out)}
+    summary = call(*command, out, "--json", code=1).summary
+    assert summary == {"questions": 2, "failed": 1, "output": str(out)}
     before = out.read_bytes()
-    assert call(*command, out, "--json").summary["failed"] == 1
+    assert call(*command, out, "--json", code=1).summary["failed"] == 1
     assert out.read_bytes() == before
     source.write_text(json.dumps({"image": str(world.images[1]), "prompt": "看"}) + "\n")
     assert "holds something else" in call(*command, out, code=1).one_line()

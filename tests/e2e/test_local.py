@@ -19,8 +19,9 @@ from extract.run import retry_failed
 from extract.run import run as extract_run
 from extract.verify import run as verify
 from llava_core.errors import LlavaError
+from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.load import load_language_model
-from llava_core.language.prompt_and_labels import INSTRUCTIONS, Conversation
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter

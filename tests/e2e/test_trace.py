@@ -12,8 +12,8 @@ from PIL import Image
 from llava_align.config import TraceConfig
 from llava_align.demo import trace
 from llava_core.errors import LlavaError
+from llava_core.language.instructions import pick_instruction
 from llava_core.language.load import load_language_model
-from llava_core.language.prompt_and_labels import pick_instruction
 from llava_core.shards.reader import Shard
 from tests.support.aligned import write_aligned
 from tests.support.commands import call, run

@@ -41,6 +41,7 @@ def config(world: Path, out: Path, **flags: Any) -> RunConfig:
         save_every=10,
         log_every=1,
         device="cpu",
+        instructions="mixed",  # of the golden curve, which is older than the choice
     )
     return dataclasses.replace(given, **flags)
 

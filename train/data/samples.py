@@ -13,10 +13,14 @@ from collections.abc import Sequence
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn, pick_instruction
+from llava_core.language.instructions import default_question, instructions_for, pick_instruction
+from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn
 from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import picture_numbers
 from train.data.feature_cache import FeatureCache
+
+READ_FOR_LANGUAGE = 512
+"""Captions, evenly spaced, by which the default question's language is chosen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +70,19 @@ class Samples:
     """Every usable row (status ok, caption not empty) of some shards, up to `limit` of them."""
 
     def __init__(
-        self, shards: Sequence[Shard], conversation: Conversation, max_text_tokens: int, limit: int, seed: int
+        self,
+        shards: Sequence[Shard],
+        conversation: Conversation,
+        max_text_tokens: int,
+        limit: int,
+        seed: int,
+        instructions: str = "auto",
     ) -> None:
+        """`instructions` are what `read_instructions` returns."""
         self.shards = list(shards)
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
-        self.seed = seed
+        self.seed, self.instructions = seed, instructions
         self.cache: FeatureCache | None = None
         self.rows = usable_rows(self.shards, limit)
         if not self.rows:
@@ -124,11 +135,23 @@ class Samples:
         """Features of the samples at `indices`, from disk or the cache: fp16 [samples, T, D]."""
         return self.read(indices) if self.cache is None else self.cache.take(indices, self.read)
 
-    def with_text_options(self, max_text_tokens: int, seed: int) -> Samples:
+    def with_text_options(self, max_text_tokens: int, seed: int, instructions: str) -> Samples:
         """The same rows and feature cache, with another budget of answer tokens and other instructions."""
         samples = copy.copy(self)
-        samples.max_text_tokens, samples.seed = max_text_tokens, seed
+        samples.max_text_tokens, samples.seed, samples.instructions = max_text_tokens, seed, instructions
         return samples
+
+    def default_question(self) -> str:
+        """What a projector trained on these is asked by default."""
+        read = self.rows[:: -(-len(self.rows) // READ_FOR_LANGUAGE)]
+        answers = [self.shards[shard].turns(row)[0][1] for shard, row in read]
+        return default_question(self.instructions, answers)
+
+    def first_question(self, index: int) -> tuple[str, str]:
+        """A sample's first question, of several instructions the first, and its answer."""
+        shard, row = self.rows[index]
+        question, answer = self.shards[shard].turns(row)[0]
+        return instructions_for(self.instructions, answer)[0] if question is None else question, answer
 
     def cache_on(self, device: torch.device) -> None:
         """Keep features on `device` from when they are first read."""
@@ -149,14 +172,16 @@ class Samples:
         return self.shards[shard].caption_bytes(row)
 
     def example(self, index: int, epoch: int) -> Example:
-        """Token ids and labels of one sample; drawn instructions depend on (seed, epoch, row, turn) alone."""
+        """Token ids and labels of one sample; an instruction is drawn by (seed, epoch, row, turn) alone."""
         s, row = self.rows[index]
         shard = self.shards[s]
         key = f"{epoch}/{shard.path.stem}/{row}"
         turns = []
         for k, (question, answer) in enumerate(shard.turns(row)):
-            drawn = pick_instruction(self.seed, f"{key}/{k}" if k else key)
-            turns.append(Turn(drawn if question is None else question, answer))
+            if question is None:
+                known = instructions_for(self.instructions, answer)
+                question = pick_instruction(self.seed, f"{key}/{k}" if k else key, known)
+            turns.append(Turn(question, answer))
         return self.conversation.example(turns, self.max_text_tokens)
 
 

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from llava_core.cli.console import say
 from llava_core.device import is_device_failure
 from llava_core.errors import LlavaError, first_line
+from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.model import LanguageModel
-from llava_core.language.prompt_and_labels import IGNORE, INSTRUCTIONS, Example
+from llava_core.language.prompt_and_labels import IGNORE, Example
 from llava_core.types import JsonDict
 from train.config import Compile
 from train.data.packing import Packing, pack

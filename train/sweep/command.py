@@ -17,7 +17,7 @@ from train.config import SweepConfig
 from train.cost_prediction import forecast
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS
-from train.run_folder import DEFAULTS
+from train.run_folder import DEFAULTS, as_begun
 from train.sweep.space import MOST_TRIALS, Choices, Space, run_config
 
 MOST_PREDICTED = 1000
@@ -31,7 +31,7 @@ def run(config: SweepConfig) -> JsonDict:
     paths: dict[str, Any] = {
         name: _absolute(path) for name, path in vars(config).items() if isinstance(path, Path)
     }
-    config = dataclasses.replace(config, **paths)
+    config = as_begun(dataclasses.replace(config, **paths))
     space = Space.of(config.space, config)
     if not space.is_grid and config.trials is None:
         raise LlavaError("a range has no last point", do="say how many to draw: --trials 20", exit_code=2)

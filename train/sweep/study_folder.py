@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import flock, replace_text, tolerated, without_flush
 from llava_core.types import JsonDict
-from train.run_folder import DEFAULTS, moved_of
+from train.run_folder import BEFORE, moved_of
 
 
 class FileLock(JournalFileOpenLock):
@@ -85,7 +85,7 @@ def require_same(folder: Path, contents: JsonDict) -> bool:
         return False
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        flags = {key: read["flags"].get(key, DEFAULTS.get(key)) for key in contents["flags"]}
+        flags = {key: read["flags"].get(key, BEFORE.get(key)) for key in contents["flags"]}
         before = {"space": dict(read["space"]), "flags": flags}
     except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         do = "restore it, or choose another --out"

@@ -68,7 +68,7 @@ def test_named_settings() -> None:
         "replace=1": "no setting replace; ",
         "temperature 1": "temperature; expected a number; got ''",
         "seed=1.5": "seed; expected a whole number; got '1.5'",
-        "top_k=-1": "top_k; expected 0 or more; got -1",
+        "top_k=-2": "top_k; expected 0 or more, or -1; got -2",
         "stop='": "cannot read stop='; ",
     }.items():
         with pytest.raises(LlavaError) as refused:

@@ -3,10 +3,11 @@ from __future__ import annotations
 import base64
 import json
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
-from infer.serve.openai_api import ApiError, ChatRequest, Shapes, Usage, event, parse_request, read_data_url
+from infer.serve.openai_api import ApiError, ChatRequest, Shapes, Usage, event, parse_request, read_image_text
 from llava_core.language.sampling import Sampling
 
 USER = {"role": "user", "content": "看"}
@@ -47,11 +48,15 @@ def test_every_field() -> None:
         top_p=0.5,
         top_k=7,
         repetition_penalty=1.5,
-        seed=-1,
+        seed=-2,
         stop=["。", "\n"],
         n=1,
         user="me",
-        unknown={"deeply": ["ignored"]},
+        metadata={"deeply": ["ignored"]},
+        frequency_penalty=0.0,
+        response_format={"type": "text"},
+        tools=[],
+        logit_bias=None,
     )  # fmt: skip
     assert asked.messages == [
         {"role": "system", "content": "简短。"},
@@ -62,7 +67,7 @@ def test_every_field() -> None:
     assert asked.image == PNG
     assert (asked.stream, asked.include_usage) == (True, True)
     assert asked.sampling == Sampling(
-        max_tokens=4, temperature=1, top_p=0.5, top_k=7, repetition_penalty=1.5, seed=-1, stop=("。", "\n")
+        max_tokens=4, temperature=1, top_p=0.5, top_k=7, repetition_penalty=1.5, seed=-2, stop=("。", "\n")
     )
     assert not parse(stream=None, stream_options={"include_usage": None}, n=None).stream
     assert parse(stop="x", temperature=None, stream_options=None).sampling.stop == ("x",)
@@ -88,7 +93,8 @@ def test_every_field() -> None:
         ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "messages[1].role"),
         ({"messages": [USER, {"role": "assistant", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, 400, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [3]}]}, 400, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, 400, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "messages[0].content[0].text"),
@@ -101,9 +107,18 @@ def test_every_field() -> None:
         ({"temperature": float("nan")}, 400, "temperature"),
         ({"temperature": float("inf")}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "temperature"),
-        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": -0.1}, 400, "top_p"),
+        ({"top_k": -2}, 400, "top_k"),
+        ({"max_tokens": -2}, 400, "max_tokens"),
+        ({"max_tokens": float("inf")}, 400, "max_tokens"),
+        ({"max_tokens": "64"}, 400, "max_tokens"),
         ({"seed": 1 << 70}, 400, "seed"),
-        ({"stop": ""}, 400, "stop"),
+        ({"stop": [None]}, 400, "stop"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"repeat_penalty": 1.1}, 400, "repeat_penalty"),
         ({"stop": ["a"] * 17}, 400, "stop"),
         ({"stop": {"a": 1}}, 400, "stop"),
     ],
@@ -115,6 +130,39 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], status: int, param: str)
     assert raised.value.to_json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("fields", "changed"),
+    [
+        ({"top_k": -1}, {"top_k": -1}),
+        ({"max_tokens": -1}, {"max_tokens": -1}),
+        ({"max_tokens": 64.0, "seed": 7.0, "n": 1.0}, {"max_tokens": 64, "seed": 7}),
+        ({"max_tokens": 64, "max_completion_tokens": None}, {"max_tokens": 64}),
+        ({"top_p": 0}, {"top_p": 0}),
+        ({"stop": ""}, {}),
+        ({"stop": []}, {}),
+        ({"stop": ["", "。"]}, {"stop": ("。",)}),
+        (dict.fromkeys(("stop", "n", "seed", "temperature", "top_p", "tools", "unknown")), {}),
+        ({"seed": -1}, {}),  # as without one
+    ],
+)  # fmt: skip
+def test_values_mean_what_they_mean_elsewhere(fields: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert parse(**fields).sampling == Sampling(**{"max_tokens": 9, "seed": 5, **changed})
+
+
+def test_an_unknown_field_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(
+        ApiError, match=r"unknown field 'repeat_penalty'; did you mean 'repetition_penalty'\?"
+    ):
+        parse(repeat_penalty=1.1)
+
+
+def test_content_parts_of_other_clients() -> None:
+    parts = [{"type": "input_image", "image_url": PNG}, {"type": "input_text", "text": "一"}, "二"]
+    asked = parse(messages=[{"role": "user", "content": parts}])
+    assert (asked.messages[0]["content"], asked.image) == ("一\n二", PNG)
+    assert parse(messages=[{"role": "user", "content": [{"type": "image", "image": PNG}]}]).image == PNG
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"a":"' + b"\xff" + b'"}', b"[" * 100_000])
 def test_what_is_no_json(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is no JSON") as raised:
@@ -122,19 +170,33 @@ def test_what_is_no_json(body: bytes) -> None:
     assert raised.value.status == 400
 
 
-def test_data_urls() -> None:
+def test_images_as_text() -> None:
     data = bytes(range(256)) * 4
-    url = "data:image/png;base64," + base64.b64encode(data).decode()
-    assert read_data_url(url, len(data)) == data
+    plain = base64.b64encode(data).decode()
+    safe, lines = base64.urlsafe_b64encode(data).decode(), base64.encodebytes(data).decode()
+    for text in (
+        f"data:image/png;base64,{plain}",
+        f"DATA:image/png;charset=utf-8;BASE64,{plain.rstrip('=')}",
+        f"data:;base64,{lines}",
+        f"data:image/png; base64,\r\n{safe}",
+        f"data:image/png;base64,{quote(plain)}",
+        f"data:image/png,{quote(data)}",
+        plain,
+        lines,
+        safe.rstrip("="),
+    ):
+        assert read_image_text(text, len(data)) == data
     for wrong, status in [
-        (url, 413),
-        ("data:image/png,abc", 400),
+        (plain, 413),
         ("data:image/png;base64", 400),
         ("data:image/png;base64,?", 400),
         ("data:image/png;base64,图", 400),
+        ("data:image/png;base64,%ff", 400),
+        ("data:image/png;base64,A", 400),
+        ("图.png", 400),
     ]:
         with pytest.raises(ApiError) as raised:
-            read_data_url(wrong, 900)
+            read_image_text(wrong, 900)
         assert raised.value.status == status
 
 
@@ -168,4 +230,5 @@ def test_shapes() -> None:
     assert shapes.chunk({"content": "好"}) == {**chunk, "choices": [delta], "usage": None}
     assert "usage" not in Shapes("i", "m").chunk({})
     assert shapes.usage_chunk(Usage(5, 2, 4)) == {**chunk, "choices": [], "usage": usage}
-    assert event({"a": "好\n"}) == 'data: {"a": "好\\n"}\n\n'.encode()
+    sent = event({"a": "好\n\u2028"})
+    assert sent == b'data: {"a": "\\u597d\\n\\u2028"}\n\n'

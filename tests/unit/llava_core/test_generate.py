@@ -73,17 +73,25 @@ def test_a_seed_gives_the_same_draws() -> None:
     assert first == again != other
 
 
+def test_a_nucleus_of_nothing_is_the_likeliest_token_and_an_empty_stop_none() -> None:
+    logits, none = torch.tensor([[0.0, 2.0, 1.9]]).repeat(50, 1), torch.empty(50, 0, dtype=torch.long)
+    greedy = Sampling(temperature=2.0, top_p=0.0, top_k=-1, stop=("",))
+    assert set(choose(logits, greedy, [torch.Generator()] * 50, none).tolist()) == {1}
+    assert greedy.stop == ()
+    assert [Sampling(max_tokens=most).limit(5) for most in (-1, 3, 9)] == [5, 3, 5]
+
+
 @pytest.mark.parametrize(
     "flag",
     [
         {"max_tokens": 0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
-        {"top_p": 0.0},
-        {"top_k": -1},
+        {"max_tokens": -2},
+        {"top_p": -0.1},
+        {"top_k": -2},
         {"repetition_penalty": 0.0},
         {"seed": 1 << 70},
-        {"stop": ("",)},
     ],
 )
 def test_numbers_out_of_range_are_refused(flag: dict[str, object]) -> None:

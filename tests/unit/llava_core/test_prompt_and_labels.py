@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llava_core.errors import LlavaError
-from llava_core.language.prompt_and_labels import IGNORE, INSTRUCTIONS, Conversation, Turn, pick_instruction
+from llava_core.language.instructions import INSTRUCTIONS, pick_instruction
+from llava_core.language.prompt_and_labels import IGNORE, Conversation, Turn
 from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer
 
 START, END, THINK, UNTHINK = 1, 2, 3, 4

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from llava_core.cli.console import visible
+from llava_core.language.instructions import CHINESE, ENGLISH
 from llava_core.language.load import load_language_model
-from llava_core.language.prompt_and_labels import INSTRUCTIONS, Conversation
+from llava_core.language.prompt_and_labels import Conversation
 from llava_core.projector.projector import build_projector
 from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model
@@ -39,8 +40,9 @@ def test_captions_are_greedy_and_packs_still_work_after(tmp_path: Path) -> None:
     assert [line["row"] for line in lines] == ["a.h5:0", "a.h5:2", "a.h5:3"]
     assert lines[0]["written"] == "红色的圆形0"
     plain = load_language_model(folder)
-    prompt = torch.tensor(chat.prompt([{"role": "user", "content": INSTRUCTIONS[0]}]))
-    for k, line in enumerate(lines):
+    for k, (line, own) in enumerate(zip(lines, (CHINESE, CHINESE, ENGLISH), strict=True)):
+        assert line["question"] == own[0]  # in the caption's language
+        prompt = torch.tensor(chat.prompt([{"role": "user", "content": own[0]}]))
         visual = projector(samples.batch([k], epoch=0).features[0].float())
         embedded = torch.cat([visual, plain.embed(prompt)])[None]
         said = plain.model.generate(
