@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Numbers of an OSError that mean the disk is full or read-only."""
@@ -35,6 +36,17 @@ class LlavaError(Exception):
             parts.append(do)
         super().__init__("; ".join(parts).replace("\n", " "))
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def as_llava_error(what: str) -> Iterator[None]:
+    """Context for calls of classes that are not this project's: any Exception becomes LlavaError(what)."""
+    try:
+        yield
+    except LlavaError:
+        raise
+    except Exception as error:
+        raise LlavaError(what, got=first_line(error)) from None
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

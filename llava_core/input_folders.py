@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_core.errors import LlavaError
+from llava_core.cli.console import say_once
+from llava_core.errors import LlavaError, as_llava_error
 from llava_core.registry import VISION_ENCODERS
 from llava_core.types import JsonDict
 
@@ -48,9 +49,19 @@ def contents(folder: Path) -> str:
 
 
 def registered_layout(folder: Path) -> Any:
-    """The registered `vision.open.EncoderLayout` that recognises the folder; None if none does."""
-    layouts = (VISION_ENCODERS.get(name).target for name in VISION_ENCODERS.names())
-    return next((layout for layout in layouts if layout.recognises(folder)), None)
+    """The registered `vision.open.EncoderLayout` that recognises the folder; None if none does.
+
+    One that fails is left out, and named on standard error: most folders are none of its own.
+    """
+    for name in VISION_ENCODERS.names():
+        try:
+            layout = VISION_ENCODERS.get(name).target
+            with as_llava_error(f"the vision encoder {name!r} fails to recognise {folder}"):
+                if layout.recognises(folder):
+                    return layout
+        except LlavaError as error:
+            say_once(f"left out: {error}")
+    return None
 
 
 def require_vision_encoder(folder: Path) -> None:
@@ -67,7 +78,7 @@ def require_vision_encoder(folder: Path) -> None:
             f"{folder} holds no vision encoder",
             expected=f"{first} (Chinese-CLIP from ModelScope) or config.json (Hugging Face)",
             got=contents(folder),
-            do="download it again",
+            do="download it again, or install the package that registers its layout",
         )
     missing = [name for name in MODELSCOPE_FILES if not (folder / name).is_file()]
     if first not in missing and missing:

@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_core.errors import LlavaError, first_line, nearest
+from llava_core.errors import LlavaError, as_llava_error, first_line, nearest
 from llava_core.types import JsonDict
 
 Class = TypeVar("Class", bound=Callable[..., Any])
@@ -25,32 +26,51 @@ Class = TypeVar("Class", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A registered class or function, with arguments that its callers add to their own."""
+    """A class, with the arguments that its constructor gets after its callers' own."""
 
     target: Any
     reference: str
     """A built-in's name, or `module:Class`."""
     arguments: JsonDict = dataclasses.field(default_factory=dict)
 
+    def with_arguments(self, arguments: JsonDict) -> Entry:
+        """The same class; these arguments replace those of the same name."""
+        return dataclasses.replace(self, arguments={**self.arguments, **arguments})
+
+    def build(self, *positional: Any) -> Any:
+        """An instance. Raises LlavaError if the constructor fails."""
+        with as_llava_error(f"{self.reference} cannot be constructed"):
+            return self.target(*positional, **self.arguments)
+
 
 class Registry:
     """Names of one kind of part.
 
     `group` is the entry-point group by which installed packages add theirs; `builtins` are references. Only
-    classes with these `attributes` are accepted: a checkpoint may name any object of any module.
+    classes with these `attributes` are accepted: a checkpoint may name any object of any module. Registered
+    arguments have none of the names in `reserved`; where that is None, there are none.
     """
 
-    def __init__(self, noun: str, group: str, attributes: Sequence[str], builtins: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        noun: str,
+        group: str,
+        attributes: Sequence[str],
+        builtins: Mapping[str, str],
+        reserved: Sequence[str] | None = (),
+    ) -> None:
         self.noun, self.group, self.attributes, self.builtins = noun, group, attributes, dict(builtins)
+        self.reserved = reserved
         self.registered: dict[str, Entry] = {}
 
-    def register(self, name: str, **arguments: Any) -> Callable[[Class], Class]:
+    def register(self, name: str, /, **arguments: Any) -> Callable[[Class], Class]:
         """Class decorator: makes it known as `name` in this process.
 
         `arguments`, JSON values, are passed to its constructor and recorded beside it, so that one class can
-        be registered under several names. Raises LlavaError if the name is taken, or no other process could
-        import the class.
+        be registered under several names. Raises LlavaError if the name is taken, no other process could
+        import the class, or a checkpoint could not record an argument.
         """
+        self._require_arguments(name, arguments)
 
         def decorate(target: Class) -> Class:
             self._require_class(name, target)
@@ -78,21 +98,50 @@ class Registry:
     def get(self, name: str) -> Entry:
         """What a name or a `module:Class` stands for. Raises LlavaError (wrong usage) if nothing."""
         if name in self.builtins:
-            return Entry(_imported(self.builtins[name], self.noun), name)
+            return Entry(_imported(self.builtins[name], f"{self.noun} {name}"), name)
         if name not in self.registered and ":" in name:
-            target = _imported(name, self.noun)
+            target = _imported(name, f"{self.noun} {name}")
             self._require_class(name, target)
             entries = (entry for entry in self.registered.values() if entry.target is target)
             return next((entry for entry in entries if not entry.arguments), Entry(target, name))
-        from importlib import metadata
-
-        for point in metadata.entry_points(group=self.group, name=name):
-            if name not in self.registered:
-                self.register(name)(_imported(point.value.split()[0], self.noun))
+        if name not in self.registered:
+            self._register_installed(name)
         if name not in self.registered:
             do = f"{nearest(name, self.names())}; or give package.module:Class"
             raise LlavaError(f"unknown {self.noun} {name!r}", do=do, exit_code=2)
         return self.registered[name]
+
+    def _register_installed(self, name: str) -> None:
+        """Register the entry point of this name, if a package has one, as the decorators in its module do."""
+        from importlib import metadata
+
+        points = {point.value: point for point in metadata.entry_points(group=self.group, name=name)}
+        if len(points) > 1:
+            raise LlavaError(
+                f"several installed packages have a {self.noun} {name!r}",
+                got=", ".join(points),
+                do="give the module:Class that is meant, or uninstall the other package",
+                exit_code=2,
+            )
+        for value, point in points.items():
+            package = point.dist.name if point.dist else value
+            target = _imported(value.split()[0], f"{self.noun} {name!r} of the package {package}")
+            if name not in self.registered:
+                self.register(name)(target)
+
+    def _require_arguments(self, name: str, arguments: JsonDict) -> None:
+        for key, value in arguments.items():
+            if self.reserved is None or key in self.reserved:
+                what = f"the {self.noun} {name!r} cannot be registered with an argument {key}"
+                raise LlavaError(what, do="give it another name" if self.reserved else "leave it out")
+            with contextlib.suppress(TypeError, ValueError):
+                if json.loads(json.dumps(value)) == value:
+                    continue
+            raise LlavaError(
+                f"a checkpoint cannot record the argument {key} of the {self.noun} {name!r}",
+                expected="a number, a string, a boolean, None, or lists and dicts (by string) of them",
+                got=repr(value),
+            )
 
     def _require_class(self, name: str, target: Any) -> None:
         if not isinstance(target, type) or not all(hasattr(target, each) for each in self.attributes):
@@ -117,8 +166,11 @@ def _reference(target: Any, noun: str) -> str:
     return f"{module}:{name}"
 
 
-def _imported(reference: str, noun: str) -> Any:
-    """What `module:Class` names; modules of the current folder count, as they do for `python -m`."""
+def _imported(reference: str, what: str) -> Any:
+    """What `module:Class` names; modules of the current folder count, as they do for `python -m`.
+
+    Raises LlavaError (wrong usage) that `what` cannot be loaded.
+    """
     module, _, name = reference.partition(":")
     try:
         with _current_folder():
@@ -126,16 +178,15 @@ def _imported(reference: str, noun: str) -> Any:
             for part in name.split("."):
                 found = getattr(found, part)
     except ModuleNotFoundError as error:
+        missing = (error.name or module).partition(".")[0]
         raise LlavaError(
-            f"the {noun} {reference} cannot be loaded",
+            f"the {what} cannot be loaded",
             got=f"no module named {error.name!r}",
-            do=f"install the package that has it, or run where {module.split('.')[0]}.py lies",
+            do=f"install the package that has it, or run where {missing}.py lies",
             exit_code=2,
         ) from None
     except Exception as error:  # a stranger's module raises anything
-        raise LlavaError(
-            f"the {noun} {reference} cannot be loaded", got=first_line(error), exit_code=2
-        ) from None
+        raise LlavaError(f"the {what} cannot be loaded", got=first_line(error), exit_code=2) from None
     return found
 
 
@@ -157,6 +208,7 @@ PROJECTORS = Registry(
     "llava_align.projectors",
     ("forward", "state_dict"),
     {name: f"llava_core.projector.projector:{name.title()}" for name in ("linear", "mlp")},
+    reserved=("kind", "in_width", "out_width", "visual_tokens", "visual_tokens_arguments"),
 )
 """Modules (in_width, out_width, **arguments): [..., T, in_width] -> [..., T, out_width]."""
 VISUAL_TOKENS = Registry(
@@ -169,7 +221,9 @@ VISUAL_TOKENS = Registry(
     },
 )
 """Classes like `visual_tokens.VisualTokens`."""
-VISION_ENCODERS = Registry("vision encoder", "llava_align.vision_encoders", ("recognises", "open"), {})
+VISION_ENCODERS = Registry(
+    "vision encoder", "llava_align.vision_encoders", ("recognises", "open"), {}, reserved=None
+)
 """Classes like `vision.open.EncoderLayout`, asked before the folder layouts that are built in."""
 
 register_projector = PROJECTORS.register

@@ -11,7 +11,7 @@ from llava_core.cli.console import human_bytes, human_seconds, show, table
 from llava_core.device import default_dtype, matmul_rate
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
-from llava_core.projector.projector import Projector, build_projector, parameter_count
+from llava_core.projector.projector import Projector, build_projector, described, parameter_count
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -195,14 +195,16 @@ def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
 
 
 def require_same_kind(checkpoint: Checkpoint, projector: Projector) -> None:
-    """Raise LlavaError unless --init holds what the flags ask for."""
+    """Raise LlavaError unless --init holds what the flags ask for, with the same registered arguments."""
     stored, wanted = checkpoint.projector.config, projector.config
     if stored != wanted:
+        kind = checkpoint.training.get("projector", stored["kind"])  # a registered name implies arguments
+        tokens = checkpoint.training.get("visual_tokens", stored["visual_tokens"])
         raise LlavaError(
             f"--init {checkpoint.folder} holds another projector",
-            expected=f"{wanted['kind']}, visual tokens {wanted['visual_tokens']}",
-            got=f"{stored['kind']}, visual tokens {stored['visual_tokens']}",
-            do=f"give --projector {stored['kind']} --visual-tokens {stored['visual_tokens']}",
+            expected=described(wanted),
+            got=described(stored),
+            do=f"give --projector {kind} --visual-tokens {tokens}",
         )
 
 

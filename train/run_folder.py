@@ -162,7 +162,7 @@ class RunFolder:
         replace_text(self.path / "summary.json", json.dumps(summary) + "\n")
 
     def resume(self, provenance: Provenance, rows: JsonDict) -> dict[str, Any] | None:
-        """State of the last checkpoint, `projector` weights included; None for a new run.
+        """State of the last checkpoint, `projector` weights and `config` included; None for a new run.
 
         Raises LlavaError if the encoder, the language model or the `rows` have changed since, or --init names
         another folder with another projector in it.
@@ -178,7 +178,8 @@ class RunFolder:
             )
         if "init" in self.moved and weights_sha256(self.config.init) != state.get("init"):
             raise self._another("init", checkpoint.training.get("init"))
-        return {**state, "projector": checkpoint.projector.state_dict()}
+        projector = checkpoint.projector
+        return {**state, "config": projector.config, "projector": projector.state_dict()}
 
     def save(
         self,

@@ -11,7 +11,7 @@ import torch
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.projector.projector import parameter_count
+from llava_core.projector.projector import described, parameter_count
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.cost_prediction import predict, projector_of
@@ -82,6 +82,13 @@ class TrainingRun:
         """sha256 of the weights of --init that it started from."""
         self.writers = MetricWriters(config.out, config.report_to, folder.training, name or config.out.name)
         if self.group.main and (state := folder.resume(resources.provenance, self.rows)):
+            if state["config"] != self.projector.config:
+                raise LlavaError(
+                    f"the run in {config.out} began with other registered arguments",
+                    expected=described(state["config"]),
+                    got=described(self.projector.config),
+                    do="register the class as it was then, or choose another --out",
+                )
             self.restore(state)
         self.announce()
 

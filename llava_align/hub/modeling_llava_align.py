@@ -107,7 +107,9 @@ class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
             if self.config.vision_config.model_type in NORM_LEFT_OUT:
                 features = self.vision.post_layernorm(features)
         # Through fp16, as the features that the projector was trained on.
-        chosen = _choose(features.half(), self.config.projector["visual_tokens"])
+        projector = self.config.projector
+        arguments = projector.get("visual_tokens_arguments", {})
+        chosen = _choose(features.half(), projector["visual_tokens"], arguments)
         visual: torch.Tensor = self.projector(chosen.to(next(self.projector.parameters())))
         return visual
 
@@ -147,8 +149,17 @@ class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         )
 
 
-def _projector(kind: str, in_width: int, out_width: int, visual_tokens: str, **arguments: Any) -> nn.Module:
-    wide = in_width * (_class(visual_tokens).widening if ":" in visual_tokens else 1)
+def _projector(
+    kind: str,
+    in_width: int,
+    out_width: int,
+    visual_tokens: str,
+    visual_tokens_arguments: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    wide = in_width
+    if ":" in visual_tokens:
+        wide *= _class(visual_tokens)(**(visual_tokens_arguments or {})).widening
     if visual_tokens == "shuffle":
         wide = 4 * in_width
     if ":" in kind:
@@ -165,12 +176,12 @@ def _class(reference: str) -> Any:
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
-def _choose(features: torch.Tensor, visual_tokens: str) -> torch.Tensor:
+def _choose(features: torch.Tensor, visual_tokens: str, arguments: dict[str, Any]) -> torch.Tensor:
     """Tokens [B, T, D] -> all, the patches without CLS, or of each 2x2 patches the mean, or all in one."""
     if visual_tokens == "all":
         return features
     if ":" in visual_tokens:
-        chosen: torch.Tensor = _class(visual_tokens)()(features)
+        chosen: torch.Tensor = _class(visual_tokens)(**arguments)(features)
         return chosen
     batch, tokens, width = features.shape
     side = math.isqrt(tokens)

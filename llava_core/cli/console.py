@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -46,6 +47,12 @@ def _escaped(character: str) -> str:
 def say(text: str, keep: str = "") -> None:
     """Print one log line without tearing a progress bar that is being drawn; see `visible` for `keep`."""
     _outliving(lambda: tqdm.write(visible(text, keep), file=sys.stderr))
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """`say`, but each text only once in a process."""
+    say(text)
 
 
 def say_fault(error: BaseException) -> None:

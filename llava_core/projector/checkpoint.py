@@ -169,7 +169,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 got=f"{config.get('format')} version {config.get('version')}",
             )
         _require_sums(folder, config["version"], CHECKED)
-        projector = build_projector(**config["projector"])
+        try:
+            projector = build_projector(**config["projector"])
+        except LlavaError as error:  # such as a module that is missing here; its flags are not wrong
+            raise LlavaError(f"the checkpoint {folder} cannot be loaded: {error}") from None
         projector.map.load_state_dict(load_file(folder / "model.safetensors"))
         provenance = Provenance.from_json(config)
         training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_core.errors import LlavaError, first_line
+from llava_core.errors import LlavaError, as_llava_error
 from llava_core.projector.visual_tokens import VisualTokens
-from llava_core.registry import PROJECTORS, VISUAL_TOKENS, Entry
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
+from llava_core.types import JsonDict
 
 
 class Linear(nn.Linear):
@@ -32,22 +33,29 @@ class Projector(nn.Module):
     """Features [..., T, in_width] -> visual tokens [..., tokens_out(T), out_width]."""
 
     def __init__(
-        self, kind: str, in_width: int, out_width: int, visual_tokens: str, **arguments: Any
+        self,
+        kind: str,
+        in_width: int,
+        out_width: int,
+        visual_tokens: str,
+        visual_tokens_arguments: JsonDict,
+        **arguments: Any,
     ) -> None:
         super().__init__()
-        chosen, tokens = PROJECTORS.get(kind), VISUAL_TOKENS.get(visual_tokens)
-        arguments = {**chosen.arguments, **arguments}
+        chosen = PROJECTORS.get(kind).with_arguments(arguments)
+        tokens = VISUAL_TOKENS.get(visual_tokens).with_arguments(visual_tokens_arguments)
         self.config = {
             "kind": chosen.reference,
             "in_width": in_width,
             "out_width": out_width,
             "visual_tokens": tokens.reference,
-            **arguments,
+            **({"visual_tokens_arguments": tokens.arguments} if tokens.arguments else {}),
+            **chosen.arguments,
         }
         """Arguments of `build_projector`, as a checkpoint records them."""
-        self.select: VisualTokens = _instance(tokens, **tokens.arguments)
+        self.select: VisualTokens = tokens.build()
         widened = in_width * self.select.widening
-        self.map: nn.Module = _instance(chosen, widened, out_width, **arguments)
+        self.map: nn.Module = chosen.build(widened, out_width)
         """Holds all weights; a checkpoint has them by their names in its state dict."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -56,18 +64,18 @@ class Projector(nn.Module):
 
     def tokens_out(self, tokens: int) -> int:
         """Number of visual tokens for `tokens` of an encoder. Raises LlavaError if they cannot be cut so."""
-        selected = self.select.tokens_out(tokens)
-        tokens_out: Any = getattr(self.map, "tokens_out", None)  # a resampler may change the number
-        return int(tokens_out(selected)) if tokens_out else selected
+        names = f"the visual tokens {self.config['visual_tokens']} or the projector {self.config['kind']}"
+        with as_llava_error(f"tokens_out of {names} fails for {tokens} tokens"):
+            selected = self.select.tokens_out(tokens)
+            tokens_out: Any = getattr(self.map, "tokens_out", None)  # a resampler may change the number
+            return int(tokens_out(selected)) if tokens_out else selected
 
     @torch.no_grad()
     def require_shapes(self, tokens: int) -> None:
         """Raise LlavaError unless features [2, tokens, in_width] become [2, tokens_out, out_width]."""
         expected = (2, self.tokens_out(tokens), self.config["out_width"])
-        try:
+        with as_llava_error(f"the projector {self.config['kind']} fails"):
             got = tuple(self(torch.zeros(2, tokens, self.config["in_width"])).shape)
-        except Exception as error:  # untrusted module: it may raise anything
-            raise LlavaError(f"the projector {self.config['kind']} fails", got=first_line(error)) from None
         if got != expected:
             raise LlavaError(
                 f"the projector {self.config['kind']} gives another shape", expected=expected, got=got
@@ -75,24 +83,25 @@ class Projector(nn.Module):
 
 
 def build_projector(
-    kind: str, in_width: int, out_width: int, visual_tokens: str = "all", **arguments: Any
+    kind: str,
+    in_width: int,
+    out_width: int,
+    visual_tokens: str = "all",
+    visual_tokens_arguments: JsonDict | None = None,
+    **arguments: Any,
 ) -> Projector:
     """A projector, initialised as its classes do.
 
-    `kind` and `visual_tokens` are names or `module:Class`; `arguments` go to the projector's constructor.
-    Raises LlavaError for an unknown name.
+    `kind` and `visual_tokens` are names or `module:Class`; `arguments` go to the projector's constructor,
+    `visual_tokens_arguments` to the other one. Raises LlavaError for an unknown name, or if one fails.
     """
-    return Projector(kind, in_width, out_width, visual_tokens, **arguments)
+    return Projector(kind, in_width, out_width, visual_tokens, visual_tokens_arguments or {}, **arguments)
 
 
-def _instance(entry: Entry, *positional: int, **arguments: Any) -> Any:
-    """An instance of a registered class. Raises LlavaError if its constructor fails."""
-    try:
-        return entry.target(*positional, **arguments)
-    except LlavaError:
-        raise
-    except Exception as error:
-        raise LlavaError(f"{entry.reference} cannot be constructed", got=first_line(error)) from None
+def described(config: JsonDict) -> str:
+    """A projector's config, less its widths, in words: "mlp, visual tokens all"."""
+    rest = {key: value for key, value in config.items() if key not in ("kind", "in_width", "out_width")}
+    return ", ".join([config["kind"], *(f"{key.replace('_', ' ')} {value}" for key, value in rest.items())])
 
 
 def last_linear(projector: nn.Module) -> nn.Linear:

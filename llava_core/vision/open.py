@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from llava_core.device import default_dtype
+from llava_core.errors import as_llava_error
 from llava_core.input_folders import MODELSCOPE_FILES, registered_layout, require_vision_encoder
 from llava_core.projector.checkpoint import Provenance
 from llava_core.vision.hugging_face import open_hugging_face
@@ -49,7 +50,8 @@ def open_vision_tower(
     dtype = dtype or default_dtype(device)
     require_vision_encoder(folder)
     if registered := registered_layout(folder):
-        tower: VisionTower = registered.open(folder, device, dtype, layer, decode)
+        with as_llava_error(f"the vision encoder {registered.__name__} cannot open {folder}"):
+            tower: VisionTower = registered.open(folder, device, dtype, layer, decode)
         return tower
     if (folder / MODELSCOPE_FILES[0]).exists():
         return open_modelscope(folder, device, dtype, layer, decode, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from llava_core.input_folders import registered_layout
-from llava_core.registry import PROJECTORS, VISION_ENCODERS
+from llava_core.registry import PROJECTORS, VISION_ENCODERS, VISUAL_TOKENS
 from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import write_aligned
 from tests.support.commands import call
+from tests.support.entry_points import install
 from tests.support.paths import ROOT
 from train.config import RunConfig
 
@@ -49,8 +51,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     held_out = ("--data", "other", "--vision", "models/clip", "--out", "features/held-out", "--device", "cpu")
     call("extract", "run", *held_out)
     yield tmp_path
-    PROJECTORS.registered.clear()
-    VISION_ENCODERS.registered.clear()
+    for registry in (PROJECTORS, VISUAL_TOKENS, VISION_ENCODERS):
+        registry.registered.clear()
     for name in ("my_projector", "my_tokens", "my_encoder"):
         sys.modules.pop(name, None)
 
@@ -65,7 +67,7 @@ def test_the_python_api_page_and_the_extending_page(folder: Path) -> None:
     assert "torch.float16 (" in out.getvalue()
     assert (folder / "runs/gated/last/config.json").exists()
 
-    (commands,) = blocks("develop/extending.md", "bash")
+    commands, _ = blocks("develop/extending.md", "bash")
     shutil.rmtree("runs")
     for line in commands.splitlines():
         _, _, *command = shlex.split(line)
@@ -80,3 +82,18 @@ def test_the_python_api_page_and_the_extending_page(folder: Path) -> None:
     tower = open_vision_tower(folder / "models/quarters")
     pixels = tower.preprocess.decode_image((folder / "photos/0.png").read_bytes()).pixels
     assert tuple(tower.encode(pixels[None]).shape) == (1, 4, 48)
+
+
+def test_the_package_of_the_extending_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project,) = blocks("develop/extending.md", "toml")
+    _, commands = blocks("develop/extending.md", "bash")
+    groups = re.findall(r'^\[project\.entry-points\."(.+)"\]\n((?:.+\n)+)', project, re.M)
+    install(folder, "".join(f"[{group}]\n{names}" for group, names in groups).replace('"', ""))
+    monkeypatch.syspath_prepend(folder)
+    (folder / "models/quarters").mkdir()
+    (folder / "models/quarters/quarters.json").write_text('{"side": 8}')
+    extract, train = (shlex.split(line)[2:] for line in commands.splitlines())
+    call(*extract, "--device", "cpu")
+    call(*train, "--batch-size", 4, "--max-steps", 2, "--device", "cpu")
+    recorded = json.loads((folder / "runs/quarters/last/config.json").read_text())["projector"]
+    assert (recorded["depth"], recorded["visual_tokens"]) == (3, "my_tokens:Every2nd")

@@ -14,17 +14,19 @@ import torch
 from safetensors.torch import load_file
 
 from llava_core.errors import LlavaError
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import build_projector, match_scale, parameter_count
-from llava_core.registry import PROJECTORS
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call, run
+from tests.support.entry_points import install
 from tests.support.features import write_features
 from tests.support.paths import ROOT
 
 MINE = '''
 import torch
 from torch import nn
-from llava_align import register_projector
+from llava_align import register_projector, register_visual_tokens
 
 @register_projector("deep", depth=2)
 class Gated(nn.Module):
@@ -50,6 +52,27 @@ class Odd:
         return features[..., 1::2, :]
     def tokens_out(self, tokens):
         return tokens // 2
+
+@register_visual_tokens("every4", step=4)
+class Every:
+    """Every so many tokens."""
+    def __init__(self, step=2):
+        self.step = step
+    @property
+    def widening(self):
+        return 1
+    def __call__(self, features):
+        return features[..., :: self.step, :]
+    def tokens_out(self, tokens):
+        return len(range(0, tokens, self.step))
+
+class Needy(Every):
+    def __init__(self, step):
+        self.step = step
+
+class Uncounted(Every):
+    def tokens_out(self, tokens):
+        return tokens // 0
 
 def factory(in_width, out_width):
     return nn.Linear(in_width, out_width)
@@ -78,6 +101,7 @@ def _in_its_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     yield
     sys.modules.pop("my_parts", None)
     PROJECTORS.registered.clear()
+    VISUAL_TOKENS.registered.clear()
 
 
 def trained(world: Folders, here: Path, name: str, *flags: object) -> Path:
@@ -120,9 +144,69 @@ def test_a_class_of_ones_own_trains_answers_explains_and_is_exported(world: Fold
 def test_another_process_that_lacks_the_module_says_which(world: Folders, here: Path) -> None:
     checkpoint = trained(world, here, "lacking", "--projector", "my_parts:Gated")
     models = ("--checkpoint", checkpoint, "--vision", world.vision, "--llm", world.llm, "--device", "cpu")
-    line = run("infer", "ask", *models, "--image", world.images[0], code=2).one_line()
-    assert "the projector my_parts:Gated cannot be loaded; got no module named 'my_parts'" in line
+    line = run("infer", "ask", *models, "--image", world.images[0], code=1).one_line()
+    assert f"the checkpoint {checkpoint} cannot be loaded: the projector my_parts:Gated cannot" in line
+    assert "got no module named 'my_parts'" in line
     assert "run where my_parts.py lies" in line
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+def test_registered_arguments_come_back_with_the_checkpoint(world: Folders, here: Path) -> None:
+    VISUAL_TOKENS.get("my_parts:Every")  # imports the module, which registers its names
+    mine = ("--projector", "deep", "--visual-tokens", "every4")
+    checkpoint = trained(world, here, "every", *mine)
+    trained(world, here, "from", *mine, "--init", checkpoint)
+    flags = ("--features", world.llm.parent / "features", "--llm", world.llm, "--device", "cpu")
+    again = (*("train", "run", *flags, "--batch-size", 2, "--out", here / "every", "--max-steps", 2), *mine)
+    other = ("--projector", "deep", "--visual-tokens", "my_parts:Every", "--init", checkpoint)
+    refused = call("train", "run", *flags, "--out", here / "other", *other, code=1).one_line()
+    assert "holds another projector" in refused
+    words = "my_parts:Gated, visual tokens my_parts:Every{}, depth 2"
+    both = words.format(""), words.format(", visual tokens arguments {'step': 4}")
+    assert "; expected {}; got {}; give --projector deep --visual-tokens every4".format(*both) in refused
+
+    VISUAL_TOKENS.registered.pop("every4")
+    PROJECTORS.registered.clear()
+    loaded = load_checkpoint(checkpoint).projector  # as in a process that knows neither name
+    assert loaded.config["visual_tokens_arguments"] == {"step": 4}
+    assert loaded.tokens_out(9) == 3
+    models = ("--checkpoint", checkpoint, "--vision", world.vision, "--llm", world.llm)
+    call("llava_align", "export", *models, "--out", here / "every-exported")
+    code = (
+        "import json, sys, torch, transformers; folder = sys.argv[1]\n"
+        "model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)\n"
+        "processor = json.load(open(folder + '/processor_config.json'))\n"
+        "side = processor['preprocess']['size']\n"
+        "print(model.get_image_features(torch.zeros(1, 3, side, side)).shape[1], processor['visual_tokens'])"
+    )
+    exported = [sys.executable, "-c", code, str(here / "every-exported")]
+    counted = subprocess.run(exported, cwd=here, capture_output=True, text=True)
+    encoder = load_checkpoint(checkpoint).provenance.encoder.encoder
+    assert counted.stdout.split() == [str(loaded.tokens_out(encoder["tokens"]))] * 2, counted.stderr
+
+    PROJECTORS.register("deep", depth=2)(type(loaded.map))
+    VISUAL_TOKENS.register("every4", step=3)(type(loaded.select))
+    (here / "every/summary.json").unlink()
+    changed = call(*again, code=1).one_line()
+    assert f"the run in {here / 'every'} began with other registered arguments; expected {both[1]}" in changed
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my_parts:Needy", "my_parts:Needy cannot be constructed; got "),
+        (
+            "my_parts:Uncounted",
+            "tokens_out of the visual tokens my_parts:Uncounted or the projector linear fails",
+        ),
+    ],
+)
+def test_visual_tokens_that_fail_are_named(world: Folders, here: Path, name: str, words: str) -> None:
+    features, out = world.llm.parent / "features", here / "failing"
+    command = ("train", "run", "--features", features, "--llm", world.llm, "--out", out, "--device", "cpu")
+    assert words in call(*command, "--visual-tokens", name, code=1).one_line()
+    assert not list(out.glob("*"))
 
 
 @pytest.mark.usefixtures("_in_its_folder")
@@ -181,11 +265,11 @@ def test_a_registered_name_records_its_class_and_arguments() -> None:
 def test_an_installed_package_adds_names(here: Path, world: Folders, tmp_path: Path) -> None:
     """By entry points, as pip writes them."""
     site = tmp_path / "site"
-    (site / "my_parts-1.dist-info").mkdir(parents=True)
-    (site / "my_parts-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: my-parts\nVersion: 1\n")
-    (site / "my_parts-1.dist-info/entry_points.txt").write_text(
-        "[llava_align.projectors]\ngated = my_parts:Gated\n"
-        "[llava_align.vision_encoders]\nflat = my_encoder:Flat\n"
+    install(
+        site,
+        "[llava_align.projectors]\ndeep = my_parts:Gated\n"
+        "[llava_align.vision_encoders]\nbroken = my_encoder:Gone\nodd = my_encoder:Odd\n"
+        "flat = my_encoder:Flat\n",
     )
     (site / "my_parts.py").write_text(MINE, encoding="utf-8")
     (site / "my_encoder.py").write_text(ENCODER, encoding="utf-8")
@@ -194,11 +278,11 @@ def test_an_installed_package_adds_names(here: Path, world: Folders, tmp_path: P
     out = tmp_path / "run"
     run(
         *("train", "run", "--features", features, "--llm", world.llm, "--out", out, "--max-steps", 1),
-        *("--batch-size", 2, "--device", "cpu", "--projector", "gated"),
+        *("--batch-size", 2, "--device", "cpu", "--projector", "deep"),
         PYTHONPATH=path,
     )
     recorded = json.loads((out / "last/config.json").read_text())["projector"]
-    assert recorded["kind"] == "my_parts:Gated"
+    assert (recorded["kind"], recorded["depth"]) == ("my_parts:Gated", 2)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat/flat.json").write_text('{"side": 8}')
     (tmp_path / "images").mkdir()
@@ -208,6 +292,10 @@ def test_an_installed_package_adds_names(here: Path, world: Folders, tmp_path: P
         "extract", "run", *images, "--device", "cpu", "--max-failed", 1, "--json", PYTHONPATH=path
     )
     assert extracted.summary["rows"] == 1
+    left_out = [line for line in extracted.err.splitlines() if line.startswith("left out: ")]
+    assert [line.split("'")[1] for line in left_out] == ["broken", "odd"]
+    assert "'broken' of the package my-parts cannot be loaded; got module 'my_encoder' has no" in left_out[0]
+    assert f"'odd' fails to recognise {tmp_path / 'flat'}; got division by zero" in left_out[1]
 
 
 ENCODER = '''
@@ -215,6 +303,12 @@ import json
 import torch
 from llava_core.vision.preprocess import Preprocess
 from llava_core.vision.tower import VisionTower
+
+class Odd:
+    @staticmethod
+    def recognises(folder):
+        return 1 / 0
+    open = recognises
 
 class Flat:
     """Four tokens: the quarters of the image, as they are."""

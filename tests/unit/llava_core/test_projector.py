@@ -20,7 +20,7 @@ def numbered(tokens: int) -> torch.Tensor:
 
 
 def selected(name: str, tokens: int) -> list[list[float]]:
-    choice = VISUAL_TOKENS.get(name).target()
+    choice = VISUAL_TOKENS.get(name).build()
     out = choice(numbered(tokens))[0]
     assert len(out) == choice.tokens_out(tokens)
     rows: list[list[float]] = out.tolist()
