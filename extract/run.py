@@ -70,7 +70,7 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     shards, config = _part(open_shards(config.out), "shards", config)
     if not shards:
         return _nothing(config)
-    tower = open_tower(config)
+    tower = open_tower(config, shards[0].identity)
     say(describe(tower))
     require_same(shards[0].path, shards[0], tower)
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}

@@ -11,7 +11,7 @@ from llava_core.cli.console import human_bytes, human_seconds, show, table
 from llava_core.device import default_dtype, matmul_rate
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
-from llava_core.projector.projector import Projector, build_projector, parameter_count
+from llava_core.projector.projector import Projector, build_projector, parameter_count, token_selection
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -28,8 +28,9 @@ from train.throughput import Throughput, peak_memory
 
 SAMPLED = 256
 """Samples, spread over all, whose tokens are counted."""
-EFFICIENCY = {"cuda": 0.4, "cpu": 0.45}
-"""Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones."""
+EFFICIENCY = {"cuda": 0.4, "mps": 0.4, "cpu": 0.45}
+"""Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones,
+which are those of CPUs."""
 
 
 COUNTS = (
@@ -173,7 +174,7 @@ def predict(
         matmul_rate=rate,
         efficiency=efficiency,
         memory={
-            **({"process": memory_before} if device.type == "cpu" else {}),
+            **({"process": memory_before} if device.type != "cuda" else {}),
             "language_model": parameter_count(model) * dtype.itemsize,
             "activations": round(tokens * activation_bytes(model.config, dtype)),
             # In fp32 as logits and as probabilities, and once more in the model's own type.
@@ -189,6 +190,7 @@ def predict(
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector from features such as the shard's to embeddings of width `hidden`."""
+    token_selection(config.visual_tokens).tokens_out(shard.tokens)  # or refuse, before weights take memory
     projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
     projector.require_shapes(shard.tokens)
     return projector

@@ -35,17 +35,17 @@ class Projector(nn.Module):
         self, kind: str, in_width: int, out_width: int, visual_tokens: str, **arguments: Any
     ) -> None:
         super().__init__()
-        chosen, tokens = PROJECTORS.get(kind), VISUAL_TOKENS.get(visual_tokens)
+        chosen = PROJECTORS.get(kind)
         arguments = {**chosen.arguments, **arguments}
         self.config = {
             "kind": chosen.reference,
             "in_width": in_width,
             "out_width": out_width,
-            "visual_tokens": tokens.reference,
+            "visual_tokens": VISUAL_TOKENS.get(visual_tokens).reference,
             **arguments,
         }
         """Arguments of `build_projector`, as a checkpoint records them."""
-        self.select: VisualTokens = _instance(tokens, **tokens.arguments)
+        self.select = token_selection(visual_tokens)
         widened = in_width * self.select.widening
         self.map: nn.Module = _instance(chosen, widened, out_width, **arguments)
         """Holds all weights; a checkpoint has them by their names in its state dict."""
@@ -83,6 +83,13 @@ def build_projector(
     Raises LlavaError for an unknown name.
     """
     return Projector(kind, in_width, out_width, visual_tokens, **arguments)
+
+
+def token_selection(name: str) -> VisualTokens:
+    """The visual tokens of this name, such as pool4. Raises LlavaError for an unknown one."""
+    entry = VISUAL_TOKENS.get(name)
+    selection: VisualTokens = _instance(entry, **entry.arguments)
+    return selection
 
 
 def _instance(entry: Entry, *positional: int, **arguments: Any) -> Any:
