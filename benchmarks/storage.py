@@ -9,7 +9,6 @@ Without --features the rows are random, in the shape of Chinese-CLIP ViT-B/16.
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import tyro
 
+from extract.bench.read_throughput import drop_from_cache
 from llava_core.cli.console import table
 from llava_core.row_status import Status
 from llava_core.shards.folder import open_shards
@@ -100,8 +100,7 @@ def distance(before: np.ndarray, after: np.ndarray) -> float:
 def read(shard: Shard, threads: int, cold: bool = False) -> float:
     """Seconds in which all rows are read in batches, in a random order."""
     if cold:
-        with shard.path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_from_cache([shard])
     order = np.random.default_rng(0).permutation(shard.rows).tolist()
 
     def batch(start: int) -> None:

@@ -10,9 +10,11 @@ from llava_core.cli.download_options import DownloadOptions
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file_place, require_folder
+from llava_core.geometry import Fit
 from llava_core.input_folders import require_vision_encoder, shard_paths
 from llava_core.launcher_variables import cpu_cores
 from llava_core.network.fetch_limits import FetchLimits
+from llava_core.types import Device
 
 
 def require_data(data: str) -> None:
@@ -52,12 +54,15 @@ MOST = {"concurrency": 10_000, "decoders": 1_000}
 class PipelineConfig(DownloadOptions):
     """Flags of the stages from an image's address to its features on disk."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to encode."""
     layer: int | None = None
     """Entry of `hidden_states` to keep (-2 is LLaVA's choice) instead of all tokens after the final norm."""
     decode: Literal["draft", "exact"] = "draft"
     """draft decodes large JPEGs at a reduced scale, 3 times as fast, within 0.3/255; exact in full."""
+    fit: Fit | None = None
+    """How pictures become the encoder's square: crop the middle, pad with the mean colour, or squash. Without
+    it, as the encoder's own processor says."""
     batch_size: int = 64
     """Images per forward pass."""
     decoders: int | None = None
@@ -162,7 +167,10 @@ class RunConfig(EncodeConfig, DataOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetryConfig(EncodeConfig, DataOptions):
-    """Try the failed rows of finished shards again; all others stay as they are."""
+    """Try the failed rows of finished shards again; all others stay as they are.
+
+    --layer, --decode and --fit are those of the shards.
+    """
 
     status: tuple[str, ...] = ()
     """Failures to try again, such as timeout http-5xx http-429; without it, every one but a bad caption.
@@ -191,7 +199,7 @@ class VerifyConfig(DownloadOptions, DataOptions):
     """Images to encode again for that; 0 takes every row."""
     data: str | None = None
     """What the shards were made from, if it has images of its own and does not lie there any more."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to encode."""
 
     def __post_init__(self) -> None:

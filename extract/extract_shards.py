@@ -20,6 +20,7 @@ from extract.statistics import summarise, write_statistics
 from llava_core.cli.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.identity import EncoderIdentity
 from llava_core.network.async_tasks import run_async
 from llava_core.shards.byte_offsets import Layout
 from llava_core.shards.hdf5_file import ShardHeader
@@ -31,10 +32,12 @@ from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 
 
-def open_tower(config: EncodeConfig) -> VisionTower:
-    return open_vision_tower(
-        config.vision, pick_device(config.device), layer=config.layer, decode=config.decode
-    )
+def open_tower(config: EncodeConfig, recorded: EncoderIdentity | None = None) -> VisionTower:
+    """The encoder as the flags say; where they have their defaults, as features record it."""
+    flags: JsonDict = {"layer": config.layer, "decode": config.decode, "fit": config.fit}
+    if recorded:
+        flags |= {name: v for name, v in recorded.flags.items() if flags[name] == getattr(EncodeConfig, name)}
+    return open_vision_tower(config.vision, pick_device(config.device), **flags)
 
 
 def describe(tower: VisionTower) -> str:
@@ -94,10 +97,11 @@ def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
 
 def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
     """Raise LlavaError unless the shard at `path` holds features of this encoder."""
+    remedy = shard.identity.remedy(tower.identity)
     shard.identity.require_same(
         tower.identity,
-        f"{path} holds features of another encoder",
-        do="use that encoder, or choose another --out",
+        f"{path} holds features of another encoder" + (" or preprocessing" if remedy else ""),
+        do=f"{remedy or 'use that encoder'}, or choose another --out",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shutil
 import time
@@ -71,7 +70,7 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     shards, config = _part(open_shards(config.out), "shards", config)
     if not shards:
         return _nothing(config)
-    tower = open_tower(_as_recorded(config, shards[0]))
+    tower = open_tower(config, shards[0].identity)
     say(describe(tower))
     require_same(shards[0].path, shards[0], tower)
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
@@ -83,13 +82,6 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     ]
     speed = extract(config, tower, openers, shards, sum(shard.rows for shard in todo))
     return conclude(config, summarise([Shard(shard.path) for shard in shards]), speed)
-
-
-def _as_recorded(config: RetryConfig, shard: Shard) -> RetryConfig:
-    """The flags with the layer and the decoding of the shard, where none is given."""
-    layer = shard.encoder.get("layer") if config.layer is None else config.layer
-    decode = shard.preprocess.get("decode", "draft") if config.decode == "draft" else config.decode
-    return dataclasses.replace(config, layer=layer, decode=decode)
 
 
 def _require_other_names(paths: dict[Source, Path]) -> None:

@@ -18,6 +18,7 @@ from llava_core import __version__
 from llava_core.cli.console import table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text
+from llava_core.geometry import kept_share
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard, reason_text
 from llava_core.types import JsonDict
@@ -186,6 +187,8 @@ def cache_statistics(shards: Sequence[Shard]) -> CacheStatistics:
     norm = norm[np.isfinite(norm)]
     not_finite = sum(not np.isfinite(row).all() for row in norms)
     hosts = _by_host(shards)
+    shapes = [kept_and_aspect(shard) for shard in shards]
+    kept, aspect = (np.concatenate([shape[k] for shape in shapes]) for k in range(2))
     first = shards[0]
     statistics = CacheStatistics(
         shards,
@@ -208,17 +211,39 @@ def cache_statistics(shards: Sequence[Shard]) -> CacheStatistics:
             "caption_characters": quantiles(lengths, 0),
             "token_norms": quantiles(norm, 3),
             "not_finite_rows": not_finite,
+            "fit": first.identity.flags["fit"],
+            "kept_area": quantiles(kept, 3),
+            "aspect_ratio": quantiles(aspect, 3),
             "encoder": first.encoder,
             "preprocess": first.preprocess,
             "fingerprint": first.identity.fingerprint,
             "sources": [shard.source for shard in shards],
         },
     )
-    shapes = statistics.histograms(bins=20)
+    charts = statistics.histograms(bins=20)
     statistics.figures["histograms"] = {
-        name.replace(" ", "_"): shape.to_json() if shape else None for name, shape in shapes.items()
+        name.replace(" ", "_"): shape.to_json() if shape else None for name, shape in charts.items()
     }
     return statistics
+
+
+def kept_and_aspect(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+    """Of each ok row's picture: the share of its area that the encoder sees, and longer over shorter side."""
+    sides = np.maximum(1.0, np.sort(shard.orig_hw[shard.status == Status.OK], axis=1))
+    aspect = sides[:, 1] / sides[:, 0]
+    crop, size = str(shard.preprocess.get("crop")), int(shard.preprocess.get("size", 1))
+    return np.array([kept_share(crop, size, ratio) for ratio in aspect]), aspect
+
+
+def fit_shown(figures: JsonDict) -> str:
+    """What the fit makes of the median picture, in words."""
+    ratio, kept = figures["aspect_ratio"]["p50"], figures["kept_area"]
+    shown = {
+        "crop": f"crop, keeps {kept['p50']:.0%} of a picture's area (median; {kept['p0']:.0%} at least)",
+        "pad": f"pad, {1 - 1 / max(ratio, 1):.0%} of a square is padding (median)",
+        "squash": f"squash, of sides {ratio:.2f} to 1 (median)",
+    }
+    return shown.get(figures["fit"], "unknown")
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -120,12 +120,12 @@ def _ok_rows(shards: Sequence[Shard]) -> list[Row]:
 
 
 def _tower(config: VerifyConfig, shards: Sequence[Shard]) -> VisionTower | None:
-    """The live encoder, with the layer and decoding of most shards; None without --vision."""
+    """The live encoder, with the layer, decoding and fit of most shards; None without --vision."""
     if config.vision is None:
         return None
-    kinds = collections.Counter((s.encoder.get("layer"), s.preprocess.get("decode", "draft")) for s in shards)
-    (layer, decode), _ = kinds.most_common(1)[0]
-    return open_vision_tower(config.vision, pick_device(config.device), layer=layer, decode=decode)
+    kinds = collections.Counter(tuple(shard.identity.flags.items()) for shard in shards)
+    flags, _ = kinds.most_common(1)[0]
+    return open_vision_tower(config.vision, pick_device(config.device), **dict(flags))
 
 
 def _stale(shards: Sequence[Shard], tower: VisionTower | None) -> tuple[list[Fault], str]:

@@ -21,6 +21,7 @@ from llava_core.input_folders import (
     shard_paths,
 )
 from llava_core.language.sampling import Sampling
+from llava_core.types import Device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Aligned(Options):
     """Folder of a projector, such as RUN/best."""
     llm: Path
     """Folder of the language model it was trained for."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
     def require_inputs(self) -> None:
@@ -234,7 +235,7 @@ class ScoreConfig(Options):
     """Folder that relative `image` paths start from; the input's own by default."""
     allow_private: bool = False
     """Let image addresses in the file lead to this machine or a private network."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
     def require_inputs(self) -> None:
@@ -290,7 +291,7 @@ class ChatLlmConfig(Sampling, Options):
     --temperature 0.6 --top-p 0.95 --top-k 20: greedy thoughts go in circles."""
     max_tokens: int = 2048
     """Longest answer, in tokens, with the thoughts before it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
     lang: Literal["auto", "zh", "en"] = "auto"
     """Language of remarks and help; auto: that of the locale."""

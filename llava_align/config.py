@@ -13,12 +13,15 @@ import tyro
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_folder
+from llava_core.geometry import Fit
 from llava_core.input_folders import (
     require_checkpoint,
     require_language_model,
     require_vision_encoder,
     shard_paths,
 )
+from llava_core.registry import VISUAL_TOKENS
+from llava_core.types import Device
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""
@@ -67,7 +70,7 @@ class TraceConfig(Options):
     """Budget of the caption in tokens; a longer one is cut and teaches no end token."""
     seed: int = 0
     """Seed of the random projector and of the drawn image."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
     def __post_init__(self) -> None:
@@ -103,7 +106,7 @@ class MatchConfig(Options):
     """Images shown for each text."""
     out: Path = Path("match.png")
     """The bar chart; without --text, that of the latest text."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
     def __post_init__(self) -> None:
@@ -161,12 +164,19 @@ class ImportConfig(Options):
     """Folder of the language model it was trained for."""
     out: Path
     """Folder of the new checkpoint."""
-    visual_tokens: Literal["auto", "all", "patches", "pool", "shuffle"] = "auto"
-    """Visual tokens it was trained on; auto: all, but patches for LLaVA and shuffle for nanoVLM."""
+    visual_tokens: str = "auto"
+    """Visual tokens it was trained on, as in `train run`; auto: all, but patches for LLaVA and shuffle for
+    nanoVLM."""
     layer: Literal["auto", "norm"] | int = "auto"
     """Entry of `hidden_states` it was trained on, or `norm`: the final norm; auto: norm, -2 for LLaVA."""
     decode: Literal["draft", "exact"] = "draft"
     """Decoding of the features that it will be evaluated on, as in `extract run`."""
+    fit: Fit | None = None
+    """Geometry of the pictures it was trained on, as in `extract run`; pad for LLaVA's image_aspect_ratio."""
+
+    def __post_init__(self) -> None:
+        if self.visual_tokens != "auto":
+            VISUAL_TOKENS.require(self.visual_tokens)
 
     def require_inputs(self) -> None:
         require_file("--file", self.file)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.launcher_variables import local_gpu
 
@@ -19,19 +20,51 @@ LEAST_PRODUCTS = 8
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` -> the GPU if there is one, else the CPU. Raises LlavaError for `cuda` without a GPU."""
+    """`auto` -> an NVIDIA (or ROCm) GPU if there is one, else the CPU.
+
+    An Apple GPU (mps) is used on request only: no release of this project was tested on one. Raises
+    LlavaError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            say("computing on the CPU; --device mps takes this Mac's GPU, which has not been tested")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise LlavaError("--device cuda", got="no GPU that this torch can use", do="use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise LlavaError("--device mps", got="no Apple GPU that this torch can use", do="use --device cpu")
     if name == "cuda" and torch.cuda.device_count() > 1:
         return torch.device("cuda", local_gpu(os.environ, torch.cuda.device_count()))
     return torch.device(name)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Type of a language model's weights: bf16 on a GPU that computes in it, else fp32.
+
+    GPUs before Ampere (compute capability 8.0) only emulate bf16. fp16 would not do instead: the activations
+    of language models trained in bf16 exceed its range, and gradients need scaling to stay in it.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16
+    return torch.float32
+
+
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """Type of a vision encoder's weights: as `default_dtype`, but fp16 on Volta and Turing GPUs.
+
+    An encoder takes no gradients, and its features are stored in fp16; those that overflow are counted as
+    not finite. GPUs before Volta (compute capability 7.0) are slower in fp16 than in fp32.
+    """
+    dtype = default_dtype(device)
+    if (
+        dtype == torch.float32
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+    ):
+        return torch.float16
+    return dtype
 
 
 def is_device_failure(error: Exception) -> bool:

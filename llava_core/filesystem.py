@@ -65,16 +65,38 @@ def fsync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on disk, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with tolerated(path, without_flush):
-            os.fsync(descriptor)
+        flush(descriptor, path, whole=True)
     finally:
         os.close(descriptor)
 
 
-def flush(descriptor: int, path: Path) -> None:
-    """Wait until the bytes written to the open file at `path` are on disk (fdatasync), if supported."""
+def flush(descriptor: int, path: Path, whole: bool = False) -> None:
+    """Wait until the bytes written to the open file at `path` are on disk, if the file system supports it.
+
+    With `whole`, or on a system without fdatasync, also the file's times. On macOS fsync only hands the bytes
+    to the disk; F_FULLFSYNC waits until they are on it.
+    """
     with tolerated(path, without_flush):
-        os.fdatasync(descriptor)
+        if full := getattr(fcntl, "F_FULLFSYNC", None):
+            try:
+                fcntl.fcntl(descriptor, full)
+                return
+            except OSError as error:
+                if error.errno not in (*LACKING, errno.ENOTTY):  # a network file system has fsync alone
+                    raise
+        if whole or not hasattr(os, "fdatasync"):
+            os.fsync(descriptor)
+        else:
+            os.fdatasync(descriptor)
+
+
+def read_into(descriptor: int, out: memoryview, offset: int) -> int:
+    """Read bytes at `offset` into `out` until it is full or the file ends; returns their number."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [out], offset)
+    data = os.pread(descriptor, len(out), offset)  # macOS before 11
+    out[: len(data)] = data
+    return len(data)
 
 
 def without_flush(folder: Path, reason: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
+from llava_core.geometry import fit_of
 from llava_core.language.prompt_and_labels import Conversation
 from llava_core.types import JsonDict
 
@@ -53,6 +54,24 @@ class EncoderIdentity:
             "preprocess": {key: self.preprocess.get(key) for key in PREPROCESS_KEYS},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def flags(self) -> JsonDict:
+        """layer, decode and fit: the flags of `extract run` that give such features."""
+        decode, crop = self.preprocess.get("decode", "draft"), self.preprocess.get("crop")
+        return {"layer": self.encoder.get("layer"), "decode": decode, "fit": fit_of(crop)}
+
+    def remedy(self, other: EncoderIdentity) -> str | None:
+        """The flags of `extract run` that make features like these where `other`'s are; None if none do."""
+        differing = {difference.split(":")[0] for difference in self.differences(other)}
+        theirs = other.flags
+        flags = {name: value for name, value in self.flags.items() if value != theirs[name]}
+        if len(flags) != len(differing) or not differing <= {"layer", "decode", "crop"}:
+            return None
+        given = [
+            f"without --{name}" if value is None else f"--{name} {value}" for name, value in flags.items()
+        ]
+        return f"extract run {', '.join(given)}"
 
     def differences(self, other: EncoderIdentity) -> list[str]:
         """Each compared key whose values differ, as 'size: 224 vs 336'."""

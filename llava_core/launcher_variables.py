@@ -92,7 +92,13 @@ def whole_number(environment: Mapping[str, str], name: str) -> int | None:
         raise LlavaError(name, expected="a whole number", got=value, exit_code=2) from None
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may run on; of systems that cannot tell, such as macOS, all cores."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def cpu_cores(environment: Mapping[str, str] = os.environ) -> int:
-    """CPU cores of this process: those it may run on, divided by torchrun's LOCAL_WORLD_SIZE."""
+    """CPU cores of this process: `usable_cores`, divided by torchrun's LOCAL_WORLD_SIZE."""
     beside = environment.get("LOCAL_WORLD_SIZE", "")
-    return max(1, len(os.sched_getaffinity(0)) // max(1, int(beside) if beside.isdecimal() else 1))
+    return max(1, usable_cores() // max(1, int(beside) if beside.isdecimal() else 1))

@@ -86,6 +86,8 @@ def plan_workers(nodes: Sequence[Mapping[str, float]], device: str, workers: int
     `nodes` are the resources of each node, by Ray's names. Raises LlavaError if the cluster lacks what the
     flags ask for.
     """
+    if device == "mps":
+        raise LlavaError("--device mps", got="a Ray cluster", do="leave out --ray, or use --device cpu")
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1 and device != "cpu"]
     if device == "cuda" and not with_gpu:
         raise LlavaError("--device cuda", got="a Ray cluster without a GPU", do="use --device cpu")

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,8 +48,10 @@ class Registry:
     """Names of one kind of part.
 
     `group` is the entry-point group by which installed packages add theirs; `builtins` are references. Only
-    classes with these `attributes` are accepted: a checkpoint may name any object of any module. Registered
-    arguments have none of the names in `reserved`; where that is None, there are none.
+    classes with these `attributes` are accepted: a checkpoint may name any object of any module. Built-ins in
+    `factors` also take a number, as in pool4, which their constructor gets as `factor`; without one it is the
+    number given there. Registered arguments have none of the names in `reserved`; where that is None, there
+    are none.
     """
 
     def __init__(
@@ -57,10 +60,11 @@ class Registry:
         group: str,
         attributes: Sequence[str],
         builtins: Mapping[str, str],
+        factors: Mapping[str, int] | None = None,
         reserved: Sequence[str] | None = (),
     ) -> None:
         self.noun, self.group, self.attributes, self.builtins = noun, group, attributes, dict(builtins)
-        self.reserved = reserved
+        self.factors, self.reserved = dict(factors or {}), reserved
         self.registered: dict[str, Entry] = {}
 
     def register(self, name: str, /, **arguments: Any) -> Callable[[Class], Class]:
@@ -76,7 +80,7 @@ class Registry:
             self._require_class(name, target)
             entry = Entry(target, _reference(target, self.noun), arguments)
             known = self.registered.get(name)
-            if name in self.builtins or ":" in name or (known and known.reference != entry.reference):
+            if self._builtin(name) or ":" in name or (known and known.reference != entry.reference):
                 raise LlavaError(f"the {self.noun} {name!r} exists", do="register it under another name")
             self.registered[name] = entry
             return target
@@ -92,13 +96,15 @@ class Registry:
 
     def require(self, name: str) -> None:
         """Raise LlavaError (wrong usage) for a name that `get` would not find. Imports no built-in."""
-        if name not in self.builtins:
+        if self._builtin(name) is None:
             self.get(name)
 
     def get(self, name: str) -> Entry:
         """What a name or a `module:Class` stands for. Raises LlavaError (wrong usage) if nothing."""
-        if name in self.builtins:
-            return Entry(_imported(self.builtins[name], f"{self.noun} {name}"), name)
+        if builtin := self._builtin(name):
+            stem, arguments = builtin
+            target = _imported(self.builtins[stem], f"{self.noun} {name}")
+            return Entry(target, name if arguments else stem, arguments)
         if name not in self.registered and ":" in name:
             target = _imported(name, f"{self.noun} {name}")
             self._require_class(name, target)
@@ -142,6 +148,15 @@ class Registry:
                 expected="a number, a string, a boolean, None, or lists and dicts (by string) of them",
                 got=repr(value),
             )
+
+    def _builtin(self, name: str) -> tuple[str, JsonDict] | None:
+        """The built-in that `name` stands for, and its arguments; None if it stands for none."""
+        stem = name.rstrip("0123456789")
+        if name in self.builtins:
+            return name, {}
+        if stem not in self.factors or not re.fullmatch("[1-9][0-9]?", number := name[len(stem) :]):
+            return None
+        return stem, {} if int(number) == self.factors[stem] else {"factor": int(number)}
 
     def _require_class(self, name: str, target: Any) -> None:
         if not isinstance(target, type) or not all(hasattr(target, each) for each in self.attributes):
@@ -219,6 +234,7 @@ VISUAL_TOKENS = Registry(
         name: f"llava_core.projector.visual_tokens:{name.title()}"
         for name in ("all", "patches", "pool", "shuffle")
     },
+    factors={"pool": 2, "shuffle": 2},
 )
 """Classes like `visual_tokens.VisualTokens`."""
 VISION_ENCODERS = Registry(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 JsonDict = dict[str, Any]
 """A JSON object."""
+Device = Literal["auto", "cpu", "cuda", "mps"]
+"""Values of --device; `llava_core.device.pick_device` says what each stands for."""

@@ -13,6 +13,7 @@ from llava_core.filesystem import require_folder
 from llava_core.input_folders import require_checkpoint, require_language_model, shard_paths
 from llava_core.language.instructions import read_instructions
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
+from llava_core.types import Device
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
 
@@ -43,7 +44,8 @@ class RunConfig(Options):
     own as package.module:Class."""
     visual_tokens: str = "all"
     """Which visual tokens it is given: all, patches (no CLS), pool (the mean of each 2x2 patches) or shuffle
-    (those four side by side in one token), of 197 tokens 197, 196, 49 and 49; or package.module:Class."""
+    (those four side by side in one token), of 197 tokens 197, 196, 49 and 49; pool7 or shuffle7 for 7x7
+    patches, as for any number that divides the grid; or package.module:Class."""
     start: Literal["scale", "torch", "captions"] = "scale"
     """The projector before the first step: random at the scale of the model's embeddings, torch's default, or
     solved so that each visual token is near the mean embedding of such features' captions."""
@@ -92,7 +94,7 @@ class RunConfig(Options):
     """Write a line of metrics every N steps."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also report metrics there; wandb stays offline unless a key is set."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
     resident: Residence = "auto"
     """Where features stay once they are read; auto takes the GPU or else the RAM for what is read more than
@@ -200,7 +202,7 @@ class EvalConfig(Options):
     """Samples read at a time."""
     micro_tokens: int = RunConfig.micro_tokens
     """Most tokens in one forward pass."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from llava_core.device import default_dtype, matmul_rate
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.projector import Projector, build_projector, described, parameter_count
+from llava_core.registry import VISUAL_TOKENS
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -28,8 +29,9 @@ from train.throughput import Throughput, peak_memory
 
 SAMPLED = 256
 """Samples, spread over all, whose tokens are counted."""
-EFFICIENCY = {"cuda": 0.4, "cpu": 0.45}
-"""Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones."""
+EFFICIENCY = {"cuda": 0.4, "mps": 0.4, "cpu": 0.45}
+"""Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones,
+which are those of CPUs."""
 
 
 COUNTS = (
@@ -173,7 +175,7 @@ def predict(
         matmul_rate=rate,
         efficiency=efficiency,
         memory={
-            **({"process": memory_before} if device.type == "cpu" else {}),
+            **({"process": memory_before} if device.type != "cuda" else {}),
             "language_model": parameter_count(model) * dtype.itemsize,
             "activations": round(tokens * activation_bytes(model.config, dtype)),
             # In fp32 as logits and as probabilities, and once more in the model's own type.
@@ -189,6 +191,7 @@ def predict(
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector from features such as the shard's to embeddings of width `hidden`."""
+    VISUAL_TOKENS.get(config.visual_tokens).build().tokens_out(shard.tokens)  # or refuse, before any weight
     projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
     projector.require_shapes(shard.tokens)
     return projector

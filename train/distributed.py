@@ -85,6 +85,8 @@ class ProcessGroup:
         device = pick_device(name)
         if self.size == 1 or device.type == "cpu":
             return device
+        if device.type == "mps":
+            raise LlavaError("--device mps", expected="one process", got=self.size, do="use --device cpu")
         local = whole_number(os.environ, "LOCAL_RANK") or 0
         if local >= torch.cuda.device_count():
             raise LlavaError(

@@ -67,13 +67,14 @@ def solve_captions(
     caption, so the fit is small; it is scaled up, about its mean, to `rms_ratio` times the words' RMS.
     """
     layer = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
-    moments = Moments()
+    moments, fp64 = Moments(), torch.device("cpu") if llm.device.type == "mps" else llm.device
     n = min(CAPTION_SAMPLES, len(samples))
     indices = [k * len(samples) // n for k in range(n)]  # rows may be in an order: take some of all
     for start in range(0, n, READ_SAMPLES):
         part = indices[start : start + READ_SAMPLES]
         targets = torch.stack([caption_embedding(samples, index, llm) for index in part])
-        moments.add(layer_input(projector, layer, samples.read(part).to(llm.device).float()), targets)
+        inputs = layer_input(projector, layer, samples.read(part).to(llm.device).float())
+        moments.add(inputs.to(fp64), targets.to(fp64))  # which Apple's GPUs lack
     weight = moments.ridge(ridge)
     spread = max(moments.spread(weight), 1e-12)  # 0 if all captions are one
     weight *= rms_ratio * llm.embedding_rms / spread

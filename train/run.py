@@ -106,9 +106,8 @@ def train_to_the_end(
 def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict | None:
     """The summary of a finished run. Raises LlavaError if it cannot be the same run, or cannot be trained."""
     config, shard = folder.config, resources.shards[0]
-    if config.projector in PROJECTORS.builtins and config.visual_tokens in VISUAL_TOKENS.builtins:
-        VISUAL_TOKENS.get(config.visual_tokens).build().tokens_out(shard.tokens)  # or refuse, with no model
-    else:
+    VISUAL_TOKENS.get(config.visual_tokens).build().tokens_out(shard.tokens)  # or refuse, with no model
+    if config.projector not in PROJECTORS.builtins:
         projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()
     if finished is not None:

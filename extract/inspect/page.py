@@ -16,7 +16,7 @@ from pathlib import Path
 from extract.inspect.histogram import Histogram
 from extract.inspect.svg import bars, outline, share_bar
 from extract.sources.base import host_of
-from extract.statistics import CacheStatistics, broken_down, spread, stored_as
+from extract.statistics import CacheStatistics, broken_down, fit_shown, spread, stored_as
 from llava_core.cli.console import human_bytes
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
@@ -184,7 +184,7 @@ def _facts(stats: CacheStatistics) -> str:
             "fingerprint": figures["fingerprint"],
             "stored_as": stored_as(figures["storage"]),
         },
-        "Preprocessing": figures["preprocess"],
+        "Preprocessing": {"fit": fit_shown(figures), **figures["preprocess"]},
         "Source files": files,
     }
     return facts({title: {k: _shown(k, v) for k, v in values.items()} for title, values in parts.items()})

@@ -97,7 +97,7 @@ def clip_scores(
 
 def _clipscore(name: str, images: torch.Tensor, texts: torch.Tensor, pictures: Sequence[int]) -> JsonDict:
     """Mean over rows of L2-normalised embeddings [N, P], and its interval over the pictures they show."""
-    each = CLIP_WEIGHT * (images * texts).sum(-1).clamp(min=0).double().cpu().numpy()
+    each = CLIP_WEIGHT * (images * texts).sum(-1).clamp(min=0).cpu().double().numpy()
     sums = by_picture(np.stack([each, np.ones_like(each)], 1), pictures)
     figures: JsonDict = {name: float(each.mean())}
     if len(sums) > 1:

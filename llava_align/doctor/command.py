@@ -24,6 +24,7 @@ from llava_align.config import DoctorConfig
 from llava_align.doctor import flash_attention
 from llava_core.cli.console import human_bytes, say, show, table
 from llava_core.errors import LlavaError, first_line
+from llava_core.launcher_variables import usable_cores
 from llava_core.types import JsonDict
 
 PACKAGE = "llava-align"
@@ -99,7 +100,7 @@ def _machine(folder: Path) -> JsonDict:
         PACKAGE: __version__,
         "Python": f"{platform.python_version()}, {sys.executable}",
         "platform": platform.platform(),
-        "CPU cores": len(os.sched_getaffinity(0)),
+        "CPU cores": usable_cores(),
         "disk": f"{human_bytes(free.free)} free of {human_bytes(free.total)}",
         "C compiler, for --compile": shutil.which("cc") or shutil.which("gcc") or "none",
     }

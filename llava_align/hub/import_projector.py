@@ -7,6 +7,7 @@ from the project. Both are printed, and flags override them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from llava_align.config import ImportConfig
@@ -49,7 +50,7 @@ def run(config: ImportConfig) -> JsonDict:
     require_numbers(config.file, weights)
     layer = project.layer if config.layer == "auto" else None if config.layer == "norm" else config.layer
     visual_tokens = project.visual_tokens if config.visual_tokens == "auto" else config.visual_tokens
-    tower = open_vision_tower(config.vision, layer=layer, decode=config.decode)
+    tower = open_vision_tower(config.vision, layer=layer, decode=config.decode, fit=config.fit)
     outline = outline_language_model(config.llm)
     projector = fitted(kind, weights, tower, outline, visual_tokens)
     language = require_frozen_weights(config.file, beside(tensors), tower, outline, config.llm)
@@ -110,14 +111,13 @@ def fitted(
     """The projector with these weights. Raises LlavaError unless its widths are those of the two models."""
     first, last = (weights[name] for name in ends(weights))
     in_width, out_width = first.shape[1], last.shape[0]
+    VISUAL_TOKENS.get(visual_tokens).build().tokens_out(tower.tokens)  # or refuse, before weights take memory
     projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
     wanted = tower.width * projector.select.widening
     if in_width != wanted:
-        fits = [
-            n
-            for n in VISUAL_TOKENS.builtins
-            if tower.width * VISUAL_TOKENS.get(n).target.widening == in_width
-        ]
+        factor = math.isqrt(in_width // tower.width)
+        fits = ["all", "patches", "pool"] if factor == 1 else [f"shuffle{factor}"]
+        fits = fits if factor and in_width == tower.width * factor**2 else []
         raise LlavaError(
             f"the projector does not fit {tower.encoder['model_id']} with --visual-tokens {visual_tokens}",
             expected=f"{wanted} wide",

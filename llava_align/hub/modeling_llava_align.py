@@ -160,8 +160,8 @@ def _projector(
     wide = in_width
     if ":" in visual_tokens:
         wide *= _class(visual_tokens)(**(visual_tokens_arguments or {})).widening
-    if visual_tokens == "shuffle":
-        wide = 4 * in_width
+    if visual_tokens.startswith("shuffle"):
+        wide = in_width * _factor(visual_tokens) ** 2
     if ":" in kind:
         module: nn.Module = _class(kind)(wide, out_width, **arguments)
         return module
@@ -176,8 +176,13 @@ def _class(reference: str) -> Any:
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
+def _factor(visual_tokens: str) -> int:
+    """Patches along each side of a block: 4 of pool4, 2 of pool."""
+    return int(visual_tokens.removeprefix("pool").removeprefix("shuffle") or 2)
+
+
 def _choose(features: torch.Tensor, visual_tokens: str, arguments: dict[str, Any]) -> torch.Tensor:
-    """Tokens [B, T, D] -> all, the patches without CLS, or of each 2x2 patches the mean, or all in one."""
+    """Tokens [B, T, D] -> all, the patches without CLS, or of each block of them the mean, or all in one."""
     if visual_tokens == "all":
         return features
     if ":" in visual_tokens:
@@ -188,6 +193,7 @@ def _choose(features: torch.Tensor, visual_tokens: str, arguments: dict[str, Any
     patches = features[:, -side * side :]
     if visual_tokens == "patches":
         return patches
-    grid = patches.reshape(batch, side // 2, 2, side // 2, 2, width).transpose(2, 3)
-    blocks = grid.reshape(batch, (side // 2) ** 2, 4, width)
-    return blocks.flatten(2) if visual_tokens == "shuffle" else blocks.float().mean(2)
+    n = _factor(visual_tokens)
+    grid = patches.reshape(batch, side // n, n, side // n, n, width).transpose(2, 3)
+    blocks = grid.reshape(batch, (side // n) ** 2, n * n, width)
+    return blocks.flatten(2) if visual_tokens.startswith("shuffle") else blocks.float().mean(2)

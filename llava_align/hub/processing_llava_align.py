@@ -133,22 +133,37 @@ def _opened(image: Any) -> Image.Image:
     return Image.open(Path(image))
 
 
-def _prepare(image: Image.Image, size: int, filter: str, crop: str, decode: str, **_: Any) -> Image.Image:
-    """Decode, resize, turn upright, crop; transparent pixels turn white."""
-    side = size if crop == "squash" else int(crop.split()[1])
+def _prepare(
+    image: Image.Image, size: int, filter: str, crop: str, decode: str, mean: list[float], **_: Any
+) -> Image.Image:
+    """Decode, resize, turn upright, crop or pad with the mean colour; transparent pixels turn white."""
     width, height = image.size
     box: tuple[float, float, float, float] = (0, 0, width, height)
-    if decode == "draft" and (drafted := image.draft("RGB", (2 * side, 2 * side))):
+    target = _resized(size, crop, width, height)
+    least = target if crop == "pad" else (min(target), min(target))
+    if decode == "draft" and (drafted := image.draft("RGB", (2 * least[0], 2 * least[1]))):
         box = drafted[1]
     image.load()
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    scale = side / min(width, height)
-    target = (side, side) if crop == "squash" else (round(width * scale), round(height * scale))
     resized = _rgb(image).resize(target, Image.Resampling[filter.upper()], box=box)
     if turn:
         resized = resized.transpose(Image.Transpose[turn])
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
+    ground = tuple(int(255 * x) for x in mean) if crop == "pad" else 0
+    square = Image.new("RGB", (size, size), ground)
+    square.paste(resized, (-left, -top))
+    return square
+
+
+def _resized(size: int, crop: str, width: int, height: int) -> tuple[int, int]:
+    """Width and height of the whole picture before it is cropped or padded."""
+    if crop == "squash":
+        return size, size
+    if crop == "pad":
+        scale = size / max(width, height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+    scale = int(crop.split()[1]) / min(width, height)
+    return round(width * scale), round(height * scale)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

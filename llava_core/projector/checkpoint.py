@@ -58,10 +58,8 @@ class Provenance:
     def require_encoder(self, other: EncoderIdentity) -> None:
         """Raise LlavaError naming both encoders unless features of `other` equal those trained on."""
         do = "give the encoder it was trained on, or its features, or train on features of this one"
-        if all(difference.startswith("layer: ") for difference in self.encoder.differences(other)):
-            layer = self.encoder.encoder.get("layer")
-            flag = "without --layer" if layer is None else f"--layer {layer}"
-            do = f"make features of its layer: extract run {flag}"
+        if remedy := self.encoder.remedy(other):
+            do = f"make features as it was trained on: {remedy}"
         self.encoder.require_same(
             other, "this projector was trained on features of another vision encoder or preprocessing", do=do
         )

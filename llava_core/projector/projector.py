@@ -49,7 +49,11 @@ class Projector(nn.Module):
             "in_width": in_width,
             "out_width": out_width,
             "visual_tokens": tokens.reference,
-            **({"visual_tokens_arguments": tokens.arguments} if tokens.arguments else {}),
+            **(
+                {"visual_tokens_arguments": tokens.arguments}
+                if ":" in tokens.reference and tokens.arguments
+                else {}
+            ),
             **chosen.arguments,
         }
         """Arguments of `build_projector`, as a checkpoint records them."""

@@ -1,4 +1,4 @@
-"""Visual token selection and pooling: all, patches, 2x2 average pooling, 2x2 pixel shuffle."""
+"""Visual token selection and merging: all, patches, average pooling and pixel shuffle of blocks."""
 
 from __future__ import annotations
 
@@ -46,31 +46,37 @@ class Patches:
 
 
 class Pool:
-    """Mean of each 2x2 block of patches, without a class token: 197 become 49."""
+    """Mean of each block of patches, without a class token: 197 become 49, with `factor` 7 they become 4."""
 
     widening = 1
 
+    def __init__(self, factor: int = 2) -> None:
+        """`factor`: patches along each side of a block."""
+        self.factor = factor
+
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        return blocks(features).mean(-2)
+        return blocks(features, self.factor).mean(-2)
 
     def tokens_out(self, tokens: int) -> int:
-        return halved_side(tokens) ** 2
+        return merged_side(tokens, self.factor) ** 2
 
 
 class Shuffle:
-    """Each 2x2 block of patches concatenated, without a class token: 197 become 49, four times as wide.
+    """Each block of patches concatenated, without a class token: 197 become 49, four times as wide.
 
-    Space to depth, or pixel shuffle (arXiv:2404.16821): it loses no information; the projector gets four
-    times as many weights.
+    Space to depth, or pixel shuffle (arXiv:2404.16821): it loses no information; the projector gets
+    `factor`² times as many weights.
     """
 
-    widening = 4
+    def __init__(self, factor: int = 2) -> None:
+        """`factor`: patches along each side of a block."""
+        self.factor, self.widening = factor, factor**2
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        return blocks(features).flatten(-2)
+        return blocks(features, self.factor).flatten(-2)
 
     def tokens_out(self, tokens: int) -> int:
-        return halved_side(tokens) ** 2
+        return merged_side(tokens, self.factor) ** 2
 
 
 def grid_side(tokens: int) -> int:
@@ -88,23 +94,25 @@ def grid_side(tokens: int) -> int:
     return side
 
 
-def halved_side(tokens: int) -> int:
-    """Half of `grid_side`. Raises LlavaError if that is odd."""
+def merged_side(tokens: int, factor: int) -> int:
+    """`grid_side` divided by `factor`. Raises LlavaError if that leaves a remainder."""
     side = grid_side(tokens)
-    if side % 2:
+    if side % factor:
+        factors = [str(n) for n in range(2, side + 1) if side % n == 0]
+        some = f"pool{factors[0]}, shuffle{factors[0]}, " if factors else ""
         raise LlavaError(
-            f"a grid of {side}x{side} patches cannot be halved",
-            expected="an even number of patches along each side",
-            do="use --visual-tokens all or patches",
+            f"a grid of {side}x{side} patches cannot be cut into blocks of {factor}x{factor}",
+            expected=f"a factor of {' or '.join(factors) or 1}",
+            do=f"use --visual-tokens {some}all or patches",
         )
-    return side // 2
+    return side // factor
 
 
-def blocks(features: torch.Tensor) -> torch.Tensor:
-    """Tokens [..., T, D] -> 2x2 blocks of patches, row by row: [..., blocks, 4, D]."""
-    half = halved_side(features.shape[-2])
+def blocks(features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Tokens [..., T, D] -> `factor` x `factor` blocks of patches, row by row: [..., blocks, factor², D]."""
+    side = merged_side(features.shape[-2], factor)
     *batch, _, width = features.shape
-    patches = features[..., -((2 * half) ** 2) :, :]
+    patches = features[..., -((factor * side) ** 2) :, :]
     # axes: row of blocks, row in the block, column of blocks, column in the block
-    grid = patches.reshape(*batch, half, 2, half, 2, width)
-    return grid.transpose(-4, -3).reshape(*batch, half * half, 4, width)
+    grid = patches.reshape(*batch, side, factor, side, factor, width)
+    return grid.transpose(-4, -3).reshape(*batch, side * side, factor**2, width)

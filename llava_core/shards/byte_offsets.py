@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 
 import numpy as np
 
 from llava_core.errors import LlavaError
+from llava_core.filesystem import read_into
 from llava_core.identity import EncoderIdentity
 from llava_core.shards.quantize import DatasetSpecs, Storage, checksum, dataset_specs, dequantise, row_bytes
 from llava_core.types import JsonDict
@@ -167,6 +167,6 @@ class Layout:
 
     def _read(self, descriptor: int, name: str, row: int, out: np.ndarray) -> None:
         start = self.offsets[name] + row * out.nbytes
-        read = os.preadv(descriptor, [out.data.cast("B")], start)
+        read = read_into(descriptor, out.data.cast("B"), start)
         if read != out.nbytes:
             raise LlavaError(f"truncated shard {self.path}", expected=f"{out.nbytes} bytes", got=read)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_core.filesystem import tolerated, without_flush, write_all
+from llava_core.filesystem import flush, write_all
 
 PAGE = 4096
 """Bytes of a page, the unit of memory of a SparseFile."""
@@ -75,7 +75,6 @@ class SparseFile(io.RawIOBase):
             os.ftruncate(descriptor, self._size)
             for page, held in sorted(self._pages.items()):
                 write_all(descriptor, held[: max(0, self._size - page * PAGE)], page * PAGE)
-            with tolerated(path, without_flush):
-                os.fsync(descriptor)
+            flush(descriptor, path, whole=True)
         finally:
             os.close(descriptor)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from llava_core.device import default_dtype
+from llava_core.device import encoder_dtype
 from llava_core.errors import as_llava_error
+from llava_core.geometry import Fit
+from llava_core.identity import EncoderIdentity
 from llava_core.input_folders import MODELSCOPE_FILES, registered_layout, require_vision_encoder
 from llava_core.projector.checkpoint import Provenance
 from llava_core.vision.hugging_face import open_hugging_face
@@ -36,35 +39,42 @@ def open_vision_tower(
     dtype: torch.dtype | None = None,
     layer: int | None = None,
     decode: str = "draft",
+    fit: Fit | None = None,
     text: bool = False,
 ) -> VisionTower:
-    """Load the encoder in `folder`, frozen; by default in bf16 on a GPU, fp32 on a CPU.
+    """Load the encoder in `folder`, frozen; by default in the type that `encoder_dtype` gives.
 
     `layer` selects an entry of transformers' `hidden_states` (0 the input of the first block, -1 the output
-    of the last, -2 LLaVA's choice) instead of all tokens after the final layer norm. With `text`,
-    Chinese-CLIP's text tower is loaded as well.
+    of the last, -2 LLaVA's choice) instead of all tokens after the final layer norm. `fit` replaces the
+    geometry of the encoder's own processor. With `text`, Chinese-CLIP's text tower is loaded as well.
 
     Raises LlavaError if a file is missing or damaged, or the kind of encoder is unknown.
     """
     device = torch.device(device)
-    dtype = dtype or default_dtype(device)
+    dtype = dtype or encoder_dtype(device)
     require_vision_encoder(folder)
     if registered := registered_layout(folder):
         with as_llava_error(f"the vision encoder {registered.__name__} cannot open {folder}"):
             tower: VisionTower = registered.open(folder, device, dtype, layer, decode)
-        return tower
-    if (folder / MODELSCOPE_FILES[0]).exists():
-        return open_modelscope(folder, device, dtype, layer, decode, text)
-    return open_hugging_face(folder, device, dtype, layer, decode)
+    elif (folder / MODELSCOPE_FILES[0]).exists():
+        tower = open_modelscope(folder, device, dtype, layer, decode, text)
+    else:
+        tower = open_hugging_face(folder, device, dtype, layer, decode)
+    return dataclasses.replace(tower, preprocess=tower.preprocess.fitted(fit))
+
+
+def open_recorded_tower(
+    folder: Path, recorded: EncoderIdentity, device: str | torch.device = "cpu", text: bool = False
+) -> VisionTower:
+    """The encoder in `folder`, with the layer, decoding and fit that features or a checkpoint record.
+
+    Whether it is the same encoder is not compared.
+    """
+    return open_vision_tower(folder, device, text=text, **recorded.flags)
 
 
 def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:
-    """The encoder in `folder`, with the layer and the decoding that a projector was trained on.
-
-    Raises LlavaError if it is another encoder.
-    """
-    layer = trained.encoder.encoder.get("layer")
-    decode = trained.encoder.preprocess.get("decode", "draft")
-    tower = open_vision_tower(folder, device, layer=layer, decode=decode)
+    """`open_recorded_tower` for a projector. Raises LlavaError if it was trained on another encoder."""
+    tower = open_recorded_tower(folder, trained.encoder, device)
     trained.require_encoder(tower.identity)
     return tower

@@ -18,6 +18,7 @@ import PIL
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
+from llava_core.geometry import Fit, crop_of, resized
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
 from llava_core.vision.png_chunks import shown_chunks
@@ -118,10 +119,13 @@ class Preprocess:
     filter: str = "bicubic"
     """Resampling filter, one of FILTERS."""
     crop: str = "squash"
-    """`squash`: the whole picture, whatever its aspect ratio (Chinese-CLIP, SigLIP). `center N`: the shorter
-    side to N pixels, then the middle `size` × `size` (CLIP, DINOv2)."""
+    """`squash`, `center N` or `pad`: see `geometry`."""
     decode: str = "draft"
     """`draft` decodes JPEGs at the smallest DCT scale that keeps twice `size`; `exact` in full."""
+
+    def fitted(self, fit: Fit | None) -> Preprocess:
+        """These settings with another geometry; None keeps the encoder's own."""
+        return self if fit is None else dataclasses.replace(self, crop=crop_of(fit, self.crop, self.size))
 
     def to_json(self) -> JsonDict:
         """The settings as a shard records them, with EXIF policy and Pillow's version."""
@@ -132,7 +136,7 @@ class Preprocess:
     def decode_image(
         self, data: bytes, max_pixels: int = MAX_PIXELS, accept_truncated: bool = False
     ) -> Decoded:
-        """Decode, resize, apply EXIF orientation, crop. Transparency becomes white; animations give frame 1.
+        """Decode, resize, apply EXIF orientation, crop or pad. Transparency becomes white; frame 1 counts.
 
         Raises ImageError for bytes that are no complete image of a format in MAGIC, or WebP, or cost too much
         time or memory. With `accept_truncated`, a file that ends early gives what it has, the rest grey or
@@ -209,26 +213,27 @@ class Preprocess:
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
     def _prepare(self, image: Image.Image) -> Decoded:
-        side = self.size if self.crop == "squash" else int(self.crop.split()[1])
         width, height = image.size
         box: tuple[float, float, float, float] = (0, 0, width, height)
-        if self.decode == "draft" and (drafted := image.draft("RGB", (2 * side, 2 * side))):
+        size = resized(self.crop, self.size, width, height)
+        least = size if self.crop == "pad" else (min(size), min(size))
+        if self.decode == "draft" and (drafted := image.draft("RGB", (2 * least[0], 2 * least[1]))):
             box = drafted[1]  # the true edge of the picture: its last DCT blocks may extend beyond it
         image.load()
         turn = _orientation(image)
-        scale = side / min(width, height)
-        size = (side, side) if self.crop == "squash" else (round(width * scale), round(height * scale))
         if size[0] * size[1] > MAX_RESIZED:  # an extreme aspect ratio, whose shorter side becomes `side`
             raise ImageError(
                 Status.TOO_MANY_PIXELS, f"{width} × {height} pixels become {size[0]} × {size[1]}"
             )
-        resized = _rgb(image).resize(size, FILTERS[self.filter], box=box)
+        picture = _rgb(image).resize(size, FILTERS[self.filter], box=box)
         # Transposing the resized picture gives the same pixels as transposing the large one, and is cheap.
         if turn in _TURNS:
-            resized = resized.transpose(_TURNS[turn])
-        left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
-        cropped = resized.crop((left, top, left + self.size, top + self.size))
-        return Decoded(np.array(cropped), (width, height) if turn >= 5 else (height, width))
+            picture = picture.transpose(_TURNS[turn])
+        left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
+        ground = tuple(int(255 * mean) for mean in self.mean) if self.crop == "pad" else 0
+        square = Image.new("RGB", (self.size, self.size), ground)
+        square.paste(picture, (-left, -top))
+        return Decoded(np.array(square), (width, height) if turn >= 5 else (height, width))
 
 
 def image_format(data: bytes) -> str:

@@ -11,7 +11,7 @@ from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
 from llava_core.vision.chinese_clip import CONTEXT
-from llava_core.vision.open import open_vision_tower
+from llava_core.vision.open import open_recorded_tower, open_vision_tower
 from llava_core.vision.tower import VisionTower
 
 BATCH_SIZE = 32
@@ -33,7 +33,7 @@ def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard]
             got=f"those of layer {layer}",
             do="use the images: leave --features out",
         )
-    tower = open_vision_tower(vision, device, decode=first.preprocess.get("decode", "draft"), text=True)
+    tower = open_recorded_tower(vision, first.identity, device, text=True)
     tower.identity.require_same(
         first.identity,
         f"{folder} holds features of another encoder",

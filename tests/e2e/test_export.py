@@ -29,6 +29,7 @@ from llava_align.config import MODELS, ExportConfig
 from llava_align.hub.export import run as export_run
 from llava_align.hub.export import write_settings
 from llava_core.errors import LlavaError
+from llava_core.geometry import Fit
 from llava_core.language.load import load_language_model
 from llava_core.language.sampling import Sampling
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, save_checkpoint
@@ -74,9 +75,10 @@ def write_checkpoint(
     visual_tokens: str,
     layer: int | None,
     decode: str,
+    fit: Fit | None = None,
 ) -> ExportConfig:
     """A random projector between them, at the scale of the model's words."""
-    tower = open_vision_tower(vision, layer=layer, decode=decode)
+    tower = open_vision_tower(vision, layer=layer, decode=decode, fit=fit)
     llm = load_language_model(llm_folder)
     torch.manual_seed(1)
     projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
@@ -224,6 +226,18 @@ def test_siglip_at_an_earlier_layer(tmp_path: Path) -> None:
 def test_the_demo_s_models(tmp_path: Path) -> None:
     vision, llm = (MODELS / name for name in ("vision", "llm"))
     config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
+    export_run(config)
+    equals_infer(config, write_pictures(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("visual_tokens", "fit", "decode"), [("pool3", "pad", "draft"), ("shuffle3", "crop", "exact")]
+)
+def test_larger_blocks_of_pictures_of_another_fit(
+    tmp_path: Path, visual_tokens: str, fit: Fit, decode: str
+) -> None:
+    vision, llm = (MODELS / name for name in ("vision", "llm"))
+    config = write_checkpoint(tmp_path / "c", vision, llm, "mlp", visual_tokens, None, decode, fit)
     export_run(config)
     equals_infer(config, write_pictures(tmp_path))
 

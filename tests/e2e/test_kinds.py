@@ -76,6 +76,34 @@ def test_every_kind_learns_and_answers(
     assert aligned.encode_files([image.read_bytes()]).shape == (1, TOKENS_OUT[visual_tokens], 32)
 
 
+def test_blocks_of_other_sizes_through_every_command(world: Path, tmp_path: Path) -> None:
+    features = ("--features", world / "features", "--eval-features", world / "features")
+    given = (*features, "--llm", world / "llm", "--device", "cpu", "--batch-size", 4)
+    space = ("--space", "visual_tokens=pool,pool4,shuffle4", "projector=linear,mlp", "--together", 6)
+    sweep = call("train", "sweep", *given, *space, "--max-steps", 2, "--out", tmp_path / "sweep", "--json")
+    assert sweep.summary["finished"] == 6
+    assert "visual tokens: pool4 (17→1)" in sweep.err
+    models = ("--vision", world / "vision", "--llm", world / "llm", "--device", "cpu")
+    image = ("--image", world / "set/0.jpg")
+    for visual_tokens, tokens in (("pool2", 4), ("pool4", 1), ("shuffle4", 1)):
+        out = tmp_path / visual_tokens
+        call("train", "run", *given, "--visual-tokens", visual_tokens, "--max-steps", 2, "--out", out)
+        flags = ("--checkpoint", out / "last", *models, *image)
+        assert (
+            opened(world, out / "last").encode_files([(world / "set/0.jpg").read_bytes()]).shape[1] == tokens
+        )
+        assert call("infer", "ask", *flags, "--max-tokens", 4, "--json").summary["answer"]
+        assert call("infer", "lens", *flags, "--out", out / "lens", "--json").summary["loss"] > 0
+        planned = ("train", "plan", *given, "--out", tmp_path / "plan", "--visual-tokens", visual_tokens)
+        assert call(*planned, "--json").summary["visual_tokens"] == tokens
+    for command in ("run", "plan"):
+        refused = ("train", command, *given, "--visual-tokens", "pool3", "--out", tmp_path / "none")
+        line = call(*refused, code=1).one_line()
+        assert "a grid of 4x4 patches cannot be cut into blocks of 3x3; expected a factor of 2 or 4" in line
+    unknown = call("train", "run", *given, "--visual-tokens", "pool0", "--out", tmp_path / "none", code=2)
+    assert "unknown visual tokens 'pool0'" in unknown.one_line()
+
+
 def test_killed_asked_and_batched(world: Path, tmp_path: Path) -> None:
     """The commands with the kind that changes most, features in RAM."""
     given = dataclasses.replace(short(world, tmp_path / "cut"), epochs=30, projector="mlp")

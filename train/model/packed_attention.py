@@ -194,8 +194,10 @@ def flash_varlen() -> Attend:
     return kernel
 
 
+PER_SAMPLE = Kernel("per-sample", lambda: one_by_one, loops=True)
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "cpu": (Kernel("per-sample-cpu", lambda: on_a_cpu),),
+    "cpu": (Kernel("per-sample-cpu", lambda: on_a_cpu), PER_SAMPLE),
+    "mps": (PER_SAMPLE,),
     "cuda": (
         Kernel(
             "torch-varlen", torch_varlen, "install a torch that was built for this GPU; see `llava doctor`"
@@ -205,7 +207,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
             flash_varlen,
             "pip uninstall flash-attn, or install the wheel that `llava doctor` names",
         ),
-        Kernel("per-sample", lambda: one_by_one, loops=True),
+        PER_SAMPLE,
     ),
 }
 """Kernels for each kind of device, the fastest first; `prepare` takes the first that is there and right.

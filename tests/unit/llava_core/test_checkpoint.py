@@ -84,7 +84,7 @@ def test_other_models_are_refused_by_name() -> None:
     renamed = EncoderIdentity({**ENCODER, "model_id": "the same in another folder"}, PREPROCESS)
     PROVENANCE.require_encoder(renamed)
     inner = EncoderIdentity({**ENCODER, "layer": 3}, PREPROCESS)
-    with pytest.raises(LlavaError, match=r"make features of its layer: extract run without --layer$"):
+    with pytest.raises(LlavaError, match=r"make features as it was trained on: extract run without --layer$"):
         PROVENANCE.require_encoder(inner)
 
 

@@ -10,7 +10,7 @@ from llava_core.projector.projector import build_projector, match_scale, paramet
 from llava_core.projector.visual_tokens import grid_side
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 
-EVERY = list(itertools.product(PROJECTORS.builtins, VISUAL_TOKENS.builtins))
+EVERY = list(itertools.product(PROJECTORS.builtins, [*VISUAL_TOKENS.builtins, "pool4", "shuffle4"]))
 
 
 def numbered(tokens: int) -> torch.Tensor:
@@ -68,10 +68,40 @@ def test_tokens_of_known_encoders(encoder: str, tokens: int, patches: int, halve
     assert counts == [tokens, patches, halved, halved]
 
 
+def test_blocks_of_any_size() -> None:
+    assert selected("pool4", 17) == [[8.5, -8.5]]
+    assert selected("shuffle4", 17) == [[x for k in range(1, 17) for x in (k, -k)]]
+    large = torch.randn(2, 257, 3)
+    pooled = build_projector("linear", 3, 3, "pool4").select(large)
+    assert pooled.shape == (2, 16, 3)
+    grid = large[:, 1:].reshape(2, 16, 16, 3).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.avg_pool2d(grid, 4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(pooled, expected)
+    unshuffled = torch.nn.functional.pixel_unshuffle(grid, 4).flatten(2).transpose(1, 2)  # channels first
+    shuffled = build_projector("linear", 3, 3, "shuffle4").select(large)
+    assert torch.equal(shuffled.reshape(2, 16, 16, 3).transpose(-1, -2).flatten(-2), unshuffled)
+    assert build_projector("linear", 3, 3, "shuffle4").map.in_features == 48
+
+
+def test_a_factor_of_two_is_what_was_recorded_before() -> None:
+    names = ("pool", "pool2", "pool4", "shuffle2", "pool1")
+    recorded = [build_projector("linear", 3, 3, name).config["visual_tokens"] for name in names]
+    assert recorded == ["pool", "pool", "pool4", "shuffle", "pool1"]
+    for name in ("pool0", "pool04", "pool-2", "patches2", "all1", "pool4x"):
+        with pytest.raises(LlavaError, match=f"unknown visual tokens '{name}'"):
+            VISUAL_TOKENS.require(name)
+    with pytest.raises(LlavaError, match="the visual tokens 'pool3' exists"):
+        VISUAL_TOKENS.register("pool3")(type(VISUAL_TOKENS.get("pool").target()))
+
+
 def test_grids_that_cannot_be_cut_say_so() -> None:
-    for choice in ("pool", "shuffle"):  # 27x27: SigLIP at 384 pixels
-        with pytest.raises(LlavaError, match=r"27x27 patches cannot be halved.* all or patches"):
-            build_projector("linear", 4, 4, choice).tokens_out(729)
+    for choice in ("pool", "shuffle", "pool4", "shuffle99"):  # 27x27: SigLIP at 384 pixels
+        with pytest.raises(
+            LlavaError,
+            match=r"27x27 patches cannot be cut into blocks of .*; expected a factor of 3 or 9 or 27; "
+            "use --visual-tokens pool3, shuffle3, all or patches",
+        ):
+            VISUAL_TOKENS.get(choice).build().tokens_out(729)
     assert build_projector("linear", 4, 4, "patches").tokens_out(729) == 729
     with pytest.raises(LlavaError, match=r"261 visual tokens are no square.*--visual-tokens all"):
         grid_side(261)  # four registers
