@@ -32,8 +32,8 @@ class FeatureRow(NamedTuple):
 class FeatureDataset(Dataset[FeatureRow]):
     """The rows that have features, of one or several folders of shards, in the order of shards and rows.
 
-    Works with DataLoader workers, forked or spawned: shards are read by plain system calls, and each process
-    opens its own file descriptors. A row's checksum is verified when a process first reads it.
+    Works with DataLoader workers, forked or spawned: shards are read by plain system calls. A row's checksum
+    is verified when a process first reads it.
 
     Raises LlavaError if there is no shard, one is damaged, or features are of different encoders.
     """
