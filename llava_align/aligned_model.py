@@ -146,7 +146,10 @@ class AlignedChat:
     @overload
     def ask(self, question: str, *, stream: Literal[True]) -> Iterator[str]: ...
     def ask(self, question: str, *, stream: bool = False) -> str | Iterator[str]:
-        """The answer, or with `stream` its pieces. Raises LlavaError if it no longer fits the context."""
+        """The answer, or with `stream` its pieces; the next `ask` ends an answer that is not read to its end.
+
+        Raises LlavaError if it no longer fits the context.
+        """
         pieces = self._dialogue.ask(question)
         return pieces if stream else "".join(pieces).strip()
 
