@@ -54,11 +54,34 @@ def test_a_data_set_has_the_rows_with_features_of_all_folders(world: Path, tmp_p
     assert [row.text for row in chosen] == [c.caption(9)]
     assert FeatureDataset(world / "features", rows=range(2)).text(1) == a.caption(1)
     assert data.turns(0) == ((None, a.caption(0)),)
-    with pytest.raises(IndexError):
-        data.select([58])
+    assert (chosen.left_out, repr(chosen)) == (0, "FeatureDataset(1 rows of [5, 12])")
     write_shard(tmp_path / "other.h5", rows=2, size=9)
     with pytest.raises(LlavaError, match="hold features of different encoders"):
         FeatureDataset([world / "features", tmp_path])
+
+
+def test_rows_are_selected_by_slice_indices_or_mask(world: Path) -> None:
+    data = FeatureDataset(world / "features")
+    mask = np.array([len(data.text(k)) > 8 for k in range(len(data))])
+    assert 2 < mask.sum() < len(data)
+    wanted = [data.text(int(k)) for k in np.flatnonzero(mask)]
+    for rows in (mask, mask.tolist(), torch.from_numpy(mask), np.flatnonzero(mask).astype("u8")):
+        chosen = data.select(rows)
+        assert [chosen.text(k) for k in range(len(chosen))] == wanted
+        assert len(FeatureDataset(world / "features", rows=rows)) == len(wanted)
+    assert len(data.select([])) == 0
+    for wrong in ([0.5], [1.0, 2.0], np.argwhere(mask), ["1"], {1, 2}, 3):
+        with pytest.raises(TypeError, match="expected a slice, a list of indices or a mask of bools; got"):
+            data.select(wrong)  # type: ignore[arg-type]
+    for outside in (np.array([len(data)]), mask[1:]):
+        with pytest.raises(IndexError):
+            data.select(outside)
+    for many in (slice(0, 2), [0, 1], mask, 1.0):
+        with pytest.raises(TypeError, match="expected the index of one row, got"):
+            data[many]  # type: ignore[index]
+    assert data[np.int64(3)].text == data.text(torch.tensor(3)) == data.text(3)  # type: ignore[arg-type]
+    with pytest.raises(LlavaError, match="no features; expected a folder of shards"):
+        FeatureDataset([])
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
