@@ -48,13 +48,15 @@ def train(
     resources: TrainingResources,
     on_eval: EvalCallback | None = None,
     names: Sequence[str] = (),
+    stop: StopRequest | None = None,
 ) -> list[Outcome]:
     """Train these runs together: each step is one pass of all their samples through the language model.
 
     They have the same samples in the same order, so they may differ in what concerns the projector alone
     (PER_RUN_KEYS). Each has a folder of its own and continues from there. Returns each run's summary, with
     `pruned` where `on_eval` ended it, or the error it failed with while the others went on. `names` are what
-    metric writers call the runs, by default their folders'.
+    metric writers call the runs, by default their folders'. `stop` tells of a signal that came after their
+    last step, too.
     """
     outcomes: dict[int, Outcome] = {}
     runs: dict[int, TrainingRun] = {}
@@ -78,7 +80,7 @@ def train(
             stack.callback(run.writers.close)
             run.begin()
         if runs:
-            stop = stack.enter_context(StopRequest())
+            stop = stack.enter_context(StopRequest() if stop is None else stop)
             outcomes |= train_to_the_end(runs, resources, stop, on_eval)
     return [outcomes[number] for number in range(len(configs))]
 
@@ -105,9 +107,8 @@ def train_to_the_end(
 def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict | None:
     """The summary of a finished run. Raises LlavaError if it cannot be the same run, or cannot be trained."""
     config, shard = folder.config, resources.shards[0]
-    VISUAL_TOKENS.get(config.visual_tokens).target().tokens_out(
-        shard.tokens
-    )  # or refuse, with no model loaded
+    kind = VISUAL_TOKENS.get(config.visual_tokens)
+    kind.target().tokens_out(shard.tokens)  # or refuse, with no model loaded
     if config.projector not in PROJECTORS.builtins:
         projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()
