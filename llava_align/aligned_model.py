@@ -15,6 +15,7 @@ from infer.aligned_model import AlignedModel as LiveModel
 from infer.aligned_model import FeatureAnswerer
 from infer.chat.dialogue import Dialogue
 from infer.rank.forced_choice import Choice, ranked, text_losses
+from llava_align.commands import typed
 from llava_align.feature_dataset import FeatureRow
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
@@ -80,7 +81,7 @@ class AlignedModel:
     def chat(self, image: ImageLike | None = None, *, system: str = "", **sampling: Any) -> AlignedChat:
         """A dialogue about one image, or without one; `sampling` as for `answer`."""
         llm, conversation = self._answerer.llm, self._answerer.conversation
-        dialogue = Dialogue(llm, conversation, _sampling(sampling), system=system)
+        dialogue = Dialogue(llm, conversation, Sampling(**typed(Sampling, sampling)), system=system)
         dialogue.begin(None if image is None else self.visual_tokens(image)[None])
         return AlignedChat(dialogue)
 
@@ -152,13 +153,6 @@ class AlignedChat:
         """
         pieces = self._dialogue.ask(question)
         return pieces if stream else "".join(pieces).strip()
-
-
-def _sampling(given: dict[str, Any]) -> Sampling:
-    try:
-        return Sampling(**given)
-    except TypeError as error:
-        raise TypeError(str(error).replace("Sampling.__init__()", "sampling")) from None
 
 
 def _png(image: Image.Image | np.ndarray) -> bytes:

@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader
 
 import llava_align
 from llava_align import FeatureDataset, LlavaError
+from llava_align.commands import typed
+from llava_core.language.sampling import Sampling
 from llava_core.shards.reader import Shard
 from tests.support.paths import ROOT
-from tests.support.runs import write_runs
+from tests.support.runs import curve, write_runs
 from tests.support.shards import write_shard
 
 
@@ -134,7 +136,52 @@ def test_what_python_asks_for_is_checked_as_the_commands_check_it(world: Path, t
         llava_align.train(world / "features", llm="nowhere", out=tmp_path / "run")
     with pytest.raises(LlavaError, match="unknown recipe 'slow'"):
         llava_align.train(world / "features", **paths, recipe="slow")
+    with pytest.raises(LlavaError, match="report_to; expected a list; got 5"):
+        llava_align.train(world / "features", **paths, report_to=5)
+    for key, wrong in (("max_steps", True), ("max_steps", 2.5), ("compile", 1), ("llm", 5), ("lr", [1e-3])):
+        with pytest.raises(LlavaError, match=f"{key}; expected "):
+            llava_align.train(world / "features", **{**paths, key: wrong})
+    held_out: dict[str, Any] = {"eval_features": world / "held-out"}
+    with pytest.raises(LlavaError, match=r"space\['lr'\]; expected a list of values, or a range such as"):
+        llava_align.sweep(world / "features", **paths, **held_out, space={"lr": 1e-3})  # type: ignore[dict-item]
+    with pytest.raises(LlavaError, match="--space; expected key=value,value or one YAML file; got none"):
+        llava_align.sweep(world / "features", **paths, **held_out, space={})
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_and_torch_are_taken_as_pythons() -> None:
+    given = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "top_p": np.float64(0.5),
+             "top_k": torch.tensor(4), "repetition_penalty": 1, "stop": np.str_("。")}  # fmt: skip
+    values = typed(Sampling, given)
+    assert values == {**given, "temperature": 0.5, "top_p": 0.5, "top_k": 4, "stop": ("。",)}
+    kinds = {name: type(value) for name, value in values.items()}
+    assert list(kinds.values()) == [int, float, float, int, float, tuple]
+    with pytest.raises(LlavaError, match="max_tokens; expected a value of type int; got '5'"):
+        typed(Sampling, {"max_tokens": "5"})
+    with pytest.raises(TypeError, match="unknown keyword 'temprature'; did you mean 'temperature'"):
+        typed(Sampling, {"temprature": 1})
+
+
+def test_the_loss_is_that_of_the_checkpoint(world: Path, tmp_path: Path) -> None:
+    """`best`, though the last evaluation was worse."""
+    trained = llava_align.train(
+        world / "features",
+        eval_features=world / "held-out",
+        llm=world / "llm",
+        out=tmp_path / "run",
+        device="cpu",
+        lr=np.float64(10),
+        warmup=0.0,
+        decay="linear",
+        max_steps=2,
+        eval_every=1,
+        batch_size=4,
+        eval_captions=0,
+    )
+    losses = list(curve(tmp_path / "run", "eval_loss").values())[1:]
+    assert trained.loss == min(losses) < losses[-1] == trained.figures["eval_loss"]
+    best = json.loads((trained.checkpoint / "metrics.json").read_text())
+    assert trained.grounding_gap == best["eval_grounding_gap"] != trained.figures["eval_grounding_gap"]
 
 
 def test_it_trains_in_a_thread_and_where_an_event_loop_runs(world: Path, tmp_path: Path) -> None:
