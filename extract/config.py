@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from extract.data_options import DataOptions
 from llava_core.cli.download_options import DownloadOptions
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
@@ -28,22 +29,6 @@ def require_count(sample: int) -> None:
     """Raise LlavaError (wrong usage) for a negative --sample."""
     if sample < 0:
         raise LlavaError("--sample", expected="0 (every row) or more", got=sample, exit_code=2)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
-    """How --data is read."""
-
-    images: Path | None = None
-    """Folder of the images that --data names by path; without it, the folder each file lies in."""
-    image_column: str | None = None
-    """Column of the images: addresses, paths, or the files themselves; without it, by its name."""
-    text_column: str | None = None
-    """Column of the words: captions, lists of them, or dialogues; without it, by its name."""
-    id_column: str | None = None
-    """Column of the rows' names; without it, id or key, or else their numbers."""
-    caption_key: str | None = None
-    """Key of the caption where the words are objects, as in SA1B-Dense-Caption's cap_seg: global_caption."""
 
 
 MOST = {"concurrency": 10_000, "decoders": 1_000}

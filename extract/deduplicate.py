@@ -23,8 +23,8 @@ from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord
 
 Key = str | bytes
-OPEN_FILES = 64
-"""Finished shards that are held open to check hits."""
+HELD_SHARDS = 64
+"""Finished shards that are held in memory to check hits."""
 
 
 class Deduplicator:
@@ -36,7 +36,7 @@ class Deduplicator:
         self._keys: dict[RowRef, list[Key]] = {}
         self._urls, self._images = _KeyTable(), _KeyTable()
         self._paths: list[Path] = []
-        self._shard = functools.lru_cache(OPEN_FILES)(Shard)
+        self._shard = functools.lru_cache(HELD_SHARDS)(Shard)
         for shard in finished:
             self.add_finished(shard)
 

@@ -19,7 +19,7 @@ from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, proxy_hint
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
-from llava_core.vision.preprocess import ImageError, image_format
+from llava_core.vision.image_formats import ImageError, image_format
 
 HIDDEN = ".part"
 """Folder in --out for the pictures found so far."""

@@ -43,7 +43,7 @@ async def run_pipeline(
     """Open the shards one after the other and write all their rows; returns `Bottleneck.figures`.
 
     `bar` counts rows; `done` is called with each finished shard and the seconds it took; `deduplicator` may
-    know shards of earlier runs. If cancelled or failing, with `keep` it first writes what is encoded.
+    know shards of earlier runs. With `keep`, what is encoded is written even after a failure or cancellation.
     """
     cpu = ThreadPoolExecutor(config.decode_threads, "decode")
     gpu, disk = ThreadPoolExecutor(1, "encode"), ThreadPoolExecutor(1, "disk")

@@ -15,6 +15,7 @@ from infer.aligned_model import AlignedModel as LiveModel
 from infer.aligned_model import FeatureAnswerer
 from infer.chat.dialogue import Dialogue
 from infer.rank.forced_choice import Choice, ranked, text_losses
+from llava_align.commands import typed
 from llava_align.feature_dataset import FeatureRow
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
@@ -22,8 +23,8 @@ from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint
 from llava_core.vision.image_files import not_an_image, read_image
+from llava_core.vision.image_formats import ImageError
 from llava_core.vision.open import open_trained_tower
-from llava_core.vision.preprocess import ImageError
 
 ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray | FeatureRow | torch.Tensor"
 """Path, http(s) address, PIL image, uint8 array [height, width, 3], or cached features [T, D]."""
@@ -84,7 +85,7 @@ class AlignedModel:
     def chat(self, image: ImageLike | None = None, *, system: str = "", **sampling: Any) -> AlignedChat:
         """A dialogue about one image, or without one; `sampling` as for `answer`."""
         llm, conversation = self._answerer.llm, self._answerer.conversation
-        dialogue = Dialogue(llm, conversation, _sampling(sampling), system=system)
+        dialogue = Dialogue(llm, conversation, Sampling(**typed(Sampling, sampling)), system=system)
         dialogue.begin(None if image is None else self.visual_tokens(image)[None])
         return AlignedChat(dialogue)
 
@@ -155,16 +156,12 @@ class AlignedChat:
     @overload
     def ask(self, question: str, *, stream: Literal[True]) -> Iterator[str]: ...
     def ask(self, question: str, *, stream: bool = False) -> str | Iterator[str]:
-        """The answer, or with `stream` its pieces. Raises LlavaError if it no longer fits the context."""
+        """The answer, or with `stream` its pieces; the next `ask` ends an answer that is not read to its end.
+
+        Raises LlavaError if it no longer fits the context.
+        """
         pieces = self._dialogue.ask(question)
         return pieces if stream else "".join(pieces).strip()
-
-
-def _sampling(given: dict[str, Any]) -> Sampling:
-    try:
-        return Sampling(**given)
-    except TypeError as error:
-        raise TypeError(str(error).replace("Sampling.__init__()", "sampling")) from None
 
 
 def _png(image: Image.Image | np.ndarray) -> bytes:

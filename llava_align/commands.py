@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,18 +32,18 @@ class ExtractSummary:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSummary:
-    """Figures of `train run`, those of its last checkpoint."""
+    """Figures of `train run`."""
 
     out: Path
     checkpoint: Path
     """Folder for `AlignedModel.load`: `best` if held-out shards were given, else `last`."""
     steps: int
     loss: float | None
-    """Held-out loss in nats per answer token; None without --eval-features."""
+    """Held-out loss of `checkpoint` in nats per answer token; None without --eval-features."""
     grounding_gap: float | None
     """Nats by which it rises with another row's image."""
     figures: JsonDict
-    """All that `train run --json` prints."""
+    """All that `train run --json` prints: held-out figures there are those of the last evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +87,15 @@ def train(
     given = {"features": features, "llm": llm, "out": out, **_recipe(RECIPES, recipe), **flags}
     config = _config(RunConfig, given)
     figures = run(config)
+    checkpoint = config.out / ("best" if config.eval_features else "last")
+    kept = checkpoint / "metrics.json"  # gone, if a finished run's checkpoints were deleted
+    metrics = json.loads(kept.read_text("utf-8")) if kept.exists() else figures
     return TrainSummary(
         out=config.out,
-        checkpoint=config.out / ("best" if config.eval_features else "last"),
+        checkpoint=checkpoint,
         steps=figures["steps"],
-        loss=figures.get("eval_loss"),
-        grounding_gap=figures.get("eval_grounding_gap"),
+        loss=metrics.get("eval_loss"),
+        grounding_gap=metrics.get("eval_grounding_gap"),
         figures=figures,
     )
 
@@ -126,6 +130,10 @@ def _space(space: Mapping[str, Iterable[Any] | str] | str | Path) -> tuple[str, 
     """The words after --space."""
     if not isinstance(space, Mapping):
         return (str(space),)
+    for key, values in space.items():
+        if not isinstance(values, Iterable):
+            expected = 'a list of values, or a range such as "1e-4..1e-2:log"'
+            raise LlavaError(f"space[{key!r}]", expected=expected, got=repr(values))
     values = {
         key: value if isinstance(value, str) else ",".join(map(str, value)) for key, value in space.items()
     }
@@ -140,33 +148,44 @@ def _recipe(recipes: Mapping[str, Mapping[str, Any]], name: str | None) -> Mappi
 
 def _config(kind: type[Config], keywords: Mapping[str, Any]) -> Config:
     """The flags as their dataclass, checked as the command checks them."""
-    hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind) if field.name not in ("json", "dry_run")]
-    for name in keywords:
-        if name not in known:
-            raise TypeError(f"unknown keyword {name!r}; {nearest(name, known)}")
-    config = kind(**{name: _value(name, value, hints[name]) for name, value in keywords.items()})
+    config = kind(**typed(kind, keywords, but=("json", "dry_run")))
     config.require_inputs()
     return config
 
 
+def typed(kind: type[Any], keywords: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
+    """Keywords as values for a dataclass's fields, except some.
+
+    Raises TypeError for an unknown keyword, and LlavaError for a value of another type than its field's.
+    """
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in but]
+    for name in keywords:
+        if name not in known:
+            raise TypeError(f"unknown keyword {name!r}; {nearest(name, known)}")
+    return {name: _value(name, value, hints[name]) for name, value in keywords.items()}
+
+
 def _value(name: str, value: Any, hint: Any) -> Any:
-    """A keyword's value as its flag's type. Raises LlavaError for one that the flag would refuse."""
+    """A value as its field's type; NumPy's and torch's numbers are taken as Python's."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and types.NoneType in kinds:
         return None
     kind = next(each for each in kinds if each is not types.NoneType)
     if typing.get_origin(kind) is tuple:
+        if not isinstance(value, Iterable):
+            raise LlavaError(name, expected="a list", got=repr(value))
         items = [value] if isinstance(value, (str, Path)) else value
         return tuple(_value(name, item, typing.get_args(kind)[0]) for item in items)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     if kind in (Path, str) and isinstance(value, (str, Path)):
         return kind(value)
     if typing.get_origin(kind) is Literal:
-        if value in typing.get_args(kind):
+        if isinstance(value, str) and value in typing.get_args(kind):
             return value
         raise LlavaError(name, expected=f"one of {', '.join(typing.get_args(kind))}", got=value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
+    accepted = (float, int) if kind is float else kind
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
         raise LlavaError(name, expected=f"a value of type {kind.__name__}", got=repr(value))
-    return value
+    return kind(value)

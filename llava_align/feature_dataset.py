@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
 from llava_core.shards.dialogue import Turns
 from llava_core.shards.folder import find_shards, require_one_encoder
 from llava_core.shards.reader import Shard
+
+Rows: TypeAlias = "slice | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor"
+"""A slice, indices in any order, or a mask with one bool per row."""
 
 
 class FeatureRow(NamedTuple):
@@ -32,32 +37,46 @@ class FeatureRow(NamedTuple):
 class FeatureDataset(Dataset[FeatureRow]):
     """The rows that have features, of one or several folders of shards, in the order of shards and rows.
 
-    Works with DataLoader workers, forked or spawned: shards are read by plain system calls, and each process
-    opens its own file descriptors. A row's checksum is verified when a process first reads it.
+    Works with DataLoader workers, forked or spawned: shards are read by plain system calls. A row's checksum
+    is verified when a process first reads it.
 
     Raises LlavaError if there is no shard, one is damaged, or features are of different encoders.
     """
 
-    def __init__(
-        self, path: str | Path | Sequence[str | Path], rows: slice | Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, path: str | Path | Sequence[str | Path], rows: Rows | None = None) -> None:
         """`path`: a folder of shards, one shard, or several of either; `rows`: as for `select`, or all."""
         paths = [path] if isinstance(path, (str, Path)) else list(path)
+        if not paths:
+            raise LlavaError(
+                "no features", expected="a folder of shards, a shard, or some of either", got="none"
+            )
         self.shards: list[Shard] = [shard for each in paths for shard in find_shards(Path(each))]
         require_one_encoder(self.shards)
         self._rows = np.array(
             [(s, row) for s, shard in enumerate(self.shards) for row in shard.ok_rows()], np.int64
         ).reshape(-1, 2)
         self.left_out = sum(shard.rows for shard in self.shards) - len(self._rows)
-        """Rows without features, such as failed downloads."""
+        """Rows of the shards without features, such as failed downloads; 0 in a selection of rows."""
         if rows is not None:
-            self._rows = self.select(rows)._rows
+            self._select(rows)
 
-    def select(self, rows: slice | Sequence[int]) -> FeatureDataset:
-        """Some of the rows, in the order given; shares the open shards. Raises IndexError beyond the end."""
+    def select(self, rows: Rows) -> FeatureDataset:
+        """Some of the rows, with the same shards: by a slice, by indices in any order, or by a mask of bools.
+
+        Raises TypeError for anything else, and IndexError beyond the end or for a mask of another length.
+        """
         chosen = copy.copy(self)
-        chosen._rows = self._rows[rows if isinstance(rows, slice) else np.asarray(rows, np.int64).reshape(-1)]
+        chosen._select(rows)
         return chosen
+
+    def _select(self, rows: Rows) -> None:
+        if not isinstance(rows, slice):
+            given = np.asarray(rows)
+            if given.ndim != 1 or (given.size and given.dtype.kind not in "iub"):
+                got = f"{given.dtype} {list(given.shape)}"
+                raise TypeError(f"expected a slice, a list of indices or a mask of bools; got {got}")
+            chosen = given if given.dtype.kind == "b" else given.astype(np.int64)
+        self._rows, self.left_out = self._rows[rows if isinstance(rows, slice) else chosen], 0
 
     @property
     def identity(self) -> EncoderIdentity:
@@ -97,5 +116,9 @@ class FeatureDataset(Dataset[FeatureRow]):
         return f"FeatureDataset({len(self):,} rows of [{tokens}, {width}]{left_out})"
 
     def _place(self, index: int) -> tuple[Shard, int]:
-        shard, row = self._rows[index]
+        try:
+            shard, row = self._rows[operator.index(index)]
+        except TypeError:
+            got = f"got {type(index).__name__}; `select` takes slices, lists and masks"
+            raise TypeError(f"expected the index of one row, {got}") from None
         return self.shards[int(shard)], int(row)

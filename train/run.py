@@ -48,13 +48,15 @@ def train(
     resources: TrainingResources,
     on_eval: EvalCallback | None = None,
     names: Sequence[str] = (),
+    stop: StopRequest | None = None,
 ) -> list[Outcome]:
     """Train these runs together: each step is one pass of all their samples through the language model.
 
     They have the same samples in the same order, so they may differ in what concerns the projector alone
     (PER_RUN_KEYS). Each has a folder of its own and continues from there. Returns each run's summary, with
     `pruned` where `on_eval` ended it, or the error it failed with while the others went on. `names` are what
-    metric writers call the runs, by default their folders'.
+    metric writers call the runs, by default their folders'. `stop` tells of a signal that came after their
+    last step, too.
     """
     configs = [as_begun(config) for config in configs]
     outcomes: dict[int, Outcome] = {}
@@ -79,7 +81,7 @@ def train(
             stack.callback(run.writers.close)
             run.begin()
         if runs:
-            stop = stack.enter_context(StopRequest())
+            stop = stack.enter_context(StopRequest() if stop is None else stop)
             outcomes |= train_to_the_end(runs, resources, stop, on_eval)
     return [outcomes[number] for number in range(len(configs))]
 

@@ -86,7 +86,10 @@ def _flag(key: str) -> str:
 
 
 class RunFolder:
-    """Raises LlavaError if the folder holds a run with other flags, or none although --resume was given."""
+    """The folder of one run; its flags are compared with those that the run began with.
+
+    Raises LlavaError if it holds a run with other flags, or none although --resume was given.
+    """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config

@@ -28,10 +28,10 @@ from train.sample_captions import beside_its_caption, captions
 
 
 class TrainingRun:
-    """Raises LlavaError if its folder holds what it cannot continue.
+    """One run: its projector, optimizer, samples and figures; it goes on from what its folder holds.
 
     `title` stands before its lines in the log, where several runs train together; `name` is what metric
-    writers call it, by default its folder's name.
+    writers call it, by default its folder's name. Raises LlavaError for a folder that it cannot continue.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from extract.sources.words import WordReader, texts_of
 from llava_core.cli.console import say
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES
+from llava_core.vision.image_formats import ImageError, image_format
 
 TEXT_SUFFIXES = (".txt", ".caption", ".json")
 """Suffixes of the words of an image, the preferred first: `a.txt` or `a.jpg.txt`."""
@@ -138,8 +139,6 @@ def _is_image(parent: str, name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     if suffix:
         return suffix in SUFFIXES
-    from llava_core.vision.preprocess import ImageError, image_format  # with torch
-
     try:
         with open(os.path.join(parent, name), "rb") as file:
             image_format(file.read(32))

@@ -14,7 +14,8 @@ from llava_core.network.async_tasks import together
 from llava_core.network.rate_limit import ByteBudget
 from llava_core.row_status import Status
 from llava_core.shards.byte_offsets import THUMBNAIL_BYTES
-from llava_core.vision.preprocess import ImageError, Preprocess
+from llava_core.vision.image_formats import ImageError
+from llava_core.vision.preprocess import Preprocess
 
 
 class Decode:

@@ -32,7 +32,8 @@ class HostQueue(Generic[Item]):
             self._allow(host)
 
     async def get(self) -> tuple[str | None, Item] | None:
-        """The next item and its host, to be passed to `done`; None once the queue is closed and has none."""
+        """The next item and its host, to be passed to `done`; None once the queue is closed and
+        has none that may be taken now."""
         await self._startable.acquire()
         if not self._turns:
             self._startable.release()  # for the next caller

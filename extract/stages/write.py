@@ -12,6 +12,7 @@ from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
 from extract.row_job import InFlightRow, RowJob, RowRef
 from extract.stages.metrics import ProgressBar, StageMetrics
+from llava_core.errors import LlavaError
 from llava_core.network.async_tasks import time_limit
 from llava_core.shards.reader import Shard
 
@@ -73,7 +74,7 @@ class Write:
                 async with time_limit(wait):
                     job = await self.inbox.get()
             except asyncio.TimeoutError:
-                ready, oldest = [shard for shard in self.shards if shard.waiting], None
+                pass
             else:
                 more = job is not None
                 if job is not None:
@@ -82,6 +83,9 @@ class Write:
                             await loop.run_in_executor(self.disk, self._copy_outcome, job)
                         self._take(job)
                     oldest = oldest or loop.time()
+            if oldest is not None and loop.time() >= oldest + WRITE_SECONDS:
+                ready, oldest = [shard for shard in self.shards if shard.waiting], None
+            else:
                 ready = [s for s in self.shards if s.waiting and len(s.waiting) >= min(WRITE_ROWS, s.missing)]
             for shard in ready:
                 await self.write(shard)
@@ -93,14 +97,18 @@ class Write:
             self._slots.release()
 
     def flush(self) -> None:
-        """Write what waits, outside the event loop, after the stages have been stopped."""
-        with contextlib.suppress(OSError):  # a full disk, for which they may have been stopped
-            while not self.inbox.empty():
-                if (job := self.inbox.get_nowait()) and not self._waits(job):
+        """Write what waits, outside the event loop, after the stages have been stopped.
+
+        What cannot be written, as on a full disk, is left for the next run: the first error is what counts.
+        """
+        while not self.inbox.empty():
+            if (job := self.inbox.get_nowait()) and not self._waits(job):
+                with contextlib.suppress(OSError, LlavaError):
                     if job.duplicate_of is not None:
                         self._copy_outcome(job)
                     self._take(job)
-            for shard in [shard for shard in self.shards if shard.waiting]:
+        for shard in [shard for shard in self.shards if shard.waiting]:
+            with contextlib.suppress(OSError, LlavaError):
                 self._write(shard)
 
     def close(self) -> None:

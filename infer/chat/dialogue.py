@@ -68,16 +68,19 @@ class Dialogue:
         self.cache, self.cached = llm.new_cache(), list[int]()
         """Keys and values, and the text tokens among them, which follow the visual ones."""
         self._retries = 0
+        self._stream: Generator[str, None, None] | None = None
+        """The last answer, which may not have been read to its end."""
 
     def begin(self, visual: torch.Tensor | None = None, messages: Sequence[dict[str, str]] = ()) -> None:
         """Begin another dialogue, after visual tokens [1, T, hidden] or without an image."""
+        self.clear()
         self.visual = self.visual[:, :0] if visual is None else visual
         self._clear_cache()
-        self.clear()
         self.messages += messages
 
     def clear(self) -> None:
         """Drop the turns; the image stays, and its keys and values stay in the cache."""
+        self._stop_answer()
         self.messages = []
         self._retries = 0
 
@@ -94,17 +97,27 @@ class Dialogue:
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer in pieces of text. If the caller stops early, the dialogue keeps the text so far.
 
-        Raises LlavaError, and leaves the dialogue as it was, if it no longer fits the model's context.
+        The next question ends an answer that is still being read. Raises LlavaError, and leaves the dialogue
+        as it was, if it no longer fits the model's context.
         """
+        self._stop_answer()
         self._retries = 0
-        return self._answer([*self.messages, {"role": "user", "content": question}])
+        self._stream = self._answer([*self.messages, {"role": "user", "content": question}])
+        return self._stream
 
     def retry(self) -> Generator[str, None, None]:
         """Another answer, of another seed, in place of the last one. Raises LlavaError if there is none."""
+        self._stop_answer()
         if not self.messages:
             raise LlavaError("there is no answer yet", do="ask something first")
         self._retries += 1
-        return self._answer(self.messages[:-1])
+        self._stream = self._answer(self.messages[:-1])
+        return self._stream
+
+    def _stop_answer(self) -> None:
+        """End the last answer now: ended later, it would replace the turns after it."""
+        if self._stream is not None:
+            self._stream.close()
 
     def _clear_cache(self) -> None:
         self.cache, self.cached = self.llm.new_cache(), []

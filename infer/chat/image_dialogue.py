@@ -11,7 +11,8 @@ from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import Sampling
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.vision.image_files import TYPED_LIMITS, is_url, not_an_image, read_image, untrusted_limits
-from llava_core.vision.preprocess import Decoded, ImageError
+from llava_core.vision.image_formats import ImageError
+from llava_core.vision.preprocess import Decoded
 
 
 class ImageDialogue(Dialogue):

@@ -22,7 +22,7 @@ from llava_core.language.sampling import sampling_of
 from llava_core.projector.visual_tokens import grid_side
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_image
-from llava_core.vision.preprocess import ImageError
+from llava_core.vision.image_formats import ImageError
 
 
 def run(config: LensConfig) -> JsonDict:

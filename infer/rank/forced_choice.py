@@ -12,7 +12,7 @@ from infer.aligned_model import FeatureAnswerer
 from llava_core.language.prompt_and_labels import IGNORE, Example, Turn
 
 CHUNK_LOGITS = 1 << 27
-"""Most numbers of logits in one forward pass; 0.5 GB in fp32."""
+"""At most this many logits in a forward pass of several texts, 0.5 GB in fp32; a long text may have more."""
 
 
 @dataclasses.dataclass(frozen=True)

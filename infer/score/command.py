@@ -23,7 +23,7 @@ from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import mismatched_rows, picture_numbers
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
-from llava_core.vision.preprocess import ImageError
+from llava_core.vision.image_formats import ImageError
 from llava_core.vision.similarity import BATCH_SIZE, embed_texts, open_both_towers
 from llava_core.vision.tower import VisionTower
 

@@ -29,7 +29,7 @@ from llava_core.network.async_tasks import in_thread, time_limit
 from llava_core.network.fetch import Fetcher
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
-from llava_core.vision.preprocess import ImageError
+from llava_core.vision.image_formats import ImageError
 
 BODY_SECONDS = 60.0
 """Seconds within which a request's body must arrive."""

@@ -26,8 +26,8 @@ from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector, build_projector, match_scale, parameter_count
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_image
+from llava_core.vision.image_formats import ImageError, image_format
 from llava_core.vision.open import open_trained_tower, open_vision_tower
-from llava_core.vision.preprocess import ImageError, image_format
 from llava_core.vision.tower import VisionTower
 
 

@@ -1,4 +1,4 @@
-"""Token ids of prompts and training labels (loss mask), by the chat template, whose only caller this is.
+"""Token ids of prompts and training labels (loss mask), by the chat template; the only module that calls it.
 
 The language model sees `[visual tokens][chat-template text]`; this module makes the second part. Labels (the
 loss mask) cover each answer and its end token; all other tokens have the label IGNORE.
@@ -12,6 +12,7 @@ import datetime
 import functools
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class Layout:
     """Whitespace between the answer and its end token: ' ' in Llama 2's."""
     trail_ids: list[int]
     end: list[int]
-    """Id after the trail: the end token, if the template writes one; empty if it writes nothing."""
+    """The first id after the trail: the end token, if the template writes one; empty if nothing follows."""
     after: str
     """All text after the answer."""
 
@@ -207,7 +208,8 @@ class Conversation:
     def _render(
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, thinking: bool = False
     ) -> str:
-        """Render the template. It is untrusted code: raises LlavaError if it fails, or does not end."""
+        """Render the template. It is untrusted code: raises LlavaError if it fails, or if it runs for over
+        RENDER_SECONDS seconds in the main thread."""
         try:
             with _at_most(RENDER_SECONDS):
                 text: str = self.tokenizer.apply_chat_template(
@@ -242,7 +244,10 @@ def with_fixed_date(template: str) -> str:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after `seconds`; in the main thread only, where signals arrive."""
+    """Raise TimeoutError in the block after `seconds`; in the main thread only, where signals arrive.
+
+    It borrows the process's alarm timer, and gives it back as the caller had set it, less the block's time.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -250,13 +255,15 @@ def _at_most(seconds: float) -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError(f"it runs for more than {seconds:g} s")
 
+    began, (left, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:  # the caller's own timer; one that would have ended by now does so at once
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - time.monotonic() + began), interval)
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str]:

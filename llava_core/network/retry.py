@@ -23,7 +23,7 @@ def may_pass(status: Status, http: int) -> bool:
 
 def pause_seconds(attempt: int) -> float:
     """Seconds between failed attempt number `attempt`, from 1, and the next: doubling, with jitter."""
-    return min(LONGEST_PAUSE, random.uniform(0.5, 1.0) * 2.0 ** (attempt - 1))
+    return min(LONGEST_PAUSE, random.uniform(0.5, 1.0) * 2.0 ** min(attempt - 1, 9))
 
 
 def retry_after_seconds(header: str | None) -> float | None:
@@ -32,7 +32,7 @@ def retry_after_seconds(header: str | None) -> float | None:
         return None
     with contextlib.suppress(ValueError):
         return min(LONGEST_RETRY_AFTER, max(0.0, float(header)))
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # years or hours out of all bounds
         date = email.utils.parsedate_to_datetime(header)
         return min(LONGEST_RETRY_AFTER, max(0.0, date.timestamp() - time.time()))
     return None

@@ -115,7 +115,10 @@ class Layout:
         return checksum(self.read_parts(descriptor, row), self.checksum)
 
     def is_whole(self, descriptor: int, row: int, recorded: int) -> bool:
-        """Whether the features of a row that is ok have this checksum, and its thumbnail its own."""
+        """Whether features and thumbnail of a row are undamaged; `recorded` is the checksum of its features.
+
+        The row's status must be ok.
+        """
         try:
             self.read_thumbnail(descriptor, row)
         except LlavaError:
@@ -151,7 +154,7 @@ class Layout:
         return slot.tobytes().rstrip(b"\0") or None
 
     def mtime(self, descriptor: int) -> list[np.ndarray]:
-        """The column `mtime` in a list; an empty list for shards without local images, which have none."""
+        """[the column `mtime`]; [] for shards without local images, which do not have that column."""
         if "mtime" not in self.offsets:
             return []
         column = np.empty(self.rows, "<i8")
@@ -160,7 +163,8 @@ class Layout:
 
     @property
     def ranges(self) -> list[int]:
-        """Starts and ends, ascending, of the bytes that rows own: features, thumbnails and columns."""
+        """Byte ranges of what belongs to rows (features, thumbnails, columns), ascending, as one flat list:
+        start, end, start, end."""
         apart = {*self.parts, "thumbnails", "mtime", *columns(self.version)} & self.sizes.keys()
         spans = sorted((self.offsets[name], self.offsets[name] + self.sizes[name]) for name in apart)
         return [place for span in spans for place in span]

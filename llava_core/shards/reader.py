@@ -1,12 +1,17 @@
 """Reading a finished feature shard: features, texts and per-row columns of one source file.
 
-Row i of the shard is row i of the source. Rows are read by plain system calls, so that processes may fork.
+Row i of the shard is row i of the source. Rows are read by `pread`, which threads and forked processes may
+call on one file at a time.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import os
+import resource
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,21 @@ from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
 
+OPEN_FILES = max(1, min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+"""Shards whose files a process keeps open between reads, at most."""
+
+
+class OpenFile:
+    """A file opened for reading, closed with the last reference to it: never while a thread reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+_kept: collections.deque[OpenFile] = collections.deque(maxlen=OPEN_FILES)
+"""The files opened last; one that drops out is closed, and opened again by the next read of its shard."""
+
 
 def reason_text(stored: bytes) -> str:
     """A reason as text; what cannot be printed, or was cut in the middle of a character, is left out."""
@@ -32,7 +52,7 @@ class Shard:
     """A finished shard, opened strictly: its columns are in memory, features and texts are read row by row.
 
     Columns are arrays of all rows: `status`, `checksums`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
-    A row's features are compared with their checksum when a process first reads them.
+    A row's features are compared with their checksum when they are first read since the file was opened.
     """
 
     status: np.ndarray
@@ -51,11 +71,11 @@ class Shard:
         self.encoder, self.preprocess, self.source = layout.encoder, layout.preprocess, layout.source
         self.identity = layout.identity
         self.conversations, self.local = layout.text == "conversation", layout.images == "local"
-        self._open: tuple[int, int] | None = None
-        self._checked = np.zeros(self.rows, bool)
+        self._opened: weakref.ref[OpenFile] | None = None
         held = {name: self._array(name, kind) for name, (kind, _) in columns(layout.version).items()}
-        mtime = layout.mtime(self._descriptor())
-        head = os.pread(self._descriptor(), file_checksums.USER_BLOCK_BYTES, 0)
+        file = self._file()
+        mtime = layout.mtime(file.descriptor)
+        head = os.pread(file.descriptor, file_checksums.USER_BLOCK_BYTES, 0)
         recorded = np.frombuffer(head, file_checksums.NUMBER)[file_checksums.COLUMNS]
         if layout.version > 1 and checksum([*held.values(), *mtime]) != recorded:
             raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=REDO)
@@ -73,12 +93,12 @@ class Shard:
                 raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=REDO)
         if unknown := set(self.status.tolist()) - set(Status):
             raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=REDO)
-        self._close()  # a folder may hold more shards than a process may have open files
 
     def read_into(self, row: int, out: np.ndarray) -> None:
         """Read features of `row` into `out`, C-contiguous fp16 [T, D]. Raises LlavaError if damaged."""
+        file = self._file()
         recorded = None if self._checked[row] else int(self.checksums[row])
-        self.layout.read_into(self._descriptor(), row, out, recorded)
+        self.layout.read_into(file.descriptor, row, out, recorded)
         self._checked[row] = True
 
     def read(self, row: int) -> np.ndarray:
@@ -103,17 +123,20 @@ class Shard:
 
     def check(self, row: int) -> bool:
         """Whether features and thumbnail of a row that is ok still have their checksums."""
-        return self.layout.is_whole(self._descriptor(), row, int(self.checksums[row]))
+        file = self._file()
+        return self.layout.is_whole(file.descriptor, row, int(self.checksums[row]))
 
     def checksum(self, row: int) -> int:
         """Checksum of the features of `row` as they are on disk now."""
-        return self.layout.row_checksum(self._descriptor(), row)
+        file = self._file()
+        return self.layout.row_checksum(file.descriptor, row)
 
     def thumbnail(self, row: int) -> bytes | None:
         """Small JPEG of `row`; None if there is none or the row failed. Raises LlavaError if damaged."""
         if self.status[row] != Status.OK:
             return None
-        return self.layout.read_thumbnail(self._descriptor(), row)
+        file = self._file()
+        return self.layout.read_thumbnail(file.descriptor, row)
 
     @property
     def reason(self) -> np.ndarray:
@@ -129,7 +152,8 @@ class Shard:
         if "reason" not in self.layout.offsets:
             return ""
         offset = self.layout.offsets["reason"] + REASON_BYTES * row
-        return reason_text(os.pread(self._descriptor(), REASON_BYTES, offset))
+        file = self._file()
+        return reason_text(os.pread(file.descriptor, REASON_BYTES, offset))
 
     def caption(self, row: int) -> str:
         return self._text("caption", row)
@@ -170,30 +194,32 @@ class Shard:
 
     def _text(self, name: str, row: int) -> str:
         start, end = map(int, self._ends[name][row : row + 2])
-        data = os.pread(self._descriptor(), end - start, self.layout.offsets[f"{name}_bytes"] + start)
+        file = self._file()
+        data = os.pread(file.descriptor, end - start, self.layout.offsets[f"{name}_bytes"] + start)
         try:
             return data.decode()
         except UnicodeDecodeError:
             raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=REDO) from None
 
     def _array(self, name: str, kind: str) -> np.ndarray:
-        data = os.pread(self._descriptor(), self.layout.sizes[name], self.layout.offsets[name])
+        file = self._file()
+        data = os.pread(file.descriptor, self.layout.sizes[name], self.layout.offsets[name])
         return np.frombuffer(data, kind)
 
-    def _descriptor(self) -> int:
-        """A file descriptor of this process alone: after a fork, both processes would share one."""
-        if self._open is None or self._open[0] != os.getpid():
-            self._open = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-        return self._open[1]
+    def _file(self) -> OpenFile:
+        """The shard's file, to be held by its caller while it reads."""
+        file = None if self._opened is None else self._opened()
+        if file is None:
+            file = OpenFile(self.path)
+            self._opened, self._checked = weakref.ref(file), np.zeros(self.rows, bool)
+            _kept.append(file)
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None, "_checked": np.zeros(self.rows, bool)}
+        return {**self.__dict__, "_opened": None}
 
     def __del__(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        opened = getattr(self, "_open", None)
-        if opened is not None and opened[0] == os.getpid():
-            os.close(opened[1])
-        self._open = None
+        opened = getattr(self, "_opened", None)  # there is none if it was refused
+        if opened and (file := opened()):
+            with contextlib.suppress(ValueError):  # it has dropped out already
+                _kept.remove(file)

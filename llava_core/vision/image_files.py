@@ -12,7 +12,7 @@ from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
 
 if TYPE_CHECKING:  # what checks flags does without torch
-    from llava_core.vision.preprocess import ImageError
+    from llava_core.vision.image_formats import ImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff", ".jfif", ".jpe")
 """Suffixes of image files, in lower case."""

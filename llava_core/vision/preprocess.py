@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from llava_core.geometry import Fit, crop_of, resized
 from llava_core.row_status import Status
 from llava_core.types import JsonDict
+from llava_core.vision.image_formats import ImageError, image_format
 from llava_core.vision.png_chunks import shown_chunks
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,20 +43,6 @@ MAX_READS = 500_000
 
 LARGE_READ = 4096
 """Bytes from which on each read checks the time; of smaller reads every 256th does."""
-
-MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
-    b"II*\x00": "TIFF",
-    b"MM\x00*": "TIFF",
-}
-"""First bytes of supported formats; WebP is recognised by bytes 0-3 and 8-11, AVIF by 4-11."""
-AVIF_BRANDS = (b"avif", b"avis")
-UNREAD = (b"8BPS", b"\x00\x00\x01\x00", b"\xff\x0a", b"\x00\x00\x00\x0cJ", b"<svg")
-"""First bytes of unsupported image formats: Photoshop, icons, JPEG XL, JPEG 2000, SVG."""
 
 THUMBNAIL_SIDES = (128, 96, 64, 32)
 """Longest sides of a thumbnail in pixels, tried in order until its JPEG is small enough."""
@@ -87,14 +74,6 @@ class _Accepting:
 ImageFile.LOAD_TRUNCATED_IMAGES = _Accepting()  # type: ignore[assignment]
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF or palettes; once, for threads
-
-
-class ImageError(Exception):
-    """Bytes that cannot be decoded as an image; `status` says why."""
-
-    def __init__(self, status: Status, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,21 +213,6 @@ class Preprocess:
         square = Image.new("RGB", (self.size, self.size), ground)
         square.paste(picture, (-left, -top))
         return Decoded(np.array(square), (width, height) if turn >= 5 else (height, width))
-
-
-def image_format(data: bytes) -> str:
-    """Pillow's name of the format, from the first bytes. Raises ImageError for an unsupported one."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    for magic, kind in MAGIC.items():
-        if data.startswith(magic):
-            return kind
-    if data[4:8] == b"ftyp" and data[8:12] in AVIF_BRANDS and features.check("avif"):
-        return "AVIF"
-    if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: HEIC, and AVIF without its library
-        expected = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-        raise ImageError(Status.UNSUPPORTED_FORMAT, f"begins with {data[:12]!r}; expected {expected}")
-    raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
 
 
 class _Metered(io.BytesIO):

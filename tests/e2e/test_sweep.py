@@ -185,6 +185,31 @@ def test_wrong_usage(world: Path, tmp_path: Path) -> None:
         sweep_run(sweep(world, tmp_path / "out", "weight_decay=1e38"))
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_signal_in_the_last_evaluation_of_a_trial_stops_the_sweep(
+    world: Path, tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trials that have ended by then are recorded; no other begins."""
+    evaluate, out = training_run.TrainingRun.evaluate, tmp_path / "out"
+
+    def interrupted(self: training_run.TrainingRun, *arguments: Any) -> None:
+        evaluate(self, *arguments)
+        if self.done and self.config.out.name == "0000":
+            signal.raise_signal(signal.SIGINT)
+
+    given = sweep(world, out, "lr=1e-3,2e-3,4e-3", together=together)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.TrainingRun, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep_run(given)
+    assert len(list((out / "trials").glob("????"))) == together
+    ended = [(out / "trials" / f"{trial:04}/summary.json").stat().st_mtime_ns for trial in range(together)]
+    figures = sweep_run(given)
+    assert (figures["finished"], figures["failed"], figures["interrupted"]) == (3, 0, 0)
+    for trial, at in enumerate(ended):
+        assert (out / "trials" / f"{trial:04}/summary.json").stat().st_mtime_ns == at
+
+
 def test_a_sweep_that_was_stopped_and_killed_goes_on(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from train.config import SweepConfig
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS, train
 from train.run_folder import FREE_KEYS, RunFolder, weights_sha256
+from train.stop_signal import StopRequest
 from train.sweep.claim import Claim
 from train.sweep.page import write_page
 from train.sweep.plots import draw
@@ -50,7 +51,8 @@ def work(config: SweepConfig, space: Space) -> None:
             while claims:
                 group = [claim for claim in claims if can_share_step(claim.point, claims[0].point)]
                 claims = [claim for claim in claims if claim not in group]
-                run_claims(config, resources, group)
+                with no_death_counted(claims):
+                    run_claims(config, resources, group)
         with study.lock:
             write_results(config.out, study.records(), space.keys)
 
@@ -91,7 +93,10 @@ def can_share_step(one: Point, other: Point) -> bool:
 
 
 def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequence[Claim]) -> None:
-    """Train these trials together; record in the study how each ended."""
+    """Train these trials together; record in the study how each ended.
+
+    Raises KeyboardInterrupt then if a signal has asked to stop, even after their last step.
+    """
     for claim in claims:
         say(f"{claim.title}: {'goes on' if claim.taken_over else 'begins'}")
     configs = [run_config(config, claim.point, claim.folder) for claim in claims]
@@ -102,13 +107,13 @@ def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequen
 
     began = time.monotonic()
     outcomes: list[JsonDict | LlavaError] = []
-    reason = ""
+    reason, stop = "", StopRequest()
     try:
         with (
             no_death_counted(claims),
             contextlib.redirect_stdout(io.StringIO()),
         ):  # the table holds the same figures
-            outcomes = train(configs, resources, on_eval, names)
+            outcomes = train(configs, resources, on_eval, names, stop)
     except Exception as error:  # the GPU's memory, among others
         if isinstance(error, OSError) and error.errno in FULL:  # no other trial would fare better
             raise
@@ -120,7 +125,7 @@ def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequen
     finally:
         for claim in claims:
             claim.spent((time.monotonic() - began) / len(claims))
-    if not outcomes:
+    if not outcomes and not stop.received:
         say(f"{counted(len(claims), 'trial')} cannot train together ({reason}); now one by one")
         for claim in claims:
             run_claims(config, resources, [claim])
@@ -132,6 +137,8 @@ def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequen
         claim.ended(outcome)
         pruned = f", pruned at step {outcome['pruned']}" if "pruned" in outcome else ""
         say(f"{claim.title}: held-out loss {with_interval(outcome, 'eval_loss')}{pruned}")
+    if stop.received:
+        raise KeyboardInterrupt
 
 
 def as_failure(error: Exception) -> LlavaError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from infer.chat.dialogue import Dialogue
@@ -13,6 +14,12 @@ from tests.support.paths import WORLD_MODELS
 
 MODEL = WORLD_MODELS / "llm"
 VISUAL = 9
+
+
+@pytest.fixture(scope="module")
+def dialogue() -> Dialogue:
+    llm = load_language_model(MODEL)
+    return Dialogue(llm, Conversation(llm.tokenizer, llm.eos_ids), Sampling(max_tokens=5))
 
 
 def test_a_turn_reads_its_own_tokens_alone() -> None:
@@ -31,3 +38,33 @@ def test_a_turn_reads_its_own_tokens_alone() -> None:
         known = prompt + min(dialogue.figures.tokens, 4)
     "".join(dialogue.retry())
     assert (dialogue.figures.cached, dialogue.figures.prefilled) == (prompt - 1, 1)
+
+
+def test_a_question_ends_the_answer_before_it(dialogue: Dialogue) -> None:
+    """A stream that its caller keeps, and drops later, changes nothing by then."""
+    streams = [dialogue.ask("看")]
+    begun = next(streams[0])
+    streams.append(dialogue.ask("never read"))
+    answer = "".join(dialogue.ask("再看")).strip()
+    contents = ["看", begun.strip(), "再看", answer]
+    assert [message["content"] for message in dialogue.messages] == contents
+    cached = list(dialogue.cached)
+    assert [list(stream) for stream in streams] == [[], []]
+    streams.clear()
+    assert [message["content"] for message in dialogue.messages] == contents
+    assert dialogue.cached == cached
+    assert dialogue.cache.get_seq_length() == len(cached)
+
+
+@pytest.mark.parametrize("change", ["begin", "clear", "retry"])
+def test_what_begins_anew_ends_the_answer_before_it(dialogue: Dialogue, change: str) -> None:
+    dialogue.begin()
+    stream = dialogue.ask("看")
+    next(stream)
+    again = list(getattr(dialogue, change)() or ())
+    kept = [message["content"] for message in dialogue.messages]
+    assert kept == (["看", "".join(again).strip()] if change == "retry" else [])
+    del stream
+    assert [message["content"] for message in dialogue.messages] == kept
+    assert dialogue.cache.get_seq_length() == len(dialogue.cached)
+    assert "".join(dialogue.ask("再看"))

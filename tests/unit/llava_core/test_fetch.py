@@ -16,7 +16,7 @@ from aiohttp import web
 from llava_core.network import fetch
 from llava_core.network.fetch import Fetched, Fetcher, fetch_all, fetch_each
 from llava_core.network.fetch_limits import FetchLimits
-from llava_core.network.retry import LONGEST_RETRY_AFTER, retry_after_seconds
+from llava_core.network.retry import LONGEST_PAUSE, LONGEST_RETRY_AFTER, pause_seconds, retry_after_seconds
 from llava_core.row_status import Status
 from tests.support.servers import answer, serving
 
@@ -273,6 +273,18 @@ def test_retry_after_in_its_two_forms() -> None:
     assert retry_after_seconds("2.5") == 2.5
     assert retry_after_seconds("1e9") == LONGEST_RETRY_AFTER
     assert [retry_after_seconds(header) for header in (None, "", "soon", "-3")] == [None, None, None, 0]
+
+
+@pytest.mark.parametrize("huge", ["9" * 20, "9" * 400, "-" + "9" * 20])
+def test_a_retry_after_with_numbers_beyond_all_bounds_is_none(huge: str) -> None:
+    date = "Wed, 21 Oct 2099 07:28:00 +0100"
+    for part in ("21", "2099", "07", "28:00", "+0100"):
+        assert retry_after_seconds(date.replace(part, huge)) is None
+
+
+def test_pauses_grow_to_the_longest() -> None:
+    assert 0.5 <= pause_seconds(1) <= 1
+    assert all(0.5 * LONGEST_PAUSE < pause_seconds(attempt) <= LONGEST_PAUSE for attempt in (6, 12, 1100))
 
 
 def test_no_download_begins_while_too_many_bytes_wait() -> None:

@@ -14,15 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFile
 
 from llava_core.row_status import Status
-from llava_core.vision.preprocess import (
-    MAX_PIXELS,
-    MAX_SCANS,
-    MAX_SECONDS,
-    Decoded,
-    ImageError,
-    Preprocess,
-    image_format,
-)
+from llava_core.vision.image_formats import ImageError, image_format
+from llava_core.vision.preprocess import MAX_PIXELS, MAX_SCANS, MAX_SECONDS, Decoded, Preprocess
 from tests.support.paths import ROOT
 
 SIDE = 32

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+
 import pytest
 
 from llava_core.errors import LlavaError
+from llava_core.language import prompt_and_labels
 from llava_core.language.instructions import INSTRUCTIONS, pick_instruction
 from llava_core.language.prompt_and_labels import IGNORE, Conversation, Turn
 from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer
@@ -130,3 +134,23 @@ def test_a_template_without_an_end_token_is_refused() -> None:
     chat = conversation("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     with pytest.raises(LlavaError, match="without an end token"):
         chat.example([Turn("q", "a")], max_answer_tokens=9)
+
+
+def test_a_callers_alarm_still_rings() -> None:
+    """Rendering borrows the timer: what was set before goes on, and rings late if it was due meanwhile."""
+    chat = conversation()
+    rung = threading.Event()
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.set())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1000, 500)
+        chat.prompt([{"role": "user", "content": "看"}])
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 900 < left <= 1000
+        assert interval == 500
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+        with prompt_and_labels._at_most(30):
+            assert not rung.wait(0.01)
+        assert rung.wait(60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

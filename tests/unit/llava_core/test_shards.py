@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -8,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -16,6 +19,7 @@ import pytest
 
 from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
+from llava_core.shards import reader
 from llava_core.shards.byte_offsets import FORMAT_VERSION
 from llava_core.shards.folder import open_shards
 from llava_core.shards.journal import HEADER_BYTES, RECORD
@@ -363,10 +367,42 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30));"
         "from pathlib import Path; from llava_core.shards.folder import open_shards;"
-        "print(len(open_shards(Path(sys.argv[1]))))"
+        "shards = open_shards(Path(sys.argv[1]));"
+        "print(sum(len(shard.read(0)) for _ in range(2) for shard in shards))"
     )
     ended = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert ended.stdout == "40\n", ended.stderr
+    assert ended.stdout == f"{2 * 40 * TOKENS}\n", ended.stderr
+
+
+def test_threads_share_open_files_while_others_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads what it asked for, and no file stays open once the shards are gone."""
+    monkeypatch.setattr(reader, "_kept", collections.deque[reader.OpenFile](maxlen=2))
+    before = len(os.listdir("/proc/self/fd"))
+    shards = [Shard(write_shard(tmp_path / f"{k}.h5", seed=k)) for k in range(5)]
+    together = threading.Barrier(8)
+
+    def read(seed: int) -> bool:
+        order = np.random.default_rng(seed).integers([[5, 12]] * 300)
+        together.wait()
+        return all(np.array_equal(shards[k].read(row), features_of(row, k)) for k, row in order.tolist())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(8)))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    shards.clear()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_was_replaced_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_kept", collections.deque[reader.OpenFile](maxlen=1))
+    shard, other = (Shard(write_shard(tmp_path / f"{name}.h5")) for name in "xy")
+    assert np.array_equal(shard.read(3), features_of(3))
+    os.replace(write_shard(tmp_path / "new.h5", seed=1), shard.path)
+    other.read(0)
+    with pytest.raises(LlavaError, match=r"row 3 of .*x\.h5 is damaged"):
+        shard.read(3)
 
 
 def test_any_flipped_bit_outside_of_features_is_refused(tmp_path: Path) -> None:

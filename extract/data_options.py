@@ -1,0 +1,24 @@
+"""Flags that say how `--data` is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from llava_core.cli.options import Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """How --data is read."""
+
+    images: Path | None = None
+    """Folder of the images that --data names by path; without it, the folder each file lies in."""
+    image_column: str | None = None
+    """Column of the images: addresses, paths, or the files themselves; without it, by its name."""
+    text_column: str | None = None
+    """Column of the words: captions, lists of them, or dialogues; without it, by its name."""
+    id_column: str | None = None
+    """Column of the rows' names; without it, id or key, or else their numbers."""
+    caption_key: str | None = None
+    """Key of the caption where the words are objects, as in SA1B-Dense-Caption's cap_seg: global_caption."""
