@@ -106,6 +106,10 @@ class AlignedModel:
     def visual_tokens(self, image: ImageLike) -> torch.Tensor:
         """What the language model sees of an image: [T, hidden]. Raises LlavaError if it cannot be read."""
         if isinstance(image, FeatureRow):
+            expected, got = self._trained.encoder.fingerprint, image.fingerprint
+            if got != expected:
+                do = "extract with the encoder, layer and fit that the projector was trained on"
+                raise LlavaError("features of another encoder", expected=expected, got=got, do=do)
             image = image.features
         if isinstance(image, np.ndarray) and image.ndim == 2 and image.dtype.kind == "f":
             image = torch.from_numpy(image)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -86,7 +86,7 @@ def train(
 
     given = {"features": features, "llm": llm, "out": out, **_recipe(RECIPES, recipe), **flags}
     config = _config(RunConfig, given)
-    figures = run(config)
+    figures = _with_own_seed(run, config)
     checkpoint = config.out / ("best" if config.eval_features else "last")
     kept = checkpoint / "metrics.json"  # gone, if a finished run's checkpoints were deleted
     metrics = json.loads(kept.read_text("utf-8")) if kept.exists() else figures
@@ -122,8 +122,16 @@ def sweep(
     paths = {"features": features, "eval_features": eval_features, "llm": llm, "out": out}
     given = {**paths, "space": _space(space), **_recipe(RECIPES, recipe), **flags}
     config = _config(SweepConfig, given)
-    figures = run(config)
+    figures = _with_own_seed(run, config)
     return SweepSummary(config.out, config.out / "best", figures)
+
+
+def _with_own_seed(run: Callable[[Config], JsonDict], config: Config) -> JsonDict:
+    """The figures of a command; torch's CPU generator is left as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        return run(config)
 
 
 def _space(space: Mapping[str, Iterable[Any] | str] | str | Path) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ class FeatureRow(NamedTuple):
     id: str
     url: str
     """Address or path of the image, as the source had it."""
+    fingerprint: str
+    """The encoder's, with its layer and preprocessing: `AlignedModel` refuses features of another one."""
 
 
 class FeatureDataset(Dataset[FeatureRow]):
@@ -95,7 +97,9 @@ class FeatureDataset(Dataset[FeatureRow]):
         """Reads the features of one row. Raises LlavaError if they are damaged."""
         shard, row = self._place(index)
         features = torch.from_numpy(shard.read(row))
-        return FeatureRow(features, shard.caption(row), shard.id(row), shard.url(row))
+        return FeatureRow(
+            features, shard.caption(row), shard.id(row), shard.url(row), self.identity.fingerprint
+        )
 
     def __iter__(self) -> Iterator[FeatureRow]:
         return (self[index] for index in range(len(self)))

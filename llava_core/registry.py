@@ -115,7 +115,11 @@ class Registry:
         if name not in self.registered:
             do = f"{nearest(name, self.names())}; or give package.module:Class"
             raise LlavaError(f"unknown {self.noun} {name!r}", do=do, exit_code=2)
-        return self.registered[name]
+        entry = self.registered[name]
+        if _imported(entry.reference, f"{self.noun} {name}") is not entry.target:
+            what = f"the {self.noun} {name!r} would load as another class of the name {entry.reference}"
+            raise LlavaError(what, do="give each class of a module a name of its own")
+        return entry
 
     def _register_installed(self, name: str) -> None:
         """Register the entry point of this name, if a package has one, as the decorators in its module do."""

@@ -76,7 +76,23 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def require_shapes(self, tokens: int) -> None:
-        """Raise LlavaError unless features [2, tokens, in_width] become [2, tokens_out, out_width]."""
+        """Raise LlavaError unless features [2, tokens, in_width] become [2, tokens_out, out_width].
+
+        Also for a projector without weights to train, or with two names for one weight.
+        """
+        if not any(weight.requires_grad for weight in self.parameters()):
+            raise LlavaError(f"the projector {self.config['kind']} has no weight to train")
+        places: dict[int, str] = {}
+        for name, tensor in self.map.state_dict().items():
+            if (
+                not tensor.is_meta
+                and tensor.numel()
+                and (first := places.setdefault(tensor.data_ptr(), name)) != name
+            ):
+                raise LlavaError(
+                    f"the projector {self.config['kind']} has {first} and {name} in one place",
+                    do="a checkpoint keeps each weight once: register the module under one name",
+                )
         expected = (2, self.tokens_out(tokens), self.config["out_width"])
         with as_llava_error(f"the projector {self.config['kind']} fails"):
             got = tuple(self(torch.zeros(2, tokens, self.config["in_width"])).shape)

@@ -72,7 +72,6 @@ class _Accepting:
 
 
 ImageFile.LOAD_TRUNCATED_IMAGES = _Accepting()  # type: ignore[assignment]
-Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF or palettes; once, for threads
 
 
@@ -146,6 +145,8 @@ class Preprocess:
             _accepting.reset(before)
 
     def _decode(self, data: bytes, kind: str, max_pixels: int) -> Decoded:
+        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, where the user asks for more
         try:
             with Image.open(_Metered(data, kind), formats=(kind,)) as image:
                 if image.width * image.height > max_pixels:
@@ -154,6 +155,8 @@ class Preprocess:
                 return self._prepare(image)
         except ImageError:
             raise
+        except Image.DecompressionBombError as error:
+            raise ImageError(Status.TOO_MANY_PIXELS, str(error).partition(",")[0]) from None
         except Exception as error:  # Pillow's plugins raise any kind of exception for damaged files
             truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
             unknown = isinstance(error, UnidentifiedImageError)  # its own text has an address of memory

@@ -76,6 +76,9 @@ def test_a_pil_image_of_any_mode_is_seen_as_in_a_file(
 def test_what_is_no_image_is_refused_and_no_number_is_made_of_it(model: AlignedModel, world: Folders) -> None:
     features = FeatureDataset(world.llm.parent / "features")[0].features
     assert torch.equal(model.visual_tokens(features.numpy()), model.visual_tokens(features))
+    row = FeatureDataset(world.llm.parent / "features")[0]._replace(fingerprint="0" * 64)
+    with pytest.raises(LlavaError, match=r"features of another encoder; expected .*; got 000"):
+        model.answer(row)
     bad = features.clone()
     bad[1, 1] = torch.nan
     for given, message in (

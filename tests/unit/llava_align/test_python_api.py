@@ -103,9 +103,12 @@ def test_training_and_a_sweep_from_python(world: Path, tmp_path: Path) -> None:
         "batch_size": 4,
         "eval_captions": 0,
     }
+    torch.manual_seed(7)
+    random_state = torch.get_rng_state()
     trained = llava_align.train(
         world / "features", eval_features=world / "held-out", out=tmp_path / "run", lr=1, **common
     )
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert (trained.steps, trained.checkpoint) == (2, tmp_path / "run/best")
     assert trained.loss == json.loads((trained.checkpoint / "metrics.json").read_text())["eval_loss"]
     again = llava_align.train(

@@ -38,6 +38,27 @@ class Every:
     def tokens_out(self, tokens):
         return len(range(0, tokens, self.step))
 
+@register_projector("first")
+class Twice(torch.nn.Linear):
+    pass
+
+@register_projector("second")
+class Twice(torch.nn.Linear):
+    pass
+
+class Tied(torch.nn.Module):
+    def __init__(self, in_width, out_width):
+        super().__init__()
+        self.map = self.again = torch.nn.Linear(in_width, out_width)
+    def forward(self, features):
+        return self.again(features)
+
+class Weightless(torch.nn.Module):
+    def __init__(self, in_width, out_width):
+        super().__init__()
+    def forward(self, features):
+        return features
+
 class Halves:
     widening = 1
     def tokens_out(self, tokens):
@@ -163,6 +184,19 @@ def test_a_class_that_fails_is_named() -> None:
         build_projector("linear", 4, 4, "my_parts:Every")
     with pytest.raises(LlavaError, match=r"tokens_out of the visual tokens my_parts:Halves .* fails for 9"):
         build_projector("linear", 4, 4, "my_parts:Halves").require_shapes(9)
+
+
+@pytest.mark.usefixtures("parts")
+def test_projectors_that_a_checkpoint_could_not_give_back_are_refused() -> None:
+    import my_parts  # type: ignore[import-not-found]
+
+    assert my_parts.Twice is PROJECTORS.get("second").target
+    with pytest.raises(LlavaError, match="'first' would load as another class of the name my_parts:Twice"):
+        PROJECTORS.get("first")
+    with pytest.raises(LlavaError, match=r"my_parts:Tied has map\.weight and again\.weight in one place"):
+        build_projector("my_parts:Tied", 4, 4).require_shapes(9)
+    with pytest.raises(LlavaError, match="my_parts:Weightless has no weight to train"):
+        build_projector("my_parts:Weightless", 4, 4).require_shapes(9)
 
 
 def test_encoders_that_fail_are_left_out_and_named(
