@@ -180,6 +180,7 @@ def test_the_loss_is_that_of_the_checkpoint(world: Path, tmp_path: Path) -> None
         eval_every=1,
         batch_size=4,
         eval_captions=0,
+        instructions="mixed",
     )
     losses = list(curve(tmp_path / "run", "eval_loss").values())[1:]
     assert trained.loss == min(losses) < losses[-1] == trained.figures["eval_loss"]
