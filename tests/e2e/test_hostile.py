@@ -155,7 +155,7 @@ CONTENT: dict[str, tuple[Callable[[web.Request], Awaitable[web.StreamResponse]],
     "jpeg-magic-only": (answer(b"\xff\xd8\xff" + b"<?php phpinfo() ?>" * 50), Status.DECODE_ERROR),
     "postscript": (answer(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"), Status.NOT_AN_IMAGE),
     "svg": (answer(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), Status.UNSUPPORTED_FORMAT),
-    "tiff": (answer(saved("TIFF")), Status.UNSUPPORTED_FORMAT),
+    "tiff": (answer(saved("TIFF")), Status.OK),
     "icon": (answer(saved("ICO")), Status.UNSUPPORTED_FORMAT),
     "empty": (answer(b""), Status.NOT_AN_IMAGE),
 }  # fmt: skip
