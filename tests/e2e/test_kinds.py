@@ -173,7 +173,7 @@ def test_what_cannot_be_is_one_line_before_the_model_is_loaded(world: Path, tmp_
         data=str(world / "set/data.parquet"), out=tmp_path / "features", vision=odd, device="cpu"
     )
     extract_run(data)
-    with pytest.raises(LlavaError, match="a grid of 3x3 patches cannot be halved"):
+    with pytest.raises(LlavaError, match="a grid of 3x3 patches cannot be cut into blocks of 2x2"):
         train_run(config(tmp_path, tmp_path / "run", visual_tokens="pool", **nowhere))
     figures = train_run(short(world, tmp_path / "run", visual_tokens="shuffle", dry_run=True))
     assert figures["visual_tokens"] == 4
