@@ -11,8 +11,13 @@ from llava_core.cli.console import human_bytes, human_seconds, show, table
 from llava_core.device import default_dtype, matmul_rate
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
-from llava_core.projector.projector import Projector, build_projector, described, parameter_count
-from llava_core.registry import VISUAL_TOKENS
+from llava_core.projector.projector import (
+    Projector,
+    build_projector,
+    described,
+    parameter_count,
+    require_visual_tokens,
+)
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -191,7 +196,7 @@ def predict(
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector from features such as the shard's to embeddings of width `hidden`."""
-    VISUAL_TOKENS.get(config.visual_tokens).build().tokens_out(shard.tokens)  # or refuse, before any weight
+    require_visual_tokens(config.visual_tokens, shard.tokens)  # or refuse, before any weight
     projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
     projector.require_shapes(shard.tokens)
     return projector

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
-from llava_core.registry import PROJECTORS, VISUAL_TOKENS
+from llava_core.projector.projector import require_visual_tokens
+from llava_core.registry import PROJECTORS
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.cost_prediction import projector_of
@@ -108,7 +109,7 @@ def train_to_the_end(
 def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict | None:
     """The summary of a finished run. Raises LlavaError if it cannot be the same run, or cannot be trained."""
     config, shard = folder.config, resources.shards[0]
-    VISUAL_TOKENS.get(config.visual_tokens).build().tokens_out(shard.tokens)  # or refuse, with no model
+    require_visual_tokens(config.visual_tokens, shard.tokens)  # or refuse, with no model
     if config.projector not in PROJECTORS.builtins:
         projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import bisect
 import collections
 import itertools
@@ -12,13 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from extract.sources.base import Images
 from extract.sources.local_images import loaded
+from llava_core.data_url import decode_base64, decode_data_url, is_data_url
 from llava_core.errors import first_line
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
@@ -65,27 +63,21 @@ def image_bytes(value: Any) -> bytes | None:
         if not value.startswith(b"data:") and not is_base64(value[:96].decode("ascii", "replace")):
             return value
         value = value.decode("ascii", "replace")
-    return _from_base64(value) if isinstance(value, str) and is_base64(value) else None
+    return _from_base64(value.strip()) if isinstance(value, str) and is_base64(value) else None
 
 
 def is_base64(text: str) -> bool:
     """Whether a text is an image in base64 or a `data:` URL."""
     start = text[:32].lstrip()
-    if start[:5].lower() == "data:":
+    if is_data_url(start):
         return True
     return start.startswith(BASE64_STARTS) and _BASE64.match(text.lstrip()) is not None
 
 
 def _from_base64(text: str) -> bytes:
-    head, comma, body = text.partition(",")
-    coded = "".join((body if comma else text).split()).replace("-", "+").replace("_", "/")
-    if "%" in coded:
-        coded = unquote(coded)
-    if comma and not head.lower().endswith(";base64"):
-        raise OSError("a data: URL that is no base64")
     try:
-        return base64.b64decode(coded + "=" * (-len(coded) % 4), validate=True)
-    except binascii.Error as error:
+        return decode_data_url(text) if is_data_url(text) else decode_base64(text)
+    except ValueError as error:
         raise OSError(f"damaged base64: {error}") from None
 
 

@@ -16,7 +16,6 @@ from infer.aligned_model import (
 from infer.batch.jsonl import read_lines
 from infer.config import QuestionFile
 from llava_core.cli.console import say
-from llava_core.data_url import decode_data_url, is_data_url
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.shards.folder import open_shards
@@ -99,29 +98,18 @@ def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = 
     def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, errors = [], list[LlavaError | None]()
         images = [question["image"] for question in questions]
-        outside = iter(read_images([image for image in images if not is_data_url(image)], limits, folder))
-        for image in images:
-            file = _inside(image) if is_data_url(image) else next(outside)
+        for image, file in zip(images, read_images(images, limits, folder), strict=True):
             error = file if isinstance(file, LlavaError) else None
             if not isinstance(file, LlavaError):
                 try:
                     decoded.append(aligned.decode(file))
                 except ImageError as undecoded:
-                    error = not_an_image("a data URL" if is_data_url(image) else image, undecoded)
+                    error = not_an_image(image, undecoded)
             errors.append(error)
         visual = iter(aligned.encode_images(decoded) if decoded else ())
         return [next(visual) if error is None else error for error in errors]
 
     return load
-
-
-def _inside(url: str) -> bytes | LlavaError:
-    """The image file in a data URL, or the error."""
-    try:
-        return decode_data_url(url)
-    except ValueError:
-        expected = "data:image/...;base64,..."
-        return LlavaError("cannot read a data URL", expected=expected, got=url[:40])
 
 
 def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> VisualTokenLoader:

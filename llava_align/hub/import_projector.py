@@ -28,8 +28,7 @@ from llava_core.input_folders import config_of, weight_files
 from llava_core.language.load import outline_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
-from llava_core.projector.projector import Projector, build_projector, parameter_count
-from llava_core.registry import VISUAL_TOKENS
+from llava_core.projector.projector import Projector, build_projector, parameter_count, require_visual_tokens
 from llava_core.types import JsonDict
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
@@ -111,7 +110,7 @@ def fitted(
     """The projector with these weights. Raises LlavaError unless its widths are those of the two models."""
     first, last = (weights[name] for name in ends(weights))
     in_width, out_width = first.shape[1], last.shape[0]
-    VISUAL_TOKENS.get(visual_tokens).build().tokens_out(tower.tokens)  # or refuse, before weights take memory
+    require_visual_tokens(visual_tokens, tower.tokens)  # or refuse, before weights take memory
     projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
     wanted = tower.width * projector.select.widening
     if in_width != wanted:

@@ -118,6 +118,12 @@ def build_projector(
     return Projector(kind, in_width, out_width, visual_tokens, visual_tokens_arguments or {}, **arguments)
 
 
+def require_visual_tokens(name: str, tokens: int) -> None:
+    """Raise LlavaError unless the visual tokens `name` can be made of `tokens` of an encoder."""
+    with as_llava_error(f"tokens_out of the visual tokens {name} fails for {tokens} tokens"):
+        VISUAL_TOKENS.get(name).build().tokens_out(tokens)
+
+
 def described(config: JsonDict) -> str:
     """A projector's config, less its widths, in words: "mlp, visual tokens all"."""
     rest = {key: value for key, value in config.items() if key not in ("kind", "in_width", "out_width")}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_core.data_url import decode_data_url, is_data_url
 from llava_core.errors import LlavaError
 from llava_core.network.fetch import fetch_all
 from llava_core.network.fetch_limits import FetchLimits
@@ -35,11 +36,18 @@ def is_url(image: str) -> bool:
 def read_images(
     images: Sequence[str], limits: FetchLimits, folder: Path = Path()
 ) -> list[bytes | LlavaError]:
-    """Contents of files at URLs or at paths relative to `folder`; for an unreadable file, the error."""
+    """Contents of files at URLs, in data URLs, or at paths relative to `folder`; or the error for each."""
     urls = [image for image in images if is_url(image)]
     fetched = iter(fetch_all(urls, limits) if urls else ())
     files: list[bytes | LlavaError] = []
     for image in images:
+        if is_data_url(image):
+            try:
+                files.append(decode_data_url(image))
+            except ValueError:
+                expected = "data:image/...;base64,..."
+                files.append(LlavaError("cannot read a data URL", expected=expected, got=image[:40]))
+            continue
         if is_url(image):
             answer = next(fetched)
             got = f"{answer.status.label} ({answer.detail})"
@@ -57,7 +65,7 @@ def read_images(
 
 def require_image(image: str | None) -> None:
     """Raise LlavaError for a path without a file; URLs are not fetched yet."""
-    if image is not None and image != "-" and not is_url(image):
+    if image is not None and image != "-" and not is_url(image) and not is_data_url(image):
         try:
             there = Path(image).expanduser().exists()
         except (OSError, ValueError, RuntimeError):
@@ -80,6 +88,7 @@ def read_image(image: str, limits: FetchLimits = TYPED_LIMITS) -> bytes:
 
 def not_an_image(image: str, error: ImageError) -> LlavaError:
     """The error for a file that cannot be decoded."""
+    name = "a data URL" if is_data_url(image) else image
     return LlavaError(
-        f"cannot read {image} as an image: {error.status.label}", got=error, do="give another image"
+        f"cannot read {name} as an image: {error.status.label}", got=error, do="give another image"
     )

@@ -218,7 +218,9 @@ def test_ask_by_path_and_by_address(world: Folders) -> None:
     with serving({"/a.png": answer(world.images[0].read_bytes())}) as base:
         by_address = call("infer", "ask", *flags, "--image", f"{base}/a.png")
         gone = call("infer", "ask", *flags, "--image", f"{base}/b.png", code=1).one_line()
-    assert by_path.summary["answer"] == by_address.summary["answer"] != ""
+        inside = f"data:image/png;base64,{base64.b64encode(world.images[0].read_bytes()).decode()}"
+        by_data = call("infer", "ask", *flags, "--image", inside)
+    assert by_path.summary["answer"] == by_address.summary["answer"] == by_data.summary["answer"] != ""
     assert "cannot fetch the image; got http 4xx (HTTP 404)" in gone
 
 
