@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from llava_align.config import TraceConfig
 from llava_align.demo import trace
@@ -88,6 +87,6 @@ def test_what_cannot_be_traced(tmp_path: Path) -> None:
     image, long = str(world.images[0]), "红" * 1300
     with pytest.raises(LlavaError, match=r"the sample does not fit .*; expected at most 1,024 tokens; got 1"):
         trace.run(TraceConfig(image=image, caption=long, max_text_tokens=1300, device="cpu"))
-    Image.new("RGB", (3, 3)).save(tmp_path / "a.tiff")
-    with pytest.raises(LlavaError, match=r"cannot read .*a\.tiff as an image: unsupported format"):
-        trace.run(TraceConfig(image=str(tmp_path / "a.tiff"), caption="a", device="cpu"))
+    (tmp_path / "a.psd").write_bytes(b"8BPS" + bytes(64))
+    with pytest.raises(LlavaError, match=r"cannot read .*a\.psd as an image: unsupported format"):
+        trace.run(TraceConfig(image=str(tmp_path / "a.psd"), caption="a", device="cpu"))
