@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from infer.aligned_model import open_aligned_model
+from infer.answerer import open_image_answerer
 from infer.chat.dialogue import Dialogue
 from infer.chat.image_dialogue import ImageDialogue
 from infer.config import ChatConfig
@@ -76,7 +76,7 @@ def demo(folder: Path, sampling: Sampling) -> Dialogue:
     config = ChatConfig(
         checkpoint=folder / "run/last", vision=MODELS / "vision", llm=MODELS / "llm", device="auto"
     )
-    dialogue = ImageDialogue(open_aligned_model(config), sampling)
+    dialogue = ImageDialogue(open_image_answerer(config), sampling)
     image = min((folder / "pictures/held-out").glob("*.jpg"))
     began = time.perf_counter()
     dialogue.show(str(image))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from infer.aligned_model import FeatureAnswerer, open_feature_answerer
+from infer.answerer import FeatureAnswerer, open_feature_answerer
 from infer.config import Aligned
 from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, piece_losses, random_projector
 from llava_align.config import MODELS

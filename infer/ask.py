@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from infer.aligned_model import open_aligned_model
+from infer.answerer import open_image_answerer
 from infer.chat.image_dialogue import ImageDialogue
 from infer.config import AskConfig
 from llava_core.cli.console import say, show
@@ -22,7 +22,7 @@ def run(config: AskConfig) -> JsonDict:
     prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
     if prompt is not None and prompt != prompt.encode(errors="replace").decode():
         raise LlavaError("--prompt", expected="text in UTF-8", got=ascii(prompt), exit_code=2)
-    dialogue = ImageDialogue(open_aligned_model(config), sampling_of(config))
+    dialogue = ImageDialogue(open_image_answerer(config), sampling_of(config))
     prompt = dialogue.aligned.question if prompt is None else prompt
     if len(config.image) == 1:
         return {"image": config.image[0], "prompt": prompt, **ask(dialogue, config.image[0], prompt)}

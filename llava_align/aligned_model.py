@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from infer.aligned_model import AlignedModel as LiveModel
-from infer.aligned_model import FeatureAnswerer
+from infer.answerer import FeatureAnswerer, ImageAnswerer
 from infer.chat.dialogue import Dialogue
 from infer.rank.forced_choice import Choice, ranked, text_losses
 from llava_align.commands import typed
@@ -56,7 +55,7 @@ class AlignedModel:
         model.new_cache()  # raises for a model that cannot generate here
         if tower is None:
             return cls(FeatureAnswerer(loaded.projector, model, trained.question), trained)
-        return cls(LiveModel(tower, loaded.projector, model, trained.question), trained)
+        return cls(ImageAnswerer(tower, loaded.projector, model, trained.question), trained)
 
     @overload
     def answer(
@@ -115,7 +114,7 @@ class AlignedModel:
             image = torch.from_numpy(image)
         if isinstance(image, torch.Tensor):
             return self._from_features(image)
-        if not isinstance(self._answerer, LiveModel):
+        if not isinstance(self._answerer, ImageAnswerer):
             do = "load the model with vision=FOLDER, or give cached features"
             raise LlavaError("this model was loaded without an encoder", do=do)
         if isinstance(image, (str, Path)):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from infer.aligned_model import FeatureAnswerer
+from infer.answerer import FeatureAnswerer
 from infer.batch.output import write_answers
 from infer.batch.questions import OUTPUT_KEYS, VisualTokenLoader, open_questions
 from infer.config import BatchConfig

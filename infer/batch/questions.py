@@ -7,12 +7,7 @@ from pathlib import Path
 
 import torch
 
-from infer.aligned_model import (
-    AlignedModel,
-    FeatureAnswerer,
-    open_aligned_model,
-    open_feature_answerer,
-)
+from infer.answerer import FeatureAnswerer, ImageAnswerer, open_feature_answerer, open_image_answerer
 from infer.batch.jsonl import read_lines
 from infer.config import QuestionFile
 from llava_core.cli.console import say
@@ -59,7 +54,7 @@ def open_questions(
             effective = f"of a line, {', '.join(read_keys)} have an effect"
             asking = f"{asked} of {len(questions)} lines ask {prompt!r}"
             say(f"only copied to {config.output}: {', '.join(copied)} ({effective}); {asking}")
-        aligned = open_aligned_model(config)
+        aligned = open_image_answerer(config)
         return aligned, load_from_images(aligned, folder, config.allow_private)
 
     return questions, open_live
@@ -91,7 +86,7 @@ def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
     return questions
 
 
-def load_from_images(aligned: AlignedModel, folder: Path, allow_private: bool = False) -> VisualTokenLoader:
+def load_from_images(aligned: ImageAnswerer, folder: Path, allow_private: bool = False) -> VisualTokenLoader:
     """Visual tokens of images in data URLs, at URLs, or at paths relative to `folder`."""
     limits = untrusted_limits(allow_private)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from infer.aligned_model import open_aligned_model
+from infer.answerer import open_image_answerer
 from infer.chat.image_dialogue import ImageDialogue
 from infer.chat.messages import pick_language
 from infer.chat.repl import ChatRepl, unquoted
@@ -22,7 +22,7 @@ from llava_core.vision.image_files import SUFFIXES, is_url
 
 
 def run(config: ChatConfig) -> JsonDict:
-    aligned, compiled = open_aligned_model(config), None
+    aligned, compiled = open_image_answerer(config), None
     if config.compile:
         say("compiling the step for one token")
         compiled = CompiledStep(aligned.llm)

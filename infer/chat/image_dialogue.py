@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infer.aligned_model import AlignedModel
+from infer.answerer import ImageAnswerer
 from infer.chat.dialogue import Dialogue
 from infer.chat.transcript import Transcript
 from llava_core.language.compiled_decode import CompiledStep
@@ -20,7 +20,7 @@ class ImageDialogue(Dialogue):
 
     def __init__(
         self,
-        aligned: AlignedModel,
+        aligned: ImageAnswerer,
         sampling: Sampling,
         *,
         compiled: CompiledStep | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.chat.dialogue import Dialogue
 from infer.config import LensConfig
 from infer.lens.page import write_page
@@ -27,7 +27,7 @@ from llava_core.vision.image_formats import ImageError
 
 def run(config: LensConfig) -> JsonDict:
     """Write OUT.png and OUT.html; print and return the losses. Raises LlavaError for an image or layer."""
-    result = analyse(open_aligned_model(config), config)
+    result = analyse(open_image_answerer(config), config)
     picture, page = (config.out.with_name(config.out.name + ending) for ending in (".png", ".html"))
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(result).save(picture)
@@ -49,7 +49,7 @@ def run(config: LensConfig) -> JsonDict:
     }
 
 
-def analyse(aligned: AlignedModel, config: LensConfig) -> LensResult:
+def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
     """Words of every patch, and the caption's losses with the image and with the other one."""
     pixels = _pixels(aligned, config.image)
     if config.other is None:
@@ -87,17 +87,17 @@ def analyse(aligned: AlignedModel, config: LensConfig) -> LensResult:
     return LensResult(config.image, pixels, side, panels, other, pieces, loss, other_loss)
 
 
-def _answer(aligned: AlignedModel, visual: torch.Tensor, config: LensConfig) -> str:
+def _answer(aligned: ImageAnswerer, visual: torch.Tensor, config: LensConfig) -> str:
     dialogue = Dialogue(aligned.llm, aligned.conversation, sampling_of(config))
     dialogue.begin(visual)
     return "".join(dialogue.ask(_prompt(aligned, config))).strip()
 
 
-def _prompt(aligned: AlignedModel, config: LensConfig) -> str:
+def _prompt(aligned: ImageAnswerer, config: LensConfig) -> str:
     return aligned.question if config.prompt is None else config.prompt
 
 
-def _pixels(aligned: AlignedModel, image: str) -> np.ndarray:
+def _pixels(aligned: ImageAnswerer, image: str) -> np.ndarray:
     try:
         return aligned.tower.preprocess.decode_image(read_image(image)).pixels
     except ImageError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from infer.aligned_model import FeatureAnswerer
+from infer.answerer import FeatureAnswerer
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.language.model import LanguageModel

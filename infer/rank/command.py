@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infer.aligned_model import FeatureAnswerer
+from infer.answerer import FeatureAnswerer
 from infer.batch.output import write_answers
 from infer.batch.questions import VisualTokenLoader, open_questions
 from infer.config import RankConfig

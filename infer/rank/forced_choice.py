@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from infer.aligned_model import FeatureAnswerer
+from infer.answerer import FeatureAnswerer
 from llava_core.language.prompt_and_labels import IGNORE, Example, Turn
 
 CHUNK_LOGITS = 1 << 27

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from infer.aligned_model import AlignedModel
+from infer.answerer import ImageAnswerer
 from infer.serve.kv_cache import SlotKVCache, longest_context
 from infer.serve.request import STOPPING, GenerationRequest, TextDelta
 from llava_core.cli.console import say_fault
@@ -85,7 +85,7 @@ class SequenceSlot:
 class Scheduler:
     """Generates for up to `slots` requests at a time; `close` ends the thread and all requests."""
 
-    def __init__(self, aligned: AlignedModel, slots: int, context: int) -> None:
+    def __init__(self, aligned: ImageAnswerer, slots: int, context: int) -> None:
         self.aligned, self.llm = aligned, aligned.llm
         self.context = min(context, longest_context(self.llm.model.config))
         self.cache = SlotKVCache(slots, self.context)

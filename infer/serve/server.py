@@ -13,7 +13,7 @@ from importlib import resources
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.config import ServeConfig
 from infer.serve import openai_api as api
 from infer.serve.access import check_key, check_origin, is_loopback
@@ -55,7 +55,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def run(config: ServeConfig) -> JsonDict:
     """Serve until a signal to stop. Raises LlavaError if the port is in use or the models do not fit."""
     with listening(config.host, config.port) as listener:  # before the models, which take their time
-        server = Server(config, open_aligned_model(config))
+        server = Server(config, open_image_answerer(config))
         asyncio.run(server.serve(listener))
     return server.summary()
 
@@ -63,7 +63,7 @@ def run(config: ServeConfig) -> JsonDict:
 class Server:
     """The routes and the state that they share."""
 
-    def __init__(self, config: ServeConfig, aligned: AlignedModel) -> None:
+    def __init__(self, config: ServeConfig, aligned: ImageAnswerer) -> None:
         self.config, self.aligned = config, aligned
         folder = config.checkpoint.resolve() if config.checkpoint.name in ("", "..") else config.checkpoint
         self.model = config.model_id or "/".join(folder.absolute().parts[-2:])

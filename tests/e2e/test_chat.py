@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.chat.command import ImageChatRepl
 from infer.chat.image_dialogue import ImageDialogue
 from infer.config import ChatConfig
@@ -31,8 +31,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(scope="module")
-def aligned(world: Folders) -> AlignedModel:
-    return open_aligned_model(ChatConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm))
+def aligned(world: Folders) -> ImageAnswerer:
+    return open_image_answerer(ChatConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm))
 
 
 def chat(world: Folders, *flags: object) -> list[str]:
@@ -43,7 +43,7 @@ def said(dialogue: ImageDialogue, question: str) -> str:
     return "".join(dialogue.ask(question))
 
 
-def test_over_a_pipe(world: Folders, aligned: AlignedModel, tmp_path: Path) -> None:
+def test_over_a_pipe(world: Folders, aligned: ImageAnswerer, tmp_path: Path) -> None:
     """Answers on standard output and nothing else."""
     spaced = tmp_path / "ein Bild.png"
     spaced.write_bytes(world.images[1].read_bytes())
@@ -87,7 +87,10 @@ def test_over_a_pipe(world: Folders, aligned: AlignedModel, tmp_path: Path) -> N
 
 
 def test_over_a_pipe_a_command_that_fails_ends_it(
-    aligned: AlignedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    aligned: ImageAnswerer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """So that no question is answered about another image, or in another way, than was asked for."""
     thesis = tmp_path / "thesis.json"
@@ -114,7 +117,7 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
     assert thesis.read_text() == '{"title": "years of work"}'
 
 
-def test_at_a_terminal(world: Folders, aligned: AlignedModel, tmp_path: Path) -> None:
+def test_at_a_terminal(world: Folders, aligned: ImageAnswerer, tmp_path: Path) -> None:
     """A person types, in Chinese surroundings: prompt, preview, history, several lines, Ctrl-C."""
     state = {"XDG_STATE_HOME": str(tmp_path / "state"), "LC_ALL": "zh_CN.UTF-8"}
     command = chat(world, "--max-tokens", 900, "--repetition-penalty", 1.1)

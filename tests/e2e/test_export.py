@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.chat.image_dialogue import ImageDialogue
 from infer.config import AskConfig
 from llava_align.config import MODELS, ExportConfig
@@ -108,10 +108,10 @@ def talk_elsewhere(folder: Path, pictures: list[Path]) -> dict[str, Any]:
     return result
 
 
-def opened(config: ExportConfig) -> AlignedModel:
+def opened(config: ExportConfig) -> ImageAnswerer:
     """As on a GPU, if it was exported in half the space: all but the projector in that type."""
     models = {name: getattr(config, name) for name in ("checkpoint", "vision", "llm")}
-    aligned = open_aligned_model(AskConfig(**models, image=("",), device="cpu"))
+    aligned = open_image_answerer(AskConfig(**models, image=("",), device="cpu"))
     if (dtype := getattr(torch, config.dtype)) != torch.float32:
         aligned.tower = open_vision_tower(config.vision, dtype=dtype)
         aligned.llm = load_language_model(config.llm, dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from infer.aligned_model import open_aligned_model
+from infer.answerer import open_image_answerer
 from infer.config import AskConfig
 from llava_core.shards.folder import open_shards
 from llava_core.vision.open import open_vision_tower
@@ -141,7 +141,7 @@ def test_a_projector_of_padded_features_pads_when_it_answers(world: Path, tmp_pa
     models = {"checkpoint": tmp_path / "run/last", "vision": world / "crops", "llm": world / "llm"}
     flags = [part for name, path in models.items() for part in (f"--{name}", path)]
     wide = world / "pictures/2.png"
-    aligned = open_aligned_model(AskConfig(**models, image=("",), device="cpu"))  # type: ignore[arg-type]
+    aligned = open_image_answerer(AskConfig(**models, image=("",), device="cpu"))  # type: ignore[arg-type]
     pixels = aligned.decode(wide.read_bytes()).pixels
     assert (pixels[0] == [int(255 * x) for x in MEAN]).all()
     assert call("infer", "ask", *flags, "--image", wide, "--device", "cpu", "--json").summary["answer"]

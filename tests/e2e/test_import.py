@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
-from infer.aligned_model import open_aligned_model
+from infer.answerer import open_image_answerer
 from infer.config import AskConfig
 from llava_align.config import ImportConfig
 from llava_align.hub.import_projector import run as import_run
@@ -71,7 +71,7 @@ def test_the_course_projector_answers_as_it_did(world: Folders, tmp_path: Path) 
     imported = load_checkpoint(out)
     assert imported.provenance == trained.provenance
     image = world.images[0].read_bytes()
-    aligned = open_aligned_model(
+    aligned = open_image_answerer(
         AskConfig(checkpoint=out, vision=world.vision, llm=world.llm, image=("",), device="cpu")
     )
     assert torch.equal(aligned.encode_files([image]), world.aligned().encode_files([image]))
@@ -103,7 +103,7 @@ def test_llava_takes_the_patches_of_the_layer_before_the_last(
     assert "visual tokens: patches (5→4)" in said
     assert "between its layers: exact GELU, not tanh's (assumed: the weights do not say)" in said
     out = tmp_path / "imported"
-    aligned = open_aligned_model(
+    aligned = open_image_answerer(
         AskConfig(checkpoint=out, vision=world.vision, llm=world.llm, image=("",), device="cpu")
     )
     tower = open_vision_tower(world.vision, layer=-2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from infer.aligned_model import AlignedModel
+from infer.answerer import ImageAnswerer
 from infer.batch.command import answers
 from infer.batch.questions import load_from_images
 from infer.chat.image_dialogue import ImageDialogue
@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(scope="module")
-def aligned(world: Folders) -> AlignedModel:
+def aligned(world: Folders) -> ImageAnswerer:
     return world.aligned()
 
 
@@ -44,7 +44,7 @@ def said(dialogue: ImageDialogue, question: str) -> str:
 
 
 def reference(
-    aligned: AlignedModel, image: Path | None, messages: list[dict[str, str]], sampling: Sampling
+    aligned: ImageAnswerer, image: Path | None, messages: list[dict[str, str]], sampling: Sampling
 ) -> str:
     """Plain greedy decoding: the whole sequence through the model for every token, no cache."""
     embedded = aligned.embed(aligned.conversation.prompt(messages))
@@ -61,7 +61,7 @@ def reference(
     return aligned.text(tokens)
 
 
-def test_answers_equal_plain_decoding_over_many_turns(aligned: AlignedModel, world: Folders) -> None:
+def test_answers_equal_plain_decoding_over_many_turns(aligned: ImageAnswerer, world: Folders) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[0]))
     for question in ("图中有什么？", "颜色？", "What else?"):
@@ -70,7 +70,7 @@ def test_answers_equal_plain_decoding_over_many_turns(aligned: AlignedModel, wor
         assert dialogue.messages[:-1] == messages
 
 
-def test_a_second_turn_reads_only_what_is_new(aligned: AlignedModel, world: Folders) -> None:
+def test_a_second_turn_reads_only_what_is_new(aligned: ImageAnswerer, world: Folders) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[0]))
     said(dialogue, "一个很长很长很长很长的问题")
@@ -82,7 +82,7 @@ def test_a_second_turn_reads_only_what_is_new(aligned: AlignedModel, world: Fold
     assert dialogue.figures.prefilled < whole - aligned.tower.tokens - 40
 
 
-def test_the_picture_matters_and_clear_forgets_only_the_turns(aligned: AlignedModel, world: Folders) -> None:
+def test_the_picture_matters_and_clear_forgets_only_the_turns(aligned: ImageAnswerer, world: Folders) -> None:
     answers = []
     for image in world.images:
         dialogue = ImageDialogue(aligned, SHORT)
@@ -94,13 +94,13 @@ def test_the_picture_matters_and_clear_forgets_only_the_turns(aligned: AlignedMo
     assert said(dialogue, "看") == answers[-1]
 
 
-def test_without_a_picture_the_language_model_answers_alone(aligned: AlignedModel) -> None:
+def test_without_a_picture_the_language_model_answers_alone(aligned: ImageAnswerer) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     assert said(dialogue, "你好") == reference(aligned, None, [{"role": "user", "content": "你好"}], SHORT)
 
 
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
-    aligned: AlignedModel, world: Folders
+    aligned: ImageAnswerer, world: Folders
 ) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[1]))
@@ -112,7 +112,7 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
     assert said(dialogue, "再") == reference(aligned, world.images[1], messages, SHORT)
 
 
-def test_clear_and_retry_read_almost_nothing_again(aligned: AlignedModel, world: Folders) -> None:
+def test_clear_and_retry_read_almost_nothing_again(aligned: ImageAnswerer, world: Folders) -> None:
     dialogue = ImageDialogue(aligned, dataclasses.replace(SHORT, temperature=1.5))
     dialogue.show(str(world.images[0]))
     first = said(dialogue, "看")
@@ -135,7 +135,9 @@ def test_clear_and_retry_read_almost_nothing_again(aligned: AlignedModel, world:
         ImageDialogue(aligned, SHORT).retry()
 
 
-def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(aligned: AlignedModel, world: Folders) -> None:
+def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(
+    aligned: ImageAnswerer, world: Folders
+) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     dialogue.show(str(world.images[0]))
     whole = said(dialogue, "看")
@@ -150,14 +152,14 @@ def test_a_stop_text_ends_an_answer_and_the_next_turn_is_sound(aligned: AlignedM
 
 @pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
 def test_compiled_steps_say_the_same_and_leave_the_same_cache(
-    aligned: AlignedModel, world: Folders, stance: str
+    aligned: ImageAnswerer, world: Folders, stance: str
 ) -> None:
     """A cache of fixed size, a stop in the middle of an answer, and a dialogue that goes on after it."""
     with torch.compiler.set_stance(stance):
         _compare_compiled(aligned, world)
 
 
-def _compare_compiled(aligned: AlignedModel, world: Folders) -> None:
+def _compare_compiled(aligned: ImageAnswerer, world: Folders) -> None:
     try:
         compiled = CompiledStep(aligned.llm, length=60)  # too short for the second turn
     except LlavaError as error:
@@ -179,7 +181,7 @@ def _compare_compiled(aligned: AlignedModel, world: Folders) -> None:
 
 
 def test_a_saved_dialogue_goes_on(
-    aligned: AlignedModel, world: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    aligned: ImageAnswerer, world: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dialogue, other = ImageDialogue(aligned, SHORT), ImageDialogue(aligned, SHORT)
     monkeypatch.chdir(world.images[0].parent)
@@ -196,7 +198,7 @@ def test_a_saved_dialogue_goes_on(
     assert said(other, "什么？") == reference(aligned, None, messages, SHORT)
 
 
-def test_a_full_context_is_said(aligned: AlignedModel) -> None:
+def test_a_full_context_is_said(aligned: ImageAnswerer) -> None:
     dialogue = ImageDialogue(aligned, SHORT)
     with pytest.raises(LlavaError, match=r"the question does not fit .*; shorten the question$"):
         said(dialogue, "长" * 400)
@@ -271,7 +273,7 @@ def test_bad_input_is_one_clear_line(world: Folders, tmp_path: Path) -> None:
     assert f"give {world.checkpoint}" in hint.one_line()
 
 
-def test_batch_equals_ask_and_continues(world: Folders, aligned: AlignedModel, tmp_path: Path) -> None:
+def test_batch_equals_ask_and_continues(world: Folders, aligned: ImageAnswerer, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("text")
     questions = [{"image": str(image), "prompt": p} for p in ("看", "另一个长问题") for image in world.images]
     questions.insert(3, {"image": "bad.png", "prompt": "看"})
@@ -322,7 +324,7 @@ def test_batch_reads_data_urls_and_names_the_keys_it_does_not_use(world: Folders
     assert "cannot read a data URL as an image: not an image" in fourth["error"]
 
 
-def test_what_is_drawn_depends_on_no_company(aligned: AlignedModel, world: Folders, tmp_path: Path) -> None:
+def test_what_is_drawn_depends_on_no_company(aligned: ImageAnswerer, world: Folders, tmp_path: Path) -> None:
     drawn = dataclasses.replace(SHORT, temperature=1.5)
     questions = [{"image": str(image), "prompt": "看"} for image in (*world.images, world.images[0])]
 
@@ -338,14 +340,14 @@ def test_what_is_drawn_depends_on_no_company(aligned: AlignedModel, world: Folde
     assert not set(said_by(4, seed=1)) & set(alone)
 
 
-def test_a_sequence_that_is_over_is_waited_for_no_more(aligned: AlignedModel) -> None:
+def test_a_sequence_that_is_over_is_waited_for_no_more(aligned: ImageAnswerer) -> None:
     enough, steps = (2, 4), list[list[int | None]]()
     embedded = aligned.embed([5, 6, 7]).repeat(2, 1, 1)
     steps.extend(aligned.generate(embedded, SHORT, lambda k: len(steps) >= enough[k], [0, 0]))
     assert [[token is not None for token in step] for step in steps] == [[True] * 2] * 2 + [[False, True]] * 2
 
 
-def test_pictures_are_seen_as_in_training(aligned: AlignedModel, world: Folders) -> None:
+def test_pictures_are_seen_as_in_training(aligned: ImageAnswerer, world: Folders) -> None:
     """infer's visual tokens are the projection of what extract would have stored, to the last bit."""
     data = world.images[2].read_bytes()
     pixels = aligned.tower.preprocess.decode_image(data).pixels
@@ -357,7 +359,7 @@ def test_pictures_are_seen_as_in_training(aligned: AlignedModel, world: Folders)
 
 
 def test_an_interrupt_within_the_model_leaves_a_sound_dialogue(
-    aligned: AlignedModel, world: Folders, monkeypatch: pytest.MonkeyPatch
+    aligned: ImageAnswerer, world: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C lands between two layers: the first has read a token that the second has not."""
     dialogue = ImageDialogue(aligned, SHORT)

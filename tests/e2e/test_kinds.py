@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
-from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.chat.image_dialogue import ImageDialogue
 from infer.config import AskConfig
 from llava_core.errors import LlavaError
@@ -52,11 +52,11 @@ def short(world: Path, out: Path, **flags: Any) -> Any:
     return config(world, out, eval_features=world / "features", epochs=3, **flags)
 
 
-def opened(world: Path, checkpoint: Path) -> AlignedModel:
+def opened(world: Path, checkpoint: Path) -> ImageAnswerer:
     models = AskConfig(
         checkpoint=checkpoint, vision=world / "vision", llm=world / "llm", image=("",), device="cpu"
     )
-    return open_aligned_model(models)
+    return open_image_answerer(models)
 
 
 @pytest.mark.parametrize("kind", PROJECTORS.builtins)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from infer.aligned_model import open_aligned_model
+from infer.answerer import open_image_answerer
 from infer.config import LensConfig
 from infer.lens.command import analyse
 from tests.support.aligned import write_aligned
@@ -29,7 +29,7 @@ def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
         top=3,
         other=str(world.images[1]),
     )
-    result = analyse(open_aligned_model(config), config)
+    result = analyse(open_image_answerer(config), config)
     assert [(panel.projector, panel.readout) for panel in result.panels] == [
         ("trained projector", "nearest input embeddings"),
         ("random projector", "nearest input embeddings"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from infer.aligned_model import open_aligned_model
+from infer.answerer import open_image_answerer
 from infer.config import AskConfig
 from infer.rank import forced_choice
 from llava_align import AlignedModel, FeatureDataset, LlavaError
@@ -111,7 +111,7 @@ def test_losses_are_those_of_each_text_alone(
     """Padded together, or one by one."""
     monkeypatch.setattr(forced_choice, "CHUNK_LOGITS", limit)
     images = ("",)
-    aligned = open_aligned_model(
+    aligned = open_image_answerer(
         AskConfig(checkpoint=world.checkpoint, vision=world.vision, llm=world.llm, image=images, device="cpu")
     )
     visual = aligned.encode_files([world.images[0].read_bytes()])[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.aligned_model import AlignedModel
+from infer.answerer import ImageAnswerer
 from infer.chat.image_dialogue import ImageDialogue
 from infer.serve.kv_cache import longest_context
 from infer.serve.request import GenerationRequest, RequestImage, TextDelta
@@ -26,12 +26,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(scope="module")
-def aligned(world: Folders) -> AlignedModel:
+def aligned(world: Folders) -> ImageAnswerer:
     return world.aligned()
 
 
 @pytest.fixture
-def scheduler(aligned: AlignedModel) -> Iterator[Scheduler]:
+def scheduler(aligned: ImageAnswerer) -> Iterator[Scheduler]:
     scheduler = Scheduler(aligned, slots=3, context=1024)
     yield scheduler
     scheduler.close()
@@ -71,7 +71,9 @@ class Asked:
                 return self.text
 
 
-def alone(aligned: AlignedModel, question: str, image: Path | None = None, sampling: Sampling = SHORT) -> str:
+def alone(
+    aligned: ImageAnswerer, question: str, image: Path | None = None, sampling: Sampling = SHORT
+) -> str:
     session = ImageDialogue(aligned, sampling)
     if image:
         session.show(str(image))
@@ -79,7 +81,7 @@ def alone(aligned: AlignedModel, question: str, image: Path | None = None, sampl
 
 
 def test_answers_in_company_equal_those_alone(
-    aligned: AlignedModel, world: Folders, scheduler: Scheduler
+    aligned: ImageAnswerer, world: Folders, scheduler: Scheduler
 ) -> None:
     """Of every length, with and without a picture, more than slots, joining while others are answered."""
     questions = ["看", "图中有什么？" * 9, "What?", "长" * 120, "", "a" * 300, "颜色" * 3]
@@ -97,7 +99,7 @@ def test_answers_in_company_equal_those_alone(
 
 
 def test_a_dialogue_reads_only_what_is_new(
-    aligned: AlignedModel, world: Folders, scheduler: Scheduler
+    aligned: ImageAnswerer, world: Folders, scheduler: Scheduler
 ) -> None:
     session = ImageDialogue(aligned, SHORT)
     session.show(str(world.images[0]))
@@ -116,7 +118,7 @@ def test_a_dialogue_reads_only_what_is_new(
 
 
 def test_who_leaves_frees_the_slot_and_the_place_in_the_queue(
-    aligned: AlignedModel, scheduler: Scheduler
+    aligned: ImageAnswerer, scheduler: Scheduler
 ) -> None:
     scheduler.context = 250
     endless = Sampling(max_tokens=10_000)
@@ -133,7 +135,7 @@ def test_who_leaves_frees_the_slot_and_the_place_in_the_queue(
     assert text == alone(aligned, "0", sampling=Sampling(max_tokens=running[0].request.tokens))
 
 
-def test_each_request_has_its_own_sampling_and_seed(aligned: AlignedModel, scheduler: Scheduler) -> None:
+def test_each_request_has_its_own_sampling_and_seed(aligned: ImageAnswerer, scheduler: Scheduler) -> None:
     def warm(seed: int) -> Sampling:
         return Sampling(max_tokens=20, temperature=1.0, top_k=50, repetition_penalty=1.3, seed=seed)
 
@@ -150,7 +152,7 @@ def test_each_request_has_its_own_sampling_and_seed(aligned: AlignedModel, sched
 
 
 def test_a_model_that_fails_costs_only_the_answers_of_that_moment(
-    aligned: AlignedModel,
+    aligned: ImageAnswerer,
     scheduler: Scheduler,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -170,7 +172,7 @@ def test_a_model_that_fails_costs_only_the_answers_of_that_moment(
     assert "RuntimeError: out of memory" in capfd.readouterr().err
 
 
-def test_closing_tells_everybody(aligned: AlignedModel) -> None:
+def test_closing_tells_everybody(aligned: ImageAnswerer) -> None:
     scheduler = Scheduler(aligned, slots=1, context=1024)
     running = Asked(scheduler, "看", sampling=Sampling(max_tokens=10_000)).begun()
     waiting = Asked(scheduler, "看")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infer.aligned_model import AlignedModel, open_aligned_model
+from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.config import AskConfig
 from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
@@ -39,9 +39,9 @@ class Folders:
             "cpu",
         )
 
-    def aligned(self) -> AlignedModel:
+    def aligned(self) -> ImageAnswerer:
         image = (str(self.images[0]),)
-        return open_aligned_model(
+        return open_image_answerer(
             AskConfig(checkpoint=self.checkpoint, vision=self.vision, llm=self.llm, image=image)
         )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infer.aligned_model import FeatureAnswerer
+from infer.answerer import FeatureAnswerer
 from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, piece_losses, random_projector
 from llava_core.errors import LlavaError
 from llava_core.language.load import load_language_model

@@ -53,7 +53,7 @@ class FeatureAnswerer:
         return self.conversation.text(ids)
 
 
-class AlignedModel(FeatureAnswerer):
+class ImageAnswerer(FeatureAnswerer):
     """Encoder, projector and language model that were trained together."""
 
     def __init__(
@@ -75,13 +75,13 @@ class AlignedModel(FeatureAnswerer):
         return self.project(self.tower.encode(np.stack([image.pixels for image in images])))
 
 
-def open_aligned_model(config: Models | QuestionFile) -> AlignedModel:
+def open_image_answerer(config: Models | QuestionFile) -> ImageAnswerer:
     """Load the three models. Raises LlavaError if the projector was trained for others."""
     assert config.vision is not None
     checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
     tower = open_trained_tower(config.vision, checkpoint.provenance, device)
     llm = _language_model(config, checkpoint, str(tower.encoder["model_id"]), device)
-    return AlignedModel(tower, checkpoint.projector, llm, checkpoint.provenance.question)
+    return ImageAnswerer(tower, checkpoint.projector, llm, checkpoint.provenance.question)
 
 
 def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:
