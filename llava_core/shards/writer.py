@@ -147,7 +147,7 @@ class ShardWriter:
             record["attempts"] = min(outcome.attempts, 255)
             record["sha256"] = np.frombuffer(outcome.sha256, np.uint8)
             if "reason" in self.layout.offsets:
-                record["reason"] = outcome.reason.encode("utf-8", "replace")[:REASON_BYTES]
+                record["reason"] = _cut(outcome.reason)
         flush(self._descriptor, self.path)
         self._journal.append(records)
         self._records[records["row"]] = records
@@ -255,3 +255,9 @@ def require_storage(path: Path, layout: Layout, storage: Storage) -> None:
             expected=f"--dtype {storage}",
             do=f"give --dtype {layout.storage}, choose another --out, or delete {path.name}",
         )
+
+
+def _cut(reason: str) -> bytes:
+    """A reason in at most REASON_BYTES bytes; an ellipsis stands for what is left out."""
+    encoded, dots = reason.encode("utf-8", "replace"), "…".encode()
+    return encoded if len(encoded) <= REASON_BYTES else encoded[: REASON_BYTES - len(dots)] + dots

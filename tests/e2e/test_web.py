@@ -295,7 +295,7 @@ def test_reasons_are_kept_and_shown(vision: Path, tmp_path: Path) -> None:
         "/cut": cut,
         "/ftp": nowhere,
         "/gif": answer(b"GIF89a/*" + bytes(20)),
-        "/tiff": answer(b"II*\x00" + bytes(20)),
+        "/psd": answer(b"8BPS" + bytes(20)),
     }
     with serving(routes) as base:
         urls = [f"{base}{path}?key={secret}" for path in routes]
@@ -317,7 +317,7 @@ def test_reasons_are_kept_and_shown(vision: Path, tmp_path: Path) -> None:
         "received 100 of 1000 bytes",
         "expected http:// or https:// and a host",
         "GIF: damaged header",
-        "begins with b'II*\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'; expected",
+        "begins with b'8BPS\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'; expected…",
         "its host has no address",
         "Connection refused",
         "no host or port that can be one",
