@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from extract.config import EncodeConfig, RunConfig
 from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
-from extract.sources.base import Columns, Source
+from extract.sources.base import Columns, Source, is_address
 from extract.sources.local_images import changed
 from extract.stages.metrics import ProgressBar
 from extract.statistics import summarise, write_statistics
@@ -58,6 +59,8 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
     require_same(path, shard, tower)
     if shard.source != source.identity():
         if (rows := _changed_words(shard, source)) is not None:
+            require_storage(path, shard.layout, config.dtype)
+            _mention_thumbnails(path, shard.layout, config)
             say(f"{path}: the words of {counted(rows, 'row')} changed; its images are not encoded again")
             return False
         raise LlavaError(
@@ -108,10 +111,27 @@ def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
 def open_shard(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> OpenShard:
     """Create or continue the shard of a source; of a finished one, redo rows whose image has changed."""
     identity, redo = source.identity(), np.zeros(0, bool)
-    mended = is_finished(path) and Shard(path).source != identity
-    if is_finished(path) and not mended:
-        redo = changed(source.images, Shard(path))
-    return open_shard_of(path, source.read(), identity, tower, config, redo, source.images, mended)
+    old = Shard(path) if path.exists() else None
+    mended = old is not None and is_finished(path) and old.source != identity
+    if old is not None and mended:
+        config = dataclasses.replace(config, thumbnails=old.layout.thumbnails)
+    elif old is not None and is_finished(path):
+        redo = changed(source.images, old)
+    shard = open_shard_of(path, source.read(), identity, tower, config, redo, source.images, mended)
+    if old is not None:
+        shard.kept = _kept(old, source)
+    return shard
+
+
+def _kept(old: Shard, source: Source) -> dict[int, Shard]:
+    """Rows whose features stay: their image is at the same address, or its file is the same or gone.
+
+    What a table or an archive stores is read again, and recognised by its sha256.
+    """
+    same, files, urls = ~changed(source.images, old), old.mtime, old.urls()
+    same = same if len(same) else np.ones(old.rows, bool)
+    in_files = files if len(files) else np.zeros(old.rows)
+    return {row: old for row in old.ok_rows() if same[row] and (in_files[row] or is_address(urls[row]))}
 
 
 def open_shard_of(

@@ -25,10 +25,11 @@ class OpenShard:
         captions: Sequence[str | None],
         images: Images | None = None,
         outcomes: Mapping[int, Status] = MappingProxyType({}),
+        kept: Mapping[int, Shard] = MappingProxyType({}),
     ) -> None:
-        """`outcomes`: rows whose outcome is known already."""
+        """`outcomes`: rows whose outcome is known already; `kept`: rows whose features an older shard has."""
         self.writer, self.urls, self.captions, self.images = writer, urls, captions, images
-        self.outcomes = outcomes
+        self.outcomes, self.kept = outcomes, kept
         self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
         """Rows without an outcome when it was opened."""
         self.missing = len(self.pending)

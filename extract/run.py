@@ -24,6 +24,7 @@ from llava_core.launcher_variables import worker_index
 from llava_core.row_status import Failure, Status
 from llava_core.shards.byte_offsets import disk_bytes
 from llava_core.shards.folder import open_shards
+from llava_core.shards.hdf5_file import read_layout
 from llava_core.shards.part_file import is_finished, part_of
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
@@ -73,6 +74,10 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     tower = open_tower(config, shards[0].identity)
     say(describe(tower))
     require_same(shards[0].path, shards[0], tower)
+    for shard in shards:
+        if not is_finished(shard.path) and read_layout(part_of(shard.path)).source != shard.source:
+            what = f"{shard.path} is being made again, with other words"
+            raise LlavaError(what, do="let `extract run` finish that first")
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
     say(f"{counted(sum(counts.values()), 'failed row')} in {len(todo)} of {len(shards)} shards to try again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from extract.sources.base import shown
 from llava_core.errors import LlavaError
 from llava_core.shards.dialogue import Turns
 
@@ -53,6 +54,7 @@ def _text(message: dict[str, Any]) -> str | None:
 
 def _role(message: dict[str, Any], where: str) -> str:
     role = message.get("from", message.get("role"))
+    role = role.lower() if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
-        raise LlavaError(f"{where}: unknown role {role!r}", expected=f"one of {', '.join(ROLES)}")
+        raise LlavaError(f"{where}: unknown role {shown(role)}", expected=f"one of {', '.join(ROLES)}")
     return ROLES[role]

@@ -75,13 +75,17 @@ def sources_of(shards: Sequence[Shard], data: str | None, flags: DataFlags) -> l
     Without `data`, they are where their statistics say. Raises LlavaError if the source of a shard with local
     images is not there.
     """
-    local = [shard for shard in shards if shard.local]
-    if not local:
-        return [None] * len(shards)
-    if data is None:
-        data, flags = data_flags_of(local[0])
-    stems = {source.stem: source for source in find_sources(data, flags)}
-    return [_source_of(shard, stems, data) if shard.local else None for shard in shards]
+    stems: dict[object, dict[str, Source]] = {}
+    sources: list[Source | None] = []
+    for shard in shards:
+        if not shard.local:
+            sources.append(None)
+            continue
+        given = (data, flags) if data is not None else data_flags_of(shard)
+        if given not in stems:
+            stems[given] = {source.stem: source for source in find_sources(given[0], given[1])}
+        sources.append(_source_of(shard, stems[given], given[0]))
+    return sources
 
 
 def _source_of(shard: Shard, stems: dict[str, Source], data: str) -> Source:
@@ -127,11 +131,8 @@ def _local_instead(paths: list[Path]) -> list[Path]:
     chosen, local = [], 0
     for path in paths:
         tar, folder = path.with_suffix(".tar"), path.with_suffix("")
-        if path.suffix == ".parquet" and tar.is_file():
-            path = tar
-        elif path.suffix == ".parquet" and folder.is_dir() and _has_images(folder):
-            path = folder
-        local += path in (tar, folder)
+        if path.suffix == ".parquet" and (tar.is_file() or (folder.is_dir() and _has_images(folder))):
+            path, local = tar if tar.is_file() else folder, local + 1
         if path not in chosen:
             chosen.append(path)
     if local:

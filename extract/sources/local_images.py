@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.sources.base import is_address
+from extract.sources.base import is_address, shown
 from llava_core.errors import LlavaError
 from llava_core.filesystem import sha256_files
 from llava_core.network.fetch import Fetched
@@ -42,7 +42,7 @@ def local_images(path: Path, folder: Path, image_refs: Sequence[str]) -> LocalIm
     if named and not any(there):
         raise LlavaError(
             f"none of the images that {path} names is in {folder}",
-            got=named[0],
+            got=shown(named[0]),
             do="name their folder with --images",
         )
     return LocalImages(folder, image_refs)

@@ -44,7 +44,10 @@ class StoredImages:
 
     def load(self, row: int, max_bytes: int) -> Fetched | None:
         try:
-            body = image_bytes(self.value(row))
+            value = self.value(row)
+            if isinstance(value, list) and len(value) > 1:
+                return Fetched(Status.SEVERAL_IMAGES, attempts=0)
+            body = image_bytes(value)
         except OSError as error:
             return Fetched(Status.UNREADABLE_FILE, attempts=0, detail=first_line(error))
         return self.others.load(row, max_bytes) if body is None else loaded(body, max_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ IMAGES = (
     *("jpg", "jpeg", "png", "webp", "jpeg_bytes", "image_bytes", "image_base64"),
 )
 """Columns of images, the preferred first; one that holds the files themselves precedes all."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that stand for none."""
 NAMES_ONLY = ("url", "path", "image_url", "image_path", "file_name", "filename")
 """Columns whose bytes are text."""
 DIALOGUES = ("conversations", "messages", "conversation")
@@ -70,11 +72,11 @@ class _Reader:
         captions, conversations = texts_of(words)
         refs, outcomes = [""] * len(values), {}
         if self.ref is not None:
-            for row, value in enumerate(self.table.values(self.ref, rows)):
+            for row, value in enumerate(self._image_values(rows)):
                 refs[row], several = _ref(value)
                 if several:
                     outcomes[row] = Status.SEVERAL_IMAGES
-                elif not refs[row] and self.stored is None and _is_text_only(words[row], values[row]):
+                elif value in EMPTY and self.stored is None and _is_text_only(words[row], values[row]):
                     outcomes[row] = Status.TEXT_ONLY
         ids = self.table.values(self.id, rows) if self.id is not None else range(len(values))
         return Columns(
@@ -95,20 +97,27 @@ class _Reader:
         return local_images(self.table.path, folder, refs)
 
     def _texts(self, rows: int) -> list[Any]:
-        values = self.table.values(self.text, rows)
-        if self.text in DIALOGUES:  # rows of one file may differ in the name
-            for other in {*DIALOGUES}.intersection(self.table.names) - {self.text}:
-                pairs = zip(values, self.table.values(other, rows), strict=True)
-                values = [second if first is None else first for first, second in pairs]
+        values = self._coalesced(self.text, TEXTS, rows)
         beside = {name.lower(): name for name in self.table.names}
         if self.text.lower() != "response" or "query" not in beside:
             return values
         queries = self.table.values(beside["query"], rows)
         history = self.table.values(beside["history"], rows) if "history" in beside else [None] * len(values)
-        return [
-            [message for turn in [*(earlier or ()), (query, answer)] for message in _turn(*turn)]
-            for earlier, query, answer in zip(history, queries, values, strict=True)
-        ]
+        dialogues = zip(history, queries, values, strict=True)
+        return [_messages(earlier, query, answer) for earlier, query, answer in dialogues]
+
+    def _image_values(self, rows: int) -> list[Any]:
+        assert self.ref is not None
+        return self._coalesced(self.ref, IMAGES, rows)
+
+    def _coalesced(self, name: str, known: Sequence[str], rows: int) -> list[Any]:
+        """A column; where rows of JSON lack it, the value of another one whose name is `known`."""
+        values = self.table.values(name, rows)
+        if self.table.kind(name) is None and name.lower() in known:
+            for other in self._named(known):
+                pairs = zip(values, self.table.values(other, rows), strict=True)
+                values = [second if first in EMPTY else first for first, second in pairs]
+        return values
 
     def _image_columns(self, flags: DataFlags) -> tuple[str | None, str | None]:
         """The column, or field of a struct, of addresses or paths, and the column of files themselves."""
@@ -159,10 +168,12 @@ class _Reader:
             raise LlavaError(f"{self.table.path} has more than one column {name!r}", do="drop all but one")
 
     def _lacks(self, what: str, flag: str, known: Sequence[str]) -> LlavaError:
+        names = [name if len(name) <= 40 else f"{name[:40]}…" for name in self.table.names[:20]]
+        more = ", …" * (len(self.table.names) > 20)
         return LlavaError(
             f"{self.table.path} lacks {what}",
             expected=f"a column {', '.join(known)}, …",
-            got=", ".join(self.table.names) or "no column",
+            got=", ".join(names) + more or "no column",
             do=f"name it by {flag}",
         )
 
@@ -192,7 +203,7 @@ def _kind_of_images(table: Table, name: str) -> tuple[str | None, bool]:
             return None, False
     sample = [value for value in map(_only, table.values(name, SAMPLE)) if value not in (None, "")]
     if any(isinstance(value, str) and is_base64(value) for value in map(_decoded, sample)):
-        return None, True
+        return (name if kind is None else None), True
     if any(isinstance(value, dict) and "bytes" in value for value in sample):
         return None, True
     fits = not sample or any(isinstance(_decoded(value), str) or isinstance(value, dict) for value in sample)
@@ -236,7 +247,7 @@ def _ref(value: Any) -> tuple[str, bool]:
         value = value.get("path") or value.get("url") or value.get("image")
         value = value.get("url") if isinstance(value, dict) else value
     value = _decoded(value)
-    return (value if isinstance(value, str) else ""), False
+    return (value if isinstance(value, str) and not is_base64(value) else ""), False
 
 
 def _is_text_only(words: Words | None, value: Any) -> bool:
@@ -244,6 +255,14 @@ def _is_text_only(words: Words | None, value: Any) -> bool:
     return isinstance(words, tuple) and any(question for question, _ in words) and not names_media(value)
 
 
-def _turn(query: Any, answer: Any) -> Iterator[dict[str, Any]]:
-    yield {"role": "user", "content": query}
-    yield {"role": "assistant", "content": answer}
+def _messages(history: Any, query: Any, answer: Any) -> list[dict[str, Any]] | None:
+    """ms-swift's row as messages; `history` holds [query, answer] or messages, or the row is None."""
+    messages: list[dict[str, Any]] = []
+    for turn in [*(history if isinstance(history, list) else [history] if history else ()), [query, answer]]:
+        if isinstance(turn, dict):
+            messages.append(turn)
+        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
+            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        else:
+            return None
+    return messages

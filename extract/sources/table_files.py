@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import collections
 import csv
 import gzip
 import io
@@ -102,7 +103,13 @@ class ArrowTable(Table):
             raise DamagedTable(f"damaged file {self.path}", got=got, do="download it again") from None
         for field in fields:
             found = pa.compute.struct_field(found, field)
-        values: list[Any] = _without_codec(found).to_pylist()
+        try:
+            values: list[Any] = _without_codec(found).to_pylist()
+        except ValueError:  # a time that Python has not, or text that is no UTF-8 inside a list or struct
+            try:
+                values = found.cast(pa.large_string()).to_pylist()
+            except (pa.ArrowException, ValueError) as error:
+                raise LlavaError(f"{self.path}: column {name!r} cannot be read", got=error) from None
         return values
 
     def at(self, name: str) -> Callable[[int], Any]:
@@ -172,24 +179,28 @@ def open_table(path: Path) -> Table:
     with path.open("rb") as file:
         head = file.read(512)
     for magic, (what, do) in FOREIGN.items():
-        if head.startswith(magic) and (len(magic) > 1 or path.suffix != ".csv"):
+        if head.startswith(magic) and (len(magic) > 1 or not _is_csv(path)):
             raise LlavaError(f"{path} is {what}", do=do)
     if head.startswith(b"PAR1"):
         return ParquetTable(path)
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return _arrow_file(path)
-    text, name = _text(path, head), path.name.removesuffix(".gz")
+    text, name = _text(path, head), path.name.lower().removesuffix(".gz")
     first = text.lstrip()[:1]
+    if _is_csv(path):
+        return RowTable(path, _csv_entries(path, text, "\t" if name.endswith(".tsv") else ""))
     if first in ("[", "{"):
         return RowTable(path, _json_entries(path, text))
-    if name.endswith((".csv", ".tsv", ".txt")):
-        return RowTable(path, _csv_entries(path, text, "\t" if name.endswith(".tsv") else ""))
     if not first and name.endswith((".json", ".jsonl")):
         return RowTable(path, [])
     if name.endswith((".json", ".jsonl")):
         raise LlavaError(f"{path} is not JSON", expected="a list, or lines, of objects", got=repr(text[:20]))
     kinds = "parquet, Arrow, JSON, CSV or TSV (*.csv, *.tsv)"
     raise LlavaError(f"{path} is no table", expected=kinds, got=f"begins with {head[:12]!r}")
+
+
+def _is_csv(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".txt"))
 
 
 def _text(path: Path, head: bytes) -> str:
@@ -208,7 +219,7 @@ def _text(path: Path, head: bytes) -> str:
     try:
         return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        if ".csv" in path.suffixes or ".tsv" in path.suffixes:  # as spreadsheets in China write them
+        if _is_csv(path):  # as spreadsheets in China write them
             try:
                 text = data.decode("gb18030")
                 say(f"{path} is not UTF-8; it is read as GB 18030")
@@ -229,7 +240,7 @@ def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
         lines = enumerate(io.StringIO(text), 1)
         entries = [_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if isinstance(entries, dict):
-        if ".jsonl" not in path.suffixes:
+        if ".jsonl" not in path.name.lower():
             expected = "[{image, …}, …], or lines of {image, …}"
             got = f"an object of {', '.join(list(entries)[:6]) or 'nothing'}"
             raise LlavaError(f"{path} is not a JSON list", expected=expected, got=got)
@@ -257,9 +268,12 @@ def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
     head = text.split("\n", 1)[0]
     separator = delimiter or max(",\t;", key=head.count)
     csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    entries = []
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    entries: list[dict[str, Any]] = []
     try:
+        names = collections.Counter(rows.fieldnames or ())
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise LlavaError(f"{path} has more than one column {twice[0]!r}", do="drop all but one")
         for entry in rows:
             if None in entry:
                 wanted = len(rows.fieldnames or ())
@@ -267,7 +281,8 @@ def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
                 raise LlavaError(f"{path}, line {rows.line_num}", expected=f"{wanted} fields", got=got)
             entries.append(entry)
     except csv.Error as error:
-        raise LlavaError(f"{path}, line {rows.line_num} is no CSV", got=error) from None
+        do = "close the quotes, and double those inside a text"
+        raise LlavaError(f"{path}, line {rows.line_num} is no CSV", got=error, do=do) from None
     return entries
 
 

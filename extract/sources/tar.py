@@ -15,6 +15,7 @@ from extract.sources.base import Columns, DataFlags, Source
 from extract.sources.folder import TEXT_SUFFIXES, mention_left_out
 from extract.sources.local_images import loaded
 from extract.sources.words import WordReader, texts_of
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError, first_line
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
@@ -91,12 +92,17 @@ def _samples(path: Path) -> tuple[dict[str, dict[str, Member]], dict[str, int]]:
                     files.append((stem, suffix.lower(), place))
                 elif member.isfile():
                     left_out[suffix.lower()] += 1
+                elif not member.isdir():
+                    left_out["links"] += 1
+            _require_end(path, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         got = first_line(error)
         raise LlavaError(f"{path} is a damaged tar archive", got=got, do="download it again") from None
     by_last, by_first = _grouped(files), _grouped([(_first_stem(stem), *rest) for stem, *rest in files])
     if not any(map(_is_complete, by_last.values())):
-        return by_first, left_out
+        by_last = by_first
+    for sample in by_last.values():
+        left_out.update([suffix for suffix in IMAGE_SUFFIXES if suffix in sample][1:])
     for stem in [stem for stem, sample in by_last.items() if not _is_complete(sample)]:
         if _first_stem(stem) != stem and _is_complete(by_last.get(_first_stem(stem), {})):
             left_out.update(stem.rpartition(".")[2] + suffix for suffix in by_last.pop(stem))
@@ -106,8 +112,21 @@ def _samples(path: Path) -> tuple[dict[str, dict[str, Member]], dict[str, int]]:
 def _grouped(files: Sequence[Any]) -> dict[str, dict[str, Member]]:
     samples: dict[str, dict[str, Member]] = {}
     for stem, suffix, member in files:
-        samples.setdefault(stem, {}).setdefault(suffix, member)
+        samples.setdefault(stem, {})[suffix] = member  # the last one counts, as in tar itself
     return samples
+
+
+def _require_end(path: Path, offset: int) -> None:
+    """Raise LlavaError if anything follows the last member; print that it may be cut, if nothing does."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        rest = file.read()
+    if rest.strip(b"\0"):
+        raise tarfile.ReadError(
+            f"no member, but {len(rest):,} bytes, at {offset:,}: damaged, or two in one file"
+        )
+    if not rest:
+        say(f"{path} has no end mark: samples may be missing from its end")
 
 
 def _first_stem(stem: str) -> str:

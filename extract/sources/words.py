@@ -46,13 +46,19 @@ class WordReader:
         """The words of the value in a row; None if there are none. Raises LlavaError for an unknown role."""
         value, where = _plain(value), f"{self.where}, row {row}"
         if not isinstance(value, str):
-            return self._words(value, where)
+            return self._found(value, where)
         decoded: Any = value
         for _ in range(MOST_ENCODED):
             if isinstance(decoded, str) and decoded.startswith(STARTS[: 3 if self.quoted else 2]):
                 decoded = _decoded(decoded.strip())
-        found = self._words(decoded, where)
+        found = self._found(decoded, where)
         return found if found is not None or self.encoded or self.quoted else value or None
+
+    def _found(self, value: object, where: str) -> Words | None:
+        try:
+            return self._words(value, where)
+        except RecursionError:
+            return None
 
     def _words(self, value: object, where: str) -> Words | None:
         if isinstance(value, str):
@@ -72,8 +78,11 @@ class WordReader:
         captions = [self._words(item, where) for item in value]
         if len(captions) == 1:
             return captions[0]
+        blank = [isinstance(item, str) and not item.strip() for item in value]
         texts = [text for text in captions if isinstance(text, str)]
-        return tuple((None, text) for text in texts) if texts and len(texts) == len(captions) else None
+        return (
+            tuple((None, text) for text in texts) if texts and len(texts) + sum(blank) == len(value) else None
+        )
 
     def _refuse(self, column: str, values: Sequence[Any]) -> None:
         value = _decoded(values[0]) if isinstance(values[0], str) else values[0]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
-from extract.row_job import RowJob, RowRef
+from extract.row_job import RowJob, RowRef, StoredRow
 from extract.stages.host_queue import HostQueue
 from extract.stages.write import Write
 from llava_core.errors import LlavaError
@@ -56,6 +56,10 @@ class Feed:
             outcome = Status.BAD_CAPTION if shard.captions[row] is None else shard.outcomes.get(row)
             if outcome is not None:
                 await self.write.inbox.put(RowJob(shard, RowRecord(row, outcome)))
+            elif old := shard.kept.get(row):
+                record = RowRecord(row, Status.PENDING, attempts=int(old.attempts[row]))
+                record.mtime = int(old.mtime[row])
+                await self.write.inbox.put(RowJob(shard, record, duplicate_of=StoredRow(old, row)))
             elif host is not None and (found := self.deduplicator.claim(shard.urls[row], ref)):
                 await self.write.inbox.put(RowJob(shard, RowRecord(row, Status.PENDING), duplicate_of=found))
             else:

@@ -18,8 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from extract.config import RunConfig
+from extract.extract_shards import open_shard
+from extract.sources.find import find_sources
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
+from llava_core.vision.open import open_vision_tower
 from tests.support.commands import Ended, call
 from tests.support.local_data import llava, write_json, write_parquet, write_pictures
 from tests.support.servers import answer, serving
@@ -141,6 +145,44 @@ def test_mended_words_are_taken_without_encoding_again(vision: Path, tmp_path: P
     assert "nothing to do" in extract(vision, data).err
 
 
+def test_mending_words_keeps_what_is_there(vision: Path, tmp_path: Path) -> None:
+    """Features of an image that is gone since, thumbnails, and the number type."""
+    write_pictures(tmp_path, NAMES)
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, caption=["old", "older"])
+    extract(vision, data, "--thumbnails", "--dtype", "int8")
+    before = Shard(tmp_path / "features/x.h5")
+    kept = before.read(1), before.thumbnail(1), int(before.mtime[1])
+    (tmp_path / "b.jpg").unlink()
+    write_parquet(data, image=NAMES, caption=["new", "newer"])
+    assert "holds features as int8; expected --dtype float16" in extract(vision, data, code=1).one_line()
+    extract(vision, data, "--dtype", "int8")
+    assert words(data) == ["new", "newer"]
+    after = Shard(tmp_path / "features/x.h5")
+    np.testing.assert_array_equal(after.read(1), kept[0])
+    assert (after.thumbnail(1), int(after.mtime[1])) == kept[1:]
+    picture = Image.new("RGB", (40, 40), (0, 200, 0))
+    picture.save(tmp_path / "a.jpg")
+    write_parquet(data, image=NAMES, caption=["newest", "newer"])
+    extract(vision, data, "--dtype", "int8")
+    assert not np.array_equal(Shard(tmp_path / "features/x.h5").read(0), after.read(0))
+
+
+def test_a_mend_that_was_killed_is_finished_by_the_same_command(vision: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path, NAMES)
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, caption=["old", None])
+    extract(vision, data, code=3)
+    write_parquet(data, image=NAMES, caption=[None, "mended"])
+    (source,) = find_sources(str(data))
+    tower = open_vision_tower(vision)
+    config = RunConfig(data=str(data), out=tmp_path / "features", vision=vision, device="cpu")
+    open_shard(tmp_path / "features/x.h5", source, tower, config).close()  # as if killed here
+    retry = ("extract", "retry-failed", "--out", tmp_path / "features", "--vision", vision, "--device", "cpu")
+    line = call(*retry, code=1).one_line()
+    assert "x.h5 is being made again, with other words; let `extract run` finish that first" in line
+    extract(vision, data, code=3)
+    assert words(data) == ["bad caption", "mended"]
+
+
 def test_retrying_knows_data_and_layer(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
     (tmp_path / "b.jpg").unlink()
     write_parquet(tmp_path / "x.parquet", image=NAMES, words=CAPTIONS)
@@ -239,9 +281,24 @@ def test_several_images_in_one_row_are_a_failure_with_a_name(
     assert "1 row about several images: a row may have one" in ended.err
 
 
+def test_rows_of_one_file_may_name_their_image_and_words_differently(
+    vision: Path, tmp_path: Path, pictures: list[bytes]
+) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"image": "a.jpg", "conversations": talk}, {"images": ["b.jpg"], "messages": talk},
+            {"image_path": "a.jpg", "caption": "c"}, {"image": {"file": "b.jpg"}, "conversations": talk},
+            {"conversations": talk}, {"image": "a.jpg", "captions": ["x", "", "y"]}]  # fmt: skip
+    data = tmp_path / "x.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    extract(vision, data, code=3)
+    dialogue = '[["q","a"]]'
+    assert words(data) == [dialogue, dialogue, turns("c"), "no file", "text only", turns("x", "y")]
+
+
 def ms_swift(folder: Path) -> Path:
+    history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"query": "什么？", "response": "猫", "history": [["q", "a"]], "images": ["a.jpg"]},
-            {"query": "<image>什么？", "response": "狗", "images": ["b.jpg"]}]  # fmt: skip
+            {"query": "<image>什么", "response": "狗", "images": ["b.jpg"], "history": history}]  # fmt: skip
     (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "x.jsonl"
 
@@ -332,7 +389,7 @@ def img2dataset_files(folder: Path) -> Path:
 
 
 FORMS: list[tuple[Callable[[Path], Path], list[str]]] = [
-    (ms_swift, ['[["q","a"],["什么？","猫"]]', '[["什么？","狗"]]']),
+    (ms_swift, ['[["q","a"],["什么？","猫"]]', '[["q","a"],["什么","狗"]]']),
     (sharegpt, ['[["q","一只猫"]]', '[["q","a dog"]]']),
     (comma_separated, ["一只猫，\n坐着", 'a "dog"']),
     (tab_separated, CAPTIONS),
@@ -445,6 +502,49 @@ def test_files_that_are_something_else_are_named(
 ) -> None:
     (tmp_path / "x.parquet").write_bytes(head)
     assert line in extract(vision, tmp_path / "x.parquet", code=1).one_line()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("x.csv", b'image,caption\na.jpg,"unclosed\nb.jpg,x\n', "is no CSV; got unexpected end of data"),
+        ("x.csv", b"image,caption,caption\na.jpg,x,y\n", "more than one column 'caption'"),
+        ("x.csv", b"image,caption\na.jpg,x,y\n", "line 2; expected 2 fields; got 3"),
+        (
+            "x.JSONL",
+            b'{"image": "a.jpg", "caption": ' + b"[" * 700 + b"]" * 700 + b"}",
+            "no words that can be",
+        ),
+        (
+            "x.json",
+            b'[{"image": "a.jpg", "conversations": [{"from": "' + b"r" * 5000 + b'"}]}]',
+            "unknown role",
+        ),
+        ("x.csv", b"image,caption\n\"b'/9j/" + b"A" * 3000 + b"'\",x\n", "none of the images that"),
+    ],
+    ids=["quotes", "twice", "fields", "deep", "role", "bytes as text"],
+)
+def test_damaged_tables_are_one_short_line(
+    vision: Path, tmp_path: Path, pictures: list[bytes], name: str, content: bytes, line: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused = extract(vision, tmp_path / name, code=1).one_line()
+    assert line in refused
+    assert len(refused) < 700
+
+
+def test_archives_that_are_not_whole(vision: Path, tmp_path: Path) -> None:
+    archive = web_dataset_of(tmp_path / "set")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole + whole)
+    assert "damaged, or two in one file" in extract(vision, archive, code=1).one_line()
+    archive.write_bytes(whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512))
+    assert "has no end mark: samples may be missing from its end" in extract(vision, archive).err
+
+
+def web_dataset_of(folder: Path) -> Path:
+    write_pictures(folder, NAMES)
+    return web_dataset(folder)
 
 
 def test_columns_that_are_not_there(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:

@@ -140,7 +140,7 @@ def test_parquet_with_paths_beside_it_or_in_a_folder_that_is_named(tmp_path: Pat
         assert bodies(rows_of(path)) == pictures
         path = write_parquet(tmp_path / "elsewhere/x.parquet", **{column: names, "text": ["x", "y"]})
         assert bodies(rows_of(path, tmp_path / "data")) == pictures
-        with pytest.raises(LlavaError, match=r"none of the images that .* is in .*elsewhere; got a\.jpg"):
+        with pytest.raises(LlavaError, match=r"none of the images that .* is in .*elsewhere; got 'a\.jpg'"):
             rows_of(path)
 
 
@@ -342,7 +342,9 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
         "lacks the images; .* got text; name it by --image-column",
     )
     fails(write_json(tmp_path / "a.json", []), "no row in")
-    fails(write_json(tmp_path / "a.json", [llava("x.jpg", "q", "a")]), "none of the images that .* got x.jpg")
+    fails(
+        write_json(tmp_path / "a.json", [llava("x.jpg", "q", "a")]), "none of the images that .* got 'x.jpg'"
+    )
     (tmp_path / "a.json").write_text("[" * 100_000)
     fails(tmp_path / "a.json", "a.json is not JSON")
     (tmp_path / "a.json").write_bytes("[国标]".encode("gbk"))
