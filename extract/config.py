@@ -158,7 +158,8 @@ class RetryConfig(EncodeConfig, DataOptions):
     """
 
     status: tuple[str, ...] = ()
-    """Failures to try again, such as timeout http-5xx http-429; without it, every one but a bad caption.
+    """Failures to try again, such as timeout http-5xx http-429; without it, every one but those that
+    lie in the data: bad caption, several images.
 
     damaged: rows that no longer have their checksum; every row is read to find them."""
     data: str | None = None

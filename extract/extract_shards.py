@@ -14,7 +14,7 @@ from extract.config import EncodeConfig, RunConfig
 from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
-from extract.sources.base import Columns, Source, is_address
+from extract.sources.base import Columns, Source, described, is_address
 from extract.sources.local_images import changed
 from extract.stages.metrics import ProgressBar
 from extract.statistics import summarise, write_statistics
@@ -61,12 +61,13 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
         if (rows := _changed_words(shard, source)) is not None:
             require_storage(path, shard.layout, config.dtype)
             _mention_thumbnails(path, shard.layout, config)
-            say(f"{path}: the words of {counted(rows, 'row')} changed; its images are not encoded again")
+            what = f"the words of {counted(rows, 'row')} changed" if rows else "its source was written anew"
+            say(f"{path}: {what}; its images are not encoded again")
             return False
         raise LlavaError(
             f"{path} was made from another file, or from other rows of it",
-            expected=source.identity(),
-            got=shard.source,
+            expected=described(source.identity()),
+            got=described(shard.source),
             do="choose another --out, correct --limit, or delete that shard",
         )
     require_storage(path, shard.layout, config.dtype)

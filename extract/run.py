@@ -151,8 +151,7 @@ def _advice(config: EncodeConfig, by_status: dict[str, int]) -> Iterator[str]:
         yield f"{rows} without words: mend them in --data, and the same command takes them"
     if Status.SEVERAL_IMAGES in failed:
         yield f"{counted(failed[Status.SEVERAL_IMAGES], 'row')} about several images: a row may have one"
-    again = [status for status in failed if status.transient or status is Status.FORBIDDEN_ADDRESS]
-    if again or Status.HTTP_4XX in failed:
+    if not all(status.in_data for status in failed):
         flags = " --allow-private" * (Status.FORBIDDEN_ADDRESS in failed and not config.allow_private)
         command = f"extract retry-failed --out {config.out} --vision {config.vision}{flags}"
         yield f"to try again: {command}"

@@ -124,6 +124,12 @@ class Source(abc.ABC):
         """Read the columns. Raises LlavaError if the source is damaged."""
 
 
+def described(identity: JsonDict) -> str:
+    """A source's identity in words."""
+    rows, digest = identity.get("rows"), str(identity.get("sha256"))
+    return f"{identity.get('name')} of {rows:,} rows, sha256 {digest[:12]}…"
+
+
 def is_address(image_ref: str) -> bool:
     """Whether an image is to be downloaded; anything without a scheme, but for `//host.name/`, is a path."""
     return "://" in image_ref or "://" in clean_address(image_ref)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from extract.sources.base import BY_NAME, DataFlags, Source
+from extract.sources.base import BY_NAME, DataFlags, Source, described
 from extract.sources.folder import LABELS, Folder
 from extract.sources.table import TableSource
 from extract.sources.table_files import SUFFIXES as TABLE_SUFFIXES
@@ -95,8 +95,8 @@ def _source_of(shard: Shard, stems: dict[str, Source], data: str) -> Source:
     if source.identity() != shard.source:
         raise LlavaError(
             f"{source.path} has changed since {shard.path} was made from it",
-            expected=shard.source,
-            got=source.identity(),
+            expected=described(shard.source),
+            got=described(source.identity()),
         )
     return source
 
