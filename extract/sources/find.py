@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from extract.sources.base import BY_NAME, DataFlags, Source, described
-from extract.sources.folder import LABELS, Folder
+from extract.sources.folder import LABELS, TEXT_SUFFIXES, Folder
 from extract.sources.table import TableSource
 from extract.sources.table_files import SUFFIXES as TABLE_SUFFIXES
 from extract.sources.tar import Tar
@@ -30,6 +30,7 @@ GROUPS = (
     tuple(s for s in TABLE_SUFFIXES if s not in (".parquet", ".arrow")),
 )
 """Suffixes of sources in a folder; only the first kind that is there is taken."""
+EVERY = tuple(suffix for group in GROUPS for suffix in group)
 NOTES = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
 """JSON files beside data sets, which `datasets` writes."""
 
@@ -42,7 +43,7 @@ def find_sources(data: str, flags: DataFlags = BY_NAME, limit: int | None = None
     """
     if flags.images is not None and not flags.images.is_dir():
         raise LlavaError(f"no image folder {flags.images}", do="correct --images")
-    found = [_source(path, flags) for path in _paths(data)]
+    found = [_source(path, flags) for path in _paths(data, flags)]
     names = collections.Counter(source.name for source in found)
     found = [
         dataclasses.replace(source, prefix=f"{source.path.absolute().parent.name}-")
@@ -110,20 +111,41 @@ def matching(data: str) -> list[Path]:
     return found
 
 
-def _paths(data: str) -> list[Path]:
+def _paths(data: str, flags: DataFlags) -> list[Path]:
     path = Path(data)
     if not path.is_dir():
-        return _local_instead([file for file in matching(data)])
+        return _local_instead(matching(data))
     files = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
+    images = {_stem(file) for file in files if file.suffix.lower() in SUFFIXES}
+    captioned = any(file.suffix.lower() in TEXT_SUFFIXES and _stem(file) in images for file in files)
+    # The words of single images, and the statistics beside a shard, are not data, wherever they lie.
+    kinds = [file for file in files if file.name.lower().endswith(EVERY) and not _is_note(file, images)]
     for group in GROUPS:
-        # The words of single images, and the statistics beside a shard, are not data, wherever they lie.
-        listed = [file for file in files if file.name.lower().endswith(group)]
-        if ".json" in group:
-            images = {_stem(file) for file in files if file.suffix.lower() in SUFFIXES}
-            listed = [file for file in listed if not _is_note(file, images)]
+        listed = [file for file in kinds if file.name.lower().endswith(group)]
+        if group is GROUPS[-1] and captioned and not any(_is_table(file, flags) for file in listed):
+            listed = []  # notes beside images that have their words beside them
         if listed:
-            return _local_instead(listed)
+            chosen = _local_instead(listed)
+            _mention_left_out(path, [file for file in kinds if file not in listed and file not in chosen])
+            return chosen
+    _mention_left_out(path, kinds)
     return [path]
+
+
+def _is_table(path: Path, flags: DataFlags) -> bool:
+    """Whether a file has images and words that can be read."""
+    try:
+        TableSource.find(path, flags)
+    except LlavaError:
+        return False
+    return True
+
+
+def _mention_left_out(path: Path, files: Sequence[Path]) -> None:
+    """Print how many tables and archives are not read."""
+    if files:
+        what = f"{counted(len(files), 'file')} of data left out, such as {files[0].name}"
+        say(f"{path}: {what}; give --data the name of one to read it")
 
 
 def _local_instead(paths: list[Path]) -> list[Path]:

@@ -104,8 +104,9 @@ class Folder(Source):
 
 def mention_left_out(path: Path, left_out: Mapping[str, int]) -> None:
     """Print how many files of which suffix are no images and no words."""
+    left_out = {kind: n for kind, n in left_out.items() if n}
     if left_out:
-        kinds = sorted(left_out.items(), key=lambda item: -item[1])
+        kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
         named = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in kinds[:6])
         more = f" and {len(kinds) - 6} other kinds" if len(kinds) > 6 else ""
         say(f"{path}: {named}{more} left out; images are {' '.join(SUFFIXES)}")
@@ -117,6 +118,13 @@ def _walk(
     """Each image as a path relative to `folder`, and the file of its words; counts the other files."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if left_out is not None:
+            left_out["folders by a link"] += sum(
+                os.path.islink(os.path.join(parent, name)) for name in folders
+            )
+            if os.path.basename(parent) == "images":
+                labels = [name for name in LABELS if os.path.isdir(os.path.join(parent, "..", name))]
+                left_out.update(f"folder {name}" for name in labels[1:])
         names = [name for name in names if not name.startswith(".")]
         images = [name for name in names if _is_image(parent, name)]
         texts = _texts(Path(parent), names)

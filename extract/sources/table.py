@@ -14,7 +14,7 @@ from extract.sources.base import Columns, DataFlags, Images, Source, is_address,
 from extract.sources.conversations import names_media
 from extract.sources.local_images import LocalImages, local_images
 from extract.sources.stored_images import StoredImages, is_base64
-from extract.sources.table_files import SAMPLE, DamagedTable, Table, open_table
+from extract.sources.table_files import SAMPLE, DamagedTable, RowTable, Table, open_table
 from extract.sources.words import WordReader, Words, texts_of
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
@@ -45,7 +45,9 @@ class TableSource(Source):
         table = open_table(path)
         if table.rows:
             with contextlib.suppress(DamagedTable):  # which concerns its own rows alone, when they are read
-                _Reader(table, flags)
+                reader = _Reader(table, flags)
+                if isinstance(table, RowTable):  # it is in memory, so every row is checked
+                    reader.columns(table.rows, flags.images or path.parent)
         return cls(path, table.rows, flags.images or path.parent, flags)
 
     def read(self) -> Columns:

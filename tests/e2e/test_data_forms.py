@@ -478,6 +478,35 @@ def test_what_is_left_out_of_a_folder_is_said(vision: Path, tmp_path: Path) -> N
     assert "2 .heic, 3 .txt, 1 .mp4 left out" in line or "3 .txt, 2 .heic, 1 .mp4 left out" in line
 
 
+def test_every_row_of_json_is_checked_before_anything_is_written(vision: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set", NAMES)
+    rows = [llava("a.jpg", "q", "a")] * 300
+    write_json(tmp_path / "set/a.json", rows)
+    strange = {"image": "a.jpg", "conversations": [{"from": "tool", "value": "x"}]}
+    write_json(tmp_path / "set/b.json", [*rows, strange])
+    line = extract(vision, tmp_path / "set", code=1).one_line()
+    assert "b.json, row 300: unknown role 'tool'" in line
+    write_json(tmp_path / "set/b.json", [llava("c.jpg", "q", "a")])
+    assert "none of the images that" in extract(vision, tmp_path / "set", code=1).one_line()
+    assert not (tmp_path / "features").exists()
+
+
+def test_tables_that_are_left_out_are_said(vision: Path, tmp_path: Path) -> None:
+    """Beside images with their words, notes that are no tables; beside parquet files, other tables."""
+    write_pictures(tmp_path / "set", NAMES)
+    for name, text in zip(NAMES, CAPTIONS, strict=True):
+        (tmp_path / "set" / name).with_suffix(".txt").write_text(text)
+    write_json(tmp_path / "set/info.json", {"classes": ["cat", "dog"]})
+    (tmp_path / "set/log.csv").write_text("step,loss\n1,2\n")
+    ended = extract(vision, tmp_path / "set")
+    assert words(tmp_path / "set") == CAPTIONS
+    assert "2 files of data left out, such as info.json; give --data the name of one" in ended.err
+    write_parquet(tmp_path / "set/x.parquet", image=NAMES, caption=["x", "y"])
+    ended = extract(vision, tmp_path / "set")
+    assert words(tmp_path / "set", "x") == ["x", "y"]
+    assert "2 files of data left out" in ended.err
+
+
 @pytest.mark.parametrize(
     ("head", "line"),
     [
