@@ -47,7 +47,7 @@ class TableSource(Source):
             with contextlib.suppress(DamagedTable):  # which concerns its own rows alone, when they are read
                 reader = _Reader(table, flags)
                 if isinstance(table, RowTable):  # it is in memory, so every row is checked
-                    reader.columns(table.rows, flags.images or path.parent)
+                    reader.words_of(reader.texts(table.rows))
         return cls(path, table.rows, flags.images or path.parent, flags)
 
     def read(self) -> Columns:
@@ -65,12 +65,12 @@ class _Reader:
         self.ref, self.stored = self._image_columns(flags)
         self.text: str = self._column("--text-column", flags.text_column, TEXTS, "the words") or ""
         self.id = self._column("--id-column", flags.id_column, IDS, "")
-        self.words = WordReader(str(table.path), self.text, self._texts(SAMPLE), flags.caption_key)
+        self.words = WordReader(str(table.path), self.text, self.texts(SAMPLE), flags.caption_key)
 
     def columns(self, rows: int, folder: Path) -> Columns:
         """Raises LlavaError if the table is damaged, or names only files and none is in `folder`."""
-        values = self._texts(rows)
-        words = [self.words.words(value, row) for row, value in enumerate(values)]
+        values = self.texts(rows)
+        words = self.words_of(values)
         captions, conversations = texts_of(words)
         refs, outcomes = [""] * len(values), {}
         if self.ref is not None:
@@ -98,7 +98,11 @@ class _Reader:
             return None
         return local_images(self.table.path, folder, refs)
 
-    def _texts(self, rows: int) -> list[Any]:
+    def words_of(self, values: Sequence[Any]) -> list[Words | None]:
+        """Raises LlavaError for an unknown role."""
+        return [self.words.words(value, row) for row, value in enumerate(values)]
+
+    def texts(self, rows: int) -> list[Any]:
         values = self._coalesced(self.text, TEXTS, rows)
         beside = {name.lower(): name for name in self.table.names}
         if self.text.lower() != "response" or "query" not in beside:
