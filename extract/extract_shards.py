@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -57,8 +58,9 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
         return False
     shard = Shard(path)
     require_same(path, shard, tower)
-    if shard.source != source.identity():
-        if (rows := _changed_words(shard, source)) is not None:
+    identity = source.identity()
+    if shard.source != identity:
+        if (rows := _changed_words(shard, source, identity)) is not None:
             require_storage(path, shard.layout, config.dtype)
             _mention_thumbnails(path, shard.layout, config)
             what = f"the words of {counted(rows, 'row')} changed" if rows else "its source was written anew"
@@ -66,7 +68,7 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
             return False
         raise LlavaError(
             f"{path} was made from another file, or from other rows of it",
-            expected=described(source.identity()),
+            expected=described(identity),
             got=described(shard.source),
             do="choose another --out, correct --limit, or delete that shard",
         )
@@ -78,9 +80,9 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
     return not redo.any()
 
 
-def _changed_words(shard: Shard, source: Source) -> int | None:
+def _changed_words(shard: Shard, source: Source, identity: JsonDict) -> int | None:
     """Number of rows whose words differ; None if any other thing does."""
-    if shard.rows != source.rows or shard.source.get("name") != source.identity()["name"]:
+    if (shard.rows, shard.source.get("name")) != (identity["rows"], identity["name"]):
         return None
     columns = source.read()
     if (shard.urls(), [shard.id(row) for row in range(shard.rows)]) != (columns.image_refs, columns.ids):
@@ -110,29 +112,39 @@ def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:
 
 
 def open_shard(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> OpenShard:
-    """Create or continue the shard of a source; of a finished one, redo rows whose image has changed."""
-    identity, redo = source.identity(), np.zeros(0, bool)
-    old = Shard(path) if path.exists() else None
-    mended = old is not None and is_finished(path) and old.source != identity
-    if old is not None and mended:
+    """Create or continue the shard of a source.
+
+    Of a finished one, redo the rows whose image has changed, or, if its words have, replace it by another
+    with the same features.
+    """
+    identity = source.identity()
+    if not path.exists():
+        return open_shard_of(path, source.read(), identity, tower, config, images=source.images)
+    old, finished = Shard(path), is_finished(path)
+    redo = changed(source.images, old)
+    mended = finished and old.source != identity
+    if mended:
         config = dataclasses.replace(config, thumbnails=old.layout.thumbnails)
-    elif old is not None and is_finished(path):
-        redo = changed(source.images, old)
-    shard = open_shard_of(path, source.read(), identity, tower, config, redo, source.images, mended)
-    if old is not None:
-        shard.kept = _kept(old, source)
-    return shard
+    return open_shard_of(
+        path,
+        source.read(),
+        identity,
+        tower,
+        config,
+        redo if finished and not mended else (),
+        source.images,
+        replace=mended,
+        kept=_kept(old, ~redo),
+    )
 
 
-def _kept(old: Shard, source: Source) -> dict[int, Shard]:
+def _kept(old: Shard, same: np.ndarray) -> dict[int, Shard]:
     """Rows whose features stay: their image is at the same address, or its file is the same or gone.
 
     What a table or an archive stores is read again, and recognised by its sha256.
     """
-    same, files, urls = ~changed(source.images, old), old.mtime, old.urls()
-    same = same if len(same) else np.ones(old.rows, bool)
-    in_files = files if len(files) else np.zeros(old.rows)
-    return {row: old for row in old.ok_rows() if same[row] and (in_files[row] or is_address(urls[row]))}
+    files, urls = old.mtime, old.urls()
+    return {row: old for row in old.ok_rows() if same[row] and (files[row] or is_address(urls[row]))}
 
 
 def open_shard_of(
@@ -144,10 +156,12 @@ def open_shard_of(
     redo: np.ndarray | tuple[()] = (),
     images: Path | None = None,
     replace: bool = False,
+    kept: Mapping[int, Shard] = MappingProxyType({}),
 ) -> OpenShard:
     """Create or continue the shard of these columns; `source` is the identity of their source.
 
-    With `replace`, a finished shard with other words stays until this one is finished.
+    With `replace`, a finished shard with other words stays until this one is finished. `kept`: rows whose
+    features it has.
 
     `redo`: mask of the rows of a finished shard to encode anew. Of an unfinished shard, rows whose file in
     the folder `images` has changed are encoded anew.
@@ -171,7 +185,7 @@ def open_shard_of(
     if images is not None and (found := changed(images, writer, columns.image_refs)).any():
         _mention_changed(path, columns.image_refs, found)
         writer.make_again(found)
-    return OpenShard(writer, columns.image_refs, columns.captions, columns.images, columns.outcomes)
+    return OpenShard(writer, columns.image_refs, columns.captions, columns.images, columns.outcomes, kept)
 
 
 def extract(

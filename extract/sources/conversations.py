@@ -35,12 +35,14 @@ def conversation_turns(messages: list[dict[str, Any]], where: str) -> Turns | No
     return tuple((question or None, answer) for question, answer in zip(questions, answers, strict=True))
 
 
-def names_media(messages: object) -> bool:
-    """Whether a dialogue has a mark of an image, a video or a sound in its text."""
-    if not isinstance(messages, list):
-        return False
-    texts = [_text(message) or "" for message in messages if isinstance(message, dict)]
-    return any(mark in text for text in texts for mark in MEDIA_MARKS)
+def names_media(value: object) -> bool:
+    """Whether a dialogue, at any depth of a value, has a mark of an image, a video or a sound in its text."""
+    if isinstance(value, dict):
+        return value.get("type", "text") != "text" or any(map(names_media, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(names_media, value))
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return isinstance(text, str) and any(mark in text for mark in MEDIA_MARKS)
 
 
 def _text(message: dict[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from extract.sources.base import BY_NAME, DataFlags, Source, described
 from extract.sources.folder import LABELS, TEXT_SUFFIXES, Folder
 from extract.sources.table import TableSource
-from extract.sources.table_files import SUFFIXES as TABLE_SUFFIXES
+from extract.sources.table_files import AS_TEXT
 from extract.sources.tar import Tar
 from extract.statistics import data_flags_of
 from llava_core.cli.console import counted, say
@@ -23,12 +23,7 @@ from llava_core.vision.image_files import SUFFIXES
 
 STATISTICS_HEAD = 1024
 """Bytes at the beginning of a statistics file that hold the name of its shard."""
-GROUPS = (
-    (".parquet",),
-    (".arrow",),
-    (".tar",),
-    tuple(s for s in TABLE_SUFFIXES if s not in (".parquet", ".arrow")),
-)
+GROUPS = ((".parquet",), (".arrow",), (".tar",), AS_TEXT)
 """Suffixes of sources in a folder; only the first kind that is there is taken."""
 EVERY = tuple(suffix for group in GROUPS for suffix in group)
 NOTES = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
@@ -115,7 +110,8 @@ def _paths(data: str, flags: DataFlags) -> list[Path]:
     path = Path(data)
     if not path.is_dir():
         return _local_instead(matching(data))
-    files = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
+    found = (file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)))
+    files = [file for file in found if not file.is_dir()]
     images = {_stem(file) for file in files if file.suffix.lower() in SUFFIXES}
     captioned = any(file.suffix.lower() in TEXT_SUFFIXES and _stem(file) in images for file in files)
     # The words of single images, and the statistics beside a shard, are not data, wherever they lie.
@@ -126,7 +122,8 @@ def _paths(data: str, flags: DataFlags) -> list[Path]:
             listed = []  # notes beside images that have their words beside them
         if listed:
             chosen = _local_instead(listed)
-            _mention_left_out(path, [file for file in kinds if file not in listed and file not in chosen])
+            taken = {*listed, *chosen}
+            _mention_left_out(path, [file for file in kinds if file not in taken])
             return chosen
     _mention_left_out(path, kinds)
     return [path]
@@ -150,16 +147,16 @@ def _mention_left_out(path: Path, files: Sequence[Path]) -> None:
 
 def _local_instead(paths: list[Path]) -> list[Path]:
     """img2dataset keeps its table of addresses beside the pictures that it downloaded: these are taken."""
-    chosen, local = [], 0
+    chosen: dict[Path, None] = {}
+    local = 0
     for path in paths:
         tar, folder = path.with_suffix(".tar"), path.with_suffix("")
         if path.suffix == ".parquet" and (tar.is_file() or (folder.is_dir() and _has_images(folder))):
             path, local = tar if tar.is_file() else folder, local + 1
-        if path not in chosen:
-            chosen.append(path)
+        chosen[path] = None
     if local:
-        say(f"the pictures of {counted(local, 'table')} are on this disk; their addresses are not asked")
-    return chosen
+        say(f"the pictures of {counted(local, 'table')} are on this disk; they are not downloaded")
+    return list(chosen)
 
 
 def _has_images(folder: Path) -> bool:
@@ -177,12 +174,12 @@ def _stem(path: Path) -> str:
 
 def _is_note(path: Path, images: set[str]) -> bool:
     """Whether a file holds the words of an image, notes of another tool, or the statistics of a shard."""
-    if _stem(path) in images or os.path.splitext(_stem(path))[0] in images:
-        return True
-    if path.parent.name in LABELS and path.parent.with_name("images").is_dir():
-        return True
+    if path.suffix.lower() != ".json":
+        return False
+    beside = _stem(path) in images or os.path.splitext(_stem(path))[0] in images
+    label = path.parent.name in LABELS and path.parent.with_name("images").is_dir()
     noted = path.name in NOTES or path.name.endswith("_stats.json")
-    return noted or (path.suffix == ".json" and _is_statistics(path))
+    return beside or label or noted or _is_statistics(path)
 
 
 def _is_statistics(path: Path) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from extract.sources.base import BY_NAME, Columns, DataFlags, Source
 from extract.sources.local_images import LocalImages
-from extract.sources.words import WordReader, texts_of
-from llava_core.cli.console import say
+from extract.sources.words import SAMPLE, WordReader
+from llava_core.cli.console import say, say_once
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES
 from llava_core.vision.image_formats import ImageError, image_format
@@ -25,7 +25,6 @@ LABELS = ("labels_zh", "labels", "labels_en")
 """Folders of the words of the images in a folder `images` beside them, the preferred first."""
 TABLES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv", ".gz", ".tar", ".json", ".md", ".h5")
 """Suffixes of files that are not counted as left out."""
-SAMPLE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Folder(Source):
     def read(self) -> Columns:
         reader = self._reader()
         words = [reader.words(value, row) for row, value in enumerate(self._values)]
-        captions, conversations = texts_of(words)
+        captions, conversations = reader.texts_of(words)
         return Columns(
             image_refs=self._paths,
             captions=captions,
@@ -84,7 +83,7 @@ class Folder(Source):
                 captions.append(None)
                 unread.append(str(path))
         if unread:
-            say(f"{len(unread):,} captions in {self.path} are no UTF-8 text, such as {unread[0]}")
+            say_once(f"{len(unread):,} captions in {self.path} are no UTF-8 text, such as {unread[0]}")
         return captions
 
     @functools.cached_property

@@ -146,7 +146,7 @@ class ParquetImages:
         self._group, self._next = group, self._starts[group]
         metadata = self._file.metadata.row_group(group)
         columns = (metadata.column(i) for i in range(metadata.num_columns))
-        own = (c for c in columns if c.path_in_schema.split(".")[0] == self.column)
+        own = (c for c in columns if f"{c.path_in_schema}.".startswith(f"{self.column}."))
         size = sum(column.total_uncompressed_size for column in own)
         rows = BATCH_BYTES * metadata.num_rows // max(1, size)
         batches = self._file.iter_batches(

@@ -14,8 +14,8 @@ from extract.sources.base import Columns, DataFlags, Images, Source, is_address,
 from extract.sources.conversations import names_media
 from extract.sources.local_images import LocalImages, local_images
 from extract.sources.stored_images import StoredImages, is_base64
-from extract.sources.table_files import SAMPLE, DamagedTable, RowTable, Table, open_table
-from extract.sources.words import WordReader, Words, texts_of
+from extract.sources.table_files import DamagedTable, RowTable, Table, open_table
+from extract.sources.words import SAMPLE, WordReader, Words
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
 
@@ -28,11 +28,13 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that stand for none."""
 NAMES_ONLY = ("url", "path", "image_url", "image_path", "file_name", "filename")
 """Columns whose bytes are text."""
-DIALOGUES = ("conversations", "messages", "conversation")
-TEXTS = ("cap_seg", "caption", "text", *DIALOGUES, "captions", "txt", "sentences", "texts", "response")
+TEXTS = (
+    *("cap_seg", "caption", "text", "conversations", "messages", "conversation"),
+    *("captions", "txt", "sentences", "texts", "response"),
+)
 """Columns of words, the preferred first; `response` is ms-swift's, beside `query` and `history`."""
 IDS = ("id", "key", "image_id", "uid")
-"""Upper and lower case do not matter: LAION's are URL and TEXT."""
+"""Columns of the rows' names. Of all these, upper and lower case do not matter: LAION's are URL, TEXT."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class TableSource(Source):
         """Raises LlavaError unless the file has images and words that can be read."""
         table = open_table(path)
         if table.rows:
-            with contextlib.suppress(DamagedTable):  # which concerns its own rows alone, when they are read
+            with contextlib.suppress(DamagedTable):  # `read` raises it, when the other files are done
                 reader = _Reader(table, flags)
                 if isinstance(table, RowTable):  # it is in memory, so every row is checked
                     reader.words_of(reader.texts(table.rows))
@@ -71,14 +73,14 @@ class _Reader:
         """Raises LlavaError if the table is damaged, or names only files and none is in `folder`."""
         values = self.texts(rows)
         words = self.words_of(values)
-        captions, conversations = texts_of(words)
+        captions, conversations = self.words.texts_of(words)
         refs, outcomes = [""] * len(values), {}
         if self.ref is not None:
             for row, value in enumerate(self._image_values(rows)):
                 refs[row], several = _ref(value)
                 if several:
                     outcomes[row] = Status.SEVERAL_IMAGES
-                elif value in EMPTY and self.stored is None and _is_text_only(words[row], values[row]):
+                elif value in EMPTY and self.stored is None and self._is_text_only(words[row], values[row]):
                     outcomes[row] = Status.TEXT_ONLY
         ids = self.table.values(self.id, rows) if self.id is not None else range(len(values))
         return Columns(
@@ -97,6 +99,11 @@ class _Reader:
         if (self.ref or "").lower() == "url" and (any(map(is_address, refs)) or not any(refs)):
             return None
         return local_images(self.table.path, folder, refs)
+
+    def _is_text_only(self, words: Words | None, value: Any) -> bool:
+        """Whether a row without an image is a dialogue that speaks of none."""
+        asked = isinstance(words, tuple) and any(question for question, _ in words)
+        return asked and not names_media(self.words.decoded(value))
 
     def words_of(self, values: Sequence[Any]) -> list[Words | None]:
         """Raises LlavaError for an unknown role."""
@@ -254,11 +261,6 @@ def _ref(value: Any) -> tuple[str, bool]:
         value = value.get("url") if isinstance(value, dict) else value
     value = _decoded(value)
     return (value if isinstance(value, str) and not is_base64(value) else ""), False
-
-
-def _is_text_only(words: Words | None, value: Any) -> bool:
-    """Whether a row without an image is a dialogue that speaks of none."""
-    return isinstance(words, tuple) and any(question for question, _ in words) and not names_media(value)
 
 
 def _messages(history: Any, query: Any, answer: Any) -> list[dict[str, Any]] | None:

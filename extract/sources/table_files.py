@@ -19,24 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from extract.sources.stored_images import ArrowImages, ParquetImages
-from llava_core.cli.console import say
+from llava_core.cli.console import say_once
 from llava_core.errors import LlavaError, first_line
 
-SUFFIXES = (
-    ".parquet",
-    ".arrow",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".json.gz",
-    ".jsonl.gz",
-    ".csv.gz",
-    ".tsv.gz",
-)
-"""Suffixes of such files in a folder, in lower case."""
-SAMPLE = 256
-"""Rows by which a column is judged."""
+AS_TEXT = (".json", ".jsonl", ".csv", ".tsv", ".json.gz", ".jsonl.gz", ".csv.gz", ".tsv.gz")
+"""Suffixes of tables that are text, in lower case."""
 GZIP = b"\x1f\x8b"
 FOREIGN = {
     b"version https://git-lfs": (
@@ -55,6 +42,8 @@ FOREIGN = {
     b"<": ("an HTML or XML page, as failed downloads leave", "download it again"),
 }
 """First bytes of files that are no table: what they are, and what to do."""
+NAMES_TOO = (b"PARE", b"BZh", b"<")
+"""Those of them that the name of a CSV's first column may begin with."""
 
 
 class DamagedTable(LlavaError):
@@ -81,7 +70,7 @@ class Table(abc.ABC):
 
 
 class ArrowTable(Table):
-    """A parquet or an Arrow file."""
+    """Columns that Arrow reads."""
 
     def __init__(self, path: Path, schema: Any, rows: int, read: Callable[[list[str], int], Any]) -> None:
         super().__init__(path, schema.names, rows)
@@ -113,8 +102,6 @@ class ArrowTable(Table):
         return values
 
     def at(self, name: str) -> Callable[[int], Any]:
-        if isinstance(self, ParquetTable):
-            return ParquetImages(self.path, name).value
         return ArrowImages(self._read([name], self.rows)[name]).value
 
 
@@ -135,6 +122,9 @@ class ParquetTable(ArrowTable):
             return pa.Table.from_batches(found).slice(0, rows) if found else file.read(columns=names)
 
         super().__init__(path, file.schema_arrow, file.metadata.num_rows, read)
+
+    def at(self, name: str) -> Callable[[int], Any]:
+        return ParquetImages(self.path, name).value
 
 
 def _first(batches: Iterator[Any], rows: int) -> Iterator[Any]:
@@ -179,7 +169,7 @@ def open_table(path: Path) -> Table:
     with path.open("rb") as file:
         head = file.read(512)
     for magic, (what, do) in FOREIGN.items():
-        if head.startswith(magic) and (len(magic) > 1 or not _is_csv(path)):
+        if head.startswith(magic) and not (magic in NAMES_TOO and _is_csv(path)):
             raise LlavaError(f"{path} is {what}", do=do)
     if head.startswith(b"PAR1"):
         return ParquetTable(path)
@@ -222,10 +212,10 @@ def _text(path: Path, head: bytes) -> str:
         if _is_csv(path):  # as spreadsheets in China write them
             try:
                 text = data.decode("gb18030")
-                say(f"{path} is not UTF-8; it is read as GB 18030")
+                say_once(f"{path} is not UTF-8; it is read as GB 18030")
                 return text
-            except UnicodeDecodeError:
-                pass
+            except UnicodeDecodeError as second:
+                raise LlavaError(f"{path} is neither UTF-8 nor GB 18030", got=second) from None
         raise LlavaError(f"{path} is not UTF-8", got=error) from None
 
 

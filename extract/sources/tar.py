@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import tarfile
@@ -14,12 +15,15 @@ from typing import Any, NamedTuple
 from extract.sources.base import Columns, DataFlags, Source
 from extract.sources.folder import TEXT_SUFFIXES, mention_left_out
 from extract.sources.local_images import loaded
-from extract.sources.words import WordReader, texts_of
-from llava_core.cli.console import say
+from extract.sources.words import SAMPLE, WordReader
+from llava_core.cli.console import say_once
 from llava_core.errors import LlavaError, first_line
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
 from llava_core.vision.image_files import SUFFIXES as IMAGE_SUFFIXES
+
+END = 1 << 20
+"""Bytes read at a time after the last member."""
 
 
 class Member(NamedTuple):
@@ -43,16 +47,19 @@ class Tar(Source):
             raise LlavaError(f"no image in {path}", expected=" ".join(IMAGE_SUFFIXES), got=kinds)
         mention_left_out(path, left_out)
         found = cls(path, len(samples), path.parent, flags)
-        found.first(min(len(samples), 256)).read()
+        found._columns(dict(itertools.islice(samples.items(), SAMPLE)))
         return found
 
     def read(self) -> Columns:
-        samples = dict(list(_samples(self.path)[0].items())[: self.rows])
+        return self._columns(dict(itertools.islice(_samples(self.path)[0].items(), self.rows)))
+
+    def _columns(self, samples: dict[str, dict[str, Member]]) -> Columns:
         images = [_image(sample) for sample in samples.values()]
         with self.path.open("rb") as file:
             values = [_words(file.fileno(), sample) for sample in samples.values()]
-        reader = WordReader(str(self.path), "text", values[:256], self.flags.caption_key)
-        captions, conversations = texts_of([reader.words(value, row) for row, value in enumerate(values)])
+        reader = WordReader(str(self.path), "text", values[:SAMPLE], self.flags.caption_key)
+        words = [reader.words(value, row) for row, value in enumerate(values)]
+        captions, conversations = reader.texts_of(words)
         return Columns(
             image_refs=[image.name if image else "" for image in images],
             captions=captions,
@@ -117,16 +124,17 @@ def _grouped(files: Sequence[Any]) -> dict[str, dict[str, Member]]:
 
 
 def _require_end(path: Path, offset: int) -> None:
-    """Raise LlavaError if anything follows the last member; print that it may be cut, if nothing does."""
+    """Raise tarfile.ReadError if more follows the last member; print a line if not even the end mark does."""
     with path.open("rb") as file:
         file.seek(offset)
-        rest = file.read()
-    if rest.strip(b"\0"):
-        raise tarfile.ReadError(
-            f"no member, but {len(rest):,} bytes, at {offset:,}: damaged, or two in one file"
-        )
-    if not rest:
-        say(f"{path} has no end mark: samples may be missing from its end")
+        rest = file.read(END)
+        whole = bool(rest)
+        while rest and not rest.strip(b"\0"):
+            rest = file.read(END)
+    if rest:
+        raise tarfile.ReadError(f"more after the last member, at {offset:,}: damaged, or two in one file")
+    if not whole:
+        say_once(f"{path} has no end mark: samples may be missing from its end")
 
 
 def _first_stem(stem: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from extract.sources.base import shown
 from extract.sources.conversations import conversation_turns
+from llava_core.cli.console import counted, say_once
 from llava_core.errors import LlavaError
 from llava_core.shards.dialogue import Turns, turns_to_text
 
@@ -17,8 +18,12 @@ CAPTION_KEYS = ("global_caption", "caption", "text", "conversations", "messages"
 """Keys of an object that holds the words, the preferred first; the first one is SA1B-Dense-Caption's."""
 STARTS = ("{", "[", '"')
 """First characters of JSON that may hold words."""
+SAMPLE = 256
+"""Rows by which a column is judged."""
 MOST_ENCODED = 3
 """Times that a text may be encoded as JSON."""
+UNREAD = "\ufffd"
+"""Stands for bytes that are no text."""
 Words = str | Turns
 """A caption, or the turns of a dialogue."""
 
@@ -44,21 +49,21 @@ class WordReader:
 
     def words(self, value: object, row: int) -> Words | None:
         """The words of the value in a row; None if there are none. Raises LlavaError for an unknown role."""
-        value, where = _plain(value), f"{self.where}, row {row}"
-        if not isinstance(value, str):
-            return self._found(value, where)
-        decoded: Any = value
-        for _ in range(MOST_ENCODED):
-            if isinstance(decoded, str) and decoded.startswith(STARTS[: 3 if self.quoted else 2]):
-                decoded = _decoded(decoded.strip())
-        found = self._found(decoded, where)
-        return found if found is not None or self.encoded or self.quoted else value or None
-
-    def _found(self, value: object, where: str) -> Words | None:
         try:
-            return self._words(value, where)
+            found = self._words(self.decoded(value), f"{self.where}, row {row}")
         except RecursionError:
-            return None
+            found = None
+        text = _plain(value)
+        as_it_is = isinstance(text, str) and not (self.encoded or self.quoted)
+        return text or None if found is None and as_it_is else found
+
+    def decoded(self, value: object) -> Any:
+        """A value without the JSON around it; None where that is damaged."""
+        value = _plain(value)
+        for _ in range(MOST_ENCODED):
+            if isinstance(value, str) and value.startswith(STARTS[: 3 if self.quoted else 2]):
+                value = _decoded(value.strip())
+        return value
 
     def _words(self, value: object, where: str) -> Words | None:
         if isinstance(value, str):
@@ -80,9 +85,8 @@ class WordReader:
             return captions[0]
         blank = [isinstance(item, str) and not item.strip() for item in value]
         texts = [text for text in captions if isinstance(text, str)]
-        return (
-            tuple((None, text) for text in texts) if texts and len(texts) + sum(blank) == len(value) else None
-        )
+        all_read = texts and len(texts) + sum(blank) == len(value)
+        return tuple((None, text) for text in texts) if all_read else None
 
     def _refuse(self, column: str, values: Sequence[Any]) -> None:
         value = _decoded(values[0]) if isinstance(values[0], str) else values[0]
@@ -93,26 +97,28 @@ class WordReader:
             expected="text, a list of texts, a dialogue, or an object with one of "
             + (repr(self.key) if self.key is not None else ", ".join(CAPTION_KEYS)),
             got=f"{type(value).__name__} {shown(value)}",
-            do=f"give --caption-key one of {found}"
-            if found
-            else "name the column of the words by --text-column",
+            do=f"give --caption-key one of {found}" if found else "name their column by --text-column",
         )
 
+    def texts_of(self, words: Sequence[Words | None]) -> tuple[list[str | None], bool]:
+        """What a shard keeps of each row, and whether these are dialogues: they are once any row is one.
 
-def texts_of(words: Sequence[Words | None]) -> tuple[list[str | None], bool]:
-    """What a shard keeps of each row, and whether these are dialogues: they are once any row is one."""
-    if not any(isinstance(item, tuple) for item in words):
-        return [item if isinstance(item, str) else None for item in words], False
-    turns = [((None, item),) if isinstance(item, str) else item for item in words]
-    return [turns_to_text(item) if item else None for item in turns], True
+        Prints how many have characters that could not be read.
+        """
+        if dialogues := any(isinstance(item, tuple) for item in words):
+            turns = [((None, item),) if isinstance(item, str) else item for item in words]
+            texts = [turns_to_text(item) if item else None for item in turns]
+        else:
+            texts = [item if isinstance(item, str) else None for item in words]
+        if unread := sum(UNREAD in text for text in texts if text is not None):
+            say_once(f"{self.where}: {counted(unread, 'row')} with text that is no UTF-8, kept as {UNREAD}")
+        return texts, dialogues
 
 
 def _plain(value: object) -> Any:
-    return (
-        value.decode("utf-8", "replace").strip()
-        if isinstance(value, bytes)
-        else (value.strip() if isinstance(value, str) else value)
-    )
+    """Text without spaces around it, bytes as text; anything else as it is."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return text.strip() if isinstance(text, str) else text
 
 
 def _decoded(text: str) -> Any:

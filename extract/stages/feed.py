@@ -56,7 +56,7 @@ class Feed:
             outcome = Status.BAD_CAPTION if shard.captions[row] is None else shard.outcomes.get(row)
             if outcome is not None:
                 await self.write.inbox.put(RowJob(shard, RowRecord(row, outcome)))
-            elif old := shard.kept.get(row):
+            elif (old := shard.kept.get(row)) and old.check(row):
                 record = RowRecord(row, Status.PENDING, attempts=int(old.attempts[row]))
                 record.mtime = int(old.mtime[row])
                 await self.write.inbox.put(RowJob(shard, record, duplicate_of=StoredRow(old, row)))

@@ -156,8 +156,10 @@ class Fetcher:
         try:
             async with time_limit(self.limits.timeout):
                 return await self._get(url)
-        except asyncio.TimeoutError:  # TimeoutError itself from Python 3.11 on
-            return Fetched(Status.TIMEOUT, detail=f"not done within {self.limits.timeout:g} s")
+        except asyncio.TimeoutError as error:  # TimeoutError itself from Python 3.11 on, and aiohttp's
+            limit = f"not done within {self.limits.timeout:g} s"
+            words = outcome_of(error)[1] if isinstance(error, aiohttp.ClientError) else limit
+            return Fetched(Status.TIMEOUT, detail=words)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             status, detail = outcome_of(error)
             return Fetched(status, detail=detail)
