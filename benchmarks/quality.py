@@ -36,7 +36,7 @@ from train.initialization import (
     solve_captions,
 )
 from train.model.loss import packed_losses
-from train.optimizer import build_optimizer, learning_rate
+from train.optimizer import build_optimizers, learning_rate
 from train.recipes import RECIPES
 from train.resources import TrainingResources
 
@@ -202,7 +202,7 @@ def race(
     if row.whiten:
         model = Whitened(projector, samples, resources.device)
     visual, packing = projector.tokens_out(samples.tokens), Packing(config.micro_tokens)
-    optimizer = build_optimizer(config, projector)
+    (optimizer,) = build_optimizers(config, projector)
     if row.momentum is not None:
         optimizer.param_groups[0]["momentum"] = row.momentum
     for step, (epoch, indices) in enumerate(taken):

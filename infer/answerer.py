@@ -95,7 +95,9 @@ def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:
 def _language_model(
     config: Aligned, checkpoint: Checkpoint, source: str, device: torch.device
 ) -> LanguageModel:
-    llm = load_its_language_model(checkpoint.provenance, config.llm, device)
+    tuned = config.adapter != "none"
+    llm = load_its_language_model(checkpoint, config.llm, device, tuned)
     llm.new_cache()  # raises for a model that cannot generate here
-    say(f"{source} → {checkpoint.folder} → {llm.id} on {device}")
+    stage2 = f", {'as tuned' if tuned else 'not as tuned'} with --tune {checkpoint.tune}"
+    say(f"{source} → {checkpoint.folder} → {llm.id}{stage2 if checkpoint.tune else ''} on {device}")
     return llm

@@ -32,6 +32,8 @@ class Aligned(Options):
     """Folder of a projector, such as RUN/best."""
     llm: Path
     """Folder of the language model it was trained for."""
+    adapter: Literal["merge", "none"] = "merge"
+    """What stage 2 trained of the language model: merge takes it, none leaves it out, to compare."""
     device: Device = "auto"
     """Where to compute."""
 

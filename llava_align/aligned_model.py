@@ -51,7 +51,7 @@ class AlignedModel:
         place, loaded = pick_device(device), load_checkpoint(Path(checkpoint))
         trained = loaded.provenance
         tower = open_trained_tower(Path(vision), trained, place) if vision is not None else None
-        model = load_its_language_model(trained, Path(llm), place)
+        model = load_its_language_model(loaded, Path(llm), place)
         model.new_cache()  # raises for a model that cannot generate here
         if tower is None:
             return cls(FeatureAnswerer(loaded.projector, model, trained.question), trained)

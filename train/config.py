@@ -19,6 +19,8 @@ Residence = Literal["auto", "ram", "gpu", "disk"]
 
 Compile = Literal["auto", "on", "off"]
 
+Tune = Literal["projector", "lora", "llm"]
+
 MOST_LR = 1000
 """A slip of the finger beyond it; far beyond it torch's numbers overflow."""
 
@@ -27,7 +29,8 @@ MOST_LR = 1000
 class RunConfig(Options):
     """Train a projector on cached features. The same command continues a run that was interrupted.
 
-    `--recipe course|fast` sets several flags at once; those of a file win over it, and those typed over both.
+    `--recipe course|fast|course-stage2` sets several flags at once; those of a file win over it, and those
+    typed over both.
     """
 
     features: Path
@@ -51,12 +54,28 @@ class RunConfig(Options):
     solved so that each visual token is near the mean embedding of such features' captions."""
     init: Path | None = None
     """Checkpoint, such as RUN/best or one of `llava import`, whose projector training starts from instead."""
+    tune: Tune = "projector"
+    """What trains: the projector, beside a frozen language model; with lora, LoRA adapters beside its linear
+    layers, too (peft); with llm, all its weights, too."""
+    lora_rank: int = 16
+    """Rank of LoRA's matrices."""
+    lora_alpha: int = 32
+    """Their product is multiplied by this and divided by the rank."""
+    lora_dropout: float = 0.0
+    """Share of LoRA's inputs that are left out at random in training."""
+    lora_targets: str = "all-linear"
+    """Layers that are adapted: all-linear, but for the vocabulary head; or names such as q_proj,v_proj."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer; muon's --lr is the length of a step as a share of the weights', such as 0.05."""
+    """The projector's; muon's --lr is the length of a step as a share of the weights', such as 0.05. The
+    language model's is AdamW."""
     lr: float = 2e-3
-    """Peak learning rate."""
+    """Peak learning rate of the projector."""
+    lr_llm: float | None = None
+    """Peak learning rate of what trains in the language model; by default 2e-4 for lora, 2e-5 for llm."""
     weight_decay: float = 0.0
-    """Weight decay of the optimizer."""
+    """Weight decay of the optimizer; norms and biases have none."""
+    grad_clip: float | None = None
+    """Longest gradient, over all that trains; a longer one is shortened to it. By default none is."""
     warmup: float = 0.03
     """Share of the steps in which the rate rises; after them it falls to 0."""
     decay: Literal["cosine", "linear"] = "cosine"
@@ -73,6 +92,9 @@ class RunConfig(Options):
     """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
     micro_tokens: int = 16_384
     """Most tokens in one forward pass: bounds memory, and changes no result."""
+    gradient_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, more
+    time, the same result."""
     seed: int = 0
     """Seed of initialisation, order and instructions."""
     instructions: str = "auto"
@@ -108,7 +130,19 @@ class RunConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero(
-            *("lr", "batch_size", "epochs", "max_steps", "max_samples", "max_text_tokens", "micro_tokens"),
+            *(
+                "lr",
+                "lr_llm",
+                "grad_clip",
+                "lora_rank",
+                "lora_alpha",
+                "batch_size",
+                "epochs",
+                "max_steps",
+                "max_samples",
+                "max_text_tokens",
+                "micro_tokens",
+            ),
             *("eval_every", "eval_samples", "save_every", "keep", "log_every"),
         )
         PROJECTORS.require(self.projector)
@@ -116,6 +150,9 @@ class RunConfig(Options):
         object.__setattr__(self, "instructions", read_instructions(self.instructions))
         if self.lr > MOST_LR:
             raise LlavaError("--lr", expected=f"up to {MOST_LR}", got=self.lr, exit_code=2)
+        if not 0 <= self.lora_dropout < 1:
+            what = "a share from 0 to below 1"
+            raise LlavaError("--lora-dropout", expected=what, got=self.lora_dropout, exit_code=2)
         if self.eval_captions < 0:
             raise LlavaError("--eval-captions", expected="0 or more", got=self.eval_captions, exit_code=2)
         if not 0 <= self.weight_decay < math.inf:

@@ -55,6 +55,7 @@ class Prediction:
     """What ends the run (Schedule.ending)."""
     frozen_parameters: int
     trained_parameters: int
+    """Of the projector and of the language model."""
     visual_tokens: int
     """Visual tokens of a sample, as the language model sees them."""
     tokens_per_step: float
@@ -93,7 +94,9 @@ def run(config: RunConfig) -> JsonDict:
     resources = TrainingResources(config, weights=False)
     if config.init is not None:
         require_same_kind(
-            load_checkpoint(config.init), projector_of(config, resources.shards[0], resources.llm.hidden)
+            load_checkpoint(config.init),
+            projector_of(config, resources.shards[0], resources.llm.hidden),
+            config.tune,
         )
     predicted = forecast(config, resources)
     figures = {key: value for key, value in vars(predicted).items() if key != "work"}
@@ -108,6 +111,7 @@ def run(config: RunConfig) -> JsonDict:
 
 def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
     """`predict` for a run on these resources, before it has begun and in one process."""
+    resources.tune(config)
     samples, held_out_samples = resources.samples(config)
     held_out = len(held_out_samples) if held_out_samples else 0
     schedule = Schedule.of(config, len(samples))
@@ -145,6 +149,8 @@ def predict(
     device of its own. Measures the machine's matmul rate for `measure_for` seconds.
     """
     first, dtype = samples.shards[0], default_dtype(device)
+    tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = parameter_count(model) - tuned
     schedule = Schedule.of(config, len(samples))
     batch = min(config.batch_size, len(samples))
     sampled = range(0, len(samples), max(1, len(samples) // SAMPLED))
@@ -157,6 +163,7 @@ def predict(
     counts = TextCounts.of(examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
     operations = work.operations(counts, visual) * per_step
+    copies, recomputes = config.tune == "llm" and dtype != torch.float32, config.gradient_checkpointing
     rate, efficiency = matmul_rate(device, dtype, measure_for) * processes, EFFICIENCY[device.type]
     evaluations = 0
     if config.eval_features:
@@ -171,8 +178,8 @@ def predict(
         samples=len(samples),
         steps=schedule.steps,
         ending=schedule.ending,
-        frozen_parameters=parameter_count(model),
-        trained_parameters=parameter_count(projector),
+        frozen_parameters=frozen,
+        trained_parameters=parameter_count(projector) + tuned,
         visual_tokens=visual,
         tokens_per_step=sum(lengths) * per_step,
         answer_tokens_per_step=counts.answers * per_step,
@@ -182,10 +189,12 @@ def predict(
         memory={
             **({"process": memory_before} if device.type != "cuda" else {}),
             "language_model": parameter_count(model) * dtype.itemsize,
-            "activations": round(tokens * activation_bytes(model.config, dtype)),
+            "activations": round(tokens * activation_bytes(model.config, dtype, tuned > 0, recomputes)),
             # In fp32 as logits and as probabilities, and once more in the model's own type.
             "logits": round(head_rows * model.config.vocab_size * (8 + dtype.itemsize)),
             "projector_and_optimizer": parameter_count(projector) * 16,
+            # Its gradient and AdamW's two moments in fp32, and a copy in fp32 of weights in a shorter type.
+            **({"tuned_and_optimizer": tuned * (12 + 4 * copies)} if tuned else {}),
             "features_read_ahead": (AHEAD + 1) * batch * samples.row_bytes,
             **({"features_kept": cached * samples.row_bytes} if cached else {}),
         },
@@ -202,9 +211,16 @@ def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     return projector
 
 
-def require_same_kind(checkpoint: Checkpoint, projector: Projector) -> None:
+def require_same_kind(checkpoint: Checkpoint, projector: Projector, tune: str) -> None:
     """Raise LlavaError unless --init holds what the flags ask for, with the same registered arguments."""
     stored, wanted = checkpoint.projector.config, projector.config
+    if checkpoint.tune not in (None, tune):
+        raise LlavaError(
+            f"--init {checkpoint.folder} was trained with --tune {checkpoint.tune}",
+            expected=f"a projector alone, or --tune {tune} as here",
+            got=f"--tune {checkpoint.tune}",
+            do=f"give --tune {checkpoint.tune}, or the checkpoint that it began with",
+        )
     if stored != wanted:
         kind = checkpoint.training.get("projector", stored["kind"])  # a registered name implies arguments
         tokens = checkpoint.training.get("visual_tokens", stored["visual_tokens"])
@@ -216,16 +232,20 @@ def require_same_kind(checkpoint: Checkpoint, projector: Projector) -> None:
         )
 
 
-def activation_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes per token that the frozen blocks keep for the backward pass.
+def activation_bytes(config: Any, dtype: torch.dtype, tuned: bool = False, recomputes: bool = False) -> int:
+    """Bytes per token that the blocks keep for the backward pass.
 
-    Norms keep their input in fp32; attention its queries, keys, values and output; SwiGLU three of its width.
+    Norms keep their input in fp32; attention its queries, keys, values and output; SwiGLU three of its width;
+    layers whose weights train their input, too. If it `recomputes`, only what goes into each block stays, and
+    all of one.
     """
     heads, width = config.num_attention_heads, head_width(config)
     queries, keys = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
     norms = 2 * config.hidden_size + queries + keys
-    others = 2 * queries + 2 * keys + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    return int(config.num_hidden_layers * (4 * norms + dtype.itemsize * others))
+    wide = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    others = 2 * queries + 2 * keys + 3 * wide + tuned * (2 * config.hidden_size + wide)
+    block, layers = 4 * norms + dtype.itemsize * others, config.num_hidden_layers
+    return int(layers * config.hidden_size * dtype.itemsize + block if recomputes else layers * block)
 
 
 def outcome_line(outcome: JsonDict) -> str:

@@ -126,7 +126,8 @@ def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, P
     flags["instructions"] = trained if config.instructions is None else config.instructions
     run_config = RunConfig(out=config.checkpoint, compile="off", **flags)
     resources = TrainingResources(run_config, group)
-    projector = load_aligned(config.checkpoint, resources.provenance).projector
+    checkpoint = load_aligned(config.checkpoint, resources.provenance)
+    checkpoint.tune_model(resources.llm)
     samples, _ = resources.samples(run_config)
     say(f"{len(samples)} held-out samples of {config.features}")
-    return resources, projector.to(resources.device), samples
+    return resources, checkpoint.projector.to(resources.device), samples

@@ -2,8 +2,8 @@
 
 Counted for the frozen blocks: forward and the gradients of activations, of real tokens alone, with 2
 operations per weight and token each, and causal attention; for the vocabulary head the same, where an answer
-token is predicted; for the projector also the gradients of its weights. Norms, rotations and activation
-functions are left out.
+token is predicted; for what trains also the gradients of its weights. Norms, rotations and activation
+functions are left out, and so is what gradient checkpointing computes again.
 """
 
 from __future__ import annotations
@@ -21,25 +21,32 @@ class Work:
     """The sizes on which the needed operations depend."""
 
     blocks: int
-    """Weights in the matrices of all blocks."""
+    """Weights in the matrices of all blocks, LoRA's included."""
+    trained: int
+    """Those of them that train."""
     attention: int
     """Layers times width of the queries of all heads."""
     head: int
-    """Weights of the vocabulary head."""
+    """Operations per answer token, forward and backward."""
     projector: int
     """Operations per visual token, forward and backward."""
 
     @staticmethod
     def of(model: Any, projector: nn.Module) -> Work:
-        """Sizes of a transformers model, which may be on the meta device, and of a projector."""
+        """Sizes of a transformers model, which may be on the meta device, and of a projector.
+
+        What takes gradients of the model trains.
+        """
         config = model.config
         layers = [module for module in model.base_model.modules() if not isinstance(module, nn.Embedding)]
-        matrices = [p.numel() for m in layers for p in m.parameters(recurse=False) if p.ndim == 2]
+        matrices = [p for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2]
+        head = model.get_output_embeddings().weight
         linear = [weight.numel() for weight in projector.parameters() if weight.dim() > 1]
         return Work(
-            blocks=sum(matrices),
+            blocks=sum(p.numel() for p in matrices),
+            trained=sum(p.numel() for p in matrices if p.requires_grad),
             attention=config.num_hidden_layers * config.num_attention_heads * head_width(config),
-            head=model.get_output_embeddings().weight.numel(),
+            head=(6 if head.requires_grad else 4) * head.numel(),
             projector=6 * sum(linear) - 2 * sum(linear[:1]),  # the features take no gradient
         )
 
@@ -48,8 +55,8 @@ class Work:
         visuals = counts.samples * visual
         # Causal attention: two products of L²/2 scores forward, four backward, 2 operations each.
         squares = visuals * visual + 2 * visual * counts.tokens + counts.squares
-        matrices = 4 * (self.blocks * (visuals + counts.tokens) + self.head * counts.answers)
-        return matrices + 6 * self.attention * squares + self.projector * visuals
+        matrices = (4 * self.blocks + 2 * self.trained) * (visuals + counts.tokens)
+        return matrices + self.head * counts.answers + 6 * self.attention * squares + self.projector * visuals
 
 
 def head_width(config: Any) -> int:

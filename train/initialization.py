@@ -48,7 +48,7 @@ def projector_from_checkpoint(
     """The projector in a checkpoint. Raises LlavaError for other models, or another kind than the flags'."""
     shard = samples.shards[0]
     checkpoint = load_aligned(folder, Provenance(shard.identity, llm.identity))
-    require_same_kind(checkpoint, projector_of(config, shard, llm.hidden))
+    require_same_kind(checkpoint, projector_of(config, shard, llm.hidden), config.tune)
     return checkpoint.projector.train().requires_grad_()
 
 

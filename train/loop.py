@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -92,7 +92,7 @@ class Trainer:
         """
         runs, counts = list(self.active.values()), batch.counts
         losses = [torch.zeros((), device=self.llm.device) for _ in runs]
-        with DeferredError() as deferred:
+        with DeferredError() as deferred, self.dropout():
             if batch.error is not None:
                 raise batch.error
             self.backward(batch, losses)
@@ -107,6 +107,15 @@ class Trainer:
             run.update(cut, dropped)
         self.throughput.count(samples, tokens, operations)
         return {number: float(loss) for number, loss in zip(self.active, losses, strict=True)}
+
+    @contextlib.contextmanager
+    def dropout(self) -> Iterator[None]:
+        """LoRA's dropout is on in the block."""
+        for mode in (True, False):
+            for run in self.runs.values():
+                run.tuning.dropout(mode)
+            if mode:
+                yield
 
     def backward(self, batch: Batch, losses: list[torch.Tensor]) -> None:
         """Add each run's mean loss over the batch's answer tokens to `losses`, and its gradients."""

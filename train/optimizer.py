@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from llava_core.projector.projector import Projector
 from train.config import RunConfig
+from train.tuning import LR
 
 MOMENTUM = 0.6
 """Momentum of Muon; the usual 0.95 averages over more steps than a short run has."""
 
 
-def build_optimizer(config: RunConfig, projector: Projector) -> torch.optim.Optimizer:
-    if config.optimizer == "muon":
-        return Muon(projector.parameters(), config.lr, config.weight_decay)
-    return torch.optim.AdamW(projector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+def build_optimizers(
+    config: RunConfig, projector: Projector, llm_parameters: Sequence[torch.nn.Parameter] = ()
+) -> list[torch.optim.Optimizer]:
+    """One optimizer for all that trains, or two where the projector has Muon and the language model AdamW.
+
+    Each of their groups has its `peak` learning rate.
+    """
+    own = _groups(list(projector.parameters()), config.lr, config.weight_decay)
+    peak = LR.get(config.tune, 0.0) if config.lr_llm is None else config.lr_llm
+    others = _groups(llm_parameters, peak, config.weight_decay)
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([*own, *others])]
+    return [Muon(own, config.lr), *([torch.optim.AdamW(others)] if others else [])]
 
 
-def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """Learning rate of step number `step` (from 0) of `steps`: linear warm-up, then to 0 by --decay."""
+def _groups(parameters: Sequence[torch.nn.Parameter], peak: float, weight_decay: float) -> list[Any]:
+    """Parameter groups in the parameters' order; norms and biases, which are vectors, do not decay."""
+    groups = itertools.groupby(parameters, lambda parameter: weight_decay > 0 and parameter.ndim > 1)
+    return [
+        {"params": list(some), "lr": peak, "peak": peak, "weight_decay": weight_decay if decays else 0.0}
+        for decays, some in groups
+    ]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from a `state_dict`; the groups stay as the flags make them, earlier versions had one."""
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def learning_rate(config: RunConfig, step: int, steps: int, peak: float | None = None) -> float:
+    """Learning rate of step number `step` (from 0) of `steps`: linear warm-up, then to 0 by --decay.
+
+    `peak` is the highest, by default --lr.
+    """
+    peak = config.lr if peak is None else peak
     warmup = round(config.warmup * steps)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return config.lr * (1 - share if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+    return peak * (1 - share if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Muon(torch.optim.Optimizer):

@@ -23,6 +23,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decay": "linear",
         "batch_size": 16,
     },
+    "course-stage2": {
+        "tune": "llm",
+        "optimizer": "adamw",
+        "lr": 2e-5,
+        "lr_llm": 2e-5,
+        "weight_decay": 0.0,
+        "grad_clip": 1.0,
+        "warmup": 0.03,
+        "decay": "cosine",
+        "batch_size": 4,
+        "epochs": 1,
+        "max_text_tokens": 512,
+    },
 }
-"""course: what the course project trains with. fast: its held-out loss in a fifth of the steps
+"""course, course-stage2: what the course project trains with. fast: its held-out loss in a fifth of the steps
 (benchmarks/RESULTS.md, Time to quality); give it `--max-steps`."""

@@ -20,6 +20,7 @@ from train.data.schedule import Schedule
 from train.distributed import ProcessGroup
 from train.model.packed_model import Prepared, prepare
 from train.throughput import peak_memory
+from train.tuning import Tuning
 
 EVAL_SEED = 0
 """Seed of the held-out rows' instructions: runs with the same ones are asked the same questions."""
@@ -52,16 +53,26 @@ class TrainingResources:
         self.prepared: Prepared | None = None
         """How the language model takes packs, once it is loaded."""
         self._compiled_unit = 1
+        self._tuning: Tuning | None = None
         self._samples: dict[tuple[bool, int], Samples] = {}
 
     @functools.cached_property
     def llm(self) -> LanguageModel:
-        """The frozen language model, ready to take packs; without weights its outline on the meta device."""
+        """The language model, ready to take packs; without weights its outline on the meta device."""
         if not self.weights:
             return outline_language_model(self.config.llm)
         llm = load_language_model(self.config.llm, self.device)
-        self.prepared = prepare(llm, self.config.compile)
+        self.prepared = prepare(llm, self.config.compile, self.config.gradient_checkpointing)
         return llm
+
+    def tune(self, config: RunConfig) -> Tuning:
+        """What a run trains of `llm`, which no longer has what the run before trained of it."""
+        if self._tuning is not None:
+            self._tuning.remove()
+            if self._tuning.kind == "llm":
+                del self.llm  # to be loaded again
+        self._tuning = Tuning(config, self.llm)
+        return self._tuning
 
     @property
     def compiled(self) -> bool:

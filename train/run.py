@@ -121,7 +121,9 @@ def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict
 
 
 def require_same_steps(first: RunConfig, other: RunConfig) -> None:
-    """Raise LlavaError unless two runs see the same samples in the same steps."""
+    """Raise LlavaError unless two runs see the same samples in the same steps, and one language model."""
+    if first is not other and first.tune != "projector":
+        raise LlavaError("runs that train together need --tune projector", got=first.tune)
     for field in dataclasses.fields(first):
         mine, others = getattr(first, field.name), getattr(other, field.name)
         if field.name not in PER_RUN_KEYS and mine != others:

@@ -22,6 +22,7 @@ import yaml
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text, require_folder, sha256_files
+from llava_core.language.tuned_weights import TunedWeights
 from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import (
     Provenance,
@@ -36,7 +37,7 @@ from train.config import RunConfig
 
 FREE_KEYS = {
     *("json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"),
-    *("micro_tokens", "resident", "eval_captions", "compile"),
+    *("micro_tokens", "resident", "eval_captions", "compile", "gradient_checkpointing"),
 }
 """Flags that may differ when a run continues: they do not change the trained weights."""
 MOVABLE_KEYS = {"features", "eval_features", "llm", "init"}
@@ -76,9 +77,10 @@ def moved_of(before: JsonDict, now: JsonDict) -> set[str]:
 
 
 def weights_sha256(checkpoint: Path | None) -> str | None:
-    """sha256 of a checkpoint's projector; None without one, or if it is gone."""
-    path = (checkpoint or Path()) / "model.safetensors"
-    return sha256_files([path]) if checkpoint and path.is_file() else None
+    """sha256 of a checkpoint's weights, the language model's included; None without one, or if it is gone."""
+    if not checkpoint or not (checkpoint / "model.safetensors").is_file():
+        return None
+    return sha256_files([checkpoint / "model.safetensors", *sorted(checkpoint.glob("*/*.safetensors"))])
 
 
 def _flag(key: str) -> str:
@@ -114,9 +116,14 @@ class RunFolder:
             raise LlavaError(f"no run to resume in {path}", do="leave out --resume, or correct --out")
 
     @property
+    def last(self) -> Path:
+        """The checkpoint to go on from."""
+        return self.path / "last"
+
+    @property
     def begun(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return (self.path / "last").exists()
+        """Whether there is one."""
+        return self.last.exists()
 
     def _require_same_flags(self, flags: JsonDict) -> None:
         before = {**BEFORE, **flags}
@@ -172,7 +179,7 @@ class RunFolder:
         """
         if not self.begun:
             return None
-        checkpoint = load_aligned(self.path / "last", provenance)
+        checkpoint = load_aligned(self.last, provenance)
         state = load_state(checkpoint.folder)
         if state["rows"] != rows:
             raise LlavaError(
@@ -192,10 +199,11 @@ class RunFolder:
         figures: JsonDict,
         state: dict[str, Any],
         best: bool,
+        tuned: TunedWeights | None,
     ) -> None:
         folder = self.path / f"step-{step:08d}"
         metrics = {"step": step, **figures}
-        save_checkpoint(folder, projector, provenance, self.training, metrics, state)
+        save_checkpoint(folder, projector, provenance, self.training, metrics, state, tuned)
         if best:  # before `last`, whose state says that this loss has been reached
             point_to(self.path / "best", folder)
         point_to(self.path / "last", folder)

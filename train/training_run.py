@@ -21,7 +21,7 @@ from train.data.schedule import Schedule
 from train.evaluate import INTERVALS, ONE_PICTURE, evaluate
 from train.initialization import initial_projector
 from train.metric_writers import MetricWriters
-from train.optimizer import build_optimizer, learning_rate
+from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
 from train.sample_captions import beside_its_caption, captions
@@ -43,6 +43,7 @@ class TrainingRun:
         name: str | None = None,
     ) -> None:
         self.config, self.folder, self.resources, self.title = config, folder, resources, title
+        self.tuning = resources.tune(config)
         self.llm, self.group = resources.llm, resources.group
         resources.cache_features(config)
         self.samples, self.held_out = resources.samples(config)
@@ -63,9 +64,12 @@ class TrainingRun:
             self.projector = projector_of(config, resources.shards[0], self.llm.hidden).to(self.llm.device)
         else:
             self.projector = initial_projector(config, self.samples, self.llm)
+            self.tuning.begin(config.init)
         self.visual = self.projector.tokens_out(self.samples.tokens)
         """Visual tokens of a sample, as the language model sees them."""
-        self.optimizer = build_optimizer(config, self.projector)
+        self.parameters = [*self.projector.parameters(), *self.tuning.parameters]
+        """All that trains."""
+        self.optimizers = build_optimizers(config, self.projector, self.tuning.parameters)
         self.step = self.saved_step = 0
         self.figures: JsonDict = {}
         """Held-out figures of the last evaluation."""
@@ -89,18 +93,24 @@ class TrainingRun:
                     got=described(self.projector.config),
                     do="register the class as it was then, or choose another --out",
                 )
+            self.tuning.load(folder.last)
             self.restore(state)
         self.announce()
 
     def announce(self) -> None:
         """Print what is frozen, what trains, and on what."""
-        config, title = self.config, self.title
+        config, title, tuned = self.config, self.title, self.tuning.trained
+        frozen = parameter_count(self.llm.model) - tuned
+        also = f" and {self.tuning.described} ({tuned:,})" if tuned else ""
+        name = f"{self.llm.id} ({frozen:,} parameters)" if frozen else "the vision encoder alone"
         say(
-            f"{title}frozen: {self.llm.id} ({parameter_count(self.llm.model):,} parameters); "
+            f"{title}frozen: {name}; "
             f"trained: {config.projector} projector {self.samples.shards[0].width}→{self.llm.hidden} "
-            f"({parameter_count(self.projector):,} parameters); "
+            f"({parameter_count(self.projector):,} parameters){also}; "
             f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
         )
+        if config.lr_llm is not None and not tuned:
+            say(f"{title}--lr-llm does nothing here: the language model is frozen; see --tune")
         if config.init is not None and not self.step:
             say(f"{title}starts from {config.init}")
         say(
@@ -136,20 +146,24 @@ class TrainingRun:
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradient of each parameter; zeros if this rank has no sample in this step."""
-        for parameter in self.projector.parameters():
+        for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self.projector.parameters() if parameter.grad is not None]
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
-    def learning_rate(self, step: int) -> float:
-        return learning_rate(self.config, step, self.schedule.steps)
+    def learning_rate(self, step: int, peak: float | None = None) -> float:
+        return learning_rate(self.config, step, self.schedule.steps, peak)
 
     def update(self, cut: int, dropped: int) -> None:
         """The optimizer's step, with the gradients that the parameters hold; counts the cut answers in it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step, group["peak"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.tuning.after_step()
         self.step += 1
         self.cut += cut
         self.dropped += dropped
@@ -191,9 +205,11 @@ class TrainingRun:
             self.best, self.improved = figures["loss"], True
 
     def state(self) -> dict[str, Any]:
-        """All that a run continues from, but for the projector's weights."""
+        """All that a run continues from, but for the weights that a checkpoint has in files of their own."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizers[0].state_dict(),
+            "other_optimizers": [optimizer.state_dict() for optimizer in self.optimizers[1:]],
+            "copies": self.tuning.state(),
             "step": self.step,
             "best": self.best,
             "figures": self.figures,
@@ -207,7 +223,10 @@ class TrainingRun:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`, which has the `projector`'s weights, too."""
         self.projector.load_state_dict(state["projector"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizers = [state["optimizer"], *state.get("other_optimizers", ())]  # earlier versions had one
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+            load_optimizer(optimizer, saved)
+        self.tuning.restore(state.get("copies", ()))
         self.step = self.saved_step = state["step"]
         self.best, self.figures = state["best"], state["figures"]
         self.cut, self.dropped = state["cut"], state["dropped"]
@@ -216,10 +235,12 @@ class TrainingRun:
 
     def follow_main(self) -> None:
         """Go on from the main rank's state: it alone reads checkpoints, and no weight may differ by a bit."""
-        state = self.group.from_main({**self.state(), "projector": self.projector.state_dict()})
+        weights = {"projector": self.projector.state_dict(), "tuned": self.tuning.all_tensors()}
+        state = self.group.from_main({**self.state(), **weights})
         with self.group.same_outcome():
             if state["rows"] != self.rows:
                 raise LlavaError("the processes see different shards", do="give all of them the same files")
+            self.tuning.take(state["tuned"])
             self.restore(state)
 
     def save(self) -> None:
@@ -229,7 +250,7 @@ class TrainingRun:
         with self.group.same_outcome():
             if self.group.main:
                 described = (self.provenance, self.figures, self.state())
-                self.folder.save(self.step, self.projector, *described, self.improved)
+                self.folder.save(self.step, self.projector, *described, self.improved, self.tuning.weights)
         self.saved_step, self.improved = self.step, False
 
     def finish(self, more: JsonDict) -> JsonDict:

@@ -60,10 +60,9 @@ def run(config: TraceConfig) -> JsonDict:
     """
     device = pick_device(config.device)
     checkpoint = load_checkpoint(config.checkpoint) if config.checkpoint else None
-    trained = checkpoint.provenance if checkpoint else None
-    if trained:
-        tower = open_trained_tower(config.vision, trained, device)
-        llm = load_its_language_model(trained, config.llm, device)
+    if checkpoint:
+        tower = open_trained_tower(config.vision, checkpoint.provenance, device)
+        llm = load_its_language_model(checkpoint, config.llm, device)
     else:
         tower = open_vision_tower(config.vision, device)
         llm = load_language_model(config.llm, device)
@@ -78,7 +77,7 @@ def run(config: TraceConfig) -> JsonDict:
     chat = Conversation(llm.tokenizer, llm.eos_ids)
     prompt = config.prompt
     if prompt is None:
-        prompt = trained.question if trained else QUESTION
+        prompt = checkpoint.provenance.question if checkpoint else QUESTION
     example = chat.example([Turn(prompt, caption)], config.max_text_tokens)
     do = "shorten --caption or --prompt, or lower --max-text-tokens"
     llm.require_context("the sample", len(visual) + len(example.ids), do)

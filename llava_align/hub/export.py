@@ -65,7 +65,7 @@ def run(config: ExportConfig) -> JsonDict:
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.provenance
     tower = open_trained_tower(config.vision, trained)
-    llm = load_its_language_model(trained, config.llm)
+    llm = load_its_language_model(checkpoint, config.llm)
 
     weights = all_weights(tower, checkpoint, llm, getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in weights.values())

@@ -107,7 +107,7 @@ def files_to_push(folder: Path, with_state: bool) -> dict[str, Path]:
             got=f"model_type {kind}",
         )
     if kind is None:
-        load_checkpoint(folder)  # its error says what is wrong with any other folder
+        load_checkpoint(folder).require_whole()  # its error says what is wrong with any other folder
         if with_state and (folder / STATE).exists():
             load_state(folder)
     elif (folder / SUMS).exists():  # exports of earlier versions have none

@@ -20,9 +20,14 @@ def load_aligned(folder: Path, provenance: Provenance) -> Checkpoint:
 
 
 def load_its_language_model(
-    trained: Provenance, folder: Path, device: str | torch.device = "cpu"
+    checkpoint: Checkpoint, folder: Path, device: str | torch.device = "cpu", tuned: bool = True
 ) -> LanguageModel:
-    """The language model in `folder`. Raises LlavaError unless the projector was trained for it."""
+    """The language model in `folder`, with what the checkpoint has of it unless `tuned` is false.
+
+    Raises LlavaError unless the checkpoint was trained for it.
+    """
     llm = load_language_model(folder, device)
-    trained.require_language_model(llm.identity)
+    checkpoint.provenance.require_language_model(llm.identity)
+    if tuned:
+        checkpoint.tune_model(llm)
     return llm

@@ -9,6 +9,7 @@ Its files:
     README.md             model card; may be edited, so SHA256SUMS leaves it out
     SHA256SUMS            sha256 of every other file, as `sha256sum --check` reads it
     state.pt              optimizer, step and random state, for resuming; missing if it was imported
+    adapter/, llm/        what stage 2 trained of the language model, if it did (tuned_weights.py)
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import dataclasses
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,19 @@ from llava_core.filesystem import LACKING, fsync
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.input_folders import require_checkpoint
 from llava_core.language.instructions import QUESTION
+from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import CONVERSATION_FORMAT
+from llava_core.language.tuned_weights import KINDS, TunedWeights, read_tuned_weights
 from llava_core.projector.model_card import model_card
 from llava_core.projector.projector import Projector, build_projector, parameter_count
-from llava_core.sha256sums import RESTORE, SUMS, require_sums, write_sums
+from llava_core.sha256sums import RESTORE, SUMS, read_sums, require_sums, write_sums
 from llava_core.types import JsonDict
 
 CHECKPOINT_VERSION = 2
 """Version 1 has no SHA256SUMS."""
+TUNED_VERSION = 3
+"""Version of one with weights of the language model, which earlier programs would leave out."""
+VERSIONS = (1, CHECKPOINT_VERSION, TUNED_VERSION)
 CHECKED = ("model.safetensors", "config.json", "training_config.yaml", "metrics.json")
 STATE = "state.pt"
 
@@ -103,6 +110,22 @@ class Checkpoint:
     training: JsonDict
     """The run's flags."""
     metrics: JsonDict
+    tune: str | None = None
+    """What it has of the language model, by a name of tuned_weights.KINDS."""
+
+    def require_whole(self) -> None:
+        """Raise LlavaError if a file of the language model's weights is missing or damaged."""
+        if self.tune is not None:
+            require_part(self.folder, KINDS[self.tune].folder)
+
+    def tune_model(self, llm: LanguageModel) -> None:
+        """Let the language model compute with what stage 2 trained of it.
+
+        Raises LlavaError if that is damaged, or does not fit.
+        """
+        self.require_whole()
+        if self.tune is not None:
+            read_tuned_weights(self.tune, llm, self.folder)
 
 
 def save_checkpoint(
@@ -112,6 +135,7 @@ def save_checkpoint(
     training: JsonDict,
     metrics: JsonDict,
     state: dict[str, Any] | None,
+    tuned: TunedWeights | None = None,
 ) -> None:
     """Write the folder atomically: temporary name, fsync, rename. Without `state` no run can resume."""
     partial = folder.with_name(folder.name + ".part")
@@ -119,7 +143,8 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     config = {
         "format": "llava-projector",
-        "version": CHECKPOINT_VERSION,
+        "version": TUNED_VERSION if tuned else CHECKPOINT_VERSION,
+        **({"tune": tuned.kind} if tuned else {}),
         "projector": projector.config,
         **provenance.to_json(),
     }
@@ -138,18 +163,28 @@ def save_checkpoint(
         content = io.BytesIO()
         torch.save(state, content)
         files[STATE] = content.getbuffer()
-    for name, data in files.items():
+    sums = {}
+    for name, data in itertools.chain(files.items(), _files_of(tuned)):
+        (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(data)
-    write_sums(partial, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
-    require_sums(partial, files)  # read back
+        sums[name] = hashlib.sha256(data).hexdigest()
+    write_sums(partial, sums)
+    require_sums(partial, sums)  # read back
     card = model_card(config, training, metrics, parameter_count(projector))
     (partial / "README.md").write_bytes(_text(card))
-    for path in [*partial.iterdir(), partial]:
+    for path in [*partial.rglob("*"), partial]:
         fsync(path)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
     fsync(folder.parent)
+
+
+def _files_of(tuned: TunedWeights | None) -> Iterator[tuple[str, bytes]]:
+    """Name in the checkpoint and content of each file of the language model's weights."""
+    for name, data in tuned.files() if tuned else ():
+        assert tuned is not None
+        yield f"{tuned.folder}/{name}", data
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -160,10 +195,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     require_checkpoint(folder)
     try:
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        if config.get("format") != "llava-projector" or config.get("version") not in (1, CHECKPOINT_VERSION):
+        if config.get("format") != "llava-projector" or config.get("version") not in VERSIONS:
             raise LlavaError(
                 f"{folder} has another checkpoint format",
-                expected=f"llava-projector version 1 or {CHECKPOINT_VERSION}",
+                expected=f"llava-projector version {', '.join(map(str, VERSIONS))}",
                 got=f"{config.get('format')} version {config.get('version')}",
             )
         _require_sums(folder, config["version"], CHECKED)
@@ -175,6 +210,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         provenance = Provenance.from_json(config)
         training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if (tune := config.get("tune")) not in (None, *KINDS):
+            raise LlavaError(f"{folder}/config.json", expected=f"tune: {', '.join(KINDS)}", got=tune)
     except LlavaError:
         raise
     except Exception as error:  # each library raises its own kinds of exception for damaged files
@@ -185,7 +222,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             expected=CONVERSATION_FORMAT,
             got=provenance.conversation,
         )
-    return Checkpoint(folder, projector.eval().requires_grad_(False), provenance, training, metrics)
+    return Checkpoint(folder, projector.eval().requires_grad_(False), provenance, training, metrics, tune)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -224,6 +261,13 @@ def point_to(link: Path, target: Path) -> None:
             f"no symbolic link can be made in {link.parent}", got=error.strerror, do=do
         ) from None
     partial.replace(link)
+
+
+def require_part(folder: Path, part: str) -> None:
+    """Raise LlavaError unless a folder in a checkpoint has the files that its SHA256SUMS names, undamaged."""
+    names = {name for name in read_sums(folder) if name.startswith(f"{part}/")}
+    there = {f"{part}/{path.name}" for path in (folder / part).glob("*")}
+    require_sums(folder, sorted(names | there))
 
 
 def _require_sums(folder: Path, version: int, names: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -69,6 +70,25 @@ def test_many_processes_give_the_curve_of_one(
     assert not (tmp_path / "many.lock").exists()
     train_run(dataclasses.replace(given, out=tmp_path / "one"))
     assert_same_run(tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.parametrize("tune", ["lora", "llm"])
+def test_stage_2_in_two_processes_is_that_of_one(
+    world: Path, tmp_path: Path, tune: Literal["lora", "llm"]
+) -> None:
+    """And continues in two from one checkpoint, which the main rank alone reads."""
+    given = config(world, tmp_path / "many", batch_size=5, tune=tune, lr_llm=0.005, grad_clip=1.0)
+    half = dataclasses.replace(given, save_every=10, keep=9)
+    with torchrun(2, half) as process:
+        ended(process, code=0)
+    train_run(dataclasses.replace(given, out=tmp_path / "one"))
+    assert_same_run(tmp_path / "one", given.out)
+    (given.out / "summary.json").unlink()
+    (given.out / "last").unlink()
+    (given.out / "last").symlink_to("step-00000010")
+    with torchrun(2, half) as process:
+        ended(process, code=0)
+    assert_same_run(tmp_path / "one", given.out)
 
 
 def test_a_stop_on_one_rank_stops_all_and_one_process_continues(world: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def forward_blocks(llm: LanguageModel, embedded: torch.Tensor, row: Row) -> torc
 
 
 def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy of hidden [A, H] against targets [A] through a frozen head [V, H]: a scalar."""
+    """Summed cross entropy of hidden [A, H] against targets [A] through a head [V, H]: a scalar."""
     loss: torch.Tensor = HeadLoss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
     return loss
 
@@ -75,29 +75,34 @@ def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -
 class HeadLoss(torch.autograd.Function):
     """`head_loss` with little memory.
 
-    The gradient with respect to `hidden` is taken in the forward pass, chunk by chunk, so at most
-    CHUNK_LOGITS logits exist at a time, and none wait for the backward pass (the idea of Liger Kernel's
-    fused linear cross entropy, arXiv:2410.10989, less the weight's gradient).
+    The gradients are taken in the forward pass, chunk by chunk, so at most CHUNK_LOGITS logits exist at a
+    time, and none wait for the backward pass (the idea of Liger Kernel's fused linear cross entropy,
+    arXiv:2410.10989). The head's gradient is summed in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part, log_p in _chunks(hidden, head):
             total += F.nll_loss(log_p, targets[part], reduction="sum")
             if gradient is not None:
                 error = log_p.exp_()
                 error[torch.arange(len(error), device=error.device), targets[part]] -= 1
                 gradient[part] = error.to(head.dtype) @ head
+                if of_head is not None:
+                    of_head += error.T @ hidden[part].float()
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient, of_head)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * outputs[0]).to(gradient.dtype), None, None
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        gradient, of_head = ctx.saved_tensors
+        if of_head is not None:
+            of_head = (of_head * outputs[0]).to(gradient.dtype)
+        return (gradient * outputs[0]).to(gradient.dtype), of_head, None
 
 
 def _chunks(hidden: torch.Tensor, head: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,8 +66,10 @@ class Prepared:
         }
 
 
-def prepare(llm: LanguageModel, compiled: Compile = "off") -> Prepared:
+def prepare(llm: LanguageModel, compiled: Compile = "off", recomputes: bool = False) -> Prepared:
     """Let the language model take packs, by the fastest attention that is right here, and say which.
+
+    With `recomputes`, its blocks' activations are computed again in the backward pass instead of kept.
 
     A kernel is right if packed samples give the logits and gradients of the same samples alone: no further
     from the fp32 model than FACTOR times what the model's own attention is in the model's type.
@@ -109,14 +112,25 @@ def prepare(llm: LanguageModel, compiled: Compile = "off") -> Prepared:
     say(f"attention: {kernel.name}; distance from fp32: {_shown(distances)}{beside}")
     prepared = Prepared(kernel.name, distances, own, passed_over)
     # Where it pays: on a GPU, unless the attention is a loop of Python's.
-    if compiled == "off" or (compiled == "auto" and (llm.device.type == "cpu" or kernel.loops)):
-        return prepared
+    if compiled == "on" or (compiled == "auto" and llm.device.type != "cpu" and not kernel.loops):
+        prepared = _compiled(llm, prepared, exact, must=compiled == "on")
+    if recomputes:
+        recompute_activations(llm)
+    return prepared
+
+
+def _compiled(llm: LanguageModel, prepared: Prepared, exact: Outputs, must: bool) -> Prepared:
+    """The model compiled, if it then gives the same, else as it was, with a line that says why.
+
+    Raises LlavaError in that case if it `must`.
+    """
+    kernel = next(k for k in KERNELS[llm.device.type] if k.name == prepared.attention)
     if not (reason := compile_blocks(llm)):
         distances = _distances(llm, kernel, exact)
-        reason = distances if isinstance(distances, str) else _fault(distances, own)
+        reason = distances if isinstance(distances, str) else _fault(distances, prepared.own)
     if not reason:
         return dataclasses.replace(prepared, compiled=True)
-    if compiled == "on":
+    if must:
         raise LlavaError("cannot compile the language model", got=reason, do="leave out --compile on")
     _as_written(llm)
     say(f"the language model is not compiled: {reason}")
@@ -134,6 +148,15 @@ def compile_blocks(llm: LanguageModel) -> str:
     return ""
 
 
+def recompute_activations(llm: LanguageModel) -> None:
+    """Keep only what goes into each block for the backward pass (gradient checkpointing)."""
+    blocks = getattr(llm.model.base_model, "layers", None)
+    if blocks is None:
+        raise LlavaError("--gradient-checkpointing", expected="a model with a list of blocks", got=llm.id)
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def compilations() -> int:
     """Number of graphs that torch has compiled in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -141,7 +164,7 @@ def compilations() -> int:
 
 @contextmanager
 def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]:
-    """The model with its own attention and not compiled, for the block: generating needs a cache.
+    """The model with its own attention and blocks as written, in the `with` block: generating needs a cache.
 
     `kind` is "sdpa", where the model has it, or "eager".
     """
@@ -157,7 +180,7 @@ def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]
 
 
 def _as_written(llm: LanguageModel) -> dict[Any, Any]:
-    """Undo `compile_blocks`; returns the compiled function of each block."""
+    """Undo `compile_blocks` and `recompute_activations`; returns each block's function so far."""
     blocks = getattr(llm.model.base_model, "layers", ())
     return {block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)}
 

@@ -59,7 +59,9 @@ def run(config: SweepConfig) -> JsonDict:
     study = open_study(config, space)  # or refuse, before anything is loaded
     if config.retry_failed:
         say(f"{counted(study.retry_failed(), 'failed trial')} to try again")
-    if config.together > 1 and not PER_RUN_KEYS & space.axes.keys():
+    if config.together > 1 and config.tune != "projector":
+        say("--together does nothing here: each trial has a language model of its own")
+    elif config.together > 1 and not PER_RUN_KEYS & space.axes.keys():
         say(f"--together does nothing here: {', '.join(space.keys)} changes what a step reads")
     left = study.left()
     if left < planned["trials"]:

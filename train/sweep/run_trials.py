@@ -42,7 +42,8 @@ def work(config: SweepConfig, space: Space) -> None:
     study, resources = open_study(config, space), None
     if study.moved:
         resources = opened(config, study)
-    while claims := study.claim(config.together, can_share_step):
+    together = config.together if config.tune == "projector" else 1
+    while claims := study.claim(together, can_share_step):
         with contextlib.ExitStack() as stack:
             for claim in claims:
                 stack.enter_context(claim)
@@ -88,8 +89,9 @@ def data_of(config: SweepConfig, resources: TrainingResources) -> JsonDict:
 
 
 def can_share_step(one: Point, other: Point) -> bool:
-    """Whether runs at these points may train together."""
-    return all(one.get(key) == other.get(key) for key in {*one, *other} - PER_RUN_KEYS)
+    """Whether runs at these points may train together: each has one language model, which they share."""
+    alike = all(one.get(key) == other.get(key) for key in {*one, *other} - PER_RUN_KEYS)
+    return one == other or (alike and one.get("tune", "projector") == "projector")
 
 
 def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequence[Claim]) -> None:

@@ -55,7 +55,7 @@ def test_attention_is_half_of_what_the_eager_one_does(llm: LanguageModel) -> Non
         reference_loss(llm, projector, batch).backward()  # type: ignore[no-untyped-call]
     work = Work.of(llm.model, projector)
     attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
-    needless_logits = 4 * work.head * (len(packed.ids) - len(packed.targets))
+    needless_logits = work.head * (len(packed.ids) - len(packed.targets))
     expected = work.operations(batch.counts, VISUAL) + attention + needless_logits
     assert counter.get_total_flops() == expected
 

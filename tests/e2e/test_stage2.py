@@ -1,0 +1,198 @@
+"""Stage 2: the language model trains, too, by LoRA or whole, from the same cache and as exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from llava_core.errors import LlavaError
+from llava_core.language.load import load_language_model
+from llava_core.projector.checkpoint import load_checkpoint
+from tests.support.commands import call, started, wait_until
+from tests.support.language_models import write_language_model
+from tests.support.paths import GOLDEN
+from tests.support.runs import config, curve, flags_of
+from train.config import EvalConfig, RunConfig
+from train.evaluate import run as evaluate_run
+from train.run import run as train_run
+
+PART = {"lora": "adapter", "llm": "llm"}
+WEIGHTS = {"lora": "adapter/adapter_model.safetensors", "llm": "llm/model.safetensors"}
+POLICIES = sorted(PART)
+
+
+@pytest.fixture(scope="module")
+def stage1(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stage1") / "run"
+    train_run(config(world, out))
+    return out / "best"
+
+
+def stage2_config(world: Path, stage1: Path, out: Path, tune: Any, **flags: Any) -> RunConfig:
+    """24 steps at a rate at which few steps matter, with decay and clipping."""
+    given: dict[str, Any] = {"init": stage1, "tune": tune, "lora_rank": 4, "lr": 0.005, "lr_llm": 0.005}
+    return config(world, out, **given, weight_decay=0.1, grad_clip=1.0, **flags)
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def tuned(
+    request: pytest.FixtureRequest, world: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An undisturbed run of stage 2; the folder of its parent is named for its policy."""
+    out = tmp_path_factory.mktemp("runs") / request.param / "run"
+    train_run(stage2_config(world, stage1, out, request.param))
+    return out
+
+
+def tune_of(run: Path) -> str:
+    return run.parent.name
+
+
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last/model.safetensors") | load_file(run / "last" / WEIGHTS[tune_of(run)])
+
+
+def test_it_begins_where_stage_1_ended_and_goes_further(world: Path, stage1: Path, tuned: Path) -> None:
+    before = evaluate_run(EvalConfig(checkpoint=stage1, features=world / "held-out", llm=world / "llm"))
+    held_out = curve(tuned, "eval_loss")
+    assert held_out[0] == before["loss"]  # adapters of 0 change not a bit
+    assert held_out[24] < held_out[0] - 0.1
+
+
+def test_the_golden_curve_of_each_policy(tuned: Path) -> None:
+    now = [round(loss, 6) for loss in curve(tuned).values()]
+    golden = json.loads((GOLDEN / "stage2_loss_curves.json").read_text())
+    assert now == pytest.approx(golden[tune_of(tuned)], rel=1e-4)
+
+
+def test_a_checkpoint_has_what_was_trained_of_the_model(world: Path, tuned: Path) -> None:
+    figures = evaluate_run(
+        EvalConfig(checkpoint=tuned / "last", features=world / "held-out", llm=world / "llm")
+    )
+    assert figures["loss"] == pytest.approx(curve(tuned, "eval_loss")[24], rel=1e-5)
+    base = load_language_model(world / "llm").model.state_dict()
+    model = load_language_model(world / "llm")
+    load_checkpoint(tuned / "last").tune_model(model)
+    now = model.model.state_dict()
+    assert now.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], now[name])}
+    linear = {name for name in base if "_proj" in name}
+    assert changed == (linear if tune_of(tuned) == "lora" else set(base))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks by a name of before
+def test_stock_libraries_load_it(world: Path, tuned: Path) -> None:
+    """peft the adapter, transformers the model: the logits are those of our own loading."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ours = load_language_model(world / "llm")
+    load_checkpoint(tuned / "last").tune_model(ours)
+    if tune_of(tuned) == "lora":
+        stock = AutoModelForCausalLM.from_pretrained(world / "llm", dtype=torch.float32)
+        stock = PeftModel.from_pretrained(stock, tuned / "last/adapter").eval()
+    else:
+        stock = AutoModelForCausalLM.from_pretrained(tuned / "last/llm", dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(stock(ids).logits, ours.model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_resumed_after_a_kill_is_bit_equal(world: Path, stage1: Path, tuned: Path, tmp_path: Path) -> None:
+    given = stage2_config(world, stage1, tmp_path / tune_of(tuned) / "cut", tune_of(tuned), keep=1000)
+    given = dataclasses.replace(given, save_every=2)
+    with started("train", "run", *flags_of(given)) as process:
+        wait_until(process, (given.out / "step-00000008").exists)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=120)
+    assert not (given.out / "summary.json").exists()
+    call("train", "run", *flags_of(given), "--resume")
+    assert curve(given.out) == curve(tuned)
+    assert curve(given.out, "eval_loss") == curve(tuned, "eval_loss")
+    cut, whole = trained_weights(given.out), trained_weights(tuned)
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_recomputing_and_splitting_change_nothing(
+    world: Path, stage1: Path, tuned: Path, tmp_path: Path
+) -> None:
+    tune = tune_of(tuned)
+    train_run(stage2_config(world, stage1, tmp_path / "recomputed", tune, gradient_checkpointing=True))
+    assert curve(tmp_path / "recomputed") == curve(tuned)
+    train_run(stage2_config(world, stage1, tmp_path / "split", tune, micro_tokens=150))
+    assert curve(tmp_path / "split") == pytest.approx(curve(tuned), rel=1e-4)
+
+
+@pytest.mark.parametrize("tune", POLICIES)
+def test_dropout_and_another_optimizer_resume_too(
+    world: Path, stage1: Path, tmp_path: Path, tune: str
+) -> None:
+    """Muon moves the projector, AdamW the language model; dropout goes on from the same random state."""
+    flags: dict[str, Any] = {"optimizer": "muon", "lora_dropout": 0.2, "eval_every": 1000, "save_every": 1000}
+    whole = stage2_config(world, stage1, tmp_path / "whole", tune, **flags, max_steps=8)
+    train_run(whole)
+    cut = dataclasses.replace(whole, out=tmp_path / "cut", save_every=4)
+    train_run(cut)
+    last = cut.out / "last"
+    last.unlink()
+    last.symlink_to("step-00000004")
+    (cut.out / "summary.json").unlink()
+    train_run(cut)
+    assert curve(cut.out) == curve(whole.out)
+
+
+def test_a_damaged_part_is_refused(world: Path, tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(tuned / "last", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / WEIGHTS[tune_of(tuned)]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    flags = (
+        "--checkpoint",
+        tmp_path / "checkpoint",
+        "--features",
+        world / "held-out",
+        "--llm",
+        world / "llm",
+    )
+    assert "is damaged, or was edited" in call("train", "eval", *flags, code=1).one_line()
+    path.unlink()
+    assert "cannot be read" in call("train", "eval", *flags, code=1).one_line()
+
+
+def test_what_does_not_belong_together_is_one_line(
+    world: Path, stage1: Path, tuned: Path, tmp_path: Path
+) -> None:
+    tune = tune_of(tuned)
+    other = write_language_model(tmp_path / "other", seed=5)
+    line = call("train", "eval", "--checkpoint", tuned / "last", "--features", world / "held-out",
+                "--llm", other, code=1).one_line()  # fmt: skip
+    assert "another language model" in line
+    with pytest.raises(LlavaError, match=f"was trained with --tune {tune}"):
+        train_run(config(world, tmp_path / "run", init=tuned / "last"))
+    with pytest.raises(LlavaError, match="no LoRA adapter fits"):
+        train_run(config(world, tmp_path / "run", tune="lora", lora_targets="nothing"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path, tmp_path: Path) -> None:
+    """Each trial has the language model as it came: no trial sees what another has trained."""
+    given = stage2_config(world, stage1, tmp_path / "sweep", "projector", max_steps=6)
+    space = ("tune=llm,lora,projector", "seed=0,1")
+    ended = call("train", "sweep", *flags_of(given), "--space", *space, "--together", 2)
+    assert ended.err.count("--lr-llm does nothing here") == 2
+    for trial in sorted((tmp_path / "sweep/trials").iterdir()):
+        recorded = yaml.safe_load((trial / "training_config.yaml").read_text())
+        lone = tmp_path / f"{recorded['tune']}-{recorded['seed']}"
+        train_run(dataclasses.replace(given, out=lone, tune=recorded["tune"], seed=recorded["seed"]))
+        assert curve(trial) == pytest.approx(curve(lone), rel=1e-5), recorded["tune"]

@@ -1,0 +1,109 @@
+"""Freeze policies: every trained tensor has the textbook gradient, in short types, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava_core.language.load import load_language_model
+from llava_core.language.tuned_weights import LoraAdapter
+from tests.support.language_models import write_language_model
+from tests.unit.train.test_loss import VISUAL, a_batch, a_projector, reference_loss
+from train.config import RunConfig
+from train.data.packing import Packing
+from train.model.loss import packed_losses
+from train.model.packed_model import prepare
+from train.optimizer import build_optimizers
+from train.tuning import Tuning
+
+
+def policy(**flags: Any) -> RunConfig:
+    return RunConfig(features=Path("f"), llm=Path("l"), out=Path("o"), **flags)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("tune", ["lora", "llm"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_packed_equals_per_sample(tmp_path: Path, kind: str, tune: str, recomputes: bool) -> None:
+    llm = load_language_model(write_language_model(tmp_path / "llm", kind))
+    batch, projector = a_batch(llm), a_projector(llm)
+    tuning = Tuning(policy(tune=tune, lora_rank=3), llm)
+    torch.manual_seed(3)
+    for parameter in tuning.parameters if tune == "lora" else ():  # B of 0 would hide A's gradient
+        parameter.data.normal_(std=0.05)
+    parameters = [*projector.parameters(), *tuning.parameters]
+    assert all(parameter.requires_grad for parameter in parameters)
+    reference = reference_loss(llm, projector, batch)
+    reference.backward()  # type: ignore[no-untyped-call]
+    expected = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+
+    prepare(llm, recomputes=recomputes)
+    rows = list(Packing(100).rows(batch, [VISUAL]))
+    assert len(rows) == 3
+    total = torch.zeros(())
+    for row in rows:
+        (loss,) = packed_losses(llm, [projector], row)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    torch.testing.assert_close(total, reference.detach(), rtol=1e-5, atol=1e-5)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert gradient is not None
+        assert parameter.grad is not None
+        assert float((parameter.grad - gradient).norm()) <= 1e-5 * float(gradient.norm())
+
+
+def test_short_types_train_in_fp32(tmp_path: Path) -> None:
+    """Steps of a thousandth of a weight: bf16 alone would lose them, and sums of many gradients."""
+    llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"), dtype=torch.bfloat16)
+    batch, projector = a_batch(llm), a_projector(llm)
+    prepare(llm)
+    config = policy(tune="llm", lr_llm=1e-5, warmup=0.0)
+    tuning = Tuning(config, llm)
+    (optimizer,) = build_optimizers(config, projector, tuning.parameters)
+    assert all(parameter.dtype == torch.float32 for parameter in tuning.parameters)
+    before = [parameter.detach().clone() for parameter in tuning.parameters]
+    for _ in range(3):
+        for row in Packing(100).rows(batch, [VISUAL]):
+            (loss,) = packed_losses(llm, [projector], row)
+            loss.backward()  # type: ignore[no-untyped-call]
+        assert all(parameter.grad is None for parameter in llm.model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        tuning.after_step()
+    for old, master, short in zip(before, tuning.parameters, llm.model.parameters(), strict=True):
+        assert 0 < float((master - old).detach().abs().max()) < 1e-4
+        torch.testing.assert_close(short, master.bfloat16())
+
+
+def test_adapters_of_one_seed_are_the_same_and_leave_no_trace(tmp_path: Path) -> None:
+    llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"))
+    ids = torch.arange(9)[None]
+    before, names = llm.model(ids).logits, list(llm.model.state_dict())
+    state = torch.get_rng_state()
+    first = Tuning(policy(tune="lora", seed=4), llm)
+    drawn = [parameter.detach().clone() for parameter in first.parameters]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(llm.model(ids).logits, before)
+    first.remove()
+    assert list(llm.model.state_dict()) == names
+    second = Tuning(policy(tune="lora", seed=4), llm)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, second.parameters, strict=True))
+    assert isinstance(second.weights, LoraAdapter)
+
+
+def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
+    llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"))
+    config = policy(tune="llm", weight_decay=0.1, lr_llm=3e-5)
+    tuning, projector = Tuning(config, llm), a_projector(llm)
+    (optimizer,) = build_optimizers(config, projector, tuning.parameters)
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decays) == len([*projector.parameters(), *tuning.parameters])
+    assert all((decay > 0) == (parameter.ndim > 1) for parameter, decay in decays.items())
+    peaks = {p: group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    assert {peaks[parameter] for parameter in tuning.parameters} == {3e-5}
+    assert {peaks[parameter] for parameter in projector.parameters()} == {2e-3}
