@@ -49,7 +49,7 @@ def tuned(
     request: pytest.FixtureRequest, world: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """An undisturbed run of stage 2; the folder of its parent is named for its policy."""
-    out = tmp_path_factory.mktemp("runs") / request.param / "run"
+    out: Path = tmp_path_factory.mktemp("runs") / request.param / "run"
     train_run(stage2_config(world, stage1, out, request.param))
     return out
 

@@ -10,8 +10,9 @@ import torch
 
 from llava_core.language.load import load_language_model
 from llava_core.language.tuned_weights import LoraAdapter
+from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
-from tests.unit.train.test_loss import VISUAL, a_batch, a_projector, reference_loss
+from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, a_projector, reference_loss
 from train.config import RunConfig
 from train.data.packing import Packing
 from train.model.loss import packed_losses
@@ -60,7 +61,7 @@ def test_packed_equals_per_sample(tmp_path: Path, kind: str, tune: str, recomput
 def test_short_types_train_in_fp32(tmp_path: Path) -> None:
     """Steps of a thousandth of a weight: bf16 alone would lose them, and sums of many gradients."""
     llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"), dtype=torch.bfloat16)
-    batch, projector = a_batch(llm), a_projector(llm)
+    batch, projector = a_batch(llm), build_projector("mlp", WIDTH, llm.hidden)
     prepare(llm)
     config = policy(tune="llm", lr_llm=1e-5, warmup=0.0)
     tuning = Tuning(config, llm)
@@ -99,7 +100,7 @@ def test_adapters_of_one_seed_are_the_same_and_leave_no_trace(tmp_path: Path) ->
 def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
     llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"))
     config = policy(tune="llm", weight_decay=0.1, lr_llm=3e-5)
-    tuning, projector = Tuning(config, llm), a_projector(llm)
+    tuning, projector = Tuning(config, llm), build_projector("mlp", WIDTH, llm.hidden)
     (optimizer,) = build_optimizers(config, projector, tuning.parameters)
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decays) == len([*projector.parameters(), *tuning.parameters])
