@@ -153,11 +153,13 @@ class DownloadConfig(Options):
 class ImportConfig(Options):
     """A projector of the course (stage1_projection.pt), LLaVA (mm_projector.bin) or nanoVLM, as a checkpoint.
 
-    What the names of its weights do not tell is assumed, and printed.
+    A file of stage 2 with the whole language model, or LLaVA's LoRA folder, gives that part, too. What the
+    names of its weights do not tell is assumed, and printed.
     """
 
     file: Path
-    """Its weights: .pt, .bin or .safetensors, alone or among those of a whole model."""
+    """Its weights: .pt, .bin or .safetensors, alone or among those of a whole model; or LLaVA's LoRA
+    folder."""
     vision: Path
     """Folder of the vision encoder it was trained on."""
     llm: Path
@@ -179,7 +181,8 @@ class ImportConfig(Options):
             VISUAL_TOKENS.require(self.visual_tokens)
 
     def require_inputs(self) -> None:
-        require_file("--file", self.file)
+        if not self.file.is_dir():
+            require_file("--file", self.file)
         require_vision_encoder(self.vision)
         require_language_model(self.llm)
         require_folder(self.out)

@@ -1,4 +1,4 @@
-"""Checks, at import, that encoder and language-model weights in a projector's file equal the given models."""
+"""Weights of encoder and language model in a projector's file, at import: as given, or trained with it."""
 
 from __future__ import annotations
 
@@ -8,32 +8,38 @@ from pathlib import Path
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.identity import LanguageModelIdentity
 from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.tuned_weights import AllWeights
 from llava_core.vision.tower import VisionTower
 
 COMPUTED = ("inv_freq", "position_ids", "masked_bias")
 """Last name parts of buffers that older versions of transformers saved, and that training never changes."""
 
 
-def require_frozen_weights(
+def trained_weights(
     path: Path, beside: Mapping[str, torch.Tensor], tower: VisionTower, outline: LanguageModel, llm: Path
-) -> LanguageModelIdentity | None:
-    """Compare the weights `beside` a projector in the file `path` with the two models it is imported for.
+) -> AllWeights | None:
+    """What the weights `beside` a projector in the file `path` have of the language model; None if frozen.
 
     `outline` is of the language model in the folder `llm`, which is loaded if the file has weights by its
-    names; then its identity, with the weights' sha256, is returned, else None. Raises LlavaError if a weight
-    differs from the given model, so that it was trained with the projector, or belongs to neither model.
+    names. If one differs and all are there, stage 2 has trained them. Raises LlavaError if only some are
+    there and one differs, if one of the encoder differs, or if one belongs to neither model.
     """
     rest = {name: value for name, value in beside.items() if name.rpartition(".")[2] not in COMPUTED}
     detokenizer = _by_name(rest, outline.model.state_dict())
     seen = _by_name([name for name in rest if name not in detokenizer], tower.network.state_dict())
-    identity = None
+    tuned = None
     if detokenizer:
         dtype = next(iter(rest[name].dtype for name in detokenizer))
         loaded = load_language_model(llm, dtype=dtype if dtype.is_floating_point else None)
-        identity = loaded.identity
+        own = dict(loaded.model.named_parameters())
+        theirs = {name: rest[mine] for mine, name in detokenizer.items()}
+        alike = own.keys() <= theirs.keys() and all(own[key].shape == theirs[key].shape for key in own)
+        if alike and not all(torch.equal(own[key], theirs[key].to(own[key].dtype)) for key in own):
+            for name, parameter in own.items():
+                parameter.data = theirs[name].to(parameter.dtype)
+            tuned = AllWeights(loaded)
         do = "import stage 1's file, or give --llm a folder with these weights and the tokenizer"
         _require_equal(path, rest, loaded.model.state_dict(), detokenizer, f"language model in {llm}", do)
     do = "give --vision the encoder that was trained with it"
@@ -45,7 +51,7 @@ def require_frozen_weights(
             got=f"{len(left):,} others, such as {left[0]}",
             do="if both models are as published, save the projector's weights alone and import that file",
         )
-    return identity
+    return tuned
 
 
 def _by_name(names: Iterable[str], known: Mapping[str, object]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""`llava import`: a projector of another project (LLaVA, nanoVLM, the course) as a checkpoint folder.
+"""`llava import`: what another project (LLaVA, nanoVLM, the course) trained, as a checkpoint folder.
 
 Its kind follows from the names and shapes of its weights; which tokens of which layer it takes is assumed
-from the project. Both are printed, and flags override them.
+from the project. Both are printed, and flags override them. A file of stage 2 has the whole language model,
+too; LLaVA's folder of LoRA has an adapter.
 """
 
 from __future__ import annotations
@@ -20,18 +21,24 @@ from llava_align.hub.foreign_projector import (
     read_tensors,
     require_numbers,
 )
-from llava_align.hub.frozen_weights import require_frozen_weights
+from llava_align.hub.frozen_weights import trained_weights
 from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import sha256_files
-from llava_core.input_folders import config_of, weight_files
-from llava_core.language.load import outline_language_model
+from llava_core.input_folders import config_of, contents, weight_files
+from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
+from llava_core.language.tuned_weights import LoraAdapter, TunedWeights
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
 from llava_core.projector.projector import Projector, build_projector, parameter_count, require_visual_tokens
 from llava_core.types import JsonDict
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
+
+LLAVA_LORA = "non_lora_trainables.bin"
+"""Where LLaVA keeps the projector beside its LoRA adapter."""
+TRAINED = {None: "frozen, as given", "lora": "LoRA adapters, in adapter/", "llm": "trained whole, in llm/"}
+"""What is imported of the language model, by the value of --tune."""
 
 
 def run(config: ImportConfig) -> JsonDict:
@@ -42,36 +49,39 @@ def run(config: ImportConfig) -> JsonDict:
     """
     if config.out.exists():
         raise LlavaError(f"--out {config.out} is there already", do="choose another, or delete it")
-    tensors = read_tensors(config.file)
-    require_others(config.file)
+    file = projector_file(config.file)
+    tensors = read_tensors(file)
+    require_others(file)
     project = project_of(tensors)
     kind, weights = find_projector(tensors)
-    require_numbers(config.file, weights)
+    require_numbers(file, weights)
     layer = project.layer if config.layer == "auto" else None if config.layer == "norm" else config.layer
     visual_tokens = project.visual_tokens if config.visual_tokens == "auto" else config.visual_tokens
     tower = open_vision_tower(config.vision, layer=layer, decode=config.decode, fit=config.fit)
     outline = outline_language_model(config.llm)
     projector = fitted(kind, weights, tower, outline, visual_tokens)
-    language = require_frozen_weights(config.file, beside(tensors), tower, outline, config.llm)
-    if language is None:
-        sha256 = sha256_files(weight_files(config.llm))
-        language = dataclasses.replace(outline.identity, weights_sha256=sha256)
+    tuned: TunedWeights | None = trained_weights(file, beside(tensors), tower, outline, config.llm)
+    if config.file.is_dir():
+        tuned = LoraAdapter.read(load_language_model(config.llm), config.file)
+    sha256 = sha256_files(weight_files(config.llm))
+    language = dataclasses.replace(outline.identity, weights_sha256=sha256)
     tokens = projector.tokens_out(tower.tokens)
 
     source = {
         "file": config.file.name,
-        "sha256": sha256_files([config.file]),
+        "sha256": sha256_files([file]),
         "project": project.name,
         "layer": layer,
         "visual_tokens": visual_tokens,
     }
     provenance = Provenance(tower.identity, language)
     metrics = {"imported_from": source["file"], "imported_sha256": source["sha256"]}
-    save_checkpoint(config.out, projector, provenance, {"imported": source}, metrics, state=None)
+    save_checkpoint(config.out, projector, provenance, {"imported": source}, metrics, None, tuned)
 
     assumed = f"assumed, since {project.why}"
     rows = [
         ("projector", f"{kind}, {parameter_count(projector):,} weights", "by names and shapes"),
+        ("language model", TRAINED[tuned.kind if tuned else None], "by its weights"),
         ("trained by", project.name, "by names" if project.marks else "assumed: no other project's names"),
         ("layer", "after the last norm" if layer is None else f"hidden states {layer}",
          assumed if config.layer == "auto" else "as told"),
@@ -92,6 +102,19 @@ def run(config: ImportConfig) -> JsonDict:
         "tokens": tokens,
         "fingerprint": tower.identity.fingerprint,
     }
+
+
+def projector_file(path: Path) -> Path:
+    """The file itself, or, of LLaVA's LoRA folders, the one beside the adapter. Raises LlavaError."""
+    if not path.is_dir():
+        return path
+    if not (path / LLAVA_LORA).is_file() or not (path / "adapter_config.json").is_file():
+        raise LlavaError(
+            f"--file {path}",
+            expected=f"a file, or a folder with adapter_config.json and {LLAVA_LORA}",
+            got=contents(path),
+        )
+    return path / LLAVA_LORA
 
 
 def require_others(path: Path) -> None:

@@ -138,7 +138,14 @@ class LoraAdapter(TunedWeights):
 
         path = folder / "adapter_model.safetensors"
         try:
-            weights = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+            if (
+                not path.exists() and path.with_suffix(".bin").exists()
+            ):  # as earlier versions of peft wrote it
+                path = path.with_suffix(".bin")
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                weights = load_file(path)
+            weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
             found: Any = set_peft_model_state_dict(self.llm.model, weights, adapter_name=ADAPTER)
         except Exception as error:  # safetensors, torch and peft raise their own kinds
             raise LlavaError(f"{path} does not fit this language model", got=first_line(error)) from None

@@ -28,6 +28,11 @@ FLAGS = "`training_config.yaml` holds the flags it was trained with."
 TRAINED = "It was trained between these two, and is of no use beside others."
 IMPORTED = "It was imported for use between these two: only their widths were checked."
 BESIDE = "Vision encoder and language model are not part of it."
+TUNED = {
+    "lora": "; so were\nLoRA adapters of the language model, in `adapter/`, in peft's format",
+    "llm": "; so was\nthe whole language model, in `llm/`, which transformers loads",
+}
+"""What else a checkpoint has, by the value of --tune."""
 
 
 def model_card(
@@ -65,7 +70,7 @@ def model_card(
     return f"""{_block(header)}# {title}
 
 A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}), {projector["in_width"]} to
-{projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}.
+{projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}{_tuned(config)}.
 {beside.strip()}
 
 ## Use
@@ -147,9 +152,12 @@ def _origin(training: JsonDict) -> str:
     if source := training.get("imported"):
         return f"imported from\n`{source['file']}` (sha256 `{source['sha256']}`)"
     return (
-        "trained on cached features of the frozen vision\nencoder, to caption loss through the frozen "
-        "language model"
+        "trained on cached features of the frozen vision\nencoder, to caption loss through the language model"
     )
+
+
+def _tuned(config: JsonDict) -> str:
+    return TUNED[config["tune"]] if config.get("tune") else ""
 
 
 def _layer(encoder: JsonDict) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from llava_align.hub.import_projector import run as import_run
 from llava_core.errors import LlavaError
+from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import load_checkpoint, point_to
 from tests.e2e.test_import import config as import_config
 from tests.support.aligned import Folders, write_aligned
@@ -237,6 +238,16 @@ def test_a_whole_model_is_imported_only_beside_its_own_language_model(
     assert imported == load_checkpoint(trained.out / "last").provenance.language_model
 
     stage2["llm.model.norm.weight"] += 0.5
+    given = dataclasses.replace(import_config(world, tmp_path, stage2), out=tmp_path / "whole")
+    import_run(given)
+    assert "language model: trained whole, in llm/ (by its weights)" in capfd.readouterr().err
+    assert load_checkpoint(given.out).provenance.language_model == imported
+    llm = load_language_model(world.llm)
+    load_checkpoint(given.out).tune_model(llm)
+    now = llm.model.state_dict()
+    assert all(torch.equal(now[name], stage2[f"llm.{name}"]) for name in model.state_dict())
+
+    del stage2["llm.model.embed_tokens.weight"]  # not whole: nothing says what the rest is
     given = dataclasses.replace(import_config(world, tmp_path, stage2), out=tmp_path / "stage2")
     with pytest.raises(
         LlavaError,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
@@ -157,3 +159,43 @@ def test_what_does_not_fit_is_one_line(world: Folders, tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match="whole model that `llava export` made; give --checkpoint the one"):
         import_run(dataclasses.replace(ours, file=tmp_path / "model.safetensors"))
     assert load_language_model(world.llm).identity == load_checkpoint(told.out).provenance.language_model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks by a name of before
+def test_the_lora_folder_of_llava_answers_as_peft_does(world: Folders, tmp_path: Path) -> None:
+    """adapter_model.bin, of earlier versions of peft, beside the projector in non_lora_trainables.bin."""
+    model = AutoModelForCausalLM.from_pretrained(world.llm, dtype=torch.float32)
+    lora = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    torch.manual_seed(1)
+    weights = {
+        name.replace(".default", ""): torch.randn_like(value) * 0.1
+        for name, value in lora.state_dict().items()
+        if "lora_" in name
+    }
+    folder = tmp_path / "llava-lora"
+    folder.mkdir()
+    torch.save(weights, folder / "adapter_model.bin")
+    lora.peft_config["default"].save_pretrained(str(folder))
+    projector = {f"base_model.model.{name}": value for name, value in llava_mlp().items()}
+    torch.save(projector, folder / "non_lora_trainables.bin")
+    models = ("--vision", world.vision, "--llm", world.llm)
+    ended = run("llava_align", "import", "--file", folder, *models, "--out", tmp_path / "out", "--json")
+    assert "language model: LoRA adapters, in adapter/" in ended.err
+    ours = load_language_model(world.llm)
+    load_checkpoint(tmp_path / "out").tune_model(ours)
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(world.llm, dtype=torch.float32), folder
+    ).eval()
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(stock(ids).logits, ours.model(ids).logits, rtol=1e-4, atol=1e-4)
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "LoRA adapters of the language model, in `adapter/`" in card
+
+    (folder / "non_lora_trainables.bin").unlink()
+    line = run(
+        "llava_align", "import", "--file", folder, *models, "--out", tmp_path / "no", code=1
+    ).one_line()
+    assert "expected a file, or a folder with adapter_config.json and non_lora_trainables.bin" in line

@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
+from llava_align import AlignedModel
+from llava_align.hub.push import files_to_push
 from llava_core.errors import LlavaError
 from llava_core.language.load import load_language_model
-from llava_core.projector.checkpoint import load_checkpoint
-from tests.support.commands import call, started, wait_until
+from llava_core.language.tuned_weights import LoraAdapter
+from llava_core.projector.checkpoint import load_checkpoint, save_checkpoint
+from tests.support.aligned import Folders, write_aligned
+from tests.support.commands import call, run, started, wait_until
 from tests.support.language_models import write_language_model
 from tests.support.paths import GOLDEN
 from tests.support.runs import config, curve, flags_of
@@ -196,3 +201,60 @@ def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path
         lone = tmp_path / f"{recorded['tune']}-{recorded['seed']}"
         train_run(dataclasses.replace(given, out=lone, tune=recorded["tune"], seed=recorded["seed"]))
         assert curve(trial) == pytest.approx(curve(lone), rel=1e-5), recorded["tune"]
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Three models, and beside the projector's checkpoint one with a random LoRA adapter."""
+    folders = write_aligned(tmp_path_factory.mktemp("aligned"))
+    stage1, llm = load_checkpoint(folders.checkpoint), load_language_model(folders.llm)
+    adapter = LoraAdapter.new(llm, rank=2, alpha=4, dropout=0.0, targets="all-linear")
+    torch.manual_seed(1)
+    for parameter in adapter.parameters:
+        parameter.data.normal_(std=0.3)
+    stage2 = folders.checkpoint.with_name("stage2")
+    save_checkpoint(stage2, stage1.projector, stage1.provenance, {}, {}, None, adapter)
+    return dataclasses.replace(folders, checkpoint=stage2)
+
+
+def answers(folders: Folders, *flags: object) -> list[str]:
+    greedy = ("--temperature", 0, "--max-tokens", 24)
+    images = [part for image in folders.images for part in ("--image", image)]
+    return run("infer", "ask", *folders.flags, *images, *greedy, *flags).out.splitlines()
+
+
+def test_infer_answers_by_the_merged_adapter_or_without_it(aligned: Folders) -> None:
+    stage1 = dataclasses.replace(aligned, checkpoint=aligned.checkpoint.with_name("last"))
+    assert answers(aligned, "--adapter", "none") == answers(stage1)
+    assert answers(aligned) != answers(stage1)
+    merged = aligned.aligned()
+    unmerged = load_language_model(aligned.llm)
+    LoraAdapter.read(unmerged, aligned.checkpoint / "adapter")
+    visual = merged.encode_files([image.read_bytes() for image in aligned.images])
+    text = unmerged.embed(torch.arange(12)).expand(len(visual), -1, -1)
+    embedded = torch.cat([visual, text], dim=1)
+    with torch.inference_mode():
+        ours, theirs = (
+            model(inputs_embeds=embedded, use_cache=False).logits
+            for model in (merged.llm.model, unmerged.model)
+        )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_python_and_export_take_it_merged(aligned: Folders, tmp_path: Path) -> None:
+    model = AlignedModel.load(aligned.checkpoint, llm=aligned.llm, vision=aligned.vision, device="cpu")
+    answer = model.answer(Image.open(aligned.images[0]), "看图", temperature=0, max_tokens=24)
+    one = dataclasses.replace(aligned, images=aligned.images[:1])
+    assert answers(one, "--prompt", "看图")[-1].endswith(answer.splitlines()[-1])
+    models = ("--vision", aligned.vision, "--llm", aligned.llm)
+    run("llava_align", "export", "--checkpoint", aligned.checkpoint, *models, "--out", tmp_path / "whole")
+    exported = load_file(tmp_path / "whole/model.safetensors")
+    merged = load_language_model(aligned.llm)
+    load_checkpoint(aligned.checkpoint).tune_model(merged)
+    name = "model.layers.0.mlp.up_proj.weight"
+    own = merged.model.state_dict()[name]
+    assert torch.equal(
+        exported[f"language_model.{name}"].float(), own.to(exported[f"language_model.{name}"].dtype).float()
+    )
+    pushed = files_to_push(aligned.checkpoint, with_state=False)
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= pushed.keys()
