@@ -198,7 +198,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if config.get("format") != "llava-projector" or config.get("version") not in VERSIONS:
             raise LlavaError(
                 f"{folder} has another checkpoint format",
-                expected=f"llava-projector version {', '.join(map(str, VERSIONS))}",
+                expected="llava-projector version 1, 2 or 3",
                 got=f"{config.get('format')} version {config.get('version')}",
             )
         _require_sums(folder, config["version"], CHECKED)

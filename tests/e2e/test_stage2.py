@@ -175,6 +175,24 @@ def test_a_damaged_part_is_refused(world: Path, tuned: Path, tmp_path: Path) -> 
     assert "cannot be read" in call("train", "eval", *flags, code=1).one_line()
 
 
+@pytest.mark.parametrize("tune", POLICIES)
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    world: Path, stage1: Path, small_disk: Path, tmp_path: Path, tune: str
+) -> None:
+    """It fills while the second one is written; with space again the same command goes on."""
+    given = stage2_config(world, stage1, small_disk / "out", tune, keep=1)
+    train_run(dataclasses.replace(given, out=tmp_path / "sized"))
+    files = [path for path in (tmp_path / "sized/last").rglob("*") if path.is_file()]
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2**20 - 3 * sum(path.stat().st_size for path in files) // 2))
+    assert "No space left" in call("train", "run", *flags_of(given), code=1).err.splitlines()[-1]
+    assert (given.out / "last").resolve().name == "step-00000010"
+    load_checkpoint(given.out / "last").require_whole()
+    filler.unlink()
+    call("train", "run", *flags_of(given))
+    assert curve(given.out) == curve(tmp_path / "sized")
+
+
 def test_what_does_not_belong_together_is_one_line(
     world: Path, stage1: Path, tuned: Path, tmp_path: Path
 ) -> None:
