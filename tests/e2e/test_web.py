@@ -199,13 +199,17 @@ def test_encoded_bodies_are_undone_within_the_largest_size(vision: Path, tmp_pat
         "x-gzip": (gzip.compress(body), "X-GZip", "ok"),
         "deflate": (zlib.compress(body), "deflate", "ok"),
         "raw": (raw_deflate(body), "deflate", "ok"),
+        "members": (gzip.compress(body[:90]) + gzip.compress(body[90:]) + bytes(9), "gzip", "ok"),
         "twice": (gzip.compress(zlib.compress(body)), "deflate, gzip", "ok"),
         "not-at-all": (body, "gzip", "ok"),
         "nor-deflated": (body, "deflate", "ok"),
         "unknown": (body, "utf-8", "ok"),
         "cut": (gzip.compress(body)[:-20], "gzip", "truncated"),
+        "cut-member": (gzip.compress(body[:90]) + gzip.compress(body[90:])[:-20], "gzip", "truncated"),
+        "raw-cut": (raw_deflate(body)[:-20], "deflate", "truncated"),
         "damaged": (gzip.compress(body)[:40] + bytes(200), "gzip", "protocol"),
         "bomb": (gzip.compress(bytes(50_000_000)), "gzip", "too large"),
+        "bomb-behind": (gzip.compress(body) + gzip.compress(bytes(50_000_000)), "gzip", "too large"),
         "deflate-bomb": (raw_deflate(bytes(50_000_000)), "deflate", "too large"),
     }
     with serving({f"/{n}": encoded(b, e) for n, (b, e, _) in bodies.items()}) as base:
