@@ -35,12 +35,17 @@ def mended(head: bytes) -> bytes:
 
 
 class MendingResponseHandler(ResponseHandler):
-    """The connector's protocol: it holds a head back until it is whole, and mends it."""
+    """The connector's protocol: it holds a head back until it is whole, and mends it.
+
+    Bytes beyond a body's Content-Length are dropped, as browsers do: aiohttp takes them for another response.
+    """
 
     _held: bytearray | None = None
     """Bytes of a head so far, interim ones before it included; None while none is expected."""
     _begun = 0
     """Where in them the last head begins."""
+    _left: int | None = None
+    """Bytes of the body that have not come, if it has a Content-Length."""
 
     def set_response_params(self, *args: object, **named: object) -> None:
         self._held, self._begun = bytearray(), 0
@@ -48,7 +53,7 @@ class MendingResponseHandler(ResponseHandler):
 
     def data_received(self, data: bytes) -> None:
         if self._held is None:
-            super().data_received(data)
+            self._deliver(b"", data)
             return
         new = max(self._begun, len(self._held) - 2)  # each byte is looked at once, in however many packets
         self._held += data
@@ -65,4 +70,16 @@ class MendingResponseHandler(ResponseHandler):
 
     def _pass_on(self, end: int) -> None:
         held, self._held = bytes(self._held or b""), None
-        super().data_received(mended(held[:end]) + held[end:])
+        head = mended(held[:end])
+        length = None if _CHUNKED.search(head) else _LENGTH.search(head)
+        self._left = int(length[1]) if length and re.fullmatch(rb"\s*\d{1,18}\s*", length[1]) else None
+        self._deliver(head, held[end:])
+
+    def _deliver(self, head: bytes, body: bytes) -> None:
+        if self._left is not None and len(body) > self._left:
+            self.force_close()
+            body = body[: self._left]
+        if self._left is not None:
+            self._left -= len(body)
+        if head or body:
+            super().data_received(head + body)

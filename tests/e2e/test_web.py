@@ -111,6 +111,7 @@ def test_heads_that_are_large_or_odd(vision: Path, tmp_path: Path) -> None:
         "lengths in a list": (f"{status}Content-Length: {len(body)}, {len(body)}\n", body, "ok"),
         "early hints": (f"HTTP/1.1 103 Early Hints\nLink: </a>\n\n{status}{length}{length}", body, "ok"),
         "chunked, too": (f"{status}{length}Transfer-Encoding: chunked\n", chunked, "ok"),
+        "more than its length": (status + length, body + b"<!-- 1 -->", "ok"),
         "two other lengths": (f"{status}{length}Content-Length: 3\n", body, "protocol"),
         "a header over 64 KB": (f"{status}X: {'a' * 70_000}\n{length}", body, "protocol"),
     }
