@@ -22,13 +22,15 @@ from extract.statistics import summarise, write_statistics
 from llava_core.cli.console import counted, progress, say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.filesystem import Lock
 from llava_core.identity import EncoderIdentity
 from llava_core.network.async_tasks import run_async
+from llava_core.row_status import Status
 from llava_core.shards.byte_offsets import Layout
-from llava_core.shards.hdf5_file import ShardHeader
-from llava_core.shards.part_file import is_finished
+from llava_core.shards.hdf5_file import ShardHeader, read_layout
+from llava_core.shards.part_file import is_finished, journal_of, part_of
 from llava_core.shards.reader import Shard
-from llava_core.shards.writer import ShardWriter, require_storage
+from llava_core.shards.writer import RowRecord, ShardWriter, require_storage
 from llava_core.types import JsonDict
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
@@ -54,6 +56,7 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
 
     Raises LlavaError if it is of another encoder or of other rows.
     """
+    _settle_part(path, source, tower, config)
     if not is_finished(path):
         return False
     shard = Shard(path)
@@ -78,6 +81,34 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
     if redo.any():
         _mention_changed(path, shard.urls(), redo)
     return not redo.any()
+
+
+def _settle_part(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> None:
+    """End a part that was begun for other words than those of `source`.
+
+    What it has encoded becomes the shard, to be mended as a finished one is; but a mend is begun again.
+    """
+    part = part_of(path)
+    try:
+        begun = read_layout(part)
+    except FileNotFoundError:
+        return
+    identity, own = source.identity(), (tower.identity.fingerprint, config.dtype)
+    if begun.source == identity or (begun.identity.fingerprint, begun.storage) != own:
+        return
+    if path.exists() and Shard(path).source != begun.source:
+        with Lock(path):
+            part.unlink(missing_ok=True)
+            journal_of(path).unlink(missing_ok=True)
+        say(f"{part} was begun for words that changed since, and is begun again")
+        return
+    with ShardWriter(path) as writer:
+        writer.write_columns()
+        if _changed_words(Shard(part), source, identity) is not None:
+            reason = "not reached before its words changed"
+            left = np.flatnonzero(~writer.done).tolist()
+            writer.write([RowRecord(row, Status.NO_FILE, reason=reason) for row in left])
+            writer.finish()
 
 
 def _changed_words(shard: Shard, source: Source, identity: JsonDict) -> int | None:

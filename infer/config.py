@@ -11,6 +11,7 @@ from typing import Literal
 import tyro
 
 from infer.serve.listen import listening
+from llava_core.cli.download_options import DownloadOptions
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_file_place
@@ -104,7 +105,7 @@ class ChatConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionFile(Aligned):
+class QuestionFile(Aligned, DownloadOptions):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
@@ -121,10 +122,9 @@ class QuestionFile(Aligned):
     """The question of lines that have none; by default the first instruction it was trained with."""
     batch_size: int = 16
     """Questions whose images are encoded, and which are answered, together."""
-    allow_private: bool = False
-    """Let image addresses in the file lead to this machine or a private network."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_above_zero("batch_size")
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
@@ -217,7 +217,7 @@ class ServeConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig(Options):
+class ScoreConfig(DownloadOptions):
     """Score answers against captions (BLEU, ROUGE-L, CIDEr-D) and against images (CLIPScore)."""
 
     input: Path
@@ -235,8 +235,6 @@ class ScoreConfig(Options):
     """Folder of the shards whose `shard` and `row` the lines name, in place of images."""
     images: Path | None = None
     """Folder that relative `image` paths start from; the input's own by default."""
-    allow_private: bool = False
-    """Let image addresses in the file lead to this machine or a private network."""
     device: Device = "auto"
     """Where to compute."""
 

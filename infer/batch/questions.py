@@ -12,6 +12,7 @@ from infer.batch.jsonl import read_lines
 from infer.config import QuestionFile
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
+from llava_core.network.fetch_limits import FetchLimits
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
@@ -55,7 +56,8 @@ def open_questions(
             asking = f"{asked} of {len(questions)} lines ask {prompt!r}"
             say(f"only copied to {config.output}: {', '.join(copied)} ({effective}); {asking}")
         aligned = open_image_answerer(config)
-        return aligned, load_from_images(aligned, folder, config.allow_private)
+        limits = untrusted_limits(config.allow_private, config.headers())
+        return aligned, load_from_images(aligned, folder, limits)
 
     return questions, open_live
 
@@ -86,9 +88,8 @@ def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
     return questions
 
 
-def load_from_images(aligned: ImageAnswerer, folder: Path, allow_private: bool = False) -> VisualTokenLoader:
+def load_from_images(aligned: ImageAnswerer, folder: Path, limits: FetchLimits) -> VisualTokenLoader:
     """Visual tokens of images in data URLs, at URLs, or at paths relative to `folder`."""
-    limits = untrusted_limits(allow_private)
 
     def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
         decoded, errors = [], list[LlavaError | None]()

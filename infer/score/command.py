@@ -69,7 +69,8 @@ def clip_scores(
     assert config.vision is not None
     shards = open_shards(config.features) if config.features else []
     tower = open_both_towers(config.vision, pick_device(config.device), shards)
-    folder, limits = config.images or config.input.parent, untrusted_limits(config.allow_private)
+    folder = config.images or config.input.parent
+    limits = untrusted_limits(config.allow_private, config.headers())
     with progress(len(lines), "pictures") as bar:
         parts, keys = [], []
         for start in range(0, len(lines), BATCH_SIZE):

@@ -156,7 +156,7 @@ class Completions:
             raise self._too_long(f"{characters:,} characters")
         if len(asked.messages) >= self._scheduler.context:  # a template gives each at least a token
             raise self._too_long(f"{len(asked.messages):,} of them")
-        image = await self._image_file(asked.image) if asked.image else None
+        image = None if asked.image is None else await self._image_file(asked.image)
         stack.enter_context(self._place())
         try:
             ids = await in_thread(self._scheduler.aligned.conversation.prompt, asked.messages)
@@ -164,7 +164,7 @@ class Completions:
             raise ApiError(
                 400, f"the chat template refuses these messages: {error}", param="messages"
             ) from None
-        visual = await self._encoded(image) if image else None
+        visual = None if image is None else await self._encoded(image)  # of no bytes: an error
         generation = GenerationRequest(ids, visual, asked.sampling, on_delta)
         if generation.prompt_tokens >= self._scheduler.context:
             raise self._too_long(f"{generation.prompt_tokens:,} tokens")

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from llava_core.data_url import decode_base64, decode_data_url, is_data_url
 from llava_core.errors import LlavaError, nearest
@@ -39,6 +39,9 @@ WITHOUT_EFFECT_AT: dict[str, tuple[object, ...]] = {
     "logprobs": (False,), "top_logprobs": (0,), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"), "enable_thinking": (False,), "chat_template_kwargs": ({}, NO_THINKING),
+    "ignore_eos": (False,), "skip_special_tokens": (True,), "add_generation_prompt": (True,),
+    "best_of": (1,), "use_beam_search": (False,), "length_penalty": (1,), "min_tokens": (0,),
+    "stop_token_ids": ([],), "echo": (False,),
 }  # fmt: skip
 """Fields that are not supported, and the values at which they change nothing, as many clients send them."""
 PARTS = {
@@ -151,12 +154,13 @@ def _parts(content: object, where: str) -> Iterator[tuple[str, str]]:
         value = part.get(key)
         if key != "text" and isinstance(value, dict):
             value = value.get("url")
-        if not _is_text(value):
-            raise ApiError(400, f"no text in {key} of {kind}", param=f"{where}[{index}].{key}")
-        yield "text" if key == "text" else "image", str(value)
+        if not _is_text(value) or (key != "text" and not value.strip()):
+            expected, got = "text" if key == "text" else "a data URL or an address", repr(value)[:80]
+            raise ApiError(400, f"{key}: expected {expected}, got {got}", param=f"{where}[{index}].{key}")
+        yield ("text", value) if key == "text" else ("image", value.strip())
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     # Half a character is none: it cannot be encoded.
     return isinstance(value, str) and value == value.encode(errors="replace").decode()
 

@@ -4,7 +4,7 @@ const at = (id) => document.getElementById(id);
 const picked = store(() => localStorage), kept = store(() => sessionStorage);
 let language = picked.get("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
 let chat = kept.get("chat") || { image: null, turns: [] }; // turns: {role, content, note?}
-let model = null, running = null; // running: AbortController of the answer that comes
+let model = null, first = "", running = null; // first: the default question; running: AbortController of the answer that comes
 
 // Storage may be switched off or full; the page then forgets when it is reloaded.
 function store(where) {
@@ -92,7 +92,7 @@ async function show(file) {
   try {
     const image = await toDataUrl(file);
     begin(image);
-    at("question").value ||= say("first");
+    at("question").value ||= first;
     grow();
     at("question").focus();
   } catch {
@@ -223,6 +223,6 @@ addEventListener("pagehide", keep);
 if (chat.turns.at(-1)?.role === "assistant" && !chat.turns.at(-1).content) chat.turns.splice(-2);
 translate();
 fetch("health").then((response) => response.json()).then((health) => {
-  model = health.model;
+  ({ model, question: first } = health);
   at("model").textContent = document.title = model;
 }).catch(() => complain(say("offline")));

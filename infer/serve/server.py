@@ -176,7 +176,8 @@ class Server:
         return web.Response(body=body, content_type=kind)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"status": "ok", "model": self.model})
+        health = {"status": "ok", "model": self.model, "question": self.aligned.question}
+        return web.json_response(health)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         gauges = {

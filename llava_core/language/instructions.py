@@ -53,8 +53,8 @@ def read_instructions(given: str) -> str:
 
 
 def is_chinese(text: str) -> bool:
-    """Whether a text is Chinese by the share of Han characters among its letters."""
-    return len(HAN.findall(text)) >= HAN_SHARE * sum(map(str.isalpha, text))
+    """Whether a text is Chinese by the share of Han characters among its letters; one without any is not."""
+    return 0 < HAN_SHARE * sum(map(str.isalpha, text)) <= len(HAN.findall(text))
 
 
 def instructions_for(given: str, caption: str) -> Sequence[str]:

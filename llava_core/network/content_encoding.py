@@ -9,6 +9,8 @@ from llava_core.row_status import Status
 
 GZIP = b"\x1f\x8b"
 """First bytes of a gzip stream."""
+PIECE = 4096
+"""Bytes inflated at a time: what follows the end of a member is copied once for each."""
 _GZIP_BITS, _ZLIB_BITS, _RAW_BITS = 31, 15, -15
 """zlib's `wbits` of the three formats; `deflate` means the second, and some servers send the third."""
 
@@ -38,19 +40,26 @@ def restored(body: bytes, encodings: str, max_bytes: int) -> bytes:
                 try:
                     body = _inflated(body, _RAW_BITS, max_bytes, kind)
                 except EncodingError as error:
-                    if error.status is Status.TOO_LARGE:
+                    if error.status is not Status.PROTOCOL:
                         raise
     return body
 
 
 def _inflated(body: bytes, bits: int, max_bytes: int, kind: str) -> bytes:
+    """The content of one stream, or of gzip members laid end to end; other bytes behind it are ignored."""
+    most, found, at = min(max_bytes, sys.maxsize - 1), bytearray(), 0
     inflater = zlib.decompressobj(bits)
-    try:
-        found = inflater.decompress(body, min(max_bytes, sys.maxsize - 1) + 1)
-    except zlib.error:
-        raise EncodingError(Status.PROTOCOL, f"damaged {kind} body") from None
-    if len(found) > max_bytes:
-        raise EncodingError(Status.TOO_LARGE, f"over {max_bytes:,} bytes, {kind} undone")
+    while at < len(body) and (not inflater.eof or (kind == "gzip" and body.startswith(GZIP, at))):
+        if inflater.eof:
+            inflater = zlib.decompressobj(bits)
+        piece = body[at : at + PIECE]
+        try:
+            found += inflater.decompress(piece, most + 1 - len(found))
+        except zlib.error:
+            raise EncodingError(Status.PROTOCOL, f"damaged {kind} body") from None
+        if len(found) > most:
+            raise EncodingError(Status.TOO_LARGE, f"over {max_bytes:,} bytes, {kind} undone")
+        at += len(piece) - len(inflater.unused_data)
     if not inflater.eof:
         raise EncodingError(Status.TRUNCATED, f"{kind} body ends early")
-    return found
+    return bytes(found)

@@ -28,6 +28,7 @@ from llava_core.network.rate_limit import ByteBudget, HostRateLimit
 from llava_core.network.request_url import BadAddress, redirect_url, request_url
 from llava_core.network.response_head import MAX_FIELD_BYTES, MAX_HEADERS, MendingResponseHandler
 from llava_core.network.retry import may_pass, pause_seconds, retry_after_seconds
+from llava_core.network.x_robots_tag import refuses_use
 from llava_core.row_status import Status
 
 USER_AGENT = f"llava-align/{__version__} (feature extraction for research)"
@@ -39,8 +40,6 @@ WHOLE = (200, 203)
 """Status codes of a whole image; 203 comes from a proxy that has changed something."""
 SECRET_HEADERS = ("authorization", "cookie", "proxy-authorization")
 """Headers that do not follow a redirect to another host."""
-DISALLOWED = {"noai", "noimageai", "noindex", "noimageindex"}
-"""Directives of X-Robots-Tag that exclude an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,20 +267,6 @@ def fetch_all(
 
     fetch_each(urls, limits, take)
     return [found[index] for index in range(len(urls))]
-
-
-def refuses_use(tags: Sequence[str], user_agent: str = USER_AGENT) -> bool:
-    """Whether X-Robots-Tag asks every agent, or this one by name, not to use the image.
-
-    The directives are those img2dataset honours; `other-bot: noai` does not apply.
-    """
-    for tag in tags:
-        agent, colon, directives = tag.rpartition(":")
-        if colon and agent.strip().lower() not in ("*", user_agent.split("/")[0].lower()):
-            continue
-        if {word.strip().lower() for word in directives.split(",")} & DISALLOWED:
-            return True
-    return False
 
 
 def _without(headers: Sequence[tuple[str, str]], *names: str) -> tuple[tuple[str, str], ...]:

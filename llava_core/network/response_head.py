@@ -34,35 +34,34 @@ def mended(head: bytes) -> bytes:
     return head[: first.start()] + line + _LENGTH.sub(b"", head[first.end() :])
 
 
-def head_bytes(data: bytes) -> int:
-    """Bytes of the head that `data` begins with, interim ones before it included; 0 if it is not whole."""
-    at = 0
-    while end := _END.search(data, at):
-        if not _INTERIM.match(data, at):
-            return end.end()
-        at = end.end()
-    return 0
-
-
 class MendingResponseHandler(ResponseHandler):
-    """The connector's protocol: it holds a head back until it is whole, and mends it."""
+    """The connector's protocol: it holds a head back until it is whole, and mends it.
 
-    _held: bytes | None = None
-    """Bytes of a head so far; None while none is expected."""
+    Bytes beyond a body's Content-Length are dropped, as browsers do: aiohttp takes them for another response.
+    """
+
+    _held: bytearray | None = None
+    """Bytes of a head so far, interim ones before it included; None while none is expected."""
+    _begun = 0
+    """Where in them the last head begins."""
+    _left: int | None = None
+    """Bytes of the body that have not come, if it has a Content-Length."""
 
     def set_response_params(self, *args: object, **named: object) -> None:
-        self._held = b""
+        self._held, self._begun = bytearray(), 0
         super().set_response_params(*args, **named)  # type: ignore[arg-type]
 
     def data_received(self, data: bytes) -> None:
         if self._held is None:
-            super().data_received(data)
+            self._deliver(b"", data)
             return
+        new = max(self._begun, len(self._held) - 2)  # each byte is looked at once, in however many packets
         self._held += data
-        end, is_http = head_bytes(self._held), self._held[:5] == b"HTTP/"[: len(self._held)]
-        large = len(self._held) > MAX_HEAD_BYTES or self._held.count(b"\n") > MAX_HEADERS
-        if end or large or not is_http:
-            self._pass_on(end)
+        while (end := _END.search(self._held, new)) and _INTERIM.match(self._held, self._begun):
+            self._begun = new = end.end()
+        is_http = self._held[:5] == b"HTTP/"[: len(self._held)]
+        if end or not is_http or len(self._held) > MAX_HEAD_BYTES:
+            self._pass_on(end.end() if end else 0)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._held:
@@ -70,5 +69,17 @@ class MendingResponseHandler(ResponseHandler):
         super().connection_lost(exc)
 
     def _pass_on(self, end: int) -> None:
-        held, self._held = self._held or b"", None
-        super().data_received(mended(held[:end]) + held[end:])
+        held, self._held = bytes(self._held or b""), None
+        head = mended(held[:end])
+        length = None if _CHUNKED.search(head) else _LENGTH.search(head)
+        self._left = int(length[1]) if length and re.fullmatch(rb"\s*\d{1,18}\s*", length[1]) else None
+        self._deliver(head, held[end:])
+
+    def _deliver(self, head: bytes, body: bytes) -> None:
+        if self._left is not None and len(body) > self._left:
+            self.force_close()
+            body = body[: self._left]
+        if self._left is not None:
+            self._left -= len(body)
+        if head or body:
+            super().data_received(head + body)

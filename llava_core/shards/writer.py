@@ -207,6 +207,14 @@ class ShardWriter:
     def finish(self) -> None:
         """Write the columns and rename the part to the shard. Every row must have an outcome."""
         assert self.done.all(), f"{(~self.done).sum()} rows without an outcome"
+        self.write_columns()
+        fsync(self.part)
+        self.part.replace(self.path)
+        fsync(self.path.parent)
+        journal_of(self.path).unlink()
+
+    def write_columns(self) -> None:
+        """Write the outcomes so far into the part, which can then be read as a shard."""
         held = {
             name: np.ascontiguousarray(self._records[name], kind)
             for name, (kind, _) in columns(self.layout.version).items()
@@ -218,10 +226,6 @@ class ShardWriter:
                 [checksum([*held.values(), *self.layout.mtime(self._descriptor)])], file_checksums.NUMBER
             )
             write_all(self._descriptor, whole, file_checksums.COLUMNS * whole.nbytes)
-        fsync(self.part)
-        self.part.replace(self.path)
-        fsync(self.path.parent)
-        journal_of(self.path).unlink()
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -23,9 +23,9 @@ TYPED_LIMITS = FetchLimits(allow_private=True, private_redirects=False, retries=
 one."""
 
 
-def untrusted_limits(allow_private: bool) -> FetchLimits:
+def untrusted_limits(allow_private: bool, headers: Sequence[tuple[str, str]] = ()) -> FetchLimits:
     """Limits for URLs in a file, which may come from anybody."""
-    return FetchLimits(allow_private=allow_private, retries=1)
+    return FetchLimits(allow_private=allow_private, retries=1, headers=tuple(headers))
 
 
 def is_url(image: str) -> bool:

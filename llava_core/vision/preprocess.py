@@ -159,6 +159,7 @@ class Preprocess:
             raise ImageError(Status.TOO_MANY_PIXELS, str(error).partition(",")[0]) from None
         except Exception as error:  # Pillow's plugins raise any kind of exception for damaged files
             truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
+            truncated |= kind == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little")
             unknown = isinstance(error, UnidentifiedImageError)  # its own text has an address of memory
             detail = f"{kind}: {'damaged header' if unknown else str(error) or type(error).__name__}"
             raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None

@@ -16,9 +16,10 @@ import pytest
 
 from extract.stages.write import Write
 from llava_core.row_status import Status
+from llava_core.shards.journal import HEADER_BYTES, RECORD
 from llava_core.shards.reader import Shard
 from tests.support.commands import call, holder, started, wait_until
-from tests.support.pictures import asked, good, write_parquet
+from tests.support.pictures import asked, features_are_right, good, write_parquet
 
 
 def writes(process: subprocess.Popen[str], out: Path) -> bool:
@@ -86,6 +87,80 @@ def test_an_interrupt_keeps_what_is_encoded(
     call("extract", "run", *flags, "--timeout", 1)
     assert asked.total() - before == 30  # nothing was downloaded twice
     assert Shard(tmp_path / "out/a.h5").status.tolist() == [1] * 30 + [7]
+
+
+def kill_once_written(*command: object, journal: Path) -> None:
+    with started(*command) as process:
+        wait_until(process, lambda: journal.exists() and journal.stat().st_size > HEADER_BYTES)
+
+
+def test_words_may_change_after_each_kill(base: str, vision: Path, tmp_path: Path) -> None:
+    urls = [*good(base, 20), f"{base}/slow", *good(base, 4, start=20)]
+    out, data = tmp_path / "out", tmp_path / "data/a.parquet"
+    command = ("extract", "run", "--data", data, "--vision", vision, "--out", out, "--allow-private",
+               "--batch-size", 4, "--concurrency", 4, "--retries", 0, "--max-failed", 1)  # fmt: skip
+
+    def captioned(name: str, slow: str | None) -> list[str | None]:
+        captions = [f"{name} {row}" if row != 20 else slow for row in range(len(urls))]
+        write_parquet(data, urls, captions)
+        return captions
+
+    captioned("first", "slow")
+    kill_once_written(*command, journal=out / "a.h5.journal")
+    encoded = journal_rows(out / "a.h5.journal")
+    before = asked.total()
+    captioned("second", None)
+    err = call(*command).err
+    assert "the words of 25 rows changed; its images are not encoded again" in err
+    assert asked.total() - before <= len(urls) - 1 - len(encoded)
+    before = asked.total()
+    for name in ("third", "fourth"):  # a mend, and another one of the words before it
+        captioned(name, "slow")
+        kill_once_written(*command, journal=out / "a.h5.journal")
+    captions = captioned("fifth", None)
+    assert "was begun for words that changed since, and is begun again" in call(*command).err
+    assert asked.total() == before
+    assert "nothing to do" in call(*command).err
+    shard = Shard(out / "a.h5")
+    assert [shard.caption(row) or None for row in range(shard.rows)] == captions
+    assert shard.ok_rows() == [row for row in range(shard.rows) if row != 20]
+    assert sorted(path.name for path in out.iterdir()) == ["a.h5", "a.json"]
+    features_are_right(shard, vision)
+
+
+def test_a_retry_whose_words_change_after_a_kill_keeps_what_it_has(
+    base: str, vision: Path, tmp_path: Path
+) -> None:
+    urls, out, data = [*good(base, 3), f"{base}/slow"], tmp_path / "out", tmp_path / "data/a.parquet"
+    command = ("extract", "run", "--data", data, "--vision", vision, "--out", out, "--max-failed", 1,
+               "--retries", 0, "--patience", 0)  # fmt: skip
+    write_parquet(data, urls, ["a", "b", "c", "d"])
+    call(*command, "--no-allow-private")
+    retry = (
+        "extract",
+        "retry-failed",
+        "--out",
+        out,
+        "--vision",
+        vision,
+        "--allow-private",
+        "--batch-size",
+        1,
+    )
+    kill_once_written(*retry, journal=out / "a.h5.journal")
+    encoded, before = journal_rows(out / "a.h5.journal"), asked.total()
+    write_parquet(data, urls, ["A", "B", "C", "D"])
+    call(*command, "--allow-private", "--timeout", 1)
+    assert asked.total() - before <= 3 - len(encoded)
+    shard = Shard(out / "a.h5")
+    assert (shard.ok_rows(), shard.caption(3)) == ([0, 1, 2], "D")
+    features_are_right(shard, vision)
+
+
+def journal_rows(path: Path) -> set[int]:
+    data = path.read_bytes()[HEADER_BYTES:]
+    records = np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    return set(records["row"].tolist())
 
 
 def test_two_processes_never_fill_one_shard(base: str, vision: Path, tmp_path: Path) -> None:

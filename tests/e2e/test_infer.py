@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
 
 from infer.answerer import ImageAnswerer
 from infer.batch.command import answers
@@ -20,6 +21,7 @@ from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import Sampling
+from llava_core.vision.image_files import untrusted_limits
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call, run
 from tests.support.language_models import write_language_model
@@ -247,6 +249,29 @@ def test_addresses_in_a_file_are_a_strangers(world: Folders, tmp_path: Path) -> 
     assert opened["answer"]
 
 
+def test_headers_go_with_the_addresses_in_a_file(world: Folders, tmp_path: Path) -> None:
+    async def own_pages_only(request: web.Request) -> web.Response:
+        allowed = (request.headers.get("Referer"), request.headers.get("X-Key")) == (
+            "https://a.example/",
+            "k",
+        )
+        return web.Response(status=200 if allowed else 403, body=world.images[0].read_bytes())
+
+    known = ("--allow-private", "--referer", "https://a.example/", "--header", "X-Key: k")
+    with serving({"/a.png": own_pages_only}) as base:
+        line = {"image": f"{base}/a.png", "texts": ["a", "b"], "answer": "a", "caption": "a"}
+        (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+        rank = ("infer", "rank", *world.flags, "--input", tmp_path / "in.jsonl", "--output")
+        call(*rank, tmp_path / "refused.jsonl", "--allow-private", code=1)
+        call(*rank, tmp_path / "ranked.jsonl", *known)
+        score = ("infer", "score", "--input", tmp_path / "in.jsonl", "--vision", world.vision)
+        assert "HTTP 403" in call(*score, "--allow-private", code=1).one_line()
+    assert "HTTP 403" in json.loads((tmp_path / "refused.jsonl").read_text())["error"]
+    assert json.loads((tmp_path / "ranked.jsonl").read_text())["ranking"]
+    line_of = call(*rank, tmp_path / "x.jsonl", "--header", "Host: hunter2", code=2).one_line()
+    assert "leave Host out" in line_of
+
+
 def test_bad_input_is_one_clear_line(world: Folders, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("不是图片")
@@ -330,7 +355,7 @@ def test_what_is_drawn_depends_on_no_company(aligned: ImageAnswerer, world: Fold
 
     def said_by(size: int, before: int = 0, seed: int = 0) -> list[str]:
         sampling = dataclasses.replace(drawn, seed=seed)
-        look = load_from_images(aligned, tmp_path)
+        look = load_from_images(aligned, tmp_path, untrusted_limits(False))
         return [line["answer"] for line in answers(aligned, questions[before:], look, sampling, size, before)]
 
     alone = said_by(1)

@@ -82,7 +82,8 @@ def test_captions_answer_instructions_in_their_own_language(world: Folders) -> N
     assert both == texts_of(world, "both", "auto")
     assert instructions_for("a\nb\n", "红") == ["a", "b"]
     assert default_question("auto", ["红", "a"]) == CHINESE[0]
-    assert default_question("auto", ["123", "a", "b"]) == ENGLISH[0]
+    assert default_question("auto", ["123", "4", "a"]) == ENGLISH[0]  # no letter of either
+    assert instructions_for("auto", "3 × 4 = 12!") == ENGLISH
 
 
 @pytest.mark.parametrize(("features", "question"), [("en", ENGLISH[0]), ("zh", CHINESE[0])])

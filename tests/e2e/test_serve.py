@@ -23,6 +23,7 @@ import openai
 import pytest
 
 from infer.chat.image_dialogue import ImageDialogue
+from llava_core.language.instructions import QUESTION
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import ENVIRONMENT, run
@@ -236,7 +237,8 @@ def test_another_sites_page_gets_nothing(served: Served) -> None:
     status, body, _ = http_request(served, "/nowhere")
     assert (status, json.loads(body)["error"]["message"]) == (404, "GET /nowhere: Not Found")
     assert http_request(served, "/v1/chat/completions")[0] == 405
-    assert json.loads(http_request(served, "/health")[1]) == {"status": "ok", "model": "run/last"}
+    health = {"status": "ok", "model": "run/last", "question": QUESTION}
+    assert json.loads(http_request(served, "/health")[1]) == health
 
 
 def test_the_key_and_the_site_that_may_ask(strict: Served) -> None:

@@ -113,6 +113,7 @@ def test_an_image_may_be_written_in_any_way_that_clients_write_it(
         f"data:image/png;base64,{quote(plain)}",
         f"data:image/png,{quote(data)}",
         plain,
+        f" data:image/png;base64,{plain}\n",
     ):
         assert said(post(served, body_of(image))) == answer
     for part in ({"type": "input_image", "image_url": plain}, {"type": "image_url", "image_url": plain}):
@@ -123,6 +124,23 @@ def test_an_image_may_be_written_in_any_way_that_clients_write_it(
     assert (error["param"], error["code"]) == ("messages", "invalid_image_url")
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("", "image_url: expected a data URL or an address, got ''"),
+        (" \n", "image_url: expected a data URL or an address, got ' \\n'"),
+        ("data:image/jpeg;base64,", "cannot read the image: not an image (no bytes)"),
+        (None, "image_url: expected a data URL or an address, got None"),
+    ],
+)
+def test_an_image_that_is_empty_is_no_question_without_one(
+    served: Served, image: str | None, message: str
+) -> None:
+    """What clients send whose own reading of the file failed."""
+    parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": TEXT}]
+    assert post(served, {"messages": [{"role": "user", "content": parts}]})["error"]["message"] == message
+
+
 def test_values_mean_what_they_mean_elsewhere(served: Served, world: Folders, answer: str) -> None:
     client = openai.OpenAI(base_url=f"{served.base}/v1", api_key="none", max_retries=0, timeout=60)
     body = body_of(world.images[0], model="run/last")
@@ -131,6 +149,13 @@ def test_values_mean_what_they_mean_elsewhere(served: Served, world: Folders, an
         neutral,
         {"temperature": 1.5, "top_p": 0, "top_k": -1},
         {"max_tokens": float(TOKENS), "stop": []},
+        {
+            "skip_special_tokens": True,
+            "ignore_eos": False,
+            "best_of": 1,
+            "min_tokens": 0,
+            "stop_token_ids": [],
+        },
         {"temperature": None, "stop": None, "max_completion_tokens": TOKENS},
     ):
         assert said(post(served, {**body, **fields})) == answer

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from infer.chat.image_dialogue import ImageDialogue
+from llava_core.language.instructions import QUESTION
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import Folders, write_aligned
 from tests.support.devtools import Tab, browsing
@@ -63,7 +64,7 @@ def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, 
     tab.drop(world.images[0], 450, 200)
     tab.until("chat.image && at('shown').complete && at('shown').naturalWidth === 40")
     assert tab.run("[at('question').value, document.activeElement.id]") == [
-        "Describe this image in detail.",
+        QUESTION,  # of the checkpoint, whatever the language of the page
         "question",
     ]
     tab.run("at('question').value = ''")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import email.utils
 import socket
@@ -322,3 +323,22 @@ def test_what_was_taken_makes_room_for_the_next(base: str) -> None:
     thread.start()
     thread.join(20)
     assert sorted(taken) == [*range(5)]
+
+
+def test_a_connection_that_is_not_made_in_time_is_told_from_a_slow_answer() -> None:
+    async def run(url: str, limits: FetchLimits) -> Fetched:
+        async with Fetcher(limits) as fetcher:
+            return await fetcher.fetch(url)
+
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):  # nobody accepts: once its queue is full, no further connection is made
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        found = asyncio.run(run(url, dataclasses.replace(HERE, connect_timeout=0.3, timeout=60)))
+    assert (found.status, found.detail) == (Status.TIMEOUT, "no connection in time")
+    with serving({"/silent": silent}) as base:
+        found = asyncio.run(run(f"{base}/silent", dataclasses.replace(HERE, connect_timeout=60, timeout=0.3)))
+    assert (found.status, found.detail) == (Status.TIMEOUT, "not done within 0.3 s")

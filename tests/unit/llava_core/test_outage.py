@@ -13,8 +13,9 @@ from aiohttp import web
 
 from llava_core.errors import LlavaError
 from llava_core.network import outage
-from llava_core.network.fetch import Fetched, Fetcher, refuses_use
+from llava_core.network.fetch import USER_AGENT, Fetched, Fetcher
 from llava_core.network.fetch_limits import FetchLimits
+from llava_core.network.x_robots_tag import refuses_use
 from llava_core.row_status import Status
 from tests.support.servers import answer, serving
 
@@ -138,10 +139,15 @@ def test_patience_ends() -> None:
         (("llava-align: noindex",), True),
         (("unavailable_after: 25 Jun 2030 15:00:00 PST",), False),
         (("all", "*: noimageindex"), True),
+        (("unavailable_after: Friday, 25-Jun-30 15:00:00 PST, noai",), True),
+        (("NOAI, max-image-preview:large",), True),
+        (("max-snippet: 20, max-image-preview:large, nofollow",), False),
+        (("otherbot: noai, noindex",), False),
+        (("otherbot: noai, LLaVA-align : nofollow, noindex",), True),
     ],
 )
 def test_x_robots_tag(tags: tuple[str, ...], refused: bool) -> None:
-    assert refuses_use(tags) is refused
+    assert refuses_use(tags, USER_AGENT) is refused
 
 
 def test_robots_are_honoured_unless_ignored() -> None:
