@@ -13,12 +13,12 @@ from pathlib import Path
 from extract.sources.base import BY_NAME, DataFlags, Source, described
 from extract.sources.folder import LABELS, TEXT_SUFFIXES, Folder
 from extract.sources.table import TableSource
-from extract.sources.table_files import AS_TEXT
 from extract.sources.tar import Tar
 from extract.statistics import data_flags_of
 from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
+from llava_core.tables.table_files import AS_TEXT
 from llava_core.vision.image_files import SUFFIXES
 
 STATISTICS_HEAD = 1024

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from extract.sources.base import BY_NAME, Columns, DataFlags, Source
 from extract.sources.local_images import LocalImages
-from extract.sources.words import SAMPLE, WordReader
 from llava_core.cli.console import say, say_once
+from llava_core.tables.words import SAMPLE, WordReader
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES
 from llava_core.vision.image_formats import ImageError, image_format

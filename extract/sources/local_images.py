@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.sources.base import is_address, shown
+from extract.sources.base import is_address
 from llava_core.errors import LlavaError
 from llava_core.filesystem import sha256_files
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
+from llava_core.tables.shown import shown
 
 
 class LocalImages:

@@ -20,6 +20,7 @@ from llava_core.data_url import decode_base64, decode_data_url, is_data_url
 from llava_core.errors import first_line
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
+from llava_core.tables.table_files import ArrowTable, ParquetTable, RowTable, Table
 
 BATCH_BYTES = 4_000_000
 LEAST_ROWS = 16
@@ -84,14 +85,15 @@ def _from_base64(text: str) -> bytes:
         raise OSError(f"damaged base64: {error}") from None
 
 
-class ArrowImages:
-    """A column of an Arrow table that lies on disk."""
-
-    def __init__(self, column: Any) -> None:
-        self._column = column
-
-    def value(self, row: int) -> Any:
-        return self._column[row].as_py()
+def value_at(table: Table, name: str) -> Callable[[int], Any]:
+    """The value of a column in one row; it may raise OSError. Several threads may call it."""
+    if isinstance(table, ParquetTable):
+        return ParquetImages(table.path, name).value
+    if isinstance(table, ArrowTable):  # on disk
+        column = table.column(name)
+        return lambda row: column[row].as_py()
+    assert isinstance(table, RowTable)
+    return lambda row: table.entries[row].get(name)
 
 
 class ParquetImages:

@@ -10,14 +10,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from extract.sources.base import Columns, DataFlags, Images, Source, is_address, shown
-from extract.sources.conversations import names_media
+from extract.sources.base import Columns, DataFlags, Images, Source, is_address
 from extract.sources.local_images import LocalImages, local_images
-from extract.sources.stored_images import StoredImages, is_base64
-from extract.sources.table_files import DamagedTable, RowTable, Table, open_table
-from extract.sources.words import SAMPLE, WordReader, Words
+from extract.sources.stored_images import StoredImages, is_base64, value_at
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
+from llava_core.tables.conversations import names_media
+from llava_core.tables.shown import shown
+from llava_core.tables.table_files import DamagedTable, RowTable, Table, open_table
+from llava_core.tables.words import SAMPLE, WordReader, Words
 
 IMAGES = (
     *("url", "image", "path", "images", "image_url", "image_path", "file_name", "filename", "img"),
@@ -94,7 +95,7 @@ class _Reader:
 
     def _images(self, folder: Path, refs: list[str]) -> Images | None:
         if self.stored is not None:
-            return StoredImages(self.table.at(self.stored), LocalImages(folder, refs))
+            return StoredImages(value_at(self.table, self.stored), LocalImages(folder, refs))
         # In a column of addresses, anything else is a broken address, not a path.
         if (self.ref or "").lower() == "url" and (any(map(is_address, refs)) or not any(refs)):
             return None

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from extract.sources.base import Columns, DataFlags, Source
 from extract.sources.folder import TEXT_SUFFIXES, mention_left_out
 from extract.sources.local_images import loaded
-from extract.sources.words import SAMPLE, WordReader
 from llava_core.cli.console import say_once
 from llava_core.errors import LlavaError, first_line
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Status
+from llava_core.tables.words import SAMPLE, WordReader
 from llava_core.vision.image_files import SUFFIXES as IMAGE_SUFFIXES
 
 END = 1 << 20

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from extract.sources.base import Columns, DataFlags
-from extract.sources.conversations import conversation_turns
 from extract.sources.find import find_sources
 from extract.sources.local_images import LocalImages, read_image
 from extract.sources.stored_images import ParquetImages, StoredImages
@@ -25,6 +24,7 @@ from extract.statistics import write_statistics
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
+from llava_core.tables.conversations import conversation_turns
 from tests.support.local_data import llava, write_json, write_parquet, write_pictures
 from tests.support.paths import ROOT
 from tests.support.shards import write_shard

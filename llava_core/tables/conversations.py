@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from extract.sources.base import shown
 from llava_core.errors import LlavaError
 from llava_core.shards.dialogue import Turns
+from llava_core.tables.shown import shown
 
 IMAGE_MARK = "<image>"
 """LLaVA's placeholder of the image; here the image always comes first."""

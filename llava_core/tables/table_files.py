@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extract.sources.stored_images import ArrowImages, ParquetImages
 from llava_core.cli.console import say_once
 from llava_core.errors import LlavaError, first_line
 
@@ -64,10 +63,6 @@ class Table(abc.ABC):
     def kind(self, name: str) -> Any:
         """Arrow type of a column; None where the file declares none."""
 
-    @abc.abstractmethod
-    def at(self, name: str) -> Callable[[int], Any]:
-        """The value of a column in one row, for images; it may raise OSError. Several threads may call it."""
-
 
 class ArrowTable(Table):
     """Columns that Arrow reads."""
@@ -101,8 +96,9 @@ class ArrowTable(Table):
                 raise LlavaError(f"{self.path}: column {name!r} cannot be read", got=error) from None
         return values
 
-    def at(self, name: str) -> Callable[[int], Any]:
-        return ArrowImages(self._read([name], self.rows)[name]).value
+    def column(self, name: str) -> Any:
+        """A column as Arrow has it."""
+        return self._read([name], self.rows)[name]
 
 
 class ParquetTable(ArrowTable):
@@ -122,9 +118,6 @@ class ParquetTable(ArrowTable):
             return pa.Table.from_batches(found).slice(0, rows) if found else file.read(columns=names)
 
         super().__init__(path, file.schema_arrow, file.metadata.num_rows, read)
-
-    def at(self, name: str) -> Callable[[int], Any]:
-        return ParquetImages(self.path, name).value
 
 
 def _first(batches: Iterator[Any], rows: int) -> Iterator[Any]:
@@ -159,9 +152,6 @@ class RowTable(Table):
 
     def values(self, name: str, rows: int) -> list[Any]:
         return [entry.get(name) for entry in self.entries[:rows]]
-
-    def at(self, name: str) -> Callable[[int], Any]:
-        return lambda row: self.entries[row].get(name)
 
 
 def open_table(path: Path) -> Table:

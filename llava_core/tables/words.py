@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from extract.sources.base import shown
-from extract.sources.conversations import conversation_turns
 from llava_core.cli.console import counted, say_once
 from llava_core.errors import LlavaError
 from llava_core.shards.dialogue import Turns, turns_to_text
+from llava_core.tables.conversations import conversation_turns
+from llava_core.tables.shown import shown
 
 CAPTION_KEYS = ("global_caption", "caption", "text", "conversations", "messages")
 """Keys of an object that holds the words, the preferred first; the first one is SA1B-Dense-Caption's."""
