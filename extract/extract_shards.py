@@ -40,7 +40,12 @@ def open_tower(config: EncodeConfig, recorded: EncoderIdentity | None = None) ->
     """The encoder as the flags say; where they have their defaults, as features record it."""
     flags: JsonDict = {"layer": config.layer, "decode": config.decode, "fit": config.fit}
     if recorded:
-        flags |= {name: v for name, v in recorded.flags.items() if flags[name] == getattr(EncodeConfig, name)}
+        given = {name: v for name, v in flags.items() if v != getattr(EncodeConfig, name)}
+        for name, value in given.items():
+            if value != recorded.flags[name]:
+                expected = f"{recorded.flags[name]}, as the shards have it"
+                raise LlavaError(f"--{name}", expected=expected, got=value, do="leave it out", exit_code=2)
+        flags = recorded.flags
     return open_vision_tower(config.vision, pick_device(config.device), **flags)
 
 

@@ -155,7 +155,7 @@ def test_every_shard_of_another_encoder_is_named(base: str, out: Path, vision: P
     assert line.startswith(
         f"error: shards of another encoder than {vision.name}: 2 of 4; got c.h5 differs in weights_sha256: "
     )
-    assert 'decode: "exact" vs "draft", d.h5 differs in weights_sha256: ' in line
+    assert 'decode: "draft" vs "exact", d.h5 differs in weights_sha256: ' in line
     assert (ended.summary["checked"], ended.summary["encoded_again"]) == (34, 16)  # of a and b
     assert ended.summary["changed_rows"] == 0
 
