@@ -132,3 +132,24 @@ def test_columns_that_are_not_there(vision: Path, tmp_path: Path, pictures: list
     assert "has no column 'picture'; got pic, words; correct --image-column" in lines[2]
     extract(vision, data, "--image-column", "pic", "--text-column", "words", "--id-column", "words")
     assert words(data) == CAPTIONS
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl"])
+def test_a_list_whose_bytes_are_null_names_a_file(
+    vision: Path, tmp_path: Path, pictures: list[bytes], form: str
+) -> None:
+    coded = base64.b64encode(pictures[0]).decode() if form == "jsonl" else pictures[0]
+    talk = [{"role": "user", "content": "q"}, DIALOGUE[1]]
+    images = [[{"bytes": coded, "path": "gone.jpg"}], [{"bytes": None, "path": "b.jpg"}], []]
+    table = pa.table({"images": images, "messages": [DIALOGUE, DIALOGUE, talk]})
+    data = tmp_path / f"x.{form}"
+    if form == "parquet":
+        pq.write_table(table, data)
+    elif form == "arrow":
+        with pa.OSFile(str(data), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        data.write_text("\n".join(map(json.dumps, table.to_pylist())))
+    extract(vision, data)
+    assert words(data) == ['[["什么？","猫"]]'] * 2 + ["text only"]
+    assert Shard(tmp_path / "features/x.h5").urls() == ["gone.jpg", "b.jpg", ""]

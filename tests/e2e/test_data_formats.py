@@ -177,3 +177,56 @@ def test_equal_names_in_two_folders_do_not_collide(vision: Path, tmp_path: Path)
     shard.rename(shard.with_name("data.h5"))
     line = extract(vision, tmp_path / "set", code=1).one_line()
     assert "data.h5 was made when only one file was called data.parquet; rename it" in line
+
+
+def test_a_table_named_as_an_image_is_a_table(vision: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set", [*NAMES, "train.png"])
+    write_parquet(tmp_path / "set/train.parquet", image=NAMES, caption=CAPTIONS)
+    extract(vision, tmp_path / "set")
+    assert words(tmp_path / "set") == CAPTIONS
+
+
+def test_a_folder_that_spark_writes_is_entered(vision: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set", NAMES)
+    write_parquet(tmp_path / "set/x.parquet/part-0.snappy.parquet", image=NAMES, caption=CAPTIONS)
+    (tmp_path / "set/x.parquet/_SUCCESS").touch()
+    extract(vision, tmp_path / "set", "--images", tmp_path / "set")
+    assert words(tmp_path / "set") == CAPTIONS
+    extract(vision, tmp_path / "set/x.parquet", "--images", tmp_path / "set", "--out", tmp_path / "features")
+
+
+def test_a_column_may_have_the_name_of_a_kind(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    (tmp_path / "x.csv").write_text("PARENT_ID,image,caption\n1,a.jpg,一只猫\n2,b.jpg,a dog\n")
+    extract(vision, tmp_path / "x.csv")
+    assert words(tmp_path / "x.csv") == CAPTIONS
+
+
+def test_the_words_that_are_not_empty_are_taken(vision: Path, tmp_path: Path) -> None:
+    """`0.txt` beside `0.json`, as img2dataset leaves it where there was no caption; in an archive, too."""
+    folder = tmp_path / "set"
+    write_pictures(folder, NAMES)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, text in zip(NAMES, CAPTIONS, strict=True):
+            stem = folder / name[0]
+            stem.with_suffix(".txt").touch()
+            write_json(stem.with_suffix(".json"), {"caption": text})
+            for path in (folder / name, stem.with_suffix(".txt"), stem.with_suffix(".json")):
+                archive.add(path, path.name)
+    for data in (folder, tmp_path / "x.tar"):
+        extract(vision, data)
+        assert words(data, data.stem) == CAPTIONS
+
+
+def test_label_folders_of_deeper_images_and_tables_in_them(vision: Path, tmp_path: Path) -> None:
+    """`labels/a/0.json` is for `images/a/0.jpg`; without its image, it is left out; a table is a table."""
+    write_pictures(tmp_path / "set/images", ["a/0.jpg", "b/0.jpg"])
+    for name, text in (("a/0", "一只猫"), ("b/0", "a dog"), ("b/gone", "no image")):
+        write_json(tmp_path / f"set/labels/{name}.json", {"caption": text})
+    ended = extract(vision, tmp_path / "set")
+    assert words(tmp_path / "set") == CAPTIONS
+    assert "1 file of data left out, such as gone.json" in ended.err
+    write_pictures(tmp_path / "table/images", NAMES)
+    rows = [{"image": name, "caption": text} for name, text in zip(NAMES, CAPTIONS, strict=True)]
+    write_json(tmp_path / "table/labels/train.json", rows)
+    extract(vision, tmp_path / "table", "--images", tmp_path / "table/images")
+    assert words(tmp_path / "table", "train") == CAPTIONS

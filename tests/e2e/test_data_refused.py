@@ -12,7 +12,6 @@ from tests.support.local_data import (
     CAPTIONS,
     NAMES,
     extract,
-    llava,
     web_dataset,
     words,
     write_json,
@@ -34,17 +33,6 @@ def test_what_is_left_out_of_a_folder_is_said(vision: Path, tmp_path: Path) -> N
     assert words(tmp_path / "set") == ["a", "b", "c", "g", "h"]
     (line,) = [line for line in ended.err.splitlines() if "left out" in line]
     assert "2 .heic, 3 .txt, 1 .mp4 left out" in line or "3 .txt, 2 .heic, 1 .mp4 left out" in line
-
-
-def test_every_row_of_json_is_checked_before_anything_is_written(vision: Path, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set", NAMES)
-    rows = [llava("a.jpg", "q", "a")] * 300
-    write_json(tmp_path / "set/x.json", rows)
-    strange = {"image": "a.jpg", "conversations": [{"from": "tool", "value": "x"}]}
-    write_json(tmp_path / "set/y.json", [*rows, strange])
-    line = extract(vision, tmp_path / "set", code=1).one_line()
-    assert "y.json, row 300: unknown role 'tool'" in line
-    assert not (tmp_path / "features").exists()
 
 
 def test_tables_that_are_left_out_are_said(vision: Path, tmp_path: Path) -> None:
@@ -93,6 +81,7 @@ def test_files_that_are_something_else_are_named(
     ("name", "content", "line"),
     [
         ("x.csv", b'image,caption\na.jpg,"unclosed\nb.jpg,x\n', "is no CSV; got unexpected end of data"),
+        ("x.csv", b"image,caption\na.jpg,\xff\xff\n", "x.csv is neither UTF-8 nor GB 18030"),
         ("x.csv", b"image,caption,caption\na.jpg,x,y\n", "more than one column 'caption'"),
         ("x.csv", b"image,caption\na.jpg,x,y\n", "line 2; expected 2 fields; got 3"),
         (
@@ -107,7 +96,7 @@ def test_files_that_are_something_else_are_named(
         ),
         ("x.csv", b"image,caption\n\"b'/9j/" + b"A" * 3000 + b"'\",x\n", "none of the images that"),
     ],
-    ids=["quotes", "twice", "fields", "deep", "role", "bytes as text"],
+    ids=["quotes", "encoding", "twice", "fields", "deep", "role", "bytes as text"],
 )
 def test_damaged_tables_are_one_short_line(
     vision: Path, tmp_path: Path, pictures: list[bytes], name: str, content: bytes, line: str

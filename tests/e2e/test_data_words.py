@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from PIL import Image
 
 from extract.config import RunConfig
 from extract.extract_shards import open_shard
+from extract.sources.base import Columns
 from extract.sources.find import find_sources
+from extract.sources.table import TableSource
+from llava_core.shards.part_file import FinishedMeanwhile
 from llava_core.shards.reader import Shard
 from llava_core.vision.open import open_vision_tower
 from tests.support.commands import call
@@ -24,6 +29,7 @@ from tests.support.local_data import (
     extract,
     turns,
     words,
+    write_json,
     write_parquet,
     write_pictures,
 )
@@ -163,3 +169,101 @@ def test_the_advice_is_what_helps(vision: Path, tmp_path: Path, pictures: list[b
         (line,) = [line for line in ended.err.splitlines() if "to try again: " in line]
         call(*line.partition("to try again: ")[2].split(), "--device", "cpu")
         assert words(data) == ["a"]
+
+
+def test_a_mend_encodes_damaged_rows_again(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, caption=["old", "kept"])
+    extract(vision, data)
+    before = Shard(tmp_path / "features/x.h5")
+    features = before.read(1)
+    with before.path.open("r+b") as file:
+        file.seek(before.layout.offsets["features"] + features.nbytes)
+        file.write(bytes(64))
+    write_parquet(data, image=NAMES, caption=["new", "kept"])
+    assert "the words of 1 row changed" in extract(vision, data).err
+    assert words(data) == ["new", "kept"]
+    np.testing.assert_array_equal(Shard(before.path).read(1), features)
+
+
+def test_a_mend_by_another_process_is_not_repeated(
+    vision: Path, tmp_path: Path, pictures: list[bytes]
+) -> None:
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, caption=["old", "kept"])
+    extract(vision, data)
+    write_parquet(data, image=NAMES, caption=["new", "kept"])
+
+    class Slow(TableSource):
+        def read(self) -> Columns:
+            extract(vision, data)  # another process takes the words while this one reads them
+            return super().read()
+
+    config = RunConfig(data=str(data), out=tmp_path / "features", vision=vision, device="cpu")
+    with pytest.raises(FinishedMeanwhile):
+        open_shard(tmp_path / "features/x.h5", Slow(data, 2, tmp_path), open_vision_tower(vision), config)
+    assert words(data) == ["new", "kept"]
+    assert not list(tmp_path.glob("features/*.part"))
+
+
+def test_a_caption_that_becomes_a_dialogue_is_one_changed_row(
+    vision: Path, tmp_path: Path, pictures: list[bytes]
+) -> None:
+    data = write_json(tmp_path / "x.json", [{"image": name, "caption": "a"} for name in NAMES])
+    extract(vision, data)
+    write_json(data, [{"image": "a.jpg", "caption": "a"}, {"image": "b.jpg", "caption": ["b", "c"]}])
+    assert "the words of 1 row changed" in extract(vision, data).err
+    assert words(data) == [turns("a"), turns("b", "c")]
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes"])
+def test_a_dialogue_about_an_image_that_is_not_there_is_a_failure(
+    vision: Path, tmp_path: Path, pictures: list[bytes], kind: str
+) -> None:
+    talk = json.dumps([{"role": "user", "content": "q"}, DIALOGUE[1]])
+    said = [json.dumps(DIALOGUE), json.dumps(DIALOGUE), talk]
+    given = [text.encode() for text in said] if kind == "bytes" else said
+    data = write_parquet(tmp_path / "x.parquet", image=["a.jpg", None, None], messages=given)
+    extract(vision, data, code=3)
+    assert words(data) == ['[["什么？","猫"]]', "no file", "text only"]
+
+
+def test_an_unknown_role_is_a_failed_row(vision: Path, tmp_path: Path, pictures: list[bytes]) -> None:
+    """In a table, in an archive and beside an image alike; a file of nothing else is refused."""
+    strange = [{"role": "tool", "content": "x"}, DIALOGUE[1]]
+    tables = tmp_path / "tables"
+    write_pictures(tables, NAMES)
+    write_json(
+        tables / "x.json",
+        [{"image": n, "messages": m} for n, m in zip(NAMES, (strange, DIALOGUE), strict=True)],
+    )
+    beside = tmp_path / "beside"
+    write_pictures(beside, NAMES)
+    with tarfile.open(tmp_path / "tar.tar", "w") as archive:
+        for name, messages in zip(NAMES, (strange, DIALOGUE), strict=True):
+            write_json((beside / name).with_suffix(".json"), messages)
+            archive.add(beside / name, name)
+            archive.add((beside / name).with_suffix(".json"), f"{name[0]}.json")
+    for data, name in ((tables / "x.json", "x"), (beside, "beside"), (tmp_path / "tar.tar", "tar")):
+        ended = extract(vision, data, code=3)
+        assert words(data, name) == ["bad caption", '[["什么？","猫"]]']
+        assert ended.summary["by_reason"] == {"bad caption": {"unknown role 'tool'": 1}}
+    write_json(tables / "y.json", [{"image": name, "messages": strange} for name in NAMES])
+    line = extract(vision, tables / "y.json", code=1).one_line()
+    assert "y.json, row 0: unknown role 'tool'; expected one of human, user, gpt, assistant, system" in line
+
+
+def test_text_that_is_no_utf8_is_kept_and_said_once(
+    vision: Path, tmp_path: Path, pictures: list[bytes]
+) -> None:
+    broken = b"caf\xe9"
+    column = pa.array([broken, b"a dog"], pa.binary()).view(pa.string())
+    data = write_parquet(tmp_path / "x.parquet", image=NAMES, caption=column)
+    with tarfile.open(tmp_path / "y.tar", "w") as archive:
+        for name, text in zip(NAMES, (broken, b"a dog"), strict=True):
+            archive.add(tmp_path / name, name)
+            member = tarfile.TarInfo(f"{name[0]}.txt")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    for path in (data, tmp_path / "y.tar"):
+        said = extract(vision, path).err
+        assert said.count(f"{path}: 1 row with text that is no UTF-8, kept as \ufffd") == 1
+        assert words(path, path.stem) == ["caf\ufffd", "a dog"]
