@@ -20,7 +20,7 @@ from llava_core.network.fetch import Fetched, fetch_each
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, proxy_hint
 from llava_core.row_status import Status
-from llava_core.shards.dialogue import Turns, turns_from_text
+from llava_core.shards.dialogue import Turns, stored_turns
 from llava_core.types import JsonDict
 from llava_core.vision.image_formats import ImageError, image_format
 
@@ -111,14 +111,17 @@ class _Search:
         size = min(max(self.config.count, LEAST_ROWS), MOST_ROWS)
         for source in self.sources:
             columns = source.read()
-            turns = turns_from_text if columns.conversations else _one_caption
-            captioned = ((row, turns(text)) for row, text in enumerate(columns.captions) if text is not None)
+            captioned = (
+                (row, stored_turns(text, columns.conversations))
+                for row, text in enumerate(columns.captions)
+                if text is not None
+            )
             while part := list(itertools.islice(captioned, size)):
                 yield columns, part
 
     def _outcomes(self, columns: Columns, chosen: list[int]) -> list[Path | Status]:
         """The picture of each row, or the outcome if there is none."""
-        outcomes: dict[int, Path | Status] = dict(columns.outcomes)
+        outcomes: dict[int, Path | Status] = {row: known.status for row, known in columns.outcomes.items()}
         remote = []
         for row in chosen:
             if row in outcomes:
@@ -157,10 +160,6 @@ class _Search:
             do = "look at the addresses, or paths, in --data"
             return LlavaError(f"gave up after {rows:,} rows in a row without a picture", got=got, do=do)
         return None
-
-
-def _one_caption(text: str) -> Turns:
-    return ((None, text),)
 
 
 def _as_file(words: Turns) -> tuple[str, str]:

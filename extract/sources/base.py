@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from llava_core.filesystem import sha256_files
@@ -25,6 +25,13 @@ class Images(Protocol):
         """Image of `row`, or why there is none; None if it is at an address, to be downloaded."""
 
 
+class Outcome(NamedTuple):
+    """What becomes of a row, and why, in words."""
+
+    status: Status
+    reason: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """The columns of a source."""
@@ -39,8 +46,8 @@ class Columns:
     """Images that need no network; None if every image is at an address."""
     conversations: bool = False
     """Whether `captions` holds dialogues."""
-    outcomes: Mapping[int, Status] = dataclasses.field(default_factory=dict)
-    """Rows whose outcome is known already: text only, or several images."""
+    outcomes: Mapping[int, Outcome] = dataclasses.field(default_factory=dict)
+    """Rows whose outcome is known already: text only, several images, or words with an unknown role."""
 
     def after(self, rows: int) -> Columns:
         """The columns without the first N rows."""
@@ -50,7 +57,7 @@ class Columns:
             ids=self.ids[rows:],
             images=self.images and _ImagesAfter(self.images, rows),
             conversations=self.conversations,
-            outcomes={row - rows: status for row, status in self.outcomes.items() if row >= rows},
+            outcomes={row - rows: outcome for row, outcome in self.outcomes.items() if row >= rows},
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
 from extract.row_job import RowJob, RowRef, StoredRow
+from extract.sources.base import Outcome
 from extract.stages.host_queue import HostQueue
 from extract.stages.write import Write
 from llava_core.errors import LlavaError
@@ -53,9 +54,12 @@ class Feed:
         self.deduplicator.add_open(shard)
         for row in shard.pending:
             ref, host = RowRef(shard, row), shard.host(row)
-            outcome = Status.BAD_CAPTION if shard.captions[row] is None else shard.outcomes.get(row)
-            if outcome is not None:
-                await self.write.inbox.put(RowJob(shard, RowRecord(row, outcome)))
+            known = shard.outcomes.get(row)
+            if known is None and shard.captions[row] is None:
+                known = Outcome(Status.BAD_CAPTION)
+            if known is not None:
+                record = RowRecord(row, known.status, reason=known.reason)
+                await self.write.inbox.put(RowJob(shard, record))
             elif (old := shard.kept.get(row)) and old.check(row):
                 record = RowRecord(row, Status.PENDING, attempts=int(old.attempts[row]))
                 record.mtime = int(old.mtime[row])

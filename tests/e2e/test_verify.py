@@ -38,11 +38,6 @@ def base() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vision_folder(tmp_path_factory.mktemp("vision"))
-
-
-@pytest.fixture(scope="module")
 def whole(base: str, vision: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two shards of twelve rows each, as `extract run` makes them."""
     folder = tmp_path_factory.mktemp("whole")
