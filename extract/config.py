@@ -222,6 +222,8 @@ class InspectConfig(Options):
 class ExamplesConfig(DownloadOptions, DataOptions):
     """Save the first pictures of a data set with their captions: 0000.jpg (or .png, as it came), 0000.txt, ….
 
+    Dialogues, and several captions of one picture, are saved as 0000.json.
+
     Rows without a caption or picture are skipped; too many in a row end it. You can pass the folder to
     --data afterwards.
     """

@@ -1,9 +1,10 @@
-"""`llava examples`: the first pictures of a data set and their captions, as plain files to look at."""
+"""`llava examples`: the first pictures of a data set and their words, as plain files to look at."""
 
 from __future__ import annotations
 
 import collections
 import itertools
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from llava_core.network.fetch import Fetched, fetch_each
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, proxy_hint
 from llava_core.row_status import Status
+from llava_core.shards.dialogue import Turns, stored_turns
+from llava_core.tables.conversations import IMAGE_MARK
 from llava_core.types import JsonDict
 from llava_core.vision.image_formats import ImageError, image_format
 
@@ -34,7 +37,7 @@ FAILED_ROWS, FAILED_ROWS_EACH = 200, 20
 
 
 def run(config: ExamplesConfig) -> JsonDict:
-    """Write 0000.jpg (or .png, as it came), 0000.txt and so on.
+    """Write 0000.jpg (or .png, as it came), 0000.txt (a dialogue: 0000.json) and so on.
 
     Returns the number of examples, and of skipped rows by outcome. Raises LlavaError if too many consecutive
     rows have no picture; the examples found before them are written.
@@ -50,9 +53,10 @@ def run(config: ExamplesConfig) -> JsonDict:
         with progress(config.count, "picture") as bar:
             search = _Search(config, sources, hidden, bar)
             trouble = search.run()
-        for n, (picture, text) in enumerate(search.found):
+        for n, (picture, words) in enumerate(search.found):
             named = picture.rename(config.out / f"{n:04d}{picture.suffix}")
-            named.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+            suffix, text = _as_file(words)
+            named.with_suffix(suffix).write_text(text + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     saved, passed = len(search.found), _counts(search.failed)
@@ -78,8 +82,8 @@ class _Search:
             allow_private=config.allow_private,
             headers=config.headers(),
         )
-        self.found: list[tuple[Path, str]] = []
-        """Pictures and their captions."""
+        self.found: list[tuple[Path, Turns]] = []
+        """Pictures and their words."""
         self.failed: collections.Counter[str] = collections.Counter()
         self._failed_since: collections.Counter[str] = collections.Counter()
         """Outcomes of the rows since the last picture."""
@@ -89,12 +93,12 @@ class _Search:
         """Search; returns the reason if it ends early."""
         for columns, part in self._parts():
             outcomes = self._outcomes(columns, [row for row, _ in part])
-            for outcome, (_, text) in zip(outcomes, part, strict=True):
+            for outcome, (_, words) in zip(outcomes, part, strict=True):
                 if isinstance(outcome, Status):
                     self.failed[outcome.label] += 1
-                    self._failed_since[outcome.label] += 1
+                    self._failed_since[outcome.label] += outcome.failed
                     continue
-                self.found.append((outcome, text))
+                self.found.append((outcome, words))
                 self._failed_since.clear()
                 if len(self.found) == self.config.count:
                     return None
@@ -102,22 +106,26 @@ class _Search:
                 return trouble
         return None
 
-    def _parts(self) -> Iterator[tuple[Columns, list[tuple[int, str]]]]:
-        """Batches of rows with captions: their columns, and (row, caption) of each."""
+    def _parts(self) -> Iterator[tuple[Columns, list[tuple[int, Turns]]]]:
+        """Batches of rows with words: their columns, and (row, words) of each."""
         size = min(max(self.config.count, LEAST_ROWS), MOST_ROWS)
         for source in self.sources:
             columns = source.read()
-            if columns.conversations:
-                raise LlavaError(f"{source.path} holds dialogues", expected="captions")
-            captioned = ((row, text) for row, text in enumerate(columns.captions) if text is not None)
+            captioned = (
+                (row, stored_turns(text, columns.conversations))
+                for row, text in enumerate(columns.captions)
+                if text is not None
+            )
             while part := list(itertools.islice(captioned, size)):
                 yield columns, part
 
     def _outcomes(self, columns: Columns, chosen: list[int]) -> list[Path | Status]:
         """The picture of each row, or the outcome if there is none."""
-        outcomes: dict[int, Path | Status] = {}
+        outcomes: dict[int, Path | Status] = {row: known.status for row, known in columns.outcomes.items()}
         remote = []
         for row in chosen:
+            if row in outcomes:
+                continue
             if image := columns.images and columns.images.load(row, self.limits.max_bytes):
                 outcomes[row] = self._take(image)
             else:
@@ -152,6 +160,21 @@ class _Search:
             do = "look at the addresses, or paths, in --data"
             return LlavaError(f"gave up after {rows:,} rows in a row without a picture", got=got, do=do)
         return None
+
+
+def _as_file(words: Turns) -> tuple[str, str]:
+    """Suffix and text of the file of these words, which `extract run` reads back as they are."""
+    answers = [answer for _, answer in words]
+    if len(words) == 1 and words[0][0] is None:
+        return ".txt", answers[0]
+    if all(question is None for question, _ in words):
+        return ".json", json.dumps(answers, ensure_ascii=False, indent=1)
+    messages = [
+        {"role": role, "content": content}
+        for question, answer in words
+        for role, content in (("user", question or IMAGE_MARK), ("assistant", answer))
+    ]
+    return ".json", json.dumps(messages, ensure_ascii=False, indent=1)
 
 
 def _counts(failed: collections.Counter[str]) -> str:

@@ -27,6 +27,7 @@ from llava_core.identity import EncoderIdentity
 from llava_core.network.async_tasks import run_async
 from llava_core.row_status import Status
 from llava_core.shards.byte_offsets import Layout
+from llava_core.shards.dialogue import stored_turns
 from llava_core.shards.hdf5_file import ShardHeader, read_layout
 from llava_core.shards.part_file import is_finished, journal_of, part_of
 from llava_core.shards.reader import Shard
@@ -40,7 +41,12 @@ def open_tower(config: EncodeConfig, recorded: EncoderIdentity | None = None) ->
     """The encoder as the flags say; where they have their defaults, as features record it."""
     flags: JsonDict = {"layer": config.layer, "decode": config.decode, "fit": config.fit}
     if recorded:
-        flags |= {name: v for name, v in recorded.flags.items() if flags[name] == getattr(EncodeConfig, name)}
+        given = {name: v for name, v in flags.items() if v != getattr(EncodeConfig, name)}
+        for name, value in given.items():
+            if value != recorded.flags[name]:
+                expected = f"{recorded.flags[name]}, as the shards have it"
+                raise LlavaError(f"--{name}", expected=expected, got=value, do="leave it out", exit_code=2)
+        flags = recorded.flags
     return open_vision_tower(config.vision, pick_device(config.device), **flags)
 
 
@@ -118,7 +124,8 @@ def _changed_words(shard: Shard, source: Source, identity: JsonDict) -> int | No
     columns = source.read()
     if (shard.urls(), [shard.id(row) for row in range(shard.rows)]) != (columns.image_refs, columns.ids):
         return None
-    return sum((shard.caption(row) or None) != text for row, text in enumerate(columns.captions))
+    words = (stored_turns(text or "", columns.conversations) for text in columns.captions)
+    return sum(shard.turns(row) != turns for row, turns in enumerate(words))
 
 
 def _mention_changed(path: Path, image_refs: Sequence[str], changed: np.ndarray) -> None:
@@ -153,7 +160,7 @@ def open_shard(path: Path, source: Source, tower: VisionTower, config: RunConfig
         return open_shard_of(path, source.read(), identity, tower, config, images=source.images)
     old, finished = Shard(path), is_finished(path)
     redo = changed(source.images, old)
-    mended = finished and old.source != identity
+    mended = finished and old.source != identity  # the writer asks again, under its lock
     if mended:
         config = dataclasses.replace(config, thumbnails=old.layout.thumbnails)
     return open_shard_of(

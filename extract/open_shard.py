@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from extract.sources.base import Images, host_of, is_address
-from llava_core.row_status import Status
+from llava_core.row_status import Outcome, Status
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
 
@@ -24,7 +24,7 @@ class OpenShard:
         urls: Sequence[str],
         captions: Sequence[str | None],
         images: Images | None = None,
-        outcomes: Mapping[int, Status] = MappingProxyType({}),
+        outcomes: Mapping[int, Outcome] = MappingProxyType({}),
         kept: Mapping[int, Shard] = MappingProxyType({}),
     ) -> None:
         """`outcomes`: rows whose outcome is known already; `kept`: rows whose features an older shard has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 from extract.config import EncodeConfig, RetryConfig, RunConfig
 from extract.extract_shards import describe, extract, is_done, open_shard, open_tower, require_same
+from extract.failed_files import failed_lines
 from extract.open_shard import OpenShard
 from extract.partition import limits_of, partition
 from extract.ray_driver import extract_on_ray
@@ -30,6 +32,9 @@ from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
 from llava_core.types import JsonDict
 from llava_core.vision.tower import VisionTower
+
+HEADER_FLAGS = ("header", "referer", "user_agent")
+"""Flags whose values no message shows."""
 
 T = TypeVar("T")
 Flags = TypeVar("Flags", bound=EncodeConfig)
@@ -68,6 +73,10 @@ def retry_failed(config: RetryConfig) -> JsonDict:
         for status in Status
         if status.failed and not status.in_data and status is not Status.DAMAGED
     ]
+    for failure in chosen:
+        if failure.status.in_data:
+            do = f"change these rows in --data, where {failure.status.label!r} lies, and run `extract run`"
+            raise LlavaError("--status", expected="what another try can mend", do=do, exit_code=2)
     shards, config = _part(open_shards(config.out), "shards", config)
     if not shards:
         return _nothing(config)
@@ -132,10 +141,12 @@ def conclude(config: EncodeConfig, figures: JsonDict, speed: JsonDict) -> JsonDi
     if figures["failed_hosts"]:
         hosts = ", ".join(f"{host} ({n:,})" for host, n in figures["failed_hosts"].items())
         say(f"most failures: {hosts}")
+    for line in failed_lines(figures):
+        say(line)
     if share > config.max_failed:
         say(f"{share:.1%} of the rows failed, over --max-failed {config.max_failed:g}")
         figures["exit_code"] = TOO_MANY_FAILED
-        for line in _advice(config, figures["by_status"]):
+        for line in _advice(config, figures):
             say(line)
     if "bottleneck" in speed:
         busy = ", ".join(f"{name} busy {stage['busy']:.0%}" for name, stage in speed["stages"].items())
@@ -143,18 +154,24 @@ def conclude(config: EncodeConfig, figures: JsonDict, speed: JsonDict) -> JsonDi
     return {**figures, **speed, "out": str(config.out)}
 
 
-def _advice(config: EncodeConfig, by_status: dict[str, int]) -> Iterator[str]:
+def _advice(config: EncodeConfig, figures: JsonDict) -> Iterator[str]:
     """What helps with the failures that there are."""
+    by_status = figures["by_status"]
     failed = {status: n for status in Status if status.failed and (n := by_status.get(status.label, 0))}
     if Status.BAD_CAPTION in failed:
         rows = counted(failed[Status.BAD_CAPTION], "row")
         yield f"{rows} without words: mend them in --data, and the same command takes them"
     if Status.SEVERAL_IMAGES in failed:
-        yield f"{counted(failed[Status.SEVERAL_IMAGES], 'row')} about several images: a row may have one"
+        rows = counted(failed[Status.SEVERAL_IMAGES], "row")
+        yield f"{rows} about several images: a row may have one; --max-failed accepts a larger share"
     if not all(status.in_data for status in failed):
-        flags = " --allow-private" * (Status.FORBIDDEN_ADDRESS in failed and not config.allow_private)
-        command = f"extract retry-failed --out {config.out} --vision {config.vision}{flags}"
-        yield f"to try again: {command}"
+        own = [f"--{name.replace('_', '-')}" for name in HEADER_FLAGS if getattr(config, name)]
+        if not own and {"401", "403"} & figures["by_http"].get(Status.HTTP_4XX.label, {}).keys():
+            yield "HTTP 401 or 403: the host may want --referer ADDRESS or --header NAME:VALUE"
+        private = ["--allow-private"] * (config.allow_private or Status.FORBIDDEN_ADDRESS in failed)
+        flags = ["--out", str(config.out), "--vision", str(config.vision), *private]
+        command = f"python -m extract retry-failed {shlex.join(flags)}"
+        yield f"to try again: {command}" + (f" with the same {', '.join(own)}" if own else "")
 
 
 def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> JsonDict:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from extract.failed_files import failed_files
 from extract.inspect.histogram import Histogram, histogram
 from extract.sources.base import DataFlags, host_of, is_address
 from llava_core import __version__
@@ -43,7 +44,7 @@ Item = TypeVar("Item")
 def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> JsonDict:
     """Counts over shards: rows, ok, failed, by_status {label: rows}, by_http {label: {code: rows}} of
     failures with an HTTP status code, by_reason {label: {reason: rows}} with the REASONS most frequent ones,
-    failed_hosts {host: rows}, image_bytes."""
+    failed_hosts {host: rows}, `failed_files`, image_bytes."""
     counts = collections.Counter(int(code) for shard in shards for code in shard.status)
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:
@@ -59,6 +60,7 @@ def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> J
         "by_http": {status.label: codes for status in BY_CODE if (codes := _codes(shards, status))},
         "by_reason": _reasons(shards),
         "failed_hosts": dict(hosts.most_common(hosts_shown)),
+        "failed_files": failed_files(shards),
         "image_bytes": sum(int(shard.nbytes.sum(dtype=np.int64)) for shard in shards),
     }
 
@@ -236,12 +238,13 @@ def kept_and_aspect(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_shown(figures: JsonDict) -> str:
-    """What the fit makes of the median picture, in words."""
-    ratio, kept = figures["aspect_ratio"]["p50"], figures["kept_area"]
+    """What the fit makes of the median picture and of the most oblong one, in words."""
+    aspect, kept = figures["aspect_ratio"], figures["kept_area"]
+    ratio, most = max(1, aspect["p50"]), max(1, aspect["p100"])
     shown = {
         "crop": f"crop, keeps {kept['p50']:.0%} of a picture's area (median; {kept['p0']:.0%} at least)",
-        "pad": f"pad, {1 - 1 / max(ratio, 1):.0%} of a square is padding (median)",
-        "squash": f"squash, of sides {ratio:.2f} to 1 (median)",
+        "pad": f"pad, {1 - 1 / ratio:.0%} of a square is padding (median; {1 - 1 / most:.0%} at most)",
+        "squash": f"squash, long side {ratio:.2f} × short (median; {most:.2f} at most)",
     }
     return shown.get(figures["fit"], "unknown")
 

@@ -139,7 +139,7 @@ def _stale(shards: Sequence[Shard], tower: VisionTower | None) -> tuple[list[Fau
     stale = [
         Fault(shard, None, "differs in " + ", ".join(differences))
         for shard in shards
-        if (differences := shard.identity.differences(wanted))
+        if (differences := wanted.differences(shard.identity))
     ]
     return stale, reference
 

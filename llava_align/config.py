@@ -45,7 +45,9 @@ class DemoConfig(Options):
     """Seed of the pictures and of training."""
 
     def __post_init__(self) -> None:
-        self.require_above_zero("rows", "held_out", "steps")
+        self.require_above_zero("steps")
+        self.require_at_least(16, "rows")
+        self.require_at_least(2, "held_out")
         require_folder(self.out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,3 +107,10 @@ class Failure:
         """Which rows of these columns [N] belong to it, bool [N]."""
         mask: np.ndarray = status == self.status
         return mask if self.http is None else mask & (http == self.http)
+
+
+class Outcome(NamedTuple):
+    """What becomes of a row, and why, in words."""
+
+    status: Status
+    reason: str = ""

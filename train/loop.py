@@ -137,6 +137,7 @@ class Trainer:
         rates |= {"compilations": compilations()} if self.resources.compiled else {}
         for number, run in self.active.items():
             metrics = {"loss": losses[number], "lr": run.learning_rate(self.step - 1), **rates}
+            run.loss = losses[number]
             run.writers.log(self.step, metrics)
             line = progress_line(metrics)
         return line

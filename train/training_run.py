@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from llava_core.bootstrap import with_interval
-from llava_core.cli.console import say
+from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.projector.projector import described, parameter_count
+from llava_core.row_status import Status
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.cost_prediction import predict, projector_of
@@ -71,6 +72,8 @@ class TrainingRun:
         """All that trains."""
         self.optimizers = build_optimizers(config, self.projector, self.tuning.parameters)
         self.step = self.saved_step = 0
+        self.loss: float | None = None
+        """Training loss of the last step that was logged."""
         self.figures: JsonDict = {}
         """Held-out figures of the last evaluation."""
         self.best = math.inf
@@ -120,6 +123,8 @@ class TrainingRun:
             + (f", continued at step {self.step}" if self.step else "")
             + f"; {self.schedule.ending}"
         )
+        if text_only := sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in self.samples.shards):
+            say(f"{title}{counted(text_only, 'row')} about no image left out (text only)")
 
     def cached_rows(self) -> int:
         """Rows whose features stay on the device once they have been read."""
@@ -261,7 +266,8 @@ class TrainingRun:
             self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {self.config.max_text_tokens} tokens" if self.cut else ""
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
-        say(f"{self.title}finished {self.step} steps{cut}")
+        loss = "" if self.loss is None else f"; loss {self.loss:.4f} at the last"
+        say(f"{self.title}finished {self.step} steps{loss}{cut}")
         if (
             self.config.init is not None
             and self.loss_before is not None

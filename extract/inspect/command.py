@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from extract.config import InspectConfig
+from extract.failed_files import failed_lines
 from extract.inspect.histogram import Histogram, bar
 from extract.inspect.page import write_page
 from extract.statistics import CacheStatistics, cache_statistics, fit_shown, outcome_table, stored_as
@@ -19,7 +20,8 @@ HOSTS = 8
 def run(config: InspectConfig) -> JsonDict:
     """Print the outcomes, hosts and distributions; returns them as figures."""
     stats = cache_statistics(open_shards(config.out))
-    parts = [outcome_table(stats.figures), _totals(stats), *_histograms(stats)]
+    outcomes = [outcome_table(stats.figures), *failed_lines(stats.figures)]
+    parts = ["\n".join(outcomes), _totals(stats), *_histograms(stats)]
     if stats.hosts:
         parts.insert(1, _hosts(stats))
     show("\n\n".join(parts))

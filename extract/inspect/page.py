@@ -145,25 +145,24 @@ def _labels(chosen: Sequence[tuple[Shard, int]]) -> list[str]:
 
 def _tile(shard: Shard, row: int) -> str:
     status = Status(int(shard.status[row]))
-    failed = status is not Status.OK
+    kind = "failed" if status.failed else "" if status is Status.OK else "none"
     (height, width), ident = shard.orig_hw[row].tolist(), shard.id(row)
     caption = "\n".join(line for turn in shard.turns(row) for line in turn if line)
     where = [
         escape(f"id {host_of(ident) if '://' in ident else ident}"),
         escape(host_of(shard.url(row))),
         f"{width}&nbsp;×&nbsp;{height}" if width else "",
-        escape(shard.reason_of(row))
-        or (f"HTTP&nbsp;{shard.http[row]}" if failed and shard.http[row] else ""),
+        escape(shard.reason_of(row)) or (f"HTTP&nbsp;{shard.http[row]}" if kind and shard.http[row] else ""),
     ]
     spans = " ".join(f"<span>{text}</span>" for text in where if text)
-    if failed:
+    if kind:
         picture = escape(status.label)
     elif jpeg := shard.thumbnail(row):
         picture = f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" alt="">'
     else:
         picture = outline(width, height)
     return (
-        f'<li data-outcome="{status.label}"{" class=failed" if failed else ""}><figure>'
+        f'<li data-outcome="{status.label}"{f" class={kind}" if kind else ""}><figure>'
         f'<div class="picture">{picture}</div><figcaption>'
         f'<p class="caption" dir="auto" tabindex="0">{escape(caption) or "<i>no caption</i>"}</p>'
         f'<p class="where">{spans}</p></figcaption></figure></li>'

@@ -7,13 +7,15 @@ from llava_core.row_status import Status
 
 WIDTH, HEIGHT = 420, 130
 """Size of a histogram in its own units; it scales with the page."""
+KINDS = {Status.OK.label: "ok", Status.TEXT_ONLY.label: "text", Status.PENDING.label: "text"}
+"""Class of each outcome in the bar; all others are failures, "bad"."""
 
 
 def share_bar(by_status: dict[str, int]) -> str:
     """Outcomes as parts of one bar."""
     parts, x, rows = "", 0.0, sum(by_status.values())
     for label, n in by_status.items():
-        wide, kind = 100 * n / rows, "ok" if label == Status.OK.label else "bad"
+        wide, kind = 100 * n / rows, KINDS.get(label, "bad")
         tip = f"<title>{label}: {n:,}</title>"
         parts += f'<rect class="{kind}" x="{x:.3f}" width="{wide:.3f}" height="1">{tip}</rect>'
         x += wide

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from llava_core.filesystem import sha256_files
 from llava_core.network.request_url import clean_address
-from llava_core.row_status import Status
+from llava_core.row_status import Outcome
 from llava_core.types import JsonDict
 
 if TYPE_CHECKING:  # with aiohttp, which `extract inspect` does without
@@ -39,8 +39,8 @@ class Columns:
     """Images that need no network; None if every image is at an address."""
     conversations: bool = False
     """Whether `captions` holds dialogues."""
-    outcomes: Mapping[int, Status] = dataclasses.field(default_factory=dict)
-    """Rows whose outcome is known already: text only, or several images."""
+    outcomes: Mapping[int, Outcome] = dataclasses.field(default_factory=dict)
+    """Rows whose outcome is known already: text only, several images, or words with an unknown role."""
 
     def after(self, rows: int) -> Columns:
         """The columns without the first N rows."""
@@ -50,7 +50,7 @@ class Columns:
             ids=self.ids[rows:],
             images=self.images and _ImagesAfter(self.images, rows),
             conversations=self.conversations,
-            outcomes={row - rows: status for row, status in self.outcomes.items() if row >= rows},
+            outcomes={row - rows: outcome for row, outcome in self.outcomes.items() if row >= rows},
         )
 
 

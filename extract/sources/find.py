@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from extract.sources.base import BY_NAME, DataFlags, Source, described
-from extract.sources.folder import LABELS, TEXT_SUFFIXES, Folder
+from extract.sources.folder import TEXT_SUFFIXES, Folder, images_of_labels
 from extract.sources.table import TableSource
 from extract.sources.tar import Tar
 from extract.statistics import data_flags_of
@@ -113,7 +113,7 @@ def _paths(data: str, flags: DataFlags) -> list[Path]:
     found = (file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)))
     files = [file for file in found if not file.is_dir()]
     images = {_stem(file) for file in files if file.suffix.lower() in SUFFIXES}
-    captioned = any(file.suffix.lower() in TEXT_SUFFIXES and _stem(file) in images for file in files)
+    captioned = any(file.suffix.lower() in TEXT_SUFFIXES and _is_beside(file, images) for file in files)
     # The words of single images, and the statistics beside a shard, are not data, wherever they lie.
     kinds = [file for file in files if file.name.lower().endswith(EVERY) and not _is_note(file, images)]
     for group in GROUPS:
@@ -176,10 +176,14 @@ def _is_note(path: Path, images: set[str]) -> bool:
     """Whether a file holds the words of an image, notes of another tool, or the statistics of a shard."""
     if path.suffix.lower() != ".json":
         return False
-    beside = _stem(path) in images or os.path.splitext(_stem(path))[0] in images
-    label = path.parent.name in LABELS and path.parent.with_name("images").is_dir()
     noted = path.name in NOTES or path.name.endswith("_stats.json")
-    return beside or label or noted or _is_statistics(path)
+    return noted or _is_beside(path, images) or _is_statistics(path)
+
+
+def _is_beside(path: Path, images: set[str]) -> bool:
+    """Whether a file of words lies beside its image, or in the label folder for it."""
+    stems = map(_stem, (path, path.with_suffix(""), *images_of_labels(path)))
+    return any(stem in images for stem in stems)
 
 
 def _is_statistics(path: Path) -> bool:

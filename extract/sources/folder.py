@@ -52,7 +52,7 @@ class Folder(Source):
 
     def read(self) -> Columns:
         reader = self._reader()
-        words = [reader.words(value, row) for row, value in enumerate(self._values)]
+        words, outcomes = reader.read(self._values)
         captions, conversations = reader.texts_of(words)
         return Columns(
             image_refs=self._paths,
@@ -60,6 +60,7 @@ class Folder(Source):
             ids=[os.path.splitext(path)[0] for path in self._paths],
             images=LocalImages(self.path, self._paths),
             conversations=conversations,
+            outcomes=outcomes,
         )
 
     def _reader(self) -> WordReader:
@@ -126,7 +127,7 @@ def _walk(
                 left_out.update(f"folder {name}" for name in labels[1:])
         names = [name for name in names if not name.startswith(".")]
         images = [name for name in names if _is_image(parent, name)]
-        texts = _texts(Path(parent), names)
+        texts = _texts(Path(parent), names, Path(folder))
         for name in images:
             stem = os.path.splitext(name)[0]
             path = texts.get(stem) or texts.get(name)
@@ -154,16 +155,39 @@ def _is_image(parent: str, name: str) -> bool:
     return True
 
 
-def _texts(parent: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Files of words by the name of their image, with or without its suffix; the preferred ones."""
+def _texts(parent: Path, names: Iterable[str], top: Path) -> dict[str, Path]:
+    """Files of words by the name of their image, with or without its suffix; the preferred ones not empty."""
     found: dict[str, Path] = {}
-    places = [(parent, names)]
-    if parent.name == "images":
-        labels = (parent.with_name(label) for label in LABELS)
-        places += [(folder, os.listdir(folder)) for folder in labels if folder.is_dir()][:1]
-    for folder, files in places:
+    labels = _label_folder(parent, top)
+    for folder, files in [(parent, names), *([(labels, os.listdir(labels))] if labels else [])]:
         for suffix in TEXT_SUFFIXES:
             for name in files:
-                if name.lower().endswith(suffix):
-                    found.setdefault(name[: -len(suffix)], folder / name)
+                stem = name[: -len(suffix)]
+                if name.lower().endswith(suffix) and not (stem in found and _has_text(found[stem])):
+                    found[stem] = folder / name
     return found
+
+
+def _has_text(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _label_folder(parent: Path, top: Path) -> Path | None:
+    """Folder of the words of images: `labels/a` for `images/a`; `images` is `top`, or a folder in it."""
+    for images in (parent, *parent.parents):
+        if images.name == "images":
+            places = (images.with_name(label) / parent.relative_to(images) for label in LABELS)
+            return next((place for place in places if place.is_dir()), None)
+        if images == top:
+            break
+    return None
+
+
+def images_of_labels(path: Path) -> Iterator[Path]:
+    """Where the image of a file of words in a label folder would lie, but for its suffix."""
+    for folder in path.parents:
+        if folder.name in LABELS:
+            yield folder.with_name("images") / path.relative_to(folder)

@@ -14,10 +14,10 @@ from extract.sources.base import Columns, DataFlags, Images, Source, is_address
 from extract.sources.local_images import LocalImages, local_images
 from extract.sources.stored_images import StoredImages, is_base64, value_at
 from llava_core.errors import LlavaError
-from llava_core.row_status import Status
+from llava_core.row_status import Outcome, Status
 from llava_core.tables.conversations import names_media
 from llava_core.tables.shown import shown
-from llava_core.tables.table_files import DamagedTable, RowTable, Table, open_table
+from llava_core.tables.table_files import DamagedTable, Table, open_table
 from llava_core.tables.words import SAMPLE, WordReader, Words
 
 IMAGES = (
@@ -48,9 +48,7 @@ class TableSource(Source):
         table = open_table(path)
         if table.rows:
             with contextlib.suppress(DamagedTable):  # `read` raises it, when the other files are done
-                reader = _Reader(table, flags)
-                if isinstance(table, RowTable):  # it is in memory, so every row is checked
-                    reader.words_of(reader.texts(table.rows))
+                _Reader(table, flags)
         return cls(path, table.rows, flags.images or path.parent, flags)
 
     def read(self) -> Columns:
@@ -73,16 +71,16 @@ class _Reader:
     def columns(self, rows: int, folder: Path) -> Columns:
         """Raises LlavaError if the table is damaged, or names only files and none is in `folder`."""
         values = self.texts(rows)
-        words = self.words_of(values)
+        words, outcomes = self.words.read(values)
         captions, conversations = self.words.texts_of(words)
-        refs, outcomes = [""] * len(values), {}
+        refs = [""] * len(values)
         if self.ref is not None:
             for row, value in enumerate(self._image_values(rows)):
                 refs[row], several = _ref(value)
                 if several:
-                    outcomes[row] = Status.SEVERAL_IMAGES
-                elif value in EMPTY and self.stored is None and self._is_text_only(words[row], values[row]):
-                    outcomes[row] = Status.TEXT_ONLY
+                    outcomes[row] = Outcome(Status.SEVERAL_IMAGES)
+                elif value in EMPTY and self._is_text_only(words[row], values[row]):
+                    outcomes[row] = Outcome(Status.TEXT_ONLY)
         ids = self.table.values(self.id, rows) if self.id is not None else range(len(values))
         return Columns(
             image_refs=refs,
@@ -105,10 +103,6 @@ class _Reader:
         """Whether a row without an image is a dialogue that speaks of none."""
         asked = isinstance(words, tuple) and any(question for question, _ in words)
         return asked and not names_media(self.words.decoded(value))
-
-    def words_of(self, values: Sequence[Any]) -> list[Words | None]:
-        """Raises LlavaError for an unknown role."""
-        return [self.words.words(value, row) for row, value in enumerate(values)]
 
     def texts(self, rows: int) -> list[Any]:
         values = self._coalesced(self.text, TEXTS, rows)
@@ -203,8 +197,8 @@ def _kind_of_images(table: Table, name: str) -> tuple[str | None, bool]:
     if kind is not None:
         if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
             kind = kind.value_type
-            if pa.types.is_struct(kind):
-                return (name, False) if "bytes" not in _fields(kind) else (None, True)
+            if pa.types.is_struct(kind) and "bytes" not in _fields(kind):
+                return name, False
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         if _is_binary(kind):
@@ -219,7 +213,7 @@ def _kind_of_images(table: Table, name: str) -> tuple[str | None, bool]:
     if any(isinstance(value, str) and is_base64(value) for value in map(_decoded, sample)):
         return (name if kind is None else None), True
     if any(isinstance(value, dict) and "bytes" in value for value in sample):
-        return None, True
+        return name, True
     fits = not sample or any(isinstance(_decoded(value), str) or isinstance(value, dict) for value in sample)
     return (name, False) if fits else (None, False)
 

@@ -40,7 +40,7 @@ class Tar(Source):
 
     @classmethod
     def find(cls, path: Path, flags: DataFlags) -> Tar:
-        """Raises LlavaError if the archive is damaged, or has no image."""
+        """Raises LlavaError if the archive is damaged, or has no image, or no words that can be read."""
         samples, left_out = _samples(path)
         if not any(_image(sample) for sample in samples.values()):
             kinds = ", ".join(left_out) or "nothing"
@@ -58,7 +58,7 @@ class Tar(Source):
         with self.path.open("rb") as file:
             values = [_words(file.fileno(), sample) for sample in samples.values()]
         reader = WordReader(str(self.path), "text", values[:SAMPLE], self.flags.caption_key)
-        words = [reader.words(value, row) for row, value in enumerate(values)]
+        words, outcomes = reader.read(values)
         captions, conversations = reader.texts_of(words)
         return Columns(
             image_refs=[image.name if image else "" for image in images],
@@ -66,6 +66,7 @@ class Tar(Source):
             ids=list(samples),
             images=_TarImages(self.path, images),
             conversations=conversations,
+            outcomes=outcomes,
         )
 
 
@@ -155,6 +156,8 @@ def _words(descriptor: int, sample: dict[str, Member]) -> object:
     for suffix in TEXT_SUFFIXES:
         if suffix in sample:
             text = _content(descriptor, sample[suffix]).decode("utf-8-sig", "replace")
+            if not text:
+                continue
             if suffix != ".json":
                 return text
             try:

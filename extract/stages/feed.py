@@ -10,7 +10,7 @@ from extract.row_job import RowJob, RowRef, StoredRow
 from extract.stages.host_queue import HostQueue
 from extract.stages.write import Write
 from llava_core.errors import LlavaError
-from llava_core.row_status import Status
+from llava_core.row_status import Outcome, Status
 from llava_core.shards.part_file import FinishedMeanwhile
 from llava_core.shards.writer import RowRecord
 
@@ -53,9 +53,12 @@ class Feed:
         self.deduplicator.add_open(shard)
         for row in shard.pending:
             ref, host = RowRef(shard, row), shard.host(row)
-            outcome = Status.BAD_CAPTION if shard.captions[row] is None else shard.outcomes.get(row)
-            if outcome is not None:
-                await self.write.inbox.put(RowJob(shard, RowRecord(row, outcome)))
+            known = shard.outcomes.get(row)
+            if known is None and shard.captions[row] is None:
+                known = Outcome(Status.BAD_CAPTION)
+            if known is not None:
+                record = RowRecord(row, known.status, reason=known.reason)
+                await self.write.inbox.put(RowJob(shard, record))
             elif (old := shard.kept.get(row)) and old.check(row):
                 record = RowRecord(row, Status.PENDING, attempts=int(old.attempts[row]))
                 record.mtime = int(old.mtime[row])

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from extract.config import RunConfig
 from llava_align.config import MODELS, DemoConfig
 from llava_align.demo.world.captions import ATTRIBUTES, accuracy, chance, shuffled
 from llava_align.demo.world.dataset import Split, write_split
@@ -74,6 +75,7 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
     out, vision, llm = config.out, MODELS / "vision", MODELS / "llm"
     features = [out / "features" / split.parquet.name for split in (train, held_out)]
     seconds: dict[str, float] = {}
+    accepted = max(RunConfig.max_failed, len(TROUBLES) / config.rows)
 
     def command(phase: str, *arguments: object) -> JsonDict:
         began = time.monotonic()
@@ -86,6 +88,7 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
             "extract",
             *("extract", "run", "--data", split.parquet, "--out", folder, "--vision", vision),
             *("--allow-private", "--timeout", 4, "--retries", 1),
+            *(("--max-failed", f"{accepted:.3f}") if accepted > RunConfig.max_failed else ()),
         )
         for split, folder in zip((train, held_out), features, strict=True)
     ]

@@ -1,6 +1,7 @@
 """Chat messages and a picture to what LlavaAlignForConditionalGeneration takes (transformers 4.53 to 5).
 
-This file lies in every folder that `llava export` writes, and needs transformers, torch and Pillow alone.
+This file lies in every folder that `llava export` writes, and needs transformers, torch and Pillow alone: on
+a hub it stands without this project, so its geometry repeats that of `llava_core/geometry.py`.
 Pictures are resized by Pillow, as they were for training; torchvision's pixels would differ.
 """
 

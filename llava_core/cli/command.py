@@ -25,6 +25,8 @@ from llava_core.cli.settings import with_settings
 from llava_core.errors import LlavaError, first_line
 
 INTERRUPTED = 130
+PHASES = ("extract", "train", "infer")
+"""Programs that are not commands of another one."""
 OUT_OF_MEMORY = "lower --micro-tokens of train, --batch-size of extract or infer batch, --slots of serve"
 
 
@@ -66,6 +68,9 @@ def main(
 
 def _run(prog: str, description: str, commands: Mapping[str, Command], argv: list[str]) -> int:
     name = argv[0] if argv and argv[0] in commands else None
+    if name is None and argv and argv[0] in PHASES:
+        do = f"it is a program of its own: python -m {' '.join(argv[:2])} …"
+        raise LlavaError(f"{prog} has no command {argv[0]}", do=do, exit_code=2)
     if name is not None:
         argv = [name, *with_settings(commands[name], argv[1:])]
     config = tyro.extras.subcommand_cli_from_dict(

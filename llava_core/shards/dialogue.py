@@ -22,6 +22,13 @@ def turns_from_text(text: str) -> Turns:
     return tuple((question, answer) for question, answer in turns)
 
 
+def stored_turns(text: str, conversations: bool) -> Turns:
+    """Turns of a row from its text, a dialogue or a caption; none if that is empty. Raises ValueError."""
+    if conversations and text:
+        return turns_from_text(text)
+    return ((None, text),) if text.strip() else ()
+
+
 def _is_turn(turn: object) -> bool:
     if not isinstance(turn, list) or len(turn) != 2:
         return False

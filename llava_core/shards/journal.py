@@ -57,7 +57,7 @@ class Journal:
         header = _header(uid, version)
         if not data.startswith(header) and not may_begin:
             os.close(self.descriptor)
-            do = "delete it and the .part beside it: the finished shard is whole, only its retry is lost"
+            do = "delete it and the .part beside it: the finished shard is whole, only the changes are lost"
             raise LlavaError(f"damaged journal {path}", do=do)
         if not data.startswith(header):  # new, torn in its header, or of a shard that was deleted
             if len(data) > HEADER_BYTES:

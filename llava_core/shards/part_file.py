@@ -40,7 +40,7 @@ def journal_of(path: Path) -> Path:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether `path` is whole and no retry of its failed rows is under way."""
+    """Whether `path` is whole, and is neither being retried nor being replaced by one with other words."""
     return path.exists() and not part_of(path).exists()
 
 

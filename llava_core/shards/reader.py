@@ -22,7 +22,7 @@ from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
 from llava_core.shards.byte_offsets import REASON_BYTES, columns
-from llava_core.shards.dialogue import Turns, turns_from_text
+from llava_core.shards.dialogue import Turns, stored_turns
 from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
@@ -165,11 +165,8 @@ class Shard:
 
     def turns(self, row: int) -> Turns:
         """(question, answer) pairs; a caption is one answer, to the question None, which is drawn later."""
-        text = self.caption(row)
-        if not self.conversations or not text:
-            return ((None, text),) if text.strip() else ()
         try:
-            return turns_from_text(text)
+            return stored_turns(self.caption(row), self.conversations)
         except ValueError:
             raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=REDO) from None
 

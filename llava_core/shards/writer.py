@@ -64,11 +64,11 @@ class ShardWriter:
     ) -> None:
         """Create, or continue, the shard at `path`; with `retry`, make the rows with these failures anew.
 
-        `retry` may also be a mask of any rows, bool [N]. With `replace`, a finished shard stays until the new
-        one takes its place.
+        `retry` may also be a mask of any rows, bool [N]. With `replace`, a finished shard of another source
+        stays until the new one takes its place.
 
         Raises LlavaError if another process holds the shard, if it has another fingerprint or source, or if
-        the disk is too small; FinishedMeanwhile if it is finished.
+        the disk is too small; FinishedMeanwhile if it is finished, and nothing in it is to be made anew.
         """
         self.path, self.part = path, part_of(path)
         with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ class ShardWriter:
             if not self.part.exists():
                 if len(retry):
                     copy_to_part(path, retry)
-                elif path.exists() and not replace:
+                elif path.exists() and not (replace and header and read_layout(path).source != header.source):
                     raise FinishedMeanwhile
                 else:
                     assert header is not None
@@ -85,7 +85,7 @@ class ShardWriter:
             self.layout = read_layout(self.part)
             if header is not None:
                 self._require_same(header)
-            # Beside a finished shard a part is a copy on which rows are retried, with a journal from birth.
+            # Beside a finished shard a part has a journal from birth: see `create_part` and `copy_to_part`.
             self._journal = Journal(
                 journal_of(path), self.layout.uid, self.layout.version, may_begin=not path.exists()
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_core.errors import LlavaError
 from llava_core.shards.dialogue import Turns
 from llava_core.tables.shown import shown
 
@@ -16,13 +15,17 @@ QUESTION, ANSWER, SYSTEM = "question", "answer", "system"
 ROLES = {"human": QUESTION, "user": QUESTION, "gpt": ANSWER, "assistant": ANSWER, "system": SYSTEM}
 
 
-def conversation_turns(messages: list[dict[str, Any]], where: str) -> Turns | None:
+class UnknownRole(ValueError):
+    """A message by nobody in ROLES, such as a tool."""
+
+
+def conversation_turns(messages: list[dict[str, Any]]) -> Turns | None:
     """A dialogue as turns; None unless questions and answers alternate and no answer is empty.
 
     Image marks and system messages are dropped. A question that is then empty becomes None: training takes an
-    instruction of its own. Raises LlavaError, which names `where`, for a role not in ROLES.
+    instruction of its own. Raises UnknownRole.
     """
-    parts = [(_role(message, where), _text(message)) for message in messages]
+    parts = [(_role(message), _text(message)) for message in messages]
     parts = [(role, text) for role, text in parts if role != SYSTEM]
     turns = len(parts) // 2
     if not turns or [role for role, _ in parts] != [QUESTION, ANSWER] * turns:
@@ -54,9 +57,9 @@ def _text(message: dict[str, Any]) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _role(message: dict[str, Any], where: str) -> str:
+def _role(message: dict[str, Any]) -> str:
     role = message.get("from", message.get("role"))
     role = role.lower() if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
-        raise LlavaError(f"{where}: unknown role {shown(role)}", expected=f"one of {', '.join(ROLES)}")
+        raise UnknownRole(f"unknown role {shown(role)}")
     return ROLES[role]

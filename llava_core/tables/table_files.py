@@ -24,21 +24,20 @@ from llava_core.errors import LlavaError, first_line
 AS_TEXT = (".json", ".jsonl", ".csv", ".tsv", ".json.gz", ".jsonl.gz", ".csv.gz", ".tsv.gz")
 """Suffixes of tables that are text, in lower case."""
 GZIP = b"\x1f\x8b"
+AGAIN = "download it again"
+UNPACK = "unpack it, and give its folder"
 FOREIGN = {
-    b"version https://git-lfs": (
-        "a pointer of Git LFS, not the file itself",
-        "run `git lfs pull` where it lies",
-    ),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "run `git lfs pull` there"),
     b"PARE": ("an encrypted parquet file", "write it again without encryption"),
-    b"Rar!": ("a RAR archive", "unpack it, and give its folder"),
-    b"PK\x03\x04": ("a ZIP archive", "unpack it, and give its folder"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it, and give its folder"),
+    b"Rar!": ("a RAR archive", UNPACK),
+    b"PK\x03\x04": ("a ZIP archive", UNPACK),
+    b"7z\xbc\xaf": ("a 7z archive", UNPACK),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "decompress it"),
     b"\xfd7zXZ": ("compressed by xz", "decompress it"),
     b"BZh": ("compressed by bzip2", "decompress it"),
     b"\x89HDF": ("an HDF5 file", "give what the shards were made from"),
     b"SQLite format 3": ("an SQLite database", "export its table as parquet or CSV"),
-    b"<": ("an HTML or XML page, as failed downloads leave", "download it again"),
+    b"<": ("an HTML or XML page, as failed downloads leave", AGAIN),
 }
 """First bytes of files that are no table: what they are, and what to do."""
 NAMES_TOO = (b"PARE", b"BZh", b"<")
@@ -50,7 +49,7 @@ class DamagedTable(LlavaError):
 
 
 class Table(abc.ABC):
-    """Rows and columns. A column may be a field of another one: `image.path`."""
+    """Rows and columns. A column may be a field of another one, of structs or lists of them: `image.path`."""
 
     def __init__(self, path: Path, names: Sequence[str], rows: int) -> None:
         self.path, self.names, self.rows = path, list(names), rows
@@ -67,27 +66,29 @@ class Table(abc.ABC):
 class ArrowTable(Table):
     """Columns that Arrow reads."""
 
-    def __init__(self, path: Path, schema: Any, rows: int, read: Callable[[list[str], int], Any]) -> None:
+    def __init__(self, path: Path, schema: Any, rows: int, read: Callable[[str, str, int], Any]) -> None:
+        """`read` gives the first rows of a column, of which only one field is needed if that is named."""
         super().__init__(path, schema.names, rows)
         self._schema, self._read = schema, read
 
     def kind(self, name: str) -> Any:
-        column, *fields = name.split(".") if name not in self.names else [name]
+        column, field = self._parts(name)
         kind = self._schema.field(column).type
-        for field in fields:
-            kind = kind.field(field).type
-        return kind
+        return _only_field(kind, field) if field else kind
+
+    def _parts(self, name: str) -> tuple[str, str]:
+        """Column and field."""
+        return (name, "") if name in self.names else name.rpartition(".")[::2]
 
     def values(self, name: str, rows: int) -> list[Any]:
-        column, *fields = name.split(".") if name not in self.names else [name]
+        column, field = self._parts(name)
         try:
-            found = self._read([name], rows)[column]
+            found = self._read(column, field, rows)
         except (pa.ArrowException, OSError) as error:
-            got = first_line(error)
-            raise DamagedTable(f"damaged file {self.path}", got=got, do="download it again") from None
-        for field in fields:
-            found = pa.compute.struct_field(found, field)
+            raise DamagedTable(f"damaged file {self.path}", got=first_line(error), do=AGAIN) from None
         try:
+            if field:
+                found = found.cast(_only_field(found.type, field))
             values: list[Any] = _without_codec(found).to_pylist()
         except ValueError:  # a time that Python has not, or text that is no UTF-8 inside a list or struct
             try:
@@ -98,7 +99,7 @@ class ArrowTable(Table):
 
     def column(self, name: str) -> Any:
         """A column as Arrow has it."""
-        return self._read([name], self.rows)[name]
+        return self._read(name, "", self.rows)
 
 
 class ParquetTable(ArrowTable):
@@ -106,16 +107,18 @@ class ParquetTable(ArrowTable):
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
-            got = first_line(error)
-            raise LlavaError(
-                f"{path} is not a readable parquet file", got=got, do="download it again"
-            ) from None
+            what = f"{path} is not a readable parquet file"
+            raise LlavaError(what, got=first_line(error), do=AGAIN) from None
+        leaves = [file.schema.column(i).path for i in range(len(file.schema))]
 
-        def read(names: list[str], rows: int) -> Any:
+        def read(column: str, field: str, rows: int) -> Any:
+            names = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(f".{field}")]
+            names = names if field else [column]
             if rows >= file.metadata.num_rows:
-                return file.read(columns=names)
+                return file.read(columns=names)[column]
             found = list(_first(file.iter_batches(min(rows, 1 << 16), columns=names), rows))
-            return pa.Table.from_batches(found).slice(0, rows) if found else file.read(columns=names)
+            table = pa.Table.from_batches(found).slice(0, rows) if found else file.read(columns=names)
+            return table[column]
 
         super().__init__(path, file.schema_arrow, file.metadata.num_rows, read)
 
@@ -134,9 +137,9 @@ def _arrow_file(path: Path) -> ArrowTable:
         source.seek(0)
         table = (pa.ipc.open_stream if stream else pa.ipc.open_file)(source).read_all()
     except (pa.ArrowException, OSError) as error:
-        got = first_line(error)
-        raise LlavaError(f"{path} is not a readable Arrow file", got=got, do="download it again") from None
-    return ArrowTable(path, table.schema, len(table), lambda names, rows: table.slice(0, rows))
+        what = f"{path} is not a readable Arrow file"
+        raise LlavaError(what, got=first_line(error), do=AGAIN) from None
+    return ArrowTable(path, table.schema, len(table), lambda name, _, rows: table[name].slice(0, rows))
 
 
 class RowTable(Table):
@@ -202,10 +205,10 @@ def _text(path: Path, head: bytes) -> str:
         if _is_csv(path):  # as spreadsheets in China write them
             try:
                 text = data.decode("gb18030")
-                say_once(f"{path} is not UTF-8; it is read as GB 18030")
-                return text
             except UnicodeDecodeError as second:
                 raise LlavaError(f"{path} is neither UTF-8 nor GB 18030", got=second) from None
+            say_once(f"{path} is not UTF-8; it is read as GB 18030")
+            return text
         raise LlavaError(f"{path} is not UTF-8", got=error) from None
 
 
@@ -264,6 +267,18 @@ def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
         do = "close the quotes, and double those inside a text"
         raise LlavaError(f"{path}, line {rows.line_num} is no CSV", got=error, do=do) from None
     return entries
+
+
+def _only_field(kind: Any, name: str) -> Any:
+    """A type of structs, or of lists of them, with only one field; its text as bytes."""
+    if pa.types.is_struct(kind):
+        own = kind.field(name).type
+        text = pa.types.is_string(own) or pa.types.is_large_string(own)
+        return pa.struct([(name, pa.large_binary() if text else own)])
+    inner = _only_field(kind.value_type, name)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(inner, kind.list_size)
+    return pa.large_list(inner) if pa.types.is_large_list(kind) else pa.list_(inner)
 
 
 def _without_codec(column: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import collections
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_core.cli.console import counted, say_once
 from llava_core.errors import LlavaError
+from llava_core.row_status import Outcome, Status
 from llava_core.shards.dialogue import Turns, turns_to_text
-from llava_core.tables.conversations import conversation_turns
+from llava_core.tables.conversations import ROLES, UnknownRole, conversation_turns
 from llava_core.tables.shown import shown
 
 CAPTION_KEYS = ("global_caption", "caption", "text", "conversations", "messages")
@@ -44,13 +45,24 @@ class WordReader:
         objects = sum(isinstance(value, (dict, list)) for value in decoded)
         self.encoded = 0 < len(decoded) <= 2 * objects
         """Whether texts are objects or lists as JSON, so that one that cannot be decoded is damaged."""
-        if values and not any([self.words(value, row) for row, value in enumerate(sample)]):
-            self._refuse(column, values)
+        words, outcomes = self.read(sample)
+        if values and not any(words):
+            self._refuse(column, values, outcomes)
 
-    def words(self, value: object, row: int) -> Words | None:
-        """The words of the value in a row; None if there are none. Raises LlavaError for an unknown role."""
+    def read(self, values: Sequence[object]) -> tuple[list[Words | None], dict[int, Outcome]]:
+        """The words of each row, None if there are none; and the outcome of rows with an unknown role."""
+        words: list[Words | None] = [None] * len(values)
+        outcomes = {}
+        for row, value in enumerate(values):
+            try:
+                words[row] = self._read(value)
+            except UnknownRole as error:
+                outcomes[row] = Outcome(Status.BAD_CAPTION, str(error))
+        return words, outcomes
+
+    def _read(self, value: object) -> Words | None:
         try:
-            found = self._words(self.decoded(value), f"{self.where}, row {row}")
+            found = self._words(self.decoded(value))
         except RecursionError:
             found = None
         text = _plain(value)
@@ -65,22 +77,22 @@ class WordReader:
                 value = _decoded(value.strip())
         return value
 
-    def _words(self, value: object, where: str) -> Words | None:
+    def _words(self, value: object) -> Words | None:
         if isinstance(value, str):
             return value.strip() or None
         if isinstance(value, dict):
             keys = [self.key] if self.key is not None else CAPTION_KEYS
-            return self._words(next((value[key] for key in keys if value.get(key) is not None), None), where)
+            return self._words(next((value[key] for key in keys if value.get(key) is not None), None))
         if not isinstance(value, list) or not value:
             return None
         if all(_is_pair(item) for item in value):  # how Arrow gives a map
-            return self._words(dict(value), where)
+            return self._words(dict(value))
         if all(isinstance(item, dict) for item in value):
             if {"from", "role"} & value[0].keys():
-                return conversation_turns(value, where)
+                return conversation_turns(value)
             if "type" in value[0]:
                 return "\n".join(_parts(value)) or None
-        captions = [self._words(item, where) for item in value]
+        captions = [self._words(item) for item in value]
         if len(captions) == 1:
             return captions[0]
         blank = [isinstance(item, str) and not item.strip() for item in value]
@@ -88,7 +100,10 @@ class WordReader:
         all_read = texts and len(texts) + sum(blank) == len(value)
         return tuple((None, text) for text in texts) if all_read else None
 
-    def _refuse(self, column: str, values: Sequence[Any]) -> None:
+    def _refuse(self, column: str, values: Sequence[Any], outcomes: Mapping[int, Outcome]) -> None:
+        for row, outcome in outcomes.items():
+            expected = f"one of {', '.join(ROLES)}"
+            raise LlavaError(f"{self.where}, row {row}: {outcome.reason}", expected=expected)
         value = _decoded(values[0]) if isinstance(values[0], str) else values[0]
         keys = collections.Counter(key for item in values[:8] for key in _keys(item))
         found = ", ".join(map(str, keys))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what checks flags does without torch
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff", ".jfif", ".jpe")
 """Suffixes of image files, in lower case."""
 
+NO_KIND = (Status.NOT_AN_IMAGE, Status.UNSUPPORTED_FORMAT)
+"""Outcomes of a file that is of none of the kinds which are read."""
 TYPED_LIMITS = FetchLimits(allow_private=True, private_redirects=False, retries=1)
 """Limits for URLs that the user typed: private networks are allowed, but no redirect from a public URL into
 one."""
@@ -89,6 +91,6 @@ def read_image(image: str, limits: FetchLimits = TYPED_LIMITS) -> bytes:
 def not_an_image(image: str, error: ImageError) -> LlavaError:
     """The error for a file that cannot be decoded."""
     name = "a data URL" if is_data_url(image) else image
-    return LlavaError(
-        f"cannot read {name} as an image: {error.status.label}", got=error, do="give another image"
-    )
+    what = f"cannot read {name} as an image: {error.status.label}"
+    kinds = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF" if error.status in NO_KIND else None
+    return LlavaError(what, expected=kinds, got=error, do="give another image")

@@ -165,7 +165,7 @@ class Preprocess:
             raise ImageError(Status.TRUNCATED if truncated else Status.DECODE_ERROR, detail) from None
 
     def thumbnail(self, decoded: Decoded, max_bytes: int) -> bytes:
-        """JPEG of what the encoder sees, in the original aspect ratio, of at most `max_bytes`.
+        """JPEG of what the encoder sees, of at most `max_bytes`; a squashed picture has its own aspect ratio.
 
         At most 128 pixels long and never enlarged; size and quality are lowered until it fits.
         """
@@ -179,7 +179,7 @@ class Preprocess:
         raise AssertionError(f"no JPEG of {THUMBNAIL_SIDES[-1]} pixels takes {max_bytes} bytes")
 
     def preview(self, decoded: Decoded, side: int) -> np.ndarray:
-        """What the encoder sees, in the original aspect ratio: uint8 [h, w, 3], h and w at most `side`."""
+        """What the encoder sees, u1 [h, w, 3], at most `side` wide and high; squashed ones in their ratio."""
         return np.asarray(self._small(decoded, side))
 
     def _small(self, decoded: Decoded, side: int) -> Image.Image:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.local_data import NAMES, write_pictures
 from tests.support.pictures import image, picture, slow
 from tests.support.runs import write_runs
 from tests.support.servers import answer, serving
@@ -30,6 +31,12 @@ def base() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_vision_folder(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[bytes]:
+    """Pictures beside the data of a test, under NAMES."""
+    return write_pictures(tmp_path, NAMES)
 
 
 @pytest.fixture(scope="module")

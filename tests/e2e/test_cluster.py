@@ -22,7 +22,6 @@ from tests.support.pictures import features_are_right, good, picture, write_parq
 from tests.support.ray_cluster import ACCESS, Node, ray_cluster
 from tests.support.runs import config, flags_of, write_runs
 from tests.support.servers import answer, serving
-from tests.support.vision_encoders import write_vision_folder
 
 asked: collections.Counter[str] = collections.Counter()
 
@@ -38,11 +37,6 @@ async def image(request: web.Request) -> web.Response:
 def base() -> Iterator[str]:
     with serving({"/{name:\\d+.jpg}": image, "/gone": answer(status=404)}) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vision_folder(tmp_path_factory.mktemp("vision"))
 
 
 @pytest.fixture(scope="module")

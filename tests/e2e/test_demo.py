@@ -58,6 +58,19 @@ def test_no_line_of_an_answer_begins_with_a_mark() -> None:
     assert wrapped("左上角有圆", 2) == ["左上", "角有", "圆"]
 
 
+def test_a_demo_too_small_for_its_dead_links_is_refused(tmp_path: Path) -> None:
+    flags = ("--out", tmp_path / "out", "--rows", 15)
+    line = call("llava_align", "demo", *flags, code=2).one_line()
+    assert line == "error: --rows; expected 16 or more; got 15"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_smallest_demo_ends_well(tmp_path: Path) -> None:
+    flags = ("--out", tmp_path / "out", "--rows", 16, "--held-out", 2, "--steps", 2, "--json")
+    assert call("llava_align", "demo", *flags).summary["rows"]["ok"] == 12
+
+
 def test_an_interrupt_says_what_it_means_for_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

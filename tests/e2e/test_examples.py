@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from extract.sources.folder import Folder
 from tests.support.commands import call, run, started, wait_until
 from tests.support.local_data import write_parquet
 from tests.support.pictures import picture
@@ -39,6 +41,29 @@ def test_the_first_that_can_be_had_are_saved_with_their_captions(base: str, tmp_
     assert line == f"error: --out; expected a folder; got the file {data}"
     again = call("llava_align", "examples", "--data", tmp_path / "out", "--out", tmp_path / "again", "--json")
     assert again.summary["examples"] == 3
+
+
+def test_dialogues_and_several_captions_are_saved_as_json(tmp_path: Path) -> None:
+    for n in range(3):
+        (tmp_path / f"{n}.jpg").write_bytes(picture(n))
+    talk = [{"role": "user", "content": "什么？"}, {"role": "assistant", "content": "猫"}]
+    rows = [
+        {"image": "0.jpg", "messages": talk},
+        {"messages": talk},
+        {"image": "1.jpg", "messages": ["一", "b"]},
+        {"image": ["0.jpg", "1.jpg"], "messages": talk},
+        {"image": "2.jpg", "messages": "one"},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    ended = call("llava_align", "examples", "--data", data, "--out", tmp_path / "out", "--json")
+    assert ended.summary["failed"] == {"text only": 1, "several images": 1}
+    out = tmp_path / "out"
+    assert json.loads((out / "0000.json").read_text()) == talk
+    assert json.loads((out / "0001.json").read_text()) == ["一", "b"]
+    assert (out / "0002.txt").read_text() == "one\n"
+    columns = Folder.find(out).read()
+    assert columns.captions == ['[["什么？","猫"]]', '[[null,"一"],[null,"b"]]', '[[null,"one"]]']
 
 
 def test_rows_without_captions_are_said(tmp_path: Path) -> None:

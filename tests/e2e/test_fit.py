@@ -106,8 +106,8 @@ def test_inspect_tells_what_the_crop_drops(world: Path, tmp_path: Path) -> None:
         assert ended.summary["aspect_ratio"]["p50"] == 2.0
     assert shown == {
         "crop": "crop, keeps 50% of a picture's area (median; 33% at least)",
-        "pad": "pad, 50% of a square is padding (median)",
-        "squash": "squash, of sides 2.00 to 1 (median)",
+        "pad": "pad, 50% of a square is padding (median; 67% at most)",
+        "squash": "squash, long side 2.00 × short (median; 3.00 at most)",
     }
 
 
@@ -127,8 +127,8 @@ def test_later_commands_take_the_fit_that_is_recorded(world: Path, tmp_path: Pat
     line = extract(world, tmp_path / "out", "crops", code=1).one_line()
     assert "holds features of another encoder or preprocessing" in line
     assert line.endswith('crop: "pad" vs "center 24"; extract run --fit pad, or choose another --out')
-    line = call("extract", "retry-failed", *shard, "--fit", "crop", code=1).one_line()
-    assert "extract run --fit pad" in line
+    line = call("extract", "retry-failed", *shard, "--fit", "crop", code=2).one_line()
+    assert line == "error: --fit; expected pad, as the shards have it; got crop; leave it out"
     bench = ("--data", world / "pictures", "--vision", world / "crops", "--fit", "pad", "--out", tmp_path)
     assert call("extract", "bench", *bench, "--count", 2, "--json").summary["ok"] == 2
 

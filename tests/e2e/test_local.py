@@ -32,16 +32,10 @@ from tests.support.local_data import llava, write_json, write_parquet, write_pic
 from tests.support.pictures import picture
 from tests.support.servers import answer, serving
 from tests.support.shards import reseal
-from tests.support.vision_encoders import write_vision_folder
 from train.data.samples import Samples
 
 NAMES = ["猫 1.jpg", "b/狗.JPG", "c.jpg"]
 CAPTIONS = ["一只猫", "一只狗", "a fish"]
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vision_folder(tmp_path_factory.mktemp("vision"))
 
 
 def extracted(vision: Path, data: object, out: Path, **flags: Any) -> Shard:

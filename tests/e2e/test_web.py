@@ -323,7 +323,7 @@ def test_reasons_are_kept_and_shown(vision: Path, tmp_path: Path) -> None:
         "received 100 of 1000 bytes",
         "expected http:// or https:// and a host",
         "GIF: damaged header",
-        "begins with b'8BPS\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'; expected…",
+        "begins with b'8BPS\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'",
         "its host has no address",
         "Connection refused",
         "no host or port that can be one",

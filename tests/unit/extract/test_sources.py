@@ -22,7 +22,7 @@ from extract.sources.local_images import LocalImages, read_image
 from extract.sources.stored_images import ParquetImages, StoredImages
 from extract.statistics import write_statistics
 from llava_core.errors import LlavaError
-from llava_core.row_status import Status
+from llava_core.row_status import Outcome, Status
 from llava_core.shards.reader import Shard
 from llava_core.tables.conversations import conversation_turns
 from tests.support.local_data import llava, write_json, write_parquet, write_pictures
@@ -129,7 +129,7 @@ def test_llava_json(tmp_path: Path, lines: bool) -> None:
     assert rows.ids[:5] == ["id of coco/1 一.jpg", "id of 2.JPG", "id of missing.jpg", "7", "id of 2.JPG"]
     one, two = pictures
     assert bodies(rows) == [one, two, "no file", "no file", two, two, two, two, two, two]
-    assert rows.outcomes == {3: Status.TEXT_ONLY}
+    assert rows.outcomes == {3: Outcome(Status.TEXT_ONLY)}
 
 
 def test_parquet_with_paths_beside_it_or_in_a_folder_that_is_named(tmp_path: Path) -> None:
@@ -351,11 +351,11 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
     fails(tmp_path / "a.json", "a.json is not UTF-8")
     (tmp_path / "b.jsonl").write_text('{"image": "x"}\n{"image": \n')
     fails(tmp_path / "b.jsonl", "b.jsonl, line 2 is not JSON")
-    strange = [llava("set/a.jpg", "q", "a"), {"image": "x", "conversations": [{"from": "bot", "value": "a"}]}]
+    strange = [{"image": "x", "conversations": [{"from": "bot", "value": "a"}]}] * 2
     fails(
-        write_json(tmp_path / "a.json", strange), "a.json, row 1: unknown role 'bot'; expected one of human"
+        write_json(tmp_path / "a.json", strange), "a.json, row 0: unknown role 'bot'; expected one of human"
     )
-    write_json(tmp_path / "two/a.json", strange[:1])
+    write_json(tmp_path / "two/a.json", [llava("set/a.jpg", "q", "a")])
     (tmp_path / "two/a.jsonl").write_text("")
     fails(tmp_path / "two", r"a.json and .*a.jsonl would both become two-a.h5")
     lists = write_parquet(tmp_path / "c.parquet", image=[[1, 2]], caption=["x"])
@@ -367,7 +367,7 @@ def test_bad_sources_are_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_question_without_an_answer_is_no_dialogue() -> None:
-    assert conversation_turns([{"from": "human", "value": "q"}], "here") is None
+    assert conversation_turns([{"from": "human", "value": "q"}]) is None
 
 
 def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:

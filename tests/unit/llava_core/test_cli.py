@@ -299,6 +299,12 @@ def test_unknown_flags_are_wrong_usage() -> None:
     assert ended("--rate", "much") == 2
 
 
+def test_a_phase_is_no_command_of_another_program() -> None:
+    line = run("llava_align", "extract", "run", "--data", "x", code=2).one_line()
+    do = "it is a program of its own: python -m extract run …"
+    assert line == f"error: llava has no command extract; {do}"
+
+
 @pytest.mark.parametrize(
     ("module", "commands"),
     [
