@@ -89,13 +89,12 @@ class ArrowTable(Table):
         try:
             if field:
                 found = found.cast(_only_field(found.type, field))
-            values: list[Any] = _without_codec(found).to_pylist()
+            return list(_without_codec(found).to_pylist())
         except ValueError:  # a time that Python has not, or text that is no UTF-8 inside a list or struct
             try:
-                values = found.cast(pa.large_string()).to_pylist()
+                return list(found.cast(pa.large_string()).to_pylist())
             except (pa.ArrowException, ValueError) as error:
                 raise LlavaError(f"{self.path}: column {name!r} cannot be read", got=error) from None
-        return values
 
     def column(self, name: str) -> Any:
         """A column as Arrow has it."""
@@ -196,11 +195,12 @@ def _text(path: Path, head: bytes) -> str:
             raise LlavaError(f"{path} is a damaged gzip file", got=first_line(error)) from None
         if data[257:262] == b"ustar":
             raise LlavaError(f"{path} is a compressed tar archive", do="decompress it by `gunzip`")
-    if b"\0" in data[:4096] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if b"\0" in data[:4096] and not wide:
         kinds = "parquet, Arrow, JSON, JSON lines, CSV, TSV or tar"
         raise LlavaError(f"{path} is no table", expected=kinds, got=f"begins with {head[:12]!r}")
     try:
-        return data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         if _is_csv(path):  # as spreadsheets in China write them
             try:
@@ -248,8 +248,7 @@ def _json_type(value: object) -> str:
 
 def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
     """Rows under a header. Raises LlavaError for a row of more fields than the header."""
-    head = text.split("\n", 1)[0]
-    separator = delimiter or max(",\t;", key=head.count)
+    separator = delimiter or max(",\t;", key=text.split("\n", 1)[0].count)
     csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     entries: list[dict[str, Any]] = []

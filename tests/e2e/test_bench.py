@@ -16,7 +16,7 @@ from llava_core.errors import LlavaError
 from llava_core.shards.hdf5_file import read_by_hdf5
 from llava_core.shards.quantize import STORAGES, Storage
 from llava_core.shards.reader import Shard
-from tests.support.commands import run, started, wait_until
+from tests.support.commands import call, started, wait_until
 from tests.support.local_data import write_pictures
 from tests.support.pictures import asked, good, write_parquet
 from tests.support.shards import TOKENS, WIDTH, features_of, write_shard
@@ -34,7 +34,7 @@ def test_stages_alone_and_together(base: str, vision: Path, tmp_path: Path) -> N
     write_parquet(tmp_path / "data/b.parquet", [*good(base, 20, start=26), *bad, *good(base, 50, start=46)])
     where = ("--data", tmp_path / "data", "--vision", vision, "--out", tmp_path / "deep/out")
     flags = ("--allow-private", "--timeout", 1, "--retries", 0, "--patience", 0, "--count", 40, "--limit", 90)
-    ended = run("extract", "bench", *where, *flags, "--json", code=3)
+    ended = call("extract", "bench", *where, *flags, "--json", code=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     assert asked == {str(i): 1 for i in range(72)}  # 26 + 10 alone, then 10 + 26 together
     found = ended.summary
@@ -134,7 +134,7 @@ def test_interrupted_it_leaves_nothing(base: str, vision: Path, tmp_path: Path) 
 def test_a_cache_is_read_as_training_reads_it(storage: Storage, tmp_path: Path) -> None:
     write_shard(tmp_path / "features/a.h5", rows=30, failed=[3], storage=storage)
     write_shard(tmp_path / "features/b.h5", rows=10, storage=storage)
-    ended = run("extract", "bench", "--features", tmp_path / "features", "--count", 33, "--json")
+    ended = call("extract", "bench", "--features", tmp_path / "features", "--count", 33, "--json")
     row_bytes = TOKENS * WIDTH * 2 if storage == "float16" else TOKENS * WIDTH + WIDTH * 2
     found = ended.summary
     assert [found.pop(key) for key in ("rows", "measured_rows", "row_bytes")] == [39, 33, row_bytes]
@@ -160,7 +160,7 @@ def test_bad_flags_and_folders(vision: Path, tmp_path: Path) -> None:
         with pytest.raises(LlavaError, match=message) as raised:
             BenchConfig(**flags)
         assert raised.value.exit_code == 2
-    assert "got neither" in run("extract", "bench", code=2).one_line()
+    assert "got neither" in call("extract", "bench", code=2).one_line()
     with pytest.raises(LlavaError, match="no feature folder"):
         bench(BenchConfig(features=tmp_path / "none"))
     write_shard(tmp_path / "failed/a.h5", rows=2, failed=[0, 1])

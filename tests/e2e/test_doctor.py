@@ -57,13 +57,13 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path: Path) -> None:
 
 
 def test_a_self_test_that_fails_says_why(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train/__init__.py").touch()
-    (tmp_path / "train/__main__.py").write_text("raise SystemExit('no luck')")
+    (tmp_path / "extract").mkdir()
+    (tmp_path / "extract/__init__.py").touch()
+    (tmp_path / "extract/__main__.py").write_text("raise SystemExit('no luck')")
     ended = run(
         "llava_align", "doctor", "--folder", tmp_path, code=1, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}"
     )
-    why = "the self-test failed: `python -m train run` ended with exit code 1; got no luck"
+    why = "the self-test failed: `python -m extract bench` ended with exit code 1; got no luck"
     assert why in ended.err
 
 

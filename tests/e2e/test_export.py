@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from llava_core.language.sampling import Sampling
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, save_checkpoint
 from llava_core.projector.projector import build_projector, match_scale
 from llava_core.vision.open import open_vision_tower
-from tests.support.commands import run
+from tests.support.commands import call
 from tests.support.exported import QUESTIONS
 from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model
 from tests.support.paths import ROOT
@@ -45,6 +46,8 @@ SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "nu
 PAD = 263
 """The last row of the embedding of a small language model."""
 SIZES |= {"image_size": 28, "patch_size": 7}
+Elsewhere = Callable[[Path, list[Path]], dict[str, Any]]
+"""What another process says of a folder and pictures."""
 
 
 def write_pictures(folder: Path) -> list[Path]:
@@ -88,24 +91,38 @@ def write_checkpoint(
     return ExportConfig(checkpoint=folder, vision=vision, llm=llm_folder, out=folder.with_name("exported"))
 
 
-def talk_elsewhere(folder: Path, pictures: list[Path]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     """tests/support/exported.py in a process that knows installed packages, but not this project."""
+    place = tmp_path_factory.mktemp("elsewhere")
     # -S leaves out the .pth file that makes this project importable.
-    subprocess.run(
-        [sys.executable, "-S", ROOT / "tests/support/exported.py", folder, *pictures],
-        cwd=folder.parent,
+    with subprocess.Popen(
+        [sys.executable, "-S", ROOT / "tests/support/exported.py"],
+        cwd=place,
         env={
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             # Another folder of packages tries another transformers.
             "PYTHONPATH": os.environ.get("EXPORT_PACKAGES", sysconfig.get_path("purelib")),
-            "HF_MODULES_CACHE": str(folder.with_name("modules")),
+            "HF_MODULES_CACHE": str(place / "modules"),
             "OMP_NUM_THREADS": "1",
         },
-        check=True,
-        timeout=240,
-    )
-    result: dict[str, Any] = torch.load(f"{folder}.pt", weights_only=True)
-    return result
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def talk(folder: Path, pictures: list[Path]) -> dict[str, Any]:
+            print(json.dumps(list(map(str, [folder, *pictures]))), file=stdin, flush=True)
+            assert stdout.readline() == f"{folder}.pt\n"
+            result: dict[str, Any] = torch.load(f"{folder}.pt", weights_only=True)
+            return result
+
+        yield talk
+        stdin.close()
+        assert process.wait() == 0
 
 
 def opened(config: ExportConfig) -> ImageAnswerer:
@@ -119,8 +136,8 @@ def opened(config: ExportConfig) -> ImageAnswerer:
 
 
 @torch.inference_mode()
-def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
-    theirs = talk_elsewhere(config.out, pictures)
+def equals_infer(elsewhere: Elsewhere, config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
+    theirs = elsewhere(config.out, pictures)
     aligned = opened(config)
     decoded = [aligned.decode(path.read_bytes()) for path in pictures]
     pixels = torch.stack([torch.as_tensor(each.pixels) for each in decoded])
@@ -157,16 +174,16 @@ def equals_infer(config: ExportConfig, pictures: list[Path]) -> dict[str, Any]:
     return theirs
 
 
-def test_chinese_clip_and_qwen3(tmp_path: Path) -> None:
+def test_chinese_clip_and_qwen3(tmp_path: Path, elsewhere: Elsewhere) -> None:
     """ModelScope's layout, a JPEG decoded small, through the command; the folder says what it is."""
     vision = write_vision_folder(tmp_path / "clip", vision={**VISION, "vision_patch_size": 8})
     llm = write_language_model(tmp_path / "qwen")
     (llm / "LICENSE").write_text("as you like")
     config = write_checkpoint(tmp_path / "c", vision, llm, "mlp", "shuffle", None, "draft")
     flags = ("--checkpoint", tmp_path / "c", "--vision", vision, "--llm", llm, "--out", config.out)
-    planned = run("llava_align", "export", *flags, "--dry-run", "--json").summary
+    planned = call("llava_align", "export", *flags, "--dry-run", "--json").summary
     assert not config.out.exists()
-    assert run("llava_align", "export", *flags, "--json").summary["bytes"] == planned["bytes"]
+    assert call("llava_align", "export", *flags, "--json").summary["bytes"] == planned["bytes"]
     weights = load_file(config.out / "model.safetensors")
     assert sum(tensor.nbytes for tensor in weights.values()) == planned["bytes"]
     assert "language_model.lm_head.weight" not in weights
@@ -176,11 +193,13 @@ def test_chinese_clip_and_qwen3(tmp_path: Path) -> None:
     assert "pipeline_tag: image-text-to-text\n" in card
     assert "| eval_loss | 1.25 |" in card
     assert str(tmp_path) not in "".join(path.read_text() for path in config.out.glob("*.json"))
-    equals_infer(config, write_pictures(tmp_path))
-    assert "exists; expected a new or empty folder" in run("llava_align", "export", *flags, code=1).one_line()
+    equals_infer(elsewhere, config, write_pictures(tmp_path))
+    assert (
+        "exists; expected a new or empty folder" in call("llava_align", "export", *flags, code=1).one_line()
+    )
 
 
-def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
+def test_hugging_face_clip_and_llama(tmp_path: Path, elsewhere: Elsewhere) -> None:
     """The tokenizer uses every row of the embedding, and pads with the last."""
     torch.manual_seed(0)
     vision = write_hugging_face(
@@ -199,7 +218,7 @@ def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
     config.out.mkdir()
     export_run(config)
     pictures = write_pictures(tmp_path)
-    equals_infer(config, pictures)
+    equals_infer(elsewhere, config, pictures)
     assert json.loads((config.out / "config.json").read_text())["image_token_id"] == PAD - 1
     words = json.loads((config.out / "tokenizer_config.json").read_text())
     assert isinstance(words.get("extra_special_tokens", {}), dict)  # as transformers 4 reads it
@@ -209,47 +228,49 @@ def test_hugging_face_clip_and_llama(tmp_path: Path) -> None:
     for name in ("config.json", "processor_config.json"):
         path = config.out / name
         path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_id": PAD}))
-    equals_infer(config, pictures)
+    equals_infer(elsewhere, config, pictures)
     assert not config.out.with_name("exported.part").exists()
 
 
-def test_siglip_at_an_earlier_layer(tmp_path: Path) -> None:
+def test_siglip_at_an_earlier_layer(tmp_path: Path, elsewhere: Elsewhere) -> None:
     torch.manual_seed(0)
     model = SiglipVisionModel(SiglipVisionConfig(**SIZES))
     vision = write_hugging_face(tmp_path / "vision", model, size={"height": 28, "width": 28}, resample=3)
     llm = write_language_model(tmp_path / "llm")
     config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", -2, "draft")
     export_run(config)
-    equals_infer(config, write_pictures(tmp_path))
+    equals_infer(elsewhere, config, write_pictures(tmp_path))
 
 
-def test_the_demo_s_models(tmp_path: Path) -> None:
+def test_the_demo_s_models(tmp_path: Path, elsewhere: Elsewhere) -> None:
     vision, llm = (MODELS / name for name in ("vision", "llm"))
     config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
     export_run(config)
-    equals_infer(config, write_pictures(tmp_path))
+    equals_infer(elsewhere, config, write_pictures(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("visual_tokens", "fit", "decode"), [("pool3", "pad", "draft"), ("shuffle3", "crop", "exact")]
 )
 def test_larger_blocks_of_pictures_of_another_fit(
-    tmp_path: Path, visual_tokens: str, fit: Fit, decode: str
+    tmp_path: Path, elsewhere: Elsewhere, visual_tokens: str, fit: Fit, decode: str
 ) -> None:
     vision, llm = (MODELS / name for name in ("vision", "llm"))
     config = write_checkpoint(tmp_path / "c", vision, llm, "mlp", visual_tokens, None, decode, fit)
     export_run(config)
-    equals_infer(config, write_pictures(tmp_path))
+    equals_infer(elsewhere, config, write_pictures(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_the_space_answers_as_a_gpu_does(tmp_path: Path, dtype: Literal["bfloat16", "float16"]) -> None:
+def test_half_the_space_answers_as_a_gpu_does(
+    tmp_path: Path, elsewhere: Elsewhere, dtype: Literal["bfloat16", "float16"]
+) -> None:
     vision, llm = (MODELS / name for name in ("vision", "llm"))
     whole = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
     config = dataclasses.replace(whole, dtype=dtype)
     planned = export_run(dataclasses.replace(whole, dry_run=True))["bytes"]
     assert export_run(config)["bytes"] < 0.6 * planned
-    equals_infer(config, write_pictures(tmp_path))
+    equals_infer(elsewhere, config, write_pictures(tmp_path))
 
 
 def test_weights_of_a_gguf_file_are_no_longer_quantised(tmp_path: Path) -> None:

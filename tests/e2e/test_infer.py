@@ -306,7 +306,7 @@ def test_batch_equals_ask_and_continues(world: Folders, aligned: ImageAnswerer, 
     source, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
     command = ("infer", "batch", *world.flags, "--max-tokens", 12, "--batch-size", 4, "--input", source)
-    failed = run(*command, "--output", out, "--json", code=1)
+    failed = call(*command, "--output", out, "--json", code=1)
     assert (failed.summary["questions"], failed.summary["failed"]) == (12, 2)
     assert f"12 questions, 2 without an answer: `error` in {out} tells why" in failed.err
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

@@ -11,28 +11,28 @@ import torch
 from safetensors.torch import load_file
 
 from llava_core.shards.reader import Shard
-from tests.support.commands import run
+from tests.support.commands import call
 from tests.support.paths import GOLDEN, WORLD_MODELS
 
 FILES = GOLDEN / "version_1"
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """A copy of the files, in a folder that has the models where the recorded settings name them."""
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the files as the working folder, with the models where the recorded settings name them."""
     shutil.copytree(FILES, tmp_path / "old", symlinks=True)
     (tmp_path / "old/models").symlink_to(WORLD_MODELS)
+    monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
 
 
 def test_shards_and_a_checkpoint_of_version_1(old: Path) -> None:
     for cache, rows in (("features", 12), ("held-out", 6)):
-        checked = run("extract", "verify", "--out", cache, "--vision", "models/vision", "--json", cwd=old)
+        checked = call("extract", "verify", "--out", cache, "--vision", "models/vision", "--json")
         assert checked.summary["rows"] == rows
-    scored = run(
+    scored = call(
         *("train", "eval", "--checkpoint", "checkpoint", "--features", "held-out", "--llm", "models/llm"),
         *("--device", "cpu", "--json"),
-        cwd=old,
     )
     recorded = json.loads((old / "checkpoint/metrics.json").read_text())
     assert scored.summary["loss"] == pytest.approx(recorded["eval_loss"], abs=1e-4)
@@ -40,29 +40,29 @@ def test_shards_and_a_checkpoint_of_version_1(old: Path) -> None:
 
 def test_a_shard_half_written_by_version_1_is_finished(old: Path) -> None:
     flags = ("--data", "pictures", "--vision", "models/vision", "--out", "part", "--json")
-    assert run("extract", "run", *flags, cwd=old).summary["rows"] == 6
-    assert run("extract", "verify", "--out", "part", "--json", cwd=old).summary["damaged_rows"] == 0
+    assert call("extract", "run", *flags).summary["rows"] == 6
+    assert call("extract", "verify", "--out", "part", "--json").summary["damaged_rows"] == 0
 
 
 def test_shards_of_version_2_have_no_reasons_and_are_finished(old: Path) -> None:
     shutil.copytree(GOLDEN / "version_2", old / "two")
     where = ("--data", "pictures", "--vision", "models/vision", "--device", "cpu")
     for folder in ("two/features", "two/part"):
-        kept = run("extract", "run", *where, "--out", folder, "--dtype", "int8", "--json", cwd=old)
+        kept = call("extract", "run", *where, "--out", folder, "--dtype", "int8", "--json")
         assert (kept.summary["ok"], kept.summary["by_reason"]) == (6, {})
-        checked = run("extract", "verify", "--out", folder, *where, "--json", cwd=old).summary
+        checked = call("extract", "verify", "--out", folder, *where, "--json").summary
         assert (checked["damaged_rows"], checked["encoded_again"]) == (0, 6)
     shards = [Shard(old / "two" / folder / "pictures.h5") for folder in ("features", "part")]
     assert [shard.layout.version for shard in shards] == [2, 2]
     assert (shards[0].checksums == shards[1].checksums).all()
-    assert run("extract", "inspect", "--out", "two/part", "--json", cwd=old).summary["by_reason"] == {}
+    assert call("extract", "inspect", "--out", "two/part", "--json").summary["by_reason"] == {}
 
 
 def test_a_run_killed_under_version_1_goes_on(old: Path) -> None:
     flags = ("--features", "features", "--eval-features", "held-out", "--llm", "models/llm",
              "--device", "cpu", "--batch-size", 4, "--epochs", 4, "--max-steps", 4, "--eval-every", 2,
              "--save-every", 2, "--log-every", 1)  # fmt: skip
-    run("train", "run", *flags, "--out", "killed", "--resume", cwd=old)
+    call("train", "run", *flags, "--out", "killed", "--resume")
     expected, got = (load_file(old / of / "model.safetensors") for of in ("checkpoint", "killed/last"))
     for key, weights in expected.items():
         torch.testing.assert_close(got[key], weights, atol=1e-5, rtol=1e-4)

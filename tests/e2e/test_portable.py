@@ -10,7 +10,7 @@ import pytest
 
 from llava_align.config import MODELS
 from llava_core.filesystem import read_json_lines
-from tests.support.commands import ENVIRONMENT, call, run
+from tests.support.commands import ENVIRONMENT, call, run_each
 from tests.support.local_data import write_parquet, write_pictures
 
 LACKING = (
@@ -46,24 +46,28 @@ def test_every_command_runs_without_linux(tmp_path: Path, elsewhere: dict[str, A
     data = ("--data", tmp_path / "set/data.parquet", "--vision", MODELS / "vision", "--device", "cpu")
     features, llm = ("--features", tmp_path / "features"), ("--llm", MODELS / "llm", "--device", "cpu")
 
-    def here(*command: object) -> dict[str, Any]:
-        return run(*command, "--json", **elsewhere).summary
-
-    assert here("extract", "run", *data, "--out", tmp_path / "features")["ok"] == 8
-    assert here("extract", "bench", *data, "--count", 4, "--out", tmp_path)["ok"] == 4
-    read = here("extract", "bench", *features)
-    assert (read["rows"], read["as_training_cold"]) == (8, None)
     given = (*features, "--eval-features", tmp_path / "features", *llm, "--batch-size", 4, "--max-steps", 2)
-    assert here("train", "run", *given, "--out", tmp_path / "run")["steps"] == 2
-    swept = here("train", "sweep", *given, "--out", tmp_path / "sweep", "--space", "lr=1e-3,1e-2")
-    assert swept["finished"] == 2
     models = ("--checkpoint", tmp_path / "run/last", "--vision", MODELS / "vision", *llm, "--max-tokens", 4)
-    assert here("infer", "ask", *models, "--image", tmp_path / "set/0.jpg")["answer"]
     (tmp_path / "q.jsonl").write_text(json.dumps({"image": str(tmp_path / "set/1.jpg"), "prompt": "看"}))
-    here("infer", "batch", *models, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl")
+    commands: list[tuple[object, ...]] = [
+        ("extract", "run", *data, "--out", tmp_path / "features"),
+        ("extract", "bench", *data, "--count", 4, "--out", tmp_path),
+        ("extract", "bench", *features),
+        ("train", "run", *given, "--out", tmp_path / "run"),
+        ("train", "sweep", *given, "--out", tmp_path / "sweep", "--space", "lr=1e-3,1e-2"),
+        ("infer", "ask", *models, "--image", tmp_path / "set/0.jpg"),
+        ("infer", "batch", *models, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"),
+        ("llava_align", "doctor", "--no-test"),
+    ]
+    ended = run_each([(*command, "--json") for command in commands], **elsewhere)
+    extracted, benched, read, trained, swept, asked, _, doctor = (each.summary for each in ended)
+    assert (extracted["ok"], benched["ok"]) == (8, 4)
+    assert (read["rows"], read["as_training_cold"]) == (8, None)
+    assert (trained["steps"], swept["finished"]) == (2, 2)
+    assert asked["answer"]
     (answer,) = read_json_lines(tmp_path / "a.jsonl")
     assert answer["answer"]
-    assert here("llava_align", "doctor", "--no-test")["machine"]
+    assert doctor["machine"]
 
 
 def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import build_projector, match_scale, parameter_count
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from tests.support.aligned import Folders, write_aligned
-from tests.support.commands import call, run
+from tests.support.commands import call, run, run_each
 from tests.support.entry_points import install
 from tests.support.features import write_features
 from tests.support.paths import ROOT
@@ -276,21 +276,19 @@ def test_an_installed_package_adds_names(here: Path, world: Folders, tmp_path: P
     path = f"{site}:{ROOT}"
     features = world.llm.parent / "features"
     out = tmp_path / "run"
-    run(
+    train = (
         *("train", "run", "--features", features, "--llm", world.llm, "--out", out, "--max-steps", 1),
         *("--batch-size", 2, "--device", "cpu", "--projector", "deep"),
-        PYTHONPATH=path,
     )
-    recorded = json.loads((out / "last/config.json").read_text())["projector"]
-    assert (recorded["kind"], recorded["depth"]) == ("my_parts:Gated", 2)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat/flat.json").write_text('{"side": 8}')
     (tmp_path / "images").mkdir()
     shutil.copy(world.images[0], tmp_path / "images/a.png")
     images = ("--data", tmp_path / "images", "--vision", tmp_path / "flat", "--out", tmp_path / "shards")
-    extracted = run(
-        "extract", "run", *images, "--device", "cpu", "--max-failed", 1, "--json", PYTHONPATH=path
-    )
+    extract = ("extract", "run", *images, "--device", "cpu", "--max-failed", 1, "--json")
+    _, extracted = run_each([train, extract], PYTHONPATH=path)
+    recorded = json.loads((out / "last/config.json").read_text())["projector"]
+    assert (recorded["kind"], recorded["depth"]) == ("my_parts:Gated", 2)
     assert extracted.summary["rows"] == 1
     left_out = [line for line in extracted.err.splitlines() if line.startswith("left out: ")]
     assert [line.split("'")[1] for line in left_out] == ["broken", "odd"]

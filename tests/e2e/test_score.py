@@ -21,7 +21,7 @@ from llava_core.shards.reader import Shard
 from llava_core.shards.writer import ShardWriter
 from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import Folders, write_aligned
-from tests.support.commands import ENVIRONMENT, call, run
+from tests.support.commands import ENVIRONMENT, call
 from tests.support.features import models, write_features
 from tests.support.paths import ROOT
 from tests.support.shards import header, outcome, write_shard
@@ -178,8 +178,8 @@ def test_scores_of_a_file(
 
     stored = score.run(ScoreConfig(**flags, **vision, features=features))
     assert stored["clipscore"] == pytest.approx(expected, abs=2e-3)
-    alone = run("infer", "score", "--input", source, "--reference", "none", "--vision", world.vision,
-                "--device", "cpu", "--images", world.vision.parent, "--json")  # fmt: skip
+    alone = call("infer", "score", "--input", source, "--reference", "none", "--vision", world.vision,
+                 "--device", "cpu", "--images", world.vision.parent, "--json")  # fmt: skip
     assert alone.summary["clipscore"] == figures["clipscore"]
     assert "bleu_1" not in alone.summary
     assert figures["clipscore_low"] < figures["clipscore"] < figures["clipscore_high"]

@@ -20,7 +20,7 @@ import torch
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import load_checkpoint
 from tests.support.browser import dom_of
-from tests.support.commands import call, holder, run, started, wait_until
+from tests.support.commands import call, holder, started, wait_until
 from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
@@ -92,7 +92,11 @@ def test_a_trial_that_fails_ends_no_other(grid: Path) -> None:
 
 
 def test_the_best_is_made_again_by_the_command_that_is_given(
-    world: Path, grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path,
+    grid: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     again = sweep_run(sweep(world, grid, *SPACE))  # nothing is left to do
     out, err = capsys.readouterr()
@@ -106,7 +110,8 @@ def test_the_best_is_made_again_by_the_command_that_is_given(
     assert re.match(r"0\.02 +mlp +0 +\d\.\d{4} +- +\d\.\d{4} +-?\d\.\d{4} +2 of 2", out.splitlines()[2])
     assert out.splitlines()[-1] == f"the best again: {again['command']}"
     arguments = shlex.split(again["command"])
-    run(*arguments[2:], cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    call(*arguments[2:])
     (made,) = (tmp_path / "runs").iterdir()
     assert made.name == f"grid-{first['trial']:04d}"  # of this sweep, and this trial
     same, best = weights(made), weights(grid / first["folder"])

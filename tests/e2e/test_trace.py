@@ -15,7 +15,7 @@ from llava_core.language.instructions import pick_instruction
 from llava_core.language.load import load_language_model
 from llava_core.shards.reader import Shard
 from tests.support.aligned import write_aligned
-from tests.support.commands import call, run
+from tests.support.commands import call
 from train.config import EvalConfig
 from train.evaluate import run as evaluate
 
@@ -30,8 +30,8 @@ def test_its_figures_are_those_of_extract_and_train(tmp_path: Path) -> None:
     (folder / "one.txt").write_text(CAPTION, encoding="utf-8")
     call("extract", "run", "--data", folder, "--out", tmp_path / "features", "--vision", world.vision,
         "--device", "cpu")  # fmt: skip
-    traced = run("llava_align", "trace", *world.flags, "--image", folder / "one.png", "--caption", CAPTION,
-                 "--prompt", pick_instruction(0, "0/pics/0"), "--json")  # fmt: skip
+    traced = call("llava_align", "trace", *world.flags, "--image", folder / "one.png", "--caption", CAPTION,
+                  "--prompt", pick_instruction(0, "0/pics/0"), "--json")  # fmt: skip
     figures, stages = traced.summary, {stage["name"].strip(): stage for stage in traced.summary["stages"]}
 
     features = Shard(tmp_path / "features/pics.h5").read(0).astype(np.float32)

@@ -213,12 +213,12 @@ def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_p
         if path.suffix != ".safetensors":
             shutil.copy(path, tmp_path / "llm")
     given = config(world, tmp_path / "run", max_steps=4)
-    ended = run("train", "plan", *flags_of(dataclasses.replace(given, llm=tmp_path / "llm")), "--json")
+    ended = call("train", "plan", *flags_of(dataclasses.replace(given, llm=tmp_path / "llm")), "--json")
     planned = ended.summary
     assert (planned["samples"], planned["steps"]) == (48, 4)
     assert "matmul rate of this machine, measured" in ended.out
     assert not (tmp_path / "run").exists()
-    ended = run("train", "run", *flags_of(given), "--json")
+    ended = call("train", "run", *flags_of(given), "--json")
     assert ended.summary["planned_memory_bytes"] == pytest.approx(sum(planned["memory"].values()), rel=0.1)
     assert ended.summary["steps_per_s"] > 0
     assert "planned" in ended.err

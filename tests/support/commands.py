@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,6 +106,13 @@ def run(*arguments: object, code: int = 0, cwd: Path | None = None, **environmen
     return Ended(process.returncode, out, err)
 
 
+def run_each(commands: Sequence[Sequence[object]], **environment: Any) -> list[Ended]:
+    """`run` of several commands, each with exit code 0, one after the other in one process."""
+    listed = json.dumps([list(map(str, command)) for command in commands])
+    ended = run("tests.support.commands", listed, **environment)
+    return [Ended(0, *printed) for printed in json.loads(ended.out)]
+
+
 class Screen(io.StringIO):
     """Standard output that leads to a terminal."""
 
@@ -126,3 +133,7 @@ def call(*arguments: object, code: int = 0, pipe: bool = True) -> Ended:
     ended = Ended(int(left.value.code or 0), out.getvalue(), err.getvalue())
     assert ended.code == code, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
     return ended
+
+
+if __name__ == "__main__":  # see `run_each`
+    print(json.dumps([dataclasses.astuple(call(*command))[1:] for command in json.loads(sys.argv[1])]))

@@ -1,6 +1,6 @@
 """Talks to an exported folder by transformers alone: run as a script, far from this project.
 
-FOLDER PICTURES... -> FOLDER.pt: what each step gave. The first argument after -S is this file.
+Each line of standard input is JSON, [FOLDER, PICTURES…]; FOLDER.pt then tells what each step gave.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +78,8 @@ def main(folder: str, pictures: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        torch.save(main(sys.argv[1], sys.argv[2:]), f"{sys.argv[1]}.pt")
-    print(json.dumps({"transformers": transformers.__version__, "script": Path(__file__).name}))
+    for line in sys.stdin:
+        folder, *pictures = json.loads(line)
+        with torch.inference_mode():
+            torch.save(main(folder, pictures), f"{folder}.pt")
+        print(f"{folder}.pt", flush=True)
