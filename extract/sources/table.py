@@ -18,6 +18,7 @@ from extract.sources.table_files import DamagedTable, RowTable, Table, open_tabl
 from extract.sources.words import SAMPLE, WordReader, Words
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
+from llava_core.shards.dialogue import Dialogue
 
 IMAGES = (
     *("url", "image", "path", "images", "image_url", "image_path", "file_name", "filename", "img"),
@@ -72,7 +73,7 @@ class _Reader:
     def columns(self, rows: int, folder: Path) -> Columns:
         """Raises LlavaError if the table is damaged, or names only files and none is in `folder`."""
         values = self.texts(rows)
-        words = self.words_of(values)
+        words = self._with_systems(self.words_of(values), rows)
         captions, conversations = self.words.texts_of(words)
         refs, outcomes = [""] * len(values), {}
         if self.ref is not None:
@@ -102,12 +103,25 @@ class _Reader:
 
     def _is_text_only(self, words: Words | None, value: Any) -> bool:
         """Whether a row without an image is a dialogue that speaks of none."""
-        asked = isinstance(words, tuple) and any(question for question, _ in words)
+        asked = isinstance(words, Dialogue) and any(question for question, _ in words.turns)
         return asked and not names_media(self.words.decoded(value))
 
     def words_of(self, values: Sequence[Any]) -> list[Words | None]:
         """Raises LlavaError for an unknown role."""
         return [self.words.words(value, row) for row, value in enumerate(values)]
+
+    def _with_systems(self, words: list[Words | None], rows: int) -> list[Words | None]:
+        """Dialogues with the system messages that ms-swift and ShareGPT keep in a column of their own."""
+        name = next((name for name in self.table.names if name.lower() == "system"), None)
+        if name is None:
+            return words
+        systems = [value.strip() if isinstance(value, str) else "" for value in self.table.values(name, rows)]
+        return [
+            dataclasses.replace(item, system="\n".join(filter(None, (system, item.system))) or None)
+            if isinstance(item, Dialogue)
+            else item
+            for item, system in zip(words, systems, strict=True)
+        ]
 
     def texts(self, rows: int) -> list[Any]:
         values = self._coalesced(self.text, TEXTS, rows)

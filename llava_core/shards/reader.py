@@ -22,7 +22,7 @@ from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
 from llava_core.shards.byte_offsets import REASON_BYTES, columns
-from llava_core.shards.dialogue import Turns, turns_from_text
+from llava_core.shards.dialogue import Dialogue, Turns, dialogue_from_text
 from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
@@ -165,11 +165,15 @@ class Shard:
 
     def turns(self, row: int) -> Turns:
         """(question, answer) pairs; a caption is one answer, to the question None, which is drawn later."""
+        return self.dialogue(row).turns
+
+    def dialogue(self, row: int) -> Dialogue:
+        """`turns`, and the system message before them, if there is one."""
         text = self.caption(row)
         if not self.conversations or not text:
-            return ((None, text),) if text.strip() else ()
+            return Dialogue(((None, text),) if text.strip() else ())
         try:
-            return turns_from_text(text)
+            return dialogue_from_text(text)
         except ValueError:
             raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=REDO) from None
 

@@ -1,0 +1,41 @@
+"""The folders of --features: their shards, and names by which figures tell them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_core.shards.folder import find_shards, require_one_encoder
+from llava_core.shards.reader import Shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One folder of shards."""
+
+    path: Path
+    name: str
+    """The last part of its path, or as many as tell it from the others."""
+    shards: list[Shard]
+
+
+def open_sources(folders: Sequence[Path]) -> list[Source]:
+    """Raises LlavaError if one has no shards, one is damaged, or two come from different encoders."""
+    sources = [
+        Source(folder, name, find_shards(folder))
+        for folder, name in zip(folders, names_of(folders), strict=True)
+    ]
+    require_one_encoder([shard for source in sources for shard in source.shards])
+    return sources
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The ends of their paths, as long as it takes for all to differ."""
+    whole = [folder.absolute() for folder in folders]
+    parts = [(path.with_suffix("") if path.suffix == ".h5" else path).parts for path in whole]
+    for length in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
