@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import llava_align
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
 from llava_core.shards.dialogue import turns_to_text
@@ -105,6 +106,38 @@ def test_a_mix_resumes_bit_equal_after_a_kill(caches: Path, mix_run: Path, tmp_p
 def test_splitting_a_step_changes_nothing(caches: Path, mix_run: Path, tmp_path: Path) -> None:
     train_run(mixed(caches, tmp_path / "split", **LORA, micro_tokens=150, resident="disk"))
     assert curve(tmp_path / "split") == pytest.approx(curve(mix_run), rel=1e-4)
+
+
+def test_a_mix_in_two_processes_is_that_of_one(caches: Path, mix_run: Path, tmp_path: Path) -> None:
+    given = mixed(caches, tmp_path / "two", **LORA)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    with started(*launcher, "-m", "train", "run", *flags_of(given)) as process:
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    for key in ("loss", "eval_loss", "eval_loss_text", "eval_loss/talk-held-out"):
+        assert curve(given.out, key) == pytest.approx(curve(mix_run, key), rel=1e-6), key
+
+
+def test_from_python(caches: Path, mix_run: Path, tmp_path: Path) -> None:
+    given = mixed(caches, tmp_path / "python", **LORA)
+    flags = {"instructions": "mixed", **LORA}
+    for name in (
+        "llm",
+        "mix",
+        "max_steps",
+        "batch_size",
+        "lr",
+        "epochs",
+        "device",
+        "log_every",
+        "eval_every",
+    ):
+        flags[name] = getattr(given, name)
+    trained = llava_align.train(
+        [str(folder) for folder in given.features], eval_features=given.eval_features, out=given.out, **flags
+    )
+    assert curve(given.out) == curve(mix_run)
+    assert trained.figures["eval_loss_text"] == curve(mix_run, "eval_loss_text")[12]
 
 
 def test_each_source_has_its_share_in_each_block_and_its_own_epochs(caches: Path) -> None:
