@@ -19,11 +19,10 @@ from llava_core.errors import LlavaError
 from llava_core.language.instructions import default_question, instructions_for, pick_instruction
 from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn
 from llava_core.row_status import Status
-from llava_core.shards.dialogue import SYSTEM_START
 from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import picture_numbers
 from train.data.feature_cache import FeatureCache
-from train.data.sources import Source
+from train.data.sources import Source, text_only_rows, usable_rows
 
 BYTES_PER_TOKEN = 4
 """Bytes of text that a visual token counts as, where samples are weighed."""
@@ -68,8 +67,7 @@ class TextCounts:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Features fp16 [samples with a picture, T, D], on the CPU or where they are cached, and the text of each
-    sample."""
+    """Features fp16 [samples with a picture, T, D], on the CPU or where they are cached; texts of all."""
 
     features: torch.Tensor
     examples: list[Example]
@@ -174,8 +172,7 @@ class Samples:
 
     @functools.cached_property
     def pictures(self) -> list[int]:
-        """The number of each sample's picture (llava_core.shuffled_pairs): several samples may show one; one
-        without a picture has a number of its own."""
+        """The number of each sample's picture (llava_core.shuffled_pairs), which several samples may show."""
         return picture_numbers(self.shards[shard].picture_keys(row) for shard, row in self.rows)
 
     @property
@@ -296,26 +293,6 @@ class Samples:
             turns.append(Turn(question, answer))
         example = self.conversation.example(turns, self.max_text_tokens, dialogue.system)
         return example if self.has_picture(index) else dataclasses.replace(example, picture=False)
-
-
-def text_only_rows(shards: Sequence[Shard]) -> int:
-    return sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in shards)
-
-
-def usable_rows(
-    shards: Sequence[Shard], limit: int, text: bool = False
-) -> tuple[list[tuple[int, int]], bool]:
-    """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows,
-    and whether one of them has a system message; with `text`, rows about no picture are among them."""
-    statuses = [Status.OK, Status.TEXT_ONLY] if text else [Status.OK]
-    usable = (
-        ((s, row), shard.conversations and caption.startswith(SYSTEM_START))
-        for s, shard in enumerate(shards)
-        for row in np.flatnonzero(np.isin(shard.status, statuses)).tolist()
-        if (caption := shard.caption(row)).strip()
-    )
-    found = list(itertools.islice(usable, limit))
-    return [place for place, _ in found], any(system for _, system in found)
 
 
 def answer_tokens(examples: Sequence[Example]) -> int:

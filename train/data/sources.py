@@ -1,11 +1,16 @@
-"""The folders of --features: their shards, and names by which figures tell them apart."""
+"""The folders of --features: their shards and usable rows, and names by which figures tell them apart."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from llava_core.row_status import Status
+from llava_core.shards.dialogue import SYSTEM_START
 from llava_core.shards.folder import find_shards, require_one_encoder
 from llava_core.shards.reader import Shard
 
@@ -39,3 +44,24 @@ def names_of(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(folder) for folder in folders]
+
+
+def text_only_rows(shards: Sequence[Shard]) -> int:
+    """How many rows are about no picture."""
+    return sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in shards)
+
+
+def usable_rows(
+    shards: Sequence[Shard], limit: int, text: bool = False
+) -> tuple[list[tuple[int, int]], bool]:
+    """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows,
+    and whether one of them has a system message; with `text`, rows about no picture are among them."""
+    statuses = [Status.OK, Status.TEXT_ONLY] if text else [Status.OK]
+    usable = (
+        ((s, row), shard.conversations and caption.startswith(SYSTEM_START))
+        for s, shard in enumerate(shards)
+        for row in np.flatnonzero(np.isin(shard.status, statuses)).tolist()
+        if (caption := shard.caption(row)).strip()
+    )
+    found = list(itertools.islice(usable, limit))
+    return [place for place, _ in found], any(system for _, system in found)
