@@ -186,7 +186,7 @@ def race(
     course = course_steps or -(-len(samples) // int(COURSE["batch_size"]))
     steps = round(course / row.share * COURSE["batch_size"] / config.batch_size)
     order = Schedule(len(samples), config.batch_size, 1 + steps, steps, config.seed)
-    taken = [order.at(step) for step in range(steps)]
+    taken = [(epochs[0], indices) for epochs, indices in map(order.at, range(steps))]
     if row.short_first:
         taken = short_first(taken, samples)
     if row.batches:

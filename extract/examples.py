@@ -19,7 +19,7 @@ from llava_core.network.fetch import Fetched, fetch_each
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, proxy_hint
 from llava_core.row_status import Status
-from llava_core.shards.dialogue import Turns, stored_turns
+from llava_core.shards.dialogue import Turns, stored_dialogue
 from llava_core.tables.conversations import IMAGE_MARK
 from llava_core.types import JsonDict
 from llava_core.vision.image_formats import ImageError, image_format
@@ -112,7 +112,7 @@ class _Search:
         for source in self.sources:
             columns = source.read()
             captioned = (
-                (row, stored_turns(text, columns.conversations))
+                (row, stored_dialogue(text, columns.conversations).turns)
                 for row, text in enumerate(columns.captions)
                 if text is not None
             )

@@ -27,7 +27,7 @@ from llava_core.identity import EncoderIdentity
 from llava_core.network.async_tasks import run_async
 from llava_core.row_status import Status
 from llava_core.shards.byte_offsets import Layout
-from llava_core.shards.dialogue import stored_turns
+from llava_core.shards.dialogue import stored_dialogue
 from llava_core.shards.hdf5_file import ShardHeader, read_layout
 from llava_core.shards.part_file import is_finished, journal_of, part_of
 from llava_core.shards.reader import Shard
@@ -124,8 +124,8 @@ def _changed_words(shard: Shard, source: Source, identity: JsonDict) -> int | No
     columns = source.read()
     if (shard.urls(), [shard.id(row) for row in range(shard.rows)]) != (columns.image_refs, columns.ids):
         return None
-    words = (stored_turns(text or "", columns.conversations) for text in columns.captions)
-    return sum(shard.turns(row) != turns for row, turns in enumerate(words))
+    words = (stored_dialogue(text or "", columns.conversations) for text in columns.captions)
+    return sum(shard.dialogue(row) != dialogue for row, dialogue in enumerate(words))
 
 
 def _mention_changed(path: Path, image_refs: Sequence[str], changed: np.ndarray) -> None:

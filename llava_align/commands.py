@@ -14,6 +14,8 @@ from llava_core.cli.options import Options
 from llava_core.errors import LlavaError, nearest
 from llava_core.types import JsonDict
 
+Paths: typing.TypeAlias = "str | Path | Sequence[str | Path]"
+"""One folder, or several."""
 Config = TypeVar("Config", bound=Options)
 Summary = TypeVar("Summary")
 
@@ -73,11 +75,12 @@ def extract(data: str | Path, *, out: str | Path, vision: str | Path, **flags: A
 
 
 def train(
-    features: str | Path, *, llm: str | Path, out: str | Path, recipe: str | None = None, **flags: Any
+    features: Paths, *, llm: str | Path, out: str | Path, recipe: str | None = None, **flags: Any
 ) -> TrainSummary:
     """Train a projector on feature shards; a second call with the same keywords continues where it stopped.
 
-    Keywords are the flags of `train run` (`lr=1e-3`, `eval_features=…`, `projector="package.module:Class"`).
+    `features` and `eval_features` are folders, or lists of folders; other keywords are the flags of `train
+    run` (`lr=1e-3`, `mix="0.7,0.3"`, `eval_features=…`, `projector="package.module:Class"`).
     Raises LlavaError, TypeError for an unknown keyword, and KeyboardInterrupt after a checkpoint was written.
     """
     from train.config import RunConfig
@@ -101,10 +104,10 @@ def train(
 
 
 def sweep(
-    features: str | Path,
+    features: Paths,
     *,
     space: Mapping[str, Iterable[Any] | str] | str | Path,
-    eval_features: str | Path,
+    eval_features: Paths,
     llm: str | Path,
     out: str | Path,
     recipe: str | None = None,
@@ -179,7 +182,10 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and types.NoneType in kinds:
         return None
-    kind = next(each for each in kinds if each is not types.NoneType)
+    kinds = tuple(each for each in kinds if each is not types.NoneType)
+    lists = [each for each in kinds if typing.get_origin(each) is tuple]
+    one = isinstance(value, (str, Path)) and len(kinds) > 1  # of what may be one or several
+    kind = next((each for each in kinds if each not in lists), kinds[0]) if one or not lists else lists[0]
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, Iterable):
             raise LlavaError(name, expected="a list", got=repr(value))

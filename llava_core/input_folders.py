@@ -6,6 +6,7 @@ They run before torch and transformers are imported, which takes seconds.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,23 @@ def require_checkpoint(folder: Path) -> None:
         inner = [name for name in ("best", "last") if (folder / name / "config.json").is_file()]
         hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
         raise LlavaError(f"no checkpoint in {folder}", expected="config.json and model.safetensors", do=hint)
+
+
+def folders_of(given: Path | Sequence[Path] | None) -> list[Path]:
+    """The folders of a flag that takes one or several."""
+    return [] if given is None else [given] if isinstance(given, Path) else list(given)
+
+
+def require_shards(flag: str, given: Path | Sequence[Path] | None) -> None:
+    """Raise LlavaError unless each folder of a flag that takes several has shards, and none of them twice."""
+    seen: dict[Path, Path] = {}
+    for folder in folders_of(given):
+        for path in shard_paths(folder):
+            if path.resolve() in seen:
+                first = seen[path.resolve()]
+                got = f"{path} in {folder} and in {first}" if folder != first else f"{folder} twice"
+                raise LlavaError(f"{flag} names shards twice", got=got, do="name each once", exit_code=2)
+            seen[path.resolve()] = folder
 
 
 def shard_paths(path: Path) -> list[Path]:

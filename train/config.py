@@ -10,7 +10,7 @@ from typing import Literal
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_folder
-from llava_core.input_folders import require_checkpoint, require_language_model, shard_paths
+from llava_core.input_folders import folders_of, require_checkpoint, require_language_model, require_shards
 from llava_core.language.instructions import read_instructions
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from llava_core.types import Device
@@ -21,6 +21,8 @@ Compile = Literal["auto", "on", "off"]
 
 Tune = Literal["projector", "lora", "llm"]
 
+LEAST_SHARE = 0.001
+"""A smaller share of --mix is a slip of the finger."""
 MOST_LR = 1000
 """A slip of the finger beyond it; far beyond it torch's numbers overflow."""
 
@@ -33,14 +35,17 @@ class RunConfig(Options):
     typed over both.
     """
 
-    features: Path
-    """Folder of feature shards to train on (what `extract run --out` wrote)."""
+    features: tuple[Path, ...] | Path
+    """Folder of feature shards to train on (what `extract run --out` wrote), or several of one encoder."""
     llm: Path
     """Folder of the language model, such as Qwen3-0.6B."""
     out: Path
     """Folder of this run: metrics.jsonl, checkpoints, `last` and `best`."""
-    eval_features: Path | None = None
-    """Folder of held-out shards; without it nothing is evaluated and there is no `best`."""
+    eval_features: tuple[Path, ...] | Path | None = None
+    """Folder of held-out shards, or several; without it nothing is evaluated and there is no `best`."""
+    mix: str | None = None
+    """Share of each folder of --features, such as 0.6,0.3,0.1, by which samples are drawn; without it all are
+    one set."""
 
     projector: str = "linear"
     """Kind of projector: linear; mlp, which is linear, GELU, linear; a registered name; or a class of your
@@ -83,11 +88,11 @@ class RunConfig(Options):
     batch_size: int = 16
     """Samples per optimizer step."""
     epochs: int = 1
-    """Passes over the samples."""
+    """Passes over the samples; with --mix an epoch is as many samples as all folders have."""
     max_steps: int | None = None
     """Stop after this many steps; the learning rate ends there too."""
     max_samples: int = 100_000
-    """Use only the first N usable rows, in the order of shards and rows."""
+    """Use only the first N usable rows of each folder, in the order of shards and rows."""
     max_text_tokens: int = 128
     """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
     micro_tokens: int = 16_384
@@ -105,7 +110,7 @@ class RunConfig(Options):
     eval_every: int = 500
     """Evaluate on the held-out shards every N steps, and before the first and after the last."""
     eval_samples: int = 512
-    """Use only the first N held-out rows for that."""
+    """Use only the first N held-out rows of each folder for that."""
     eval_captions: int = 4
     """Show what the model generates for the first N of them at each evaluation; 0 for none."""
     save_every: int = 500
@@ -145,6 +150,10 @@ class RunConfig(Options):
             ),
             *("eval_every", "eval_samples", "save_every", "keep", "log_every"),
         )
+        for name in ("features", "eval_features"):
+            object.__setattr__(self, name, _one_or_several(name, getattr(self, name)))
+        if self.mix is not None:
+            _shares(self.mix, len(folders_of(self.features)))  # or refuse
         PROJECTORS.require(self.projector)
         VISUAL_TOKENS.require(self.visual_tokens)
         object.__setattr__(self, "instructions", read_instructions(self.instructions))
@@ -162,11 +171,15 @@ class RunConfig(Options):
         if not 0 <= self.warmup < 1:
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
 
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The share of each folder by --mix; they sum to 1."""
+        return None if self.mix is None else _shares(self.mix, len(folders_of(self.features)))
+
     def require_inputs(self) -> None:
         require_folder(self.out)
-        shard_paths(self.features)
-        if self.eval_features is not None:
-            shard_paths(self.eval_features)
+        require_shards("--features", self.features)
+        require_shards("--eval-features", self.eval_features)
         require_language_model(self.llm)
         if self.init is not None:
             require_checkpoint(self.init)
@@ -224,12 +237,12 @@ class EvalConfig(Options):
 
     checkpoint: Path
     """Checkpoint folder, such as RUN/best."""
-    features: Path
-    """Folder of held-out feature shards."""
+    features: tuple[Path, ...] | Path
+    """Folder of held-out feature shards, or several."""
     llm: Path
     """Folder of the language model the projector was trained for."""
     max_samples: int = 100_000
-    """Use only the first N usable rows."""
+    """Use only the first N usable rows of each folder."""
     max_text_tokens: int = RunConfig.max_text_tokens
     """Budget of each answer in tokens."""
     instructions: str | None = None
@@ -244,10 +257,40 @@ class EvalConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("max_samples", "max_text_tokens", "batch_size", "micro_tokens")
+        object.__setattr__(self, "features", _one_or_several("features", self.features))
         if self.instructions is not None:
             object.__setattr__(self, "instructions", read_instructions(self.instructions))
 
     def require_inputs(self) -> None:
         require_checkpoint(self.checkpoint)
-        shard_paths(self.features)
+        require_shards("--features", self.features)
         require_language_model(self.llm)
+
+
+def _one_or_several(flag: str, given: tuple[Path, ...] | Path | None) -> tuple[Path, ...] | Path | None:
+    """One folder as itself, so that a flag with one is what it was before there could be several."""
+    if isinstance(given, tuple) and not given:
+        what = f"--{flag.replace('_', '-')}"
+        raise LlavaError(what, expected="a folder of shards, or several", got="none", exit_code=2)
+    return given[0] if isinstance(given, tuple) and len(given) == 1 else given
+
+
+def _shares(mix: str, folders: int) -> tuple[float, ...]:
+    """Shares that sum to 1. Raises LlavaError (wrong usage) unless there is one above 0 for each folder."""
+    try:
+        weights = [float(word) for word in mix.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != folders:
+        expected = f"{folders} numbers, one for each folder of --features, such as 0.7,0.3"
+        raise LlavaError("--mix", expected=expected, got=mix, exit_code=2)
+    total = sum(weights)
+    if not 0 < total < math.inf or min(weights) < LEAST_SHARE * total:
+        raise LlavaError(
+            "--mix",
+            expected=f"shares above 0, each at least {LEAST_SHARE} of their sum",
+            got=mix,
+            do="leave out a folder that is not to be drawn from",
+            exit_code=2,
+        )
+    return tuple(weight / total for weight in weights)

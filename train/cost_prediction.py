@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava_core.cli.console import human_bytes, human_seconds, show, table
+from llava_core.cli.console import human_bytes, human_seconds, say, show, table
 from llava_core.device import default_dtype, matmul_rate
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
@@ -22,7 +22,7 @@ from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence, worth_caching
-from train.data.packing import cut
+from train.data.packing import cut, tokens_of
 from train.data.prefetch import AHEAD
 from train.data.samples import Samples, TextCounts
 from train.data.schedule import Schedule
@@ -103,10 +103,23 @@ def run(config: RunConfig) -> JsonDict:
     samples, _ = resources.samples(config)
     figures |= {
         "shards": len(resources.shards),
-        "feature_bytes_per_epoch": sum(resources.shards[shard].layout.row_bytes for shard, _ in samples.rows),
+        "feature_bytes_per_epoch": feature_bytes_per_epoch(config, samples),
+        **({"left_out": samples.left_out} if samples.left_out else {}),
     }
+    for line in samples.described(config.shares):
+        say(line)
     _print(predicted, figures)
     return figures
+
+
+def feature_bytes_per_epoch(config: RunConfig, samples: Samples) -> int:
+    """Bytes that an epoch reads from disk."""
+    mix, total = Schedule.of(config, samples.sizes).mix, 0.0
+    drawn = samples.sizes if mix is None else mix.drawn(len(samples))
+    for (_, indices), draws in zip(samples.by_source(), drawn, strict=True):
+        shown = (samples.rows[index][0] for index in indices if samples.has_picture(index))
+        total += sum(samples.shards[s].layout.row_bytes for s in shown) * draws / len(indices)
+    return round(total)
 
 
 def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
@@ -114,11 +127,13 @@ def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
     resources.tune(config)
     samples, held_out_samples = resources.samples(config)
     held_out = len(held_out_samples) if held_out_samples else 0
-    schedule = Schedule.of(config, len(samples))
+    schedule = Schedule.of(config, samples.sizes)
     training = worth_caching(config.resident, schedule.repeats)
-    needed = (training * len(samples) + held_out) * samples.row_bytes
+    needed = training * samples.feature_bytes
+    needed += held_out_samples.feature_bytes if held_out_samples else 0
     here = pick_residence(config.resident, needed, resources.device) == resources.device
-    cached = here * (training * schedule.read + held_out)
+    cached = here * round(training * schedule.read * samples.share_with_picture)
+    cached += here * len(held_out_samples.with_picture) if held_out_samples else 0
     return predict(
         config,
         samples,
@@ -151,15 +166,14 @@ def predict(
     first, dtype = samples.shards[0], default_dtype(device)
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = parameter_count(model) - tuned
-    schedule = Schedule.of(config, len(samples))
+    schedule = Schedule.of(config, samples.sizes)
     batch = min(config.batch_size, len(samples))
-    sampled = range(0, len(samples), max(1, len(samples) // SAMPLED))
-    examples = [samples.example(index, epoch=0) for index in sampled]
+    examples = [samples.example(index, epoch=0) for index in schedule.spread(SAMPLED)]
     projector = projector_of(config, first, model.get_input_embeddings().weight.shape[1])
     visual = projector.tokens_out(first.tokens)
-    lengths = [visual + len(example.ids) for example in examples]
-    longest = samples.example(max(range(len(samples)), key=samples.text_bytes), epoch=0)
-    list(cut([max(*lengths, visual + len(longest.ids))], config.micro_tokens))  # what the run would refuse
+    lengths = [tokens_of(example, visual) for example in examples]
+    longest = samples.example(max(range(len(samples)), key=samples.weight), epoch=0)
+    list(cut([max(*lengths, tokens_of(longest, visual))], config.micro_tokens))  # what the run would refuse
     counts = TextCounts.of(examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
     operations = work.operations(counts, visual) * per_step
@@ -195,7 +209,7 @@ def predict(
             "projector_and_optimizer": parameter_count(projector) * 16,
             # Its gradient and AdamW's two moments in fp32, and a copy in fp32 of weights in a shorter type.
             **({"tuned_and_optimizer": tuned * (12 + 4 * copies)} if tuned else {}),
-            "features_read_ahead": (AHEAD + 1) * batch * samples.row_bytes,
+            "features_read_ahead": round((AHEAD + 1) * counts.pictures * per_step * samples.row_bytes),
             **({"features_kept": cached * samples.row_bytes} if cached else {}),
         },
         seconds=(schedule.steps + evaluated) * operations / (rate * efficiency),

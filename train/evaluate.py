@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
+from llava_core.input_folders import folders_of
 from llava_core.language.model import LanguageModel
 from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import load_checkpoint
@@ -36,13 +38,19 @@ class Evaluation:
     """Held-out losses by picture, and the figures that follow from them."""
 
     samples: int
+    """Those with a picture."""
     sums: np.ndarray
     """Sums for each picture, fp64 [pictures, 3]: nats of its answers; nats of the same answers beside another
     picture, 0 if there is none; tokens of these answers."""
+    parts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Such sums by the name of a loss: `loss/NAME` of each source, if there are several, over all its rows;
+    `loss_text` of the rows without a picture, if there are any."""
 
     @functools.cached_property
     def figures(self) -> JsonDict:
         """`loss` in nats per answer token, `perplexity`, `loss_shuffled`, `grounding_gap`, counts.
+
+        All but `parts` are over rows with a picture, as in stage 1.
 
         The gap is the loss with every caption beside another picture minus the loss with the right one: 0
         means that the answers ignore the picture, None that there is one picture only. `_low` and `_high` end
@@ -61,6 +69,12 @@ class Evaluation:
             figures |= interval("loss", losses)
             figures |= {f"perplexity_{end}": _perplexity(figures[f"loss_{end}"]) for end in ("low", "high")}
             figures |= interval("grounding_gap", others / tokens_drawn - losses)
+        for name, own in self.parts.items():
+            nats, _, count = own.sum(0).tolist()
+            figures |= {name: nats / count, f"{name}_low": None, f"{name}_high": None}
+            if len(own) > 1:
+                drawn = redrawn(own)
+                figures |= interval(name, drawn[:, 0] / drawn[:, 2])
         return figures | {
             "samples": self.samples,
             "pictures": len(self.sums),
@@ -82,7 +96,9 @@ def evaluate(
     group: ProcessGroup,
 ) -> Evaluation:
     """Losses of these samples, with the right pictures and with others (llava_core.shuffled_pairs)."""
-    n, others = len(samples), mismatched_rows(samples.pictures)
+    n, shown = len(samples), samples.with_picture
+    mismatched = mismatched_rows([samples.pictures[index] for index in shown])
+    others = {index: shown[k] for index, k in zip(shown, mismatched, strict=True)} if mismatched else {}
     visual = projector.tokens_out(samples.tokens)
     sums = np.zeros((n, 3))
 
@@ -96,13 +112,24 @@ def evaluate(
             indices = list(range(start, min(start + batch_size, n)))
             batch = samples.batch(indices, epoch=0)
             sums[indices, 0] = losses(batch)
-            if others:
-                shuffled = samples.features([others[i] for i in indices])
-                sums[indices, 1] = losses(dataclasses.replace(batch, features=shuffled))
+            beside = [i for i in indices if i in others]
+            if beside:
+                shuffled = samples.features([others[i] for i in beside])
+                examples = [example for example in batch.examples if example.picture]
+                sums[beside, 1] = losses(dataclasses.replace(batch, features=shuffled, examples=examples))
             sums[indices, 2] = [answer_tokens([example]) for example in batch.examples]
             bar.update(len(indices) * group.size)
     sums = np.reshape(group.sum(*sums.ravel().tolist()), sums.shape)
-    return Evaluation(n, by_picture(sums, samples.pictures))
+
+    def of(indices: Sequence[int]) -> np.ndarray:
+        own = np.unique([samples.pictures[index] for index in indices], return_inverse=True)[1]
+        return by_picture(sums[list(indices)], own.tolist())
+
+    several = len(samples.sizes) > 1
+    parts = {f"loss/{name}": of(indices) for name, indices in samples.by_source()} if several else {}
+    if text := [index for index in range(n) if not samples.has_picture(index)]:
+        parts["loss_text"] = of(text)
+    return Evaluation(len(shown), of(shown), parts)
 
 
 def run(config: EvalConfig) -> JsonDict:
@@ -122,12 +149,16 @@ def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, P
     """The held-out rows are those that a run with these flags would train on."""
     given = ("features", "llm", "max_samples", "max_text_tokens", "device")
     flags: dict[str, Any] = {name: getattr(config, name) for name in given}
-    trained = load_checkpoint(config.checkpoint).training.get("instructions", OLD_INSTRUCTIONS)
+    checkpoint = load_checkpoint(config.checkpoint)
+    trained = checkpoint.training.get("instructions", OLD_INSTRUCTIONS)
     flags["instructions"] = trained if config.instructions is None else config.instructions
+    flags["tune"] = checkpoint.tune or "projector"  # without the language model's training no text is judged
     run_config = RunConfig(out=config.checkpoint, compile="off", **flags)
     resources = TrainingResources(run_config, group)
     checkpoint = load_aligned(config.checkpoint, resources.provenance)
     checkpoint.tune_model(resources.llm)
     samples, _ = resources.samples(run_config)
-    say(f"{len(samples)} held-out samples of {config.features}")
+    say(f"{len(samples)} held-out samples of {', '.join(map(str, folders_of(config.features)))}")
+    for line in samples.described():
+        say(line)
     return resources, checkpoint.projector.to(resources.device), samples

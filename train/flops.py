@@ -51,10 +51,10 @@ class Work:
         )
 
     def operations(self, counts: TextCounts, visual: int) -> int:
-        """Operations of a training step over samples with these texts and `visual` visual tokens each."""
-        visuals = counts.samples * visual
+        """Operations of a training step over samples with these texts, `visual` tokens for each picture."""
+        visuals = counts.pictures * visual
         # Causal attention: two products of L²/2 scores forward, four backward, 2 operations each.
-        squares = visuals * visual + 2 * visual * counts.tokens + counts.squares
+        squares = visuals * visual + 2 * visual * counts.beside_pictures + counts.squares
         matrices = (4 * self.blocks + 2 * self.trained) * (visuals + counts.tokens)
         return matrices + self.head * counts.answers + 6 * self.attention * squares + self.projector * visuals
 

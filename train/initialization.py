@@ -34,7 +34,7 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
         return projector_from_checkpoint(config.init, config, samples, llm).to(llm.device)
     projector = projector_of(config, samples.shards[0], llm.hidden)
     if config.start == "scale":
-        some = samples.read(range(min(SCALE_SAMPLES, len(samples))))
+        some = samples.read(samples.with_picture[:SCALE_SAMPLES])
         match_scale(projector, some.float(), llm.embedding_rms)
     projector.to(llm.device)
     if config.start == "captions":
@@ -68,8 +68,9 @@ def solve_captions(
     """
     layer = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
     moments, fp64 = Moments(), torch.device("cpu") if llm.device.type == "mps" else llm.device
-    n = min(CAPTION_SAMPLES, len(samples))
-    indices = [k * len(samples) // n for k in range(n)]  # rows may be in an order: take some of all
+    shown = samples.with_picture
+    n = min(CAPTION_SAMPLES, len(shown))
+    indices = [shown[k * len(shown) // n] for k in range(n)]  # rows may be in an order: take some of all
     for start in range(0, n, READ_SAMPLES):
         part = indices[start : start + READ_SAMPLES]
         targets = torch.stack([caption_embedding(samples, index, llm) for index in part])

@@ -97,7 +97,7 @@ class Trainer:
                 raise batch.error
             self.backward(batch, losses)
         gradients = [gradient for run in runs for gradient in run.gradients()]
-        tokens = sum(run.visual * counts.samples + counts.tokens for run in runs)
+        tokens = sum(run.visual * counts.pictures + counts.tokens for run in runs)
         operations = sum(run.operations(counts) for run in runs)
         own = (counts.samples * len(runs), tokens, operations, counts.cut, counts.dropped, bool(self.stop))
         sums = self.group.exchange([*losses, *gradients], counts.answers, own, deferred.error)

@@ -6,17 +6,19 @@ import functools
 
 import torch
 
+from llava_core.input_folders import folders_of
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import Conversation
 from llava_core.projector.checkpoint import Provenance
-from llava_core.shards.folder import open_shards, require_one_encoder
+from llava_core.shards.folder import require_one_encoder
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence, worth_caching
 from train.data.packing import Packing
 from train.data.samples import Samples
 from train.data.schedule import Schedule
+from train.data.sources import open_sources
 from train.distributed import ProcessGroup
 from train.model.packed_model import Prepared, prepare
 from train.throughput import peak_memory
@@ -44,8 +46,10 @@ class TrainingResources:
     ) -> None:
         self.config, self.group = config, group or ProcessGroup()
         self.repeated, self.weights = repeated, weights
-        self.shards = open_shards(config.features)
-        self.held_out_shards = open_shards(config.eval_features) if config.eval_features else []
+        self.sources = open_sources(folders_of(config.features))
+        self.held_out_sources = open_sources(folders_of(config.eval_features))
+        self.shards = [shard for source in self.sources for shard in source.shards]
+        self.held_out_shards = [shard for source in self.held_out_sources for shard in source.shards]
         require_one_encoder([*self.shards, *self.held_out_shards])
         self.device = self.group.device(config.device)
         self.memory_before = peak_memory(self.device)
@@ -54,7 +58,7 @@ class TrainingResources:
         """How the language model takes packs, once it is loaded."""
         self._compiled_unit = 1
         self._tuning: Tuning | None = None
-        self._samples: dict[tuple[bool, int], Samples] = {}
+        self._samples: dict[tuple[bool, int, bool], Samples] = {}
 
     @functools.cached_property
     def llm(self) -> LanguageModel:
@@ -88,7 +92,8 @@ class TrainingResources:
         return Provenance(self.shards[0].identity, self.llm.identity)
 
     def samples(self, config: RunConfig) -> tuple[Samples, Samples | None]:
-        """The rows that a run trains on, and those held out."""
+        """The rows that a run trains on, and those held out; without a picture only if the language model
+        trains."""
         tokens, instructions = config.max_text_tokens, config.instructions
         training = self._rows(config, held_out=False).with_text_options(tokens, config.seed, instructions)
         if not self.held_out_shards:
@@ -104,7 +109,7 @@ class TrainingResources:
     def cache_features(self, config: RunConfig) -> None:
         """Let features stay where --resident says, from when they are first read."""
         training = self._rows(config, held_out=False)
-        repeated = self.repeated or Schedule.of(config, len(training)).repeats
+        repeated = self.repeated or Schedule.of(config, training.sizes).repeats
         cached = [training] if worth_caching(config.resident, repeated) else []
         if self.held_out_shards:
             cached.append(self._rows(config, held_out=True))
@@ -124,9 +129,12 @@ class TrainingResources:
 
     def _rows(self, config: RunConfig, held_out: bool) -> Samples:
         limit = config.eval_samples if held_out else config.max_samples
-        if (held_out, limit) not in self._samples:
+        key = held_out, limit, config.tune != "projector"
+        if key not in self._samples:
             shards = self.held_out_shards if held_out else self.shards
-            self._samples[held_out, limit] = Samples(
-                shards, self.conversation, config.max_text_tokens, limit, config.seed, config.instructions
+            self._samples[key] = Samples(
+                *(shards, self.conversation, config.max_text_tokens, limit, config.seed),
+                *(config.instructions, key[2]),
+                self.held_out_sources if held_out else self.sources,
             )
-        return self._samples[held_out, limit]
+        return self._samples[key]

@@ -46,7 +46,9 @@ MOVABLE_KEYS = {"features", "eval_features", "llm", "init"}
 
 def plain(value: object) -> object:
     """A flag's value as YAML and JSON have it."""
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 DEFAULTS = {field.name: plain(field.default) for field in dataclasses.fields(RunConfig)}

@@ -32,23 +32,28 @@ def _shown(text: str, cut: bool = False) -> str:
 
 @torch.inference_mode()
 def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, count: int) -> list[JsonDict]:
-    """The first `count` samples as {"row", "question", "written", "generated", "cut"}, in their order.
+    """The first `count` samples with a picture, in their order: {"row", "question", "written", "generated",
+    "cut"}.
 
     `written` is the row's own answer to its first question; `cut` tells whether GREEDY.max_tokens ended the
     generated one. Prompts of one length form a batch.
     """
     lines: list[JsonDict] = []
-    for index, (s, row) in enumerate(samples.rows[:count]):
-        question, answer = samples.first_question(index)
+    prompts, chosen, conversation = [], samples.with_picture[:count], samples.conversation
+    for index in chosen:
+        s, row = samples.rows[index]
+        question, answer, system = samples.first_question(index)
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        prompts.append(conversation.prompt([*messages, {"role": "user", "content": question}]))
         name = f"{samples.shards[s].path.name}:{row}"
         lines.append({"row": name, "question": question, "written": answer})
-    conversation = samples.conversation
-    prompts = [conversation.prompt([{"role": "user", "content": line["question"]}]) for line in lines]
     order = sorted(range(len(lines)), key=lambda i: len(prompts[i]))
     with original_attention(llm):
         for _, group in itertools.groupby(order, key=lambda i: len(prompts[i])):
             indices = list(group)
-            visual = projector(samples.features(indices).float().to(llm.device)).to(llm.dtype)
+            visual = projector(samples.features([chosen[i] for i in indices]).float().to(llm.device)).to(
+                llm.dtype
+            )
             text = llm.embed(torch.tensor([prompts[i] for i in indices], device=llm.device))
             answers: list[list[int]] = [[] for _ in indices]
             for step in generate(llm, torch.cat([visual, text], dim=1), GREEDY):

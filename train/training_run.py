@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from llava_core.bootstrap import with_interval
-from llava_core.cli.console import counted, say
+from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.projector.projector import described, parameter_count
-from llava_core.row_status import Status
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.cost_prediction import predict, projector_of
@@ -50,7 +49,7 @@ class TrainingRun:
         self.samples, self.held_out = resources.samples(config)
         question = self.samples.default_question()
         self.provenance = dataclasses.replace(resources.provenance, question=question)
-        self.schedule = Schedule.of(config, len(self.samples))
+        self.schedule = Schedule.of(config, self.samples.sizes)
         self.prediction = predict(
             config,
             self.samples,
@@ -123,14 +122,14 @@ class TrainingRun:
             + (f", continued at step {self.step}" if self.step else "")
             + f"; {self.schedule.ending}"
         )
-        if text_only := sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in self.samples.shards):
-            say(f"{title}{counted(text_only, 'row')} about no image left out (text only)")
+        for line in self.samples.described(config.shares):
+            say(f"{title}{line}")
 
     def cached_rows(self) -> int:
         """Rows whose features stay on the device once they have been read."""
-        read = {self.samples: self.schedule.read}
+        read = {self.samples: round(self.schedule.read * self.samples.share_with_picture)}
         if self.held_out:
-            read[self.held_out] = len(self.held_out)
+            read[self.held_out] = len(self.held_out.with_picture)
         device = self.llm.device
         return sum(n for rows, n in read.items() if rows.cache and rows.cache.features.device == device)
 
@@ -185,7 +184,9 @@ class TrainingRun:
         evaluated = evaluate(self.llm, self.projector, held_out, config.batch_size, packing, self.group)
         figures = evaluated.figures
         self.figures = {
-            f"eval_{name}{end}": figures[name + end] for name in INTERVALS for end in ("", "_low", "_high")
+            f"eval_{name}{end}": figures[name + end]
+            for name in (*INTERVALS, *evaluated.parts)
+            for end in ("", "_low", "_high")
         }
         self.figures["eval_step"] = self.step
         lines: list[JsonDict] = []
@@ -193,7 +194,7 @@ class TrainingRun:
             if config.eval_captions and self.group.main:
                 lines = captions(self.llm, self.projector, held_out, config.eval_captions)
             if self.group.main:
-                self.folder.keep_held_out(evaluated.sums, held_out.identity)
+                self.folder.keep_held_out(evaluated.sums, held_out.identity_with_picture)
         self.writers.log(self.step, self.figures | ({"eval_captions": lines} if lines else {}))
         gap = f"grounding gap {with_interval(figures, 'grounding_gap')}"
         say(
@@ -201,6 +202,10 @@ class TrainingRun:
             f"perplexity {with_interval(figures, 'perplexity', 2)}, "
             f"{ONE_PICTURE if figures['grounding_gap'] is None else gap}"
         )
+        if evaluated.parts:
+            parts = (f"{name.removeprefix('loss_').removeprefix('loss/')} {with_interval(figures, name)}"
+                     for name in evaluated.parts)  # fmt: skip
+            say(f"{self.title}held-out loss of {'; '.join(parts)}")
         for line in lines[:2]:
             for text in beside_its_caption(line):
                 say(text)

@@ -15,6 +15,7 @@ from extract.sources.local_images import LocalImages, local_images
 from extract.sources.stored_images import StoredImages, is_base64, value_at
 from llava_core.errors import LlavaError
 from llava_core.row_status import Outcome, Status
+from llava_core.shards.dialogue import Dialogue
 from llava_core.tables.conversations import names_media
 from llava_core.tables.shown import shown
 from llava_core.tables.table_files import DamagedTable, Table, open_table
@@ -72,6 +73,7 @@ class _Reader:
         """Raises LlavaError if the table is damaged, or names only files and none is in `folder`."""
         values = self.texts(rows)
         words, outcomes = self.words.read(values)
+        words = self._with_systems(words, rows)
         captions, conversations = self.words.texts_of(words)
         refs = [""] * len(values)
         if self.ref is not None:
@@ -101,8 +103,21 @@ class _Reader:
 
     def _is_text_only(self, words: Words | None, value: Any) -> bool:
         """Whether a row without an image is a dialogue that speaks of none."""
-        asked = isinstance(words, tuple) and any(question for question, _ in words)
+        asked = isinstance(words, Dialogue) and any(question for question, _ in words.turns)
         return asked and not names_media(self.words.decoded(value))
+
+    def _with_systems(self, words: list[Words | None], rows: int) -> list[Words | None]:
+        """Dialogues with the system messages that ms-swift and ShareGPT keep in a column of their own."""
+        name = next((name for name in self.table.names if name.lower() == "system"), None)
+        if name is None:
+            return words
+        systems = [value.strip() if isinstance(value, str) else "" for value in self.table.values(name, rows)]
+        return [
+            dataclasses.replace(item, system="\n".join(filter(None, (system, item.system))) or None)
+            if isinstance(item, Dialogue)
+            else item
+            for item, system in zip(words, systems, strict=True)
+        ]
 
     def texts(self, rows: int) -> list[Any]:
         values = self._coalesced(self.text, TEXTS, rows)

@@ -52,6 +52,8 @@ class Example:
     """Whether an answer was truncated to the token budget; it then has no end token."""
     dropped: int = 0
     """Number of turns after the truncated answer, which are left out."""
+    picture: bool = True
+    """Whether visual tokens come before it."""
 
 
 Role = tuple[str, str | None]
@@ -121,8 +123,15 @@ class Conversation:
         )
         return decoded
 
-    def example(self, turns: Sequence[Turn], max_answer_tokens: int) -> Example:
-        """Ids and labels of a dialogue, up to its last end token or a truncated answer.
+    def writes_system_messages(self) -> bool:
+        """Whether the template writes what a system message says. Raises LlavaError if it refuses one."""
+        question = {"role": "user", "content": QUESTION}
+        one, another = [{"role": "system", "content": text} for text in ("a", "b")]
+        return self.prompt([one, question]) != self.prompt([another, question])
+
+    def example(self, turns: Sequence[Turn], max_answer_tokens: int, system: str | None = None) -> Example:
+        """Ids and labels of a dialogue, up to its last end token or a truncated answer; a `system` message,
+        which has no labels, comes before it.
 
         An answer of more than `max_answer_tokens` tokens is truncated and ends the dialogue, since the next
         question is about the whole answer. The ids before the last answer are those that `prompt` gives for
@@ -131,7 +140,7 @@ class Conversation:
         """
         layout = self._layout
         closing = [*layout.trail_ids, *layout.end]
-        roles: list[Role] = []
+        roles: list[Role] = [] if system is None else [("system", system)]
         for turn in turns:
             roles += [("user", turn.question), ("assistant", None)]
         pieces = [*self._known_frame(tuple(roles[:-1])), closing]
@@ -146,7 +155,7 @@ class Conversation:
             answer = self._answer(turn.answer, ids)
             if len(answer) > max_answer_tokens:
                 if k < len(turns):  # a template may render the last turn differently
-                    cut = self.example(turns[:k], max_answer_tokens)
+                    cut = self.example(turns[:k], max_answer_tokens, system)
                     return dataclasses.replace(cut, dropped=len(turns) - k)
                 answer = answer[:max_answer_tokens]
                 return Example(ids + answer, labels + answer, cut=True)
@@ -219,10 +228,14 @@ class Conversation:
                     enable_thinking=thinking,
                 )
         except Exception as error:  # from Jinja, Python called by it, or raised by the template
+            refused = any(message["role"] == "system" for message in messages)  # without one it did not fail
             raise LlavaError(
-                f"the chat template of {self.tokenizer.name_or_path} fails",
+                f"the chat template of {self.tokenizer.name_or_path} fails"
+                + (" on a system message" if refused else ""),
                 got=f"{type(error).__name__}: {first_line(error)}",
-                do="download the tokenizer again, or fix chat_template.jinja there",
+                do="leave system messages out of the data and of --system, or use another language model"
+                if refused
+                else "download the tokenizer again, or fix chat_template.jinja there",
             ) from None
         return text
 

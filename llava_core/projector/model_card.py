@@ -138,7 +138,9 @@ def _model_index(title: str, training: JsonDict, metrics: JsonDict) -> JsonDict:
     if not measured:
         return {}
     # The name of the folder alone: its path is the owner's affair.
-    rows = {"type": "image-caption-pairs", "name": Path(training.get("eval_features") or "held out").name}
+    held_out = training.get("eval_features") or "held out"
+    names = [Path(folder).name for folder in (held_out if isinstance(held_out, list) else [held_out])]
+    rows = {"type": "image-caption-pairs", "name": ", ".join(names)}
     results = [{"task": {"type": TASK}, "dataset": rows, "metrics": measured}]
     return {"model-index": [{"name": title, "results": results}]}
 

@@ -22,7 +22,7 @@ from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
 from llava_core.shards.byte_offsets import REASON_BYTES, columns
-from llava_core.shards.dialogue import Turns, stored_turns
+from llava_core.shards.dialogue import Dialogue, Turns, stored_dialogue
 from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
@@ -165,8 +165,12 @@ class Shard:
 
     def turns(self, row: int) -> Turns:
         """(question, answer) pairs; a caption is one answer, to the question None, which is drawn later."""
+        return self.dialogue(row).turns
+
+    def dialogue(self, row: int) -> Dialogue:
+        """`turns`, and the system message before them, if there is one."""
         try:
-            return stored_turns(self.caption(row), self.conversations)
+            return stored_dialogue(self.caption(row), self.conversations)
         except ValueError:
             raise LlavaError(f"damaged shard {self.path}", got=f"dialogue of row {row}", do=REDO) from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_core.shards.dialogue import Turns
+from llava_core.shards.dialogue import Dialogue
 from llava_core.tables.shown import shown
 
 IMAGE_MARK = "<image>"
@@ -19,23 +19,25 @@ class UnknownRole(ValueError):
     """A message by nobody in ROLES, such as a tool."""
 
 
-def conversation_turns(messages: list[dict[str, Any]]) -> Turns | None:
-    """A dialogue as turns; None unless questions and answers alternate and no answer is empty.
+def conversation_turns(messages: list[dict[str, Any]]) -> Dialogue | None:
+    """A dialogue; None unless questions and answers alternate and no answer is empty.
 
-    Image marks and system messages are dropped. A question that is then empty becomes None: training takes an
-    instruction of its own. Raises UnknownRole.
+    Image marks are dropped. A question that is then empty becomes None: training takes an instruction of its
+    own. System messages, wherever they stand, become one before the first turn. Raises UnknownRole.
     """
     parts = [(_role(message), _text(message)) for message in messages]
+    system = "\n".join(text.strip() for role, text in parts if role == SYSTEM and text and text.strip())
     parts = [(role, text) for role, text in parts if role != SYSTEM]
-    turns = len(parts) // 2
-    if not turns or [role for role, _ in parts] != [QUESTION, ANSWER] * turns:
+    count = len(parts) // 2
+    if not count or [role for role, _ in parts] != [QUESTION, ANSWER] * count:
         return None
     texts = [text for _, text in parts if text is not None]
     questions = [text.replace(IMAGE_MARK, "").strip() for text in texts[::2]]
     answers = [text.strip() for text in texts[1::2]]
     if len(texts) < len(parts) or not all(answers):
         return None
-    return tuple((question or None, answer) for question, answer in zip(questions, answers, strict=True))
+    turns = tuple((question or None, answer) for question, answer in zip(questions, answers, strict=True))
+    return Dialogue(turns, system or None)
 
 
 def names_media(value: object) -> bool:

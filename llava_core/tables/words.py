@@ -11,7 +11,7 @@ from typing import Any
 from llava_core.cli.console import counted, say_once
 from llava_core.errors import LlavaError
 from llava_core.row_status import Outcome, Status
-from llava_core.shards.dialogue import Turns, turns_to_text
+from llava_core.shards.dialogue import Dialogue, turns_to_text
 from llava_core.tables.conversations import ROLES, UnknownRole, conversation_turns
 from llava_core.tables.shown import shown
 
@@ -25,8 +25,8 @@ MOST_ENCODED = 3
 """Times that a text may be encoded as JSON."""
 UNREAD = "\ufffd"
 """Stands for bytes that are no text."""
-Words = str | Turns
-"""A caption, or the turns of a dialogue."""
+Words = str | Dialogue
+"""A caption, or a dialogue."""
 
 
 class WordReader:
@@ -98,7 +98,7 @@ class WordReader:
         blank = [isinstance(item, str) and not item.strip() for item in value]
         texts = [text for text in captions if isinstance(text, str)]
         all_read = texts and len(texts) + sum(blank) == len(value)
-        return tuple((None, text) for text in texts) if all_read else None
+        return Dialogue(tuple((None, text) for text in texts)) if all_read else None
 
     def _refuse(self, column: str, values: Sequence[Any], outcomes: Mapping[int, Outcome]) -> None:
         for row, outcome in outcomes.items():
@@ -120,9 +120,9 @@ class WordReader:
 
         Prints how many have characters that could not be read.
         """
-        if dialogues := any(isinstance(item, tuple) for item in words):
-            turns = [((None, item),) if isinstance(item, str) else item for item in words]
-            texts = [turns_to_text(item) if item else None for item in turns]
+        if dialogues := any(isinstance(item, Dialogue) for item in words):
+            all_of = [Dialogue(((None, item),)) if isinstance(item, str) and item else item for item in words]
+            texts = [turns_to_text(d.turns, d.system) if isinstance(d, Dialogue) else None for d in all_of]
         else:
             texts = [item if isinstance(item, str) else None for item in words]
         if unread := sum(UNREAD in text for text in texts if text is not None):

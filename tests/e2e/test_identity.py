@@ -72,7 +72,8 @@ def unfinished(trained: Trained, tmp_path: Path) -> RunConfig:
 def moved(trained: Trained, tmp_path: Path) -> dict[str, Any]:
     """The run's data and language model under other names."""
     given = trained.given
-    assert given.eval_features
+    assert isinstance(given.features, Path)
+    assert isinstance(given.eval_features, Path)
     return {
         "features": shutil.copytree(given.features, tmp_path / "cache"),
         "eval_features": shutil.copytree(given.eval_features, tmp_path / "judged"),

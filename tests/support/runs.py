@@ -51,7 +51,8 @@ def flags_of(given: RunConfig) -> list[str]:
     for field in dataclasses.fields(given):
         value = getattr(given, field.name)
         if value != field.default and not isinstance(value, bool):
-            flags += [f"--{field.name.replace('_', '-')}", str(value)]
+            values = value if isinstance(value, tuple) else [value]
+            flags += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     return flags
 
 

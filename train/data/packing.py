@@ -20,16 +20,17 @@ LONGEST_UNIT = 128
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Samples as one projector sees them, end to end in N tokens, each sample `[V visual tokens][text]`."""
+    """Samples as one projector sees them, end to end in N tokens, each sample `[V visual tokens][text]`, or
+    its text alone if it has no picture."""
 
     features: torch.Tensor
-    """fp16 [samples, T, D]."""
+    """fp16 [samples with a picture, T, D]."""
     ids: torch.Tensor
     """[N]; 0 where a visual token stands."""
     positions: torch.Tensor
     """[N] position in the own sample."""
     visual: torch.Tensor
-    """[samples * V] indices of the visual tokens, as many as the projector makes of T."""
+    """[samples with a picture * V] indices of the visual tokens, as many as the projector makes of T."""
     predicting: torch.Tensor
     """[A] indices of the tokens whose next token is a target."""
     targets: torch.Tensor
@@ -79,14 +80,16 @@ class Packing:
         """
         n, device = len(batch.examples), batch.features.device
         laid: dict[tuple[int, int, int], Pack] = {}  # projectors of one kind share their packs
-        lengths = [v + len(example.ids) for v in visual for example in batch.examples]
+        lengths = [tokens_of(example, v) for v in visual for example in batch.examples]
+        shown = [0, *itertools.accumulate(example.picture for example in batch.examples)]
         for start, end in cut(lengths, self.micro_tokens):
             packs = []
             for k in range(start // n, (end - 1) // n + 1):
                 first, last = max(start - k * n, 0), min(end - k * n, n)
                 key = (visual[k], first, last)
                 if key not in laid:
-                    some = pack(batch.features[first:last], visual[k], batch.examples[first:last])
+                    features = batch.features[shown[first] : shown[last]]
+                    some = pack(features, visual[k], batch.examples[first:last])
                     laid[key] = some.to(device)
                 packs.append((k, laid[key]))
             yield self.row(packs)
@@ -120,17 +123,23 @@ def cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
         yield start, len(lengths)
 
 
+def tokens_of(example: Example, visual: int) -> int:
+    """Tokens of a sample, of which a picture makes `visual`."""
+    return visual * example.picture + len(example.ids)
+
+
 def pack(features: torch.Tensor, visual: int, examples: Sequence[Example]) -> Pack:
-    """Lay samples end to end: features [samples, T, D] that become `visual` tokens, and the text of each."""
-    lengths = [visual + len(example.ids) for example in examples]
+    """Lay samples end to end: features [samples with a picture, T, D], each of which becomes `visual` tokens,
+    and the text of each sample."""
+    lengths = [tokens_of(example, visual) for example in examples]
     ids, labels = [], []
     for example in examples:
-        ids += [0] * visual + example.ids
-        labels += [IGNORE] * visual + example.labels
+        ids += [0] * (visual * example.picture) + example.ids
+        labels += [IGNORE] * (visual * example.picture) + example.labels
     # Token i predicts token i + 1; a sample's first label is always context, so none crosses into the next.
     following = torch.tensor([*labels[1:], IGNORE])
     predicting = torch.nonzero(following != IGNORE).squeeze(1)
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)[[example.picture for example in examples]]
     return Pack(
         features=features,
         ids=torch.tensor(ids),

@@ -28,9 +28,10 @@ def prefetch(
     """
 
     def load(step: int) -> Batch:
-        epoch, indices = schedule.at(step)
+        epochs, indices = schedule.at(step)
+        own = group.shard(range(len(indices)), lambda k: samples.weight(indices[k]))
         try:
-            batch = samples.batch(group.shard(indices, samples.text_bytes), epoch)
+            batch = samples.batch([indices[k] for k in own], [epochs[k] for k in own])
         except (LlavaError, OSError) as error:
             return Batch(torch.empty(0), [], TextCounts.of([]), error)
         if pin and not batch.features.is_cuda:

@@ -8,17 +8,24 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 
+from llava_core.cli.console import counted, say_once
 from llava_core.errors import LlavaError
 from llava_core.language.instructions import default_question, instructions_for, pick_instruction
 from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn
+from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import picture_numbers
 from train.data.feature_cache import FeatureCache
+from train.data.sources import Source, text_only_rows, usable_rows
 
+BYTES_PER_TOKEN = 4
+"""Bytes of text that a visual token counts as, where samples are weighed."""
 READ_FOR_LANGUAGE = 512
 """Captions, evenly spaced, by which the default question's language is chosen."""
 
@@ -28,8 +35,12 @@ class TextCounts:
     """Sums over the texts of some samples: what throughput and needed operations are computed from."""
 
     samples: int
+    pictures: int
+    """Samples with a picture."""
     tokens: int
     """Text tokens."""
+    beside_pictures: int
+    """Those of them in samples with a picture."""
     squares: int
     """Sum of the squares of each sample's text tokens."""
     answers: int
@@ -44,7 +55,9 @@ class TextCounts:
         lengths = [len(example.ids) for example in examples]
         return TextCounts(
             len(examples),
+            sum(example.picture for example in examples),
             sum(lengths),
+            sum(len(example.ids) for example in examples if example.picture),
             sum(length * length for length in lengths),
             answer_tokens(examples),
             sum(example.cut for example in examples),
@@ -54,7 +67,7 @@ class TextCounts:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Features fp16 [samples, T, D], on the CPU or where they are cached, and the text of each sample."""
+    """Features fp16 [samples with a picture, T, D], on the CPU or where they are cached; texts of all."""
 
     features: torch.Tensor
     examples: list[Example]
@@ -67,7 +80,10 @@ class Batch:
 
 
 class Samples:
-    """Every usable row (status ok, caption not empty) of some shards, up to `limit` of them."""
+    """Every usable row (status ok, caption not empty) of some sources, up to `limit` of each.
+
+    With `text`, rows without a picture (status text only) are among them.
+    """
 
     def __init__(
         self,
@@ -77,20 +93,50 @@ class Samples:
         limit: int,
         seed: int,
         instructions: str = "auto",
+        text: bool = False,
+        sources: Sequence[Source] = (),
     ) -> None:
-        """`instructions` are what `read_instructions` returns."""
-        self.shards = list(shards)
+        """`instructions` are what `read_instructions` returns; `sources` those of the shards, if several.
+
+        Raises LlavaError if a source has no usable row, none of them a picture, or the chat template refuses
+        the system message of one.
+        """
+        self.shards, self.text = list(shards), text
+        self.sources = list(sources) or [Source(Path(), "", self.shards)]
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
         self.seed, self.instructions = seed, instructions
         self.cache: FeatureCache | None = None
-        self.rows = usable_rows(self.shards, limit)
-        if not self.rows:
+        self.rows: list[tuple[int, int]] = []
+        """(shard, row) of each sample, those of one source together."""
+        self.sizes: list[int] = []
+        """Samples of each source."""
+        before, has_system = 0, False
+        for source in self.sources:
+            own, system = usable_rows(source.shards, limit, text)
+            has_system |= system
+            if not own:
+                paths = [source.path] if len(self.sources) > 1 else [shard.path for shard in source.shards]
+                raise LlavaError(
+                    f"no usable row in {', '.join(map(str, paths))}",
+                    expected="rows with features and a caption",
+                    do="--tune lora or llm trains on rows without a picture"
+                    if text_only_rows(source.shards)
+                    else "look at the failures with `extract inspect`",
+                )
+            self.rows += [(before + s, row) for s, row in own]
+            self.sizes.append(len(own))
+            before += len(source.shards)
+        shown = [self.has_picture(index) for index in range(len(self.rows))] if text else [True] * len(self)
+        self.with_picture: list[int] = np.flatnonzero(shown).tolist()
+        """Indices of the samples that have one, ascending."""
+        if not self.with_picture:
             raise LlavaError(
-                f"no usable row in {', '.join(str(shard.path) for shard in self.shards)}",
-                expected="rows with features and a caption",
-                do="look at the failures with `extract inspect`",
+                f"no row with a picture in {', '.join(str(shard.path) for shard in self.shards)}",
+                do="add a folder that has some",
             )
+        if has_system and not conversation.writes_system_messages():
+            say_once("the chat template writes no system messages: those of the data have no effect")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,9 +152,18 @@ class Samples:
         return "from disk" if self.cache is None else f"kept on {self.cache.features.device}"
 
     @property
+    def left_out(self) -> int:
+        """Rows without a picture that are no samples, as the language model does not train."""
+        return 0 if self.text else text_only_rows(self.shards)
+
+    @property
+    def share_with_picture(self) -> float:
+        return len(self.with_picture) / len(self)
+
+    @property
     def feature_bytes(self) -> int:
         """Bytes of all samples' features, as fp16."""
-        return len(self) * self.row_bytes
+        return len(self.with_picture) * self.row_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -117,23 +172,70 @@ class Samples:
 
     @functools.cached_property
     def pictures(self) -> list[int]:
-        """The number of each sample's picture (llava_core.shuffled_pairs): several samples may show one."""
+        """The number of each sample's picture (llava_core.shuffled_pairs), which several samples may show."""
         return picture_numbers(self.shards[shard].picture_keys(row) for shard, row in self.rows)
 
     @property
     def identity(self) -> str:
-        """sha256, in hex, over which rows of which shards these are."""
-        used = [(shard.path.name, shard.layout.uid) for shard in self.shards]
-        return hashlib.sha256(json.dumps([used, self.rows]).encode()).hexdigest()
+        """sha256, in hex, over which rows of which shards these are, and of several sources of which."""
+        return self._identity_of(self.rows)
 
-    def batch(self, indices: Sequence[int], epoch: int) -> Batch:
-        """The samples at `indices`."""
-        examples = [self.example(index, epoch) for index in indices]
+    @property
+    def identity_with_picture(self) -> str:
+        """`identity` of the rows with a picture."""
+        return self._identity_of([self.rows[index] for index in self.with_picture])
+
+    def _identity_of(self, rows: Sequence[tuple[int, int]]) -> str:
+        used: list[object] = [(shard.path.name, shard.layout.uid) for shard in self.shards]
+        several = [self.sizes] if len(self.sizes) > 1 else []
+        return hashlib.sha256(json.dumps([used, rows, *several]).encode()).hexdigest()
+
+    def has_picture(self, index: int) -> bool:
+        shard, row = self.rows[index]
+        return bool(self.shards[shard].status[row] == Status.OK)
+
+    def by_source(self) -> Iterator[tuple[str, range]]:
+        """Each source's name and its samples' indices."""
+        for source, size, end in zip(self.sources, self.sizes, itertools.accumulate(self.sizes), strict=True):
+            yield source.name, range(end - size, end)
+
+    def described(self, shares: Sequence[float] | None = None) -> list[str]:
+        """Lines of the log: the sources, if there are several, and what becomes of rows without a picture."""
+        lines, shown = [], self.share_with_picture
+        if len(self.sizes) > 1:
+            parts = zip(self.sources, self.sizes, shares or [0.0] * len(self.sizes), strict=True)
+            listed = (
+                f"{source.name} {size} samples" + (f", {share:.1%} of those drawn" if share else "")
+                for source, size, share in parts
+            )
+            lines.append(f"sources: {'; '.join(listed)}")
+        if shown < 1:
+            lines.append(
+                f"{len(self) - len(self.with_picture)} samples without a picture train as text alone"
+            )
+        if self.left_out:
+            rows = counted(self.left_out, "row")
+            lines.append(
+                f"{rows} without a picture left out: they train the language model (--tune lora, llm)"
+            )
+        return lines
+
+    def batch(self, indices: Sequence[int], epoch: int | Sequence[int]) -> Batch:
+        """The samples at `indices`, in one epoch or in one each."""
+        epochs = [epoch] * len(indices) if isinstance(epoch, int) else epoch
+        examples = [self.example(index, own) for index, own in zip(indices, epochs, strict=True)]
         return Batch(self.features(indices), examples, TextCounts.of(examples))
 
     def features(self, indices: Sequence[int]) -> torch.Tensor:
-        """Features of the samples at `indices`, from disk or the cache: fp16 [samples, T, D]."""
-        return self.read(indices) if self.cache is None else self.cache.take(indices, self.read)
+        """Features of those of the samples at `indices` that have a picture, from disk or the cache: fp16
+        [samples, T, D]."""
+        shown = [index for index in indices if self.has_picture(index)] if self.text else indices
+        if self.cache is None:
+            return self.read(shown)
+        if len(self.with_picture) == len(self):
+            return self.cache.take(shown, self.read)
+        places = np.searchsorted(self.with_picture, shown).tolist()
+        return self.cache.take(places, lambda some: self.read([self.with_picture[place] for place in some]))
 
     def with_text_options(self, max_text_tokens: int, seed: int, instructions: str) -> Samples:
         """The same rows and feature cache, with another budget of answer tokens and other instructions."""
@@ -143,22 +245,25 @@ class Samples:
 
     def default_question(self) -> str:
         """What a projector trained on these is asked by default."""
-        read = self.rows[:: -(-len(self.rows) // READ_FOR_LANGUAGE)]
-        answers = [self.shards[shard].turns(row)[0][1] for shard, row in read]
+        read = self.with_picture[:: -(-len(self.with_picture) // READ_FOR_LANGUAGE)]
+        rows = [self.rows[index] for index in read]
+        answers = [self.shards[shard].turns(row)[0][1] for shard, row in rows]
         return default_question(self.instructions, answers)
 
-    def first_question(self, index: int) -> tuple[str, str]:
-        """A sample's first question, of several instructions the first, and its answer."""
+    def first_question(self, index: int) -> tuple[str, str, str | None]:
+        """A sample's first question, of several instructions the first; its answer; its system message."""
         shard, row = self.rows[index]
-        question, answer = self.shards[shard].turns(row)[0]
-        return instructions_for(self.instructions, answer)[0] if question is None else question, answer
+        dialogue = self.shards[shard].dialogue(row)
+        question, answer = dialogue.turns[0]
+        asked = instructions_for(self.instructions, answer)[0] if question is None else question
+        return asked, answer, dialogue.system
 
     def cache_on(self, device: torch.device) -> None:
         """Keep features on `device` from when they are first read."""
-        self.cache = FeatureCache((len(self), self.tokens, self.shards[0].width), device)
+        self.cache = FeatureCache((len(self.with_picture), self.tokens, self.shards[0].width), device)
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Features of the samples at `indices` from disk: fp16 [samples, T, D] on the CPU."""
+        """Features of samples with a picture, at `indices`, from disk: fp16 [samples, T, D] on the CPU."""
         features = torch.empty(len(indices), self.tokens, self.shards[0].width, dtype=torch.float16)
         rows = features.numpy()
         for k, index in enumerate(indices):
@@ -171,26 +276,23 @@ class Samples:
         shard, row = self.rows[index]
         return self.shards[shard].caption_bytes(row)
 
+    def weight(self, index: int) -> int:
+        """About in proportion to a sample's tokens, visual ones included, and known without reading it."""
+        return self.text_bytes(index) + BYTES_PER_TOKEN * self.tokens * self.has_picture(index)
+
     def example(self, index: int, epoch: int) -> Example:
         """Token ids and labels of one sample; an instruction is drawn by (seed, epoch, row, turn) alone."""
         s, row = self.rows[index]
         shard = self.shards[s]
         key = f"{epoch}/{shard.path.stem}/{row}"
-        turns = []
-        for k, (question, answer) in enumerate(shard.turns(row)):
+        turns, dialogue = [], shard.dialogue(row)
+        for k, (question, answer) in enumerate(dialogue.turns):
             if question is None:
                 known = instructions_for(self.instructions, answer)
                 question = pick_instruction(self.seed, f"{key}/{k}" if k else key, known)
             turns.append(Turn(question, answer))
-        return self.conversation.example(turns, self.max_text_tokens)
-
-
-def usable_rows(shards: Sequence[Shard], limit: int) -> list[tuple[int, int]]:
-    """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows."""
-    usable = (
-        (s, row) for s, shard in enumerate(shards) for row in shard.ok_rows() if shard.caption(row).strip()
-    )
-    return list(itertools.islice(usable, limit))
+        example = self.conversation.example(turns, self.max_text_tokens, dialogue.system)
+        return example if self.has_picture(index) else dataclasses.replace(example, picture=False)
 
 
 def answer_tokens(examples: Sequence[Example]) -> int:

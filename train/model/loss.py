@@ -46,8 +46,11 @@ def _hidden(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row)
     """Final hidden states of each pack's tokens, normed, [N, hidden] each; the padding's come last."""
     parts = []
     for k, pack in row.packs:
-        projected = projectors[k](pack.features.float()).flatten(0, 1)
-        parts.append(llm.embed(pack.ids).index_copy(0, pack.visual, projected.to(llm.dtype)))
+        embedded = llm.embed(pack.ids)
+        if len(pack.features):
+            projected = projectors[k](pack.features.float()).flatten(0, 1)
+            embedded = embedded.index_copy(0, pack.visual, projected.to(llm.dtype))
+        parts.append(embedded)
     padding = llm.embed(row.starts.new_zeros(row.padding))
     hidden = forward_blocks(llm, torch.cat([*parts, padding]), row)
     return hidden.split([*map(len, parts), row.padding])  # type: ignore[no-any-return, no-untyped-call]

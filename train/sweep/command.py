@@ -29,7 +29,9 @@ COSTLESS = ("lr", "weight_decay", "warmup", "decay", "seed")
 def run(config: SweepConfig) -> JsonDict:
     """Run every trial that is left, and write the results of all."""
     paths: dict[str, Any] = {
-        name: _absolute(path) for name, path in vars(config).items() if isinstance(path, Path)
+        name: _absolute(path) if isinstance(path, Path) else tuple(map(_absolute, path))
+        for name, path in vars(config).items()
+        if isinstance(path, Path) or name in ("features", "eval_features")
     }
     config = as_begun(dataclasses.replace(config, **paths))
     space = Space.of(config.space, config)

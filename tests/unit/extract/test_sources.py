@@ -122,7 +122,7 @@ def test_llava_json(tmp_path: Path, lines: bool) -> None:
         None,
         None,
         '[[null,"?"]]',
-        '[["q","a"]]',
+        '[{"system":"s"},["q","a"]]',
         None,
         None,
     ]

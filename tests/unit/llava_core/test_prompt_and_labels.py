@@ -154,3 +154,15 @@ def test_a_callers_alarm_still_rings() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_system_message_comes_first_and_has_no_labels() -> None:
+    chat = conversation()
+    example = chat.example([Turn("a?", "one"), Turn("b?", "two")], max_answer_tokens=99, system="be brief")
+    bare = chat.example([Turn("a?", "one"), Turn("b?", "two")], max_answer_tokens=99)
+    before = len(example.ids) - len(bare.ids)
+    assert chat.tokenizer.decode(example.ids[:before]) == "<|im_start|>system\nbe brief<|im_end|>\n"
+    assert example.ids[before:] == bare.ids
+    assert example.labels == [IGNORE] * before + bare.labels
+    cut = chat.example([Turn("a?", "one"), Turn("b?", "two")], max_answer_tokens=2, system="be brief")
+    assert (cut.ids[:before], cut.dropped) == (example.ids[:before], 1)

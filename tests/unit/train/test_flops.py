@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.support.language_models import write_language_model
 from tests.support.loss import summed_loss
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
 from train.data.packing import pack
+from train.data.samples import TextCounts
 from train.flops import Work
 from train.model.packed_model import prepare
 from train.throughput import Throughput, progress_line
@@ -44,6 +46,20 @@ def test_the_step_makes_the_needed_operations_and_no_others(
     work = Work.of(llm.model, projector)
     attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
     assert counter.get_total_flops() == work.operations(batch.counts, VISUAL) - attention
+
+
+def test_a_sample_without_a_picture_takes_its_text_alone(
+    llm: LanguageModel, projector: torch.nn.Module
+) -> None:
+    prepare(llm)
+    whole = a_batch(llm)
+    examples = [dataclasses.replace(example, picture=k % 2 == 0) for k, example in enumerate(whole.examples)]
+    packed = pack(whole.features[::2], VISUAL, examples)
+    with FlopCounterMode(display=False) as counter:
+        summed_loss(llm, projector, packed).backward()  # type: ignore[no-untyped-call]
+    work = Work.of(llm.model, projector)
+    attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
+    assert counter.get_total_flops() == work.operations(TextCounts.of(examples), VISUAL) - attention
 
 
 def test_attention_is_half_of_what_the_eager_one_does(llm: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import subprocess
@@ -55,10 +56,13 @@ def reference_loss(llm: LanguageModel, projector: torch.nn.Module, batch: Batch)
     """Each sample alone through the whole model with eager attention, loss over full logits."""
     llm.model.config._attn_implementation = "eager"
     total = torch.zeros(())
-    for features, example in zip(batch.features, batch.examples, strict=True):
-        embedded = torch.cat([projector(features.float()), llm.embed(torch.tensor(example.ids))])
+    pictures = iter(batch.features)
+    for example in batch.examples:
+        embedded, labels = llm.embed(torch.tensor(example.ids)), torch.tensor(example.labels)
+        if example.picture:
+            embedded = torch.cat([projector(next(pictures).float()), embedded])
+            labels = torch.cat([torch.full((VISUAL,), IGNORE), labels])
         logits = llm.model(inputs_embeds=embedded[None]).logits[0]
-        labels = torch.tensor([IGNORE] * VISUAL + example.labels)
         total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
     return total
 
@@ -88,6 +92,36 @@ def test_packed_equals_per_sample(llm: LanguageModel, packing: Packing, forwards
 
     torch.testing.assert_close(total, reference, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(projector), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shown", ["0110", "1001", "0001", "0000"])
+@pytest.mark.parametrize("packing", [Packing(10_000), Packing(100, unit=64)])
+def test_packed_equals_per_sample_where_some_have_no_picture(
+    llm: LanguageModel, packing: Packing, shown: str
+) -> None:
+    """Loss, and gradients of projector and language model."""
+    whole, projector = a_batch(llm), a_projector(llm)
+    examples = [
+        dataclasses.replace(example, picture=flag == "1")
+        for example, flag in zip(whole.examples, shown, strict=True)
+    ]
+    batch = batch_of(whole.features[[flag == "1" for flag in shown]], examples)
+    trained = [*projector.parameters(), *llm.model.requires_grad_().parameters()]
+    reference = reference_loss(llm, projector, batch)
+    expected = torch.autograd.grad(reference, trained, allow_unused=True)
+
+    prepare(llm)
+    rows = list(packing.rows(batch, [VISUAL]))
+    tokens = batch.counts.pictures * VISUAL + batch.counts.tokens
+    assert sum(len(row.positions) - row.padding for row in rows) == tokens
+    total = sum(loss for row in rows for loss in packed_losses(llm, [projector], row))
+    assert isinstance(total, torch.Tensor)
+    got = torch.autograd.grad(total, trained, allow_unused=True)
+    torch.testing.assert_close(total, reference, rtol=1e-5, atol=1e-5)
+    for own, alone in zip(got, expected, strict=True):
+        assert (own is None) == (alone is None)
+        if own is not None and alone is not None:
+            torch.testing.assert_close(own, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

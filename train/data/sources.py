@@ -1,0 +1,67 @@
+"""The folders of --features: their shards and usable rows, and names by which figures tell them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llava_core.row_status import Status
+from llava_core.shards.dialogue import SYSTEM_START
+from llava_core.shards.folder import find_shards, require_one_encoder
+from llava_core.shards.reader import Shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One folder of shards."""
+
+    path: Path
+    name: str
+    """The last part of its path, or as many as tell it from the others."""
+    shards: list[Shard]
+
+
+def open_sources(folders: Sequence[Path]) -> list[Source]:
+    """Raises LlavaError if one has no shards, one is damaged, or two come from different encoders."""
+    sources = [
+        Source(folder, name, find_shards(folder))
+        for folder, name in zip(folders, names_of(folders), strict=True)
+    ]
+    require_one_encoder([shard for source in sources for shard in source.shards])
+    return sources
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The ends of their paths, as long as it takes for all to differ."""
+    whole = [folder.absolute() for folder in folders]
+    parts = [(path.with_suffix("") if path.suffix == ".h5" else path).parts for path in whole]
+    for length in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def text_only_rows(shards: Sequence[Shard]) -> int:
+    """How many rows are about no picture."""
+    return sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in shards)
+
+
+def usable_rows(
+    shards: Sequence[Shard], limit: int, text: bool = False
+) -> tuple[list[tuple[int, int]], bool]:
+    """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows,
+    and whether one of them has a system message; with `text`, rows about no picture are among them."""
+    statuses = [Status.OK, Status.TEXT_ONLY] if text else [Status.OK]
+    usable = (
+        ((s, row), shard.conversations and caption.startswith(SYSTEM_START))
+        for s, shard in enumerate(shards)
+        for row in np.flatnonzero(np.isin(shard.status, statuses)).tolist()
+        if (caption := shard.caption(row)).strip()
+    )
+    found = list(itertools.islice(usable, limit))
+    return [place for place, _ in found], any(system for _, system in found)
