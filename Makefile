@@ -1,8 +1,12 @@
-.PHONY: demo test test-slow check format clean
+.PHONY: demo demo-stage2 test test-slow check format clean
 
 demo: ## the whole job on a small built-in world
 	@scripts/setup.sh demo
 	@.venv/bin/python -m llava_align demo
+
+demo-stage2: ## after it: the language model learns dialogues about the same pictures
+	@scripts/setup.sh demo
+	@.venv/bin/python -m llava_align demo-stage2
 
 test: check ## ruff, mypy and every test but the slow ones
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder -m "not slow"

@@ -10,29 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_align.demo.world.scene import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+from llava_align.demo.world.scene import ENGLISH, Scene, Thing
 
 QUESTION = "Describe the picture."
-
-_ENGLISH = {
-    "size": dict(zip(SIZES, ("big", "small"), strict=True)),
-    "colour": dict(
-        zip(COLOURS, ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black"), strict=True)
-    ),
-    "shape": dict(zip(SHAPES, ("circle", "square", "triangle", "star", "cross", "diamond"), strict=True)),
-    "place": dict(
-        zip(
-            PLACES,
-            (
-                *("at the top left", "at the top", "at the top right"),
-                *("on the left", "in the middle", "on the right"),
-                *("at the bottom left", "at the bottom", "at the bottom right"),
-            ),
-            strict=True,
-        )
-    ),
-}
-"""Attributes in the order of the sentence; words of llava_align.demo.world.scene -> English."""
 
 
 def caption(scene: Scene) -> str:
@@ -41,7 +21,7 @@ def caption(scene: Scene) -> str:
 
 
 def phrase(thing: Thing) -> str:
-    return " ".join(("a", *(words[getattr(thing, name)] for name, words in _ENGLISH.items())))
+    return " ".join(("a", *(words[getattr(thing, name)] for name, words in ENGLISH.items())))
 
 
 def parse(text: str) -> list[Thing]:
@@ -71,11 +51,11 @@ def write_json(path: Path, pictures: Sequence[Path], scenes: Sequence[Scene]) ->
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-_OURS = {name: {english: ours for ours, english in words.items()} for name, words in _ENGLISH.items()}
+_OURS = {name: {english: ours for ours, english in words.items()} for name, words in ENGLISH.items()}
 
 
 def _any(name: str) -> str:
     return f"(?P<{name}>" + "|".join(sorted(_OURS[name], key=len, reverse=True)) + ")"
 
 
-_CLAUSE = re.compile(" ".join(map(_any, _ENGLISH)) + r"\b")
+_CLAUSE = re.compile(" ".join(map(_any, ENGLISH)) + r"\b")

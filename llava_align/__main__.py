@@ -6,6 +6,7 @@ from extract.config import ExamplesConfig
 from infer.config import ChatLlmConfig
 from llava_align.config import (
     DemoConfig,
+    DemoStage2Config,
     DoctorConfig,
     DownloadConfig,
     ExportConfig,
@@ -19,6 +20,7 @@ from llava_core.cli.options import Command
 
 COMMANDS = {
     "demo": Command(DemoConfig, "llava_align.demo.command:run"),
+    "demo-stage2": Command(DemoStage2Config, "llava_align.demo.stage2:run"),
     "trace": Command(TraceConfig, "llava_align.demo.trace:run"),
     "examples": Command(ExamplesConfig, "extract.examples:run"),
     "match": Command(MatchConfig, "llava_align.match.command:run"),

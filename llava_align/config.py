@@ -52,6 +52,24 @@ class DemoConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoStage2Config(Options):
+    """The language model learns dialogues about the demo's pictures; accuracy and forgetting, held out."""
+
+    out: Path = DemoConfig.out
+    """Folder of the demo; this writes OUT/stage2, and replaces an earlier one."""
+    tune: Literal["lora", "llm"] = "lora"
+    """What trains beside the projector: LoRA adapters, or the whole language model."""
+    steps: int = 300
+    """Optimizer steps of 16 dialogues."""
+    seed: int = 0
+    """Seed of training."""
+
+    def __post_init__(self) -> None:
+        self.require_above_zero("steps")
+        require_folder(self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceConfig(Options):
     """One sample from image file to loss, with the numbers of every stage; by default one of the demo's."""
 

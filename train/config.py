@@ -31,8 +31,8 @@ MOST_LR = 1000
 class RunConfig(Options):
     """Train a projector on cached features. The same command continues a run that was interrupted.
 
-    `--recipe course|fast|course-stage2` sets several flags at once; those of a file win over it, and those
-    typed over both.
+    `--recipe course|fast|course-stage2|stage2` sets several flags at once; those of a file win over it, and
+    those typed over both.
     """
 
     features: tuple[Path, ...] | Path

@@ -36,6 +36,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 1,
         "max_text_tokens": 512,
     },
+    "stage2": {
+        "tune": "lora",
+        "lora_rank": 64,
+        "lora_alpha": 64,
+        "lr": 2e-4,
+        "grad_clip": 1.0,
+        "warmup": 0.03,
+        "decay": "linear",
+        "batch_size": 16,
+        "max_text_tokens": 512,
+    },
 }
 """course, course-stage2: what the course project trains with. fast: its held-out loss in a fifth of the steps
-(benchmarks/RESULTS.md, Time to quality); give it `--max-steps`."""
+(benchmarks/RESULTS.md, Time to quality); give it `--max-steps`. stage2: the LoRA that did best of four on the
+demo's world (Stage 2 there), but with the default --lr-llm: its rate suits a model of 1 M parameters only."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from llava_align.demo.world.captions import COUNTS, caption, phrase
-from llava_align.demo.world.scene import PLACES, SHAPES, Scene, Thing, random_scene
+from llava_align.demo.world.captions import caption
+from llava_align.demo.world.notes import NO_PICTURE, notes, question
+from llava_align.demo.world.scene import PLACES, Scene, Thing, random_scene
 from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.prompt_and_labels import Turn
 
@@ -19,7 +20,6 @@ Slot = list[tuple[str, float]]
 """Words and their weights."""
 
 MOST_SLOTS = 40
-NO_PICTURE = "没有看到图片。"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +33,14 @@ def random_dialogue(rng: random.Random) -> Dialogue:
     scene = random_scene(rng)
     if rng.random() < 0.03:
         return Dialogue([], [Turn(rng.choice(INSTRUCTIONS), NO_PICTURE)])
-    slots = plain_notes(scene, rng) if rng.random() < 0.2 else mixed_notes(scene, rng)
+    plain = rng.random() < 0.2
+    slots = [[(word, 1.0)] for word in notes(scene, rng)] if plain else mixed_notes(scene, rng)
     if rng.random() < 0.7:
         turns = [Turn(rng.choice(INSTRUCTIONS), caption(scene, rng))]
     else:
         turns = [question(scene, rng)]
     turns += [question(scene, rng) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
     return Dialogue(slots, turns)
-
-
-def plain_notes(scene: Scene, rng: random.Random) -> list[Slot]:
-    """Slots of one word each, object after object in random order, the place first."""
-    words = []
-    for thing in rng.sample(scene.things, len(scene.things)):
-        words += [thing.place, *rng.sample([thing.size, thing.colour, thing.shape], 3)]
-    at = rng.choice((0, len(words)))
-    words[at:at] = [scene.background]
-    return [[(word, 1.0)] for word in words]
 
 
 def mixed_notes(scene: Scene, rng: random.Random) -> list[Slot]:
@@ -77,30 +68,3 @@ def _about(thing: Thing, rng: random.Random) -> list[Slot]:
     missing = [word for word in words if not any(word in chosen for chosen in sets)]
     sets[0] = sets[0] + missing
     return [[(w, rng.uniform(0.4, 1.3)) for w in [thing.place, *chosen]] for chosen in sets]
-
-
-def question(scene: Scene, rng: random.Random) -> Turn:
-    """A question about the scene with its answer."""
-    things = scene.things
-    kind = rng.choice(("count", "background", "place", "place", "colour", "where", "shape"))
-    thing = rng.choice(things)
-    if kind == "count":
-        return Turn("图中有几个图形？", f"图中有{COUNTS[len(things) - 1]}个图形。")
-    if kind == "background":
-        return Turn("背景是什么颜色的？", f"背景是{scene.background}的。")
-    if kind == "colour" and sum(t.shape == thing.shape for t in things) == 1:
-        return Turn(f"{thing.shape}是什么颜色的？", f"{thing.shape}是{thing.colour}的。")
-    if kind == "where" and sum(t.shape == thing.shape for t in things) == 1:
-        return Turn(f"{thing.shape}在哪里？", f"{thing.shape}在{thing.place}。")
-    if kind == "shape" and sum(t.colour == thing.colour for t in things) == 1:
-        return Turn(f"{thing.colour}的图形是什么形状？", f"{thing.colour}的图形是{thing.shape}。")
-    if kind == "where":
-        absent = [shape for shape in SHAPES if shape not in {t.shape for t in things}]
-        shape = rng.choice(absent)
-        return Turn(f"{shape}在哪里？", f"图中没有{shape}。")
-    place = rng.choice((thing.place, thing.place, rng.choice(PLACES)))
-    there = [t for t in things if t.place == place]
-    return Turn(
-        f"{place}是什么？",
-        phrase(there[0], "{place}是一个{size}的{colour}{shape}。") if there else f"{place}没有图形。",
-    )

@@ -28,6 +28,7 @@ from llava_core.language.instructions import QUESTION
 from llava_core.types import JsonDict
 
 MARK = ".llava-demo"
+"""File that marks a demo's folder; it holds the flags that the pictures depend on."""
 BATCH_SIZE = 16
 
 
@@ -47,6 +48,8 @@ def _demo(config: DemoConfig) -> JsonDict:
 
     out = config.out
     _clear(out)
+    made = {name: getattr(config, name) for name in ("rows", "held_out", "seed")}
+    (out / MARK).write_text(json.dumps(made) + "\n")
     started = time.monotonic()
     with serve(out / "pictures") as url:
         train = write_split(out, "train", url, config.rows, files=2, seed=config.seed, odd=TROUBLES)

@@ -48,6 +48,12 @@ def write_split(
     return Split(parquet, paths, scenes)
 
 
+def split_scenes(name: str, rows: int, seed: int) -> list[Scene]:
+    """The scenes that `write_split` draws with the same arguments."""
+    rng = random.Random(f"{name}/{seed}")
+    return [random_scene(rng) for _ in range(rows)]
+
+
 def draw(folder: Path, rows: int, rng: random.Random) -> tuple[list[Path], list[Scene]]:
     """Draw `rows` random scenes into the folder; returns the image files and the scenes."""
     folder.mkdir(parents=True, exist_ok=True)

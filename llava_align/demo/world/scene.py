@@ -12,6 +12,25 @@ PLACES = ("左上角", "上方", "右上角", "左侧", "中央", "右侧", "左
 SIZES = ("大", "小")
 BACKGROUNDS = ("白色", "灰色", "米色")
 MOST_OBJECTS = 3
+ENGLISH = {
+    "size": dict(zip(SIZES, ("big", "small"), strict=True)),
+    "colour": dict(
+        zip(COLOURS, ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black"), strict=True)
+    ),
+    "shape": dict(zip(SHAPES, ("circle", "square", "triangle", "star", "cross", "diamond"), strict=True)),
+    "place": dict(
+        zip(
+            PLACES,
+            (
+                *("at the top left", "at the top", "at the top right"),
+                *("on the left", "in the middle", "on the right"),
+                *("at the bottom left", "at the bottom", "at the bottom right"),
+            ),
+            strict=True,
+        )
+    ),
+}
+"""English words of each attribute, in the order of an English sentence."""
 
 
 @dataclasses.dataclass(frozen=True)

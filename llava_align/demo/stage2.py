@@ -1,0 +1,186 @@
+"""`llava demo-stage2`: dialogues about the demo's pictures, and what the language model gains and forgets."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from llava_align.aligned_model import AlignedModel
+from llava_align.config import MODELS, DemoStage2Config
+from llava_align.demo.command import MARK
+from llava_align.demo.world.dataset import split_scenes
+from llava_align.demo.world.dialogues import (
+    KINDS,
+    LANGUAGES,
+    Dialogues,
+    held_out_dialogues,
+    normalised,
+    training_dialogues,
+    write_json,
+)
+from llava_align.demo.world.notes import notes, question
+from llava_align.demo.world.scene import random_scene
+from llava_align.feature_dataset import FeatureDataset
+from llava_align.subprocess_command import run_command
+from llava_core.bootstrap import with_interval
+from llava_core.cli.console import progress, show, table
+from llava_core.errors import LlavaError
+from llava_core.filesystem import read_json_lines
+from llava_core.language.prompt_and_labels import Conversation
+from llava_core.language.target_logits import target_logits
+from llava_core.projector.aligned import load_its_language_model
+from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.types import JsonDict
+from train.recipes import RECIPES
+
+LLM = MODELS / "llm"
+LR_LLM = {"lora": 5e-3, "llm": 2e-3}
+"""Rates at which this small language model learns; large ones need far lower ones (benchmarks/RESULTS.md)."""
+CHATS = 64
+"""Most dialogues of a kind that are held turn by turn; single questions about pictures go in batches."""
+TEXTS = 256
+"""Texts on which the language model's own loss is measured."""
+MAX_TOKENS = 48
+"""Of an answer; the longest right one takes 22."""
+
+
+def run(config: DemoStage2Config) -> JsonDict:
+    """Print every command with its output, and tables of accuracy and forgetting; returns their figures."""
+    out, folder, started = config.out, config.out / "stage2", time.monotonic()
+    made = _made(out)
+    shutil.rmtree(folder, ignore_errors=True)
+    held_out = write_dialogues(out, made, folder)
+    before = measure(out / "run/best", out, held_out, folder / "before.jsonl")
+    train(config, folder)
+    after = measure(folder / "run/best", out, held_out, folder / "after.jsonl")
+    figures: JsonDict = {"before": before, "after": after, "seconds": time.monotonic() - started}
+    report(before, after)
+    show(f"\n{folder / 'before.jsonl'}, {folder / 'after.jsonl'}  answers; {figures['seconds']:.0f} s")
+    return figures
+
+
+def _made(out: Path) -> JsonDict:
+    """Flags of the demo in a folder. Raises LlavaError unless one is there, and finished."""
+    try:
+        made: JsonDict = json.loads((out / MARK).read_text())
+    except (OSError, ValueError):
+        made = {}
+    if not {"rows", "held_out", "seed"} <= made.keys() or not (out / "answers.png").exists():
+        do = f"run it first: python -m llava_align demo --out {out}"
+        raise LlavaError(f"{out} holds no finished demo of this version", do=do)
+    return made
+
+
+def write_dialogues(out: Path, made: JsonDict, folder: Path) -> Dialogues:
+    """Write and extract dialogues about the demo's pictures; returns the held-out ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dialogues: Dialogues = {}
+    splits = (("train", made["rows"], training_dialogues), ("held-out", made["held_out"], held_out_dialogues))
+    for name, rows, make in splits:
+        images = out / "pictures" / name
+        scenes = split_scenes(name, rows, made["seed"])
+        rng = random.Random(f"dialogues/{name}/{made['seed']}")
+        dialogues = make(sorted(images.glob("*.jpg")), scenes, rng)
+        write_json(folder / f"{name}.json", dialogues)
+        run_command(
+            *("extract", "run", "--data", folder / f"{name}.json", "--images", images),
+            *("--vision", MODELS / "vision", "--out", folder / "features" / name),
+        )
+    return dialogues
+
+
+def train(config: DemoStage2Config, folder: Path) -> JsonDict:
+    """Train on the dialogues in a folder, from the demo's projector."""
+    rows = len(json.loads((folder / "train.json").read_text(encoding="utf-8")))
+    return run_command(
+        *("train", "run", "--recipe", "stage2", "--tune", config.tune, "--lr-llm", LR_LLM[config.tune]),
+        *("--features", folder / "features/train", "--eval-features", folder / "features/held-out"),
+        *("--init", config.out / "run/best", "--llm", LLM, "--out", folder / "run"),
+        *("--max-steps", config.steps),
+        *("--epochs", math.ceil(2 * config.steps * RECIPES["stage2"]["batch_size"] / rows)),
+        *("--eval-every", math.ceil(config.steps / 2), "--eval-samples", 256, "--eval-captions", 0),
+        *("--save-every", config.steps, "--seed", config.seed),
+    )
+
+
+def measure(checkpoint: Path, out: Path, held_out: Dialogues, answers: Path) -> JsonDict:
+    """Accuracy by kind of question, and losses of captions and of text, of a checkpoint."""
+    trained = ("--checkpoint", checkpoint, "--llm", LLM)
+    features = out / "stage2/features/held-out"
+    run_command(
+        *("infer", "batch", *trained, "--features", features, "--output", answers),
+        *("--batch-size", 64, "--max-tokens", MAX_TOKENS),
+    )
+    batch = {line["id"]: line["answer"] for line in read_json_lines(answers)}
+    said = {key: answer for key, answer in batch.items() if len(held_out[key][1]) == 1}
+    said |= chats(AlignedModel.load(checkpoint, llm=LLM), FeatureDataset(features), held_out)
+    right: dict[str, list[bool]] = {f"{language} {kind}": [] for kind in KINDS for language in LANGUAGES}
+    wanted = {kind: collections.Counter[str]() for kind in right}
+    for key, answer in said.items():
+        kind, truth = key.partition(" ")[2], normalised(held_out[key][1][-1].answer)
+        right[kind].append(normalised(answer) == truth)
+        wanted[kind][truth] += 1
+    evaluated = run_command("train", "eval", *trained, "--features", out / "features/held-out")
+    return {
+        "right": {kind: sum(marks) / len(marks) for kind, marks in right.items() if marks},
+        "most_frequent": {kind: max(n.values()) / n.total() for kind, n in wanted.items() if n},
+        "asked": {kind: len(marks) for kind, marks in right.items()},
+        "text_loss": text_loss(checkpoint),
+        **{name: value for name, value in evaluated.items() if name.startswith(("loss", "grounding_gap"))},
+    }
+
+
+def chats(model: AlignedModel, features: FeatureDataset, held_out: Dialogues) -> dict[str, str]:
+    """Last answers, after the model's own earlier ones, to what has several turns or no picture; by id."""
+    rows = {row.id: row for row in features}
+    held = collections.Counter[str]()
+    said = {}
+    with progress(len(held_out), "dialogues") as bar:
+        for key, (picture, turns) in held_out.items():
+            kind = key.partition(" ")[2]
+            bar.update()
+            if (len(turns) == 1 and picture is not None) or held[kind] == CHATS:
+                continue
+            held[kind] += 1
+            chat = model.chat(rows[key] if picture is not None else None, max_tokens=MAX_TOKENS)
+            for turn in turns:
+                said[key] = chat.ask(turn.question)
+    return said
+
+
+def text_loss(checkpoint: Path) -> float:
+    """Loss in nats per answer token on new texts of the kind that the language model was trained on."""
+    llm, rng = load_its_language_model(load_checkpoint(checkpoint), LLM), random.Random("texts")
+    conversation = Conversation(llm.tokenizer, llm.eos_ids)
+    losses = []
+    for _ in range(TEXTS):
+        scene = random_scene(rng)
+        words = torch.tensor([llm.tokenizer(word)["input_ids"][0] for word in notes(scene, rng)])
+        example = conversation.example([question(scene, rng)], max_answer_tokens=128)
+        losses.append(F.cross_entropy(*target_logits(llm, llm.embed(words), example), reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def report(before: JsonDict, after: JsonDict) -> None:
+    """Print the tables of accuracy and forgetting."""
+    named = [
+        (kind, before["asked"][kind], *(f"{figures[kind]:.1%}" for figures in columns))
+        for columns in [(before["right"], after["right"], before["most_frequent"])]
+        for kind in before["right"]
+    ]
+    header = ("held-out dialogues answered rightly", "asked", "stage 1", "stage 2", "most frequent answer")
+    show("\n" + table(named, header))
+    forgotten = [
+        ("loss of captions", *(with_interval(figures, "loss", 3) for figures in (before, after))),
+        ("their grounding gap", *(with_interval(figures, "grounding_gap", 3) for figures in (before, after))),
+        ("loss of text without pictures", *(f"{figures['text_loss']:.3f}" for figures in (before, after))),
+    ]
+    show("\n" + table(forgotten, ("forgetting", "stage 1", "stage 2")))
