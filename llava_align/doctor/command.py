@@ -33,6 +33,7 @@ OPTIONAL = ("modelscope", "wandb")
 """Default packages that only one command or one flag needs."""
 EXTRAS = {
     "llava demo": "plots",
+    "llava demo-stage2": "plots",
     "llava download, push --to modelscope": "modelscope",
     "train sweep": "sweep",
     "train run --report-to wandb": "wandb",
