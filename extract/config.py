@@ -20,9 +20,9 @@ from llava_core.types import Device
 
 def require_data(data: str) -> None:
     """Raise LlavaError if nothing is there."""
-    from extract.sources.find import matching  # with pyarrow, which --help does without
+    from extract.sources.find import require_matching  # with pyarrow, which --help does without
 
-    matching(data)
+    require_matching(data)
 
 
 def require_count(sample: int) -> None:

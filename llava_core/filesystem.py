@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -193,6 +194,18 @@ def require_folder(out: Path) -> None:
         raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
     if not os.access(there, os.W_OK):
         raise LlavaError("--out", expected="a folder that can be written to", got=there, exit_code=2)
+
+
+def matching(pattern: str) -> list[Path]:
+    """The file or folder at a path, or the matches of a glob, by name."""
+    path = Path(pattern)
+    return [path] if path.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+
+
+def require_matches(flag: str, pattern: str | None) -> None:
+    """Raise LlavaError unless there is a file at the path, or a match of the glob; None is right."""
+    if pattern is not None and not any(path.is_file() for path in matching(pattern)):
+        raise LlavaError(f"no file {pattern}", do=f"give {flag} one that is there, or a pattern of some")
 
 
 def require_file(flag: str, path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
-from llava_core.filesystem import require_folder
+from llava_core.filesystem import require_folder, require_matches
 from llava_core.input_folders import folders_of, require_checkpoint, require_language_model, require_shards
 from llava_core.language.instructions import read_instructions
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
@@ -43,6 +43,11 @@ class RunConfig(Options):
     """Folder of this run: metrics.jsonl, checkpoints, `last` and `best`."""
     eval_features: tuple[Path, ...] | Path | None = None
     """Folder of held-out shards, or several; without it nothing is evaluated and there is no `best`."""
+    text: str | None = None
+    """Words to train on in place of the shards' own: a table (parquet, JSON, JSONL, CSV) or a glob of them.
+    Its rows name their pictures by sha256, url or image, id, or shard and row; a picture may have several."""
+    eval_text: str | None = None
+    """The same for the held-out shards, which without it keep their own words."""
     mix: str | None = None
     """Share of each folder of --features, such as 0.6,0.3,0.1, by which samples are drawn; without it all are
     one set."""
@@ -135,20 +140,9 @@ class RunConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero(
-            *(
-                "lr",
-                "lr_llm",
-                "grad_clip",
-                "lora_rank",
-                "lora_alpha",
-                "batch_size",
-                "epochs",
-                "max_steps",
-                "max_samples",
-                "max_text_tokens",
-                "micro_tokens",
-            ),
-            *("eval_every", "eval_samples", "save_every", "keep", "log_every"),
+            *("lr", "lr_llm", "grad_clip", "lora_rank", "lora_alpha", "batch_size", "epochs", "max_steps"),
+            *("max_samples", "max_text_tokens", "micro_tokens", "eval_every", "eval_samples"),
+            *("save_every", "keep", "log_every"),
         )
         for name in ("features", "eval_features"):
             object.__setattr__(self, name, _one_or_several(name, getattr(self, name)))
@@ -170,6 +164,8 @@ class RunConfig(Options):
             raise LlavaError("--seed", expected="0 or more, in 63 bits", got=self.seed, exit_code=2)
         if not 0 <= self.warmup < 1:
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
+        if self.eval_text is not None and self.eval_features is None:
+            raise LlavaError("--eval-text", expected="--eval-features beside it", exit_code=2)
 
     @property
     def shares(self) -> tuple[float, ...] | None:
@@ -180,6 +176,8 @@ class RunConfig(Options):
         require_folder(self.out)
         require_shards("--features", self.features)
         require_shards("--eval-features", self.eval_features)
+        require_matches("--text", self.text)
+        require_matches("--eval-text", self.eval_text)
         require_language_model(self.llm)
         if self.init is not None:
             require_checkpoint(self.init)
@@ -239,6 +237,8 @@ class EvalConfig(Options):
     """Checkpoint folder, such as RUN/best."""
     features: tuple[Path, ...] | Path
     """Folder of held-out feature shards, or several."""
+    text: str | None = None
+    """Words in place of the shards' own, as in `train run`."""
     llm: Path
     """Folder of the language model the projector was trained for."""
     max_samples: int = 100_000
@@ -264,6 +264,7 @@ class EvalConfig(Options):
     def require_inputs(self) -> None:
         require_checkpoint(self.checkpoint)
         require_shards("--features", self.features)
+        require_matches("--text", self.text)
         require_language_model(self.llm)
 
 

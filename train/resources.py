@@ -15,6 +15,7 @@ from llava_core.shards.folder import require_one_encoder
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence, worth_caching
+from train.data.other_words import with_words
 from train.data.packing import Packing
 from train.data.samples import Samples
 from train.data.schedule import Schedule
@@ -58,7 +59,7 @@ class TrainingResources:
         """How the language model takes packs, once it is loaded."""
         self._compiled_unit = 1
         self._tuning: Tuning | None = None
-        self._samples: dict[tuple[bool, int, bool], Samples] = {}
+        self._samples: dict[tuple[bool, int, bool, str | None], Samples] = {}
 
     @functools.cached_property
     def llm(self) -> LanguageModel:
@@ -129,12 +130,14 @@ class TrainingResources:
 
     def _rows(self, config: RunConfig, held_out: bool) -> Samples:
         limit = config.eval_samples if held_out else config.max_samples
-        key = held_out, limit, config.tune != "projector"
+        key = held_out, limit, config.tune != "projector", config.eval_text if held_out else config.text
         if key not in self._samples:
-            shards = self.held_out_shards if held_out else self.shards
+            sources = self.held_out_sources if held_out else self.sources
+            if key[3] is not None:
+                sources = with_words(sources, key[3])
+            shards = [shard for source in sources for shard in source.shards]
             self._samples[key] = Samples(
                 *(shards, self.conversation, config.max_text_tokens, limit, config.seed),
-                *(config.instructions, key[2]),
-                self.held_out_sources if held_out else self.sources,
+                *(config.instructions, key[2], sources),
             )
         return self._samples[key]

@@ -40,8 +40,8 @@ FREE_KEYS = {
     *("micro_tokens", "resident", "eval_captions", "compile", "gradient_checkpointing"),
 }
 """Flags that may differ when a run continues: they do not change the trained weights."""
-MOVABLE_KEYS = {"features", "eval_features", "llm", "init"}
-"""Flags that name folders. When a run continues, their contents are compared, wherever they are by then."""
+MOVABLE_KEYS = {"features", "eval_features", "text", "eval_text", "llm", "init"}
+"""Flags that name folders or files. When a run continues, their contents are compared, wherever they are."""
 
 
 def plain(value: object) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import glob
 import json
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from extract.sources.tar import Tar
 from extract.statistics import data_flags_of
 from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
+from llava_core.filesystem import matching
 from llava_core.shards.reader import Shard
 from llava_core.tables.table_files import AS_TEXT
 from llava_core.vision.image_files import SUFFIXES
@@ -97,19 +97,17 @@ def _source_of(shard: Shard, stems: dict[str, Source], data: str) -> Source:
     return source
 
 
-def matching(data: str) -> list[Path]:
-    """The file or folder at a path, or the matches of a glob. Raises LlavaError if there are none."""
-    path = Path(data)
-    found = [path] if path.exists() else sorted(map(Path, glob.glob(data, recursive=True)))
-    if not found:
-        raise _nothing(f"no data at {data}")
-    return found
+def require_matching(data: str) -> list[Path]:
+    """What lies at a path, or matches a glob. Raises LlavaError if nothing does."""
+    if found := matching(data):
+        return found
+    raise _nothing(f"no data at {data}")
 
 
 def _paths(data: str, flags: DataFlags) -> list[Path]:
     path = Path(data)
     if not path.is_dir():
-        return _local_instead(matching(data))
+        return _local_instead(require_matching(data))
     found = (file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)))
     files = [file for file in found if not file.is_dir()]
     images = {_stem(file) for file in files if file.suffix.lower() in SUFFIXES}

@@ -16,27 +16,14 @@ from extract.sources.stored_images import StoredImages, is_base64, value_at
 from llava_core.errors import LlavaError
 from llava_core.row_status import Outcome, Status
 from llava_core.shards.dialogue import Dialogue
+from llava_core.tables.column_names import IDS, IMAGES, NAMES_ONLY, TEXTS
 from llava_core.tables.conversations import names_media
 from llava_core.tables.shown import shown
 from llava_core.tables.table_files import DamagedTable, Table, open_table
 from llava_core.tables.words import SAMPLE, WordReader, Words
 
-IMAGES = (
-    *("url", "image", "path", "images", "image_url", "image_path", "file_name", "filename", "img"),
-    *("jpg", "jpeg", "png", "webp", "jpeg_bytes", "image_bytes", "image_base64"),
-)
-"""Columns of images, the preferred first; one that holds the files themselves precedes all."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that stand for none."""
-NAMES_ONLY = ("url", "path", "image_url", "image_path", "file_name", "filename")
-"""Columns whose bytes are text."""
-TEXTS = (
-    *("cap_seg", "caption", "text", "conversations", "messages", "conversation"),
-    *("captions", "txt", "sentences", "texts", "response"),
-)
-"""Columns of words, the preferred first; `response` is ms-swift's, beside `query` and `history`."""
-IDS = ("id", "key", "image_id", "uid")
-"""Columns of the rows' names. Of all these, upper and lower case do not matter: LAION's are URL, TEXT."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,7 +190,14 @@ class Shard:
 
     def urls(self) -> list[str]:
         """The URLs of all rows, in one read."""
-        data, ends = self._array("url_bytes", "|u1").tobytes(), self._ends["url"].tolist()
+        return self._texts("url")
+
+    def ids(self) -> list[str]:
+        """The ids of all rows, in one read."""
+        return self._texts("id")
+
+    def _texts(self, name: str) -> list[str]:
+        data, ends = self._array(f"{name}_bytes", "|u1").tobytes(), self._ends[name].tolist()
         return [data[a:b].decode("utf-8", "replace") for a, b in itertools.pairwise(ends)]
 
     def _text(self, name: str, row: int) -> str:

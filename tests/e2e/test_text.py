@@ -1,0 +1,214 @@
+"""`--text`: words of other tables, joined to cached features by the names of their pictures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from llava_core.errors import LlavaError
+from llava_core.shards.writer import ShardWriter
+from tests.support.commands import call
+from tests.support.runs import config, curve, flags_of, weights
+from tests.support.shards import header, outcome
+from train.config import EvalConfig
+from train.evaluate import run as eval_run
+from train.run import run as train_run
+
+ROWS = 12
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def pictures(world: Path) -> Path:
+    """Two shards of pictures with names of their own."""
+    folder = world / "pictures"
+    for s, name in enumerate(("a", "b")):
+        captions = [f"图{row} of {name}" for row in range(ROWS)]
+        made = dataclasses.replace(
+            header(captions),
+            urls=[f"http://example.org/{name}/{row}.jpg" for row in range(ROWS)],
+            ids=[f"{name}{row}" for row in range(ROWS)],
+        )
+        with ShardWriter(folder / f"{name}.h5", made) as writer:
+            records = [dataclasses.replace(outcome(row + ROWS * s), row=row) for row in range(ROWS)]
+            writer.write(records)
+            writer.finish()
+    return folder
+
+
+def named(key: str) -> Rows:
+    """The captions of the shards, by the names of their pictures."""
+    rows: Rows = []
+    for s, name in enumerate(("a", "b")):
+        for row in range(ROWS):
+            digest = outcome(row + ROWS * s).sha256
+            names: dict[str, dict[str, Any]] = {
+                "url": {"URL": f"http://example.org/{name}/{row}.jpg"},
+                "id": {"id": f"{name}{row}"},
+                "sha256": {"sha256": digest.hex().upper()},
+                "shard and row": {"shard": f"{name}.h5", "row": row},
+            }
+            rows.append({**names[key], "caption": f"图{row} of {name}"})
+    return rows
+
+
+def write_parquet(path: Path, rows: Rows) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_json(path: Path, rows: Rows) -> None:
+    path.write_text(json.dumps(rows))
+
+
+def write_lines(path: Path, rows: Rows) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def write_gzip(path: Path, rows: Rows) -> None:
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+FORMATS: dict[str, Callable[[Path, Rows], None]] = {
+    "x.parquet": write_parquet,
+    "x.json": write_json,
+    "x.jsonl": write_lines,
+    "x.jsonl.gz": write_gzip,
+    "x.csv": write_csv,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "own"
+    train_run(config(world, out, features=pictures, eval_features=pictures))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("url", "x.parquet"),
+        ("id", "x.json"),
+        ("sha256", "x.jsonl"),
+        ("shard and row", "x.csv"),
+        ("url", "x.jsonl.gz"),
+    ],
+)
+def test_the_same_words_give_the_same_run(
+    world: Path, pictures: Path, trained: Path, tmp_path: Path, key: str, name: str
+) -> None:
+    FORMATS[name](tmp_path / name, named(key))
+    given = config(world, tmp_path / "run", features=pictures, eval_features=pictures)
+    train_run(dataclasses.replace(given, text=str(tmp_path / name), eval_text=str(tmp_path / name)))
+    assert curve(tmp_path / "run") == curve(trained)
+    assert curve(tmp_path / "run", "eval_loss") == curve(trained, "eval_loss")
+
+
+def test_several_texts_a_picture_and_what_does_not_join(
+    world: Path, pictures: Path, trained: Path, tmp_path: Path
+) -> None:
+    dialogue = [
+        {"from": "system", "value": "简短。"},
+        {"from": "human", "value": "<image>什么？"},
+        {"from": "gpt", "value": "猫"},
+        {"from": "human", "value": "在哪里？"},
+        {"from": "gpt", "value": "左边"},
+    ]
+    lines: Rows = [
+        {"image": "http://example.org/a/1.jpg", "conversations": dialogue},
+        {"image": "http://example.org/a/1.jpg", "conversations": dialogue[1:3]},
+        {"image": "http://example.org/b/2.jpg", "conversations": dialogue[1:]},
+        {"image": "http://example.org/c/2.jpg", "conversations": dialogue},
+        {"image": "http://example.org/b/3.jpg", "conversations": []},
+    ]
+    write_lines(tmp_path / "x.jsonl", lines)
+    flags = ("--checkpoint", trained / "last", "--features", pictures, "--llm", world / "llm")
+    ended = call("train", "eval", *flags, "--text", tmp_path / "x.jsonl", "--json")
+    assert ended.summary["samples"] == 3
+    assert ended.summary["pictures"] == 2
+    assert "3 texts joined by image; 1 about no picture here, such as 'http://example.o" in ended.err
+    assert "1 without words" in ended.err
+    assert "3 texts about 2 pictures of 24" in ended.err
+    call("train", "plan", *flags[2:], "--out", tmp_path / "run", "--text", str(tmp_path / "*.jsonl"))
+
+
+def test_an_interrupted_run_goes_on_and_other_words_are_refused(
+    world: Path, pictures: Path, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "x.jsonl", named("id") * 2)
+    text = str(tmp_path / "x.jsonl")
+    given = config(world, tmp_path / "run", features=pictures, eval_features=None, text=text)
+    train_run(dataclasses.replace(given, out=tmp_path / "whole"))
+    train_run(given)
+    last = given.out / "last"
+    (given.out / "summary.json").unlink()
+    last.unlink()
+    last.symlink_to("step-00000020")
+    (tmp_path / "x.jsonl").rename(tmp_path / "y.jsonl")
+    train_run(dataclasses.replace(given, text=str(tmp_path / "y.jsonl")))
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole[name]) for name, value in weights(given.out).items())
+    (given.out / "summary.json").unlink()
+    last.unlink()
+    last.symlink_to("step-00000020")
+    write_lines(tmp_path / "y.jsonl", [{**row, "caption": "other"} for row in named("id") * 2])
+    with pytest.raises(LlavaError, match="have changed since the run in"):
+        train_run(dataclasses.replace(given, text=str(tmp_path / "y.jsonl")))
+
+
+def test_a_sweep_compares_words(world: Path, pictures: Path, tmp_path: Path) -> None:
+    """Judged by the same held-out words."""
+    write_lines(tmp_path / "own.jsonl", named("id"))
+    write_lines(tmp_path / "short.jsonl", [{**row, "caption": "图"} for row in named("id")])
+    given = config(world, tmp_path / "sweep", features=pictures, eval_features=pictures, max_steps=6)
+    space = f"text={tmp_path / 'own.jsonl'},{tmp_path / 'short.jsonl'}"
+    call("train", "sweep", *flags_of(given), "--space", space)
+    losses = [curve(trial, "eval_loss")[6] for trial in sorted((tmp_path / "sweep/trials").iterdir())]
+    train_run(dataclasses.replace(given, out=tmp_path / "lone", text=str(tmp_path / "own.jsonl")))
+    assert min(losses) == pytest.approx(curve(tmp_path / "lone", "eval_loss")[6], rel=1e-6)
+    assert len(set(losses)) == 2
+
+
+def test_what_cannot_be_joined_is_one_line(
+    world: Path, pictures: Path, trained: Path, tmp_path: Path
+) -> None:
+    given = EvalConfig(checkpoint=trained / "last", features=pictures, llm=world / "llm")
+
+    def refused(rows: Rows) -> str:
+        write_lines(tmp_path / "x.jsonl", rows)
+        with pytest.raises(LlavaError) as caught:
+            eval_run(dataclasses.replace(given, text=str(tmp_path / "x.jsonl")))
+        return str(caught.value)
+
+    assert "belongs to a picture of" in refused([{"id": "z", "caption": "a"}])
+    assert "expected id such as 'a0'; got 'z'" in refused([{"id": "z", "caption": "a"}])
+    assert "names no pictures; expected a column sha256, url, image or id" in refused([{"caption": "a"}])
+    assert "has no column of words" in refused([{"id": "a0", "words": "a"}])
+    assert "line 2 is not JSON" in refused_text(given, tmp_path, '{"id": "a0", "caption": "a"}\n{"id"')
+    flags = ("--checkpoint", given.checkpoint, "--features", pictures, "--llm", given.llm)
+    line = call("train", "eval", *flags, "--text", tmp_path / "no.jsonl", code=1).one_line()
+    assert "no file" in line
+
+
+def refused_text(given: EvalConfig, folder: Path, text: str) -> str:
+    (folder / "y.jsonl").write_text(text)
+    with pytest.raises(LlavaError) as caught:
+        eval_run(dataclasses.replace(given, text=str(folder / "y.jsonl")))
+    return str(caught.value)

@@ -1,0 +1,245 @@
+"""Words apart from pictures (--text): those of tables in place of the shards' own, joined to features."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from llava_core.cli.console import counted, say
+from llava_core.errors import LlavaError
+from llava_core.filesystem import matching
+from llava_core.row_status import Status
+from llava_core.shards.dialogue import Dialogue, stored_dialogue, turns_to_text
+from llava_core.shards.reader import Shard
+from llava_core.tables.column_names import IDS, NAMES_ONLY, TEXTS
+from llava_core.tables.row_batches import Rows, row_batches
+from llava_core.tables.shown import shown
+from llava_core.tables.words import SAMPLE, WordReader
+from train.data.sources import Source
+
+PICTURES = ("url", "image", "path", *NAMES_ONLY)
+"""Columns of addresses or paths of pictures."""
+
+
+def with_words(sources: Sequence[Source], pattern: str) -> list[Source]:
+    """The same pictures with the words of the tables that `pattern` matches, any number to a picture.
+
+    Prints how many rows join, and how many do not. Raises LlavaError if none does, or a table cannot be read.
+    """
+    shards = [shard for source in sources for shard in source.shards]
+    words = Words(shards)
+    for path in matching(pattern):
+        words.read(path)
+    views = iter(words.views())
+    return [dataclasses.replace(source, shards=[next(views) for _ in source.shards]) for source in sources]
+
+
+class RewordedShard(Shard):
+    """A shard whose rows are texts of other tables, in their order, each with the features of a row of it."""
+
+    def __init__(self, base: Shard, rows: np.ndarray, store: Store, numbers: np.ndarray, words: str) -> None:
+        """Text k, `numbers[k]` in the store, belongs to row `rows[k]`; `words` is a digest of all."""
+        vars(self).update(vars(copy.copy(base)))
+        self._base, self._places, self._store, self._numbers = base, rows, store, numbers
+        self.rows, self.status, self.conversations = len(rows), base.status[rows], True
+        uid = hashlib.sha256(f"{base.layout.uid} {words}".encode()).hexdigest()
+        self.layout = dataclasses.replace(base.layout, uid=uid)
+
+    def read_into(self, row: int, out: np.ndarray) -> None:
+        self._base.read_into(int(self._places[row]), out)
+
+    def picture_keys(self, row: int) -> list[bytes | str]:
+        return self._base.picture_keys(int(self._places[row]))
+
+    def caption(self, row: int) -> str:
+        return self._store.text(int(self._numbers[row]))
+
+    def caption_bytes(self, row: int) -> int:
+        return self._store.size(int(self._numbers[row]))
+
+    def dialogue(self, row: int) -> Dialogue:
+        return stored_dialogue(self.caption(row), True)
+
+
+class Store:
+    """Texts on disk, in a file that is gone with the process."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+        weakref.finalize(self, self._file.close)
+        self._ends = np.zeros(1, np.int64)
+        self.digest = hashlib.sha256()
+
+    def add(self, texts: Sequence[str]) -> None:
+        data = [text.encode() for text in texts]
+        self._file.write(b"".join(data))
+        ends = self._ends[-1] + np.cumsum([len(each) for each in data], dtype=np.int64)
+        self._ends = np.concatenate([self._ends, ends])
+        for each in data:
+            self.digest.update(b"%d " % len(each) + each)
+
+    def close(self) -> None:
+        """No text is added any more."""
+        self._file.flush()
+
+    def size(self, number: int) -> int:
+        return int(self._ends[number + 1] - self._ends[number])
+
+    def text(self, number: int) -> str:
+        return os.pread(self._file.fileno(), self.size(number), int(self._ends[number])).decode()
+
+
+class Words:
+    """Words joined so far: for each text the place of its picture among the rows of all shards."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards, self.store = shards, Store()
+        self.starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self.places: list[np.ndarray] = []
+        ok = [np.flatnonzero(shard.status == Status.OK) for shard in shards]
+        self.ok = np.concatenate([rows + start for rows, start in zip(ok, self.starts[:-1], strict=True)])
+        """Places of all rows with features."""
+        self._indices: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def read(self, path: Path) -> None:
+        """Join a table's rows, and print what came of it. Raises LlavaError if none joins."""
+        key = reader = None
+        joined = unknown = empty = twice = 0
+        example: object = None
+        for rows in row_batches(path):
+            rows = [{name.lower(): value for name, value in row.items()} for row in rows]
+            if key is None or reader is None:
+                key = self._key(path, rows)
+                column = _column(path, rows, TEXTS, "words")
+                reader = WordReader(str(path), column, [row.get(column) for row in rows[:SAMPLE]])
+            found, ambiguous = self._find(key, rows)
+            words, _ = reader.read([row.get(column) for row in rows])
+            texts = [
+                turns_to_text(each.turns, each.system)
+                if isinstance(each, Dialogue)
+                else turns_to_text(((None, each),))
+                if each
+                else ""
+                for each in words
+            ]
+            taken = [k for k, place in enumerate(found) if place >= 0 and texts[k]]
+            self.store.add([texts[k] for k in taken])
+            self.places.append(found[taken])
+            joined, twice = joined + len(taken), twice + int(ambiguous.sum())
+            missing = [k for k, place in enumerate(found) if place < 0 and not ambiguous[k]]
+            unknown, empty = unknown + len(missing), empty + sum(not text for text in texts)
+            if missing and example is None:
+                example = _named(key, rows[missing[0]])
+        if not joined:
+            first = self._named_here(key) if key else ""
+            raise LlavaError(
+                f"no row of {path} belongs to a picture of {self.shards[0].path.parent}",
+                expected=f"{key} such as {first}" if key else "rows",
+                got=shown(example) if key else "none",
+                do="name its pictures as the data that was extracted did",
+            )
+        say(
+            f"{path}: {counted(joined, 'text')} joined by {key}"
+            + (f"; {unknown:,} about no picture here, such as {shown(example)}" if unknown else "")
+            + (f"; {twice:,} of an id that several pictures have" if twice else "")
+            + (f"; {empty:,} without words" if empty else "")
+        )
+
+    def views(self) -> list[Shard]:
+        """Each shard with its words."""
+        self.store.close()
+        places = np.concatenate(self.places)
+        digest = hashlib.sha256(self.store.digest.digest() + places.astype("<i8").tobytes()).hexdigest()
+        shards: list[Shard] = []
+        for shard, start in zip(self.shards, self.starts, strict=False):
+            numbers = np.flatnonzero((places >= start) & (places < start + shard.rows))
+            shards.append(RewordedShard(shard, places[numbers] - start, self.store, numbers, digest))
+        said = counted(len(np.unique(places)), "picture")
+        say(f"{len(places):,} texts about {said} of {len(self.ok):,}")
+        return shards
+
+    def _key(self, path: Path, rows: Rows) -> str:
+        """The column, or the two, by which the rows of a table are joined."""
+        names = {name for row in rows for name, value in row.items() if value not in (None, "")}
+        if {"shard", "row"} <= names:
+            return "shard and row"
+        known = ("sha256", *PICTURES, *IDS)
+        if found := next((name for name in known if name in names), None):
+            return found
+        raise LlavaError(
+            f"{path} names no pictures",
+            expected="a column sha256, url, image or id, or shard and row",
+            got=", ".join(sorted(names)),
+        )
+
+    def _find(self, key: str, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Place of each row's picture, -1 if there is none; and which ids several pictures have."""
+        hashes, places, several = self._index(key)
+        wanted = np.array([_hash(_named(key, row)) for row in rows], np.uint64)
+        at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+        found = hashes[at] == wanted
+        ambiguous = found & several[at]
+        return np.where(found & ~ambiguous, places[at], -1), ambiguous
+
+    def _index(self, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the rows with features, ordered: hash of each key, its first place, whether others have it."""
+        if key not in self._indices:
+            keys: list[str] = []
+            for shard in self.shards:
+                keys += _keys_of(shard, key)
+            hashes = np.array([_hash(keys[place]) for place in self.ok.tolist()], np.uint64)
+            unique, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+            digests = np.concatenate([shard.sha256 for shard in self.shards])[self.ok]
+            others = (digests != digests[first[inverse]]).any(axis=-1)
+            several = np.zeros(len(unique), bool)
+            several[inverse[others]] = True
+            self._indices[key] = unique, self.ok[first], several
+        return self._indices[key]
+
+    def _named_here(self, key: str) -> str:
+        shard = self.shards[0]
+        return shown(next(iter(_keys_of(shard, key)), ""))
+
+
+def _keys_of(shard: Shard, key: str) -> list[str]:
+    """The key of each row of a shard, as `_named` gives it for a row of a table."""
+    by: dict[str, Callable[[], list[str]]] = {
+        "shard and row": lambda: [f"{shard.path.stem} {row}" for row in range(shard.rows)],
+        "sha256": lambda: [digest.tobytes().hex() for digest in shard.sha256],
+        **dict.fromkeys(IDS, shard.ids),
+        **dict.fromkeys(PICTURES, shard.urls),
+    }
+    return by[key]()
+
+
+def _named(key: str, row: dict[str, Any]) -> str:
+    """How a row of a table names its picture."""
+    if key == "shard and row":
+        return f"{str(row.get('shard')).removesuffix('.h5')} {row.get('row')}"
+    value = row.get(key)
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        (value,) = value
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value).strip()
+    return text.lower() if key == "sha256" else text
+
+
+def _column(path: Path, rows: Rows, known: Sequence[str], what: str) -> str:
+    names = {name for row in rows for name, value in row.items() if value not in (None, "", [])}
+    if found := next((name for name in known if name in names), None):
+        return found
+    expected = f"one of {', '.join(known[:5])}"
+    raise LlavaError(f"{path} has no column of {what}", expected=expected, got=", ".join(sorted(names)))
+
+
+def _hash(key: str) -> int:
+    return xxhash.xxh3_64_intdigest(key.encode())
