@@ -72,9 +72,10 @@ class TrainingResources:
 
     def tune(self, config: RunConfig) -> Tuning:
         """What a run trains of `llm`, which no longer has what the run before trained of it."""
-        if self._tuning is not None:
-            self._tuning.remove()
-            if self._tuning.kind == "llm":
+        before, self._tuning = self._tuning, None
+        if before is not None:
+            before.remove()
+            if before.kind == "llm":
                 del self.llm  # to be loaded again
         self._tuning = Tuning(config, self.llm)
         return self._tuning
