@@ -10,6 +10,7 @@ import torch
 from llava_core.cli.console import human_bytes, human_seconds, say, show, table
 from llava_core.device import default_dtype, matmul_rate
 from llava_core.errors import LlavaError
+from llava_core.language.model import context_of
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.projector import (
     Projector,
@@ -173,7 +174,8 @@ def predict(
     visual = projector.tokens_out(first.tokens)
     lengths = [tokens_of(example, visual) for example in examples]
     longest = samples.example(max(range(len(samples)), key=samples.weight), epoch=0)
-    list(cut([max(*lengths, tokens_of(longest, visual))], config.micro_tokens))  # what the run would refuse
+    most = [max(*lengths, tokens_of(longest, visual))]
+    list(cut(most, config.micro_tokens, context_of(model.config)))  # what the run would refuse
     counts = TextCounts.of(examples)
     work, per_step = Work.of(model, projector), batch / len(examples)
     operations = work.operations(counts, visual) * per_step

@@ -137,7 +137,7 @@ def run(config: EvalConfig) -> JsonDict:
     with joined() as group:
         with group.same_outcome():
             resources, projector, samples = _load(config, group)
-        packing = Packing(config.micro_tokens)
+        packing = Packing(config.micro_tokens, context=resources.llm.context)
         figures = evaluate(resources.llm, projector, samples, config.batch_size, packing, group).figures
     show(table(figure_rows(figures)))
     if figures["grounding_gap"] is None:

@@ -127,7 +127,7 @@ class TrainingResources:
         if unit != self._compiled_unit:  # what is compiled so far is for rows of other lengths
             torch._dynamo.reset()
             self._compiled_unit = unit
-        return Packing(micro_tokens, unit)
+        return Packing(micro_tokens, unit, self.llm.context)
 
     def _rows(self, config: RunConfig, held_out: bool) -> Samples:
         limit = config.eval_samples if held_out else config.max_samples

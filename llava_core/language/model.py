@@ -88,7 +88,7 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """Context length in tokens, visual tokens included."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        return context_of(self.model.config)
 
     def require_context(self, what: str, tokens: int, do: str) -> None:
         """Raise LlavaError if `what` has more tokens than the context."""
@@ -149,6 +149,11 @@ class LanguageModel:
         """Token ids [...] -> embeddings [..., hidden], as the model's blocks take them."""
         embedded: torch.Tensor = self.embedding(ids)
         return embedded
+
+
+def context_of(config: Any) -> int:
+    """Context length in tokens by a transformers configuration; very large if it names none."""
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def _settings(config: Any) -> JsonDict:

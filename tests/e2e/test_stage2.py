@@ -276,3 +276,15 @@ def test_python_and_export_take_it_merged(aligned: Folders, tmp_path: Path) -> N
     )
     pushed = files_to_push(aligned.checkpoint, with_state=False)
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= pushed.keys()
+
+
+def test_a_dialogue_over_the_context_is_refused_before_the_first_step(world: Path, tmp_path: Path) -> None:
+    """Positions that the model has never seen would spoil it without a word."""
+    llm = shutil.copytree(world / "llm", tmp_path / "llm")
+    settings = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 40}))
+    given = config(world, tmp_path / "run", llm=llm, tune="lora")
+    for command in ("plan", "run"):
+        line = call("train", command, *flags_of(given), code=1).err.splitlines()[-1]
+        assert "does not fit the language model's context; expected at most 40 tokens" in line
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from llava_core.errors import LlavaError
 from llava_core.language.prompt_and_labels import IGNORE, Example
 from train.data.samples import Batch
 
+UNBOUNDED = 1 << 30
 SAMPLES_UNIT = 32
 LONGEST_UNIT = 128
 """For a compiled model, samples in a row and tokens of the longest are rounded up to multiples of these."""
@@ -72,17 +73,20 @@ class Packing:
     unit: int = 1
     """Row lengths in tokens are padded to multiples of this, so that a compiled model is compiled for few
     shapes; 1 pads nothing."""
+    context: int = UNBOUNDED
+    """Most tokens of a sample: the language model's context length."""
 
     def rows(self, batch: Batch, visual: Sequence[int]) -> Iterator[Row]:
         """Rows of a batch as several projectors see it: projector k makes `visual[k]` tokens of each sample.
 
-        Rows are on the device of the features. Raises LlavaError if one sample alone is longer than a row.
+        Rows are on the device of the features. Raises LlavaError if one sample alone is longer than a row, or
+        than the context.
         """
         n, device = len(batch.examples), batch.features.device
         laid: dict[tuple[int, int, int], Pack] = {}  # projectors of one kind share their packs
         lengths = [tokens_of(example, v) for v in visual for example in batch.examples]
         shown = [0, *itertools.accumulate(example.picture for example in batch.examples)]
-        for start, end in cut(lengths, self.micro_tokens):
+        for start, end in cut(lengths, self.micro_tokens, self.context):
             packs = []
             for k in range(start // n, (end - 1) // n + 1):
                 first, last = max(start - k * n, 0), min(end - k * n, n)
@@ -108,10 +112,20 @@ class Packing:
         return Row(packs, padding, torch.cat(positions), moved, longest)
 
 
-def cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of groups of consecutive items, each as long as at most `most` tokens allow."""
+def cut(lengths: Sequence[int], most: int, context: int = UNBOUNDED) -> Iterator[tuple[int, int]]:
+    """(start, end) of groups of consecutive items, each as long as at most `most` tokens allow.
+
+    Raises LlavaError for an item that is longer alone, or longer than `context`.
+    """
     start = tokens = 0
     for end, length in enumerate(lengths):
+        if length > context:
+            raise LlavaError(
+                "a sample does not fit the language model's context",
+                expected=f"at most {context:,} tokens, visual ones included",
+                got=f"{length:,}",
+                do="lower --max-text-tokens, or leave dialogues that long out of the data",
+            )
         if length > most:
             raise LlavaError("a sample has too many tokens", expected=f"at most {most}", got=length,
                              do="raise --micro-tokens or lower --max-text-tokens")  # fmt: skip
