@@ -44,11 +44,13 @@ class MendingResponseHandler(ResponseHandler):
     """Bytes of a head so far, interim ones before it included; None while none is expected."""
     _begun = 0
     """Where in them the last head begins."""
+    _lines = 0
+    """Lines in them."""
     _left: int | None = None
     """Bytes of the body that have not come, if it has a Content-Length."""
 
     def set_response_params(self, *args: object, **named: object) -> None:
-        self._held, self._begun = bytearray(), 0
+        self._held, self._begun, self._lines = bytearray(), 0, 0
         super().set_response_params(*args, **named)  # type: ignore[arg-type]
 
     def data_received(self, data: bytes) -> None:
@@ -57,10 +59,11 @@ class MendingResponseHandler(ResponseHandler):
             return
         new = max(self._begun, len(self._held) - 2)  # each byte is looked at once, in however many packets
         self._held += data
+        self._lines += data.count(b"\n")
         while (end := _END.search(self._held, new)) and _INTERIM.match(self._held, self._begun):
             self._begun = new = end.end()
         is_http = self._held[:5] == b"HTTP/"[: len(self._held)]
-        if end or not is_http or len(self._held) > MAX_HEAD_BYTES:
+        if end or not is_http or len(self._held) > MAX_HEAD_BYTES or self._lines > MAX_HEADERS:
             self._pass_on(end.end() if end else 0)
 
     def connection_lost(self, exc: BaseException | None) -> None:
