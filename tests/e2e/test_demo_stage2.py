@@ -13,12 +13,13 @@ from tests.support.commands import call
 
 def test_stage_2_answers_what_stage_1_does_not(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    call("llava_align", "demo", "--out", out, "--rows", 160, "--held-out", 12, "--steps", 30)
-    ended = call("llava_align", "demo-stage2", "--out", out, "--tune", "llm", "--steps", 50, "--json")
+    call("llava_align", "demo", "--out", out, "--rows", 64, "--held-out", 8, "--steps", 10)
+    ended = call("llava_align", "demo-stage2", "--out", out, "--tune", "llm", "--steps", 30, "--json")
     figures = json.loads(ended.out.splitlines()[-1])
     before, after = figures["before"], figures["after"]
     assert before["asked"] == after["asked"]
-    assert max(before["right"].values()) < 0.2  # their wording is new to the language model
+    shown = [share for kind, share in before["right"].items() if "no-picture" not in kind]
+    assert max(shown) < 0.2  # their wording is new to the language model
     assert after["right"]["zh yes-no"] > before["right"]["zh yes-no"] + 0.2
     assert after["text_loss"] > before["text_loss"]  # texts of another kind are forgotten
     for command in ("extract run", "train run --recipe stage2", "train eval", "infer batch"):
@@ -27,7 +28,7 @@ def test_stage_2_answers_what_stage_1_does_not(tmp_path: Path) -> None:
     answers = read_json_lines(out / "stage2/after.jsonl")
     assert {line["id"].partition(" ")[2] for line in answers} >= {"zh count", "en where", "en chained"}
     captions = json.loads((out / ".llava-demo").read_text())
-    assert len(split_scenes("train", captions["rows"], captions["seed"])) == 160
+    assert len(split_scenes("train", captions["rows"], captions["seed"])) == 64
 
 
 def test_it_needs_a_demo(tmp_path: Path) -> None:
