@@ -25,6 +25,7 @@ from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
 from train.sample_captions import beside_its_caption, captions
+from train.tuning import idle_flags
 
 
 class TrainingRun:
@@ -111,8 +112,8 @@ class TrainingRun:
             f"({parameter_count(self.projector):,} parameters){also}; "
             f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
         )
-        if config.lr_llm is not None and not tuned:
-            say(f"{title}--lr-llm does nothing here: the language model is frozen; see --tune")
+        for flag in idle_flags(config):
+            say(f"{title}{flag} does nothing here, with --tune {config.tune}")
         if config.init is not None and not self.step:
             say(f"{title}starts from {config.init}")
         say(

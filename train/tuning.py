@@ -17,6 +17,14 @@ LR = {"lora": 2e-4, "llm": 2e-5}
 """--lr-llm by default, as LLaVA has them."""
 
 
+def idle_flags(config: RunConfig) -> list[str]:
+    """Flags that are given and have no effect with this --tune."""
+    lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets") if config.tune != "lora" else ()
+    names = (*(("lr_llm",) if config.tune == "projector" else ()), *lora)
+    given = [name for name in names if getattr(config, name) != getattr(RunConfig, name)]
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
 class Tuning:
     """The language model's share of what trains: nothing, LoRA adapters or all weights, by --tune.
 

@@ -214,6 +214,7 @@ def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path
     space = ("tune=llm,lora,projector", "seed=0,1")
     ended = call("train", "sweep", *flags_of(given), "--space", *space, "--together", 2)
     assert ended.err.count("--lr-llm does nothing here") == 2
+    assert ended.err.count("--lora-rank does nothing here") == 4
     for trial in sorted((tmp_path / "sweep/trials").iterdir()):
         recorded = yaml.safe_load((trial / "training_config.yaml").read_text())
         lone = tmp_path / f"{recorded['tune']}-{recorded['seed']}"

@@ -14,6 +14,7 @@ from llava_core.language.prompt_and_labels import IGNORE, Example
 from train.data.samples import Batch
 
 UNBOUNDED = 1 << 30
+"""Tokens of a context that is not known."""
 SAMPLES_UNIT = 32
 LONGEST_UNIT = 128
 """For a compiled model, samples in a row and tokens of the longest are rounded up to multiples of these."""
