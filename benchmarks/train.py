@@ -2,31 +2,34 @@
 
     python -m benchmarks.train                              # the demo's models
     python -m benchmarks.train --shape reference            # ViT-B/16 and Qwen3-0.6B's shapes, random weights
+    python -m benchmarks.train --tune llm --batch-size 4    # stage 2, as the course trains it
 
 (a) live encoder, images downloaded over HTTP and decoded in full in DataLoader workers, padded batches,
     logits of the whole vocabulary at every position with transformers' own loss: a faithful course trainer
 (b) the same with JPEGs on the local disk
 (c) features from our shards, but the padded step of (a)
 (d) ours
-The four take turns, `--repeat` times each; ratios are those of medians. Stages: waiting for data, encoding
-images, and the rest, which is the step through the language model.
+They take turns, `--repeat` times each; ratios are those of medians. Stages: waiting for data, encoding
+images, and the rest, which is the step through the language model. Stage 2 reads dialogues instead of
+captions, and has no (b). Peak memory is with the vision encoder, though (c) and (d) need none.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
+import functools
 import os
 import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
+from torch.utils.data import Dataset
 
 from benchmarks.extract import header
 from benchmarks.photo_server import DRAWN, photo, serving, with_comment
@@ -38,15 +41,18 @@ from benchmarks.trainers import (
 )
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
+from llava_align.demo.world.dialogues import training_dialogues
 from llava_align.demo.world.scene import random_scene
 from llava_align.synthetic_reference import write_language_model, write_vision
 from llava_core.cli.console import human_bytes, table
 from llava_core.device import pick_device, utilisation, utilisation_shown
 from llava_core.row_status import Status
+from llava_core.shards.dialogue import turns_to_text
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
-from train.config import Compile, RunConfig
+from train.config import Compile, RunConfig, Tune
+from train.recipes import RECIPES
 from train.resources import TrainingResources
 from train.run_folder import RunFolder
 from train.training_run import TrainingRun
@@ -62,6 +68,8 @@ class Settings:
     samples: int = 64
     """Samples a pass."""
     batch_size: int = 16
+    tune: Tune = "projector"
+    """As of `train run`; lora and llm with the flags of its recipe course-stage2."""
     repeat: int = 3
     """Passes of each kind."""
     latency: float = 0.05
@@ -72,7 +80,7 @@ class Settings:
     """Of the DataLoader."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Compile = "auto"
-    """As of `train run`; on a GPU, unless off, ours without it is measured too."""
+    """As of `train run`; on a GPU, unless off, ours without it is measured too, in stage 1."""
     trainer: bool = False
     """Add transformers' own Trainer."""
 
@@ -110,33 +118,33 @@ def open_bench(
     paths = [str(folder / f"jpegs/{i}") for i in range(settings.samples)]
     for i, path in enumerate(paths):
         Path(path).write_bytes(with_comment(drawn[i % DRAWN], i))
-    write_shard(tower, paths, SENTENCES[settings.shape], folder / "features/a.h5")
+    stage2 = settings.tune != "projector"
+    words = dialogues(settings.samples) if stage2 else captions(settings.samples, SENTENCES[settings.shape])
+    write_shard(tower, paths, words, stage2, folder / "features/a.h5")
+    recipe = RECIPES["course-stage2"] | {"tune": settings.tune, "decay": "linear"} if stage2 else {}
 
     def bench_of(compiled: Compile) -> Bench:
-        config = RunConfig(
-            features=folder / "features",
-            llm=llm,
-            out=folder / f"run-{compiled}",
-            batch_size=settings.batch_size,
-            device=settings.device,
-            compile=compiled,
-        )
+        flags = recipe | {"batch_size": settings.batch_size, "device": settings.device, "compile": compiled}
+        config = RunConfig(features=folder / "features", llm=llm, out=folder / f"run-{compiled}", **flags)
         run = TrainingRun(config, RunFolder(config.out, config), TrainingResources(config))
-        return Bench(settings.workers, tower, run, copy.deepcopy(run.projector.state_dict()))
+        return Bench(settings.workers, tower, run)
 
     with serving(drawn, settings.latency) as base:
         urls = [f"{base}/{i}" for i in range(settings.samples)]
         bench = bench_of(settings.compile)
+        data: dict[str, Dataset[Any]] = {
+            "(a) course, HTTP": Pictures(urls, bench.samples, tower),
+            "(b) course, local JPEGs": Pictures(paths, bench.samples, tower),
+            "(c) cached, padded": Cached(bench.samples),
+        }
+        if stage2:
+            del data["(b) course, local JPEGs"]
         kinds: dict[str, Callable[[int], Pass]] = {
-            "(a) course, HTTP": lambda steps: bench.course(Pictures(urls, bench.samples, tower), steps),
-            "(b) course, local JPEGs": lambda steps: bench.course(
-                Pictures(paths, bench.samples, tower), steps
-            ),
-            "(c) cached, padded": lambda steps: bench.course(Cached(bench.samples), steps),
+            name: functools.partial(bench.course, dataset) for name, dataset in data.items()
         }
         if settings.trainer:
             kinds["(e) cached, transformers' Trainer"] = bench.transformers_trainer
-        if settings.compile != "off" and bench.run.llm.device.type == "cuda":
+        if settings.compile != "off" and not stage2 and bench.run.llm.device.type == "cuda":
             kinds["(f) ours, not compiled"] = bench_of("off").ours
         kinds["(d) ours"] = bench.ours
         yield bench, kinds
@@ -171,11 +179,26 @@ def report(settings: Settings, bench: Bench, passes: dict[str, list[Pass]]) -> N
         print(f"{ours} / {kind}: {median[kind] / median[ours]:.2f}")
 
 
-def write_shard(tower: VisionTower, paths: Sequence[str], sentences: int, path: Path) -> None:
-    """The pictures' features, with captions of the demo's world."""
+def captions(n: int, sentences: int) -> list[str]:
+    """Of the demo's world."""
     rng = random.Random(0)
-    words = ["".join(caption(random_scene(rng), rng) for _ in range(sentences)) for _ in paths]
-    with ShardWriter(path, header(tower, words, list(paths))) as writer:
+    return ["".join(caption(random_scene(rng), rng) for _ in range(sentences)) for _ in range(n)]
+
+
+def dialogues(n: int) -> list[str]:
+    """Stored dialogues of the demo's world, of several turns in two languages."""
+    rng = random.Random(0)
+    made = training_dialogues([Path(str(i)) for i in range(n)], [random_scene(rng) for _ in range(n)], rng)
+    spoken = [turns for picture, turns in made.values() if picture is not None][:n]
+    return [turns_to_text([(turn.question, turn.answer) for turn in turns]) for turns in spoken]
+
+
+def write_shard(
+    tower: VisionTower, paths: Sequence[str], words: Sequence[str], conversations: bool, path: Path
+) -> None:
+    """The pictures' features, with these words."""
+    head = dataclasses.replace(header(tower, words, list(paths)), conversations=conversations)
+    with ShardWriter(path, head) as writer:
         for row, name in enumerate(paths):
             pixels = tower.preprocess.decode_image(Path(name).read_bytes()).pixels
             features = tower.encode(pixels[None]).half().cpu().numpy()[0]

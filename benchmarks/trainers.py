@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
 import tempfile
@@ -24,6 +23,7 @@ from llava_core.vision.tower import VisionTower
 from train.data.samples import Samples
 from train.loop import Trainer as Ours
 from train.model.packed_model import original_attention
+from train.optimizer import build_optimizers
 from train.stop_signal import StopRequest
 from train.throughput import peak_memory
 from train.training_run import TrainingRun
@@ -144,13 +144,27 @@ class Pass:
 
 @dataclasses.dataclass
 class Bench:
-    """One pass of each kind, all from the same projector and in the same order."""
+    """One pass of each kind, all from the same weights and in the same order."""
 
     workers: int
     """Of the DataLoader."""
     tower: VisionTower
     run: TrainingRun
-    initial: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        self._initial = [parameter.detach().clone() for parameter in self.run.parameters]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """All that trains as it was at first, and nothing left of an optimizer."""
+        run = self.run
+        run.optimizers = build_optimizers(run.config, run.projector, run.tuning.parameters)
+        for parameter, initial in zip(run.parameters, self._initial, strict=True):
+            parameter.copy_(initial)
+            parameter.grad = None
+        run.tuning.after_step()
+        run.step = 0
+        reset_peak(run.llm.device)
 
     @property
     def samples(self) -> Samples:
@@ -168,10 +182,8 @@ class Bench:
         resources = run.resources
         packing = resources.packing(run.config.micro_tokens, run.prediction.tokens_per_step)
         trainer = Ours({0: run}, resources, packing, StopRequest())
-        run.step = 0
-        run.projector.load_state_dict(self.initial)
+        self.reset()
         device = run.llm.device
-        reset_peak(device)
         began = time.perf_counter()
         batches = trainer.batches(run.schedule.steps)
         for batch, waited in timed(batches):
@@ -184,10 +196,8 @@ class Bench:
 
     def transformers_trainer(self, steps: int) -> Pass:
         """Cached features by transformers' own Trainer, padded; its loss over every logit."""
-        llm = self.run.llm
+        llm, projector = self.run.llm, self.run.projector
         losses: list[torch.Tensor] = []
-        projector = copy.deepcopy(self.run.projector)
-        projector.load_state_dict(self.initial)
 
         class Aligned(torch.nn.Module):
             def __init__(self) -> None:
@@ -219,7 +229,7 @@ class Bench:
                 train_dataset=Cached(self.samples),
                 data_collator=lambda pairs: dict(zip(names, collate(pairs), strict=True)),
             )
-            reset_peak(llm.device)
+            self.reset()
             began = time.perf_counter()
             trainer.train()
             synchronise(llm.device)
@@ -227,10 +237,15 @@ class Bench:
 
     def course(self, dataset: Dataset[Any], steps: int) -> Pass:
         """Batches padded to their longest; the loss of transformers over every logit."""
-        llm, schedule = self.run.llm, self.run.schedule
-        projector = copy.deepcopy(self.run.projector)
-        projector.load_state_dict(self.initial)
-        optimizer = torch.optim.AdamW(projector.parameters(), lr=self.run.config.lr, weight_decay=0)
+        run = self.run
+        llm, schedule, config = run.llm, run.schedule, run.config
+        rates = (config.lr, 0.0 if config.lr_llm is None else config.lr_llm)
+        groups = zip((run.projector.parameters(), run.tuning.parameters), rates, strict=True)
+        self.reset()
+        optimizer = torch.optim.AdamW(
+            [{"params": some, "lr": lr} for parameters, lr in groups if (some := [*parameters])],
+            weight_decay=0,
+        )
         loader = DataLoader(
             dataset,
             batch_sampler=[schedule.at(step)[1] for step in range(steps)],
@@ -240,7 +255,6 @@ class Bench:
         )
         waiting = encoding = 0.0
         losses = []
-        reset_peak(llm.device)
         began = time.perf_counter()
         with original_attention(llm):
             for batch, waited in timed(loader):
@@ -251,9 +265,12 @@ class Bench:
                     pictures = self.tower.encode(pictures).half()  # as the features that are cached
                     synchronise(llm.device)
                     encoding += time.perf_counter() - before
-                loss = padded_loss(llm, projector, pictures, ids, labels, mask)
+                loss = padded_loss(llm, run.projector, pictures, ids, labels, mask)
                 loss.backward()  # type: ignore[no-untyped-call]
+                if config.grad_clip is not None:
+                    torch.nn.utils.clip_grad_norm_(run.parameters, config.grad_clip)
                 optimizer.step()
                 optimizer.zero_grad()
+                run.tuning.after_step()
                 losses.append(loss.item())
         return Pass(time.perf_counter() - began, waiting, encoding, peak(llm.device), losses[0])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -12,6 +13,7 @@ from benchmarks.gpu.bench import BATCH, Bench
 from benchmarks.gpu.rows import Clock, Row, in_turns, median_of, row, seconds_of
 from benchmarks.train import Settings, open_bench
 from llava_core.projector.projector import build_projector
+from train.config import Tune
 from train.data.packing import Packing
 from train.data.samples import answer_tokens
 from train.flops import Work
@@ -33,17 +35,34 @@ PREDICTED = {"GEMM": "18.5", "attention": "2.5", "elementwise": "50 eager, 7.4 c
 
 def step(bench: Bench, clock: Clock) -> Iterator[Row]:
     """Our step beside the ways people train a projector, all from the same samples, in turns."""
-    small, batch = bench.shape == "small", BATCH[bench.shape]
+    predicted = {"(f) ours, not compiled": "197", "(d) ours": "413"}
+    yield from _beside(bench, clock, "projector", BATCH[bench.shape], predicted)
+
+
+def stage2(bench: Bench, clock: Clock) -> Iterator[Row]:
+    """Steps of stage 2 beside the course's, in its batches of 4."""
+    predicted: dict[Tune, str] = {"lora": "30", "llm": "35"}
+    for left, (tune, samples) in zip((2, 1), predicted.items(), strict=True):
+        for each in _beside(bench, Clock(clock.left / left), tune, 4, {"(d) ours": samples}):
+            yield dataclasses.replace(each, name=f"{tune}: {each.name}")
+        bench.forget()
+
+
+def _beside(
+    bench: Bench, clock: Clock, tune: Tune, batch: int, predicted: Mapping[str, str]
+) -> Iterator[Row]:
+    small = bench.shape == "small"
     width, height = bench.sizes.picture
     settings = Settings(
         shape="small" if small else "reference",
         samples=batch * bench.sizes.passes,
         batch_size=batch,
+        tune=tune,
         width=width,
         height=height,
         workers=2 if small else 8,
         compile="off" if small else "auto",
-        trainer=True,
+        trainer=tune == "projector",
     )
     folder = bench.folder / f"step-{time.monotonic_ns()}"
     with open_bench(settings, folder, bench.vision, bench.llm_folder) as (own, kinds):
@@ -63,7 +82,6 @@ def step(bench: Bench, clock: Clock) -> Iterator[Row]:
 
         passes = in_turns({kind: lambda kind=kind: timed(kind) for kind in kinds}, clock.left * 0.8)  # type: ignore[misc]
         operations, tokens = own.work()
-        predicted = {"(f) ours, not compiled": "197", "(d) ours": "413"}
         for kind, seconds in passes.items():
             rates = [settings.samples / s for s in seconds]
             middle = sorted(seconds)[len(seconds) // 2]

@@ -50,6 +50,7 @@ def main() -> None:
         "ceilings": machine.ceilings,
         "audit": training.audit,
         "step": training_step.step,
+        "stage2": training_step.stage2,
         "breakdown": training_step.breakdown,
         "end-to-end": training.end_to_end,
         "decode": answers.decode,

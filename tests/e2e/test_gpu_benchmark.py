@@ -25,7 +25,14 @@ def test_every_section_measures(tmp_path: Path) -> None:
     assert (
         min(value for name, value in figures.items() if "distance" not in name and "furthest" not in name) > 0
     )
-    assert {"(a) course, HTTP", "(d) ours", "ours, batch 2", "2 runs together"} <= figures.keys()
+    assert {
+        "(a) course, HTTP",
+        "(d) ours",
+        "llm: (d) ours",
+        "lora: (a) course, HTTP",
+        "ours, batch 2",
+        "2 runs together",
+    } <= figures.keys()
     for section in SECTIONS:
         assert f"**{section}**" in ended.out
     assert len(ended.out) <= MOST_CHARACTERS
