@@ -44,8 +44,8 @@ class Aligned(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Folders(Aligned):
-    """The models that answer about live images."""
+class Models(Sampling, Aligned):
+    """Flags of every command that answers about live images."""
 
     vision: Path
     """Folder of the vision encoder it was trained for."""
@@ -53,11 +53,6 @@ class Folders(Aligned):
     def require_inputs(self) -> None:
         super().require_inputs()
         require_vision_encoder(self.vision)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Models(Sampling, Folders):
-    """Flags of every command that answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +108,8 @@ class QuestionFile(Aligned, DownloadOptions):
     read, `prompt` may be left out, and other keys are kept."""
     features: Path | None = None
     """Folder of feature shards, or one of them, to ask about in place of images: every row once."""
+    text: str | None = None
+    """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
     vision: Path | None = None
     """Folder of the vision encoder it was trained for; --features does without."""
     output: Path
@@ -128,6 +125,8 @@ class QuestionFile(Aligned, DownloadOptions):
         self.require_above_zero("batch_size")
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
+        if self.text is not None and self.features is None:
+            raise LlavaError("--text", expected="--features, whose rows it is about", exit_code=2)
         if self.input is not None and self.vision is None:
             raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
 

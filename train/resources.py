@@ -15,11 +15,10 @@ from llava_core.shards.folder import require_one_encoder
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence, worth_caching
-from train.data.other_words import with_words
 from train.data.packing import Packing
 from train.data.samples import Samples
 from train.data.schedule import Schedule
-from train.data.sources import open_sources
+from train.data.sources import open_sources, reworded
 from train.distributed import ProcessGroup
 from train.model.packed_model import Prepared, prepare
 from train.throughput import peak_memory
@@ -135,7 +134,7 @@ class TrainingResources:
         if key not in self._samples:
             sources = self.held_out_sources if held_out else self.sources
             if key[3] is not None:
-                sources = with_words(sources, key[3])
+                sources = reworded(sources, key[3])
             shards = [shard for source in sources for shard in source.shards]
             self._samples[key] = Samples(
                 *(shards, self.conversation, config.max_text_tokens, limit, config.seed),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -59,15 +59,19 @@ def answers(
     """
 
     @functools.lru_cache(maxsize=65536)
-    def prompt(text: str) -> list[int]:
-        return answerer.conversation.prompt([{"role": "user", "content": text}])
+    def ids_of(system: str, text: str) -> list[int]:
+        before = [{"role": "system", "content": system}] if system else []
+        return answerer.conversation.prompt([*before, {"role": "user", "content": text}])
+
+    def prompt(question: JsonDict) -> list[int]:
+        return ids_of(question.get("system", ""), question["prompt"])
 
     done: dict[int, JsonDict] = {}
     given = 0
-    lengths = (len(prompt(question["prompt"])) for question in questions)
+    lengths = (len(prompt(question)) for question in questions)
     for together in same_length(lengths, size, WINDOW * size):
         part = [questions[index] for index in together]
-        ids = [prompt(question["prompt"]) for question in part]
+        ids = [prompt(question) for question in part]
         seeds = [seed_of(sampling.seed, before + index) for index in together]
         results = outcomes(answerer, visual_tokens(part), ids, sampling, seeds)
         for index, outcome in zip(together, results, strict=True):
@@ -112,8 +116,21 @@ def outcomes(
     """Visual tokens [T, hidden], and prompts of one length -> {"answer": TEXT} or {"error": TEXT} of each."""
     results = [{"error": str(found)} if isinstance(found, LlavaError) else {} for found in visual_tokens]
     encoded = {k: found for k, found in enumerate(visual_tokens) if isinstance(found, torch.Tensor)}
-    if not encoded:
-        return results
+    for length in {len(found) for found in encoded.values()}:  # a row about no picture has none
+        alike = {k: found for k, found in encoded.items() if len(found) == length}
+        for k, outcome in _answered(answerer, alike, ids, sampling, seeds).items():
+            results[k] = outcome
+    return results
+
+
+def _answered(
+    answerer: FeatureAnswerer,
+    encoded: Mapping[int, torch.Tensor],
+    ids: Sequence[list[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> dict[int, JsonDict]:
+    """The outcomes of questions with as many visual tokens, by their numbers."""
     visual = torch.stack([*encoded.values()])
     prompts = torch.tensor([ids[k] for k in encoded], device=answerer.llm.device)
     texts = [StreamDetokenizer(answerer.text, sampling.stop) for _ in encoded]
@@ -125,8 +142,7 @@ def outcomes(
                 if token is not None:
                     detokenizer.add(token)
     except LlavaError as error:  # a prompt too long for the model
-        return [{"error": str(error)} for _ in results]
-    for k, detokenizer in zip(encoded, texts, strict=True):
+        return {k: {"error": str(error)} for k in encoded}
+    for detokenizer in texts:
         detokenizer.end()
-        results[k]["answer"] = detokenizer.text.strip()
-    return results
+    return {k: {"answer": each.text.strip()} for k, each in zip(encoded, texts, strict=True)}

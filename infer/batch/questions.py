@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from infer.answerer import FeatureAnswerer, ImageAnswerer, open_feature_answerer, open_image_answerer
@@ -14,7 +15,9 @@ from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.row_status import Status
 from llava_core.shards.folder import open_shards
+from llava_core.shards.other_words import with_words
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
@@ -28,7 +31,7 @@ VisualTokenLoader = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaErro
 
 
 def open_questions(
-    config: QuestionFile, output_keys: Sequence[str], read_keys: Sequence[str] = ("image", "prompt")
+    config: QuestionFile, output_keys: Sequence[str], read_keys: Sequence[str] = ("image", "system", "prompt")
 ) -> tuple[list[JsonDict], Callable[[], tuple[FeatureAnswerer, VisualTokenLoader]]]:
     """The questions, and what loads the models and the questions' visual tokens.
 
@@ -39,12 +42,13 @@ def open_questions(
         prompt = load_checkpoint(config.checkpoint).provenance.question
     if config.features is not None:
         shards = open_shards(config.features)
+        asked = shards if config.text is None else with_words(shards, config.text)
 
         def open_stored() -> tuple[FeatureAnswerer, VisualTokenLoader]:
             answerer = open_feature_answerer(config, shards[0])
             return answerer, load_from_shards(answerer, shards)
 
-        return questions_of(shards, prompt), open_stored
+        return questions_of(asked, prompt), open_stored
     assert config.input is not None
     folder = config.input.parent
     questions = read_questions(config.input, prompt, output_keys)
@@ -66,7 +70,9 @@ def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[
     """Questions of a JSONL file. Raises LlavaError for an invalid line, or a key that the output adds."""
     questions = [{"prompt": prompt, **line} for line in read_lines(path)]
     for number, question in enumerate(questions, 1):
-        if not isinstance(question.get("image"), str) or not isinstance(question["prompt"], str):
+        if not all(isinstance(question.get(key, ""), str) for key in ("system", "prompt")) or not isinstance(
+            question.get("image"), str
+        ):
             wanted = '{"image": PATH or URL, "prompt": TEXT}'
             got = ", ".join(question)
             raise LlavaError(f"line {number} of {path} is no question", expected=wanted, got=f"keys {got}")
@@ -77,14 +83,17 @@ def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[
 
 
 def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
-    """One question for each row with features; a dialogue gives its first question and answer."""
+    """One question for each row with features, or about no picture; a dialogue gives its system message,
+    its first question and its first answer."""
     questions = []
     for shard in shards:
-        for row in shard.ok_rows():
-            asked, caption = next(iter(shard.turns(row)), (None, ""))
-            known = {"id": shard.id(row), "prompt": asked or prompt, "caption": caption}
+        for row in np.flatnonzero(np.isin(shard.status, (Status.OK, Status.TEXT_ONLY))).tolist():
+            dialogue = shard.dialogue(row)
+            asked, caption = next(iter(dialogue.turns), (None, ""))
+            words = {"system": dialogue.system, "prompt": asked or prompt, "caption": caption}
+            known = {"id": shard.id(row), **words}
             texts = {key: text for key, text in known.items() if text}
-            questions.append({"shard": shard.path.name, "row": row, **texts})
+            questions.append({"shard": shard.path.name, "row": shard.picture_row(row), **texts})
     return questions
 
 
@@ -109,7 +118,7 @@ def load_from_images(aligned: ImageAnswerer, folder: Path, limits: FetchLimits) 
 
 
 def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> VisualTokenLoader:
-    """Visual tokens of rows of shards; a damaged row gives its error."""
+    """Visual tokens of rows of shards, none of a row about no picture; a damaged row gives its error."""
     by_name = {shard.path.name: shard for shard in shards}
 
     def load(questions: Sequence[JsonDict]) -> list[torch.Tensor | LlavaError]:
@@ -117,7 +126,10 @@ def load_from_shards(answerer: FeatureAnswerer, shards: Sequence[Shard]) -> Visu
         for question in questions:
             shard, row = by_name[question["shard"]], question["row"]
             try:
-                visual.append(answerer.project(torch.from_numpy(shard.read(row))[None])[0])
+                if shard.status[row] == Status.TEXT_ONLY:
+                    visual.append(answerer.embed(())[0])
+                else:
+                    visual.append(answerer.project(torch.from_numpy(shard.read(row))[None])[0])
             except LlavaError as damaged:
                 visual.append(damaged)
         return visual

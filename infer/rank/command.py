@@ -15,15 +15,16 @@ from infer.batch.questions import VisualTokenLoader, open_questions
 from infer.config import RankConfig
 from infer.rank.forced_choice import ranked, text_losses
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
-from llava_core.cli.console import show, table
+from llava_core.cli.console import counted, say, show, table
 from llava_core.errors import LlavaError
+from llava_core.row_status import Status
 from llava_core.shards.folder import open_shards
 from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 
 OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "by")
 """Keys that the output adds to a line."""
-READ_KEYS = ("image", "prompt", "texts", "answer")
+READ_KEYS = ("image", "system", "prompt", "texts", "answer")
 """Keys of a line that have an effect."""
 
 
@@ -68,13 +69,16 @@ def require_texts(where: str, question: JsonDict) -> None:
 def with_other_captions(
     config: RankConfig, questions: Sequence[JsonDict]
 ) -> tuple[list[JsonDict], list[list[Any]]]:
-    """Rows with a caption, each beside captions of `choices` - 1 other images; and the keys of their images.
+    """Rows with a picture and a caption, each beside `choices` - 1 captions of other images; and their keys.
 
     Which ones is a function of the seed and the row's place. Raises LlavaError if there are too few.
     """
     assert config.features is not None
     shards = {shard.path.name: shard for shard in open_shards(config.features)}
-    rows = [question for question in questions if question.get("caption")]
+    pictured = [row for row in questions if shards[row["shard"]].status[row["row"]] == Status.OK]
+    rows = [row for row in pictured if row.get("caption")]
+    if left := len(questions) - len(rows):
+        say(f"{counted(left, 'row')} about no picture, or without a caption, not ranked")
     keys = [list(shards[row["shard"]].picture_keys(row["row"])) for row in rows]
     pictures = picture_numbers(keys)
     chosen = []
@@ -117,7 +121,7 @@ def _ranking(
 ) -> JsonDict:
     texts, answer = question["texts"], question.get("answer")
     try:
-        choices = text_losses(answerer, visual, question["prompt"], texts)
+        choices = text_losses(answerer, visual, question["prompt"], texts, question.get("system"))
     except LlavaError as error:  # a text that does not fit the context
         return {"error": str(error)}
     order = ranked(choices, normalise)

@@ -30,7 +30,11 @@ class Choice:
 
 @torch.inference_mode()
 def text_losses(
-    answerer: FeatureAnswerer, visual: torch.Tensor, question: str, texts: Sequence[str]
+    answerer: FeatureAnswerer,
+    visual: torch.Tensor,
+    question: str,
+    texts: Sequence[str],
+    system: str | None = None,
 ) -> list[Choice]:
     """The choices in the order of `texts`, after visual tokens [T, hidden].
 
@@ -38,7 +42,7 @@ def text_losses(
     no earlier token attends to. Raises LlavaError if a text does not fit the language model's context.
     """
     conversation, llm = answerer.conversation, answerer.llm
-    examples = [conversation.example([Turn(question, text)], max_answer_tokens=1 << 30) for text in texts]
+    examples = [conversation.example([Turn(question, text)], 1 << 30, system) for text in texts]
     longest = max(len(example.ids) for example in examples)
     llm.require_context("the longest text", len(visual) + longest, "shorten it")
     together = max(1, CHUNK_LOGITS // (longest * llm.head.shape[0]))

@@ -45,7 +45,7 @@ LLM = MODELS / "llm"
 LR_LLM = {"lora": 5e-3, "llm": 2e-3}
 """Rates at which this small language model learns; large ones need far lower ones (benchmarks/RESULTS.md)."""
 CHATS = 64
-"""Most dialogues of a kind that are held turn by turn; single questions about pictures go in batches."""
+"""Most dialogues of a kind that are held turn by turn; single questions go in batches."""
 TEXTS = 256
 """Texts on which the language model's own loss is measured."""
 MAX_TOKENS = 48
@@ -139,18 +139,18 @@ def measure(checkpoint: Path, out: Path, held_out: Dialogues, answers: Path) -> 
 
 
 def chats(model: AlignedModel, features: FeatureDataset, held_out: Dialogues) -> dict[str, str]:
-    """Last answers, after the model's own earlier ones, to what has several turns or no picture; by id."""
+    """Last answers, after the model's own earlier ones, to what has several turns; by id."""
     rows = {row.id: row for row in features}
     held = collections.Counter[str]()
     said = {}
     with progress(len(held_out), "dialogues") as bar:
-        for key, (picture, turns) in held_out.items():
+        for key, (_, turns) in held_out.items():
             kind = key.partition(" ")[2]
             bar.update()
-            if (len(turns) == 1 and picture is not None) or held[kind] == CHATS:
+            if len(turns) == 1 or held[kind] == CHATS:
                 continue
             held[kind] += 1
-            chat = model.chat(rows[key] if picture is not None else None, max_tokens=MAX_TOKENS)
+            chat = model.chat(rows[key], max_tokens=MAX_TOKENS)
             for turn in turns:
                 said[key] = chat.ask(turn.question)
     return said

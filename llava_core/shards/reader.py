@@ -155,6 +155,10 @@ class Shard:
         file = self._file()
         return reason_text(os.pread(file.descriptor, REASON_BYTES, offset))
 
+    def picture_row(self, row: int) -> int:
+        """The row of the file that has the picture of `row`: itself, unless --text gives other words."""
+        return row
+
     def caption(self, row: int) -> str:
         return self._text("caption", row)
 

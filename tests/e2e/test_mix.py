@@ -16,6 +16,7 @@ import yaml
 
 import llava_align
 from llava_core.errors import LlavaError
+from llava_core.filesystem import read_json_lines
 from llava_core.row_status import Status
 from llava_core.shards.dialogue import turns_to_text
 from llava_core.shards.reader import Shard
@@ -89,6 +90,22 @@ def test_held_out_loss_of_each_source_and_of_text(mix_run: Path) -> None:
         assert figures[12] < figures[0], name
         assert summary[f"eval_{name}"] == figures[12]
         assert summary[f"eval_{name}_low"] <= figures[12] <= summary[f"eval_{name}_high"]
+
+
+def test_rows_about_no_picture_and_system_messages_are_asked(
+    caches: Path, mix_run: Path, tmp_path: Path
+) -> None:
+    write_talk(tmp_path / "talk/t.h5", rows=4, text_only=2, seed=4, system="短")
+    flags = ("--checkpoint", mix_run / "last", "--llm", caches / "llm", "--features", tmp_path / "talk")
+    call("infer", "batch", *flags, "--output", tmp_path / "out.jsonl", "--max-tokens", 8, "--batch-size", 4)
+    model = llava_align.AlignedModel.load(mix_run / "last", llm=caches / "llm")
+    shard = Shard(tmp_path / "talk/t.h5")
+    for row, line in enumerate(read_json_lines(tmp_path / "out.jsonl")):
+        chat = model.chat(shard.read(row) if row < 2 else None, system="短", max_tokens=8)
+        assert (line["row"], line["system"], line["answer"]) == (row, "短", chat.ask("问"))
+    ended = call("infer", "rank", *flags, "--output", tmp_path / "ranks.jsonl", "--choices", 2)
+    assert "2 rows about no picture, or without a caption, not ranked" in ended.err
+    assert len(read_json_lines(tmp_path / "ranks.jsonl")) == 2
 
 
 def test_a_mix_resumes_bit_equal_after_a_kill(caches: Path, mix_run: Path, tmp_path: Path) -> None:

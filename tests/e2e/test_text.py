@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from llava_align import AlignedModel, FeatureDataset
 from llava_core.errors import LlavaError
+from llava_core.filesystem import read_json_lines
 from llava_core.shards.writer import ShardWriter
 from tests.support.commands import call
 from tests.support.runs import config, curve, flags_of, weights
@@ -147,6 +149,48 @@ def test_several_texts_a_picture_and_what_does_not_join(
     assert "1 without words" in ended.err
     assert "3 texts about 2 pictures of 24" in ended.err
     call("train", "plan", *flags[2:], "--out", tmp_path / "run", "--text", str(tmp_path / "*.jsonl"))
+
+
+def test_questions_of_other_words_are_asked_about_the_same_pictures(
+    world: Path, pictures: Path, trained: Path, tmp_path: Path
+) -> None:
+    """`shard`, `row` and `id` are those of the picture, so that `infer score` finds it."""
+    talk = [
+        {"role": "system", "content": "短"},
+        {"role": "user", "content": "<image>颜色？"},
+        {"role": "assistant", "content": "红"},
+    ]
+    lines: Rows = [
+        {"id": "b2", "messages": talk},
+        {"id": "a1", "messages": talk[1:]},
+        {"id": "b2", "messages": talk[1:]},
+        {"id": "no", "messages": talk},
+    ]
+    write_lines(tmp_path / "x.jsonl", lines)
+    models = ("--checkpoint", trained / "last", "--llm", world / "llm")
+    flags = (*models, "--features", pictures, "--text", tmp_path / "x.jsonl")
+    ended = call("infer", "batch", *flags, "--output", tmp_path / "out.jsonl", "--max-tokens", 8)
+    assert "1 about no picture here, such as 'no'" in ended.err
+    said = read_json_lines(tmp_path / "out.jsonl")
+    places = [(line["shard"], line["row"], line["id"], line.get("system")) for line in said]
+    assert places == [("a.h5", 1, "a1", None), ("b.h5", 2, "b2", "短"), ("b.h5", 2, "b2", None)]
+    assert {(line["prompt"], line["caption"]) for line in said} == {("颜色？", "红")}
+    model = AlignedModel.load(trained / "last", llm=world / "llm")
+    rows = {row.id: row for row in FeatureDataset(pictures)}
+    for line in said:
+        chat = model.chat(rows[line["id"]], system=line.get("system", ""), max_tokens=8)
+        assert line["answer"] == chat.ask("颜色？")
+    assert said[1]["answer"] != said[2]["answer"]
+
+    write_lines(tmp_path / "y.jsonl", [{"id": name, "caption": name} for name in ("a0", "a1", "b2", "b2")])
+    flags = (*models, "--features", pictures, "--text", tmp_path / "y.jsonl", "--choices", 3)
+    call("infer", "rank", *flags, "--output", tmp_path / "ranks.jsonl")
+    assert {tuple(sorted(line["texts"])) for line in read_json_lines(tmp_path / "ranks.jsonl")} == {
+        ("a0", "a1", "b2")
+    }
+    flags = (*models, "--input", tmp_path / "x.jsonl", "--vision", world, "--text", tmp_path / "x.jsonl")
+    line = call("infer", "batch", *flags, "--output", tmp_path / "no.jsonl", code=2).one_line()
+    assert line == "error: --text; expected --features, whose rows it is about"
 
 
 def test_an_interrupted_run_goes_on_and_other_words_are_refused(

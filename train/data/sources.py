@@ -12,6 +12,7 @@ import numpy as np
 from llava_core.row_status import Status
 from llava_core.shards.dialogue import SYSTEM_START
 from llava_core.shards.folder import find_shards, require_one_encoder
+from llava_core.shards.other_words import with_words
 from llava_core.shards.reader import Shard
 
 
@@ -33,6 +34,12 @@ def open_sources(folders: Sequence[Path]) -> list[Source]:
     ]
     require_one_encoder([shard for source in sources for shard in source.shards])
     return sources
+
+
+def reworded(sources: Sequence[Source], pattern: str) -> list[Source]:
+    """The same pictures with the words of other tables (--text)."""
+    views = iter(with_words([shard for source in sources for shard in source.shards], pattern))
+    return [dataclasses.replace(source, shards=[next(views) for _ in source.shards]) for source in sources]
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -25,23 +25,20 @@ from llava_core.tables.column_names import IDS, NAMES_ONLY, TEXTS
 from llava_core.tables.row_batches import Rows, row_batches
 from llava_core.tables.shown import shown
 from llava_core.tables.words import SAMPLE, WordReader
-from train.data.sources import Source
 
 PICTURES = ("url", "image", "path", *NAMES_ONLY)
 """Columns of addresses or paths of pictures."""
 
 
-def with_words(sources: Sequence[Source], pattern: str) -> list[Source]:
+def with_words(shards: Sequence[Shard], pattern: str) -> list[Shard]:
     """The same pictures with the words of the tables that `pattern` matches, any number to a picture.
 
     Prints how many rows join, and how many do not. Raises LlavaError if none does, or a table cannot be read.
     """
-    shards = [shard for source in sources for shard in source.shards]
     words = Words(shards)
     for path in matching(pattern):
         words.read(path)
-    views = iter(words.views())
-    return [dataclasses.replace(source, shards=[next(views) for _ in source.shards]) for source in sources]
+    return words.views()
 
 
 class RewordedShard(Shard):
@@ -56,10 +53,19 @@ class RewordedShard(Shard):
         self.layout = dataclasses.replace(base.layout, uid=uid)
 
     def read_into(self, row: int, out: np.ndarray) -> None:
-        self._base.read_into(int(self._places[row]), out)
+        self._base.read_into(self.picture_row(row), out)
+
+    def picture_row(self, row: int) -> int:
+        return int(self._places[row])
 
     def picture_keys(self, row: int) -> list[bytes | str]:
-        return self._base.picture_keys(int(self._places[row]))
+        return self._base.picture_keys(self.picture_row(row))
+
+    def id(self, row: int) -> str:
+        return self._base.id(self.picture_row(row))
+
+    def url(self, row: int) -> str:
+        return self._base.url(self.picture_row(row))
 
     def caption(self, row: int) -> str:
         return self._store.text(int(self._numbers[row]))
