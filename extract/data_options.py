@@ -15,7 +15,8 @@ class DataOptions(Options):
     images: Path | None = None
     """Folder of the images that --data names by path; without it, the folder each file lies in."""
     image_column: str | None = None
-    """Column of the images: addresses, paths, or the files themselves; without it, by its name."""
+    """Column of the images: addresses, paths, or the files themselves; without it, by its name. none: text
+    alone, dialogues that train the language model (train --tune lora, llm)."""
     text_column: str | None = None
     """Column of the words: captions, lists of them, or dialogues; without it, by its name."""
     id_column: str | None = None

@@ -22,6 +22,8 @@ from llava_core.tables.shown import shown
 from llava_core.tables.table_files import DamagedTable, Table, open_table
 from llava_core.tables.words import SAMPLE, WordReader, Words
 
+NO_IMAGES = "none"
+"""--image-column of a table of text alone."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that stand for none."""
 
@@ -63,7 +65,7 @@ class _Reader:
         words = self._with_systems(words, rows)
         captions, conversations = self.words.texts_of(words)
         refs = [""] * len(values)
-        if self.ref is not None:
+        if self.stored is None or self.ref is not None:
             for row, value in enumerate(self._image_values(rows)):
                 refs[row], several = _ref(value)
                 if several:
@@ -117,7 +119,8 @@ class _Reader:
         return [_messages(earlier, query, answer) for earlier, query, answer in dialogues]
 
     def _image_values(self, rows: int) -> list[Any]:
-        assert self.ref is not None
+        if self.ref is None:
+            return [None] * rows
         return self._coalesced(self.ref, IMAGES, rows)
 
     def _coalesced(self, name: str, known: Sequence[str], rows: int) -> list[Any]:
@@ -132,13 +135,16 @@ class _Reader:
     def _image_columns(self, flags: DataFlags) -> tuple[str | None, str | None]:
         """The column, or field of a struct, of addresses or paths, and the column of files themselves."""
         given = flags.image_column
+        if given == NO_IMAGES and given not in self.table.names:
+            return None, None
         if given is not None:
             name = self._column("--image-column", given, (), "")
             found = [name] if name else []
         else:
             found = self._named(IMAGES)
             if not found:
-                raise self._lacks("the images", "--image-column", IMAGES[:3])
+                flag = f"--image-column, {NO_IMAGES} for text without images"
+                raise self._lacks("the images", flag, IMAGES[:3])
         kinds = [(name, *_kind_of_images(self.table, name)) for name in found]
         for name, ref, stored in kinds:
             if stored:

@@ -338,7 +338,9 @@ def test_batch_reads_data_urls_and_names_the_keys_it_does_not_use(world: Folders
     asked = call(
         "infer", "batch", *world.flags, "--max-tokens", 4, "--input", source, "--output", out, code=1
     )
-    assert f"only copied to {out}: id, question (of a line, image, system, prompt have an effect); " in asked.err
+    assert (
+        f"only copied to {out}: id, question (of a line, image, system, prompt have an effect); " in asked.err
+    )
     assert "; 4 of 4 lines ask '请描述这张图片。'" in asked.err
     first, second, third, fourth = [json.loads(line) for line in out.read_text().splitlines()]
     assert first["answer"] == second["answer"]

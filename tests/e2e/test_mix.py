@@ -291,6 +291,23 @@ def course(folder: Path) -> tuple[Path, int]:
     return folder / "set", 0
 
 
+def test_a_table_of_text_alone_is_mixed_in(vision: Path, world: Path, tmp_path: Path) -> None:
+    """One row speaks of an image that is not there, which is no success."""
+    lines = [{"messages": [SYSTEM, {"role": "user", "content": f"q{k}"}, TALK[1]]} for k in range(3)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"messages": TALK}])))
+    flags = ("--data", tmp_path / "chat.jsonl", "--vision", vision, "--out", tmp_path / "chat")
+    refused = call("extract", "run", *flags, code=1).one_line()
+    assert refused.endswith("name it by --image-column, none for text without images")
+    call("extract", "run", *flags, "--image-column", "none", "--max-failed", 0.25)
+    shard = Shard(tmp_path / "chat/chat.h5")
+    assert [Status(status).label for status in shard.status] == [*["text only"] * 3, "no file"]
+    extracted(vision, llava_json(tmp_path / "seen")[0], tmp_path / "features")
+    features = (tmp_path / "features", tmp_path / "chat")
+    given = config(world, tmp_path / "run", **LORA, features=features, eval_features=None, mix="0.5,0.5")
+    ended = call("train", "run", *flags_of(given))
+    assert "chat 3 samples, 50.0% of those drawn" in ended.err
+
+
 @pytest.mark.parametrize("form", [llava_json, ms_swift, sharegpt, course])
 def test_dialogues_of_each_form_are_extracted_and_trained_on(
     vision: Path, world: Path, tmp_path: Path, form: Any
