@@ -172,20 +172,20 @@ def test_questions_of_other_words_are_asked_about_the_same_pictures(
     ended = call("infer", "batch", *flags, "--output", tmp_path / "out.jsonl", "--max-tokens", 8)
     assert "1 about no picture here, such as 'no'" in ended.err
     said = read_json_lines(tmp_path / "out.jsonl")
-    places = [(line["shard"], line["row"], line["id"], line.get("system")) for line in said]
+    places = [(each["shard"], each["row"], each["id"], each.get("system")) for each in said]
     assert places == [("a.h5", 1, "a1", None), ("b.h5", 2, "b2", "短"), ("b.h5", 2, "b2", None)]
-    assert {(line["prompt"], line["caption"]) for line in said} == {("颜色？", "红")}
+    assert {(each["prompt"], each["caption"]) for each in said} == {("颜色？", "红")}
     model = AlignedModel.load(trained / "last", llm=world / "llm")
     rows = {row.id: row for row in FeatureDataset(pictures)}
-    for line in said:
-        chat = model.chat(rows[line["id"]], system=line.get("system", ""), max_tokens=8)
-        assert line["answer"] == chat.ask("颜色？")
+    for each in said:
+        chat = model.chat(rows[each["id"]], system=each.get("system", ""), max_tokens=8)
+        assert each["answer"] == chat.ask("颜色？")
     assert said[1]["answer"] != said[2]["answer"]
 
     write_lines(tmp_path / "y.jsonl", [{"id": name, "caption": name} for name in ("a0", "a1", "b2", "b2")])
     flags = (*models, "--features", pictures, "--text", tmp_path / "y.jsonl", "--choices", 3)
     call("infer", "rank", *flags, "--output", tmp_path / "ranks.jsonl")
-    assert {tuple(sorted(line["texts"])) for line in read_json_lines(tmp_path / "ranks.jsonl")} == {
+    assert {tuple(sorted(each["texts"])) for each in read_json_lines(tmp_path / "ranks.jsonl")} == {
         ("a0", "a1", "b2")
     }
     flags = (*models, "--input", tmp_path / "x.jsonl", "--vision", world, "--text", tmp_path / "x.jsonl")
