@@ -183,13 +183,15 @@ def test_questions_of_other_words_are_asked_about_the_same_pictures(
     assert said[1]["answer"] != said[2]["answer"]
 
     write_lines(tmp_path / "y.jsonl", [{"id": name, "caption": name} for name in ("a0", "a1", "b2", "b2")])
-    flags = (*models, "--features", pictures, "--text", tmp_path / "y.jsonl", "--choices", 3)
-    call("infer", "rank", *flags, "--output", tmp_path / "ranks.jsonl")
+    flags = (*models, "--features", pictures, "--text", tmp_path / "y.jsonl")
+    call("infer", "rank", *flags, "--choices", 3, "--output", tmp_path / "ranks.jsonl")
     assert {tuple(sorted(each["texts"])) for each in read_json_lines(tmp_path / "ranks.jsonl")} == {
         ("a0", "a1", "b2")
     }
-    flags = (*models, "--input", tmp_path / "x.jsonl", "--vision", world, "--text", tmp_path / "x.jsonl")
-    line = call("infer", "batch", *flags, "--output", tmp_path / "no.jsonl", code=2).one_line()
+    flags = (*models, "--input", tmp_path / "x.jsonl", "--text", tmp_path / "x.jsonl")
+    line = call(
+        "infer", "batch", *flags, "--vision", world, "--output", tmp_path / "no.jsonl", code=2
+    ).one_line()
     assert line == "error: --text; expected --features, whose rows it is about"
 
 
