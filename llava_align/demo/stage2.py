@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import random
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,12 +36,12 @@ from llava_core.bootstrap import with_interval
 from llava_core.cli.console import progress, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
-from llava_core.language.prompt_and_labels import Conversation
+from llava_core.language.model import LanguageModel
+from llava_core.language.prompt_and_labels import Conversation, Example
 from llava_core.language.target_logits import target_logits
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
-from train.recipes import RECIPES
 
 LLM = MODELS / "llm"
 LR_LLM = {"lora": 5e-3, "llm": 2e-3}
@@ -52,15 +54,60 @@ MAX_TOKENS = 48
 """Of an answer; the longest right one takes 22."""
 
 
+def notes_read(llm: LanguageModel) -> Iterator[tuple[torch.Tensor, Example]]:
+    """Embeddings [words, hidden] of notes, and a question about them, as the demo's model was trained on."""
+    rng, conversation = random.Random("texts"), Conversation(llm.tokenizer, llm.eos_ids)
+    for _ in range(TEXTS):
+        scene = random_scene(rng)
+        words = torch.tensor([llm.tokenizer(word)["input_ids"][0] for word in notes(scene, rng)])
+        yield llm.embed(words), conversation.example([question(scene, rng)], max_answer_tokens=128)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStage:
+    """A finished first stage on pictures of the world, and what the second one learns and is asked."""
+
+    out: Path
+    """Folder with pictures/, features/held-out/ and run/best/."""
+    llm: Path = LLM
+    training: Callable[..., Dialogues] = training_dialogues
+    held_out: Callable[..., Dialogues] = held_out_dialogues
+    texts: Callable[[LanguageModel], Iterable[tuple[torch.Tensor, Example]]] = notes_read
+    """Texts that the language model knows: what comes before each, and the text."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "stage2"
+
+
 def run(config: DemoStage2Config) -> JsonDict:
     """Print every command with its output, and tables of accuracy and forgetting; returns their figures."""
-    out, folder, started = config.out, config.out / "stage2", time.monotonic()
-    made = _made(out)
+    flags: JsonDict = {
+        "tune": config.tune,
+        "lr_llm": LR_LLM[config.tune],
+        "steps": config.steps,
+        "seed": config.seed,
+    }
+    return second_stage(FirstStage(config.out), _made(config.out), **flags)
+
+
+def second_stage(
+    first: FirstStage,
+    made: JsonDict,
+    *,
+    tune: str,
+    lr_llm: float,
+    steps: int,
+    seed: int,
+    batch_size: int = 16,
+) -> JsonDict:
+    """Write dialogues, train on them, and measure before and after; `made`: rows, held_out and seed."""
+    folder, started = first.folder, time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
-    held_out = write_dialogues(out, made, folder)
-    before = measure(out / "run/best", out, held_out, folder / "before.jsonl")
-    train(config, folder)
-    after = measure(folder / "run/best", out, held_out, folder / "after.jsonl")
+    held_out = write_dialogues(first, made)
+    before = measure(first, first.out / "run/best", held_out, folder / "before.jsonl")
+    train(first, "--tune", tune, "--lr-llm", lr_llm, "--seed", seed, steps=steps, batch_size=batch_size)
+    after = measure(first, folder / "run/best", held_out, folder / "after.jsonl")
     figures: JsonDict = {"before": before, "after": after, "seconds": time.monotonic() - started}
     report(before, after)
     show(f"\n{folder / 'before.jsonl'}, {folder / 'after.jsonl'}  answers; {figures['seconds']:.0f} s")
@@ -79,11 +126,12 @@ def _made(out: Path) -> JsonDict:
     return made
 
 
-def write_dialogues(out: Path, made: JsonDict, folder: Path) -> Dialogues:
-    """Write and extract dialogues about the demo's pictures; returns the held-out ones."""
+def write_dialogues(first: FirstStage, made: JsonDict) -> Dialogues:
+    """Write and extract dialogues about the pictures; returns the held-out ones."""
+    out, folder = first.out, first.folder
     folder.mkdir(parents=True, exist_ok=True)
     dialogues: Dialogues = {}
-    splits = (("train", made["rows"], training_dialogues), ("held-out", made["held_out"], held_out_dialogues))
+    splits = (("train", made["rows"], first.training), ("held-out", made["held_out"], first.held_out))
     for name, rows, make in splits:
         images = out / "pictures" / name
         scenes = split_scenes(name, rows, made["seed"])
@@ -97,43 +145,43 @@ def write_dialogues(out: Path, made: JsonDict, folder: Path) -> Dialogues:
     return dialogues
 
 
-def train(config: DemoStage2Config, folder: Path) -> JsonDict:
-    """Train on the dialogues in a folder, from the demo's projector."""
+def train(first: FirstStage, *flags: object, steps: int, batch_size: int) -> JsonDict:
+    """Train on the dialogues, from the first stage's projector."""
+    folder = first.folder
     rows = len(json.loads((folder / "train.json").read_text(encoding="utf-8")))
     return run_command(
-        *("train", "run", "--recipe", "stage2", "--tune", config.tune, "--lr-llm", LR_LLM[config.tune]),
+        *("train", "run", "--recipe", "stage2", *flags, "--batch-size", batch_size),
         *("--features", folder / "features/train", "--eval-features", folder / "features/held-out"),
-        *("--init", config.out / "run/best", "--llm", LLM, "--out", folder / "run"),
-        *("--max-steps", config.steps),
-        *("--epochs", math.ceil(2 * config.steps * RECIPES["stage2"]["batch_size"] / rows)),
-        *("--eval-every", math.ceil(config.steps / 2), "--eval-samples", 256, "--eval-captions", 0),
-        *("--save-every", config.steps, "--seed", config.seed),
+        *("--init", first.out / "run/best", "--llm", first.llm, "--out", folder / "run"),
+        *("--max-steps", steps, "--epochs", math.ceil(2 * steps * batch_size / rows)),
+        *("--eval-every", math.ceil(steps / 2), "--eval-samples", 256, "--eval-captions", 0),
+        *("--save-every", steps),
     )
 
 
-def measure(checkpoint: Path, out: Path, held_out: Dialogues, answers: Path) -> JsonDict:
+def measure(first: FirstStage, checkpoint: Path, held_out: Dialogues, answers: Path) -> JsonDict:
     """Accuracy by kind of question, and losses of captions and of text, of a checkpoint."""
-    trained = ("--checkpoint", checkpoint, "--llm", LLM)
-    features = out / "stage2/features/held-out"
+    trained = ("--checkpoint", checkpoint, "--llm", first.llm)
+    features = first.folder / "features/held-out"
     run_command(
         *("infer", "batch", *trained, "--features", features, "--output", answers),
         *("--batch-size", 64, "--max-tokens", MAX_TOKENS),
     )
     batch = {line["id"]: line["answer"] for line in read_json_lines(answers)}
     said = {key: answer for key, answer in batch.items() if len(held_out[key][1]) == 1}
-    said |= chats(AlignedModel.load(checkpoint, llm=LLM), FeatureDataset(features), held_out)
+    said |= chats(AlignedModel.load(checkpoint, llm=first.llm), FeatureDataset(features), held_out)
     right: dict[str, list[bool]] = {f"{language} {kind}": [] for kind in KINDS for language in LANGUAGES}
     wanted = {kind: collections.Counter[str]() for kind in right}
     for key, answer in said.items():
         kind, truth = key.partition(" ")[2], normalised(held_out[key][1][-1].answer)
         right[kind].append(normalised(answer) == truth)
         wanted[kind][truth] += 1
-    evaluated = run_command("train", "eval", *trained, "--features", out / "features/held-out")
+    evaluated = run_command("train", "eval", *trained, "--features", first.out / "features/held-out")
     return {
         "right": {kind: sum(marks) / len(marks) for kind, marks in right.items() if marks},
         "most_frequent": {kind: max(n.values()) / n.total() for kind, n in wanted.items() if n},
         "asked": {kind: len(marks) for kind, marks in right.items()},
-        "text_loss": text_loss(checkpoint),
+        "text_loss": text_loss(first, checkpoint),
         **{name: value for name, value in evaluated.items() if name.startswith(("loss", "grounding_gap"))},
     }
 
@@ -156,16 +204,13 @@ def chats(model: AlignedModel, features: FeatureDataset, held_out: Dialogues) ->
     return said
 
 
-def text_loss(checkpoint: Path) -> float:
-    """Loss in nats per answer token on new texts of the kind that the language model was trained on."""
-    llm, rng = load_its_language_model(load_checkpoint(checkpoint), LLM), random.Random("texts")
-    conversation = Conversation(llm.tokenizer, llm.eos_ids)
-    losses = []
-    for _ in range(TEXTS):
-        scene = random_scene(rng)
-        words = torch.tensor([llm.tokenizer(word)["input_ids"][0] for word in notes(scene, rng)])
-        example = conversation.example([question(scene, rng)], max_answer_tokens=128)
-        losses.append(F.cross_entropy(*target_logits(llm, llm.embed(words), example), reduction="none"))
+def text_loss(first: FirstStage, checkpoint: Path) -> float:
+    """Loss in nats per answer token on texts that the language model knows."""
+    llm = load_its_language_model(load_checkpoint(checkpoint), first.llm)
+    losses = [
+        F.cross_entropy(*target_logits(llm, before, example), reduction="none")
+        for before, example in first.texts(llm)
+    ]
     return torch.cat(losses).mean().item()
 
 

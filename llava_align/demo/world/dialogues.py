@@ -115,11 +115,16 @@ KINDS: dict[str, Callable[[Scene, bool, random.Random], list[Turn]]] = {
 ABOUT_PICTURES = tuple(kind for kind in KINDS if kind != NO_PICTURE_KIND)
 
 
-def training_dialogues(pictures: Sequence[Path], scenes: Sequence[Scene], rng: random.Random) -> Dialogues:
+def training_dialogues(
+    pictures: Sequence[Path],
+    scenes: Sequence[Scene],
+    rng: random.Random,
+    languages: Sequence[str] = LANGUAGES,
+) -> Dialogues:
     """For each picture a dialogue in each language, of several kinds; and some without a picture, by id."""
     dialogues: Dialogues = {}
     for picture, scene in zip(pictures, scenes, strict=True):
-        for language in LANGUAGES:
+        for language in languages:
             turns: list[Turn] = []
             if language == "zh" and rng.random() < CAPTIONED:
                 turns.append(Turn(rng.choice(CHINESE), caption(scene, rng)))
@@ -132,12 +137,17 @@ def training_dialogues(pictures: Sequence[Path], scenes: Sequence[Scene], rng: r
     return dialogues
 
 
-def held_out_dialogues(pictures: Sequence[Path], scenes: Sequence[Scene], rng: random.Random) -> Dialogues:
+def held_out_dialogues(
+    pictures: Sequence[Path],
+    scenes: Sequence[Scene],
+    rng: random.Random,
+    languages: Sequence[str] = LANGUAGES,
+) -> Dialogues:
     """For each picture one dialogue of each kind in each language; ids are PICTURE LANGUAGE KIND."""
     return {
         f"{picture.stem} {language} {kind}": (None if kind == NO_PICTURE_KIND else picture, turns)
         for picture, scene in zip(pictures, scenes, strict=True)
-        for language in LANGUAGES
+        for language in languages
         for kind, make in KINDS.items()
         if (turns := make(scene, language == "zh", rng))
     }
