@@ -132,9 +132,10 @@ def open_bench(
     with serving(drawn, settings.latency) as base:
         urls = [f"{base}/{i}" for i in range(settings.samples)]
         bench = bench_of(settings.compile)
+        example = functools.partial(bench.samples.example, epoch=0)
         data: dict[str, Dataset[Any]] = {
-            "(a) course, HTTP": Pictures(urls, bench.samples, tower),
-            "(b) course, local JPEGs": Pictures(paths, bench.samples, tower),
+            "(a) course, HTTP": Pictures(urls, example, tower),
+            "(b) course, local JPEGs": Pictures(paths, example, tower),
             "(c) cached, padded": Cached(bench.samples),
         }
         if stage2:

@@ -7,7 +7,7 @@ import io
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,12 @@ class Pictures(Dataset[Any]):
     """Downloaded or read, decoded in full and resized, where the trainer waits for it."""
 
     addresses: Sequence[str]
-    samples: Samples
+    example: Callable[[int], Example]
+    """Words of the picture at an index."""
     tower: VisionTower
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Example]:
-        address = self.addresses[self.samples.rows[index][1]]
+        address = self.addresses[index]
         if address.startswith("http"):
             with urllib.request.urlopen(address) as answer:
                 content = answer.read()
@@ -63,7 +64,7 @@ class Pictures(Dataset[Any]):
             content = Path(address).read_bytes()
         size = self.tower.preprocess.size
         image = Image.open(io.BytesIO(content)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)), self.samples.example(index, epoch=0)
+        return torch.from_numpy(np.array(image)), self.example(index)
 
 
 @dataclasses.dataclass
@@ -107,6 +108,45 @@ def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
         if batch is None:
             return
         yield batch, time.perf_counter() - before
+
+
+def course_loader(
+    dataset: Dataset[Any], batches: Sequence[list[int]], workers: int, llm: LanguageModel
+) -> DataLoader[Any]:
+    """These batches, padded to their longest."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=Collate(min(llm.eos_ids)),
+        pin_memory=llm.device.type == "cuda",
+    )
+
+
+def course_pass(
+    llm: LanguageModel,
+    tower: VisionTower,
+    projector: torch.nn.Module,
+    loader: DataLoader[Any],
+    update: Callable[[], None],
+) -> Pass:
+    """Every batch once, by the loss of transformers over every logit; `update` takes the gradients."""
+    waiting = encoding = 0.0
+    losses = []
+    began = time.perf_counter()
+    for batch, waited in timed(loader):
+        waiting += waited
+        pictures, ids, labels, mask = batch
+        if pictures.dtype == torch.uint8:
+            before = time.perf_counter()
+            pictures = tower.encode(pictures).half()  # as the features that are cached
+            synchronise(llm.device)
+            encoding += time.perf_counter() - before
+        loss = padded_loss(llm, projector, pictures, ids, labels, mask)
+        loss.backward()  # type: ignore[no-untyped-call]
+        update()
+        losses.append(loss.item())
+    return Pass(time.perf_counter() - began, waiting, encoding, peak(llm.device), losses[0])
 
 
 def synchronise(device: torch.device) -> None:
@@ -246,31 +286,15 @@ class Bench:
             [{"params": some, "lr": lr} for parameters, lr in groups if (some := [*parameters])],
             weight_decay=0,
         )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=[schedule.at(step)[1] for step in range(steps)],
-            num_workers=self.workers,
-            collate_fn=Collate(min(llm.eos_ids)),
-            pin_memory=llm.device.type == "cuda",
-        )
-        waiting = encoding = 0.0
-        losses = []
-        began = time.perf_counter()
+
+        def update() -> None:
+            if config.grad_clip is not None:
+                torch.nn.utils.clip_grad_norm_(run.parameters, config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.tuning.after_step()
+
+        batches = [schedule.at(step)[1] for step in range(steps)]
+        loader = course_loader(dataset, batches, self.workers, llm)
         with original_attention(llm):
-            for batch, waited in timed(loader):
-                waiting += waited
-                pictures, ids, labels, mask = batch
-                if pictures.dtype == torch.uint8:
-                    before = time.perf_counter()
-                    pictures = self.tower.encode(pictures).half()  # as the features that are cached
-                    synchronise(llm.device)
-                    encoding += time.perf_counter() - before
-                loss = padded_loss(llm, run.projector, pictures, ids, labels, mask)
-                loss.backward()  # type: ignore[no-untyped-call]
-                if config.grad_clip is not None:
-                    torch.nn.utils.clip_grad_norm_(run.parameters, config.grad_clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                run.tuning.after_step()
-                losses.append(loss.item())
-        return Pass(time.perf_counter() - began, waiting, encoding, peak(llm.device), losses[0])
+            return course_pass(llm, self.tower, run.projector, loader, update)
