@@ -173,17 +173,22 @@ def test_an_interrupted_run_goes_on_and_other_words_are_refused(
         train_run(dataclasses.replace(given, text=str(tmp_path / "y.jsonl")))
 
 
-def test_a_sweep_compares_words(world: Path, pictures: Path, tmp_path: Path) -> None:
-    """Judged by the same held-out words."""
+def test_a_sweep_compares_words(
+    world: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by the same held-out words; best.yaml finds its own from every working directory."""
+    monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "own.jsonl", named("id"))
     write_lines(tmp_path / "short.jsonl", [{**row, "caption": "图"} for row in named("id")])
     given = config(world, tmp_path / "sweep", features=pictures, eval_features=pictures, max_steps=6)
-    space = f"text={tmp_path / 'own.jsonl'},{tmp_path / 'short.jsonl'}"
-    call("train", "sweep", *flags_of(given), "--space", space)
+    call("train", "sweep", *flags_of(given), "--space", "text=own.jsonl,short.jsonl")
     losses = [curve(trial, "eval_loss")[6] for trial in sorted((tmp_path / "sweep/trials").iterdir())]
     train_run(dataclasses.replace(given, out=tmp_path / "lone", text=str(tmp_path / "own.jsonl")))
     assert min(losses) == pytest.approx(curve(tmp_path / "lone", "eval_loss")[6], rel=1e-6)
     assert len(set(losses)) == 2
+    monkeypatch.chdir(tmp_path.parent)
+    call("train", "run", "-c", tmp_path / "sweep/best.yaml", "--out", tmp_path / "again")
+    assert curve(tmp_path / "again", "eval_loss")[6] == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_what_cannot_be_joined_is_one_line(
