@@ -212,6 +212,25 @@ def test_what_cannot_be_joined_is_one_line(
     assert "no file" in line
 
 
+def test_ids_that_several_pictures_have_name_none(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the rows' numbers, which are ids where the data has none, in a cache of several shards."""
+    for s, ids in enumerate((["0", "1"], ["0", "x"])):
+        made = dataclasses.replace(header(["a", "b"]), ids=ids)
+        with ShardWriter(tmp_path / f"f/{s}.h5", made) as writer:
+            writer.write([dataclasses.replace(outcome(row + 2 * s), row=row) for row in range(2)])
+            writer.finish()
+    given = config(world, tmp_path / "run", features=tmp_path / "f", eval_features=None, max_steps=1)
+    given = dataclasses.replace(given, text=str(tmp_path / "x.jsonl"))
+    write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}])
+    with pytest.raises(LlavaError, match="several pictures have the id '0'; name them by shard and row"):
+        train_run(given)
+    write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}, {"id": "x", "caption": "图"}])
+    train_run(given)
+    assert "1 of an id that several pictures have, such as '0'" in capfd.readouterr().err
+
+
 def refused_text(given: EvalConfig, folder: Path, text: str) -> str:
     (folder / "y.jsonl").write_text(text)
     with pytest.raises(LlavaError) as caught:
