@@ -43,15 +43,17 @@ class AlignedModel:
         llm: str | Path,
         vision: str | Path | None = None,
         device: str = "auto",
+        tuned: bool = True,
     ) -> AlignedModel:
         """Load a checkpoint and its models; without `vision`, images are given as cached features.
 
+        What stage 2 trained of the language model is left out unless `tuned`, to compare.
         Raises LlavaError if a folder is missing or damaged, or they were not trained together.
         """
         place, loaded = pick_device(device), load_checkpoint(Path(checkpoint))
         trained = loaded.provenance
         tower = open_trained_tower(Path(vision), trained, place) if vision is not None else None
-        model = load_its_language_model(loaded, Path(llm), place)
+        model = load_its_language_model(loaded, Path(llm), place, tuned)
         model.new_cache()  # raises for a model that cannot generate here
         if tower is None:
             return cls(FeatureAnswerer(loaded.projector, model, trained.question), trained)

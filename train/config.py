@@ -29,7 +29,8 @@ MOST_LR = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
-    """Train a projector on cached features. The same command continues a run that was interrupted.
+    """Train on cached features: a projector, or with --tune the language model, too. The same command
+    continues a run that was interrupted.
 
     `--recipe course|fast|course-stage2|stage2` sets several flags at once; those of a file win over it, and
     those typed over both.

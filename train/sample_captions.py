@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from llava_core.language.generate import generate
+from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
@@ -18,10 +19,13 @@ SHOWN = 200
 """Characters of an answer, or a caption, in the log."""
 
 
-def beside_its_caption(line: JsonDict) -> tuple[str, str]:
-    """Two lines of the log: the generated caption of a row, and below it the row's own."""
-    generated = f"  {line['row']} says: {_shown(line['generated'], line['cut'])}"
-    return generated, f"  {' ' * len(line['row'])} true: {_shown(line['written'])}"
+def beside_its_caption(line: JsonDict) -> list[str]:
+    """Lines of the log: the question of a dialogue, the generated caption of a row, and the row's own."""
+    asked = {} if line["question"] in INSTRUCTIONS else {"asked": _shown(line["question"])}
+    texts = {**asked, "says": _shown(line["generated"], line["cut"]), "true": _shown(line["written"])}
+    width, row = max(map(len, texts)), line["row"]
+    first, *below = (f"{name:>{width}}: {text}" for name, text in texts.items())
+    return [f"  {row} {first}", *(f"  {' ' * len(row)} {text}" for text in below)]
 
 
 def _shown(text: str, cut: bool = False) -> str:

@@ -274,13 +274,11 @@ class TrainingRun:
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         loss = "" if self.loss is None else f"; loss {self.loss:.4f} at the last"
         say(f"{self.title}finished {self.step} steps{loss}{cut}")
-        if (
-            self.config.init is not None
-            and self.loss_before is not None
-            and self.loss_before < self.best < math.inf
-        ):
-            losses = f"held-out loss {self.loss_before:.4f} there, {self.best:.4f} here"
-            say(f"{self.title}no step was better than {self.config.init}: {losses}; try a lower --lr")
+        before = None if self.config.init is None else self.loss_before
+        if before is not None and before < self.best < math.inf:
+            losses = f"held-out loss {before:.4f} there, {self.best:.4f} here"
+            lower = "--lr" if self.config.tune == "projector" else "--lr and --lr-llm"
+            say(f"{self.title}no step was better than {self.config.init}: {losses}; try a lower {lower}")
         return summary
 
     def diverged(self, loss: float) -> LlavaError:

@@ -43,6 +43,11 @@ AUTO_MAP = {
 PREPROCESS = ("size", "mean", "std", "filter", "crop", "decode")
 LEFT_OUT = ("dtype", "_name_or_path", "quantization_config")
 """Keys left out of published configurations: the folder has weights of its own, none of them quantised."""
+TUNED = {
+    "lora": "Adapters (LoRA) of the language model were trained, too, and are merged into its weights.\n",
+    "llm": "The whole language model was trained, too.\n",
+}
+"""What the card says of stage 2, by the value of --tune."""
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -284,7 +289,7 @@ def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
         parameter_count(checkpoint.projector),
         usage=Path(__file__).with_name("export_card.md").read_text(encoding="utf-8"),
         beside=f"Encoder and language model are in this folder, in {dtype}; the projector is in float32.\n"
-        f"Licences of the two: {terms}.",
+        f"{TUNED.get(checkpoint.tune or '', '')}Licences of the two: {terms}.",
         library="transformers",
         tags=("custom_code",),
     )

@@ -121,7 +121,7 @@ class Words:
         """Join a table's rows, and print what came of it. Raises LlavaError if none joins."""
         key = reader = None
         joined = unknown = empty = twice = 0
-        example: object = None
+        example = shared = None
         for rows in row_batches(path):
             rows = [{name.lower(): value for name, value in row.items()} for row in rows]
             if key is None or reader is None:
@@ -146,7 +146,12 @@ class Words:
             unknown, empty = unknown + len(missing), empty + sum(not text for text in texts)
             if missing and example is None:
                 example = _named(key, rows[missing[0]])
+            if shared is None and ambiguous.any():
+                shared = _named(key, rows[int(ambiguous.argmax())])
         if not joined:
+            if shared is not None:
+                do = "name them by shard and row, by sha256 of the image's file, or by its address or path"
+                raise LlavaError(f"{path}: several pictures have the {key} {shown(shared)}", do=do)
             first = self._named_here(key) if key else ""
             raise LlavaError(
                 f"no row of {path} belongs to a picture of {self.shards[0].path.parent}",
@@ -157,7 +162,7 @@ class Words:
         say(
             f"{path}: {counted(joined, 'text')} joined by {key}"
             + (f"; {unknown:,} about no picture here, such as {shown(example)}" if unknown else "")
-            + (f"; {twice:,} of an id that several pictures have" if twice else "")
+            + (f"; {twice:,} of an id that several pictures have, such as {shown(shared)}" if twice else "")
             + (f"; {empty:,} without words" if empty else "")
         )
 

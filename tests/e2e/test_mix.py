@@ -75,7 +75,7 @@ def mix_run(caches: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mix") / "run"
     ended = call("train", "run", *flags_of(mixed(caches, out, **LORA)))
     assert "sources: features 48 samples, 60.0% of those drawn; talk 12 samples, 30.0%" in ended.err
-    assert "3 samples without a picture train as text alone" in ended.err
+    assert "3 samples without a picture are text alone" in ended.err
     assert "held-out loss of held-out " in ended.err
     assert "eval loss/talk-held-out" in ended.out
     return out

@@ -265,8 +265,16 @@ def test_python_and_export_take_it_merged(aligned: Folders, tmp_path: Path) -> N
     answer = model.answer(Image.open(aligned.images[0]), "看图", temperature=0, max_tokens=24)
     one = dataclasses.replace(aligned, images=aligned.images[:1])
     assert answers(one, "--prompt", "看图")[-1].endswith(answer.splitlines()[-1])
+    losses = [
+        AlignedModel.load(
+            folder, llm=aligned.llm, vision=aligned.vision, device="cpu", tuned=folder != aligned.checkpoint
+        ).loss(Image.open(aligned.images[0]), "图")
+        for folder in (aligned.checkpoint, aligned.checkpoint.with_name("last"))
+    ]
+    assert losses[0] == losses[1] != model.loss(Image.open(aligned.images[0]), "图")
     models = ("--vision", aligned.vision, "--llm", aligned.llm)
     run("llava_align", "export", "--checkpoint", aligned.checkpoint, *models, "--out", tmp_path / "whole")
+    assert "are merged into its weights" in (tmp_path / "whole/README.md").read_text(encoding="utf-8")
     exported = load_file(tmp_path / "whole/model.safetensors")
     merged = load_language_model(aligned.llm)
     load_checkpoint(aligned.checkpoint).tune_model(merged)

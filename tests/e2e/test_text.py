@@ -219,17 +219,22 @@ def test_an_interrupted_run_goes_on_and_other_words_are_refused(
         train_run(dataclasses.replace(given, text=str(tmp_path / "y.jsonl")))
 
 
-def test_a_sweep_compares_words(world: Path, pictures: Path, tmp_path: Path) -> None:
-    """Judged by the same held-out words."""
+def test_a_sweep_compares_words(
+    world: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by the same held-out words; best.yaml finds its own from every working directory."""
+    monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "own.jsonl", named("id"))
     write_lines(tmp_path / "short.jsonl", [{**row, "caption": "图"} for row in named("id")])
     given = config(world, tmp_path / "sweep", features=pictures, eval_features=pictures, max_steps=6)
-    space = f"text={tmp_path / 'own.jsonl'},{tmp_path / 'short.jsonl'}"
-    call("train", "sweep", *flags_of(given), "--space", space)
+    call("train", "sweep", *flags_of(given), "--space", "text=own.jsonl,short.jsonl")
     losses = [curve(trial, "eval_loss")[6] for trial in sorted((tmp_path / "sweep/trials").iterdir())]
     train_run(dataclasses.replace(given, out=tmp_path / "lone", text=str(tmp_path / "own.jsonl")))
     assert min(losses) == pytest.approx(curve(tmp_path / "lone", "eval_loss")[6], rel=1e-6)
     assert len(set(losses)) == 2
+    monkeypatch.chdir(tmp_path.parent)
+    call("train", "run", "-c", tmp_path / "sweep/best.yaml", "--out", tmp_path / "again")
+    assert curve(tmp_path / "again", "eval_loss")[6] == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_what_cannot_be_joined_is_one_line(
@@ -251,6 +256,25 @@ def test_what_cannot_be_joined_is_one_line(
     flags = ("--checkpoint", given.checkpoint, "--features", pictures, "--llm", given.llm)
     line = call("train", "eval", *flags, "--text", tmp_path / "no.jsonl", code=1).one_line()
     assert "no file" in line
+
+
+def test_ids_that_several_pictures_have_name_none(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the rows' numbers, which are ids where the data has none, in a cache of several shards."""
+    for s, ids in enumerate((["0", "1"], ["0", "x"])):
+        made = dataclasses.replace(header(["a", "b"]), ids=ids)
+        with ShardWriter(tmp_path / f"f/{s}.h5", made) as writer:
+            writer.write([dataclasses.replace(outcome(row + 2 * s), row=row) for row in range(2)])
+            writer.finish()
+    given = config(world, tmp_path / "run", features=tmp_path / "f", eval_features=None, max_steps=1)
+    given = dataclasses.replace(given, text=str(tmp_path / "x.jsonl"))
+    write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}])
+    with pytest.raises(LlavaError, match="several pictures have the id '0'; name them by shard and row"):
+        train_run(given)
+    write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}, {"id": "x", "caption": "图"}])
+    train_run(given)
+    assert "1 of an id that several pictures have, such as '0'" in capfd.readouterr().err
 
 
 def refused_text(given: EvalConfig, folder: Path, text: str) -> str:

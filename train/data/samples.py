@@ -210,9 +210,7 @@ class Samples:
             )
             lines.append(f"sources: {'; '.join(listed)}")
         if shown < 1:
-            lines.append(
-                f"{len(self) - len(self.with_picture)} samples without a picture train as text alone"
-            )
+            lines.append(f"{len(self) - len(self.with_picture)} samples without a picture are text alone")
         if self.left_out:
             rows = counted(self.left_out, "row")
             lines.append(

@@ -175,9 +175,11 @@ class Space:
 
 
 def run_config(base: RunConfig, point: Point, out: Path) -> RunConfig:
-    """The flags of the run at `point`."""
+    """The flags of the run at `point`; its tables of words are found from every working directory."""
     flags: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(RunConfig)}
-    return RunConfig(**{**flags, "json": False, "resume": False, "dry_run": False, "out": out, **point})
+    flags |= {"json": False, "resume": False, "dry_run": False, "out": out, **point}
+    tables = {name: str(Path(flags[name]).absolute()) for name in ("text", "eval_text") if flags[name]}
+    return RunConfig(**flags | tables)
 
 
 def shown(value: object) -> str:
