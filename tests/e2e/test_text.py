@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from llava_core.errors import LlavaError
-from llava_core.shards.writer import ShardWriter
+from llava_core.row_status import Status
+from llava_core.shards.writer import RowRecord, ShardWriter
 from tests.support.commands import call
 from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome
@@ -205,6 +206,51 @@ def test_what_cannot_be_joined_is_one_line(
     flags = ("--checkpoint", given.checkpoint, "--features", pictures, "--llm", given.llm)
     line = call("train", "eval", *flags, "--text", tmp_path / "no.jsonl", code=1).one_line()
     assert "no file" in line
+
+
+def test_words_that_cannot_be_read_are_counted_apart(
+    world: Path, pictures: Path, trained: Path, tmp_path: Path
+) -> None:
+    """And halves of surrogate pairs, which UTF-8 has not, are replaced as in a shard."""
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    tool = [{"from": "tool", "value": "q"}, said[1]]
+    lines: Rows = [{"id": "a0", "conversations": said}, {"id": "a1", "conversations": tool},
+             {"id": "a2", "conversations": said[:1]}, {"id": "a3", "conversations": None},
+             {"id": "a4", "conversations": [said[0], {"from": "gpt", "value": "\ud83d"}]},
+             {"id": "\ud83d", "conversations": said}]  # fmt: skip
+    write_lines(tmp_path / "x.jsonl", lines)
+    flags = ("--checkpoint", trained / "last", "--features", pictures, "--llm", world / "llm")
+    ended = call("train", "eval", *flags, "--text", tmp_path / "x.jsonl", "--json")
+    assert ended.summary["samples"] == 2
+    assert "2 whose words cannot be read, such as unknown role 'tool'; 1 without words" in ended.err
+
+
+def test_damaged_tables_are_one_line(world: Path, pictures: Path, trained: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", trained / "last", "--features", pictures, "--llm", world / "llm")
+    write_gzip(tmp_path / "x.jsonl.gz", named("id") * 500)
+    packed = (tmp_path / "x.jsonl.gz").read_bytes()
+    late = pa.array([1 << 62], pa.timestamp("us"))  # a time that Python has not
+    pq.write_table(pa.table({"id": ["a0"], "caption": ["a"], "when": late}), tmp_path / "x.parquet")
+    call("train", "eval", *flags, "--text", tmp_path / "x.parquet")
+    deep = b'{"id": "a0", "caption": ' + b"[" * 100_000
+    damaged = {"cut": packed[: len(packed) // 2], "end": packed[:-4], "crc": packed[:-8] + bytes(8)}
+    for name, data in {**damaged, "flip": packed[:30] + bytes(30) + packed[60:]}.items():
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(data)
+        line = call("train", "eval", *flags, "--text", tmp_path / f"{name}.jsonl.gz", code=1).one_line()
+        assert f"{name}.jsonl.gz is a damaged gzip file" in line
+    (tmp_path / "deep.jsonl").write_bytes(deep)
+    assert (
+        "is not JSON" in call("train", "eval", *flags, "--text", tmp_path / "deep.jsonl", code=1).one_line()
+    )
+
+
+def test_without_a_picture_there_is_nothing_to_join(world: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "dead/a.h5", header(["x"])) as writer:
+        writer.write([RowRecord(0, Status.TEXT_ONLY)])
+        writer.finish()
+    write_lines(tmp_path / "x.jsonl", [{"id": "a0", "caption": "a"}])
+    given = config(world, tmp_path / "run", features=tmp_path / "dead", text=str(tmp_path / "x.jsonl"))
+    assert "no row with features in" in call("train", "run", *flags_of(given), code=1).one_line()
 
 
 def refused_text(given: EvalConfig, folder: Path, text: str) -> str:
