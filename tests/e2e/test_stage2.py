@@ -302,6 +302,29 @@ def answers(folders: Folders, *flags: object) -> list[str]:
     return run("infer", "ask", *folders.flags, *images, *greedy, *flags).out.splitlines()
 
 
+def test_answers_with_and_without_an_adapter_share_no_file(aligned: Folders, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": str(aligned.images[0]), "prompt": "?"}) + "\n")
+    command = (
+        "infer",
+        "batch",
+        *aligned.flags,
+        "--max-tokens",
+        4,
+        "--input",
+        tmp_path / "q.jsonl",
+        "--output",
+    )
+    merged, none = tmp_path / "merged.jsonl", tmp_path / "none.jsonl"
+    for out, adapter, other in ((merged, "merge", "none"), (none, "none", "merge")):
+        call(*command, out, "--adapter", adapter)
+        before = out.read_bytes()
+        call(*command, out, "--adapter", adapter)
+        line = call(*command, out, "--adapter", other, code=1).one_line()
+        assert "holds something else" in line
+        assert f"with --adapter {other}" in line
+        assert out.read_bytes() == before
+
+
 def test_infer_answers_by_the_merged_adapter_or_without_it(aligned: Folders) -> None:
     stage1 = dataclasses.replace(aligned, checkpoint=aligned.checkpoint.with_name("last"))
     assert answers(aligned, "--adapter", "none") == answers(stage1)
