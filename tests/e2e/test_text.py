@@ -18,7 +18,7 @@ import torch
 from llava_core.errors import LlavaError
 from llava_core.row_status import Status
 from llava_core.shards.writer import RowRecord, ShardWriter
-from tests.support.commands import call
+from tests.support.commands import call, run
 from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome
 from train.config import EvalConfig
@@ -242,6 +242,14 @@ def test_damaged_tables_are_one_line(world: Path, pictures: Path, trained: Path,
     assert (
         "is not JSON" in call("train", "eval", *flags, "--text", tmp_path / "deep.jsonl", code=1).one_line()
     )
+
+
+def test_a_full_disk_is_named(world: Path, pictures: Path, small_disk: Path, tmp_path: Path) -> None:
+    """The words are kept where TMPDIR says."""
+    write_lines(tmp_path / "x.jsonl", [{"id": "a0", "caption": "x" * 1000}] * 2000)
+    flags = ("--features", pictures, "--llm", world / "llm", "--out", tmp_path / "run")
+    line = run("train", "plan", *flags, "--text", tmp_path / "x.jsonl", code=1, TMPDIR=small_disk).one_line()
+    assert f"no room for the words of --text in {small_disk}; got No space left on device; set TMPDIR" in line
 
 
 def test_without_a_picture_there_is_nothing_to_join(world: Path, tmp_path: Path) -> None:

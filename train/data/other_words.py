@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ class Store:
 
     def add(self, texts: Sequence[str]) -> None:
         data = [text.encode("utf-8", "replace") for text in texts]  # as a shard keeps them
-        self._file.write(b"".join(data))
+        with _room():
+            self._file.write(b"".join(data))
         ends = self._ends[-1] + np.cumsum([len(each) for each in data], dtype=np.int64)
         self._ends = np.concatenate([self._ends, ends])
         for each in data:
@@ -93,13 +95,23 @@ class Store:
 
     def close(self) -> None:
         """No text is added any more."""
-        self._file.flush()
+        with _room():
+            self._file.flush()
 
     def size(self, number: int) -> int:
         return int(self._ends[number + 1] - self._ends[number])
 
     def text(self, number: int) -> str:
         return os.pread(self._file.fileno(), self.size(number), int(self._ends[number])).decode()
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"no room for the words of --text in {tempfile.gettempdir()}"
+        raise LlavaError(what, got=error.strerror, do="set TMPDIR to a folder with more") from None
 
 
 class Words:
