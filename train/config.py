@@ -152,8 +152,9 @@ class RunConfig(Options):
         PROJECTORS.require(self.projector)
         VISUAL_TOKENS.require(self.visual_tokens)
         object.__setattr__(self, "instructions", read_instructions(self.instructions))
-        if self.lr > MOST_LR:
-            raise LlavaError("--lr", expected=f"up to {MOST_LR}", got=self.lr, exit_code=2)
+        for flag, rate in (("--lr", self.lr), ("--lr-llm", self.lr_llm or 0)):
+            if rate > MOST_LR:
+                raise LlavaError(flag, expected=f"up to {MOST_LR}", got=rate, exit_code=2)
         if not 0 <= self.lora_dropout < 1:
             what = "a share from 0 to below 1"
             raise LlavaError("--lora-dropout", expected=what, got=self.lora_dropout, exit_code=2)

@@ -17,7 +17,7 @@ from llava_core.errors import LlavaError
 from llava_core.row_status import Outcome, Status
 from llava_core.shards.dialogue import Dialogue
 from llava_core.tables.column_names import IDS, IMAGES, NAMES_ONLY, TEXTS
-from llava_core.tables.conversations import names_media
+from llava_core.tables.conversations import decoded, names_media, query_messages, with_system
 from llava_core.tables.shown import shown
 from llava_core.tables.table_files import DamagedTable, Table, open_table
 from llava_core.tables.words import SAMPLE, WordReader, Words
@@ -96,17 +96,9 @@ class _Reader:
         return asked and not names_media(self.words.decoded(value))
 
     def _with_systems(self, words: list[Words | None], rows: int) -> list[Words | None]:
-        """Dialogues with the system messages that ms-swift and ShareGPT keep in a column of their own."""
         name = next((name for name in self.table.names if name.lower() == "system"), None)
-        if name is None:
-            return words
-        systems = [value.strip() if isinstance(value, str) else "" for value in self.table.values(name, rows)]
-        return [
-            dataclasses.replace(item, system="\n".join(filter(None, (system, item.system))) or None)
-            if isinstance(item, Dialogue)
-            else item
-            for item, system in zip(words, systems, strict=True)
-        ]
+        systems = [None] * len(words) if name is None else self.table.values(name, rows)
+        return [with_system(item, system) for item, system in zip(words, systems, strict=True)]
 
     def texts(self, rows: int) -> list[Any]:
         values = self._coalesced(self.text, TEXTS, rows)
@@ -116,7 +108,7 @@ class _Reader:
         queries = self.table.values(beside["query"], rows)
         history = self.table.values(beside["history"], rows) if "history" in beside else [None] * len(values)
         dialogues = zip(history, queries, values, strict=True)
-        return [_messages(earlier, query, answer) for earlier, query, answer in dialogues]
+        return [query_messages(earlier, query, answer) for earlier, query, answer in dialogues]
 
     def _image_values(self, rows: int) -> list[Any]:
         if self.ref is None:
@@ -218,11 +210,11 @@ def _kind_of_images(table: Table, name: str) -> tuple[str | None, bool]:
         if not (_is_text(kind) or pa.types.is_null(kind)):
             return None, False
     sample = [value for value in map(_only, table.values(name, SAMPLE)) if value not in (None, "")]
-    if any(isinstance(value, str) and is_base64(value) for value in map(_decoded, sample)):
+    if any(isinstance(value, str) and is_base64(value) for value in map(decoded, sample)):
         return (name if kind is None else None), True
     if any(isinstance(value, dict) and "bytes" in value for value in sample):
         return name, True
-    fits = not sample or any(isinstance(_decoded(value), str) or isinstance(value, dict) for value in sample)
+    fits = not sample or any(isinstance(decoded(value), str) or isinstance(value, dict) for value in sample)
     return (name, False) if fits else (None, False)
 
 
@@ -246,12 +238,8 @@ def _only(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _decoded(value: Any) -> Any:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
 def _text(value: Any) -> str:
-    return "" if value is None else str(_decoded(value))
+    return "" if value is None else str(decoded(value))
 
 
 def _ref(value: Any) -> tuple[str, bool]:
@@ -262,18 +250,5 @@ def _ref(value: Any) -> tuple[str, bool]:
     if isinstance(value, dict):
         value = value.get("path") or value.get("url") or value.get("image")
         value = value.get("url") if isinstance(value, dict) else value
-    value = _decoded(value)
+    value = decoded(value)
     return (value if isinstance(value, str) and not is_base64(value) else ""), False
-
-
-def _messages(history: Any, query: Any, answer: Any) -> list[dict[str, Any]] | None:
-    """ms-swift's row as messages; `history` holds [query, answer] or messages, or the row is None."""
-    messages: list[dict[str, Any]] = []
-    for turn in [*(history if isinstance(history, list) else [history] if history else ()), [query, answer]]:
-        if isinstance(turn, dict):
-            messages.append(turn)
-        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
-            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-        else:
-            return None
-    return messages

@@ -25,6 +25,7 @@ def write_answers(
     `made` goes into every line. `answer` takes the questions left, and how many come before them. Raises
     LlavaError if OUTPUT holds anything but answers to these questions, made alike.
     """
+    made = {**made, "adapter": "none"} if config.adapter == "none" else made
     made = json.loads(json.dumps(made))  # as it is read back: lists for tuples
     with Lock(config.output), config.output.open("a+b") as file:
         lines = continued(file, questions, made, config)
@@ -51,7 +52,9 @@ def continued(
     try:
         done = [json.loads(line) for line in whole]
         ours = len(done) <= len(questions) and all(
-            made.items() <= line.items() and question.items() <= line.items()
+            made.items() <= line.items()
+            and question.items() <= line.items()
+            and made.get("adapter") == line.get("adapter")
             for line, question in zip(done, questions, strict=False)
         )
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -63,7 +66,8 @@ def continued(
     if not ours:
         raise LlavaError(
             f"{config.output} holds something else",
-            expected=f"answers of {config.checkpoint} to {config.input or config.features}, sampled alike",
+            expected=f"answers of {config.checkpoint} to {config.input or config.features}, sampled alike, "
+            f"with --adapter {config.adapter}",
             do="choose another --output",
         )
     file.truncate(sum(len(line) + 1 for line in whole))

@@ -22,7 +22,7 @@ from llava_core.shards.folder import open_shards
 from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 
-OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "by")
+OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "by", "adapter")
 """Keys that the output adds to a line."""
 READ_KEYS = ("image", "system", "prompt", "texts", "answer")
 """Keys of a line that have an effect."""

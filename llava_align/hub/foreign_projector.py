@@ -88,11 +88,9 @@ def read_tensors(path: Path) -> Tensors:
             got="a pickled module" if module else "a torn file, or one of another kind",
             do="save projector.state_dict(), not the module" if module else "copy or download it again",
         ) from None
-    while isinstance(loaded, Mapping):
-        inner = [loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)]
-        if not inner:
-            break
-        loaded = inner[0]
+    for _ in WRAPPERS:  # no deeper: one may be in itself
+        held = loaded if isinstance(loaded, Mapping) else {}
+        loaded = next((held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping)), loaded)
     tensors = {
         str(name): value
         for name, value in (loaded.items() if isinstance(loaded, Mapping) else ())
@@ -100,12 +98,16 @@ def read_tensors(path: Path) -> Tensors:
     }
     if not tensors:
         raise LlavaError(f"{path} holds no weights", expected="a state dict", got=type(loaded).__name__)
+    for name, value in tensors.items():
+        if value.is_quantized or value.layout != torch.strided or value.is_meta:
+            raise LlavaError(f"{path}: {name}", expected="numbers, neither quantized nor sparse")
     return tensors
 
 
 def require_numbers(path: Path, weights: Tensors) -> None:
     """Raise LlavaError if a weight is not finite, as after a run that diverged."""
-    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+    floating = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+    if bad := [name for name, weight in floating.items() if not weight.float().isfinite().all()]:
         raise LlavaError(f"{path} is of no use", expected="finite weights", got=f"nan or inf in {bad[0]}")
 
 

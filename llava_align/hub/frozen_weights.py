@@ -35,7 +35,9 @@ def trained_weights(
         loaded = load_language_model(llm, dtype=dtype if dtype.is_floating_point else None)
         own = dict(loaded.model.named_parameters())
         theirs = {name: rest[mine] for mine, name in detokenizer.items()}
-        alike = own.keys() <= theirs.keys() and all(own[key].shape == theirs[key].shape for key in own)
+        alike = own.keys() <= theirs.keys() and all(
+            own[key].shape == theirs[key].shape and theirs[key].is_floating_point() for key in own
+        )
         if alike and not all(torch.equal(own[key], theirs[key].to(own[key].dtype)) for key in own):
             for name, parameter in own.items():
                 parameter.data = theirs[name].to(parameter.dtype)

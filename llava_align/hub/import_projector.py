@@ -54,7 +54,7 @@ def run(config: ImportConfig) -> JsonDict:
     require_others(file)
     project = project_of(tensors)
     kind, weights = find_projector(tensors)
-    require_numbers(file, weights)
+    require_numbers(file, tensors)
     layer = project.layer if config.layer == "auto" else None if config.layer == "norm" else config.layer
     visual_tokens = project.visual_tokens if config.visual_tokens == "auto" else config.visual_tokens
     tower = open_vision_tower(config.vision, layer=layer, decode=config.decode, fit=config.fit)

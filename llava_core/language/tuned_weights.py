@@ -69,8 +69,13 @@ class LoraAdapter(TunedWeights):
 
         super().__init__(llm)
         try:
+            if config.layer_replication:
+                raise ValueError("layer_replication, which makes another model")
             self.tuner: Any = LoraModel(llm.model, config, ADAPTER)
-        except (ValueError, TypeError, AttributeError) as error:
+            if _shares_weights(llm.model):
+                self.tuner.unload()
+                raise ValueError("adapters beside the word embeddings, or a vocabulary head of their weights")
+        except Exception as error:  # peft, torch and re raise their own kinds
             raise LlavaError("no LoRA adapter fits this language model", got=first_line(error)) from None
         self.config = config
         self._adapters = [p for p in llm.model.parameters() if p.requires_grad]
@@ -96,19 +101,23 @@ class LoraAdapter(TunedWeights):
     @classmethod
     def read(cls, llm: LanguageModel, folder: Path) -> LoraAdapter:
         """The adapter in a folder of peft's format. Raises LlavaError if it does not fit the model."""
-        from peft import LoraConfig
-
-        try:
-            config = LoraConfig.from_pretrained(str(folder))
-            if not isinstance(config, LoraConfig):
-                raise ValueError(f"peft_type {config.peft_type}")
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise LlavaError(
-                f"no LoRA adapter in {folder}", expected="adapter_config.json of peft", got=first_line(error)
-            ) from None
-        adapter = cls(llm, config)
+        adapter = cls(llm, _read_config(folder))
         adapter.load(folder)
         return adapter
+
+    def require_same_scale(self, folder: Path) -> None:
+        """Raise LlavaError if the adapter in a folder is of another rank, or is added by another factor."""
+        other = _read_config(folder)
+        for name, flag in (("r", "--lora-rank"), ("lora_alpha", "--lora-alpha")):
+            before, now = getattr(other, name), getattr(self.config, name)
+            if before != now:
+                raise LlavaError(f"{flag} of the adapter in {folder.parent}", expected=before, got=now,
+                                 do=f"give {flag} {before}")  # fmt: skip
+        for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+            if getattr(other, name):
+                raise LlavaError(
+                    f"the adapter in {folder.parent} has {name}, with which none is trained here"
+                )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -146,6 +155,8 @@ class LoraAdapter(TunedWeights):
             else:
                 weights = load_file(path)
             weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+            if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+                raise ValueError(f"nan or inf in {bad[0]}")
             found: Any = set_peft_model_state_dict(self.llm.model, weights, adapter_name=ADAPTER)
         except Exception as error:  # safetensors, torch and peft raise their own kinds
             raise LlavaError(f"{path} does not fit this language model", got=first_line(error)) from None
@@ -203,12 +214,37 @@ class AllWeights(TunedWeights):
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
-                        weights[name].copy_(file.get_tensor(name))
+                        tensor, own = file.get_tensor(name), weights[name]
+                        if tensor.shape != own.shape or not tensor.isfinite().all():
+                            wanted = f"finite numbers, {list(own.shape)}"
+                            raise ValueError(f"{name} {list(tensor.shape)}; expected {wanted}")
+                        own.copy_(tensor)
                         left.discard(name)
             except Exception as error:  # safetensors and torch raise their own kinds
                 raise LlavaError(f"{path} does not fit this language model", got=first_line(error)) from None
         if left:
             raise LlavaError(f"the weights in {folder} are not whole", got=f"no {min(left)}")
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"peft_type {config.peft_type}")
+    except Exception as error:  # peft and the libraries that it asks for raise their own kinds
+        raise LlavaError(
+            f"no LoRA adapter in {folder}", expected="adapter_config.json of peft", got=first_line(error)
+        ) from None
+    return config
+
+
+def _shares_weights(model: Any) -> bool:
+    """Whether an adapter is beside weights that are read elsewhere, too: merged, it would change both."""
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is words.weight
+    return hasattr(words, "base_layer") or (tied and hasattr(head, "base_layer"))
 
 
 KINDS: dict[str, type[TunedWeights]] = {kind.kind: kind for kind in (LoraAdapter, AllWeights)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from llava_core.row_status import Status
 from llava_core.shards.dialogue import Dialogue, stored_dialogue, turns_to_text
 from llava_core.shards.reader import Shard
 from llava_core.tables.column_names import IDS, NAMES_ONLY, TEXTS
+from llava_core.tables.conversations import decoded, query_messages, with_system
 from llava_core.tables.row_batches import Rows, row_batches
 from llava_core.tables.shown import shown
 from llava_core.tables.words import SAMPLE, WordReader
 
-PICTURES = ("url", "image", "path", *NAMES_ONLY)
+PICTURES = ("url", "image", "path", "images", *NAMES_ONLY)
 """Columns of addresses or paths of pictures."""
+EMPTY: tuple[Any, ...] = (None, "", b"", [])
+"""Values that stand for none."""
 
 
 def with_words(shards: Sequence[Shard], pattern: str) -> list[Shard]:
@@ -87,8 +91,9 @@ class Store:
         self.digest = hashlib.sha256()
 
     def add(self, texts: Sequence[str]) -> None:
-        data = [text.encode() for text in texts]
-        self._file.write(b"".join(data))
+        data = [text.encode("utf-8", "replace") for text in texts]  # as a shard keeps them
+        with _room():
+            self._file.write(b"".join(data))
         ends = self._ends[-1] + np.cumsum([len(each) for each in data], dtype=np.int64)
         self._ends = np.concatenate([self._ends, ends])
         for each in data:
@@ -96,13 +101,23 @@ class Store:
 
     def close(self) -> None:
         """No text is added any more."""
-        self._file.flush()
+        with _room():
+            self._file.flush()
 
     def size(self, number: int) -> int:
         return int(self._ends[number + 1] - self._ends[number])
 
     def text(self, number: int) -> str:
         return os.pread(self._file.fileno(), self.size(number), int(self._ends[number])).decode()
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"no room for the words of --text in {tempfile.gettempdir()}"
+        raise LlavaError(what, got=error.strerror, do="set TMPDIR to a folder with more") from None
 
 
 class Words:
@@ -115,35 +130,40 @@ class Words:
         ok = [np.flatnonzero(shard.status == Status.OK) for shard in shards]
         self.ok = np.concatenate([rows + start for rows, start in zip(ok, self.starts[:-1], strict=True)])
         """Places of all rows with features."""
+        if not len(self.ok):
+            do = "look at the failures with `extract inspect`"
+            raise LlavaError(f"no row with features in {shards[0].path.parent}, for --text to join", do=do)
         self._indices: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def read(self, path: Path) -> None:
         """Join a table's rows, and print what came of it. Raises LlavaError if none joins."""
         key = reader = None
-        joined = unknown = empty = twice = 0
+        joined = unknown = empty = unread = twice = 0
         example = shared = None
+        why = ""
         for rows in row_batches(path):
             rows = [{name.lower(): value for name, value in row.items()} for row in rows]
             if key is None or reader is None:
                 key = self._key(path, rows)
                 column = _column(path, rows, TEXTS, "words")
-                reader = WordReader(str(path), column, [row.get(column) for row in rows[:SAMPLE]])
+                reader = WordReader(str(path), column, [_words_in(row, column) for row in rows[:SAMPLE]])
             found, ambiguous = self._find(key, rows)
-            words, _ = reader.read([row.get(column) for row in rows])
+            given = [_words_in(row, column) for row in rows]
+            words, outcomes = reader.read(given)
             texts = [
-                turns_to_text(each.turns, each.system)
-                if isinstance(each, Dialogue)
-                else turns_to_text(((None, each),))
-                if each
-                else ""
-                for each in words
+                _text_of(with_system(each, row.get("system"))) for each, row in zip(words, rows, strict=True)
             ]
             taken = [k for k, place in enumerate(found) if place >= 0 and texts[k]]
             self.store.add([texts[k] for k in taken])
             self.places.append(found[taken])
             joined, twice = joined + len(taken), twice + int(ambiguous.sum())
             missing = [k for k, place in enumerate(found) if place < 0 and not ambiguous[k]]
-            unknown, empty = unknown + len(missing), empty + sum(not text for text in texts)
+            unread_here = [k for k, text in enumerate(texts) if not text and given[k] not in EMPTY]
+            unknown, unread = unknown + len(missing), unread + len(unread_here)
+            empty += sum(not text for text in texts) - len(unread_here)
+            if unread_here and not why:
+                at = unread_here[0]
+                why = outcomes[at].reason if at in outcomes else shown(given[at])
             if missing and example is None:
                 example = _named(key, rows[missing[0]])
             if shared is None and ambiguous.any():
@@ -163,6 +183,7 @@ class Words:
             f"{path}: {counted(joined, 'text')} joined by {key}"
             + (f"; {unknown:,} about no picture here, such as {shown(example)}" if unknown else "")
             + (f"; {twice:,} of an id that several pictures have, such as {shown(shared)}" if twice else "")
+            + (f"; {unread:,} whose words cannot be read, such as {why}" if unread else "")
             + (f"; {empty:,} without words" if empty else "")
         )
 
@@ -176,12 +197,12 @@ class Words:
             numbers = np.flatnonzero((places >= start) & (places < start + shard.rows))
             shards.append(RewordedShard(shard, places[numbers] - start, self.store, numbers, digest))
         said = counted(len(np.unique(places)), "picture")
-        say(f"{len(places):,} texts about {said} of {len(self.ok):,}")
+        say(f"{counted(len(places), 'text')} about {said} of {len(self.ok):,}")
         return shards
 
     def _key(self, path: Path, rows: Rows) -> str:
         """The column, or the two, by which the rows of a table are joined."""
-        names = {name for row in rows for name, value in row.items() if value not in (None, "")}
+        names = {name for row in rows for name, value in row.items() if value not in EMPTY}
         if {"shard", "row"} <= names:
             return "shard and row"
         known = ("sha256", *PICTURES, *IDS)
@@ -236,16 +257,29 @@ def _keys_of(shard: Shard, key: str) -> list[str]:
 def _named(key: str, row: dict[str, Any]) -> str:
     """How a row of a table names its picture."""
     if key == "shard and row":
-        return f"{str(row.get('shard')).removesuffix('.h5')} {row.get('row')}"
+        return f"{str(decoded(row.get('shard'))).removesuffix('.h5')} {decoded(row.get('row'))}"
     value = row.get(key)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value).strip()
+    text = str(decoded(value)).strip()
     return text.lower() if key == "sha256" else text
 
 
+def _words_in(row: dict[str, Any], column: str) -> object:
+    """The words of a row; ms-swift's answer with what was asked."""
+    if column == "response" and "query" in row:
+        return query_messages(row.get("history"), row["query"], row[column])
+    return row.get(column)
+
+
+def _text_of(words: str | Dialogue | None) -> str:
+    if isinstance(words, Dialogue):
+        return turns_to_text(words.turns, words.system)
+    return turns_to_text(((None, words),)) if words else ""
+
+
 def _column(path: Path, rows: Rows, known: Sequence[str], what: str) -> str:
-    names = {name for row in rows for name, value in row.items() if value not in (None, "", [])}
+    names = {name for row in rows for name, value in row.items() if value not in EMPTY}
     if found := next((name for name in known if name in names), None):
         return found
     expected = f"one of {', '.join(known[:5])}"
@@ -253,4 +287,4 @@ def _column(path: Path, rows: Rows, known: Sequence[str], what: str) -> str:
 
 
 def _hash(key: str) -> int:
-    return xxhash.xxh3_64_intdigest(key.encode())
+    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "replace"))

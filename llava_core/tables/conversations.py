@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from llava_core.shards.dialogue import Dialogue
@@ -40,19 +41,45 @@ def conversation_turns(messages: list[dict[str, Any]]) -> Dialogue | None:
     return Dialogue(turns, system or None)
 
 
+def query_messages(history: Any, query: Any, answer: Any) -> list[dict[str, Any]] | None:
+    """ms-swift's row as messages; `history` holds [query, answer] or messages, or the row is None."""
+    messages: list[dict[str, Any]] = []
+    for turn in [*(history if isinstance(history, list) else [history] if history else ()), [query, answer]]:
+        if isinstance(turn, dict):
+            messages.append(turn)
+        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
+            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        else:
+            return None
+    return messages
+
+
+def with_system(words: Any, value: object) -> Any:
+    """Words of a row; a dialogue also with the system message that ms-swift and ShareGPT keep in a column."""
+    value = decoded(value)
+    if not isinstance(words, Dialogue) or not isinstance(value, str):
+        return words
+    return dataclasses.replace(words, system="\n".join(filter(None, (value.strip(), words.system))) or None)
+
+
+def decoded(value: Any) -> Any:
+    """Bytes, as columns of text are read, as text; anything else as it is."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
 def names_media(value: object) -> bool:
     """Whether a dialogue, at any depth of a value, has a mark of an image, a video or a sound in its text."""
     if isinstance(value, dict):
         return value.get("type", "text") != "text" or any(map(names_media, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(names_media, value))
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    text = decoded(value)
     return isinstance(text, str) and any(mark in text for mark in MEDIA_MARKS)
 
 
 def _text(message: dict[str, Any]) -> str | None:
     """Text of a message, which may be a list of content parts; None if it has none."""
-    content = message.get("value", message.get("content"))
+    content = decoded(message.get("value", message.get("content")))
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         texts = [IMAGE_MARK if part.get("type") != "text" else part.get("text") for part in content]
         return "\n".join(text for text in texts if isinstance(text, str))

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.tables.table_files import GZIP, open_table
+from llava_core.tables.table_files import AGAIN, GZIP, ArrowTable, Table, open_table
 
 ROWS = 4096
 """Rows in a batch."""
@@ -30,20 +31,27 @@ def row_batches(path: Path) -> Iterator[Rows]:
     elif _has_json_lines(path, head):
         yield from _of_lines(path, head)
     else:
-        table = open_table(path)
-        columns = {name: table.values(name, table.rows) for name in table.names}
-        rows = range(table.rows)
-        while part := list(itertools.islice(rows, 0, ROWS)):
-            yield [{name: values[row] for name, values in columns.items()} for row in part]
-            rows = rows[ROWS:]
+        yield from _of_table(open_table(path))
+
+
+def _of_table(table: Table) -> Iterator[Rows]:
+    columns = {name: table.values(name, table.rows) for name in table.names}
+    rows = range(table.rows)
+    while part := list(itertools.islice(rows, 0, ROWS)):
+        yield [{name: values[row] for name, values in columns.items()} for row in part]
+        rows = rows[ROWS:]
 
 
 def _of_parquet(path: Path) -> Iterator[Rows]:
+    open_table(path)  # or refuse
     try:
         for batch in pq.ParquetFile(path).iter_batches(ROWS):
-            yield batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise LlavaError(f"damaged file {path}", got=first_line(error), do="download it again") from None
+            part = pa.Table.from_batches([batch])
+            yield from _of_table(
+                ArrowTable(path, part.schema, len(part), lambda name, *_, own=part: own[name])
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise LlavaError(f"damaged file {path}", got=first_line(error), do=AGAIN) from None
 
 
 def _opened(path: Path, head: bytes) -> Any:
@@ -52,16 +60,22 @@ def _opened(path: Path, head: bytes) -> Any:
 
 def _has_json_lines(path: Path, head: bytes) -> bool:
     """Whether the first line is a whole object."""
-    with contextlib.suppress(OSError, EOFError, ValueError), _opened(path, head) as file:
+    with (
+        contextlib.suppress(OSError, EOFError, zlib.error, ValueError, RecursionError),
+        _opened(path, head) as file,
+    ):
         return isinstance(json.loads(file.readline(1 << 24)), dict)
     return False
 
 
 def _of_lines(path: Path, head: bytes) -> Iterator[Rows]:
-    with _opened(path, head) as file:
-        lines = enumerate(file, 1)
-        while part := list(itertools.islice(lines, ROWS)):
-            yield [_object(line, f"{path}, line {number}") for number, line in part if line.strip()]
+    try:
+        with _opened(path, head) as file:
+            lines = enumerate(file, 1)
+            while part := list(itertools.islice(lines, ROWS)):
+                yield [_object(line, f"{path}, line {number}") for number, line in part if line.strip()]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise LlavaError(f"{path} is a damaged gzip file", got=first_line(error), do=AGAIN) from None
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:

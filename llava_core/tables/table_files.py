@@ -68,6 +68,7 @@ class ArrowTable(Table):
 
     def __init__(self, path: Path, schema: Any, rows: int, read: Callable[[str, str, int], Any]) -> None:
         """`read` gives the first rows of a column, of which only one field is needed if that is named."""
+        _require_once(path, schema.names)
         super().__init__(path, schema.names, rows)
         self._schema, self._read = schema, read
 
@@ -90,7 +91,10 @@ class ArrowTable(Table):
             if field:
                 found = found.cast(_only_field(found.type, field))
             return list(_without_codec(found).to_pylist())
-        except ValueError:  # a time that Python has not, or text that is no UTF-8 inside a list or struct
+        except (
+            ValueError,
+            OverflowError,
+        ):  # a time that Python has not, or text that is no UTF-8 inside a list or struct
             try:
                 return list(found.cast(pa.large_string()).to_pylist())
             except (pa.ArrowException, ValueError) as error:
@@ -253,9 +257,7 @@ def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     entries: list[dict[str, Any]] = []
     try:
-        names = collections.Counter(rows.fieldnames or ())
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise LlavaError(f"{path} has more than one column {twice[0]!r}", do="drop all but one")
+        _require_once(path, rows.fieldnames or ())
         for entry in rows:
             if None in entry:
                 wanted = len(rows.fieldnames or ())
@@ -266,6 +268,12 @@ def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
         do = "close the quotes, and double those inside a text"
         raise LlavaError(f"{path}, line {rows.line_num} is no CSV", got=error, do=do) from None
     return entries
+
+
+def _require_once(path: Path, names: Sequence[str]) -> None:
+    """Raise LlavaError if two columns have one name."""
+    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise LlavaError(f"{path} has more than one column {twice[0]!r}", do="drop all but one")
 
 
 def _only_field(kind: Any, name: str) -> Any:

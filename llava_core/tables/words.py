@@ -12,7 +12,7 @@ from llava_core.cli.console import counted, say_once
 from llava_core.errors import LlavaError
 from llava_core.row_status import Outcome, Status
 from llava_core.shards.dialogue import Dialogue, turns_to_text
-from llava_core.tables.conversations import ROLES, UnknownRole, conversation_turns
+from llava_core.tables.conversations import ROLES, UnknownRole, conversation_turns, decoded
 from llava_core.tables.shown import shown
 
 CAPTION_KEYS = ("global_caption", "caption", "text", "conversations", "messages")
@@ -132,7 +132,7 @@ class WordReader:
 
 def _plain(value: object) -> Any:
     """Text without spaces around it, bytes as text; anything else as it is."""
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    text = decoded(value)
     return text.strip() if isinstance(text, str) else text
 
 

@@ -22,7 +22,7 @@ from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import load_checkpoint, load_state
 from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import Folders, write_aligned
-from tests.support.commands import run
+from tests.support.commands import call, run
 from tests.support.local_data import write_parquet, write_pictures
 from tests.support.vision_encoders import VISION, write_vision_folder
 from train.config import EvalConfig
@@ -199,3 +199,29 @@ def test_the_lora_folder_of_llava_answers_as_peft_does(world: Folders, tmp_path:
         "llava_align", "import", "--file", folder, *models, "--out", tmp_path / "no", code=1
     ).one_line()
     assert "expected a file, or a folder with adapter_config.json and non_lora_trainables.bin" in line
+
+
+def test_stage_2_files_with_no_numbers_are_one_line(world: Folders, tmp_path: Path) -> None:
+    """Not a number, sparse, without content, or a mapping in itself, which ends all the same."""
+    model = load_language_model(world.llm).model
+    given = {f"llm.{name}": value + 0.01 for name, value in model.state_dict().items()}
+    given |= {
+        f"projector.{name}": torch.zeros(shape)
+        for name, shape in (("weight", (HIDDEN, WIDTH)), ("bias", (HIDDEN,)))
+    }
+    itself: dict[str, object] = {}
+    itself["model"] = itself
+    llm = "llm.model.embed_tokens.weight"
+    damaged: list[tuple[dict[str, object], str]] = [
+        ({**given, llm: given[llm] * float("nan")}, f"nan or inf in {llm}"),
+        ({**given, llm: given[llm].to_sparse()}, f"{llm}; expected numbers"),
+        ({**given, llm: given[llm].to("meta")}, f"{llm}; expected numbers"),
+        ({**given, llm: given[llm].int()}, "holds other weights"),
+        (itself, "holds no weights"),
+    ]
+    models = ("--vision", world.vision, "--llm", world.llm, "--out", tmp_path / "out")
+    for weights, message in damaged:
+        torch.save(weights, tmp_path / "stage2.pt")
+        line = call("llava_align", "import", "--file", tmp_path / "stage2.pt", *models, code=1).one_line()
+        assert message in line
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -283,6 +285,23 @@ def sharegpt(folder: Path) -> tuple[Path, int]:
     return folder / "share.json", 0
 
 
+def sharegpt_parquet(folder: Path) -> tuple[Path, int]:
+    """The same in a table whose text is read as bytes."""
+    path, text = sharegpt(folder)
+    pq.write_table(pa.Table.from_pylist(json.loads(path.read_text())), folder / "share.parquet")
+    return folder / "share.parquet", text
+
+
+def ms_swift_parquet(folder: Path) -> tuple[Path, int]:
+    """By query, response and history."""
+    write_pictures(folder, ["a.jpg", "b.jpg"])
+    said = {"query": "颜色？", "response": "红", "history": [["<image>什么？", "猫"]], "system": "短"}
+    pq.write_table(
+        pa.Table.from_pylist([{"images": [n], **said} for n in ("a.jpg", "b.jpg")]), folder / "s.parquet"
+    )
+    return folder / "s.parquet", 0
+
+
 def course(folder: Path) -> tuple[Path, int]:
     write_pictures(folder / "set/images", ["1.jpg", "2.jpg"])
     (folder / "set/labels_zh").mkdir()
@@ -308,7 +327,10 @@ def test_a_table_of_text_alone_is_mixed_in(vision: Path, world: Path, tmp_path: 
     assert "chat 3 samples, 50.0% of those drawn" in ended.err
 
 
-@pytest.mark.parametrize("form", [llava_json, ms_swift, sharegpt, course])
+FORMS = [llava_json, ms_swift, ms_swift_parquet, sharegpt, sharegpt_parquet, course]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_dialogues_of_each_form_are_extracted_and_trained_on(
     vision: Path, world: Path, tmp_path: Path, form: Any
 ) -> None:
@@ -325,6 +347,10 @@ def test_dialogues_of_each_form_are_extracted_and_trained_on(
     call("train", "run", *flags_of(given))
     losses = list(curve(given.out).values())
     assert losses[-1] < losses[0] - 0.1
+    if data.is_file() and not text:  # the same table as --text: the same words
+        told = dataclasses.replace(given, text=str(data), out=tmp_path / "told")
+        call("train", "run", *flags_of(told))
+        assert curve(told.out) == curve(given.out)
 
 
 def test_templates_without_a_system_role(world: Path, tmp_path: Path) -> None:

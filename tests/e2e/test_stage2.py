@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_align import AlignedModel
 from llava_align.hub.push import files_to_push
@@ -26,7 +26,7 @@ from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call, run, started, wait_until
 from tests.support.language_models import write_language_model
 from tests.support.paths import GOLDEN
-from tests.support.runs import config, curve, flags_of
+from tests.support.runs import config, curve, edited, flags_of
 from train.config import EvalConfig, RunConfig
 from train.evaluate import run as evaluate_run
 from train.run import run as train_run
@@ -46,7 +46,7 @@ def stage1(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage2_config(world: Path, stage1: Path, out: Path, tune: Any, **flags: Any) -> RunConfig:
     """24 steps at a rate at which few steps matter, with decay and clipping."""
     given: dict[str, Any] = {"init": stage1, "tune": tune, "lora_rank": 4, "lr": 0.005, "lr_llm": 0.005}
-    return config(world, out, **given, weight_decay=0.1, grad_clip=1.0, **flags)
+    return config(world, out, **{**given, "weight_decay": 0.1, "grad_clip": 1.0, **flags})
 
 
 @pytest.fixture(scope="module", params=POLICIES)
@@ -208,6 +208,66 @@ def test_what_does_not_belong_together_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def evaluated(world: Path, checkpoint: Path, code: int = 1) -> str:
+    edited(checkpoint)
+    flags = ("--features", world / "held-out", "--llm", world / "llm")
+    ended = call("train", "eval", "--checkpoint", checkpoint, *flags, code=code)
+    return ended.one_line() if code else ended.out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_weights_of_another_shape_or_no_numbers_are_refused(
+    world: Path, tuned: Path, tmp_path: Path, value: float | None
+) -> None:
+    """In sealed files too, as whoever edited them wrote them: one number stands for no whole matrix."""
+    shutil.copytree(tuned / "last", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / WEIGHTS[tune_of(tuned)]
+    weights = load_file(path)
+    name = min(weights)
+    weights[name] = weights[name].flatten()[:1].clone() if value is None else weights[name] + value
+    save_file(weights, path)
+    assert "does not fit this language model" in evaluated(world, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": "(("},
+        {"layer_replication": [[0, 1], [0, 2]]},
+        {"init_lora_weights": "loftq"},
+    ],
+)
+def test_a_strange_adapter_config_is_one_line(
+    world: Path, tuned: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    if tune_of(tuned) == "llm":
+        pytest.skip("has no adapter")
+    shutil.copytree(tuned / "last", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint/adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert "no LoRA adapter" in evaluated(world, tmp_path / "checkpoint")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("targets", ["lm_head", "embed_tokens", "q_proj,lm_head"])
+def test_no_adapter_beside_weights_that_are_read_twice(world: Path, tmp_path: Path, targets: str) -> None:
+    """Merged into a vocabulary head that shares the embeddings' weights, it would change both (peft#2018)."""
+    given = config(world, tmp_path / "run", tune="lora", lora_targets=targets)
+    assert "adapters beside the word embeddings" in call("train", "run", *flags_of(given), code=1).one_line()
+
+
+def test_an_adapter_goes_on_at_its_own_scale(world: Path, tuned: Path, tmp_path: Path) -> None:
+    """Rank 4 and alpha 32 are what it began with; another factor changes what it adds, before any step."""
+    if tune_of(tuned) == "llm":
+        pytest.skip("has no adapter")
+    for flags, flag in (({"lora_alpha": 64}, "--lora-alpha 32"), ({"lora_rank": 8}, "--lora-rank 4")):
+        given = stage2_config(world, tuned / "last", tmp_path / "run", "lora", max_steps=1, **flags)
+        assert f"give {flag}" in call("train", "run", *flags_of(given), code=1).one_line()
+    given = stage2_config(world, tuned / "last", tmp_path / "run", "lora", max_steps=1)
+    train_run(given)
+    assert curve(given.out, "eval_loss")[0] == curve(tuned, "eval_loss")[24]
+
+
 def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path, tmp_path: Path) -> None:
     """Each trial has the language model as it came: no trial sees what another has trained."""
     given = stage2_config(world, stage1, tmp_path / "sweep", "projector", max_steps=6)
@@ -240,6 +300,29 @@ def answers(folders: Folders, *flags: object) -> list[str]:
     greedy = ("--temperature", 0, "--max-tokens", 24)
     images = [part for image in folders.images for part in ("--image", image)]
     return run("infer", "ask", *folders.flags, *images, *greedy, *flags).out.splitlines()
+
+
+def test_answers_with_and_without_an_adapter_share_no_file(aligned: Folders, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": str(aligned.images[0]), "prompt": "?"}) + "\n")
+    command = (
+        "infer",
+        "batch",
+        *aligned.flags,
+        "--max-tokens",
+        4,
+        "--input",
+        tmp_path / "q.jsonl",
+        "--output",
+    )
+    merged, none = tmp_path / "merged.jsonl", tmp_path / "none.jsonl"
+    for out, adapter, other in ((merged, "merge", "none"), (none, "none", "merge")):
+        call(*command, out, "--adapter", adapter)
+        before = out.read_bytes()
+        call(*command, out, "--adapter", adapter)
+        line = call(*command, out, "--adapter", other, code=1).one_line()
+        assert "holds something else" in line
+        assert f"with --adapter {other}" in line
+        assert out.read_bytes() == before
 
 
 def test_infer_answers_by_the_merged_adapter_or_without_it(aligned: Folders) -> None:

@@ -18,8 +18,9 @@ import torch
 from llava_align import AlignedModel, FeatureDataset
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
-from llava_core.shards.writer import ShardWriter
-from tests.support.commands import call
+from llava_core.row_status import Status
+from llava_core.shards.writer import RowRecord, ShardWriter
+from tests.support.commands import call, run
 from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome
 from train.config import EvalConfig
@@ -275,6 +276,59 @@ def test_ids_that_several_pictures_have_name_none(
     write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}, {"id": "x", "caption": "图"}])
     train_run(given)
     assert "1 of an id that several pictures have, such as '0'" in capfd.readouterr().err
+
+
+def test_words_that_cannot_be_read_are_counted_apart(
+    world: Path, pictures: Path, trained: Path, tmp_path: Path
+) -> None:
+    """And halves of surrogate pairs, which UTF-8 has not, are replaced as in a shard."""
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    tool = [{"from": "tool", "value": "q"}, said[1]]
+    lines: Rows = [{"id": "a0", "conversations": said}, {"id": "a1", "conversations": tool},
+             {"id": "a2", "conversations": said[:1]}, {"id": "a3", "conversations": None},
+             {"id": "a4", "conversations": [said[0], {"from": "gpt", "value": "\ud83d"}]},
+             {"id": "\ud83d", "conversations": said}]  # fmt: skip
+    write_lines(tmp_path / "x.jsonl", lines)
+    flags = ("--checkpoint", trained / "last", "--features", pictures, "--llm", world / "llm")
+    ended = call("train", "eval", *flags, "--text", tmp_path / "x.jsonl", "--json")
+    assert ended.summary["samples"] == 2
+    assert "2 whose words cannot be read, such as unknown role 'tool'; 1 without words" in ended.err
+
+
+def test_damaged_tables_are_one_line(world: Path, pictures: Path, trained: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", trained / "last", "--features", pictures, "--llm", world / "llm")
+    write_gzip(tmp_path / "x.jsonl.gz", named("id") * 500)
+    packed = (tmp_path / "x.jsonl.gz").read_bytes()
+    late = pa.array([1 << 62], pa.timestamp("us"))  # a time that Python has not
+    pq.write_table(pa.table({"id": ["a0"], "caption": ["a"], "when": late}), tmp_path / "x.parquet")
+    call("train", "eval", *flags, "--text", tmp_path / "x.parquet")
+    deep = b'{"id": "a0", "caption": ' + b"[" * 100_000
+    damaged = {"cut": packed[: len(packed) // 2], "end": packed[:-4], "crc": packed[:-8] + bytes(8)}
+    for name, data in {**damaged, "flip": packed[:30] + bytes(30) + packed[60:]}.items():
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(data)
+        line = call("train", "eval", *flags, "--text", tmp_path / f"{name}.jsonl.gz", code=1).one_line()
+        assert f"{name}.jsonl.gz is a damaged gzip file" in line
+    (tmp_path / "deep.jsonl").write_bytes(deep)
+    assert (
+        "is not JSON" in call("train", "eval", *flags, "--text", tmp_path / "deep.jsonl", code=1).one_line()
+    )
+
+
+def test_a_full_disk_is_named(world: Path, pictures: Path, small_disk: Path, tmp_path: Path) -> None:
+    """The words are kept where TMPDIR says."""
+    write_lines(tmp_path / "x.jsonl", [{"id": "a0", "caption": "x" * 1000}] * 2000)
+    flags = ("--features", pictures, "--llm", world / "llm", "--out", tmp_path / "run")
+    line = run("train", "plan", *flags, "--text", tmp_path / "x.jsonl", code=1, TMPDIR=small_disk).one_line()
+    assert f"no room for the words of --text in {small_disk}; got No space left on device; set TMPDIR" in line
+
+
+def test_without_a_picture_there_is_nothing_to_join(world: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "dead/a.h5", header(["x"])) as writer:
+        writer.write([RowRecord(0, Status.TEXT_ONLY)])
+        writer.finish()
+    write_lines(tmp_path / "x.jsonl", [{"id": "a0", "caption": "a"}])
+    given = config(world, tmp_path / "run", features=tmp_path / "dead", text=str(tmp_path / "x.jsonl"))
+    assert "no row with features in" in call("train", "run", *flags_of(given), code=1).one_line()
 
 
 def refused_text(given: EvalConfig, folder: Path, text: str) -> str:
