@@ -8,9 +8,10 @@ from __future__ import annotations
 import abc
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -28,6 +29,8 @@ PREFIX = "base_model.model."
 """What peft's files have before the names of a model's modules."""
 SHARD_BYTES = 1 << 30
 """Most bytes of weights in one file."""
+SCALE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+"""Keys of peft's configuration by which the same matrices add something else."""
 
 
 class TunedWeights(abc.ABC):
@@ -64,12 +67,16 @@ class LoraAdapter(TunedWeights):
     kind, folder = "lora", "adapter"
 
     def __init__(self, llm: LanguageModel, config: LoraConfig) -> None:
-        """Adapters of this configuration, random by torch's seed. Raises LlavaError if none can be made."""
+        """Adapters of this configuration, random by torch's seed. Raises LlavaError if none can be made, or
+        one is of a vocabulary head that is the embedding, too: merged, it would change both."""
         from peft import LoraModel  # takes seconds
 
         super().__init__(llm)
+        tied = llm.head is llm.embedding.weight
         try:
-            self.tuner: Any = LoraModel(llm.model, config, ADAPTER)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of layers that are refused below
+                self.tuner: Any = LoraModel(llm.model, config, ADAPTER)
         except (ValueError, TypeError, AttributeError) as error:
             raise LlavaError("no LoRA adapter fits this language model", got=first_line(error)) from None
         self.config = config
@@ -80,10 +87,29 @@ class LoraAdapter(TunedWeights):
             module for name, module in llm.model.named_modules() if name.endswith(f"lora_dropout.{ADAPTER}")
         ]
         self.dropout(False)
+        if tied and self.beside_blocks:
+            self._refuse(self.beside_blocks[0], "one of layers whose weight no other shares")
+
+    @property
+    def beside_blocks(self) -> list[str]:
+        """Which of the embedding and the vocabulary head have adapters."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        model = self.llm.model
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        adapted = [end for end in ends if isinstance(end, BaseTunerLayer)]
+        return [name for name, module in model.named_modules() if any(module is end for end in adapted)]
+
+    def _refuse(self, got: str, expected: str) -> NoReturn:
+        self.remove()
+        raise LlavaError("no LoRA adapter fits this language model", expected=expected, got=got)
 
     @classmethod
     def new(cls, llm: LanguageModel, rank: int, alpha: int, dropout: float, targets: str) -> LoraAdapter:
-        """`targets`: all-linear, or names of modules with commas between them, such as q_proj,v_proj."""
+        """`targets`: all-linear, or names of modules with commas between them, such as q_proj,v_proj.
+
+        Raises LlavaError for embedding and vocabulary head, too: the loss takes the head's weight alone.
+        """
         from peft import LoraConfig
 
         chosen = targets if targets == "all-linear" else [part.strip() for part in targets.split(",")]
@@ -91,22 +117,15 @@ class LoraAdapter(TunedWeights):
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, task_type="CAUSAL_LM"
         )
         config.base_model_name_or_path = llm.id
-        return cls(llm, config)
+        adapter = cls(llm, config)
+        if adapter.beside_blocks:
+            adapter._refuse(adapter.beside_blocks[0], "--lora-targets in its blocks")
+        return adapter
 
     @classmethod
     def read(cls, llm: LanguageModel, folder: Path) -> LoraAdapter:
         """The adapter in a folder of peft's format. Raises LlavaError if it does not fit the model."""
-        from peft import LoraConfig
-
-        try:
-            config = LoraConfig.from_pretrained(str(folder))
-            if not isinstance(config, LoraConfig):
-                raise ValueError(f"peft_type {config.peft_type}")
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise LlavaError(
-                f"no LoRA adapter in {folder}", expected="adapter_config.json of peft", got=first_line(error)
-            ) from None
-        adapter = cls(llm, config)
+        adapter = cls(llm, _lora_config(folder))
         adapter.load(folder)
         return adapter
 
@@ -136,6 +155,14 @@ class LoraAdapter(TunedWeights):
     def load(self, folder: Path) -> None:
         from peft import set_peft_model_state_dict
 
+        saved = _lora_config(folder)
+        if other := [key for key in SCALE if getattr(saved, key) != getattr(self.config, key)]:
+            raise LlavaError(
+                f"the LoRA adapter in {folder} has another {other[0]}",
+                expected=getattr(self.config, other[0]),
+                got=getattr(saved, other[0]),
+                do=f"give --lora-rank {saved.r} --lora-alpha {saved.lora_alpha}, as it was trained",
+            )
         path = folder / "adapter_model.safetensors"
         try:
             if (
@@ -169,6 +196,21 @@ class LoraAdapter(TunedWeights):
             module.train(on)
 
 
+def _lora_config(folder: Path) -> LoraConfig:
+    """The configuration in a folder of peft's format. Raises LlavaError if there is none of LoRA."""
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"peft_type {config.peft_type}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LlavaError(
+            f"no LoRA adapter in {folder}", expected="adapter_config.json of peft", got=first_line(error)
+        ) from None
+    return config
+
+
 class AllWeights(TunedWeights):
     """Every weight of the language model; saved in the type it computes in, with its tokenizer."""
 
@@ -183,10 +225,11 @@ class AllWeights(TunedWeights):
 
         with tempfile.TemporaryDirectory() as folder:
             self.llm.model.config.save_pretrained(folder)
-            self.llm.model.generation_config.save_pretrained(folder)
             self.llm.tokenizer.save_pretrained(folder)
             for path in sorted(Path(folder).iterdir()):
                 yield path.name, path.read_bytes()
+        # Not by its own `save_pretrained`, which refuses settings that some published models have.
+        yield "generation_config.json", self.llm.model.generation_config.to_json_string().encode()
         weights = dict(self.llm.model.named_parameters())  # tied ones once
         split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_BYTES)
         for name, own in split.filename_to_tensors.items():

@@ -205,6 +205,17 @@ def test_what_does_not_belong_together_is_one_line(
         train_run(config(world, tmp_path / "run", init=tuned / "last"))
     with pytest.raises(LlavaError, match="no LoRA adapter fits"):
         train_run(config(world, tmp_path / "run", tune="lora", lora_targets="nothing"))
+    for targets in ("lm_head", "embed_tokens,q_proj"):  # the head's would not train; both are one weight here
+        flags = flags_of(config(world, tmp_path / "run", tune="lora", lora_targets=targets))
+        line = call("train", "run", *flags, code=1).err.splitlines()[-1]
+        assert "no LoRA adapter fits this language model; expected one of layers whose weight" in line
+    if tune == "lora":
+        with pytest.raises(
+            LlavaError, match="has another lora_alpha; expected 8; got 32; give --lora-rank 4"
+        ):
+            train_run(
+                stage2_config(world, tuned / "last", tmp_path / "run", tune, lora_alpha=8, save_every=5)
+            )
     assert not (tmp_path / "run").exists()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from llava_core.errors import LlavaError
 from llava_core.language.load import load_language_model
-from llava_core.language.tuned_weights import LoraAdapter
+from llava_core.language.tuned_weights import AllWeights, LoraAdapter
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, a_projector, reference_loss
@@ -108,3 +111,22 @@ def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
     peaks = {p: group["peak"] for group in optimizer.param_groups for p in group["params"]}
     assert {peaks[parameter] for parameter in tuning.parameters} == {3e-5}
     assert {peaks[parameter] for parameter in projector.parameters()} == {2e-3}
+
+
+def test_adapters_of_a_head_of_its_own_can_be_read_but_not_trained(tmp_path: Path) -> None:
+    """The loss takes the head's weight, beside which an adapter would stay as it began."""
+    llm = load_language_model(write_language_model(tmp_path / "llm", "llama"))
+    llm.model.lm_head.weight = torch.nn.Parameter(llm.head.clone(), requires_grad=False)
+    names = list(llm.model.state_dict())
+    with pytest.raises(LlavaError, match="expected --lora-targets in its blocks; got lm_head"):
+        LoraAdapter.new(llm, 2, 4, 0.0, "lm_head,q_proj")
+    assert list(llm.model.state_dict()) == names
+    adapter = LoraAdapter(llm, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    assert adapter.beside_blocks == ["lm_head"]
+
+
+def test_a_generation_config_that_transformers_refuses_is_saved_as_it_is(tmp_path: Path) -> None:
+    llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"))
+    llm.model.generation_config.update(do_sample=False, temperature=0.9)  # as vicuna's
+    saved = dict(AllWeights(llm).files())
+    assert json.loads(saved["generation_config.json"])["temperature"] == 0.9
