@@ -20,7 +20,7 @@ from llava_core.tables.column_names import IDS, IMAGES, NAMES_ONLY, TEXTS
 from llava_core.tables.conversations import names_media
 from llava_core.tables.shown import shown
 from llava_core.tables.table_files import DamagedTable, Table, open_table
-from llava_core.tables.words import SAMPLE, WordReader, Words
+from llava_core.tables.words import SAMPLE, WordReader, Words, as_messages, with_system
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that stand for none."""
@@ -98,13 +98,8 @@ class _Reader:
         name = next((name for name in self.table.names if name.lower() == "system"), None)
         if name is None:
             return words
-        systems = [value.strip() if isinstance(value, str) else "" for value in self.table.values(name, rows)]
-        return [
-            dataclasses.replace(item, system="\n".join(filter(None, (system, item.system))) or None)
-            if isinstance(item, Dialogue)
-            else item
-            for item, system in zip(words, systems, strict=True)
-        ]
+        systems = self.table.values(name, rows)
+        return [with_system(item, system) for item, system in zip(words, systems, strict=True)]
 
     def texts(self, rows: int) -> list[Any]:
         values = self._coalesced(self.text, TEXTS, rows)
@@ -114,7 +109,7 @@ class _Reader:
         queries = self.table.values(beside["query"], rows)
         history = self.table.values(beside["history"], rows) if "history" in beside else [None] * len(values)
         dialogues = zip(history, queries, values, strict=True)
-        return [_messages(earlier, query, answer) for earlier, query, answer in dialogues]
+        return [as_messages(earlier, query, answer) for earlier, query, answer in dialogues]
 
     def _image_values(self, rows: int) -> list[Any]:
         assert self.ref is not None
@@ -258,16 +253,3 @@ def _ref(value: Any) -> tuple[str, bool]:
         value = value.get("url") if isinstance(value, dict) else value
     value = _decoded(value)
     return (value if isinstance(value, str) and not is_base64(value) else ""), False
-
-
-def _messages(history: Any, query: Any, answer: Any) -> list[dict[str, Any]] | None:
-    """ms-swift's row as messages; `history` holds [query, answer] or messages, or the row is None."""
-    messages: list[dict[str, Any]] = []
-    for turn in [*(history if isinstance(history, list) else [history] if history else ()), [query, answer]]:
-        if isinstance(turn, dict):
-            messages.append(turn)
-        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
-            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-        else:
-            return None
-    return messages

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,15 @@ def _has_json_lines(path: Path, head: bytes) -> bool:
 def _of_lines(path: Path, head: bytes) -> Iterator[Rows]:
     with _opened(path, head) as file:
         lines = enumerate(file, 1)
-        while part := list(itertools.islice(lines, ROWS)):
+        while part := _some(path, lines):
             yield [_object(line, f"{path}, line {number}") for number, line in part if line.strip()]
+
+
+def _some(path: Path, lines: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    try:
+        return list(itertools.islice(lines, ROWS))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise LlavaError(f"{path} is a damaged gzip file", got=first_line(error)) from None
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:

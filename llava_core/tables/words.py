@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -128,6 +129,29 @@ class WordReader:
         if unread := sum(UNREAD in text for text in texts if text is not None):
             say_once(f"{self.where}: {counted(unread, 'row')} with text that is no UTF-8, kept as {UNREAD}")
         return texts, dialogues
+
+
+def with_system(words: Words | None, value: object) -> Words | None:
+    """A dialogue with the system message that ms-swift and ShareGPT keep in a column of its own."""
+    if not isinstance(words, Dialogue):
+        return words
+    column = _plain(value)
+    system = filter(None, (column if isinstance(column, str) else "", words.system))
+    return dataclasses.replace(words, system="\n".join(system) or None)
+
+
+def as_messages(history: Any, query: Any, answer: Any) -> list[dict[str, Any]] | None:
+    """ms-swift's row as messages; `history` holds [query, answer] or messages, or the row is None."""
+    messages: list[dict[str, Any]] = []
+    earlier = history if isinstance(history, list) else [history] if history else []
+    for turn in [*earlier, [_plain(query), _plain(answer)]]:
+        if isinstance(turn, dict):
+            messages.append(turn)
+        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
+            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        else:
+            return None
+    return messages
 
 
 def _plain(value: object) -> Any:

@@ -24,10 +24,10 @@ from llava_core.shards.reader import Shard
 from llava_core.tables.column_names import IDS, NAMES_ONLY, TEXTS
 from llava_core.tables.row_batches import Rows, row_batches
 from llava_core.tables.shown import shown
-from llava_core.tables.words import SAMPLE, WordReader
+from llava_core.tables.words import SAMPLE, WordReader, as_messages, with_system
 from train.data.sources import Source
 
-PICTURES = ("url", "image", "path", *NAMES_ONLY)
+PICTURES = ("url", "image", "path", "images", *NAMES_ONLY)
 """Columns of addresses or paths of pictures."""
 
 
@@ -121,16 +121,17 @@ class Words:
             if key is None or reader is None:
                 key = self._key(path, rows)
                 column = _column(path, rows, TEXTS, "words")
-                reader = WordReader(str(path), column, [row.get(column) for row in rows[:SAMPLE]])
+                reader = WordReader(str(path), column, [_value(column, row) for row in rows[:SAMPLE]])
             found, ambiguous = self._find(key, rows)
-            words, _ = reader.read([row.get(column) for row in rows])
+            words, _ = reader.read([_value(column, row) for row in rows])
+            told = (with_system(each, row.get("system")) for each, row in zip(words, rows, strict=True))
             texts = [
                 turns_to_text(each.turns, each.system)
                 if isinstance(each, Dialogue)
                 else turns_to_text(((None, each),))
                 if each
                 else ""
-                for each in words
+                for each in told
             ]
             taken = [k for k, place in enumerate(found) if place >= 0 and texts[k]]
             self.store.add([texts[k] for k in taken])
@@ -185,9 +186,10 @@ class Words:
     def _find(self, key: str, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Place of each row's picture, -1 if there is none; and which ids several pictures have."""
         hashes, places, several = self._index(key)
-        wanted = np.array([_hash(_named(key, row)) for row in rows], np.uint64)
+        names = [_named(key, row) for row in rows]
+        wanted = np.array([_hash(name) for name in names], np.uint64)
         at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-        found = hashes[at] == wanted
+        found = (hashes[at] == wanted) & np.array([name != "" for name in names], bool)
         ambiguous = found & several[at]
         return np.where(found & ~ambiguous, places[at], -1), ambiguous
 
@@ -216,21 +218,30 @@ def _keys_of(shard: Shard, key: str) -> list[str]:
     by: dict[str, Callable[[], list[str]]] = {
         "shard and row": lambda: [f"{shard.path.stem} {row}" for row in range(shard.rows)],
         "sha256": lambda: [digest.tobytes().hex() for digest in shard.sha256],
-        **dict.fromkeys(IDS, shard.ids),
+        **dict.fromkeys(IDS, lambda: [name.removesuffix(".0") for name in shard.ids()]),
         **dict.fromkeys(PICTURES, shard.urls),
     }
     return by[key]()
 
 
+def _value(column: str, row: dict[str, Any]) -> Any:
+    """The words in a row; ms-swift's may be in three columns."""
+    if column == "response" and "query" in row:
+        return as_messages(row.get("history"), row["query"], row[column])
+    return row.get(column)
+
+
 def _named(key: str, row: dict[str, Any]) -> str:
-    """How a row of a table names its picture."""
+    """How a row of a table names its picture; "" if it does not. Where a whole number may be missing, tables
+    have 7.0 for the id 7."""
     if key == "shard and row":
-        return f"{str(row.get('shard')).removesuffix('.h5')} {row.get('row')}"
+        return f"{str(row.get('shard')).removesuffix('.h5')} {row.get('row')}".removesuffix(".0")
     value = row.get(key)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
+    value = "" if value is None else value
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value).strip()
-    return text.lower() if key == "sha256" else text
+    return text.lower() if key == "sha256" else text.removesuffix(".0") if key in IDS else text
 
 
 def _column(path: Path, rows: Rows, known: Sequence[str], what: str) -> str:
