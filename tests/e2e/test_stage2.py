@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from llava_align import AlignedModel
 from llava_align.hub.push import files_to_push
 from llava_core.errors import LlavaError
+from llava_core.filesystem import read_json_lines
 from llava_core.language.load import load_language_model
 from llava_core.language.tuned_weights import LoraAdapter
 from llava_core.projector.checkpoint import load_checkpoint, save_checkpoint
@@ -269,6 +270,18 @@ def test_infer_answers_by_the_merged_adapter_or_without_it(aligned: Folders) -> 
             for model in (merged.llm.model, unmerged.model)
         )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_with_and_without_the_adapter_never_share_a_file(aligned: Folders, tmp_path: Path) -> None:
+    lines = [json.dumps({"image": str(image), "texts": ["图", "画"]}) for image in aligned.images]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    for command in ("batch", "rank"):
+        output = tmp_path / f"{command}.jsonl"
+        flags = (*aligned.flags, "--input", tmp_path / "asked.jsonl", "--output", output)
+        call("infer", command, *flags)
+        assert {line["adapter"] for line in read_json_lines(output)} == {"merge"}
+        refused = call("infer", command, *flags, "--adapter", "none", code=1)
+        assert "holds something else" in refused.err.splitlines()[-1]
 
 
 def test_python_and_export_take_it_merged(aligned: Folders, tmp_path: Path) -> None:
