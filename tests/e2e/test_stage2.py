@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.support.commands import call, run, started, wait_until
 from tests.support.language_models import write_language_model
 from tests.support.paths import GOLDEN
 from tests.support.runs import config, curve, flags_of
+from train import resources
 from train.config import EvalConfig, RunConfig
 from train.evaluate import run as evaluate_run
 from train.run import run as train_run
@@ -232,6 +234,25 @@ def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path
         lone = tmp_path / f"{recorded['tune']}-{recorded['seed']}"
         train_run(dataclasses.replace(given, out=lone, tune=recorded["tune"], seed=recorded["seed"]))
         assert curve(trial) == pytest.approx(curve(lone), rel=1e-5), recorded["tune"]
+
+
+def test_what_a_trial_trained_whole_is_gone_before_the_next_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(*given: Any) -> Any:
+        assert all(known() is None for known in loaded)
+        llm = load_language_model(*given)
+        loaded.append(weakref.ref(next(llm.model.parameters())))
+        return llm
+
+    monkeypatch.setattr(resources, "load_language_model", load)
+    given = config(world, tmp_path / "run", tune="llm")
+    shared = resources.TrainingResources(given)
+    shared.tune(given)
+    shared.tune(given)
+    assert len(loaded) == 2
 
 
 @pytest.fixture(scope="module")
