@@ -145,7 +145,7 @@ def test_recomputing_and_splitting_change_nothing(
 def test_dropout_and_another_optimizer_resume_too(
     world: Path, stage1: Path, tmp_path: Path, tune: str
 ) -> None:
-    """Muon moves the projector, AdamW the language model; dropout goes on from the same random state."""
+    """Muon moves the projector, AdamW the language model; dropout is a function of the step."""
     flags: dict[str, Any] = {"optimizer": "muon", "lora_dropout": 0.2, "eval_every": 1000, "save_every": 1000}
     whole = stage2_config(world, stage1, tmp_path / "whole", tune, **flags, max_steps=8)
     train_run(whole)
@@ -155,8 +155,30 @@ def test_dropout_and_another_optimizer_resume_too(
     last.unlink()
     last.symlink_to("step-00000004")
     (cut.out / "summary.json").unlink()
+    torch.manual_seed(5)
     train_run(cut)
     assert curve(cut.out) == curve(whole.out)
+    figures = evaluate_run(
+        EvalConfig(checkpoint=cut.out / "last", features=world / "held-out", llm=world / "llm")
+    )
+    assert figures["loss"] == pytest.approx(curve(cut.out, "eval_loss")[8], rel=1e-5)  # without dropout
+    train_run(dataclasses.replace(whole, out=tmp_path / "none", lora_dropout=0.0))
+    assert (curve(tmp_path / "none") == curve(whole.out)) == (tune == "llm")
+
+
+@pytest.mark.parametrize("tune", POLICIES)
+def test_each_has_a_rate_of_its_own(world: Path, stage1: Path, tmp_path: Path, tune: str) -> None:
+    """AdamW's first step is as long as the rate."""
+    given = stage2_config(world, stage1, tmp_path / tune / "run", tune, max_steps=1)
+    train_run(dataclasses.replace(given, lr_llm=1e-6, weight_decay=0.0))
+    now = load_file(given.out / "last" / WEIGHTS[tune])
+    before = load_file(world / "llm/model.safetensors")
+    moved = [now[name] - before[name] for name in now] if tune == "llm" else [
+        value for name, value in now.items() if "lora_B" in name
+    ]  # fmt: skip
+    assert 0.5e-6 < max(float(change.abs().max()) for change in moved) < 1.5e-6
+    projector, other = (load_file(folder / "model.safetensors") for folder in (stage1, given.out / "last"))
+    assert max(float((projector[name] - other[name]).abs().max()) for name in other) > 1e-3
 
 
 def test_a_damaged_part_is_refused(world: Path, tuned: Path, tmp_path: Path) -> None:
