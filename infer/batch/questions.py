@@ -10,7 +10,7 @@ import torch
 from infer.answerer import FeatureAnswerer, ImageAnswerer, open_feature_answerer, open_image_answerer
 from infer.batch.jsonl import read_lines
 from infer.config import QuestionFile
-from llava_core.cli.console import say
+from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.projector.checkpoint import load_checkpoint
@@ -77,14 +77,21 @@ def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[
 
 
 def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
-    """One question for each row with features; a dialogue gives its first question and answer."""
-    questions = []
+    """One question for each row with features; a dialogue gives its first question and answer.
+
+    Prints how many have a system message, with which nothing is asked.
+    """
+    questions, systems = [], 0
     for shard in shards:
         for row in shard.ok_rows():
-            asked, caption = next(iter(shard.turns(row)), (None, ""))
+            dialogue = shard.dialogue(row)
+            systems += dialogue.system is not None
+            asked, caption = next(iter(dialogue.turns), (None, ""))
             known = {"id": shard.id(row), "prompt": asked or prompt, "caption": caption}
             texts = {key: text for key, text in known.items() if text}
             questions.append({"shard": shard.path.name, "row": row, **texts})
+    if systems:
+        say(f"{counted(systems, 'row')} asked without the system message in the data")
     return questions
 
 

@@ -276,6 +276,7 @@ def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
 
 def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
     """The folder's model card (README.md)."""
+    tuned = f", the latter as --tune {checkpoint.tune} trained it," if checkpoint.tune else ""
     terms = f"see {' and '.join(licences)}" if licences else "not found beside them: ask their publishers"
     return model_card(
         {**checkpoint.provenance.to_json(), "projector": checkpoint.projector.config},
@@ -283,7 +284,8 @@ def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
         checkpoint.metrics,
         parameter_count(checkpoint.projector),
         usage=Path(__file__).with_name("export_card.md").read_text(encoding="utf-8"),
-        beside=f"Encoder and language model are in this folder, in {dtype}; the projector is in float32.\n"
+        beside=f"Encoder and language model{tuned} are in this folder, in {dtype}; "
+        "the projector is in float32.\n"
         f"Licences of the two: {terms}.",
         library="transformers",
         tags=("custom_code",),

@@ -334,6 +334,7 @@ def test_python_and_export_take_it_merged(aligned: Folders, tmp_path: Path) -> N
     assert answers(one, "--prompt", "看图")[-1].endswith(answer.splitlines()[-1])
     models = ("--vision", aligned.vision, "--llm", aligned.llm)
     run("llava_align", "export", "--checkpoint", aligned.checkpoint, *models, "--out", tmp_path / "whole")
+    assert "the latter as --tune lora trained it" in (tmp_path / "whole/README.md").read_text()
     exported = load_file(tmp_path / "whole/model.safetensors")
     merged = load_language_model(aligned.llm)
     load_checkpoint(aligned.checkpoint).tune_model(merged)

@@ -187,21 +187,23 @@ def test_words_are_read_as_extract_reads_them(
 
 def test_names_are_compared_as_text_and_none_is_no_name(tmp_path: Path) -> None:
     """Tables with a missing number have 7.0 for the id 7; a row without a URL is about no picture."""
-    made = header(["a", "b", "c"])
-    made = dataclasses.replace(made, ids=["7", "None", "x.0"], urls=["http://example.org/7.jpg", "", "None"])
+    made = header(list("abcde"))
+    urls = ["http://example.org/7.jpg", "", "None", "http://example.org/8.jpg", "http://example.org/9.jpg"]
+    made = dataclasses.replace(made, ids=["7", "None", "x.0", "two", "two"], urls=urls)
     with ShardWriter(tmp_path / "f/a.h5", made) as writer:
-        writer.write([dataclasses.replace(outcome(row), row=row) for row in range(3)])
+        writer.write([dataclasses.replace(outcome(row), row=row) for row in range(5)])
         writer.finish()
 
     def joined(*names: dict[str, Any]) -> list[int]:
         write_parquet(tmp_path / "x.parquet", [{**name, "caption": "图"} for name in names])
         (source,) = with_words(open_sources([tmp_path / "f"]), str(tmp_path / "x.parquet"))
         (shard,) = source.shards
-        known = [Shard(shard.path).picture_keys(row) for row in range(3)]
+        known = [Shard(shard.path).picture_keys(row) for row in range(5)]
         return [known.index(shard.picture_keys(row)) for row in range(shard.rows)]
 
     assert joined({"id": 7}) == [0]
     assert joined({"id": 7.0}, {"id": None}) == [0]
+    assert joined({"id": "two"}, {"id": "7"}) == [0]
     assert joined({"id": "7.0"}, {"id": "x.0"}) == [0, 2]
     assert joined({"url": "http://example.org/7.jpg"}, {"url": ""}, {"url": None}) == [0]
     assert joined({"shard": "a", "row": 2.0}, {"shard": "a.h5", "row": None}) == [2]
