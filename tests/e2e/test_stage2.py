@@ -32,7 +32,10 @@ from tests.support.runs import config, curve, flags_of
 from train import resources
 from train.config import EvalConfig, RunConfig
 from train.evaluate import run as evaluate_run
+from train.run import require_same_steps
 from train.run import run as train_run
+from train.run_folder import weights_sha256
+from train.sweep.run_trials import can_share_step
 
 PART = {"lora": "adapter", "llm": "llm"}
 WEIGHTS = {"lora": "adapter/adapter_model.safetensors", "llm": "llm/model.safetensors"}
@@ -187,6 +190,9 @@ def test_a_damaged_part_is_refused(world: Path, tuned: Path, tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
+    assert weights_sha256(tmp_path / "checkpoint") != weights_sha256(
+        tuned / "last"
+    )  # as --init it is another
     flags = (
         "--checkpoint",
         tmp_path / "checkpoint",
@@ -242,6 +248,17 @@ def test_what_does_not_belong_together_is_one_line(
                 stage2_config(world, tuned / "last", tmp_path / "run", tune, lora_alpha=8, save_every=5)
             )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tune", POLICIES)
+def test_runs_that_tune_share_no_step(world: Path, tmp_path: Path, tune: Any) -> None:
+    """They would share one language model, too."""
+    one, other = (config(world, tmp_path / str(lr), tune=tune, lr=lr) for lr in (0.01, 0.02))
+    require_same_steps(one, one)
+    with pytest.raises(LlavaError, match="runs that train together need --tune projector"):
+        require_same_steps(one, other)
+    assert not can_share_step({"tune": tune, "lr": 0.01}, {"tune": tune, "lr": 0.02})
+    assert can_share_step({"tune": "projector", "lr": 0.01}, {"tune": "projector", "lr": 0.02})
 
 
 def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path, tmp_path: Path) -> None:
