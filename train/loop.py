@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TypeAlias
@@ -110,11 +111,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def dropout(self) -> Iterator[None]:
-        """LoRA's dropout is on in the block."""
-        for mode in (True, False):
+        """Dropout is on in the block; what it leaves out is a function of seed, step and rank."""
+        key = f"dropout/{self.config.seed}/{self.step}/{self.group.rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+        for on in (True, False):
             for run in self.runs.values():
-                run.tuning.dropout(mode)
-            if mode:
+                run.projector.train(on)
+                run.tuning.dropout(on)
+            if on:
                 yield
 
     def backward(self, batch: Batch, losses: list[torch.Tensor]) -> None:

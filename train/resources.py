@@ -76,6 +76,7 @@ class TrainingResources:
             before.remove()
             if before.kind == "llm":
                 del self.llm  # to be loaded again
+        del before  # else its weights stay until those are loaded
         self._tuning = Tuning(config, self.llm)
         return self._tuning
 

@@ -66,6 +66,7 @@ class TrainingRun:
         else:
             self.projector = initial_projector(config, self.samples, self.llm)
             self.tuning.begin(config.init)
+        self.projector.eval()  # but in training steps
         self.visual = self.projector.tokens_out(self.samples.tokens)
         """Visual tokens of a sample, as the language model sees them."""
         self.parameters = [*self.projector.parameters(), *self.tuning.parameters]
@@ -228,7 +229,6 @@ class TrainingRun:
             "dropped": self.dropped,
             "rows": self.rows,
             "init": self.init,
-            "rng": torch.get_rng_state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -242,7 +242,6 @@ class TrainingRun:
         self.best, self.figures = state["best"], state["figures"]
         self.cut, self.dropped = state["cut"], state["dropped"]
         self.init = state.get("init")  # which earlier versions did not keep
-        torch.set_rng_state(state["rng"])
 
     def follow_main(self) -> None:
         """Go on from the main rank's state: it alone reads checkpoints, and no weight may differ by a bit."""

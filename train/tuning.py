@@ -65,8 +65,6 @@ class Tuning:
     def begin(self, init: Path | None) -> None:
         """Start from what a checkpoint has of the language model, if it has any."""
         if self.weights and init is not None and (init / self.weights.folder).exists():
-            if isinstance(self.weights, LoraAdapter):
-                self.weights.require_same_scale(init / self.weights.folder)
             self.load(init)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ def run(config: BatchConfig) -> JsonDict:
         answerer, visual_tokens = open_models()
         return answers(answerer, todo, visual_tokens, sampling, config.batch_size, before)
 
-    made = {"checkpoint": str(config.checkpoint), "sampling": dataclasses.asdict(sampling)}
+    made = {"sampling": dataclasses.asdict(sampling)}
     lines = write_answers(config, questions, made, answer_all)
     failed = sum("error" in line for line in lines)
     why = f": `error` in {config.output} tells why" if failed else ""

@@ -11,6 +11,7 @@ from infer.config import QuestionFile
 from llava_core.cli.console import progress
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
 
 
@@ -22,10 +23,12 @@ def write_answers(
 ) -> list[JsonDict]:
     """Answer the questions that OUTPUT does not hold yet; returns the lines of all of them.
 
-    `made` goes into every line. `answer` takes the questions left, and how many come before them. Raises
-    LlavaError if OUTPUT holds anything but answers to these questions, made alike.
+    `made`, the checkpoint and whether its adapter is merged go into every line. `answer` takes the questions
+    left, and how many come before them. Raises LlavaError if OUTPUT holds anything but answers to these
+    questions, made alike.
     """
-    made = {**made, "adapter": "none"} if config.adapter == "none" else made
+    tuned = load_checkpoint(config.checkpoint).tune is not None
+    made = {"checkpoint": str(config.checkpoint), **({"adapter": config.adapter} if tuned else {}), **made}
     made = json.loads(json.dumps(made))  # as it is read back: lists for tuples
     with Lock(config.output), config.output.open("a+b") as file:
         lines = continued(file, questions, made, config)

@@ -23,7 +23,7 @@ from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_images, untrusted_limits
 from llava_core.vision.image_formats import ImageError
 
-OUTPUT_KEYS = ("answer", "error", "checkpoint", "sampling", "adapter")
+OUTPUT_KEYS = ("answer", "error", "checkpoint", "adapter", "sampling")
 """Keys that the output of `infer batch` adds to a line."""
 
 VisualTokenLoader = Callable[[Sequence[JsonDict]], list[torch.Tensor | LlavaError]]

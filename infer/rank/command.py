@@ -22,7 +22,7 @@ from llava_core.shards.folder import open_shards
 from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 
-OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "by", "adapter")
+OUTPUT_KEYS = ("ranking", "losses", "choice", "correct", "error", "checkpoint", "adapter", "by")
 """Keys that the output adds to a line."""
 READ_KEYS = ("image", "system", "prompt", "texts", "answer")
 """Keys of a line that have an effect."""
@@ -41,7 +41,7 @@ def run(config: RankConfig) -> JsonDict:
         keys = [[question["image"]] for question in questions]
         for number, question in enumerate(questions, 1):
             require_texts(f"line {number} of {config.input}", question)
-    made = {"checkpoint": str(config.checkpoint), "by": config.by}
+    made = {"by": config.by}
 
     def rank_all(todo: Sequence[JsonDict], before: int) -> Iterator[JsonDict]:
         answerer, visual_tokens = open_models()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import abc
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -28,6 +29,8 @@ PREFIX = "base_model.model."
 """What peft's files have before the names of a model's modules."""
 SHARD_BYTES = 1 << 30
 """Most bytes of weights in one file."""
+SCALE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+"""Keys of peft's configuration by which the same matrices add something else."""
 
 
 class TunedWeights(abc.ABC):
@@ -64,17 +67,18 @@ class LoraAdapter(TunedWeights):
     kind, folder = "lora", "adapter"
 
     def __init__(self, llm: LanguageModel, config: LoraConfig) -> None:
-        """Adapters of this configuration, random by torch's seed. Raises LlavaError if none can be made."""
+        """Adapters of this configuration, random by torch's seed. Raises LlavaError if none can be made, or
+        one is of a vocabulary head that is the embedding, too: merged, it would change both."""
         from peft import LoraModel  # takes seconds
 
         super().__init__(llm)
+        tied = llm.head is llm.embedding.weight
         try:
             if config.layer_replication:
                 raise ValueError("layer_replication, which makes another model")
-            self.tuner: Any = LoraModel(llm.model, config, ADAPTER)
-            if _shares_weights(llm.model):
-                self.tuner.unload()
-                raise ValueError("adapters beside the word embeddings, or a vocabulary head of their weights")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of layers that are refused below
+                self.tuner: Any = LoraModel(llm.model, config, ADAPTER)
         except Exception as error:  # peft, torch and re raise their own kinds
             raise LlavaError("no LoRA adapter fits this language model", got=first_line(error)) from None
         self.config = config
@@ -85,10 +89,29 @@ class LoraAdapter(TunedWeights):
             module for name, module in llm.model.named_modules() if name.endswith(f"lora_dropout.{ADAPTER}")
         ]
         self.dropout(False)
+        if tied and self.beside_blocks:
+            self._refuse(self.beside_blocks[0], "one of layers whose weight no other shares")
+
+    @property
+    def beside_blocks(self) -> list[str]:
+        """Which of the embedding and the vocabulary head have adapters."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        model = self.llm.model
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        adapted = [end for end in ends if isinstance(end, BaseTunerLayer)]
+        return [name for name, module in model.named_modules() if any(module is end for end in adapted)]
+
+    def _refuse(self, got: str, expected: str) -> NoReturn:
+        self.remove()
+        raise LlavaError("no LoRA adapter fits this language model", expected=expected, got=got)
 
     @classmethod
     def new(cls, llm: LanguageModel, rank: int, alpha: int, dropout: float, targets: str) -> LoraAdapter:
-        """`targets`: all-linear, or names of modules with commas between them, such as q_proj,v_proj."""
+        """`targets`: all-linear, or names of modules with commas between them, such as q_proj,v_proj.
+
+        Raises LlavaError for embedding and vocabulary head, too: the loss takes the head's weight alone.
+        """
         from peft import LoraConfig
 
         chosen = targets if targets == "all-linear" else [part.strip() for part in targets.split(",")]
@@ -96,7 +119,10 @@ class LoraAdapter(TunedWeights):
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, task_type="CAUSAL_LM"
         )
         config.base_model_name_or_path = llm.id
-        return cls(llm, config)
+        adapter = cls(llm, config)
+        if adapter.beside_blocks:
+            adapter._refuse(adapter.beside_blocks[0], "--lora-targets in its blocks")
+        return adapter
 
     @classmethod
     def read(cls, llm: LanguageModel, folder: Path) -> LoraAdapter:
@@ -104,20 +130,6 @@ class LoraAdapter(TunedWeights):
         adapter = cls(llm, _read_config(folder))
         adapter.load(folder)
         return adapter
-
-    def require_same_scale(self, folder: Path) -> None:
-        """Raise LlavaError if the adapter in a folder is of another rank, or is added by another factor."""
-        other = _read_config(folder)
-        for name, flag in (("r", "--lora-rank"), ("lora_alpha", "--lora-alpha")):
-            before, now = getattr(other, name), getattr(self.config, name)
-            if before != now:
-                raise LlavaError(f"{flag} of the adapter in {folder.parent}", expected=before, got=now,
-                                 do=f"give {flag} {before}")  # fmt: skip
-        for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-            if getattr(other, name):
-                raise LlavaError(
-                    f"the adapter in {folder.parent} has {name}, with which none is trained here"
-                )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -145,6 +157,14 @@ class LoraAdapter(TunedWeights):
     def load(self, folder: Path) -> None:
         from peft import set_peft_model_state_dict
 
+        saved = _read_config(folder)
+        if other := [key for key in SCALE if getattr(saved, key) != getattr(self.config, key)]:
+            raise LlavaError(
+                f"the LoRA adapter in {folder} has another {other[0]}",
+                expected=getattr(self.config, other[0]),
+                got=getattr(saved, other[0]),
+                do=f"give --lora-rank {saved.r} --lora-alpha {saved.lora_alpha}, as it was trained",
+            )
         path = folder / "adapter_model.safetensors"
         try:
             if (
@@ -194,10 +214,11 @@ class AllWeights(TunedWeights):
 
         with tempfile.TemporaryDirectory() as folder:
             self.llm.model.config.save_pretrained(folder)
-            self.llm.model.generation_config.save_pretrained(folder)
             self.llm.tokenizer.save_pretrained(folder)
             for path in sorted(Path(folder).iterdir()):
                 yield path.name, path.read_bytes()
+        # Not by its own `save_pretrained`, which refuses settings that some published models have.
+        yield "generation_config.json", self.llm.model.generation_config.to_json_string().encode()
         weights = dict(self.llm.model.named_parameters())  # tied ones once
         split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_BYTES)
         for name, own in split.filename_to_tensors.items():
@@ -238,13 +259,6 @@ def _read_config(folder: Path) -> LoraConfig:
             f"no LoRA adapter in {folder}", expected="adapter_config.json of peft", got=first_line(error)
         ) from None
     return config
-
-
-def _shares_weights(model: Any) -> bool:
-    """Whether an adapter is beside weights that are read elsewhere, too: merged, it would change both."""
-    words, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is words.weight
-    return hasattr(words, "base_layer") or (tied and hasattr(head, "base_layer"))
 
 
 KINDS: dict[str, type[TunedWeights]] = {kind.kind: kind for kind in (LoraAdapter, AllWeights)}

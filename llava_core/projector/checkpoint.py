@@ -8,7 +8,7 @@ Its files:
     metrics.json          its figures when it was saved
     README.md             model card; may be edited, so SHA256SUMS leaves it out
     SHA256SUMS            sha256 of every other file, as `sha256sum --check` reads it
-    state.pt              optimizer, step and random state, for resuming; missing if it was imported
+    state.pt              optimizer, step and figures, for resuming; missing if it was imported
     adapter/, llm/        what stage 2 trained of the language model, if it did (tuned_weights.py)
 """
 

@@ -217,9 +217,10 @@ class Words:
     def _find(self, key: str, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Place of each row's picture, -1 if there is none; and which ids several pictures have."""
         hashes, places, several = self._index(key)
-        wanted = np.array([_hash(_named(key, row)) for row in rows], np.uint64)
+        names = [_named(key, row) for row in rows]
+        wanted = np.array([_hash(name) for name in names], np.uint64)
         at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-        found = hashes[at] == wanted
+        found = (hashes[at] == wanted) & np.array([name != "" for name in names], bool)
         ambiguous = found & several[at]
         return np.where(found & ~ambiguous, places[at], -1), ambiguous
 
@@ -248,21 +249,24 @@ def _keys_of(shard: Shard, key: str) -> list[str]:
     by: dict[str, Callable[[], list[str]]] = {
         "shard and row": lambda: [f"{shard.path.stem} {row}" for row in range(shard.rows)],
         "sha256": lambda: [digest.tobytes().hex() for digest in shard.sha256],
-        **dict.fromkeys(IDS, shard.ids),
+        **dict.fromkeys(IDS, lambda: [name.removesuffix(".0") for name in shard.ids()]),
         **dict.fromkeys(PICTURES, shard.urls),
     }
     return by[key]()
 
 
 def _named(key: str, row: dict[str, Any]) -> str:
-    """How a row of a table names its picture."""
+    """How a row of a table names its picture; "" if it does not. Where a whole number may be missing, tables
+    have 7.0 for the id 7."""
     if key == "shard and row":
-        return f"{str(decoded(row.get('shard'))).removesuffix('.h5')} {decoded(row.get('row'))}"
+        return f"{str(decoded(row.get('shard'))).removesuffix('.h5')} {decoded(row.get('row'))}".removesuffix(
+            ".0"
+        )
     value = row.get(key)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value
-    text = str(decoded(value)).strip()
-    return text.lower() if key == "sha256" else text
+    text = "" if value is None else str(decoded(value)).strip()
+    return text.lower() if key == "sha256" else text.removesuffix(".0") if key in IDS else text
 
 
 def _words_in(row: dict[str, Any], column: str) -> object:

@@ -30,6 +30,7 @@ from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome, write_shard
 from train.cost_prediction import run as plan_run
 from train.data.schedule import Schedule
+from train.resources import TrainingResources
 from train.run import run as train_run
 
 TALK = [{"role": "user", "content": "<image>什么？"}, {"role": "assistant", "content": "猫"},
@@ -344,7 +345,17 @@ def test_dialogues_of_each_form_are_extracted_and_trained_on(
     assert all(len(dialogue.turns) for dialogue in dialogues)  # kept of rows without a picture, too
     given = config(world, tmp_path / "run", features=tmp_path / "features", eval_features=None)
     given = dataclasses.replace(given, tune="lora", epochs=8, instructions="auto")
+    samples, _ = TrainingResources(given, weights=False).samples(given)
+    examples = [samples.example(index, epoch=0) for index in range(len(samples))]
+    decode = samples.conversation.tokenizer.decode
+    assert ["短" in decode(example.ids) for example in examples] == [d.system == "短" for d in dialogues]
+    for example, dialogue in zip(examples, dialogues, strict=True):
+        learnt = decode([label for label in example.labels if label >= 0])
+        assert [learnt.count(answer) for _, answer in dialogue.turns] == [1] * len(dialogue.turns)
     call("train", "run", *flags_of(given))
+    models = ("--checkpoint", given.out / "last", "--llm", world / "llm", "--max-tokens", 2)
+    asked = ("--features", tmp_path / "features", "--output", tmp_path / "answers.jsonl")
+    assert "asked without the system message" in call("infer", "batch", *models, *asked).err
     losses = list(curve(given.out).values())
     assert losses[-1] < losses[0] - 0.1
     if data.is_file() and not text:  # the same table as --text: the same words

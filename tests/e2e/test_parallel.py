@@ -91,6 +91,20 @@ def test_stage_2_in_two_processes_is_that_of_one(
     assert_same_run(tmp_path / "one", given.out)
 
 
+def test_dropout_in_two_processes_goes_on_as_it_was(world: Path, tmp_path: Path) -> None:
+    given = config(world, tmp_path / "run", tune="lora", lora_dropout=0.3, lr_llm=0.005, max_steps=8)
+    given = dataclasses.replace(given, save_every=4, keep=9)
+    with torchrun(2, given) as process:
+        ended(process, code=0)
+    whole = curve(given.out)
+    (given.out / "summary.json").unlink()
+    (given.out / "last").unlink()
+    (given.out / "last").symlink_to("step-00000004")
+    with torchrun(2, given) as process:
+        ended(process, code=0)
+    assert curve(given.out) == whole
+
+
 def test_a_stop_on_one_rank_stops_all_and_one_process_continues(world: Path, tmp_path: Path) -> None:
     given = config(world, tmp_path / "many", epochs=20)
     with torchrun(2, given) as process:

@@ -41,6 +41,10 @@ class Gated(nn.Module):
             features = features * torch.sigmoid(gate(features))
         return self.last(features)
 
+class Dropping(nn.Sequential):
+    def __init__(self, in_width, out_width):
+        super().__init__(nn.Linear(in_width, out_width), nn.Dropout(0.5))
+
 class Doubled(nn.Linear):
     def forward(self, features):
         return torch.cat([super().forward(features)] * 2, -1)
@@ -138,6 +142,17 @@ def test_a_class_of_ones_own_trains_answers_explains_and_is_exported(world: Fold
     assert loaded.stdout == "Gated\n", loaded.stderr
     elsewhere = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "No module named 'my_parts'" in elsewhere.stderr
+
+
+@pytest.mark.usefixtures("_in_its_folder")
+def test_dropout_of_ones_own_is_off_where_it_is_judged(world: Folders, here: Path) -> None:
+    features = world.llm.parent / "features"
+    mine = ("--projector", "my_parts:Dropping", "--start", "torch", "--eval-features", features, "--json")
+    checkpoint = trained(world, here, "dropping", *mine)
+    summary = json.loads((checkpoint.parent / "summary.json").read_text())
+    models = ("--checkpoint", checkpoint, "--llm", world.llm, "--device", "cpu")
+    judged = call("train", "eval", *models, "--features", features, "--json").summary
+    assert judged["loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.usefixtures("_in_its_folder")

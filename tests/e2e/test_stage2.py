@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from llava_align import AlignedModel
 from llava_align.hub.push import files_to_push
 from llava_core.errors import LlavaError
+from llava_core.filesystem import read_json_lines
 from llava_core.language.load import load_language_model
 from llava_core.language.tuned_weights import LoraAdapter
 from llava_core.projector.checkpoint import load_checkpoint, save_checkpoint
@@ -27,9 +29,13 @@ from tests.support.commands import call, run, started, wait_until
 from tests.support.language_models import write_language_model
 from tests.support.paths import GOLDEN
 from tests.support.runs import config, curve, edited, flags_of
+from train import resources
 from train.config import EvalConfig, RunConfig
 from train.evaluate import run as evaluate_run
+from train.run import require_same_steps
 from train.run import run as train_run
+from train.run_folder import weights_sha256
+from train.sweep.run_trials import can_share_step
 
 PART = {"lora": "adapter", "llm": "llm"}
 WEIGHTS = {"lora": "adapter/adapter_model.safetensors", "llm": "llm/model.safetensors"}
@@ -142,7 +148,7 @@ def test_recomputing_and_splitting_change_nothing(
 def test_dropout_and_another_optimizer_resume_too(
     world: Path, stage1: Path, tmp_path: Path, tune: str
 ) -> None:
-    """Muon moves the projector, AdamW the language model; dropout goes on from the same random state."""
+    """Muon moves the projector, AdamW the language model; dropout is a function of the step."""
     flags: dict[str, Any] = {"optimizer": "muon", "lora_dropout": 0.2, "eval_every": 1000, "save_every": 1000}
     whole = stage2_config(world, stage1, tmp_path / "whole", tune, **flags, max_steps=8)
     train_run(whole)
@@ -152,8 +158,30 @@ def test_dropout_and_another_optimizer_resume_too(
     last.unlink()
     last.symlink_to("step-00000004")
     (cut.out / "summary.json").unlink()
+    torch.manual_seed(5)
     train_run(cut)
     assert curve(cut.out) == curve(whole.out)
+    figures = evaluate_run(
+        EvalConfig(checkpoint=cut.out / "last", features=world / "held-out", llm=world / "llm")
+    )
+    assert figures["loss"] == pytest.approx(curve(cut.out, "eval_loss")[8], rel=1e-5)  # without dropout
+    train_run(dataclasses.replace(whole, out=tmp_path / "none", lora_dropout=0.0))
+    assert (curve(tmp_path / "none") == curve(whole.out)) == (tune == "llm")
+
+
+@pytest.mark.parametrize("tune", POLICIES)
+def test_each_has_a_rate_of_its_own(world: Path, stage1: Path, tmp_path: Path, tune: str) -> None:
+    """AdamW's first step is as long as the rate."""
+    given = stage2_config(world, stage1, tmp_path / tune / "run", tune, max_steps=1)
+    train_run(dataclasses.replace(given, lr_llm=1e-6, weight_decay=0.0))
+    now = load_file(given.out / "last" / WEIGHTS[tune])
+    before = load_file(world / "llm/model.safetensors")
+    moved = [now[name] - before[name] for name in now] if tune == "llm" else [
+        value for name, value in now.items() if "lora_B" in name
+    ]  # fmt: skip
+    assert 0.5e-6 < max(float(change.abs().max()) for change in moved) < 1.5e-6
+    projector, other = (load_file(folder / "model.safetensors") for folder in (stage1, given.out / "last"))
+    assert max(float((projector[name] - other[name]).abs().max()) for name in other) > 1e-3
 
 
 def test_a_damaged_part_is_refused(world: Path, tuned: Path, tmp_path: Path) -> None:
@@ -162,6 +190,9 @@ def test_a_damaged_part_is_refused(world: Path, tuned: Path, tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
+    assert weights_sha256(tmp_path / "checkpoint") != weights_sha256(
+        tuned / "last"
+    )  # as --init it is another
     flags = (
         "--checkpoint",
         tmp_path / "checkpoint",
@@ -205,6 +236,17 @@ def test_what_does_not_belong_together_is_one_line(
         train_run(config(world, tmp_path / "run", init=tuned / "last"))
     with pytest.raises(LlavaError, match="no LoRA adapter fits"):
         train_run(config(world, tmp_path / "run", tune="lora", lora_targets="nothing"))
+    for targets in ("lm_head", "embed_tokens,q_proj"):  # the head's would not train; both are one weight here
+        flags = flags_of(config(world, tmp_path / "run", tune="lora", lora_targets=targets))
+        line = call("train", "run", *flags, code=1).err.splitlines()[-1]
+        assert "no LoRA adapter fits this language model; expected one of layers whose weight" in line
+    if tune == "lora":
+        with pytest.raises(
+            LlavaError, match="has another lora_alpha; expected 8; got 32; give --lora-rank 4"
+        ):
+            train_run(
+                stage2_config(world, tuned / "last", tmp_path / "run", tune, lora_alpha=8, save_every=5)
+            )
     assert not (tmp_path / "run").exists()
 
 
@@ -251,21 +293,35 @@ def test_a_strange_adapter_config_is_one_line(
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 @pytest.mark.parametrize("targets", ["lm_head", "embed_tokens", "q_proj,lm_head"])
 def test_no_adapter_beside_weights_that_are_read_twice(world: Path, tmp_path: Path, targets: str) -> None:
-    """Merged into a vocabulary head that shares the embeddings' weights, it would change both (peft#2018)."""
+    """Merged into a vocabulary head that shares the embeddings' weights, it would change both."""
     given = config(world, tmp_path / "run", tune="lora", lora_targets=targets)
-    assert "adapters beside the word embeddings" in call("train", "run", *flags_of(given), code=1).one_line()
+    line = call("train", "run", *flags_of(given), code=1).one_line()
+    assert "no LoRA adapter fits this language model; expected one of layers whose weight no other" in line
 
 
 def test_an_adapter_goes_on_at_its_own_scale(world: Path, tuned: Path, tmp_path: Path) -> None:
     """Rank 4 and alpha 32 are what it began with; another factor changes what it adds, before any step."""
     if tune_of(tuned) == "llm":
         pytest.skip("has no adapter")
-    for flags, flag in (({"lora_alpha": 64}, "--lora-alpha 32"), ({"lora_rank": 8}, "--lora-rank 4")):
+    for flags, flag in (({"lora_alpha": 64}, "another lora_alpha"), ({"lora_rank": 8}, "another r;")):
         given = stage2_config(world, tuned / "last", tmp_path / "run", "lora", max_steps=1, **flags)
-        assert f"give {flag}" in call("train", "run", *flags_of(given), code=1).one_line()
+        line = call("train", "run", *flags_of(given), code=1).one_line()
+        assert flag in line
+        assert "give --lora-rank 4 --lora-alpha 32, as it was trained" in line
     given = stage2_config(world, tuned / "last", tmp_path / "run", "lora", max_steps=1)
     train_run(given)
     assert curve(given.out, "eval_loss")[0] == curve(tuned, "eval_loss")[24]
+
+
+@pytest.mark.parametrize("tune", POLICIES)
+def test_runs_that_tune_share_no_step(world: Path, tmp_path: Path, tune: Any) -> None:
+    """They would share one language model, too."""
+    one, other = (config(world, tmp_path / str(lr), tune=tune, lr=lr) for lr in (0.01, 0.02))
+    require_same_steps(one, one)
+    with pytest.raises(LlavaError, match="runs that train together need --tune projector"):
+        require_same_steps(one, other)
+    assert not can_share_step({"tune": tune, "lr": 0.01}, {"tune": tune, "lr": 0.02})
+    assert can_share_step({"tune": "projector", "lr": 0.01}, {"tune": "projector", "lr": 0.02})
 
 
 def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path, tmp_path: Path) -> None:
@@ -280,6 +336,25 @@ def test_a_sweep_over_policies_gives_what_lone_runs_do(world: Path, stage1: Path
         lone = tmp_path / f"{recorded['tune']}-{recorded['seed']}"
         train_run(dataclasses.replace(given, out=lone, tune=recorded["tune"], seed=recorded["seed"]))
         assert curve(trial) == pytest.approx(curve(lone), rel=1e-5), recorded["tune"]
+
+
+def test_what_a_trial_trained_whole_is_gone_before_the_next_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(*given: Any) -> Any:
+        assert all(known() is None for known in loaded)
+        llm = load_language_model(*given)
+        loaded.append(weakref.ref(next(llm.model.parameters())))
+        return llm
+
+    monkeypatch.setattr(resources, "load_language_model", load)
+    given = config(world, tmp_path / "run", tune="llm")
+    shared = resources.TrainingResources(given)
+    shared.tune(given)
+    shared.tune(given)
+    assert len(loaded) == 2
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +416,18 @@ def test_infer_answers_by_the_merged_adapter_or_without_it(aligned: Folders) -> 
             for model in (merged.llm.model, unmerged.model)
         )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_with_and_without_the_adapter_never_share_a_file(aligned: Folders, tmp_path: Path) -> None:
+    lines = [json.dumps({"image": str(image), "texts": ["图", "画"]}) for image in aligned.images]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    for command in ("batch", "rank"):
+        output = tmp_path / f"{command}.jsonl"
+        flags = (*aligned.flags, "--input", tmp_path / "asked.jsonl", "--output", output)
+        call("infer", command, *flags)
+        assert {line["adapter"] for line in read_json_lines(output)} == {"merge"}
+        refused = call("infer", command, *flags, "--adapter", "none", code=1)
+        assert "holds something else" in refused.err.splitlines()[-1]
 
 
 def test_python_and_export_take_it_merged(aligned: Folders, tmp_path: Path) -> None:

@@ -19,8 +19,13 @@ from llava_align import AlignedModel, FeatureDataset
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
 from llava_core.row_status import Status
+from llava_core.shards.dialogue import Dialogue
+from llava_core.shards.folder import find_shards
+from llava_core.shards.other_words import with_words
+from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
 from tests.support.commands import call, run
+from tests.support.pictures import picture
 from tests.support.runs import config, curve, flags_of, weights
 from tests.support.shards import header, outcome
 from train.config import EvalConfig
@@ -196,6 +201,60 @@ def test_questions_of_other_words_are_asked_about_the_same_pictures(
     assert line == "error: --text; expected --features, whose rows it is about"
 
 
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+TOLD = [{"role": "system", "content": "短"}, *SAID]
+
+
+@pytest.mark.parametrize(
+    ("row", "dialogue"),
+    [
+        ({"messages": SAID, "system": "短"}, Dialogue((("q", "a"),), "短")),
+        ({"messages": TOLD, "system": "另"}, Dialogue((("q", "a"),), "另\n短")),
+        ({"query": "b", "response": "c", "history": [["q", "a"]]}, Dialogue((("q", "a"), ("b", "c")))),
+        ({"query": "b", "response": "c", "system": "短"}, Dialogue((("b", "c"),), "短")),
+        ({"caption": ["图", "画"]}, Dialogue(((None, "图"), (None, "画")))),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_words_are_read_as_extract_reads_them(
+    pictures: Path, vision: Path, tmp_path: Path, row: dict[str, Any], dialogue: Dialogue, name: str
+) -> None:
+    """Columns of system messages, questions and earlier turns beside the answers, too."""
+    FORMATS[name](tmp_path / name, [{**row, "images": ["http://example.org/b/3.jpg"]}])
+    _, b = with_words(find_shards(pictures), str(tmp_path / name))
+    assert (b.rows, b.dialogue(0), b.picture_keys(0)) == (1, dialogue, Shard(b.path).picture_keys(3))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/1.jpg").write_bytes(picture(1))
+    FORMATS[name](tmp_path / "data" / name, [{**row, "images": ["1.jpg"]}])
+    flags = ("--vision", vision, "--out", tmp_path / "features", "--device", "cpu")
+    call("extract", "run", "--data", tmp_path / "data" / name, *flags)
+    (path,) = (tmp_path / "features").glob("*.h5")
+    assert Shard(path).dialogue(0) == dialogue
+
+
+def test_names_are_compared_as_text_and_none_is_no_name(tmp_path: Path) -> None:
+    """Tables with a missing number have 7.0 for the id 7; a row without a URL is about no picture."""
+    made = header(list("abcde"))
+    urls = ["http://example.org/7.jpg", "", "None", "http://example.org/8.jpg", "http://example.org/9.jpg"]
+    made = dataclasses.replace(made, ids=["7", "None", "x.0", "two", "two"], urls=urls)
+    with ShardWriter(tmp_path / "f/a.h5", made) as writer:
+        writer.write([dataclasses.replace(outcome(row), row=row) for row in range(5)])
+        writer.finish()
+
+    def joined(*names: dict[str, Any]) -> list[int]:
+        write_parquet(tmp_path / "x.parquet", [{**name, "caption": "图"} for name in names])
+        (shard,) = with_words(find_shards(tmp_path / "f"), str(tmp_path / "x.parquet"))
+        known = [Shard(shard.path).picture_keys(row) for row in range(5)]
+        return [known.index(shard.picture_keys(row)) for row in range(shard.rows)]
+
+    assert joined({"id": 7}) == [0]
+    assert joined({"id": 7.0}, {"id": None}) == [0]
+    assert joined({"id": "two"}, {"id": "7"}) == [0]
+    assert joined({"id": "7.0"}, {"id": "x.0"}) == [0, 2]
+    assert joined({"url": "http://example.org/7.jpg"}, {"url": ""}, {"url": None}) == [0]
+    assert joined({"shard": "a", "row": 2.0}, {"shard": "a.h5", "row": None}) == [2]
+
+
 def test_an_interrupted_run_goes_on_and_other_words_are_refused(
     world: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +316,11 @@ def test_what_cannot_be_joined_is_one_line(
     flags = ("--checkpoint", given.checkpoint, "--features", pictures, "--llm", given.llm)
     line = call("train", "eval", *flags, "--text", tmp_path / "no.jsonl", code=1).one_line()
     assert "no file" in line
+    write_gzip(tmp_path / "cut.jsonl.gz", [{"id": "a0", "caption": str(k * 7919)} for k in range(40_000)])
+    with (tmp_path / "cut.jsonl.gz").open("rb+") as file:
+        file.truncate((tmp_path / "cut.jsonl.gz").stat().st_size // 2)
+    line = call("train", "eval", *flags, "--text", tmp_path / "cut.jsonl.gz", code=1).err.splitlines()[-1]
+    assert "cut.jsonl.gz is a damaged gzip file" in line
 
 
 def test_ids_that_several_pictures_have_name_none(

@@ -23,7 +23,8 @@ Point: TypeAlias = "dict[str, Value]"
 
 COMMON = {
     *FREE_KEYS,
-    *("features", "eval_features", "mix", "llm", "init", "eval_every", "eval_samples", "max_text_tokens"),
+    *("features", "eval_features", "eval_text", "mix", "llm", "init", "eval_every", "eval_samples"),
+    "max_text_tokens",
 }
 """Keys that all trials have in common: they read the same data, and are measured alike."""
 MOST_SHUFFLED = 100_000

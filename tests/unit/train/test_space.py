@@ -91,6 +91,7 @@ def test_a_yaml_file_says_the_same(tmp_path: Path) -> None:
         ("warm=1", "did you mean 'warmup'?"),
         ("out=a,b", "--space cannot vary out"),
         ("features=a,b", "--space cannot vary features"),
+        ("eval_text=a,b", "--space cannot vary eval_text"),
         ("init=a,b", "--space cannot vary init"),
         ("max_text_tokens=64,128", "--space cannot vary max_text_tokens"),
         ("space=a,b", "unknown key 'space'"),

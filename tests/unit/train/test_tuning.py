@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from llava_core.errors import LlavaError
 from llava_core.language.load import load_language_model
-from llava_core.language.tuned_weights import LoraAdapter
+from llava_core.language.tuned_weights import AllWeights, LoraAdapter
 from llava_core.projector.projector import build_projector
+from llava_core.sha256sums import write_sums
 from tests.support.language_models import write_language_model
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, a_projector, reference_loss
 from train.config import RunConfig
@@ -81,6 +86,40 @@ def test_short_types_train_in_fp32(tmp_path: Path) -> None:
         torch.testing.assert_close(short, master.bfloat16())
 
 
+def test_copies_in_fp32_go_on_from_a_checkpoint_and_from_another_process(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "llm", "qwen3")
+
+    def tuning() -> Tuning:
+        return Tuning(policy(tune="llm"), load_language_model(folder, dtype=torch.bfloat16))
+
+    def short(some: Tuning) -> list[torch.Tensor]:
+        assert some.weights
+        return [parameter.detach() for parameter in some.weights.parameters]
+
+    first, second, third = tuning(), tuning(), tuning()
+    with torch.no_grad():
+        for parameter in first.parameters:
+            parameter.mul_(1.1)
+    first.after_step()
+    assert first.weights
+    sums = {}
+    for name, data in first.weights.files():
+        path = tmp_path / "checkpoint/llm" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        sums[f"llm/{name}"] = hashlib.sha256(data).hexdigest()
+    write_sums(tmp_path / "checkpoint", sums)
+    second.load(tmp_path / "checkpoint")
+    torch.testing.assert_close(short(second), short(first), rtol=0, atol=0)
+    rounded = [parameter.float() for parameter in short(first)]
+    torch.testing.assert_close(second.all_tensors(), rounded, rtol=0, atol=0)
+    second.restore([copy.clone() for copy in first.state()])
+    third.take([copy.clone() for copy in first.all_tensors()])
+    for other in (second, third):
+        torch.testing.assert_close(other.all_tensors(), first.all_tensors(), rtol=0, atol=0)
+        torch.testing.assert_close(short(other), short(first), rtol=0, atol=0)
+
+
 def test_adapters_of_one_seed_are_the_same_and_leave_no_trace(tmp_path: Path) -> None:
     llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"))
     ids = torch.arange(9)[None]
@@ -108,3 +147,22 @@ def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
     peaks = {p: group["peak"] for group in optimizer.param_groups for p in group["params"]}
     assert {peaks[parameter] for parameter in tuning.parameters} == {3e-5}
     assert {peaks[parameter] for parameter in projector.parameters()} == {2e-3}
+
+
+def test_adapters_of_a_head_of_its_own_can_be_read_but_not_trained(tmp_path: Path) -> None:
+    """The loss takes the head's weight, beside which an adapter would stay as it began."""
+    llm = load_language_model(write_language_model(tmp_path / "llm", "llama"))
+    llm.model.lm_head.weight = torch.nn.Parameter(llm.head.clone(), requires_grad=False)
+    names = list(llm.model.state_dict())
+    with pytest.raises(LlavaError, match="expected --lora-targets in its blocks; got lm_head"):
+        LoraAdapter.new(llm, 2, 4, 0.0, "lm_head,q_proj")
+    assert list(llm.model.state_dict()) == names
+    adapter = LoraAdapter(llm, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    assert adapter.beside_blocks == ["lm_head"]
+
+
+def test_a_generation_config_that_transformers_refuses_is_saved_as_it_is(tmp_path: Path) -> None:
+    llm = load_language_model(write_language_model(tmp_path / "llm", "qwen3"))
+    llm.model.generation_config.update(do_sample=False, temperature=0.9)  # as vicuna's
+    saved = dict(AllWeights(llm).files())
+    assert json.loads(saved["generation_config.json"])["temperature"] == 0.9
