@@ -212,6 +212,11 @@ def test_a_sweep_and_an_evaluation_take_several(caches: Path, mix_run: Path, tmp
                  caches / "llm", "--instructions", "mixed", "--json")  # fmt: skip
     for name in ("loss", "loss_text", "loss/talk-held-out"):
         assert ended.summary[name] == pytest.approx(curve(mix_run, f"eval_{name}")[12], rel=1e-5)
+    alone = call("train", "eval", "--checkpoint", mix_run / "last", "--features", folders[1], "--llm",
+                 caches / "llm", "--instructions", "mixed", "--json").summary  # fmt: skip
+    assert ended.summary["loss_text"] == pytest.approx(alone["loss_text"], rel=1e-5)
+    low, high = sorted((alone["loss"], alone["loss_text"]))
+    assert low < ended.summary["loss/talk-held-out"] < high
 
 
 @pytest.mark.parametrize(

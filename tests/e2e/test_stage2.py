@@ -91,6 +91,9 @@ def test_a_checkpoint_has_what_was_trained_of_the_model(world: Path, tuned: Path
         EvalConfig(checkpoint=tuned / "last", features=world / "held-out", llm=world / "llm")
     )
     assert figures["loss"] == pytest.approx(curve(tuned, "eval_loss")[24], rel=1e-5)
+    assert (
+        json.loads((tuned / "last/config.json").read_text())["version"] == 3
+    )  # of which earlier ones know none
     base = load_language_model(world / "llm").model.state_dict()
     model = load_language_model(world / "llm")
     load_checkpoint(tuned / "last").tune_model(model)

@@ -78,6 +78,14 @@ def test_short_types_train_in_fp32(tmp_path: Path) -> None:
             (loss,) = packed_losses(llm, [projector], row)
             loss.backward()  # type: ignore[no-untyped-call]
         assert all(parameter.grad is None for parameter in llm.model.parameters())
+        rows = [parameter.grad for parameter in tuning.parameters]
+        optimizer.zero_grad()
+        (row,) = Packing(1000).rows(batch, [VISUAL])
+        packed_losses(llm, [projector], row)[0].backward()  # type: ignore[no-untyped-call]
+        for split, parameter in zip(rows, tuning.parameters, strict=True):
+            assert split is not None
+            assert parameter.grad is not None
+            assert float((split - parameter.grad).norm()) < 0.1 * float(parameter.grad.norm())
         optimizer.step()
         optimizer.zero_grad()
         tuning.after_step()
