@@ -11,7 +11,7 @@ import torch
 from infer.answerer import FeatureAnswerer, ImageAnswerer, open_feature_answerer, open_image_answerer
 from infer.batch.jsonl import read_lines
 from infer.config import QuestionFile
-from llava_core.cli.console import say
+from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.projector.checkpoint import load_checkpoint
@@ -84,16 +84,19 @@ def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[
 
 def questions_of(shards: Sequence[Shard], prompt: str) -> list[JsonDict]:
     """One question for each row with features, or about no picture; a dialogue gives its system message,
-    its first question and its first answer."""
-    questions = []
+    its first question and its first answer. Prints how many have more questions."""
+    questions, more = [], 0
     for shard in shards:
         for row in np.flatnonzero(np.isin(shard.status, (Status.OK, Status.TEXT_ONLY))).tolist():
             dialogue = shard.dialogue(row)
             asked, caption = next(iter(dialogue.turns), (None, ""))
+            more += sum(question is not None for question, _ in dialogue.turns) > 1
             words = {"system": dialogue.system, "prompt": asked or prompt, "caption": caption}
             known = {"id": shard.id(row), **words}
             texts = {key: text for key, text in known.items() if text}
             questions.append({"shard": shard.path.name, "row": shard.picture_row(row), **texts})
+    if more:
+        say(f"{counted(more, 'dialogue')} of several questions: the first alone is asked")
     return questions
 
 

@@ -166,7 +166,11 @@ def save_checkpoint(
     sums = {}
     for name, data in itertools.chain(files.items(), _files_of(tuned)):
         (partial / name).parent.mkdir(exist_ok=True)
-        (partial / name).write_bytes(data)
+        try:
+            (partial / name).write_bytes(data)
+        except OSError as error:
+            shutil.rmtree(partial)  # which may have filled the disk
+            raise OSError(error.errno, error.strerror, str(folder)) from None
         sums[name] = hashlib.sha256(data).hexdigest()
     write_sums(partial, sums)
     require_sums(partial, sums)  # read back

@@ -100,7 +100,8 @@ def test_rows_about_no_picture_and_system_messages_are_asked(
 ) -> None:
     write_talk(tmp_path / "talk/t.h5", rows=4, text_only=2, seed=4, system="短")
     flags = ("--checkpoint", mix_run / "last", "--llm", caches / "llm", "--features", tmp_path / "talk")
-    call("infer", "batch", *flags, "--output", tmp_path / "out.jsonl", "--max-tokens", 8, "--batch-size", 4)
+    ended = call("infer", "batch", *flags, "--output", tmp_path / "out.jsonl", "--max-tokens", 8)
+    assert "4 dialogues of several questions: the first alone is asked" in ended.err
     model = llava_align.AlignedModel.load(mix_run / "last", llm=caches / "llm")
     shard = Shard(tmp_path / "talk/t.h5")
     for row, line in enumerate(read_json_lines(tmp_path / "out.jsonl")):

@@ -219,7 +219,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     files = [path for path in (tmp_path / "sized/last").rglob("*") if path.is_file()]
     filler = small_disk / "filler"
     filler.write_bytes(bytes(2**20 - 3 * sum(path.stat().st_size for path in files) // 2))
-    assert "No space left" in call("train", "run", *flags_of(given), code=1).err.splitlines()[-1]
+    line = call("train", "run", *flags_of(given), code=1).err.splitlines()[-1]
+    assert line.startswith(f"error: No space left on device: {given.out / 'step-'}")
+    assert not list(given.out.glob("*.part"))
     assert (given.out / "last").resolve().name == "step-00000010"
     load_checkpoint(given.out / "last").require_whole()
     filler.unlink()
