@@ -118,7 +118,7 @@ def feature_bytes_per_epoch(config: RunConfig, samples: Samples) -> int:
     mix, total = Schedule.of(config, samples.sizes).mix, 0.0
     drawn = samples.sizes if mix is None else mix.drawn(len(samples))
     for (_, indices), draws in zip(samples.by_source(), drawn, strict=True):
-        shown = (samples.rows[index][0] for index in indices if samples.has_picture(index))
+        shown = (samples.place(index)[0] for index in indices if samples.has_picture(index))
         total += sum(samples.shards[s].layout.row_bytes for s in shown) * draws / len(indices)
     return round(total)
 
@@ -205,7 +205,7 @@ def predict(
         memory={
             **({"process": memory_before} if device.type != "cuda" else {}),
             "language_model": parameter_count(model) * dtype.itemsize,
-            "activations": round(tokens * activation_bytes(model.config, dtype, tuned > 0, recomputes)),
+            "activations": round(tokens * activation_bytes(model.config, dtype, config.tune, recomputes)),
             # In fp32 as logits and as probabilities, and once more in the model's own type.
             "logits": round(head_rows * model.config.vocab_size * (8 + dtype.itemsize)),
             "projector_and_optimizer": parameter_count(projector) * 16,
@@ -248,20 +248,21 @@ def require_same_kind(checkpoint: Checkpoint, projector: Projector, tune: str) -
         )
 
 
-def activation_bytes(config: Any, dtype: torch.dtype, tuned: bool = False, recomputes: bool = False) -> int:
+def activation_bytes(config: Any, dtype: torch.dtype, tune: str = "projector", recomputes: bool = False) -> int:
     """Bytes per token that the blocks keep for the backward pass.
 
-    Norms keep their input in fp32; attention its queries, keys, values and output; SwiGLU three of its width;
-    layers whose weights train their input, too. If it `recomputes`, only what goes into each block stays, and
-    all of one.
+    Norms keep their input in fp32; attention its queries, its output, and keys and values for every query's
+    head; SwiGLU three of its width. Layers with LoRA, or whose weights train, keep their input; norms whose
+    weights train what they scale. If it `recomputes`, only what goes into each block stays, and all of one.
     """
-    heads, width = config.num_attention_heads, head_width(config)
+    heads, width, hidden = config.num_attention_heads, head_width(config), config.hidden_size
     queries, keys = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
-    norms = 2 * config.hidden_size + queries + keys
-    wide = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    others = 2 * queries + 2 * keys + 3 * wide + tuned * (2 * config.hidden_size + wide)
+    norms = 2 * hidden + queries + keys
+    wide = getattr(config, "intermediate_size", 4 * hidden)
+    others = 4 * queries + 3 * wide
+    others += (tune != "projector") * (2 * hidden + queries + wide) + (tune == "llm") * norms
     block, layers = 4 * norms + dtype.itemsize * others, config.num_hidden_layers
-    return int(layers * config.hidden_size * dtype.itemsize + block if recomputes else layers * block)
+    return int(layers * hidden * dtype.itemsize + block if recomputes else layers * block)
 
 
 def outcome_line(outcome: JsonDict) -> str:

@@ -96,7 +96,7 @@ def evaluate(
     group: ProcessGroup,
 ) -> Evaluation:
     """Losses of these samples, with the right pictures and with others (llava_core.shuffled_pairs)."""
-    n, shown = len(samples), samples.with_picture
+    n, shown = len(samples), samples.with_picture.tolist()
     mismatched = mismatched_rows([samples.pictures[index] for index in shown])
     others = {index: shown[k] for index, k in zip(shown, mismatched, strict=True)} if mismatched else {}
     visual = projector.tokens_out(samples.tokens)

@@ -34,7 +34,7 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
         return projector_from_checkpoint(config.init, config, samples, llm).to(llm.device)
     projector = projector_of(config, samples.shards[0], llm.hidden)
     if config.start == "scale":
-        some = samples.read(samples.with_picture[:SCALE_SAMPLES])
+        some = samples.read(samples.with_picture[:SCALE_SAMPLES].tolist())
         match_scale(projector, some.float(), llm.embedding_rms)
     projector.to(llm.device)
     if config.start == "captions":
@@ -68,7 +68,7 @@ def solve_captions(
     """
     layer = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
     moments, fp64 = Moments(), torch.device("cpu") if llm.device.type == "mps" else llm.device
-    shown = samples.with_picture
+    shown = samples.with_picture.tolist()
     n = min(CAPTION_SAMPLES, len(shown))
     indices = [shown[k * len(shown) // n] for k in range(n)]  # rows may be in an order: take some of all
     for start in range(0, n, READ_SAMPLES):

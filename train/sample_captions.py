@@ -43,9 +43,9 @@ def captions(llm: LanguageModel, projector: torch.nn.Module, samples: Samples, c
     generated one. Prompts of one length form a batch.
     """
     lines: list[JsonDict] = []
-    prompts, chosen, conversation = [], samples.with_picture[:count], samples.conversation
+    prompts, chosen, conversation = [], samples.with_picture[:count].tolist(), samples.conversation
     for index in chosen:
-        s, row = samples.rows[index]
+        s, row = samples.place(index)
         question, answer, system = samples.first_question(index)
         messages = [{"role": "system", "content": system}] if system is not None else []
         prompts.append(conversation.prompt([*messages, {"role": "user", "content": question}]))

@@ -288,7 +288,7 @@ class TrainingRun:
                 do="look for numbers that are not finite in the features, held-out ones too, or in --init",
             )
         _, indices = self.schedule.at(self.step - 1)
-        picked = [self.samples.rows[index] for index in indices]
+        picked = [self.samples.place(index) for index in indices]
         rows = [f"{self.samples.shards[shard].path.name}:{row}" for shard, row in picked]
         return LlavaError(
             f"the loss is {loss} at step {self.step}, learning rate {self.learning_rate(self.step - 1):.2e}",

@@ -20,7 +20,7 @@ from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.filesystem import matching
 from llava_core.row_status import Status
-from llava_core.shards.dialogue import Dialogue, stored_dialogue, turns_to_text
+from llava_core.shards.dialogue import SYSTEM_START, Dialogue, stored_dialogue, turns_to_text
 from llava_core.shards.reader import Shard
 from llava_core.tables.column_names import IDS, NAMES_ONLY, TEXTS
 from llava_core.tables.conversations import decoded, query_messages, with_system
@@ -74,6 +74,9 @@ class RewordedShard(Shard):
     def caption(self, row: int) -> str:
         return self._store.text(int(self._numbers[row]))
 
+    def worded(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones(stop - start, bool), self._store.told[self._numbers[start:stop]]
+
     def caption_bytes(self, row: int) -> int:
         return self._store.size(int(self._numbers[row]))
 
@@ -88,6 +91,8 @@ class Store:
         self._file = tempfile.TemporaryFile()
         weakref.finalize(self, self._file.close)
         self._ends = np.zeros(1, np.int64)
+        self.told = np.zeros(0, bool)
+        """Whether there is a system message in each."""
         self.digest = hashlib.sha256()
 
     def add(self, texts: Sequence[str]) -> None:
@@ -96,6 +101,7 @@ class Store:
             self._file.write(b"".join(data))
         ends = self._ends[-1] + np.cumsum([len(each) for each in data], dtype=np.int64)
         self._ends = np.concatenate([self._ends, ends])
+        self.told = np.concatenate([self.told, [text.startswith(SYSTEM_START) for text in texts]])
         for each in data:
             self.digest.update(b"%d " % len(each) + each)
 

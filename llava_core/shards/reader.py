@@ -22,7 +22,7 @@ from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
 from llava_core.shards.byte_offsets import REASON_BYTES, columns
-from llava_core.shards.dialogue import Dialogue, Turns, stored_dialogue
+from llava_core.shards.dialogue import SYSTEM_START, Dialogue, Turns, stored_dialogue
 from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
 from llava_core.shards.quantize import FEATURE_TYPE, checksum
@@ -39,6 +39,8 @@ class OpenFile:
         weakref.finalize(self, os.close, self.descriptor)
 
 
+SPACE_BEGINS = np.isin(np.arange(256), [*range(9, 14), *range(28, 33), 0xC2, 0xE1, 0xE2, 0xE3])
+"""First bytes of the characters that `str.strip` takes away, in UTF-8; other characters have them, too."""
 _kept: collections.deque[OpenFile] = collections.deque(maxlen=OPEN_FILES)
 """The files opened last; one that drops out is closed, and opened again by the next read of its shard."""
 
@@ -166,6 +168,31 @@ class Shard:
         """Bytes of the caption, or dialogue, as stored; reads nothing."""
         ends = self._ends["caption"]
         return int(ends[row + 1] - ends[row])
+
+    def worded(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows of a range have words, and which a system message before them: two bool [rows].
+
+        Raises LlavaError if the words of one are damaged.
+        """
+        ends = self._ends["caption"][start : stop + 1]
+        first, last = int(ends[0]), int(ends[-1])
+        file = self._file()
+        data = os.pread(file.descriptor, last - first, self.layout.offsets["caption_bytes"] + first)
+        starts, sizes = ends[:-1] - first, np.diff(ends)
+        beginnings = np.frombuffer(data.ljust(last - first + 1, b"\0"), np.uint8)[starts]
+        worded = sizes > 0
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            for row in range(start, stop):
+                self.caption(row)  # raises at the one
+        for row in np.flatnonzero(worded & SPACE_BEGINS[beginnings]).tolist():
+            worded[row] = bool(self.caption(start + row).strip())
+        told = np.zeros(len(sizes), bool)
+        if self.conversations:
+            for row in np.flatnonzero(sizes > len(SYSTEM_START)).tolist():
+                told[row] = data.startswith(SYSTEM_START.encode(), int(starts[row]))
+        return worded, told
 
     def turns(self, row: int) -> Turns:
         """(question, answer) pairs; a caption is one answer, to the question None, which is drawn later."""

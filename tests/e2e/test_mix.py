@@ -361,7 +361,9 @@ def test_dialogues_of_each_form_are_extracted_and_trained_on(
     call("train", "run", *flags_of(given))
     models = ("--checkpoint", given.out / "last", "--llm", world / "llm", "--max-tokens", 2)
     asked = ("--features", tmp_path / "features", "--output", tmp_path / "answers.jsonl")
-    assert "asked without the system message" in call("infer", "batch", *models, *asked).err
+    call("infer", "batch", *models, *asked)
+    asked_with = [line.get("system") for line in read_json_lines(tmp_path / "answers.jsonl")]
+    assert asked_with == [dialogue.system for dialogue in dialogues]
     losses = list(curve(given.out).values())
     assert losses[-1] < losses[0] - 0.1
     if data.is_file() and not text:  # the same table as --text: the same words

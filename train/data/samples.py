@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import picture_numbers
 from train.data.feature_cache import FeatureCache
-from train.data.sources import Source, text_only_rows, usable_rows
+from train.data.sources import Source, rows_identity, text_only_rows, usable_rows
 
 BYTES_PER_TOKEN = 4
 """Bytes of text that a visual token counts as, where samples are weighed."""
@@ -107,15 +105,14 @@ class Samples:
         self.max_text_tokens = max_text_tokens
         self.seed, self.instructions = seed, instructions
         self.cache: FeatureCache | None = None
-        self.rows: list[tuple[int, int]] = []
-        """(shard, row) of each sample, those of one source together."""
+        rows: list[np.ndarray] = []
         self.sizes: list[int] = []
         """Samples of each source."""
         before, has_system = 0, False
         for source in self.sources:
             own, system = usable_rows(source.shards, limit, text)
             has_system |= system
-            if not own:
+            if not len(own):
                 paths = [source.path] if len(self.sources) > 1 else [shard.path for shard in source.shards]
                 raise LlavaError(
                     f"no usable row in {', '.join(map(str, paths))}",
@@ -124,13 +121,17 @@ class Samples:
                     if text_only_rows(source.shards)
                     else "look at the failures with `extract inspect`",
                 )
-            self.rows += [(before + s, row) for s, row in own]
+            rows.append(own + np.array([before, 0], own.dtype))
             self.sizes.append(len(own))
             before += len(source.shards)
-        shown = [self.has_picture(index) for index in range(len(self.rows))] if text else [True] * len(self)
-        self.with_picture: list[int] = np.flatnonzero(shown).tolist()
+        self.rows = np.concatenate(rows)
+        """(shard, row) of each sample, int [samples, 2], those of one source together."""
+        self.with_picture = np.arange(len(self))
         """Indices of the samples that have one, ascending."""
-        if not self.with_picture:
+        if text:
+            shown = [self.shards[shard].status[row] == Status.OK for shard, row in self.rows]
+            self.with_picture = np.flatnonzero(shown)
+        if not len(self.with_picture):
             raise LlavaError(
                 f"no row with a picture in {', '.join(str(shard.path) for shard in self.shards)}",
                 do="add a folder that has some",
@@ -173,25 +174,25 @@ class Samples:
     @functools.cached_property
     def pictures(self) -> list[int]:
         """The number of each sample's picture (llava_core.shuffled_pairs), which several samples may show."""
-        return picture_numbers(self.shards[shard].picture_keys(row) for shard, row in self.rows)
+        return picture_numbers(self.shards[shard].picture_keys(row) for shard, row in self.rows.tolist())
 
     @property
     def identity(self) -> str:
         """sha256, in hex, over which rows of which shards these are, and of several sources of which."""
-        return self._identity_of(self.rows)
+        return rows_identity(self.shards, self.rows, self.sizes)
 
     @property
     def identity_with_picture(self) -> str:
         """`identity` of the rows with a picture."""
-        return self._identity_of([self.rows[index] for index in self.with_picture])
+        return rows_identity(self.shards, self.rows[self.with_picture], self.sizes)
 
-    def _identity_of(self, rows: Sequence[tuple[int, int]]) -> str:
-        used: list[object] = [(shard.path.name, shard.layout.uid) for shard in self.shards]
-        several = [self.sizes] if len(self.sizes) > 1 else []
-        return hashlib.sha256(json.dumps([used, rows, *several]).encode()).hexdigest()
+    def place(self, index: int) -> tuple[int, int]:
+        """Number of a sample's shard, and its row there."""
+        shard, row = self.rows[index].tolist()
+        return shard, row
 
     def has_picture(self, index: int) -> bool:
-        shard, row = self.rows[index]
+        shard, row = self.place(index)
         return bool(self.shards[shard].status[row] == Status.OK)
 
     def by_source(self) -> Iterator[tuple[str, range]]:
@@ -244,13 +245,12 @@ class Samples:
     def default_question(self) -> str:
         """What a projector trained on these is asked by default."""
         read = self.with_picture[:: -(-len(self.with_picture) // READ_FOR_LANGUAGE)]
-        rows = [self.rows[index] for index in read]
-        answers = [self.shards[shard].turns(row)[0][1] for shard, row in rows]
+        answers = [self.shards[shard].turns(row)[0][1] for shard, row in self.rows[read].tolist()]
         return default_question(self.instructions, answers)
 
     def first_question(self, index: int) -> tuple[str, str, str | None]:
         """A sample's first question, of several instructions the first; its answer; its system message."""
-        shard, row = self.rows[index]
+        shard, row = self.place(index)
         dialogue = self.shards[shard].dialogue(row)
         question, answer = dialogue.turns[0]
         asked = instructions_for(self.instructions, answer)[0] if question is None else question
@@ -265,13 +265,13 @@ class Samples:
         features = torch.empty(len(indices), self.tokens, self.shards[0].width, dtype=torch.float16)
         rows = features.numpy()
         for k, index in enumerate(indices):
-            shard, row = self.rows[index]
+            shard, row = self.place(index)
             self.shards[shard].read_into(row, rows[k])
         return features
 
     def text_bytes(self, index: int) -> int:
         """Bytes of one sample's text: about in proportion to its tokens, and known without reading it."""
-        shard, row = self.rows[index]
+        shard, row = self.place(index)
         return self.shards[shard].caption_bytes(row)
 
     def weight(self, index: int) -> int:
@@ -280,7 +280,7 @@ class Samples:
 
     def example(self, index: int, epoch: int) -> Example:
         """Token ids and labels of one sample; an instruction is drawn by (seed, epoch, row, turn) alone."""
-        s, row = self.rows[index]
+        s, row = self.place(index)
         shard = self.shards[s]
         key = f"{epoch}/{shard.path.stem}/{row}"
         turns, dialogue = [], shard.dialogue(row)

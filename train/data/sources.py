@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llava_core.row_status import Status
-from llava_core.shards.dialogue import SYSTEM_START
 from llava_core.shards.folder import find_shards, require_one_encoder
 from llava_core.shards.other_words import with_words
 from llava_core.shards.reader import Shard
+
+AT_ONCE = 1 << 15
+"""Rows whose words are looked at together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +61,32 @@ def text_only_rows(shards: Sequence[Shard]) -> int:
     return sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in shards)
 
 
-def usable_rows(
-    shards: Sequence[Shard], limit: int, text: bool = False
-) -> tuple[list[tuple[int, int]], bool]:
+def usable_rows(shards: Sequence[Shard], limit: int, text: bool = False) -> tuple[np.ndarray, bool]:
     """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows,
-    and whether one of them has a system message; with `text`, rows about no picture are among them."""
+    int [rows, 2], and whether one of them has a system message; with `text`, rows about no picture, too."""
     statuses = [Status.OK, Status.TEXT_ONLY] if text else [Status.OK]
-    usable = (
-        ((s, row), shard.conversations and caption.startswith(SYSTEM_START))
-        for s, shard in enumerate(shards)
-        for row in np.flatnonzero(np.isin(shard.status, statuses)).tolist()
-        if (caption := shard.caption(row)).strip()
-    )
-    found = list(itertools.islice(usable, limit))
-    return [place for place, _ in found], any(system for _, system in found)
+    found, system = [np.zeros((0, 2), np.int32)], False
+    for s, shard in enumerate(shards):
+        for start in range(0, shard.rows, AT_ONCE):
+            if limit <= 0:
+                break
+            stop = min(start + AT_ONCE, shard.rows)
+            worded, told = shard.worded(start, stop)
+            rows = np.flatnonzero(worded & np.isin(shard.status[start:stop], statuses))[:limit]
+            found.append(np.stack([np.full(len(rows), s), rows + start], axis=1).astype(np.int32))
+            system |= bool(told[rows].any())
+            limit -= len(rows)
+    return np.concatenate(found), system
+
+
+def rows_identity(shards: Sequence[Shard], rows: np.ndarray, sizes: Sequence[int]) -> str:
+    """sha256, in hex, over the shards' names and uids, (shard, row) of each row, and the sizes of several
+    sources: that of their JSON text, which is never whole in memory."""
+    used = [(shard.path.name, shard.layout.uid) for shard in shards]
+    digest = hashlib.sha256(f"[{json.dumps(used)}, [".encode())
+    for start in range(0, len(rows), AT_ONCE):
+        part = json.dumps(rows[start : start + AT_ONCE].tolist())[1:-1]
+        digest.update(f"{', ' if start else ''}{part}".encode())
+    several = f", {json.dumps(sizes)}" if len(sizes) > 1 else ""
+    digest.update(f"]{several}]".encode())
+    return digest.hexdigest()
