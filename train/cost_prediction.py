@@ -248,7 +248,9 @@ def require_same_kind(checkpoint: Checkpoint, projector: Projector, tune: str) -
         )
 
 
-def activation_bytes(config: Any, dtype: torch.dtype, tune: str = "projector", recomputes: bool = False) -> int:
+def activation_bytes(
+    config: Any, dtype: torch.dtype, tune: str = "projector", recomputes: bool = False
+) -> int:
     """Bytes per token that the blocks keep for the backward pass.
 
     Norms keep their input in fp32; attention its queries, its output, and keys and values for every query's

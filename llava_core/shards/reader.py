@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import os
 import resource
@@ -21,7 +22,7 @@ import numpy as np
 from llava_core.errors import LlavaError
 from llava_core.row_status import Failure, Status
 from llava_core.shards import file_checksums
-from llava_core.shards.byte_offsets import REASON_BYTES, columns
+from llava_core.shards.byte_offsets import COLUMNS, REASON_BYTES, columns
 from llava_core.shards.dialogue import SYSTEM_START, Dialogue, Turns, stored_dialogue
 from llava_core.shards.file_checksums import REDO
 from llava_core.shards.hdf5_file import TEXTS, read_layout
@@ -50,8 +51,14 @@ def reason_text(stored: bytes) -> str:
     return "".join(filter(str.isprintable, stored.rstrip(b"\0").decode("utf-8", "ignore")))
 
 
+def _column(name: str) -> Any:
+    """A column that is read when it is first used: all together take more memory than what training holds."""
+    kind, shape = COLUMNS[name]
+    return functools.cached_property(lambda shard: shard._array(name, kind).reshape(shard.rows, *shape))
+
+
 class Shard:
-    """A finished shard, opened strictly: its columns are in memory, features and texts are read row by row.
+    """A finished shard, opened strictly: features and texts are read row by row, most columns at first use.
 
     Columns are arrays of all rows: `status`, `checksums`, `http`, `attempts`, `nbytes`, `orig_hw`, `sha256`.
     A row's features are compared with their checksum when they are first read since the file was opened.
@@ -59,11 +66,11 @@ class Shard:
 
     status: np.ndarray
     checksums: np.ndarray
-    http: np.ndarray
-    attempts: np.ndarray
-    nbytes: np.ndarray
-    orig_hw: np.ndarray
-    sha256: np.ndarray
+    http: np.ndarray = _column("http")
+    attempts: np.ndarray = _column("attempts")
+    nbytes: np.ndarray = _column("nbytes")
+    orig_hw: np.ndarray = _column("orig_hw")
+    sha256: np.ndarray = _column("sha256")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,25 +83,26 @@ class Shard:
         self._opened: weakref.ref[OpenFile] | None = None
         held = {name: self._array(name, kind) for name, (kind, _) in columns(layout.version).items()}
         file = self._file()
-        mtime = layout.mtime(file.descriptor)
         head = os.pread(file.descriptor, file_checksums.USER_BLOCK_BYTES, 0)
         recorded = np.frombuffer(head, file_checksums.NUMBER)[file_checksums.COLUMNS]
-        if layout.version > 1 and checksum([*held.values(), *mtime]) != recorded:
+        if layout.version > 1 and checksum([*held.values(), *layout.mtime(file.descriptor)]) != recorded:
             raise LlavaError(f"damaged shard {path}", got="other outcomes of its rows", do=REDO)
-        held.pop("reason", None)  # larger than all other columns together, and rarely read
-        for name, (_, shape) in columns(layout.version).items():
-            if name not in held:
-                continue
-            column = held[name].reshape(self.rows, *shape)
-            setattr(self, "checksums" if name == layout.checksum else name, column)
-        self.mtime = mtime[0] if mtime else np.zeros(self.rows, "<i8")
-        """When each row's image file was last modified, in ns since 1970; 0 for what came from no file."""
-        self._ends = {name: self._array(f"{name}_offsets", "<i8") for name in TEXTS}
-        for name, ends in self._ends.items():
+        self.status, self.checksums = held["status"], held[layout.checksum]
+        for name in TEXTS:
+            ends = self._offsets(name)
             if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != layout.sizes[f"{name}_bytes"]:
                 raise LlavaError(f"damaged shard {path}", got=f"{name}_offsets out of order", do=REDO)
-        if unknown := set(self.status.tolist()) - set(Status):
+        self._ends = {"caption": self._offsets("caption")}
+        """Where each row's texts end in the file; for others than captions from when they are first used."""
+        if unknown := set(np.unique(self.status).tolist()) - set(Status):
             raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=REDO)
+
+    @functools.cached_property
+    def mtime(self) -> np.ndarray:
+        """When each row's image file was last modified, in ns since 1970; 0 for what came from no file."""
+        file = self._file()
+        found = self.layout.mtime(file.descriptor)
+        return found[0] if found else np.zeros(self.rows, "<i8")
 
     def read_into(self, row: int, out: np.ndarray) -> None:
         """Read features of `row` into `out`, C-contiguous fp16 [T, D]. Raises LlavaError if damaged."""
@@ -228,10 +236,12 @@ class Shard:
         return self._texts("id")
 
     def _texts(self, name: str) -> list[str]:
-        data, ends = self._array(f"{name}_bytes", "|u1").tobytes(), self._ends[name].tolist()
+        data, ends = self._array(f"{name}_bytes", "|u1").tobytes(), self._offsets(name).tolist()
         return [data[a:b].decode("utf-8", "replace") for a, b in itertools.pairwise(ends)]
 
     def _text(self, name: str, row: int) -> str:
+        if name not in self._ends:
+            self._ends[name] = self._offsets(name)
         start, end = map(int, self._ends[name][row : row + 2])
         file = self._file()
         data = os.pread(file.descriptor, end - start, self.layout.offsets[f"{name}_bytes"] + start)
@@ -239,6 +249,9 @@ class Shard:
             return data.decode()
         except UnicodeDecodeError:
             raise LlavaError(f"damaged shard {self.path}", got=f"{name} of row {row}", do=REDO) from None
+
+    def _offsets(self, name: str) -> np.ndarray:
+        return self._array(f"{name}_offsets", "<i8")
 
     def _array(self, name: str, kind: str) -> np.ndarray:
         file = self._file()

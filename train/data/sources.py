@@ -81,12 +81,15 @@ def usable_rows(shards: Sequence[Shard], limit: int, text: bool = False) -> tupl
 
 def rows_identity(shards: Sequence[Shard], rows: np.ndarray, sizes: Sequence[int]) -> str:
     """sha256, in hex, over the shards' names and uids, (shard, row) of each row, and the sizes of several
-    sources: that of their JSON text, which is never whole in memory."""
+    sources: that of their JSON text, which is in memory for one shard at a time."""
     used = [(shard.path.name, shard.layout.uid) for shard in shards]
     digest = hashlib.sha256(f"[{json.dumps(used)}, [".encode())
-    for start in range(0, len(rows), AT_ONCE):
-        part = json.dumps(rows[start : start + AT_ONCE].tolist())[1:-1]
-        digest.update(f"{', ' if start else ''}{part}".encode())
+    comma = ""
+    for part in np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1):
+        if len(part):
+            begins = f"[{part[0, 0]}, "
+            digest.update(f"{comma}{begins}{f'], {begins}'.join(map(str, part[:, 1].tolist()))}]".encode())
+            comma = ", "
     several = f", {json.dumps(sizes)}" if len(sizes) > 1 else ""
     digest.update(f"]{several}]".encode())
     return digest.hexdigest()
