@@ -12,7 +12,6 @@ It runs what `llava demo-stage2` runs, for each policy and seed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pydoc_data.topics
 import random
 from collections.abc import Iterator, Sequence
@@ -48,8 +47,8 @@ class Settings:
     """Of a language model by --llm; by default that of `train run`."""
     batch_size: int = 8
     """With --llm."""
-    held_out: int = 96
-    """Pictures that are asked about, with --llm."""
+    asked: int = 32
+    """Held-out pictures that are asked about, with --llm."""
 
 
 def main() -> None:
@@ -69,12 +68,16 @@ def main() -> None:
 
 def in_english(settings: Settings, llm: Path, tune: Policy, seed: int) -> JsonDict:
     """Stage 2 of a published model, from what `benchmarks.real_lm` has trained."""
-    held_out = functools.partial(held_out_dialogues, languages=("en",))
+
+    def held_out(pictures: Sequence[Path], scenes: Sequence[Scene], rng: random.Random) -> Dialogues:
+        return held_out_dialogues(pictures[: settings.asked], scenes[: settings.asked], rng, ("en",))
+
     first = FirstStage(settings.out, llm, english_dialogues, held_out, documentation)
-    made = {"rows": len([*(settings.out / "pictures/train").glob("*.jpg")]), "seed": 0}
+    folders = {"rows": "pictures/train", "held_out": "pictures/held-out"}
+    made = {key: len([*(settings.out / folder).glob("*.jpg")]) for key, folder in folders.items()}
     lr_llm = LR[tune] if settings.lr_llm is None else settings.lr_llm
     flags = {"steps": settings.steps, "seed": seed, "batch_size": settings.batch_size}
-    return second_stage(first, {**made, "held_out": settings.held_out}, tune=tune, lr_llm=lr_llm, **flags)
+    return second_stage(first, {**made, "seed": 0}, tune=tune, lr_llm=lr_llm, **flags)
 
 
 def english_dialogues(pictures: Sequence[Path], scenes: Sequence[Scene], rng: random.Random) -> Dialogues:
