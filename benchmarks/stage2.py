@@ -47,7 +47,7 @@ class Settings:
     """Of a language model by --llm; by default that of `train run`."""
     batch_size: int = 8
     """With --llm."""
-    asked: int = 32
+    asked: int = 20
     """Held-out pictures that are asked about, with --llm."""
 
 
@@ -76,8 +76,9 @@ def in_english(settings: Settings, llm: Path, tune: Policy, seed: int) -> JsonDi
     folders = {"rows": "pictures/train", "held_out": "pictures/held-out"}
     made = {key: len([*(settings.out / folder).glob("*.jpg")]) for key, folder in folders.items()}
     lr_llm = LR[tune] if settings.lr_llm is None else settings.lr_llm
-    flags = {"steps": settings.steps, "seed": seed, "batch_size": settings.batch_size}
-    return second_stage(first, {**made, "seed": 0}, tune=tune, lr_llm=lr_llm, **flags)
+    trained = ("--visual-tokens", "pool")  # as by `benchmarks.real_lm`
+    flags: JsonDict = {"steps": settings.steps, "seed": seed, "batch_size": settings.batch_size}
+    return second_stage(first, {**made, "seed": 0}, tune=tune, lr_llm=lr_llm, more=trained, **flags)
 
 
 def english_dialogues(pictures: Sequence[Path], scenes: Sequence[Scene], rng: random.Random) -> Dialogues:

@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -100,13 +100,17 @@ def second_stage(
     steps: int,
     seed: int,
     batch_size: int = 16,
+    more: Sequence[object] = (),
 ) -> JsonDict:
-    """Write dialogues, train on them, and measure before and after; `made`: rows, held_out and seed."""
+    """Write dialogues, train on them, and measure before and after; `made`: rows, held_out and seed; `more`:
+    flags of `train run`."""
     folder, started = first.folder, time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     held_out = write_dialogues(first, made)
     before = measure(first, first.out / "run/best", held_out, folder / "before.jsonl")
-    train(first, "--tune", tune, "--lr-llm", lr_llm, "--seed", seed, steps=steps, batch_size=batch_size)
+    train(
+        first, "--tune", tune, "--lr-llm", lr_llm, "--seed", seed, *more, steps=steps, batch_size=batch_size
+    )
     after = measure(first, folder / "run/best", held_out, folder / "after.jsonl")
     figures: JsonDict = {"before": before, "after": after, "seconds": time.monotonic() - started}
     report(before, after)
