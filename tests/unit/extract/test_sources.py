@@ -380,14 +380,16 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_hosts_of_many_addresses_are_those_of_each() -> None:
-    plain = [
-        "http://a.example/1.jpg",
-        "https://A.example:80/x?y#z",
-        "http://a.example",
-        "http://a.example?x",
+    plain = ["http://a.example/1.jpg", "https://A.example:80/x?y#z", "http://a.example", "http://a.example?x"]
+    odd = ["http://user:secret@b.example/1", "http:\\\\c.example\\x", " http://d.example/ ", "http://[::1]/x"]
+    odd += [
+        "http://[",
+        "http://e.example:port/",
+        "http://例子.example/图.jpg",
+        "ftp://f.example/x",
+        "",
         "x.jpg",
     ]
-    odd = ["http://user:secret@b.example/1", "http:\\\\c.example\\x", " http://d.example/ ", "http://[::1]/x",
-           "http://[", "http://e.example:port/", "http://例子.example/图.jpg", "ftp://f.example/x", "", "http://g\t.example"]  # fmt: skip
+    odd += ["http://g\t.example"]
     assert hosts_of([*plain, *odd, *plain]) == [host_of(url) for url in (*plain, *odd, *plain)]
     assert hosts_of(plain)[0] == "a.example"
