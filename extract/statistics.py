@@ -14,7 +14,7 @@ import numpy as np
 
 from extract.failed_files import failed_files
 from extract.inspect.histogram import Histogram, histogram
-from extract.sources.base import DataFlags, host_of, is_address
+from extract.sources.base import DataFlags, host_of, hosts_of, is_address
 from llava_core import __version__
 from llava_core.cli.console import table
 from llava_core.errors import LlavaError
@@ -34,6 +34,8 @@ ASKED_IN_VAIN = [status for status in Status if status.failed and not status.in_
 REASONS, REASONS_SHOWN = 50, 5
 """Reasons of an outcome that are counted apart, and that the terminal and the page show."""
 OTHERS = "other reasons"
+ROWS_AT_ONCE = 1 << 15
+"""Rows whose captions are in memory together."""
 SAMPLE = 256
 """Rows whose token norms are computed."""
 QUANTILES = (0, 50, 95, 100)
@@ -45,7 +47,7 @@ def summarise(shards: Sequence[Shard], hosts_shown: int | None = TOP_HOSTS) -> J
     """Counts over shards: rows, ok, failed, by_status {label: rows}, by_http {label: {code: rows}} of
     failures with an HTTP status code, by_reason {label: {reason: rows}} with the REASONS most frequent ones,
     failed_hosts {host: rows}, `failed_files`, image_bytes."""
-    counts = collections.Counter(int(code) for shard in shards for code in shard.status)
+    counts = collections.Counter(code for shard in shards for code in shard.status.tolist())
     hosts: collections.Counter[str] = collections.Counter()
     for shard in shards:
         failed = np.isin(shard.status, ASKED_IN_VAIN)
@@ -88,8 +90,10 @@ def _reasons(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
     """{outcome: {reason: rows}}, the most frequent first; all after the first REASONS are OTHERS."""
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for shard in shards:
-        pairs = np.rec.fromarrays([shard.status, shard.reason])[shard.reason != b""]
-        for (code, reason), n in collections.Counter(pairs.tolist()).items():
+        reasons = shard.reason
+        known = np.flatnonzero(reasons != b"")
+        pairs = zip(shard.status[known].tolist(), reasons[known].tolist(), strict=True)
+        for (code, reason), n in collections.Counter(pairs).items():
             counts[Status(code).label][reason_text(reason)] += n
     by_reason = {}
     for label, of in counts.items():
@@ -181,9 +185,8 @@ class HostFailures:
 
 def cache_statistics(shards: Sequence[Shard]) -> CacheStatistics:
     """Statistics of these shards; reads every text, and the features of SAMPLE rows."""
-    ok = [(shard, row) for shard in shards for row in shard.ok_rows()]
-    lengths = np.array([sum(len(answer) for _, answer in shard.turns(row)) for shard, row in ok], np.int64)
-    sample = spread(ok, SAMPLE)
+    lengths = np.concatenate([_characters(shard) for shard in shards])
+    sample = spread([(shard, row) for shard in shards for row in shard.ok_rows()], SAMPLE)
     norms = [np.linalg.norm(shard.read(row).astype(np.float32), axis=-1) for shard, row in sample]
     norm = np.concatenate(norms) if norms else np.zeros(0, np.float32)
     norm = norm[np.isfinite(norm)]
@@ -234,7 +237,19 @@ def kept_and_aspect(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
     sides = np.maximum(1.0, np.sort(shard.orig_hw[shard.status == Status.OK], axis=1))
     aspect = sides[:, 1] / sides[:, 0]
     crop, size = str(shard.preprocess.get("crop")), int(shard.preprocess.get("size", 1))
-    return np.array([kept_share(crop, size, ratio) for ratio in aspect]), aspect
+    ratios, at = np.unique(aspect, return_inverse=True)
+    return np.array([kept_share(crop, size, ratio) for ratio in ratios.tolist()])[at], aspect
+
+
+def _characters(shard: Shard) -> np.ndarray:
+    """Characters of the captions, or all answers, of ok rows."""
+    if shard.conversations:
+        turns = map(shard.turns, shard.ok_rows())
+        return np.array([sum(len(answer) for _, answer in own) for own in turns], np.int64)
+    starts = range(0, shard.rows, ROWS_AT_ONCE)
+    parts = [shard.caption_characters(start, min(start + ROWS_AT_ONCE, shard.rows)) for start in starts]
+    lengths: np.ndarray = np.concatenate([np.zeros(0, np.int64), *parts])[shard.status == Status.OK]
+    return lengths
 
 
 def fit_shown(figures: JsonDict) -> str:
@@ -275,10 +290,10 @@ def _by_host(shards: Sequence[Shard]) -> dict[str, HostFailures]:
     rows: collections.Counter[str] = collections.Counter()
     failed: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for shard in shards:
-        for row, status in enumerate(shard.status.tolist()):
-            rows[host := host_of(shard.url(row))] += 1
-            if status in ASKED_IN_VAIN:
-                failed[host][Status(status).label] += 1
+        hosts = hosts_of(shard.urls())
+        rows.update(hosts)
+        for row in np.flatnonzero(np.isin(shard.status, ASKED_IN_VAIN)).tolist():
+            failed[hosts[row]][Status(shard.status[row]).label] += 1
     found = [HostFailures(rows[host], dict(counts.most_common())) for host, counts in failed.items()]
     pairs = sorted(zip(failed, found, strict=True), key=lambda pair: (-pair[1].failed, pair[0]))
     return dict(pairs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -16,6 +17,9 @@ from llava_core.types import JsonDict
 
 if TYPE_CHECKING:  # with aiohttp, which `extract inspect` does without
     from llava_core.network.fetch import Fetched
+
+PLAIN_HOST = re.compile(r"https?://[A-Za-z0-9.-]+(?::[0-9]+)?(?=[/?#]|$)", re.ASCII)
+"""The beginning of most addresses, which says what their host is."""
 
 
 class Images(Protocol):
@@ -133,6 +137,21 @@ def described(identity: JsonDict) -> str:
 def is_address(image_ref: str) -> bool:
     """Whether an image is to be downloaded; anything without a scheme, but for `//host.name/`, is a path."""
     return "://" in image_ref or "://" in clean_address(image_ref)
+
+
+def hosts_of(urls: Sequence[str]) -> list[str]:
+    """`host_of` each; addresses that begin alike are looked at once."""
+    known: dict[str, str] = {}
+    hosts = []
+    for url in urls:
+        plain = PLAIN_HOST.match(url)
+        key = plain[0] if plain else url
+        if (host := known.get(key)) is None:
+            host = host_of(key)
+            if plain:
+                known[key] = host
+        hosts.append(host)
+    return hosts
 
 
 def host_of(url: str) -> str:

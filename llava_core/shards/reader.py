@@ -182,12 +182,8 @@ class Shard:
 
         Raises LlavaError if the words of one are damaged.
         """
-        ends = self._ends["caption"][start : stop + 1]
-        first, last = int(ends[0]), int(ends[-1])
-        file = self._file()
-        data = os.pread(file.descriptor, last - first, self.layout.offsets["caption_bytes"] + first)
-        starts, sizes = ends[:-1] - first, np.diff(ends)
-        beginnings = np.frombuffer(data.ljust(last - first + 1, b"\0"), np.uint8)[starts]
+        data, starts, sizes = self._captions(start, stop)
+        beginnings = np.frombuffer(data + b"\0", np.uint8)[starts]
         worded = sizes > 0
         try:
             data.decode()
@@ -201,6 +197,22 @@ class Shard:
             for row in np.flatnonzero(sizes > len(SYSTEM_START)).tolist():
                 told[row] = data.startswith(SYSTEM_START.encode(), int(starts[row]))
         return worded, told
+
+    def caption_characters(self, start: int, stop: int) -> np.ndarray:
+        """Characters of the captions of a range of rows, int [rows]; 0 for one of spaces alone."""
+        data, starts, sizes = self._captions(start, stop)
+        begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # the other bytes go on with a character
+        upto = np.concatenate([[0], np.cumsum(begins, dtype=np.int64)])
+        worded, _ = self.worded(start, stop)
+        return np.where(worded, upto[starts + sizes] - upto[starts], 0)
+
+    def _captions(self, start: int, stop: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+        """Bytes of the captions of a range of rows, and where each begins in them and how many it has."""
+        ends = self._ends["caption"][start : stop + 1]
+        first, last = int(ends[0]), int(ends[-1])
+        file = self._file()
+        data = os.pread(file.descriptor, last - first, self.layout.offsets["caption_bytes"] + first)
+        return data, ends[:-1] - first, np.diff(ends)
 
     def turns(self, row: int) -> Turns:
         """(question, answer) pairs; a caption is one answer, to the question None, which is drawn later."""

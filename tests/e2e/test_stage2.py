@@ -76,7 +76,7 @@ def trained_weights(run: Path) -> dict[str, torch.Tensor]:
 def test_it_begins_where_stage_1_ended_and_goes_further(world: Path, stage1: Path, tuned: Path) -> None:
     before = evaluate_run(EvalConfig(checkpoint=stage1, features=world / "held-out", llm=world / "llm"))
     held_out = curve(tuned, "eval_loss")
-    assert held_out[0] == before["loss"]  # adapters of 0 change not a bit
+    assert held_out[0] == pytest.approx(before["loss"], rel=1e-6)  # whose blocks are written out
     assert held_out[24] < held_out[0] - 0.1
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from llava_core.language.model import LanguageModel
 from train.data.packing import Row
+from train.model.frozen_block import ends_early
 
 CHUNK_LOGITS = 1 << 25
 """Most logits that exist at once: 128 MiB in fp32."""
@@ -22,7 +23,7 @@ def packed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row
     is what it would be alone. Divide by the answer tokens of the step: then splitting it changes nothing.
     """
     return [
-        head_loss(own[pack.predicting], llm.head, pack.targets)
+        head_loss(own, llm.head, pack.targets)
         for own, (_, pack) in zip(_hidden(llm, projectors, row), row.packs, strict=False)
     ]
 
@@ -34,7 +35,7 @@ def sample_losses(llm: LanguageModel, projector: torch.nn.Module, row: Row) -> t
     for hidden, (_, pack) in zip(_hidden(llm, [projector], row), row.packs, strict=False):
         each = [
             F.nll_loss(log_p, pack.targets[part], reduction="none")
-            for part, log_p in _chunks(hidden[pack.predicting], llm.head)
+            for part, log_p in _chunks(hidden, llm.head)
         ]
         sample = torch.bucketize(pack.predicting.cpu(), torch.tensor(pack.lengths).cumsum(0), right=True)
         total = torch.zeros(len(pack.lengths), dtype=torch.float64)
@@ -43,30 +44,37 @@ def sample_losses(llm: LanguageModel, projector: torch.nn.Module, row: Row) -> t
 
 
 def _hidden(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> tuple[torch.Tensor, ...]:
-    """Final hidden states of each pack's tokens, normed, [N, hidden] each; the padding's come last."""
-    parts = []
+    """Final hidden states, normed, of the tokens of each pack that predict a target: [A, hidden] each."""
+    parts, predicting, before = [], [], 0
     for k, pack in row.packs:
         embedded = llm.embed(pack.ids)
         if len(pack.features):
             projected = projectors[k](pack.features.float()).flatten(0, 1)
             embedded = embedded.index_copy(0, pack.visual, projected.to(llm.dtype))
         parts.append(embedded)
+        predicting.append(pack.predicting + before)
+        before += len(embedded)
     padding = llm.embed(row.starts.new_zeros(row.padding))
-    hidden = forward_blocks(llm, torch.cat([*parts, padding]), row)
-    return hidden.split([*map(len, parts), row.padding])  # type: ignore[no-any-return, no-untyped-call]
+    hidden = forward_blocks(llm, torch.cat([*parts, padding]), row, torch.cat(predicting))
+    return hidden.split([*map(len, predicting)])  # type: ignore[no-any-return, no-untyped-call]
 
 
-def forward_blocks(llm: LanguageModel, embedded: torch.Tensor, row: Row) -> torch.Tensor:
-    """Embeddings of a row [N, hidden] -> final hidden states of the language model, normed, [N, hidden]."""
+def forward_blocks(
+    llm: LanguageModel, embedded: torch.Tensor, row: Row, wanted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Embeddings of a row [N, hidden] -> final hidden states of the language model, normed, [N, hidden], or
+    of the tokens at `wanted` alone."""
+    early = wanted is not None and ends_early(llm.model)
     out = llm.model.base_model(
         inputs_embeds=embedded[None],
         position_ids=row.positions[None],
         use_cache=False,
         starts=row.starts,
         longest=row.longest,
+        **({"wanted": wanted} if early else {}),
     )
     hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden
+    return hidden if wanted is None or len(hidden) == len(wanted) else hidden[wanted]
 
 
 def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from llava_core.language.prompt_and_labels import IGNORE, Example
 from llava_core.types import JsonDict
 from train.config import Compile
 from train.data.packing import Packing, pack
+from train.model.frozen_block import write_out
 from train.model.loss import forward_blocks
 from train.model.packed_attention import KERNELS, Kernel
 
@@ -114,6 +115,8 @@ def prepare(llm: LanguageModel, compiled: Compile = "off", recomputes: bool = Fa
     # Where it pays: on a GPU, unless the attention is a loop of Python's.
     if compiled == "on" or (compiled == "auto" and llm.device.type != "cpu" and not kernel.loops):
         prepared = _compiled(llm, prepared, exact, must=compiled == "on")
+    elif llm.device.type == "cpu":
+        _written_out(llm, kernel, exact, own)
     if recomputes:
         recompute_activations(llm)
     return prepared
@@ -132,9 +135,19 @@ def _compiled(llm: LanguageModel, prepared: Prepared, exact: Outputs, must: bool
         return dataclasses.replace(prepared, compiled=True)
     if must:
         raise LlavaError("cannot compile the language model", got=reason, do="leave out --compile on")
-    _as_written(llm)
+    as_written(llm)
     say(f"the language model is not compiled: {reason}")
     return prepared
+
+
+def _written_out(llm: LanguageModel, kernel: Kernel, exact: Outputs, own: Distances) -> None:
+    """Let blocks of Llama's kind compute by `FrozenBlock`, if they then give the same, or say why not."""
+    if not write_out(llm.model):
+        return
+    distances = _distances(llm, kernel, exact)
+    if reason := distances if isinstance(distances, str) else _fault(distances, own):
+        as_written(llm)
+        say(f"the language model's blocks are not written out: {reason}")
 
 
 def compile_blocks(llm: LanguageModel) -> str:
@@ -142,6 +155,7 @@ def compile_blocks(llm: LanguageModel) -> str:
     blocks = getattr(llm.model.base_model, "layers", None)
     if blocks is None:
         return "no list of blocks in it"
+    as_written(llm)
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_SHAPES
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
@@ -168,7 +182,7 @@ def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]
 
     `kind` is "sdpa", where the model has it, or "eager".
     """
-    config, compiled = llm.model.config, _as_written(llm)
+    config, compiled = llm.model.config, as_written(llm)
     packed = config._attn_implementation
     config._attn_implementation = kind if getattr(llm.model, "_supports_sdpa", False) else "eager"
     try:
@@ -179,8 +193,8 @@ def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]
             block.forward = forward
 
 
-def _as_written(llm: LanguageModel) -> dict[Any, Any]:
-    """Undo `compile_blocks` and `recompute_activations`; returns each block's function so far."""
+def as_written(llm: LanguageModel) -> dict[Any, Any]:
+    """Undo `compile_blocks`, `write_out`, `recompute_activations`; returns each block's function so far."""
     blocks = getattr(llm.model.base_model, "layers", ())
     return {block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)}
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.sources.base import Columns, DataFlags
+from extract.sources.base import Columns, DataFlags, host_of, hosts_of
 from extract.sources.find import find_sources
 from extract.sources.local_images import LocalImages, read_image
 from extract.sources.stored_images import ParquetImages, StoredImages
@@ -377,3 +377,19 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
             with pytest.raises(LlavaError, match=f"{name} is no regular file"):
                 find_sources(str(data))
         (tmp_path / name).unlink()
+
+
+def test_hosts_of_many_addresses_are_those_of_each() -> None:
+    plain = ["http://a.example/1.jpg", "https://A.example:80/x?y#z", "http://a.example", "http://a.example?x"]
+    odd = ["http://user:secret@b.example/1", "http:\\\\c.example\\x", " http://d.example/ ", "http://[::1]/x"]
+    odd += [
+        "http://[",
+        "http://e.example:port/",
+        "http://例子.example/图.jpg",
+        "ftp://f.example/x",
+        "",
+        "x.jpg",
+    ]
+    odd += ["http://g\t.example"]
+    assert hosts_of([*plain, *odd, *plain]) == [host_of(url) for url in (*plain, *odd, *plain)]
+    assert hosts_of(plain)[0] == "a.example"

@@ -20,7 +20,7 @@ from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
 from train.data.packing import pack
 from train.data.samples import TextCounts
 from train.flops import Work
-from train.model.packed_model import prepare
+from train.model.packed_model import as_written, prepare
 from train.throughput import Throughput, progress_line
 
 
@@ -39,6 +39,7 @@ def test_the_step_makes_the_needed_operations_and_no_others(
 ) -> None:
     """Exactly, but for attention, which torch does not count on a CPU."""
     prepare(llm)
+    as_written(llm)
     batch = a_batch(llm)
     packed = pack(batch.features, batch.features.shape[1], batch.examples)
     with FlopCounterMode(display=False) as counter:
@@ -52,6 +53,7 @@ def test_a_sample_without_a_picture_takes_its_text_alone(
     llm: LanguageModel, projector: torch.nn.Module
 ) -> None:
     prepare(llm)
+    as_written(llm)
     whole = a_batch(llm)
     examples = [dataclasses.replace(example, picture=k % 2 == 0) for k, example in enumerate(whole.examples)]
     packed = pack(whole.features[::2], VISUAL, examples)

@@ -15,7 +15,7 @@ from llava_core.language.model import LanguageModel
 from tests.support.language_models import write_language_model
 from tests.support.paths import WORLD_MODELS
 from train.model.packed_attention import KERNELS, Attend, Kernel, on_a_cpu, one_by_one
-from train.model.packed_model import original_attention, prepare
+from train.model.packed_model import as_written, original_attention, prepare
 
 WORLD = WORLD_MODELS / "llm"
 
@@ -115,6 +115,7 @@ def test_the_model_is_as_it_was(llm: LanguageModel) -> None:
     with original_attention(llm), torch.no_grad():
         assert torch.equal(llm.model(ids).logits, expected)
     assert all(torch.equal(value, before[name]) for name, value in llm.model.state_dict().items())
+    as_written(llm)
     assert not any("forward" in vars(module) for module in llm.model.modules())
 
 
