@@ -108,9 +108,8 @@ def second_stage(
     shutil.rmtree(folder, ignore_errors=True)
     held_out = write_dialogues(first, made)
     before = measure(first, first.out / "run/best", held_out, folder / "before.jsonl")
-    train(
-        first, "--tune", tune, "--lr-llm", lr_llm, "--seed", seed, *more, steps=steps, batch_size=batch_size
-    )
+    flags = ("--tune", tune, "--lr-llm", lr_llm, "--seed", seed, *more)
+    train(first, *flags, steps=steps, batch_size=batch_size)
     after = measure(first, folder / "run/best", held_out, folder / "after.jsonl")
     figures: JsonDict = {"before": before, "after": after, "seconds": time.monotonic() - started}
     report(before, after)
