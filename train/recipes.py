@@ -50,4 +50,5 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """course, course-stage2: what the course project trains with. fast: its held-out loss in a fifth of the steps
 (benchmarks/RESULTS.md, Time to quality); give it `--max-steps`. stage2: the LoRA that did best of four on the
-demo's world (Stage 2 there), but with the default --lr-llm: its rate suits a model of 1 M parameters only."""
+demo's world (Stage 2 there), with the default --lr-llm, which was measured with SmolLM2-135M: the demo's rate
+suits a model of 1 M parameters only."""
