@@ -21,7 +21,7 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text
 from llava_core.geometry import kept_share
 from llava_core.row_status import Status
-from llava_core.shards.reader import Shard, reason_text
+from llava_core.shards.reader import AT_ONCE, Shard, reason_text
 from llava_core.types import JsonDict
 
 TOO_MANY_FAILED = 3
@@ -34,8 +34,6 @@ ASKED_IN_VAIN = [status for status in Status if status.failed and not status.in_
 REASONS, REASONS_SHOWN = 50, 5
 """Reasons of an outcome that are counted apart, and that the terminal and the page show."""
 OTHERS = "other reasons"
-ROWS_AT_ONCE = 1 << 15
-"""Rows whose captions are in memory together."""
 SAMPLE = 256
 """Rows whose token norms are computed."""
 QUANTILES = (0, 50, 95, 100)
@@ -246,8 +244,8 @@ def _characters(shard: Shard) -> np.ndarray:
     if shard.conversations:
         turns = map(shard.turns, shard.ok_rows())
         return np.array([sum(len(answer) for _, answer in own) for own in turns], np.int64)
-    starts = range(0, shard.rows, ROWS_AT_ONCE)
-    parts = [shard.caption_characters(start, min(start + ROWS_AT_ONCE, shard.rows)) for start in starts]
+    starts = range(0, shard.rows, AT_ONCE)
+    parts = [shard.caption_characters(start, min(start + AT_ONCE, shard.rows)) for start in starts]
     lengths: np.ndarray = np.concatenate([np.zeros(0, np.int64), *parts])[shard.status == Status.OK]
     return lengths
 

@@ -70,9 +70,8 @@ def read_questions(path: Path, prompt: str, output_keys: Sequence[str]) -> list[
     """Questions of a JSONL file. Raises LlavaError for an invalid line, or a key that the output adds."""
     questions = [{"prompt": prompt, **line} for line in read_lines(path)]
     for number, question in enumerate(questions, 1):
-        if not all(isinstance(question.get(key, ""), str) for key in ("system", "prompt")) or not isinstance(
-            question.get("image"), str
-        ):
+        told = {"image": None, "system": "", **question}
+        if not all(isinstance(told[key], str) for key in ("image", "system", "prompt")):
             wanted = '{"image": PATH or URL, "prompt": TEXT}'
             got = ", ".join(question)
             raise LlavaError(f"line {number} of {path} is no question", expected=wanted, got=f"keys {got}")

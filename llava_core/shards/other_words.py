@@ -265,9 +265,8 @@ def _named(key: str, row: dict[str, Any]) -> str:
     """How a row of a table names its picture; "" if it does not. Where a whole number may be missing, tables
     have 7.0 for the id 7."""
     if key == "shard and row":
-        return f"{str(decoded(row.get('shard'))).removesuffix('.h5')} {decoded(row.get('row'))}".removesuffix(
-            ".0"
-        )
+        shard, number = (str(decoded(row.get(name))) for name in ("shard", "row"))
+        return f"{shard.removesuffix('.h5')} {number.removesuffix('.0')}"
     value = row.get(key)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         (value,) = value

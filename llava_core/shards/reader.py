@@ -40,6 +40,8 @@ class OpenFile:
         weakref.finalize(self, os.close, self.descriptor)
 
 
+AT_ONCE = 1 << 15
+"""Rows whose texts are in memory together, where all are read."""
 SPACE_BEGINS = np.isin(np.arange(256), [*range(9, 14), *range(28, 33), 0xC2, 0xE1, 0xE2, 0xE3])
 """First bytes of the characters that `str.strip` takes away, in UTF-8; other characters have them, too."""
 _kept: collections.deque[OpenFile] = collections.deque(maxlen=OPEN_FILES)

@@ -13,10 +13,7 @@ import numpy as np
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards, require_one_encoder
 from llava_core.shards.other_words import with_words
-from llava_core.shards.reader import Shard
-
-AT_ONCE = 1 << 15
-"""Rows whose words are looked at together."""
+from llava_core.shards.reader import AT_ONCE, Shard
 
 
 @dataclasses.dataclass(frozen=True)

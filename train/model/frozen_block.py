@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from train.model.packed_attention import BACKWARD, FORWARD
+
 PADDED = 1.5
 """Samples are padded to the longest where that makes at most so many times the scores."""
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ def attend_on_a_cpu(
     """
     lengths = starts.diff().tolist()
     samples = zip(*(torch.split(x, lengths, 2) for x in (q, k, v)), strict=True)
-    parts = [_FORWARD(*sample, 0.0, True, scale=scale) for sample in samples if sample[0].shape[2]]
+    parts = [FORWARD(*sample, 0.0, True, scale=scale) for sample in samples if sample[0].shape[2]]
     out, sums = (torch.cat([part[i] for part in parts], 2).contiguous() for i in range(2))
     return out, sums
 
@@ -120,12 +120,12 @@ def attend_backward(
     """Gradients of q, k and v."""
     lengths = starts.diff().tolist()
     samples = zip(*(torch.split(x, lengths, 2) for x in (gradient, q, k, v, out, sums)), strict=True)
-    parts = [_BACKWARD(*sample, 0.0, True, scale=scale) for sample in samples if sample[0].shape[2]]
+    parts = [BACKWARD(*sample, 0.0, True, scale=scale) for sample in samples if sample[0].shape[2]]
     return [torch.cat(gradients, 2).contiguous() for gradients in zip(*parts, strict=True)]
 
 
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @attend_on_a_cpu.register_fake
