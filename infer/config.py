@@ -14,7 +14,7 @@ from infer.serve.listen import listening
 from llava_core.cli.download_options import DownloadOptions
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
-from llava_core.filesystem import require_file, require_file_place
+from llava_core.filesystem import require_file, require_file_place, require_matches
 from llava_core.input_folders import (
     require_checkpoint,
     require_language_model,
@@ -135,6 +135,7 @@ class QuestionFile(Aligned, DownloadOptions):
         require_file_place("--output", self.output)
         if self.features is not None:
             shard_paths(self.features)
+        require_matches("--text", self.text)
         if self.input is not None:
             require_file("--input", self.input)
         if self.vision is not None:

@@ -177,6 +177,9 @@ def test_questions_of_other_words_are_asked_about_the_same_pictures(
     flags = (*models, "--features", pictures, "--text", tmp_path / "x.jsonl")
     ended = call("infer", "batch", *flags, "--output", tmp_path / "out.jsonl", "--max-tokens", 8)
     assert "1 about no picture here, such as 'no'" in ended.err
+    absent = (*models, "--features", pictures, "--text", tmp_path / "absent.jsonl")
+    line = call("infer", "batch", *absent, "--output", tmp_path / "none.jsonl", code=1).one_line()
+    assert line.endswith("absent.jsonl; give --text one that is there, or a pattern of some")
     said = read_json_lines(tmp_path / "out.jsonl")
     places = [(each["shard"], each["row"], each["id"], each.get("system")) for each in said]
     assert places == [("a.h5", 1, "a1", None), ("b.h5", 2, "b2", "短"), ("b.h5", 2, "b2", None)]
