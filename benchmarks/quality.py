@@ -22,8 +22,9 @@ import tyro
 from llava_align.config import MODELS
 from llava_core.projector.projector import Projector
 from train.config import RunConfig
+from train.data.batch import answer_tokens
 from train.data.packing import Packing
-from train.data.samples import Samples, answer_tokens
+from train.data.samples import Samples
 from train.data.schedule import Schedule
 from train.distributed import ProcessGroup, joined
 from train.evaluate import evaluate

@@ -218,9 +218,9 @@ class Bench:
 
     def ours(self, steps: int) -> Pass:
         run, waiting = self.run, 0.0
-        losses: list[float] = []
+        losses: list[torch.Tensor] = []
         resources = run.resources
-        packing = resources.packing(run.config.micro_tokens, run.prediction.tokens_per_step)
+        packing = resources.packing(run.config.micro_tokens)
         trainer = Ours({0: run}, resources, packing, StopRequest())
         self.reset()
         device = run.llm.device
@@ -228,11 +228,11 @@ class Bench:
         batches = trainer.batches(run.schedule.steps)
         for batch, waited in timed(batches):
             waiting += waited
-            losses += trainer.train_step(batch).values()
+            losses += trainer.train_step(batch)
             if len(losses) == steps:
                 break
         batches.close()
-        return Pass(time.perf_counter() - began, waiting, 0.0, peak(device), losses[0])
+        return Pass(time.perf_counter() - began, waiting, 0.0, peak(device), float(losses[0]))
 
     def transformers_trainer(self, steps: int) -> Pass:
         """Cached features by transformers' own Trainer, padded; its loss over every logit."""

@@ -117,6 +117,28 @@ def _group_rooms(root: Path) -> list[int]:
     return rooms
 
 
+def on_its_way(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` of the CPU on `device`; to a GPU they go from pinned memory, while the host goes on."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
+class Later:
+    """Numbers that a device still computes, to be read when it has been given more to do."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        on_gpu = values.device.type == "cuda"
+        self._values = values.detach().to("cpu", non_blocking=on_gpu)  # into pinned memory
+        self._copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
+
+    def read(self) -> torch.Tensor:
+        """The numbers, on the CPU, as soon as they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values
+
+
 @functools.lru_cache(maxsize=4)
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of large matrix products: the best of several, measured for about `seconds`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llava_core.cli.console import human_bytes, human_seconds, say, show, table
-from llava_core.device import default_dtype, matmul_rate
+from llava_core.device import default_dtype, free_memory, matmul_rate
 from llava_core.errors import LlavaError
 from llava_core.language.model import context_of
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
@@ -22,10 +22,11 @@ from llava_core.projector.projector import (
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
+from train.data.batch import TextCounts
 from train.data.feature_cache import pick_residence, worth_caching
 from train.data.packing import cut, tokens_of
 from train.data.prefetch import AHEAD
-from train.data.samples import Samples, TextCounts
+from train.data.samples import Samples
 from train.data.schedule import Schedule
 from train.flops import Work, head_width
 from train.model.loss import CHUNK_LOGITS
@@ -40,9 +41,11 @@ EFFICIENCY = {"cuda": 0.4, "mps": 0.4, "cpu": 0.45}
 which are those of CPUs."""
 
 
+SHARE = 0.75
+"""Of the free RAM, what the model and activations may take: predicted memory is right within a third."""
 COUNTS = (
     *("shards", "samples", "steps", "frozen_parameters", "trained_parameters", "visual_tokens"),
-    *("tokens_per_step", "answer_tokens_per_step"),
+    *("tokens_per_step", "micro_tokens", "answer_tokens_per_step"),
 )
 
 
@@ -61,6 +64,8 @@ class Prediction:
     """Visual tokens of a sample, as the language model sees them."""
     tokens_per_step: float
     """Visual ones included."""
+    micro_tokens: int
+    """--micro-tokens, or as many as the free RAM holds activations of."""
     answer_tokens_per_step: float
     operations_per_step: float
     matmul_rate: float
@@ -186,7 +191,13 @@ def predict(
         evaluations = 1 + -(-schedule.steps // config.eval_every)
     # An evaluation takes two forward passes a sample, about what training on it takes.
     evaluated = evaluations * held_out / batch
-    tokens = min(config.micro_tokens, sum(lengths) * per_step)
+    per_token = activation_bytes(model.config, dtype, config.tune, recomputes)
+    micro_tokens, needed = config.micro_tokens, sum(lengths) * per_step
+    if device.type != "cuda":  # which says itself when its memory is full
+        loaded = parameter_count(model) * dtype.itemsize if model.device.type != "meta" else 0
+        free = SHARE * (free_memory(device) + loaded) - parameter_count(model) * dtype.itemsize
+        micro_tokens = min(micro_tokens, max(*most, round(free / per_token)))
+    tokens = min(micro_tokens, needed)
     head_rows = min(
         CHUNK_LOGITS // model.config.vocab_size, counts.answers * per_step * tokens / sum(lengths)
     )
@@ -197,7 +208,8 @@ def predict(
         frozen_parameters=frozen,
         trained_parameters=parameter_count(projector) + tuned,
         visual_tokens=visual,
-        tokens_per_step=sum(lengths) * per_step,
+        tokens_per_step=needed,
+        micro_tokens=micro_tokens,
         answer_tokens_per_step=counts.answers * per_step,
         operations_per_step=operations,
         matmul_rate=rate,
@@ -205,7 +217,7 @@ def predict(
         memory={
             **({"process": memory_before} if device.type != "cuda" else {}),
             "language_model": parameter_count(model) * dtype.itemsize,
-            "activations": round(tokens * activation_bytes(model.config, dtype, config.tune, recomputes)),
+            "activations": round(tokens * per_token),
             # In fp32 as logits and as probabilities, and once more in the model's own type.
             "logits": round(head_rows * model.config.vocab_size * (8 + dtype.itemsize)),
             "projector_and_optimizer": parameter_count(projector) * 16,

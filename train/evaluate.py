@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
+from llava_core.device import Later
 from llava_core.input_folders import folders_of
 from llava_core.language.model import LanguageModel
 from llava_core.projector.aligned import load_aligned
@@ -21,10 +24,12 @@ from llava_core.projector.projector import Projector
 from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
 from train.config import EvalConfig, RunConfig
+from train.data.batch import Batch, answer_tokens
 from train.data.packing import Packing
-from train.data.samples import Batch, Samples, answer_tokens
+from train.data.prefetch import prefetch
+from train.data.samples import Samples
 from train.distributed import ProcessGroup, joined
-from train.model.loss import sample_losses
+from train.model.loss import token_losses
 from train.resources import TrainingResources
 from train.run_folder import OLD_INSTRUCTIONS
 
@@ -102,23 +107,41 @@ def evaluate(
     visual = projector.tokens_out(samples.tokens)
     sums = np.zeros((n, 3))
 
-    def losses(batch: Batch) -> np.ndarray:
-        rows = packing.rows(batch.to(llm.device), [visual])
-        return torch.cat([sample_losses(llm, projector, row) for row in rows]).numpy()
+    def load(start: int) -> list[tuple[int, list[int], Batch]]:
+        """The batch from a sample on, and beside other pictures: the column of `sums`, indices, samples."""
+        indices = list(range(start, min(start + batch_size, n)))
+        right = samples.batch(indices, epoch=0)
+        batches = [(0, indices, right)]
+        if beside := [i for i in indices if i in others]:
+            features = samples.features([others[i] for i in beside])
+            examples = [example for example in right.examples if example.picture]
+            batches.append((1, beside, dataclasses.replace(right, features=features, examples=examples)))
+        return batches if llm.device.type != "cuda" else [(c, i, some.pinned()) for c, i, some in batches]
 
-    starts = group.shard(range(0, n, batch_size))
-    with group.same_outcome(), progress(n, "samples", desc="evaluate", leave=False) as bar:
-        for start in starts:
-            indices = list(range(start, min(start + batch_size, n)))
-            batch = samples.batch(indices, epoch=0)
-            sums[indices, 0] = losses(batch)
-            beside = [i for i in indices if i in others]
-            if beside:
-                shuffled = samples.features([others[i] for i in beside])
-                examples = [example for example in batch.examples if example.picture]
-                sums[beside, 1] = losses(dataclasses.replace(batch, features=shuffled, examples=examples))
-            sums[indices, 2] = [answer_tokens([example]) for example in batch.examples]
+    def losses(batch: Batch) -> Later:
+        rows = packing.rows(batch.to(llm.device), [visual])
+        return Later(torch.cat([token_losses(llm, projector, row) for row in rows]))
+
+    def add(column: int, indices: list[int], batch: Batch, nats: Later) -> None:
+        counts = [answer_tokens([example]) for example in batch.examples]
+        own = np.repeat(indices, counts)
+        np.add.at(sums[:, column], own, nats.read().double().numpy())
+        if column == 0:
+            sums[indices, 2] = counts
             bar.update(len(indices) * group.size)
+
+    with (
+        group.same_outcome(),
+        progress(n, "samples", desc="evaluate", leave=False) as bar,
+        contextlib.closing(prefetch(load, group.shard(range(0, n, batch_size)))) as loaded,
+    ):
+        unread: list[tuple[int, list[int], Batch, Later]] = []
+        for each in itertools.chain.from_iterable(loaded):
+            unread.append((*each, losses(each[-1])))
+            if len(unread) > 1:  # a batch late, so that the device need not wait for the host
+                add(*unread.pop(0))
+        for last in unread:
+            add(*last)
     sums = np.reshape(group.sum(*sums.ravel().tolist()), sums.shape)
 
     def of(indices: Sequence[int]) -> np.ndarray:

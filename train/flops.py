@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from train.data.samples import TextCounts
+from train.data.batch import TextCounts
 
 
 @dataclasses.dataclass(frozen=True)

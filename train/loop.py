@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -12,12 +14,13 @@ import torch
 
 from llava_core.bootstrap import figure_rows
 from llava_core.cli.console import progress, say, show, table
+from llava_core.device import Later
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
 from train.cost_prediction import outcome_line
-from train.data.packing import Packing
-from train.data.prefetch import prefetch
-from train.data.samples import Batch
+from train.data.batch import Batch
+from train.data.packing import Packing, cut, tokens_of
+from train.data.prefetch import training_batches
 from train.distributed import DeferredError
 from train.model.loss import packed_losses
 from train.model.packed_model import compilations
@@ -30,6 +33,8 @@ Outcome: TypeAlias = "JsonDict | LlavaError"
 """The summary of a run that ended, or the error it failed with."""
 EvalCallback = Callable[[int, int, JsonDict], bool]
 """(which run, its step, its figures) after each evaluation; False ends that run there."""
+Losses = dict[int, float]
+"""Each run's mean loss of a step by the run's number, in nats per answer token."""
 
 
 class Trainer:
@@ -52,6 +57,8 @@ class Trainer:
         self.step = first.step
         self.stopping = False
         """A rank has been asked to stop."""
+        self.unread: collections.deque[tuple[int, list[int], Later]] = collections.deque()
+        """Losses that the device still computes: the step, the runs' numbers, and one loss each."""
         self.outcomes: dict[int, Outcome] = {}
         self.throughput = Throughput(self.llm.device, first.prediction.matmul_rate)
 
@@ -67,11 +74,12 @@ class Trainer:
             for batch in self.throughput.waiting(batches):
                 if self.stopping or not self.active:
                     break
-                losses = self.train_step(batch)
+                running, losses = list(self.active), self.train_step(batch)
                 self.step += 1
-                self.end_diverged(losses)
+                self.unread.append((self.step, running, Later(losses)))
+                read = self.read_losses()
                 if self.due(self.config.log_every):
-                    bar.set_postfix_str(self.log(losses))
+                    bar.set_postfix_str(self.log(read))
                 if self.due(self.config.eval_every):
                     self.evaluate()
                 if self.improved or self.stopping or self.due(self.config.save_every):
@@ -79,24 +87,27 @@ class Trainer:
                 if self.due(self.config.eval_every):
                     self.prune()
                 bar.update()
+        self.read_losses(all_of_them=True)
         return self.finish()
 
     def batches(self, until: int) -> Generator[Batch, None, None]:
         """This rank's batches of the steps from here to `until`, read ahead."""
         steps, pin = range(self.step, until), self.llm.device.type == "cuda"
-        return prefetch(self.samples, self.schedule, steps, pin, self.group)
+        return training_batches(self.samples, self.schedule, steps, pin, self.group)
 
-    def train_step(self, batch: Batch) -> dict[int, float]:
+    def train_step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step of every run, on this rank's batch and those of the others.
 
-        Returns each run's mean loss in nats per answer token. Raises, on every rank, what one of them met.
+        Returns each run's mean loss in nats per answer token, fp32 [runs], on the device, for which the host
+        has not waited. Raises, on every rank, what one of them met.
         """
         runs, counts = list(self.active.values()), batch.counts
         losses = [torch.zeros((), device=self.llm.device) for _ in runs]
-        with DeferredError() as deferred, self.dropout():
+        with DeferredError() as deferred:
             if batch.error is not None:
                 raise batch.error
-            self.backward(batch, losses)
+            while not self.backward(batch, losses):
+                self.take_fewer_tokens(batch)
         gradients = [gradient for run in runs for gradient in run.gradients()]
         tokens = sum(run.visual * counts.pictures + counts.tokens for run in runs)
         operations = sum(run.operations(counts) for run in runs)
@@ -107,7 +118,20 @@ class Trainer:
         for run in runs:
             run.update(cut, dropped)
         self.throughput.count(samples, tokens, operations)
-        return {number: float(loss) for number, loss in zip(self.active, losses, strict=True)}
+        return torch.stack(losses)
+
+    def read_losses(self, all_of_them: bool = False) -> Losses:
+        """End the runs whose loss was not finite; returns the losses of the last step that has been read.
+
+        The newest step's stay unread, so that the device need not wait for the host, unless they are needed.
+        """
+        config, losses = self.config, Losses()
+        needed = self.stopping or any(map(self.due, (config.log_every, config.eval_every, config.save_every)))
+        while len(self.unread) > (0 if needed or all_of_them else 1):
+            step, numbers, values = self.unread.popleft()
+            losses = dict(zip(numbers, values.read().tolist(), strict=True))
+            self.end_diverged({number: losses[number] for number in numbers if number in self.active}, step)
+        return losses
 
     @contextlib.contextmanager
     def dropout(self) -> Iterator[None]:
@@ -121,15 +145,46 @@ class Trainer:
             if on:
                 yield
 
-    def backward(self, batch: Batch, losses: list[torch.Tensor]) -> None:
-        """Add each run's mean loss over the batch's answer tokens to `losses`, and its gradients."""
+    def backward(self, batch: Batch, losses: list[torch.Tensor]) -> bool:
+        """Set `losses` to each run's mean loss over the batch's answer tokens, and compute its gradients.
+
+        Returns whether the device's memory was large enough.
+        """
         runs = list(self.active.values())
         projectors = [run.projector for run in runs]
-        for row in self.packing.rows(batch.to(self.llm.device), [run.visual for run in runs]):
-            means = [loss / batch.counts.answers for loss in packed_losses(self.llm, projectors, row)]
-            torch.stack(means).sum().backward()  # type: ignore[no-untyped-call]
-            for (k, _), mean in zip(row.packs, means, strict=True):
-                losses[k] += mean.detach()
+        for loss in losses:
+            loss.zero_()
+        try:
+            with self.dropout():
+                for row in self.packing.rows(batch.to(self.llm.device), [run.visual for run in runs]):
+                    means = [loss / batch.counts.answers for loss in packed_losses(self.llm, projectors, row)]
+                    torch.stack(means).sum().backward()  # type: ignore[no-untyped-call]
+                    for (k, _), mean in zip(row.packs, means, strict=True):
+                        losses[k] += mean.detach()
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def take_fewer_tokens(self, batch: Batch) -> None:
+        """From here on half of what this batch had in a pass, whose gradients are forgotten.
+
+        Raises LlavaError if that was one sample.
+        """
+        lengths = [tokens_of(each, run.visual) for run in self.active.values() for each in batch.examples]
+        most = max(sum(lengths[start:end]) for start, end in cut(lengths, self.packing.micro_tokens))
+        fewer = max(*lengths, most // 2)
+        if fewer == most:
+            raise LlavaError(
+                f"the memory of {self.llm.device} is too small for one sample",
+                got=f"{most:,} tokens",
+                do="give --gradient-checkpointing, a lower --max-text-tokens, or --visual-tokens pool",
+            )
+        say(f"no room on {self.llm.device} for {most:,} tokens in a pass: now --micro-tokens {fewer}")
+        self.packing = dataclasses.replace(self.packing, micro_tokens=fewer)
+        for optimizer in [each for run in self.active.values() for each in run.optimizers]:
+            optimizer.zero_grad(set_to_none=True)
+        if self.llm.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def due(self, every: int) -> bool:
         """Whether what is done every `every` steps, and after the last one, is to be done now."""
@@ -150,7 +205,8 @@ class Trainer:
         """Measure every run on the held-out rows."""
         for run in self.active.values():
             run.evaluate(self.packing)
-        self.end_diverged({number: run.figures.get("eval_loss", 0.0) for number, run in self.active.items()})
+        losses = {number: run.figures.get("eval_loss", 0.0) for number, run in self.active.items()}
+        self.end_diverged(losses, self.step)
         self.throughput.restart()  # rates are those of training alone
 
     @property
@@ -174,11 +230,11 @@ class Trainer:
             run.save()
             self.end(number, run.finish({"pruned": self.step}))
 
-    def end_diverged(self, losses: Mapping[int, float]) -> None:
-        """End the runs whose loss is not finite."""
+    def end_diverged(self, losses: Mapping[int, float], step: int) -> None:
+        """End the runs whose loss at `step` is not finite."""
         for number, loss in losses.items():
             if not math.isfinite(loss):
-                self.end(number, self.active[number].diverged(loss))
+                self.end(number, self.active[number].diverged(loss, step))
 
     def end(self, number: int, outcome: Outcome) -> None:
         self.outcomes[number] = outcome

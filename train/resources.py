@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
-
 from llava_core.input_folders import folders_of
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
@@ -26,8 +24,8 @@ from train.tuning import Tuning
 
 EVAL_SEED = 0
 """Seed of the held-out rows' instructions: runs with the same ones are asked the same questions."""
-SHAPES = 24
-"""Row lengths for which the model is compiled: multiples of a usual step's tokens divided by this."""
+ROW_UNIT = 128
+"""Rows of a compiled model are padded to multiples of this many tokens, the size of its matrix tiles."""
 
 
 class TrainingResources:
@@ -56,7 +54,6 @@ class TrainingResources:
         """Bytes that the process held before the language model was loaded."""
         self.prepared: Prepared | None = None
         """How the language model takes packs, once it is loaded."""
-        self._compiled_unit = 1
         self._tuning: Tuning | None = None
         self._samples: dict[tuple[bool, int, bool, str | None], Samples] = {}
 
@@ -101,7 +98,7 @@ class TrainingResources:
         if not self.held_out_shards:
             return training, None
         held_out = self._rows(config, held_out=True)
-        return training, held_out.with_text_options(tokens, EVAL_SEED, instructions)
+        return training, held_out.with_text_options(tokens, EVAL_SEED, instructions).remember()
 
     def rows(self, config: RunConfig) -> JsonDict:
         """Identities of the rows that a run trains on, and of those it is judged by."""
@@ -121,13 +118,9 @@ class TrainingResources:
             for samples in cached:
                 samples.cache_on(place)
 
-    def packing(self, micro_tokens: int, tokens_per_step: float) -> Packing:
-        """How steps of about this many tokens are laid out: for a compiled model in rows of few lengths."""
-        unit = max(1, round(tokens_per_step / SHAPES)) if self.compiled else 1
-        if unit != self._compiled_unit:  # what is compiled so far is for rows of other lengths
-            torch._dynamo.reset()
-            self._compiled_unit = unit
-        return Packing(micro_tokens, unit, self.llm.context)
+    def packing(self, micro_tokens: int) -> Packing:
+        """How steps are laid out, in passes of at most this many tokens."""
+        return Packing(micro_tokens, ROW_UNIT if self.compiled else 1, self.llm.context)
 
     def _rows(self, config: RunConfig, held_out: bool) -> Samples:
         limit = config.eval_samples if held_out else config.max_samples

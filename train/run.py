@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from llava_core.cli.console import say
+from llava_core.cli.console import human_bytes, say
+from llava_core.device import free_memory
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
 from llava_core.projector.projector import require_visual_tokens
@@ -97,7 +98,10 @@ def train_to_the_end(
     outcomes: dict[int, Outcome] = {}
     first = next(iter(runs.values()))
     tokens = sum(run.prediction.tokens_per_step for run in runs.values())
-    packing = resources.packing(first.config.micro_tokens, tokens)
+    most = min(run.prediction.micro_tokens for run in runs.values())
+    if most < min(first.config.micro_tokens, tokens):
+        say(f"--micro-tokens {most}, since {human_bytes(free_memory(resources.device))} are free")
+    packing = resources.packing(most)
     while left := {number: run for number, run in runs.items() if number not in outcomes}:
         step, *later = sorted({run.step for run in left.values()})
         behind = {number: run for number, run in left.items() if run.step == step}

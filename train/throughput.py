@@ -12,7 +12,7 @@ import torch
 from llava_core.cli.console import human_bytes
 from llava_core.device import utilisation, utilisation_shown
 from llava_core.types import JsonDict
-from train.data.samples import Batch
+from train.data.batch import Batch
 
 
 class Throughput:

@@ -15,8 +15,8 @@ from llava_core.projector.projector import described, parameter_count
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.cost_prediction import predict, projector_of
+from train.data.batch import TextCounts
 from train.data.packing import Packing
-from train.data.samples import TextCounts
 from train.data.schedule import Schedule
 from train.evaluate import INTERVALS, ONE_PICTURE, evaluate
 from train.initialization import initial_projector
@@ -280,18 +280,18 @@ class TrainingRun:
             say(f"{self.title}no step was better than {self.config.init}: {losses}; try a lower {lower}")
         return summary
 
-    def diverged(self, loss: float) -> LlavaError:
-        """The error for a loss that is not finite, after a step or before the first."""
-        if not self.step:
+    def diverged(self, loss: float, step: int) -> LlavaError:
+        """The error for a loss that is not finite at `step`, 0 before the first."""
+        if not step:
             return LlavaError(
                 f"the held-out loss is {loss} before the first step",
                 do="look for numbers that are not finite in the features, held-out ones too, or in --init",
             )
-        _, indices = self.schedule.at(self.step - 1)
+        _, indices = self.schedule.at(step - 1)
         picked = [self.samples.place(index) for index in indices]
         rows = [f"{self.samples.shards[shard].path.name}:{row}" for shard, row in picked]
         return LlavaError(
-            f"the loss is {loss} at step {self.step}, learning rate {self.learning_rate(self.step - 1):.2e}",
+            f"the loss is {loss} at step {step}, learning rate {self.learning_rate(step - 1):.2e}",
             got=f"rows {', '.join(rows)}",
             do="begin again in another --out with a lower --lr",
         )

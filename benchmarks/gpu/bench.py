@@ -22,7 +22,8 @@ from llava_core.language.prompt_and_labels import Conversation
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 from train.config import Compile, RunConfig
-from train.data.samples import Batch, Samples
+from train.data.batch import Batch
+from train.data.samples import Samples
 from train.resources import TrainingResources
 
 

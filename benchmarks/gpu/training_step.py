@@ -14,8 +14,8 @@ from benchmarks.gpu.rows import Clock, Row, in_turns, median_of, row, seconds_of
 from benchmarks.train import Settings, open_bench
 from llava_core.projector.projector import build_projector
 from train.config import Tune
+from train.data.batch import answer_tokens
 from train.data.packing import Packing
-from train.data.samples import answer_tokens
 from train.flops import Work
 from train.model.loss import head_loss, packed_losses
 from train.model.packed_model import compilations

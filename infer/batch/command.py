@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -141,8 +142,11 @@ def _answered(
             for detokenizer, token in zip(texts, step, strict=True):
                 if token is not None:
                     detokenizer.add(token)
-    except LlavaError as error:  # a prompt too long for the model
-        return {k: {"error": str(error)} for k in encoded}
+    except LlavaError as error:  # a prompt too long for the model, or numbers that are not finite
+        if len(encoded) == 1:
+            return {k: {"error": str(error)} for k in encoded}
+        alone = [_answered(answerer, {k: found}, ids, sampling, seeds) for k, found in encoded.items()]
+        return dict(ChainMap(*alone))
     for detokenizer in texts:
         detokenizer.end()
     return {k: {"answer": each.text.strip()} for k, each in zip(encoded, texts, strict=True)}

@@ -23,9 +23,12 @@ from infer.serve.request import STOPPING, GenerationRequest, TextDelta
 from llava_core.cli.console import say_fault
 from llava_core.errors import first_line
 from llava_core.language.detokenize import StreamDetokenizer
-from llava_core.language.generate import cached_prefix, choose
+from llava_core.language.generate import NOT_FINITE, cached_prefix, choose, not_finite
+from llava_core.language.sampling import Sampling
 
 T = TypeVar("T")
+NONE = torch.empty(0, 0, dtype=torch.long)
+"""No tokens."""
 PREFILL_TOKENS = 2048
 """Most tokens of several prompts in one forward pass; a single prompt may be longer."""
 
@@ -224,18 +227,17 @@ class Scheduler:
 
     def _emit(self, slots: Sequence[SequenceSlot], logits: torch.Tensor) -> None:
         """Choose the next token of every answer and emit the text it adds."""
-        greedy = logits.argmax(-1).tolist()
-        for slot, row, token in zip(slots, logits, greedy, strict=True):
-            answer = slot.answer
-            assert answer is not None
+        answers = [slot.answer for slot in slots if slot.answer]
+        chosen = choose(logits, Sampling(), (), NONE)
+        for k, answer in enumerate(answers):
             sampling = answer.request.sampling
             if sampling.temperature or sampling.repetition_penalty != 1:
-                generated = torch.tensor([answer.detokenizer.tokens], dtype=torch.long, device=logits.device)
-                try:
-                    token = int(choose(row[None], sampling, [answer.generator], generated))
-                except RuntimeError as error:  # only this answer fails
-                    self._fail([slot], _fault(error))
-                    continue
+                before = torch.tensor([answer.detokenizer.tokens], dtype=torch.long, device=logits.device)
+                chosen[k] = choose(logits[k : k + 1], sampling, [answer.generator], before)[0]
+        for slot, answer, token in zip(slots, answers, chosen.tolist(), strict=True):
+            if token == NOT_FINITE:
+                self._fail([slot], f"the model failed: {not_finite(self.llm)}")
+                continue
             delta = self._add(answer.request, answer.detokenizer, token)
             if delta.finish:
                 slot.free()

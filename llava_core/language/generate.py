@@ -8,9 +8,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from transformers import DynamicCache
 
+from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import MIN_TEMPERATURE, Sampling
+
+NOT_FINITE = -1
+"""In the place of a token, where the model's logits are not finite."""
+
+
+def not_finite(llm: LanguageModel) -> str:
+    """What is wrong where it stands."""
+    return f"the logits of {llm.id} are not finite"
 
 
 @torch.inference_mode()
@@ -30,7 +39,8 @@ def generate(
     says whether a sequence has reached one.
     Once closed, `cache` holds every token that went through the model. A single sequence may be decoded by
     `compiled`. Each sequence is sampled by its own one of `seeds`, independently of the others in the batch;
-    by default all have the sampling's. Raises LlavaError if no token fits the model's context.
+    by default all have the sampling's. Raises LlavaError if no token fits the model's context, or if logits
+    are not finite.
     """
     cache = llm.new_cache() if cache is None else cache
     seeds = [sampling.seed] * len(embedded) if seeds is None else seeds
@@ -44,6 +54,8 @@ def generate(
         for _ in range(limit):
             chosen = choose(forward(embedded).float(), sampling, generators, generated)
             tokens: list[int] = chosen.tolist()
+            if NOT_FINITE in tokens:
+                raise LlavaError(not_finite(llm))
             ended = [done or token in llm.eos_ids for done, token in zip(ended, tokens, strict=True)]
             if all(ended):
                 return
@@ -82,14 +94,16 @@ def choose(
     """Logits [B, V], a generator for each, and the answers' tokens so far [B, n] -> the next tokens [B].
 
     At temperature 0 the argmax; otherwise sampled from the `top_k` most probable, and among these from the
-    nucleus `top_p` (arXiv:1904.09751), after the repetition penalty (arXiv:1909.05858).
+    nucleus `top_p` (arXiv:1904.09751), after the repetition penalty (arXiv:1909.05858). NOT_FINITE where
+    logits are not finite. Nothing is read from the device.
     """
+    finite = logits.amax(-1).isfinite()
     if sampling.repetition_penalty != 1:
         penalty, repeated = sampling.repetition_penalty, logits.gather(-1, generated)
         penalised = torch.where(repeated > 0, repeated / penalty, repeated * penalty)
         logits = logits.scatter(-1, generated, penalised)
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return torch.where(finite, logits.argmax(-1), NOT_FINITE)
     logits = logits / max(sampling.temperature, MIN_TEMPERATURE)
     few = 0 < sampling.top_k < logits.shape[-1]
     ranked, order = logits.topk(sampling.top_k) if few else logits.sort(-1, descending=True)
@@ -98,9 +112,11 @@ def choose(
     beyond = before >= sampling.top_p
     beyond[..., 0] = False  # a nucleus is never empty
     probabilities = probabilities.masked_fill(beyond, 0)
+    # As torch.multinomial draws, which would read from the device whether the probabilities are some.
     rows = zip(probabilities, generators, strict=True)
-    drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
-    return order.gather(-1, drawn).squeeze(-1)
+    races = torch.stack([torch.empty_like(row).exponential_(generator=generator) for row, generator in rows])
+    drawn = (probabilities / races).argmax(-1, keepdim=True)
+    return torch.where(finite, order.gather(-1, drawn).squeeze(-1), NOT_FINITE)
 
 
 def cached_prefix(cached: Sequence[int], ids: Sequence[int]) -> int:

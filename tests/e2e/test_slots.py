@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from infer.answerer import ImageAnswerer
 from infer.chat.image_dialogue import ImageDialogue
 from infer.serve.kv_cache import longest_context
 from infer.serve.request import GenerationRequest, RequestImage, TextDelta
-from infer.serve.scheduler import Scheduler
+from infer.serve.scheduler import Scheduler, SequenceSlot
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import Folders, write_aligned
@@ -170,6 +173,27 @@ def test_a_model_that_fails_costs_only_the_answers_of_that_moment(
     assert after.answer() == alone(aligned, "看")
     assert after.request.reused == 0  # what a torn pass left is not trusted
     assert "RuntimeError: out of memory" in capfd.readouterr().err
+
+
+def test_logits_that_are_not_finite_cost_one_answer(
+    aligned: ImageAnswerer, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = scheduler._forward
+
+    def torn(slots: Sequence[SequenceSlot], *rest: Any) -> torch.Tensor:
+        logits = forward(slots, *rest)
+        for slot, row in zip(slots, logits, strict=True):
+            if slot.answer and slot.answer.request.sampling.seed == 7:
+                row[3] = math.nan
+        return logits
+
+    monkeypatch.setattr(scheduler, "_forward", torn)
+    torn_ones = [Asked(scheduler, "看", sampling=Sampling(temperature=t, seed=7)) for t in (0.0, 0.5)]
+    well = Asked(scheduler, "看")
+    for one in torn_ones:
+        error = one.news.get(timeout=60).error
+        assert error == f"the model failed: the logits of {aligned.llm.id} are not finite"
+    assert well.answer() == alone(aligned, "看")
 
 
 def test_closing_tells_everybody(aligned: ImageAnswerer) -> None:

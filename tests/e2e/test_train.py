@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
+from llava_core.language.model import LanguageModel
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.shards.dialogue import turns_to_text
 from llava_core.shards.writer import ShardWriter
@@ -29,8 +31,10 @@ from tests.support.runs import LOSS_CURVE, config, curve, flags_of, weights
 from tests.support.shards import TOKENS, WIDTH, header, outcome, write_shard
 from train.config import EvalConfig
 from train.cost_prediction import run as plan_run
+from train.data.packing import Row
 from train.evaluate import run as evaluate_run
 from train.metric_writers import has_key
+from train.model.loss import packed_losses
 from train.run import run as train_run
 
 
@@ -140,6 +144,53 @@ def test_a_finished_run_is_left_alone(world: Path, whole: Path, capfd: pytest.Ca
 
 def test_splitting_a_step_changes_nothing(world: Path, whole: Path, tmp_path: Path) -> None:
     train_run(config(world, tmp_path / "run", micro_tokens=150))
+    expected = curve(whole)
+    for step, loss in curve(tmp_path / "run").items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step
+
+
+def test_passes_shrink_until_the_device_has_room(
+    world: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A GPU says that its memory is full, here after some of a step's gradients."""
+    room, passes = 150, []
+
+    def packed(llm: LanguageModel, projectors: Any, row: Row) -> list[torch.Tensor]:
+        passes.append(len(row.positions))
+        if sum(passes) > 400 and len(row.positions) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return packed_losses(llm, projectors, row)
+
+    monkeypatch.setattr("train.loop.packed_losses", packed)
+    train_run(config(world, tmp_path / "run", micro_tokens=300, eval_features=None))
+    expected = curve(whole)
+    for step, loss in curve(tmp_path / "run").items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step
+    said = capfd.readouterr().err
+    assert re.search(r"no room on cpu for 2\d\d tokens in a pass: now --micro-tokens 1\d\d", said)
+    assert max(passes) > 150 >= max(passes[-5:])
+    room = 10
+    with pytest.raises(LlavaError, match=r"cpu is too small for one sample; got \d+ tokens; give --gr"):
+        train_run(config(world, tmp_path / "small", eval_features=None))
+
+
+def test_passes_are_as_long_as_the_free_ram_allows(
+    world: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for module in ("cost_prediction", "run"):
+        monkeypatch.setattr(f"train.{module}.free_memory", lambda device: 900_000)
+    planned = plan_run(config(world, tmp_path / "plan"))
+    assert 50 < planned["micro_tokens"] < planned["tokens_per_step"]
+    train_run(config(world, tmp_path / "run", eval_features=None))
+    assert re.search(r"--micro-tokens \d+, since 878.9 KiB are free", capfd.readouterr().err)
     expected = curve(whole)
     for step, loss in curve(tmp_path / "run").items():
         assert loss == pytest.approx(expected[step], rel=1e-4), step

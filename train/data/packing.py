@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
+from llava_core.device import on_its_way
 from llava_core.errors import LlavaError
 from llava_core.language.prompt_and_labels import IGNORE, Example
-from train.data.samples import Batch
+from train.data.batch import Batch
 
 UNBOUNDED = 1 << 30
 """Tokens of a context that is not known."""
@@ -41,12 +41,13 @@ class Pack:
     """Tokens of each sample; they sum to N."""
 
     def to(self, device: torch.device) -> Pack:
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        """Its tokens in one copy; the features are there already."""
+        if device.type == "cpu":
+            return self
+        names = ("ids", "positions", "visual", "predicting", "targets")
+        parts: list[torch.Tensor] = [getattr(self, name) for name in names]
+        moved = on_its_way(torch.cat(parts), device).split([*map(len, parts)])  # type: ignore[no-untyped-call]
+        return dataclasses.replace(self, **dict(zip(names, moved, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,7 @@ class Packing:
     micro_tokens: int
     """Most tokens in one pass, padding left out."""
     unit: int = 1
-    """Row lengths in tokens are padded to multiples of this, so that a compiled model is compiled for few
-    shapes; 1 pads nothing."""
+    """Row lengths in tokens are padded to multiples of this; 1 pads nothing."""
     context: int = UNBOUNDED
     """Most tokens of a sample: the language model's context length."""
 
@@ -109,7 +109,7 @@ class Packing:
             starts += starts[-1:] * (-len(starts) % SAMPLES_UNIT)
             longest += -longest % LONGEST_UNIT
         positions = [*(laid.positions for _, laid in packs), torch.arange(padding, device=device)]
-        moved = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+        moved = on_its_way(torch.tensor(starts, dtype=torch.int32), device)
         return Row(packs, padding, torch.cat(positions), moved, longest)
 
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from llava_core.errors import LlavaError
-from train.data.samples import Batch, Samples, TextCounts
+from train.data.batch import Batch, TextCounts
+from train.data.samples import Samples
 from train.data.schedule import Schedule
 from train.distributed import ProcessGroup
 
 AHEAD = 4
 """Batches in flight."""
 THREADS = 2
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 
-def prefetch(
+def training_batches(
     samples: Samples, schedule: Schedule, steps: range, pin: bool, group: ProcessGroup
 ) -> Generator[Batch, None, None]:
-    """This rank's shard of each of the `steps`, in order; `pin` pins features on the CPU.
+    """This rank's shard of each of the `steps`, read ahead; `pin` pins features on the CPU.
 
     A batch that cannot be read has its `error` instead of samples, for the other ranks to learn of it.
     """
@@ -34,15 +37,18 @@ def prefetch(
             batch = samples.batch([indices[k] for k in own], [epochs[k] for k in own])
         except (LlavaError, OSError) as error:
             return Batch(torch.empty(0), [], TextCounts.of([]), error)
-        if pin and not batch.features.is_cuda:
-            batch = dataclasses.replace(batch, features=batch.features.pin_memory())
-        return batch
+        return batch.pinned() if pin else batch
 
+    return prefetch(load, steps)
+
+
+def prefetch(load: Callable[[Key], Item], keys: Iterable[Key]) -> Generator[Item, None, None]:
+    """What `load` gives for each key, in order. Raises what it raises."""
     with ThreadPoolExecutor(THREADS, "loader") as pool:
-        ahead: collections.deque[Future[Batch]] = collections.deque()
+        ahead: collections.deque[Future[Item]] = collections.deque()
         try:
-            for step in steps:
-                ahead.append(pool.submit(load, step))
+            for key in keys:
+                ahead.append(pool.submit(load, key))
                 if len(ahead) > AHEAD:
                     yield ahead.popleft().result()
             while ahead:

@@ -15,66 +15,20 @@ import torch
 from llava_core.cli.console import counted, say_once
 from llava_core.errors import LlavaError
 from llava_core.language.instructions import default_question, instructions_for, pick_instruction
-from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example, Turn
+from llava_core.language.prompt_and_labels import Conversation, Example, Turn
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import picture_numbers
+from train.data.batch import Batch, TextCounts
 from train.data.feature_cache import FeatureCache
 from train.data.sources import Source, rows_identity, text_only_rows, usable_rows
 
+REMEMBERED = 1 << 14
+"""Most samples whose token ids are kept."""
 BYTES_PER_TOKEN = 4
 """Bytes of text that a visual token counts as, where samples are weighed."""
 READ_FOR_LANGUAGE = 512
 """Captions, evenly spaced, by which the default question's language is chosen."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TextCounts:
-    """Sums over the texts of some samples: what throughput and needed operations are computed from."""
-
-    samples: int
-    pictures: int
-    """Samples with a picture."""
-    tokens: int
-    """Text tokens."""
-    beside_pictures: int
-    """Those of them in samples with a picture."""
-    squares: int
-    """Sum of the squares of each sample's text tokens."""
-    answers: int
-    """Target tokens."""
-    cut: int
-    """Answers cut at --max-text-tokens."""
-    dropped: int
-    """Turns left out after a cut answer."""
-
-    @staticmethod
-    def of(examples: Sequence[Example]) -> TextCounts:
-        lengths = [len(example.ids) for example in examples]
-        return TextCounts(
-            len(examples),
-            sum(example.picture for example in examples),
-            sum(lengths),
-            sum(len(example.ids) for example in examples if example.picture),
-            sum(length * length for length in lengths),
-            answer_tokens(examples),
-            sum(example.cut for example in examples),
-            sum(example.dropped for example in examples),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Features fp16 [samples with a picture, T, D], on the CPU or where they are cached; texts of all."""
-
-    features: torch.Tensor
-    examples: list[Example]
-    counts: TextCounts
-    error: Exception | None = None
-    """Why there are no samples in it, although there should be."""
-
-    def to(self, device: torch.device) -> Batch:
-        return dataclasses.replace(self, features=self.features.to(device, non_blocking=True))
 
 
 class Samples:
@@ -242,6 +196,11 @@ class Samples:
         samples.max_text_tokens, samples.seed, samples.instructions = max_text_tokens, seed, instructions
         return samples
 
+    def remember(self) -> Samples:
+        """Keep each sample's token ids from when they are first asked for: about 5 KB for 100 tokens."""
+        self.example = functools.lru_cache(REMEMBERED)(self.example)  # type: ignore[method-assign]
+        return self
+
     def default_question(self) -> str:
         """What a projector trained on these is asked by default."""
         read = self.with_picture[:: -(-len(self.with_picture) // READ_FOR_LANGUAGE)]
@@ -291,8 +250,3 @@ class Samples:
             turns.append(Turn(question, answer))
         example = self.conversation.example(turns, self.max_text_tokens, dialogue.system)
         return example if self.has_picture(index) else dataclasses.replace(example, picture=False)
-
-
-def answer_tokens(examples: Sequence[Example]) -> int:
-    """Number of target tokens: those the loss falls on."""
-    return sum(sum(label != IGNORE for label in example.labels) for example in examples)

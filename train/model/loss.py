@@ -29,18 +29,15 @@ def packed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row
 
 
 @torch.no_grad()
-def sample_losses(llm: LanguageModel, projector: torch.nn.Module, row: Row) -> torch.Tensor:
-    """Log loss in nats of each sample, summed over its answer tokens: fp64 [samples in the row]."""
-    losses = []
-    for hidden, (_, pack) in zip(_hidden(llm, [projector], row), row.packs, strict=False):
-        each = [
+def token_losses(llm: LanguageModel, projector: torch.nn.Module, row: Row) -> torch.Tensor:
+    """Log loss in nats of each answer token, in the samples' order: fp32 [answer tokens in the row]."""
+    return torch.cat(
+        [
             F.nll_loss(log_p, pack.targets[part], reduction="none")
+            for hidden, (_, pack) in zip(_hidden(llm, [projector], row), row.packs, strict=False)
             for part, log_p in _chunks(hidden, llm.head)
         ]
-        sample = torch.bucketize(pack.predicting.cpu(), torch.tensor(pack.lengths).cumsum(0), right=True)
-        total = torch.zeros(len(pack.lengths), dtype=torch.float64)
-        losses.append(total.index_add_(0, sample, torch.cat(each).cpu().double()))  # in one order, on a CPU
-    return torch.cat(losses)
+    )
 
 
 def _hidden(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> tuple[torch.Tensor, ...]:

@@ -33,8 +33,8 @@ FLOOR = {"logits": 1e-4, "gradients": 1e-3}
 """Relative distances that are always near enough: the rounding of fp32."""
 BLURRED = 0.25
 """A type that is further from fp32 than this hides a wrong kernel."""
-MOST_SHAPES = 1024
-"""Row lengths that a model may be compiled for: more than occur, since torch ends the run at its limit."""
+MOST_GRAPHS = 1024
+"""Graphs that a block may have: more than occur, since torch ends the run at its limit."""
 
 Outputs = dict[str, torch.Tensor]
 """`logits` [N, vocabulary] of the checked samples and the `gradients` [N, hidden] that they send to the
@@ -156,9 +156,9 @@ def compile_blocks(llm: LanguageModel) -> str:
     if blocks is None:
         return "no list of blocks in it"
     as_written(llm)
-    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_SHAPES
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_GRAPHS
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        block.forward = torch.compile(block.forward, fullgraph=True)  # from the second row length on for any
     return ""
 
 

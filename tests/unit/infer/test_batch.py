@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer.batch.command import same_length
+from infer.batch.command import outcomes, same_length
 from infer.batch.questions import OUTPUT_KEYS, read_questions
 from llava_core.errors import LlavaError
+from llava_core.language.sampling import Sampling
+from tests.support.aligned import write_aligned
 
 
 def test_same_length_looks_ahead_for_prompts_of_one_length() -> None:
@@ -44,3 +48,14 @@ def test_a_line_with_a_key_of_the_output_is_refused_before_anything_is_answered(
         read_questions(path, "看", OUTPUT_KEYS)
     path.write_text(json.dumps(lines[0]))
     assert read_questions(path, "?", OUTPUT_KEYS) == [lines[0]]
+
+
+def test_numbers_that_are_not_finite_cost_one_answer_of_a_batch(tmp_path: Path) -> None:
+    answerer, ids = write_aligned(tmp_path).aligned(), [5, 6, 7]
+    visual = torch.zeros(3, answerer.llm.hidden)
+    few = Sampling(max_tokens=3)
+    (alone,) = outcomes(answerer, [visual], [ids], few, [0])
+    results = outcomes(answerer, [visual, visual * math.nan, visual], [ids] * 3, few, [0] * 3)
+    error = f"the logits of {answerer.llm.id} are not finite"
+    assert results == [alone, {"error": error}, alone]
+    assert "answer" in alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from llava_core.errors import LlavaError
-from llava_core.language.generate import choose
+from llava_core.language.generate import NOT_FINITE, choose
 from llava_core.language.sampling import Sampling
 
 DRAWS = 20_000
@@ -116,3 +117,32 @@ def test_no_flag_makes_numbers_that_are_none(flags: dict[str, Any]) -> None:
         tokens = torch.tensor([said], dtype=torch.long)
         (token,) = choose(logits, sampling, [torch.Generator()], tokens)
         assert 0 <= token < 4
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)])
+def test_logits_that_are_not_finite_give_no_token(sampling: Sampling) -> None:
+    logits = torch.tensor([[0.0, math.nan, 1.0], [0.0, 1.0, -math.inf], [math.inf, 0.0, 0.0]])
+    generators = [torch.Generator() for _ in logits]
+    tokens = choose(logits, sampling, generators, torch.empty(3, 0, dtype=torch.long)).tolist()
+    assert [tokens[0], tokens[2]] == [NOT_FINITE, NOT_FINITE]
+    assert tokens[1] in (0, 1)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5, repetition_penalty=1.2)])
+def test_the_choice_waits_for_no_device(sampling: Sampling) -> None:
+    """On torch's meta device no number can be read."""
+    logits, said = torch.empty(2, 30, device="meta"), torch.empty(2, 4, dtype=torch.long, device="meta")
+    generators: list[Any] = [None, None]  # torch's own, since meta tensors take no other
+    assert choose(logits, sampling, generators, said).shape == (2,)
+
+
+def test_a_seed_draws_what_torch_multinomial_does() -> None:
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(5))
+    none = torch.empty(40, 0, dtype=torch.long)
+    ours = choose(
+        logits, Sampling(temperature=1.0), [torch.Generator().manual_seed(k) for k in range(40)], none
+    )
+    ranked, order = logits.sort(-1, descending=True)
+    rows = enumerate(ranked.softmax(-1))
+    theirs = [torch.multinomial(row, 1, generator=torch.Generator().manual_seed(k)) for k, row in rows]
+    assert torch.equal(ours, order.gather(-1, torch.stack(theirs)).squeeze(-1))

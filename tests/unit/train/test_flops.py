@@ -17,8 +17,8 @@ from llava_core.projector.projector import build_projector
 from tests.support.language_models import write_language_model
 from tests.support.loss import summed_loss
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
+from train.data.batch import TextCounts
 from train.data.packing import pack
-from train.data.samples import TextCounts
 from train.flops import Work
 from train.model.packed_model import as_written, prepare
 from train.throughput import Throughput, progress_line

@@ -21,8 +21,8 @@ from llava_core.language.prompt_and_labels import IGNORE, Conversation, Example,
 from llava_core.projector.projector import build_projector
 from tests.support.language_models import byte_tokenizer, write_language_model
 from tests.support.loss import summed_loss
+from train.data.batch import Batch, TextCounts
 from train.data.packing import Packing, pack
-from train.data.samples import Batch, TextCounts
 from train.model.loss import head_loss, packed_losses
 from train.model.packed_attention import KERNELS, Kernel, flash_varlen, on_a_cpu, torch_varlen
 from train.model.packed_model import compilations, original_attention, prepare
@@ -134,8 +134,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
-def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> None:
-    """Batches of many lengths, and two sizes, with gradients and without."""
+def test_compiled_once_for_rows_of_any_length_and_equal(llm: LanguageModel, backend: str) -> None:
+    """Twice at most: torch begins with a graph for the first length. Batches of two sizes, with gradients."""
     batch, projector = a_batch(llm), a_projector(llm)
     batches = [
         batch_of(batch.features[order], [batch.examples[i] for i in order])
@@ -146,24 +146,27 @@ def test_compiled_for_few_shapes_and_equal(llm: LanguageModel, backend: str) -> 
         summed = []
         for some in batches:
             (row,) = Packing(10_000, unit).rows(some, [VISUAL])
+            lengths.add(len(row.positions))
             (loss,) = packed_losses(llm, [projector], row)
             loss.backward()  # type: ignore[no-untyped-call]
             summed.append(loss.detach())
         return torch.stack(summed)
 
+    torch._dynamo.reset()
+    lengths: set[int] = set()
     prepare(llm)
     expected, wanted = losses(unit=1), gradients(projector)
     before = compilations()
     assert prepare(llm, "on").compiled
-    torch.testing.assert_close(losses(unit=128), expected, rtol=1e-5, atol=1e-5)
+    lengths.clear()
+    torch.testing.assert_close(losses(unit=8), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(projector), wanted, rtol=1e-4, atol=5e-5)
-    # One for the model's check and one for each shape: all blocks share what is compiled for one.
-    shapes = {len(next(Packing(10_000, 128).rows(some, [VISUAL])).positions) for some in batches}
-    assert 1 < len(shapes) < len(batches)
-    assert compilations() - before == 1 + len(shapes)
+    # All blocks share what is compiled for one; the first graphs are those of the model's check.
+    assert len(lengths) >= 5
+    assert compilations() - before <= 3
     with original_attention(llm):
         llm.model(torch.arange(5)[None], use_cache=True)
-    assert compilations() - before == 1 + len(shapes)
+    assert compilations() - before <= 3
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
