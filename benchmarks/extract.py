@@ -5,7 +5,7 @@
     python -m benchmarks.extract --baseline           # and img2dataset, if on the PATH, and one by one
 
 Pictures are drawn once and served by a process of its own, each answer `--latency` seconds late. The stages
-and the whole take turns, `--repeat` times each; ratios are those of medians.
+and the whole take turns, `--repeat` times each; ratios are those of medians. CPU time is this process's.
 """
 
 from __future__ import annotations
@@ -102,17 +102,24 @@ def compare(settings: Settings, folder: Path) -> None:
                 kinds["img2dataset, then encode"] = bench.img2dataset
         bench.whole()  # the first encoding warms up
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        cpu: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(settings.repeat):
             for kind, measure in kinds.items():
+                before = time.process_time()
                 seconds[kind].append(measure())
+                cpu[kind].append(1000 * (time.process_time() - before) / settings.images)
     rates = {kind: settings.images / statistics.median(values) for kind, values in seconds.items()}
     spread = {
         kind: f"{settings.images / max(v):.1f} – {settings.images / min(v):.1f}"
         for kind, v in seconds.items()
     }
-    print(table([(k, f"{rates[k]:.2f}", spread[k]) for k in kinds], ("", "images/s", "slowest – fastest")))
+    spent = {kind: statistics.median(values) for kind, values in cpu.items()}
+    lines = [(kind, f"{rates[kind]:.2f}", spread[kind], f"{spent[kind]:.1f}") for kind in kinds]
+    print(table(lines, ("", "images/s", "slowest – fastest", "CPU, ms an image")))
     slowest = min((kind for kind in kinds if kind.endswith("alone")), key=lambda kind: rates[kind])
     print(f"whole / slowest stage alone ({slowest}): {rates['whole'] / rates[slowest]:.3f}")
+    stages = sum(spent[kind] for kind in kinds if kind.endswith("alone"))
+    print(f"CPU of the stages together / of the whole: {stages / spent['whole']:.3f}")
     for kind in list(kinds)[5:]:
         print(f"whole / {kind}: {rates['whole'] / rates[kind]:.2f}")
     print(f"said of the last pass: {json.dumps(bench.figures)}")

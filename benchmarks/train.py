@@ -9,6 +9,8 @@
 (b) the same with JPEGs on the local disk
 (c) features from our shards, but the padded step of (a)
 (d) ours
+With --trainer, (a), (b) and (c) also in the loop of transformers' own Trainer, which orders samples anew and
+does not tell how long it waits.
 They take turns, `--repeat` times each; ratios are those of medians. Stages: waiting for data, encoding
 images, and the rest, which is the step through the language model. Stage 2 reads dialogues instead of
 captions, and has no (b). Peak memory is with the vision encoder, though (c) and (d) need none.
@@ -21,6 +23,7 @@ import dataclasses
 import functools
 import os
 import random
+import resource
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +85,7 @@ class Settings:
     compile: Compile = "auto"
     """As of `train run`; on a GPU, unless off, ours without it is measured too, in stage 1."""
     trainer: bool = False
-    """Add transformers' own Trainer."""
+    """Add transformers' own Trainer on each of these data."""
 
 
 def main() -> None:
@@ -103,7 +106,9 @@ def compare(settings: Settings, folder: Path) -> None:
         passes: dict[str, list[Pass]] = {kind: [] for kind in kinds}
         for _ in range(settings.repeat):
             for kind, measure in kinds.items():
-                passes[kind].append(measure(bench.run.schedule.steps))
+                before = cpu_seconds()
+                one = measure(bench.run.schedule.steps)
+                passes[kind].append(dataclasses.replace(one, cpu=cpu_seconds() - before))
     report(settings, bench, passes)
 
 
@@ -144,7 +149,10 @@ def open_bench(
             name: functools.partial(bench.course, dataset) for name, dataset in data.items()
         }
         if settings.trainer:
-            kinds["(e) cached, transformers' Trainer"] = bench.transformers_trainer
+            kinds |= {
+                f"{name[:3]} by transformers' Trainer": functools.partial(bench.transformers_trainer, dataset)
+                for name, dataset in data.items()
+            }
         if settings.compile != "off" and not stage2 and bench.run.llm.device.type == "cuda":
             kinds["(f) ours, not compiled"] = bench_of("off").ours
         kinds["(d) ours"] = bench.ours
@@ -165,6 +173,7 @@ def report(settings: Settings, bench: Bench, passes: dict[str, list[Pass]]) -> N
                 kind,
                 f"{settings.samples / median[kind]:.2f}",
                 f"{settings.samples / slow:.2f} – {settings.samples / fast:.2f}",
+                f"{1000 * statistics.median(p.cpu for p in some) / settings.samples:.1f}",
                 f"{tokens / median[kind]:.0f}",
                 utilisation_shown(utilisation(operations, median[kind], rate)),
                 human_bytes(max(p.peak for p in some)),
@@ -172,12 +181,18 @@ def report(settings: Settings, bench: Bench, passes: dict[str, list[Pass]]) -> N
                 f"{some[0].first_loss:.4f}",
             )
         )
-    columns = ("samples/s", "slowest – fastest", "real tokens/s", "MFU", "peak memory", "data/encode/step")
+    speed = ("samples/s", "slowest – fastest", "CPU, ms a sample", "real tokens/s", "MFU")
     print(f"{settings}, {torch.get_num_threads()} threads, matmul {rate / 1e12:.3g} TFLOP/s")
-    print(table(rows, ("", *columns, "first loss")))
+    print(table(rows, ("", *speed, "peak memory", "data/encode/step", "first loss")))
     *others, ours = median
     for kind in others:
         print(f"{ours} / {kind}: {median[kind] / median[ours]:.2f}")
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers that have ended, without the server of the pictures."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def captions(n: int, sentences: int) -> list[str]:

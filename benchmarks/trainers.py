@@ -55,6 +55,9 @@ class Pictures(Dataset[Any]):
     """Words of the picture at an index."""
     tower: VisionTower
 
+    def __len__(self) -> int:
+        return len(self.addresses)
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Example]:
         address = self.addresses[index]
         if address.startswith("http"):
@@ -137,16 +140,23 @@ def course_pass(
     for batch, waited in timed(loader):
         waiting += waited
         pictures, ids, labels, mask = batch
-        if pictures.dtype == torch.uint8:
-            before = time.perf_counter()
-            pictures = tower.encode(pictures).half()  # as the features that are cached
-            synchronise(llm.device)
-            encoding += time.perf_counter() - before
-        loss = padded_loss(llm, projector, pictures, ids, labels, mask)
+        features, seconds = encoded(tower, pictures)
+        encoding += seconds
+        loss = padded_loss(llm, projector, features, ids, labels, mask)
         loss.backward()  # type: ignore[no-untyped-call]
         update()
         losses.append(loss.item())
     return Pass(time.perf_counter() - began, waiting, encoding, peak(llm.device), losses[0])
+
+
+def encoded(tower: VisionTower, pictures: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Features of pictures, as they are cached, and the seconds that took; features stay as they are."""
+    if pictures.dtype != torch.uint8:
+        return pictures, 0.0
+    before = time.perf_counter()
+    features = tower.encode(pictures).half()
+    synchronise(tower.device)
+    return features, time.perf_counter() - before
 
 
 def synchronise(device: torch.device) -> None:
@@ -180,6 +190,8 @@ class Pass:
     """Seconds in the vision encoder."""
     peak: int
     first_loss: float
+    cpu: float = 0.0
+    """CPU seconds, if measured."""
 
 
 @dataclasses.dataclass
@@ -234,10 +246,11 @@ class Bench:
         batches.close()
         return Pass(time.perf_counter() - began, waiting, 0.0, peak(device), float(losses[0]))
 
-    def transformers_trainer(self, steps: int) -> Pass:
-        """Cached features by transformers' own Trainer, padded; its loss over every logit."""
-        llm, projector = self.run.llm, self.run.projector
+    def transformers_trainer(self, dataset: Dataset[Any], steps: int) -> Pass:
+        """By transformers' own Trainer, padded; its loss over every logit. Its model encodes pictures."""
+        llm, projector, tower = self.run.llm, self.run.projector, self.tower
         losses: list[torch.Tensor] = []
+        encoding = 0.0
 
         class Aligned(torch.nn.Module):
             def __init__(self) -> None:
@@ -245,7 +258,11 @@ class Bench:
                 self.projector = projector
 
             def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-                loss = padded_loss(llm, projector, *(batch[name] for name in names))
+                nonlocal encoding
+                features, *words = (batch[name] for name in names)
+                features, seconds = encoded(tower, features)
+                encoding += seconds
+                loss = padded_loss(llm, projector, features, *words)
                 losses.append(loss.detach())
                 return {"loss": loss}
 
@@ -266,14 +283,14 @@ class Bench:
                     disable_tqdm=True,
                     use_cpu=llm.device.type == "cpu",
                 ),
-                train_dataset=Cached(self.samples),
+                train_dataset=dataset,
                 data_collator=lambda pairs: dict(zip(names, collate(pairs), strict=True)),
             )
             self.reset()
             began = time.perf_counter()
             trainer.train()
             synchronise(llm.device)
-        return Pass(time.perf_counter() - began, 0.0, 0.0, peak(llm.device), float(losses[0]))
+        return Pass(time.perf_counter() - began, 0.0, encoding, peak(llm.device), float(losses[0]))
 
     def course(self, dataset: Dataset[Any], steps: int) -> Pass:
         """Batches padded to their longest; the loss of transformers over every logit."""

@@ -125,7 +125,7 @@ class RunConfig(EncodeConfig, DataOptions):
     """Parquet, Arrow, JSON, CSV or tar files: their folder, one file, or a glob in quotes; or a folder of
     images with their words beside them. docs/use/data.md shows each."""
     limit: int | None = None
-    """Take only the first N rows of all files together."""
+    """Take only the first N rows of all files together; what comes after them is not checked."""
     dtype: Literal["float16", "int8"] = "float16"
     """How features are stored; int8, with a scale per row and channel, takes half the disk, its error is
     about 1 %. Training reads both, also side by side."""

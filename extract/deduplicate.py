@@ -102,21 +102,28 @@ class Deduplicator:
 
 
 class _KeyTable:
-    """Short keys of the rows of finished shards, sorted."""
+    """Short keys of the rows of finished shards, in sorted parts, each more than twice as large as the next.
+
+    So the keys of N shards are sorted log N times at most, not N times.
+    """
 
     def __init__(self) -> None:
-        self._table = np.zeros((2, 0), np.uint64)
+        self._parts: list[np.ndarray] = []
 
     def add(self, keys: np.ndarray, shard: int, rows: np.ndarray) -> None:
-        places = (np.uint64(shard) << np.uint64(32)) | rows.astype(np.uint64)
-        table = np.concatenate([self._table, np.stack([keys, places])], axis=1)
-        self._table = table[:, np.argsort(table[0], kind="stable")]  # replaced at once: threads read it
+        part = np.stack([keys, (np.uint64(shard) << np.uint64(32)) | rows.astype(np.uint64)])
+        larger = self._parts.copy()
+        while larger and larger[-1].shape[1] <= 2 * part.shape[1]:
+            part = np.concatenate([larger.pop(), part], axis=1)
+        self._parts = [*larger, part[:, np.argsort(part[0], kind="stable")]]  # at once: threads read it
 
     def find(self, key: int) -> list[tuple[int, int]]:
         """(shard, row) of the rows with this short key."""
-        table = self._table
-        begin, end = (np.searchsorted(table[0], np.uint64(key), side) for side in ("left", "right"))
-        return [(place >> 32, place & 0xFFFFFFFF) for place in table[1, begin:end].tolist()]
+        places: list[int] = []
+        for part in self._parts:
+            begin, end = (np.searchsorted(part[0], np.uint64(key), side) for side in ("left", "right"))
+            places += part[1, begin:end].tolist()
+        return [(place >> 32, place & 0xFFFFFFFF) for place in places]
 
 
 def _short(key: Key) -> int:

@@ -57,14 +57,14 @@ def describe(tower: VisionTower) -> str:
     )
 
 
-def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> bool:
-    """Whether the shard is finished, and its image files have not changed since.
+def finished_shard(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> Shard | None:
+    """The shard, if it is finished, and neither its words nor its image files have changed since.
 
     Raises LlavaError if it is of another encoder or of other rows.
     """
     _settle_part(path, source, tower, config)
     if not is_finished(path):
-        return False
+        return None
     shard = Shard(path)
     require_same(path, shard, tower)
     identity = source.identity()
@@ -74,7 +74,7 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
             _mention_thumbnails(path, shard.layout, config)
             what = f"the words of {counted(rows, 'row')} changed" if rows else "its source was written anew"
             say(f"{path}: {what}; its images are not encoded again")
-            return False
+            return None
         raise LlavaError(
             f"{path} was made from another file, or from other rows of it",
             expected=described(identity),
@@ -86,7 +86,8 @@ def is_done(path: Path, source: Source, tower: VisionTower, config: RunConfig) -
     redo = changed(source.images, shard)
     if redo.any():
         _mention_changed(path, shard.urls(), redo)
-    return not redo.any()
+        return None
+    return shard
 
 
 def _settle_part(path: Path, source: Source, tower: VisionTower, config: RunConfig) -> None:

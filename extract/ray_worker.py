@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from extract.config import RunConfig
-from extract.extract_shards import describe, extract, is_done, open_shard, open_tower
+from extract.extract_shards import describe, extract, finished_shard, open_shard, open_tower
 from extract.open_shard import OpenShard
 from extract.sources.base import Source
 from extract.statistics import summarise
@@ -96,7 +96,7 @@ class Worker:
     def _open(self, path: Path, source: Source, wait: float) -> OpenShard | None:
         """Open the shard, with its lock; None if it is finished."""
         until = time.monotonic() + wait
-        while not is_done(path, source, self.tower, self.config):
+        while finished_shard(path, source, self.tower, self.config) is None:
             try:
                 return open_shard(path, source, self.tower, self.config)
             except FinishedMeanwhile:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from extract.config import EncodeConfig, RetryConfig, RunConfig
-from extract.extract_shards import describe, extract, is_done, open_shard, open_tower, require_same
+from extract.extract_shards import describe, extract, finished_shard, open_shard, open_tower, require_same
 from extract.failed_files import failed_lines
 from extract.open_shard import OpenShard
 from extract.partition import limits_of, partition
@@ -55,15 +55,16 @@ def run(config: RunConfig) -> JsonDict:
     say(describe(tower))
     if config.dry_run:
         return _plan(config, sources, tower)
-    todo = [source for source in sources if not is_done(paths[source], source, tower, config)]
+    done = {source: finished_shard(paths[source], source, tower, config) for source in sources}
+    todo = [source for source in sources if done[source] is None]
     say(
         f"{counted(sum(source.rows for source in sources), 'row')} in {counted(len(sources), 'source')}; "
         + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
     )
     openers = [functools.partial(open_shard, paths[source], source, tower, config) for source in todo]
-    finished = [Shard(paths[source]) for source in sources if paths[source].exists()]
+    finished = [done[source] or Shard(paths[source]) for source in sources if paths[source].exists()]
     speed = extract(config, tower, openers, finished, sum(source.rows for source in todo))
-    return conclude(config, summarise([Shard(path) for path in paths.values()]), speed)
+    return conclude(config, summarise([done[source] or Shard(paths[source]) for source in sources]), speed)
 
 
 def retry_failed(config: RetryConfig) -> JsonDict:

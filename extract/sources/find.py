@@ -19,6 +19,7 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import matching
 from llava_core.shards.reader import Shard
 from llava_core.tables.table_files import AS_TEXT
+from llava_core.tables.words import SAMPLE
 from llava_core.vision.image_files import SUFFIXES
 
 STATISTICS_HEAD = 1024
@@ -34,35 +35,47 @@ def find_sources(data: str, flags: DataFlags = BY_NAME, limit: int | None = None
     """Sources in a folder, at a path or of a glob, in the order of their names, cut to `limit` rows in all.
 
     A folder means its parquet files, or if it has none its Arrow files, tar archives, or tables as text, or
-    else its images. Raises LlavaError if there is no source, or one is damaged.
+    else its images. What comes after `limit` rows is not opened. Raises LlavaError if there is no source, or
+    one of these is damaged.
     """
     if flags.images is not None and not flags.images.is_dir():
         raise LlavaError(f"no image folder {flags.images}", do="correct --images")
-    found = [_source(path, flags) for path in _paths(data, flags)]
-    names = collections.Counter(source.name for source in found)
-    found = [
-        dataclasses.replace(source, prefix=f"{source.path.absolute().parent.name}-")
-        if names[source.name] > 1
-        else source
-        for source in found
-    ]
-    stems: dict[str, Path] = {}
+    paths = _paths(data, flags)
+    prefixes = _prefixes(paths)
     sources: list[Source] = []
-    for source in found:
-        if source.stem in stems:
-            raise LlavaError(
-                f"{stems[source.stem]} and {source.path} would both become {source.stem}.h5",
-                do="rename one of them",
-            )
-        stems[source.stem] = source.path
-        rows = source.rows
-        if limit is not None:
-            rows = min(rows, limit - sum(earlier.rows for earlier in sources))
-        if rows:
-            sources.append(source.first(rows))
+    left = limit
+    for path in paths:
+        if left == 0:
+            break
+        source = dataclasses.replace(_source(path, flags, left), prefix=prefixes[path])
+        if left is not None:
+            source = source.first(min(source.rows, left))
+            left -= source.rows
+        if source.rows:
+            sources.append(source)
     if not sources:
-        raise LlavaError(f"no row in {data}", expected="sources with rows", got=f"{len(found)} empty ones")
+        raise LlavaError(f"no row in {data}", expected="sources with rows", got=f"{len(paths)} empty ones")
     return sources
+
+
+def _prefixes(paths: Sequence[Path]) -> dict[Path, str]:
+    """What each shard's name begins with: the folder, where two sources have one name.
+
+    Raises LlavaError if two shards would have one name all the same.
+    """
+    kinds = [Folder if path.is_dir() else TableSource for path in paths]
+    names = [kind(path, 0, path).name for kind, path in zip(kinds, paths, strict=True)]
+    often = collections.Counter(names)
+    prefixes: dict[Path, str] = {}
+    stems: dict[str, Path] = {}
+    for path, name in zip(paths, names, strict=True):
+        prefixes[path] = f"{path.absolute().parent.name}-" if often[name] > 1 else ""
+        stem = prefixes[path] + name
+        if stem in stems:
+            both = f"{stems[stem]} and {path} would both become {stem}.h5"
+            raise LlavaError(both, do="rename one of them")
+        stems[stem] = path
+    return prefixes
 
 
 def sources_of(shards: Sequence[Shard], data: str | None, flags: DataFlags) -> list[Source | None]:
@@ -108,8 +121,7 @@ def _paths(data: str, flags: DataFlags) -> list[Path]:
     path = Path(data)
     if not path.is_dir():
         return _local_instead(require_matching(data))
-    found = (file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path)))
-    files = [file for file in found if not file.is_dir()]
+    files = _files(path)
     images = {_stem(file) for file in files if file.suffix.lower() in SUFFIXES}
     captioned = any(file.suffix.lower() in TEXT_SUFFIXES and _is_beside(file, images) for file in files)
     # The words of single images, and the statistics beside a shard, are not data, wherever they lie.
@@ -127,10 +139,19 @@ def _paths(data: str, flags: DataFlags) -> list[Path]:
     return [path]
 
 
+def _files(folder: Path) -> list[Path]:
+    """Files in the folder and in those below it, by path; hidden ones are left out."""
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda file: file.parts)
+
+
 def _is_table(path: Path, flags: DataFlags) -> bool:
     """Whether a file has images and words that can be read."""
     try:
-        TableSource.find(path, flags)
+        TableSource.find(path, flags, SAMPLE)
     except LlavaError:
         return False
     return True
@@ -160,10 +181,6 @@ def _local_instead(paths: list[Path]) -> list[Path]:
 def _has_images(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         return any(os.path.splitext(entry.name)[1].lower() in SUFFIXES for entry in entries)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _stem(path: Path) -> str:
@@ -199,7 +216,7 @@ def _is_statistics(path: Path) -> bool:
     return head.startswith(b"{") and b'"tool_version"' in head and f'"shard": {shard}'.encode() in head
 
 
-def _source(path: Path, flags: DataFlags) -> Source:
+def _source(path: Path, flags: DataFlags, limit: int | None) -> Source:
     if path.is_dir():
         if flags.images is not None:
             got = f"a folder of images, {path}"
@@ -212,7 +229,7 @@ def _source(path: Path, flags: DataFlags) -> Source:
         raise _nothing(f"{path} is no regular file")
     with path.open("rb") as file:
         head = file.read(262)
-    return Tar.find(path, flags) if head[257:262] == b"ustar" else TableSource.find(path, flags)
+    return Tar.find(path, flags) if head[257:262] == b"ustar" else TableSource.find(path, flags, limit)
 
 
 def _nothing(what: str) -> LlavaError:

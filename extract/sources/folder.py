@@ -38,7 +38,7 @@ class Folder(Source):
         found = cls(path, sum(1 for _ in _walk(path, left_out)), path, flags)
         mention_left_out(path, left_out)
         if found.rows:
-            found._reader()
+            dataclasses.replace(found, rows=min(found.rows, SAMPLE))._reader()
         return found
 
     @property
@@ -128,10 +128,11 @@ def _walk(
         names = [name for name in names if not name.startswith(".")]
         images = [name for name in names if _is_image(parent, name)]
         texts = _texts(Path(parent), names, Path(folder))
+        below = os.path.relpath(parent, folder)
         for name in images:
             stem = os.path.splitext(name)[0]
             path = texts.get(stem) or texts.get(name)
-            yield os.path.relpath(os.path.join(parent, name), folder), path
+            yield name if below == os.curdir else os.path.join(below, name), path
         if left_out is not None:
             stems = {key for name in images for key in (name, os.path.splitext(name)[0])}
             others = (os.path.splitext(name) for name in {*names} - {*images})

@@ -33,19 +33,27 @@ class TableSource(Source):
     """Rows of a table, or its first `rows` rows."""
 
     @classmethod
-    def find(cls, path: Path, flags: DataFlags) -> TableSource:
-        """Raises LlavaError unless the file has images and words that can be read."""
-        table = open_table(path)
+    def find(cls, path: Path, flags: DataFlags, limit: int | None = None) -> TableSource:
+        """Of a table as text, rows after `limit` may be left out.
+
+        Raises LlavaError unless the file has images and words that can be read.
+        """
+        table = _opened(path, limit)
         if table.rows:
             with contextlib.suppress(DamagedTable):  # `read` raises it, when the other files are done
                 _Reader(table, flags)
         return cls(path, table.rows, flags.images or path.parent, flags)
 
     def read(self) -> Columns:
-        table = open_table(self.path)
+        table = _opened(self.path, self.rows)
         if not table.rows:
             return Columns([], [], [])
         return _Reader(table, self.flags).columns(self.rows, self.images)
+
+
+def _opened(path: Path, rows: int | None) -> Table:
+    """A table of at least these rows and of those by which its columns are judged."""
+    return open_table(path, None if rows is None else max(rows, SAMPLE))
 
 
 class _Reader:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -183,7 +184,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
         wanted[f"{name}_bytes"] = (np.dtype("|u1"), file[f"{name}_bytes"].shape)
     offsets, sizes = {}, {}
     for name, (dtype, shape) in wanted.items():
-        dataset = file[name]
+        dataset = h5py.h5d.open(file.id, name.encode())  # what file[name] wraps, at a third of its time
         if dataset.dtype != dtype or dataset.shape != shape:
             raise LlavaError(
                 f"{path}: dataset {name}",
@@ -191,7 +192,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
                 got=f"{dataset.dtype} {dataset.shape}",
                 do=REDO,
             )
-        offsets[name], sizes[name] = dataset.id.get_offset() or 0, dataset.size * dtype.itemsize
+        offsets[name], sizes[name] = dataset.get_offset() or 0, math.prod(shape) * dtype.itemsize
         if sizes[name] and not offsets[name]:
             raise LlavaError(f"{path}: dataset {name} is not contiguous", do=REDO)
         if offsets[name] + sizes[name] > end:

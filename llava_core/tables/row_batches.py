@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import itertools
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.tables.table_files import AGAIN, GZIP, ArrowTable, Table, open_table
+from llava_core.tables.table_files import AGAIN, ArrowTable, Table, open_table
+from llava_core.tables.text_rows import has_json_lines, json_lines
 
 ROWS = 4096
 """Rows in a batch."""
@@ -28,8 +25,10 @@ def row_batches(path: Path) -> Iterator[Rows]:
         head = file.read(4)
     if head == b"PAR1":
         yield from _of_parquet(path)
-    elif _has_json_lines(path, head):
-        yield from _of_lines(path, head)
+    elif has_json_lines(path):
+        lines = json_lines(path)
+        while part := list(itertools.islice(lines, ROWS)):
+            yield part
     else:
         yield from _of_table(open_table(path))
 
@@ -52,37 +51,3 @@ def _of_parquet(path: Path) -> Iterator[Rows]:
             )
     except (pa.ArrowException, OSError) as error:
         raise LlavaError(f"damaged file {path}", got=first_line(error), do=AGAIN) from None
-
-
-def _opened(path: Path, head: bytes) -> Any:
-    return gzip.open(path, "rb") if head.startswith(GZIP) else path.open("rb")
-
-
-def _has_json_lines(path: Path, head: bytes) -> bool:
-    """Whether the first line is a whole object."""
-    with (
-        contextlib.suppress(OSError, EOFError, zlib.error, ValueError, RecursionError),
-        _opened(path, head) as file,
-    ):
-        return isinstance(json.loads(file.readline(1 << 24)), dict)
-    return False
-
-
-def _of_lines(path: Path, head: bytes) -> Iterator[Rows]:
-    try:
-        with _opened(path, head) as file:
-            lines = enumerate(file, 1)
-            while part := list(itertools.islice(lines, ROWS)):
-                yield [_object(line, f"{path}, line {number}") for number, line in part if line.strip()]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise LlavaError(f"{path} is a damaged gzip file", got=first_line(error), do=AGAIN) from None
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise LlavaError(f"{where} is not JSON", got=first_line(error)) from None
-    if not isinstance(found, dict):
-        raise LlavaError(where, expected="an object", got=type(found).__name__)
-    return found

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import abc
-import collections
-import csv
 import gzip
 import io
 import itertools
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +17,10 @@ import pyarrow.parquet as pq
 
 from llava_core.cli.console import say_once
 from llava_core.errors import LlavaError, first_line
+from llava_core.tables.text_rows import GZIP, csv_rows, first_rows, require_once
 
 AS_TEXT = (".json", ".jsonl", ".csv", ".tsv", ".json.gz", ".jsonl.gz", ".csv.gz", ".tsv.gz")
 """Suffixes of tables that are text, in lower case."""
-GZIP = b"\x1f\x8b"
 AGAIN = "download it again"
 UNPACK = "unpack it, and give its folder"
 FOREIGN = {
@@ -68,7 +65,7 @@ class ArrowTable(Table):
 
     def __init__(self, path: Path, schema: Any, rows: int, read: Callable[[str, str, int], Any]) -> None:
         """`read` gives the first rows of a column, of which only one field is needed if that is named."""
-        _require_once(path, schema.names)
+        require_once(path, schema.names)
         super().__init__(path, schema.names, rows)
         self._schema, self._read = schema, read
 
@@ -160,8 +157,11 @@ class RowTable(Table):
         return [entry.get(name) for entry in self.entries[:rows]]
 
 
-def open_table(path: Path) -> Table:
-    """Open a file by its content. Raises LlavaError, which names what it is, for anything but a table."""
+def open_table(path: Path, rows: int | None = None) -> Table:
+    """Open a file by its content; a table as text may end after the first `rows` rows.
+
+    Raises LlavaError, which names what it is, for anything but a table.
+    """
     with path.open("rb") as file:
         head = file.read(512)
     for magic, (what, do) in FOREIGN.items():
@@ -171,10 +171,12 @@ def open_table(path: Path) -> Table:
         return ParquetTable(path)
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return _arrow_file(path)
+    if rows is not None and (entries := first_rows(path, _is_csv(path), rows)) is not None:
+        return RowTable(path, entries)
     text, name = _text(path, head), path.name.lower().removesuffix(".gz")
     first = text.lstrip()[:1]
     if _is_csv(path):
-        return RowTable(path, _csv_entries(path, text, "\t" if name.endswith(".tsv") else ""))
+        return RowTable(path, list(csv_rows(path, io.StringIO(text, newline=""))))
     if first in ("[", "{"):
         return RowTable(path, _json_entries(path, text))
     if not first and name.endswith((".json", ".jsonl")):
@@ -248,32 +250,6 @@ def _line(line: str, where: str) -> Any:
 def _json_type(value: object) -> str:
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
-
-
-def _csv_entries(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
-    """Rows under a header. Raises LlavaError for a row of more fields than the header."""
-    separator = delimiter or max(",\t;", key=text.split("\n", 1)[0].count)
-    csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    entries: list[dict[str, Any]] = []
-    try:
-        _require_once(path, rows.fieldnames or ())
-        for entry in rows:
-            if None in entry:
-                wanted = len(rows.fieldnames or ())
-                got = wanted + len(entry[None])
-                raise LlavaError(f"{path}, line {rows.line_num}", expected=f"{wanted} fields", got=got)
-            entries.append(entry)
-    except csv.Error as error:
-        do = "close the quotes, and double those inside a text"
-        raise LlavaError(f"{path}, line {rows.line_num} is no CSV", got=error, do=do) from None
-    return entries
-
-
-def _require_once(path: Path, names: Sequence[str]) -> None:
-    """Raise LlavaError if two columns have one name."""
-    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
-        raise LlavaError(f"{path} has more than one column {twice[0]!r}", do="drop all but one")
 
 
 def _only_field(kind: Any, name: str) -> Any:

@@ -277,4 +277,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
             "RGB"
         )
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it

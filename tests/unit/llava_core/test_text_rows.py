@@ -1,0 +1,65 @@
+"""The first rows of tables as text are those that the whole table has."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llava_core.tables import text_rows
+from llava_core.tables.table_files import RowTable, open_table
+
+ROWS = st.lists(st.dictionaries(st.sampled_from("abc"), st.text() | st.integers(), min_size=1), max_size=6)
+
+
+def entries(path: Path, rows: int | None = None) -> list[dict[str, object]]:
+    table = open_table(path, rows)
+    assert isinstance(table, RowTable)
+    return table.entries
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(rows=ROWS, taken=st.integers(1, 7), block=st.integers(1, 40), indent=st.sampled_from([None, 2]))
+def test_a_json_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[object], taken: int, block: int, indent: int
+) -> None:
+    monkeypatch.setattr(text_rows, "BLOCK", block)
+    path = tmp_path / "x.json"
+    path.write_text(" \n" + json.dumps(rows, ensure_ascii=False, indent=indent), "utf-8", "surrogatepass")
+    assert entries(path, taken)[:taken] == rows[:taken]
+
+
+@pytest.mark.parametrize(
+    "content", ["[{}, 1, {}]", "[{},, {}]", "[{} {}]", "[[{}], {}]", "[{}, {}", '[{"a": }']
+)
+def test_what_is_wrong_before_the_last_of_them_is_refused_as_in_the_whole(
+    tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(Exception, match=r"x\.json") as whole:
+        open_table(path)
+    with pytest.raises(type(whole.value)) as first:
+        open_table(path, 2 if content != "[{}, {}" else 3)
+    assert str(first.value) == str(whole.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_csv(tmp_path: Path, encoding: str, packed: bool) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(
+        [["image", "caption"], *([f"{i}.jpg", f'图片里的猫,\n"{i}"'] for i in range(5))]
+    )
+    path = tmp_path / ("x.csv.gz" if packed else "x.csv")
+    data = text.getvalue().encode(encoding)
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert entries(path, 3)[:3] == entries(path)[:3] == [
+        {"image": f"{i}.jpg", "caption": f'图片里的猫,\n"{i}"'} for i in range(3)
+    ]  # fmt: skip
