@@ -38,8 +38,8 @@ SAMPLED = 256
 EFFICIENCY = {"cuda": 0.4, "mps": 0.4, "cpu": 0.45}
 """Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones,
 which are those of CPUs."""
-
-
+COSTLESS = frozenset(("out", "lr", "weight_decay", "warmup", "decay"))
+"""Flags that change nothing of a Prediction."""
 COUNTS = (
     *("shards", "samples", "steps", "frozen_parameters", "trained_parameters", "visual_tokens"),
     *("tokens_per_step", "answer_tokens_per_step"),
@@ -123,7 +123,7 @@ def feature_bytes_per_epoch(config: RunConfig, samples: Samples) -> int:
     return round(total)
 
 
-def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
+def forecast(config: RunConfig, resources: TrainingResources, measure_for: float = 2.0) -> Prediction:
     """`predict` for a run on these resources, before it has begun and in one process."""
     resources.tune(config)
     samples, held_out_samples = resources.samples(config)
@@ -143,7 +143,7 @@ def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
         resources.memory_before,
         held_out,
         cached,
-        measure_for=2.0,
+        measure_for=measure_for,
     )
 
 
