@@ -125,18 +125,10 @@ def compare_runs(settings: Settings, folder: Path, rates: list[str]) -> None:
 
 
 def flags_of(settings: Settings, folder: Path) -> list[object]:
-    features = folder / "features"
-    return [
-        *(
-            "--features",
-            features / "train",
-            "--eval-features",
-            features / "held-out",
-            "--llm",
-            folder / "llm",
-        ),
-        *("--batch-size", settings.batch_size, "--eval-captions", 0),
-    ]
+    """Flags of `train run` and `train sweep` alike."""
+    train, held_out = folder / "features/train", folder / "features/held-out"
+    data = ["--features", train, "--eval-features", held_out, "--llm", folder / "llm"]
+    return [*data, "--batch-size", settings.batch_size, "--eval-captions", 0]
 
 
 def sweep(settings: Settings, folder: Path, rates: list[str], together: int | str) -> tuple[float, float]:
@@ -148,7 +140,7 @@ def sweep(settings: Settings, folder: Path, rates: list[str], together: int | st
 def printed(settings: Settings, kinds: dict[str, list[tuple[float, float]]]) -> list[tuple[float, float]]:
     """Print the sums of these wall and CPU seconds; returns them."""
     print(f"{settings}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    sums = {kind: [sum(column) for column in zip(*some, strict=True)] for kind, some in kinds.items()}
+    sums = {kind: (sum(w for w, _ in some), sum(c for _, c in some)) for kind, some in kinds.items()}
     taken = [(kind, f"{wall:.1f}", f"{cpu:.1f}") for kind, (wall, cpu) in sums.items()]
     print(table(taken, ("", "wall, s", "CPU, s")))
     return list(sums.values())

@@ -25,7 +25,8 @@ from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
 from train import training_run
-from train.config import SweepConfig
+from train.config import RunConfig, SweepConfig
+from train.cost_prediction import Prediction
 from train.metric_writers import MetricWriters
 from train.resources import TrainingResources
 from train.sweep import run_trials as trials
@@ -302,6 +303,21 @@ def test_ranges_and_trials_that_train_together(world: Path, tmp_path: Path) -> N
         seed=lines[0]["seed"],
     )
     assert sweep_run(alone)["eval_loss"] == pytest.approx(lines[0]["eval_loss"], rel=1e-4)
+
+
+def test_what_runs_of_a_kind_take_is_predicted_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = []
+
+    def predict(given: RunConfig, *arguments: Any) -> Prediction:
+        kinds.append(given.projector)
+        return measure(given, *arguments)
+
+    measure = training_run.predict
+    monkeypatch.setattr(training_run, "predict", predict)
+    sweep_run(sweep(world, tmp_path / "out", "lr=1e-3,2e-3,4e-3", "projector=linear,mlp", max_steps=1))
+    assert kinds == ["linear", "mlp"]
 
 
 def test_auto_trains_as_many_together_as_measured(
