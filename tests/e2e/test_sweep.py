@@ -24,7 +24,7 @@ from tests.support.commands import call, holder, started, wait_until
 from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
-from train import training_run
+from train import cost_prediction, training_run
 from train.config import RunConfig, SweepConfig
 from train.cost_prediction import Prediction
 from train.metric_writers import MetricWriters
@@ -314,7 +314,7 @@ def test_what_runs_of_a_kind_take_is_predicted_once(
         kinds.append(given.projector)
         return measure(given, *arguments)
 
-    measure = training_run.predict
+    measure = cost_prediction.predict
     monkeypatch.setattr(training_run, "predict", predict)
     sweep_run(sweep(world, tmp_path / "out", "lr=1e-3,2e-3,4e-3", "projector=linear,mlp", max_steps=1))
     assert kinds == ["linear", "mlp"]
