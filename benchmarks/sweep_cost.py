@@ -2,13 +2,15 @@
 
     python -m benchmarks.sweep_cost                       # the demo's models
     python -m benchmarks.sweep_cost --shape reference     # ViT-B/16 and Qwen3-0.6B's shapes, random weights
+    python -m benchmarks.sweep_cost --beside runs         # our own `train run`, and --together
 
 Ours: `extract run` of images over HTTP, then `train sweep` over the learning rate. The course's: for each
 rate a process that loads the models, downloads, decodes in full and encodes every image in every run
 (DataLoader workers), pads its batches, and takes transformers' loss over every logit. One after the other,
 in one run, from the same server; CPU time is that of the processes and their children, without the server.
 Ours judges each run by held-out images, too, before its first step and after its last; the course's does not.
-Ours judges each run by held-out images, too, before its first step and after its last; the course's does not.
+`--beside runs` compares, on the same features, as many `train run` with `train sweep` and `train sweep
+--together`, one after the other.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ class Settings:
     """Of the course's DataLoader."""
     together: int = 1
     """As of `train sweep`."""
+    beside: Literal["course", "runs"] = "course"
+    """The course's trainer, or our own separate runs and sweeps that train several together."""
     course: Path | None = None
     """Folder in which one run of the course's trainer is made, as this benchmark starts it."""
     lr: float = 1e-3
@@ -95,12 +99,9 @@ def compare(settings: Settings, folder: Path) -> None:
             data.write_text("".join(json.dumps(row) + "\n" for row in part))
             extract = ("extract", "run", "--data", data, "--vision", folder / "vision", "--allow-private")
             extracted.append(timed(*extract, "--per-host", 64, "--out", folder / "features" / name))
-        features = folder / "features"
-        swept = timed(
-            *("train", "sweep", "--features", features / "train", "--eval-features", features / "held-out"),
-            *("--llm", folder / "llm", "--out", folder / "sweep", "--space", f"lr={','.join(rates)}"),
-            *("--together", settings.together, "--batch-size", settings.batch_size, "--eval-captions", 0),
-        )
+        if settings.beside == "runs":
+            return compare_runs(settings, folder, rates)
+        swept = sweep(settings, folder, rates, settings.together)
         course = [timed("benchmarks.sweep_cost", "--course", folder, "--lr", lr, *flags) for lr in rates]
     kinds = {
         "extract run": extracted,
@@ -108,12 +109,41 @@ def compare(settings: Settings, folder: Path) -> None:
         "ours": [*extracted, swept],
         f"the course's, {settings.runs} runs": course,
     }
+    *_, ours, theirs = printed(settings, kinds)
+    print(f"ours / the course's: wall 1/{theirs[0] / ours[0]:.1f}, CPU 1/{theirs[1] / ours[1]:.1f}")
+
+
+def compare_runs(settings: Settings, folder: Path, rates: list[str]) -> None:
+    """Print what separate runs take, and sweeps that train 1, 2, 4, 8, 16 and `auto` together."""
+    common = flags_of(settings, folder)
+    runs = [timed("train", "run", *common, "--out", folder / "runs" / lr, "--lr", lr) for lr in rates]
+    numbers = [1, *(k for k in (2, 4, 8, 16) if k <= settings.runs), "auto"]
+    swept = {f"--together {k}": [sweep(settings, folder, rates, k)] for k in numbers}
+    alone, *sweeps = printed(settings, {f"train run, {settings.runs} times": runs, **swept})
+    ratios = [f"{wall / alone[0]:.2f} {cpu / alone[1]:.2f}" for wall, cpu in sweeps]
+    print(f"sweeps / runs, wall and CPU: {', '.join(ratios)}")
+
+
+def flags_of(settings: Settings, folder: Path) -> list[object]:
+    """Flags of `train run` and `train sweep` alike."""
+    train, held_out = folder / "features/train", folder / "features/held-out"
+    data = ["--features", train, "--eval-features", held_out, "--llm", folder / "llm"]
+    return [*data, "--batch-size", settings.batch_size, "--eval-captions", 0]
+
+
+def sweep(settings: Settings, folder: Path, rates: list[str], together: int | str) -> tuple[float, float]:
+    out, space = folder / f"sweep-{together}", f"lr={','.join(rates)}"
+    common = flags_of(settings, folder)
+    return timed("train", "sweep", *common, "--out", out, "--together", together, "--space", space)
+
+
+def printed(settings: Settings, kinds: dict[str, list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Print the sums of these wall and CPU seconds; returns them."""
     print(f"{settings}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    sums = {kind: [sum(column) for column in zip(*some, strict=True)] for kind, some in kinds.items()}
+    sums = {kind: (sum(w for w, _ in some), sum(c for _, c in some)) for kind, some in kinds.items()}
     taken = [(kind, f"{wall:.1f}", f"{cpu:.1f}") for kind, (wall, cpu) in sums.items()]
     print(table(taken, ("", "wall, s", "CPU, s")))
-    *_, ours, theirs = sums.values()
-    print(f"ours / the course's: wall 1/{theirs[0] / ours[0]:.1f}, CPU 1/{theirs[1] / ours[1]:.1f}")
+    return list(sums.values())
 
 
 def timed(module: str, *arguments: object) -> tuple[float, float]:

@@ -208,9 +208,9 @@ class SweepConfig(RunConfig):
     prune: Literal["auto", "median", "none"] = "auto"
     """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
     once there are five; auto does so with ranges alone."""
-    together: int = 1
+    together: int | Literal["auto"] = 1
     """Train up to N trials in one pass through the language model, where they differ in nothing but the
-    projector and its optimizer; no faster where one trial alone keeps the machine busy."""
+    projector and its optimizer; auto measures how many are fastest here, which may be one."""
     ray: str | None = None
     """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
     ray_workers: int | None = None
@@ -224,7 +224,7 @@ class SweepConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_above_zero("trials", "together", "ray_workers")
+        self.require_above_zero("trials", "ray_workers", *["together"] * (self.together != "auto"))
         if self.eval_features is None:
             raise LlavaError(
                 "--eval-features", expected="held-out shards, by which trials are judged", exit_code=2

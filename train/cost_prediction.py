@@ -9,17 +9,11 @@ import torch
 
 from llava_core.cli.console import human_bytes, human_seconds, say, show, table
 from llava_core.device import default_dtype, free_memory, matmul_rate
-from llava_core.errors import LlavaError
 from llava_core.language.model import context_of
-from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import (
-    Projector,
-    build_projector,
-    described,
     parameter_count,
-    require_visual_tokens,
 )
-from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.batch import TextCounts
@@ -29,6 +23,7 @@ from train.data.prefetch import AHEAD
 from train.data.samples import Samples
 from train.data.schedule import Schedule
 from train.flops import Work, head_width
+from train.initialization import projector_of, require_same_kind
 from train.model.loss import CHUNK_LOGITS
 from train.resources import TrainingResources
 from train.run_folder import RunFolder
@@ -39,10 +34,10 @@ SAMPLED = 256
 EFFICIENCY = {"cuda": 0.4, "mps": 0.4, "cpu": 0.45}
 """Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones,
 which are those of CPUs."""
-
-
 SHARE = 0.75
 """Of the free RAM, what the model and activations may take: predicted memory is right within a third."""
+COSTLESS = frozenset(("out", "lr", "weight_decay", "warmup", "decay"))
+"""Flags that change nothing of a Prediction."""
 COUNTS = (
     *("shards", "samples", "steps", "frozen_parameters", "trained_parameters", "visual_tokens"),
     *("tokens_per_step", "micro_tokens", "answer_tokens_per_step"),
@@ -128,7 +123,7 @@ def feature_bytes_per_epoch(config: RunConfig, samples: Samples) -> int:
     return round(total)
 
 
-def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
+def forecast(config: RunConfig, resources: TrainingResources, measure_for: float = 2.0) -> Prediction:
     """`predict` for a run on these resources, before it has begun and in one process."""
     resources.tune(config)
     samples, held_out_samples = resources.samples(config)
@@ -148,7 +143,7 @@ def forecast(config: RunConfig, resources: TrainingResources) -> Prediction:
         resources.memory_before,
         held_out,
         cached,
-        measure_for=2.0,
+        measure_for=measure_for,
     )
 
 
@@ -229,35 +224,6 @@ def predict(
         seconds=(schedule.steps + evaluated) * operations / (rate * efficiency),
         work=work,
     )
-
-
-def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
-    """A new projector from features such as the shard's to embeddings of width `hidden`."""
-    require_visual_tokens(config.visual_tokens, shard.tokens)  # or refuse, before any weight
-    projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
-    projector.require_shapes(shard.tokens)
-    return projector
-
-
-def require_same_kind(checkpoint: Checkpoint, projector: Projector, tune: str) -> None:
-    """Raise LlavaError unless --init holds what the flags ask for, with the same registered arguments."""
-    stored, wanted = checkpoint.projector.config, projector.config
-    if checkpoint.tune not in (None, tune):
-        raise LlavaError(
-            f"--init {checkpoint.folder} was trained with --tune {checkpoint.tune}",
-            expected=f"a projector alone, or --tune {tune} as here",
-            got=f"--tune {checkpoint.tune}",
-            do=f"give --tune {checkpoint.tune}, or the checkpoint that it began with",
-        )
-    if stored != wanted:
-        kind = checkpoint.training.get("projector", stored["kind"])  # a registered name implies arguments
-        tokens = checkpoint.training.get("visual_tokens", stored["visual_tokens"])
-        raise LlavaError(
-            f"--init {checkpoint.folder} holds another projector",
-            expected=described(wanted),
-            got=described(stored),
-            do=f"give --projector {kind} --visual-tokens {tokens}",
-        )
 
 
 def activation_bytes(

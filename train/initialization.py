@@ -7,12 +7,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llava_core.errors import LlavaError
 from llava_core.language.model import LanguageModel
 from llava_core.projector.aligned import load_aligned
-from llava_core.projector.checkpoint import Provenance
-from llava_core.projector.projector import Projector, match_scale
+from llava_core.projector.checkpoint import Checkpoint, Provenance
+from llava_core.projector.projector import (
+    Projector,
+    build_projector,
+    described,
+    match_scale,
+    require_visual_tokens,
+)
+from llava_core.shards.reader import Shard
 from train.config import RunConfig
-from train.cost_prediction import projector_of, require_same_kind
 from train.data.samples import Samples
 
 SCALE_SAMPLES = 64
@@ -25,6 +32,35 @@ RIDGE = 1e-3
 """Ridge penalty, as a share of the mean variance of a feature."""
 OUTPUT_RMS_RATIO = 2.0
 """RMS of a solved projector's visual tokens, relative to that of the embeddings of words."""
+
+
+def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
+    """A new projector from features such as the shard's to embeddings of width `hidden`."""
+    require_visual_tokens(config.visual_tokens, shard.tokens)  # or refuse, before any weight
+    projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+    projector.require_shapes(shard.tokens)
+    return projector
+
+
+def require_same_kind(checkpoint: Checkpoint, projector: Projector, tune: str) -> None:
+    """Raise LlavaError unless --init holds what the flags ask for, with the same registered arguments."""
+    stored, wanted = checkpoint.projector.config, projector.config
+    if checkpoint.tune not in (None, tune):
+        raise LlavaError(
+            f"--init {checkpoint.folder} was trained with --tune {checkpoint.tune}",
+            expected=f"a projector alone, or --tune {tune} as here",
+            got=f"--tune {checkpoint.tune}",
+            do=f"give --tune {checkpoint.tune}, or the checkpoint that it began with",
+        )
+    if stored != wanted:
+        kind = checkpoint.training.get("projector", stored["kind"])  # a registered name implies arguments
+        tokens = checkpoint.training.get("visual_tokens", stored["visual_tokens"])
+        raise LlavaError(
+            f"--init {checkpoint.folder} holds another projector",
+            expected=described(wanted),
+            got=described(stored),
+            do=f"give --projector {kind} --visual-tokens {tokens}",
+        )
 
 
 def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -> Projector:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 from llava_core.input_folders import folders_of
 from llava_core.language.load import load_language_model, outline_language_model
@@ -21,6 +23,9 @@ from train.distributed import ProcessGroup
 from train.model.packed_model import Prepared, prepare
 from train.throughput import peak_memory
 from train.tuning import Tuning
+
+if TYPE_CHECKING:
+    from train.cost_prediction import Prediction
 
 EVAL_SEED = 0
 """Seed of the held-out rows' instructions: runs with the same ones are asked the same questions."""
@@ -54,6 +59,8 @@ class TrainingResources:
         """Bytes that the process held before the language model was loaded."""
         self.prepared: Prepared | None = None
         """How the language model takes packs, once it is loaded."""
+        self.predictions: dict[Hashable, Prediction] = {}
+        """What runs of each kind take (TrainingRun.predicted)."""
         self._tuning: Tuning | None = None
         self._samples: dict[tuple[bool, int, bool, str | None], Samples] = {}
 

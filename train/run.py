@@ -14,9 +14,9 @@ from llava_core.projector.projector import require_visual_tokens
 from llava_core.registry import PROJECTORS
 from llava_core.types import JsonDict
 from train.config import RunConfig
-from train.cost_prediction import projector_of
 from train.cost_prediction import run as plan
 from train.distributed import joined
+from train.initialization import projector_of
 from train.loop import EvalCallback, Outcome, Trainer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, as_begun

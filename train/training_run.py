@@ -14,12 +14,12 @@ from llava_core.errors import LlavaError
 from llava_core.projector.projector import described, parameter_count
 from llava_core.types import JsonDict
 from train.config import RunConfig
-from train.cost_prediction import predict, projector_of
+from train.cost_prediction import COSTLESS, Prediction, predict
 from train.data.batch import TextCounts
 from train.data.packing import Packing
 from train.data.schedule import Schedule
 from train.evaluate import INTERVALS, ONE_PICTURE, evaluate
-from train.initialization import initial_projector
+from train.initialization import initial_projector, projector_of
 from train.metric_writers import MetricWriters
 from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
@@ -51,16 +51,7 @@ class TrainingRun:
         question = self.samples.default_question()
         self.provenance = dataclasses.replace(resources.provenance, question=question)
         self.schedule = Schedule.of(config, self.samples.sizes)
-        self.prediction = predict(
-            config,
-            self.samples,
-            self.llm.model,
-            self.llm.device,
-            resources.memory_before,
-            len(self.held_out) if self.held_out else 0,
-            self.cached_rows(),
-            self.group.size,
-        )
+        self.prediction = self.predicted()
         if folder.begun:  # its checkpoint holds the weights, wherever they came from at first
             self.projector = projector_of(config, resources.shards[0], self.llm.hidden).to(self.llm.device)
         else:
@@ -126,6 +117,15 @@ class TrainingRun:
         )
         for line in self.samples.described(config.shares):
             say(f"{title}{line}")
+
+    def predicted(self) -> Prediction:
+        """What it will take; predicted once for all runs of a kind."""
+        known, before = self.resources.predictions, self.resources.memory_before
+        kind = tuple(value for key, value in vars(self.config).items() if key not in COSTLESS)
+        if kind not in known:
+            held_out, given = len(self.held_out or ()), (self.samples, self.llm.model, self.llm.device)
+            known[kind] = predict(self.config, *given, before, held_out, self.cached_rows(), self.group.size)
+        return known[kind]
 
     def cached_rows(self) -> int:
         """Rows whose features stay on the device once they have been read."""

@@ -24,13 +24,15 @@ from tests.support.commands import call, holder, started, wait_until
 from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
-from train import training_run
-from train.config import SweepConfig
+from train import cost_prediction, training_run
+from train.config import RunConfig, SweepConfig
+from train.cost_prediction import Prediction
 from train.metric_writers import MetricWriters
 from train.resources import TrainingResources
 from train.sweep import run_trials as trials
 from train.sweep.command import run as sweep_run
 from train.sweep.study import MOST_DEATHS, Study
+from train.sweep.together import Step
 
 SPACE = ("lr=5e-3,2e-2", "projector=linear,mlp", "weight_decay=0,1e38", "seed=0,1")
 """The weights of the last decay are not finite for long."""
@@ -301,6 +303,75 @@ def test_ranges_and_trials_that_train_together(world: Path, tmp_path: Path) -> N
         seed=lines[0]["seed"],
     )
     assert sweep_run(alone)["eval_loss"] == pytest.approx(lines[0]["eval_loss"], rel=1e-4)
+
+
+def test_what_runs_of_a_kind_take_is_predicted_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = []
+
+    def predict(given: RunConfig, *arguments: Any) -> Prediction:
+        kinds.append(given.projector)
+        return measure(given, *arguments)
+
+    measure = cost_prediction.predict
+    monkeypatch.setattr(training_run, "predict", predict)
+    sweep_run(sweep(world, tmp_path / "out", "lr=1e-3,2e-3,4e-3", "projector=linear,mlp", max_steps=1))
+    assert kinds == ["linear", "mlp"]
+
+
+def test_auto_trains_as_many_together_as_measured(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rates = {1: 1.0, 2: 1.5, 4: 1.6}
+    asked: list[int] = []
+
+    def rate(step: Step, runs: int) -> float:
+        before = torch.get_rng_state()
+        assert measure(step, runs) > 0  # as it is measured, which must change nothing
+        assert torch.equal(torch.get_rng_state(), before)
+        asked.append(runs)
+        return rates[runs]
+
+    measure = Step.rate
+    monkeypatch.setattr(Step, "rate", rate)
+    space = ("lr=5e-3,1e-2,2e-2", "projector=linear,mlp")
+    auto, alone = (sweep(world, tmp_path / name, *space) for name in ("auto", "alone"))
+    assert sweep_run(dataclasses.replace(auto, together="auto"))["finished"] == 6
+    err = capfd.readouterr().err
+    assert asked == [1, 2, 4]
+    assert "trains 2 trials at a time, as measured here: 1.5 times as fast as one by one" in err
+    assert re.findall(r"^(\d+): finished", err, re.M) == [f"{trial:04}" for trial in range(6)]
+    sweep_run(alone)
+    for trial, line in results(tmp_path / "alone").items():
+        again = results(tmp_path / "auto")[trial]
+        assert again["eval_loss"] == pytest.approx(line["eval_loss"], rel=1e-5)
+        assert curve(tmp_path / "auto" / line["folder"]) == pytest.approx(
+            curve(tmp_path / "alone" / line["folder"]), rel=1e-5
+        )
+    asked.clear()
+    sweep_run(dataclasses.replace(auto, together="auto"))  # nothing is left to measure for
+    assert asked == []
+
+
+def test_auto_leaves_to_themselves_what_others_results_steer(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = sweep(world, tmp_path / "out", "lr=1e-3..1e-1:log", trials=2, together="auto", max_steps=1)
+    assert sweep_run(given)["finished"] == 2
+    err = capfd.readouterr().err
+    assert "--together auto trains one by one here" in err
+    assert "as measured" not in err
+    refused = call(*command(sweep(world, tmp_path / "out", "lr=1,2")), "--together", "many", code=2)
+    assert "many" in refused.err
+
+
+def test_more_runs_than_fit_a_pass_are_not_measured(world: Path, tmp_path: Path) -> None:
+    given = sweep(world, tmp_path / "out", "lr=1,2", micro_tokens=400)
+    step = Step(given, TrainingResources(given))
+    assert 200 < step.tokens <= 400
+    assert step.rate(1) > 0
+    assert step.rate(2) == 0
 
 
 @pytest.mark.slow  # two minutes; one of the last seven runs failed, for a reason not found yet

@@ -14,16 +14,13 @@ from llava_core.errors import LlavaError
 from llava_core.launcher_variables import whole_number
 from llava_core.types import JsonDict
 from train.config import SweepConfig
-from train.cost_prediction import forecast
+from train.cost_prediction import COSTLESS, forecast
 from train.resources import TrainingResources
-from train.run import PER_RUN_KEYS
 from train.run_folder import DEFAULTS, as_begun
 from train.sweep.space import MOST_TRIALS, Choices, Space, run_config
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
-COSTLESS = ("lr", "weight_decay", "warmup", "decay", "seed")
-"""Keys that do not change a run's time."""
 
 
 def run(config: SweepConfig) -> JsonDict:
@@ -57,14 +54,13 @@ def run(config: SweepConfig) -> JsonDict:
     if config.dry_run:
         return planned
     from train.sweep.run_trials import conclude, open_study, work  # need the extra
+    from train.sweep.together import why_alone
 
     study = open_study(config, space)  # or refuse, before anything is loaded
     if config.retry_failed:
         say(f"{counted(study.retry_failed(), 'failed trial')} to try again")
-    if config.together > 1 and config.tune != "projector":
-        say("--together does nothing here: each trial has a language model of its own")
-    elif config.together > 1 and not PER_RUN_KEYS & space.axes.keys():
-        say(f"--together does nothing here: {', '.join(space.keys)} changes what a step reads")
+    if why := why_alone(config, space):
+        say(why)
     left = study.left()
     if left < planned["trials"]:
         say(f"{counted(left, 'trial')} left")
@@ -87,12 +83,13 @@ def _absolute(path: Path) -> Path:
 def plan(config: SweepConfig, space: Space) -> JsonDict:
     """Print and return the number of trials, and their time one after the other."""
     trials, resources = space.size(config.trials), TrainingResources(config, weights=False)
+    measure_for = 2.0 if config.dry_run else 0.3  # what it is off by, the first trial shows
     kinds: dict[Hashable, float] = {}
     seconds = []
     for point in itertools.islice(space.typical(), MOST_PREDICTED):
-        kind = tuple((key, value) for key, value in point.items() if key not in COSTLESS)
+        kind = tuple((key, value) for key, value in point.items() if key not in COSTLESS | {"seed"})
         if kind not in kinds:
-            kinds[kind] = forecast(run_config(config, point, config.out), resources).seconds
+            kinds[kind] = forecast(run_config(config, point, config.out), resources, measure_for).seconds
         seconds.append(kinds[kind])
     predicted = trials * sum(seconds) / len(seconds)
     points = trials // max(1, len(space.seeds))

@@ -27,6 +27,7 @@ from llava_core.ray_cluster import (
     plan_for,
     start_progress_actor,
 )
+from llava_core.types import Device
 from train.config import SweepConfig
 from train.stop_signal import StopRequest
 from train.sweep.run_trials import open_study, work
@@ -45,7 +46,7 @@ def work_on_ray(config: SweepConfig, space: Space) -> None:
     assert config.ray is not None
     study = open_study(config, space)
     with connected(config.ray) as ray:
-        groups = max(1, -(-study.left() // config.together))
+        groups = max(1, -(-study.left() // (1 if config.together == "auto" else config.together)))
         plan = plan_for(ray, config.ray, config.device, config.ray_workers, groups)
         trials = space.size(config.trials)
         with progress(trials, "trials") as bar:
@@ -71,7 +72,8 @@ class RayWorkers:
         task = ray.remote(work_here).options(
             num_cpus=plan.cpus, num_gpus=plan.gpus, scheduling_strategy="SPREAD", max_retries=0
         )
-        config = dataclasses.replace(config, device="cuda" if plan.gpus else "cpu")
+        device: Device = "cuda" if plan.gpus else "cpu"
+        config = dataclasses.replace(config, device=device, ray_workers=plan.workers)
         job = (config, space, self.tally, code_digest(*OUR_CODE), max(1, plan.cpus))
         self.start: Callable[[], Any] = lambda: task.remote(*job)
         self.calls = [self.start() for _ in range(plan.workers)]

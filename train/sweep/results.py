@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import shlex
@@ -27,6 +28,8 @@ from train.sweep.space import Point, shown
 ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
 SHOWN = 30
 """Most rows of the table in the terminal."""
+REMEMBERED = 4096
+"""Trials whose held-out losses stay in memory; those of a longer sweep are read at each table."""
 NOT_KEPT = {"out", "json", "resume", "dry_run"}
 """Flags that best.yaml leaves to the command line."""
 
@@ -110,23 +113,32 @@ def _above(rows: Sequence[Row]) -> list[JsonDict]:
     Seeds are drawn again as pictures are; of a single seed, the interval leaves out what another would do.
     """
     kept = [
-        {record.point.get("seed"): sums for record in row.finished if (sums := _held_out(record.folder))}
+        {record.point.get("seed"): held for record in row.finished if (held := _held_out(record.folder))}
         for row in rows
     ]
     above: list[JsonDict] = [{} for _ in rows]
     for k, own in enumerate(kept[1:], 1):
-        pairs = [
-            np.concatenate([sums, kept[0][seed][1]], 1)
-            for seed, (held_out, sums) in own.items()
-            if seed in kept[0] and kept[0][seed][0] == held_out and len(sums) > 1
-        ]
+        pairs = [(held, kept[0][seed]) for seed, held in own.items() if seed in kept[0]]
+        pairs = [(held, best) for held, best in pairs if held.rows == best.rows and len(held.sums) > 1]
         if pairs:
-            above[k] = _difference(np.concatenate(pairs, 1), len(pairs))
+            above[k] = _difference(*pairs)
     return above
 
 
-def _difference(sums: np.ndarray, seeds: int) -> JsonDict:
-    """`Row.above` from [pictures, seeds * 4]: for each seed nats and tokens of the row, and of the best."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out losses of a trial, read once; equal to itself alone."""
+
+    rows: str
+    """Identity of the rows."""
+    sums: np.ndarray
+    """Nats and tokens [pictures, 2]."""
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _difference(*pairs: tuple[HeldOut, HeldOut]) -> JsonDict:
+    """`Row.above` of a row from its losses and those of the best one, a pair for each seed."""
+    sums, seeds = np.concatenate([held.sums for pair in pairs for held in pair], 1), len(pairs)
 
     def less(totals: np.ndarray) -> np.ndarray:
         """Loss of the row less that of the best [..., seeds]."""
@@ -140,13 +152,21 @@ def _difference(sums: np.ndarray, seeds: int) -> JsonDict:
     return {"above_best": float(less(sums.sum(0)).mean()), **interval("above_best", means)}
 
 
-def _held_out(folder: Path) -> tuple[str, np.ndarray] | None:
-    """Identity of a trial's held-out rows, and nats and tokens [pictures, 2]; None if it kept none."""
+def _held_out(folder: Path) -> HeldOut | None:
+    """A trial's held-out losses; None if it kept none."""
+    path = folder / "held_out.npz"
     try:
-        with np.load(folder / "held_out.npz") as file:
-            return str(file["rows"]), np.stack([file["loss"], file["tokens"]], 1).astype(float)
+        found = path.stat()
+        return _read_held_out(path, found.st_ino, found.st_mtime_ns)
     except (OSError, ValueError, LookupError, zipfile.BadZipFile):
         return None
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _read_held_out(path: Path, inode: int, modified: int) -> HeldOut:
+    """The file's contents, read again when it has been replaced: the table is written after every trial."""
+    with np.load(path) as file:
+        return HeldOut(str(file["rows"]), np.stack([file["loss"], file["tokens"]], 1).astype(float))
 
 
 def best_of(rows: Sequence[Row]) -> Record | None:

@@ -24,6 +24,7 @@ from train.sweep.plots import draw
 from train.sweep.results import best_of, how_sure, rows_of, text_table, write_best, write_results
 from train.sweep.space import Point, Space, run_config, words
 from train.sweep.study import Study
+from train.sweep.together import measured, why_alone
 
 
 def open_study(config: SweepConfig, space: Space) -> Study:
@@ -42,7 +43,12 @@ def work(config: SweepConfig, space: Space) -> None:
     study, resources = open_study(config, space), None
     if study.moved:
         resources = opened(config, study)
-    together = config.together if config.tune == "projector" else 1
+    together = 1 if config.together == "auto" or config.tune != "projector" else config.together
+    free = study.left() - study.running()
+    if config.together == "auto" and free > 1 and not why_alone(config, space):
+        resources = resources or opened(config, study)
+        typical = run_config(config, next(space.typical()), config.out)
+        together = measured(typical, resources, -(-free // (config.ray_workers or 1)))
     while claims := study.claim(together, can_share_step):
         with contextlib.ExitStack() as stack:
             for claim in claims:

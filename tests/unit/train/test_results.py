@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -79,6 +80,42 @@ def test_the_table_says_which_differences_are_none(tmp_path: Path) -> None:
     assert re.search(r"[^:] 0\.1\d{3} \(0\.\d{4} to 0\.\d{4}\) ", lines[4])
     told = "of 4 other points, 1 cannot be told from the best by these held-out rows"
     assert how_sure(rows) == f"{told}, and 2 kept no losses of the same rows and seeds"
+
+
+def test_held_out_losses_are_read_once_and_again_when_they_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is written after every trial: what it takes must not grow with their square."""
+    read: list[str] = []
+    load = np.load
+
+    def counted(path: Path) -> object:
+        read.append(path.parent.name)
+        return load(path)
+
+    def keep(trial: int, add: float) -> Record:
+        partial = tmp_path / "held_out.part"
+        with partial.open("wb") as file:
+            losses = np.arange(9.0) + add
+            np.savez(file, rows=np.array("rows"), loss=losses, tokens=np.ones(9, int))
+        (tmp_path / str(trial)).mkdir(exist_ok=True)
+        partial.replace(tmp_path / str(trial) / "held_out.npz")
+        kept = record(trial, {"lr": trial}, add)
+        return dataclasses.replace(kept, folder=tmp_path / str(trial))
+
+    def above(records: list[Record]) -> list[float]:
+        return [row.above["above_best"] for row in rows_of(records)[1:]]
+
+    monkeypatch.setattr(np, "load", counted)
+    records: list[Record] = []
+    for trial in range(4):
+        records.append(keep(trial, trial))
+        rows_of(records)
+    assert read == ["0", "1", "2", "3"]
+    assert above(records) == pytest.approx([1, 2, 3])
+    records[2] = keep(2, 2.5)
+    assert above(records) == pytest.approx([1, 2.5, 3])
+    assert read == ["0", "1", "2", "3", "2"]
 
 
 def test_a_sweep_of_nothing_finished_has_no_best() -> None:
