@@ -18,7 +18,7 @@ from llava_align.config import MODELS, DemoConfig
 from llava_align.demo.world.captions import ATTRIBUTES, accuracy, chance, shuffled
 from llava_align.demo.world.dataset import Split, write_split
 from llava_align.demo.world.server import TROUBLES, serve
-from llava_align.subprocess_command import run_command
+from llava_align.subprocess_command import imports_shared, run_command
 from llava_core.bootstrap import with_interval
 from llava_core.cli.command import INTERRUPTED
 from llava_core.cli.console import show, table
@@ -35,7 +35,8 @@ BATCH_SIZE = 16
 def run(config: DemoConfig) -> JsonDict:
     """Print every command with its output, and a table of results; returns its figures."""
     try:
-        return _demo(config)
+        with imports_shared():
+            return _demo(config)
     except KeyboardInterrupt:
         what = "interrupted; unlike its commands, the demo begins anew next time"
         raise LlavaError(what, exit_code=INTERRUPTED) from None

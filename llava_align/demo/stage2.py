@@ -31,7 +31,7 @@ from llava_align.demo.world.dialogues import (
 from llava_align.demo.world.notes import notes, question
 from llava_align.demo.world.scene import random_scene
 from llava_align.feature_dataset import FeatureDataset
-from llava_align.subprocess_command import run_command
+from llava_align.subprocess_command import imports_shared, run_command
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import progress, show, table
 from llava_core.errors import LlavaError
@@ -88,7 +88,9 @@ def run(config: DemoStage2Config) -> JsonDict:
         "steps": config.steps,
         "seed": config.seed,
     }
-    return second_stage(FirstStage(config.out), _made(config.out), **flags)
+    made = _made(config.out)
+    with imports_shared():
+        return second_stage(FirstStage(config.out), made, **flags)
 
 
 def second_stage(

@@ -7,6 +7,7 @@ takes it. The function is named by a string and imported only after parsing, so 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -82,11 +84,23 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
     )
     config.require_inputs()
     module, function = commands[argv[0]].target.split(":")
-    summary: dict[str, Any] = getattr(importlib.import_module(module), function)(config) or {}
+    summary: dict[str, Any] = getattr(_imported(module), function)(config) or {}
     code = int(summary.pop("exit_code", 0))
     if config.json:
         show(visible(json.dumps(summary, ensure_ascii=False, default=str)))
     return code
+
+
+def _imported(module: str) -> types.ModuleType:
+    """The module, imported without garbage collection: what it makes lasts as long as the process."""
+    if module not in sys.modules:
+        gc.disable()
+        try:
+            importlib.import_module(module)
+        finally:
+            gc.freeze()  # else every later collection goes through it
+            gc.enable()
+    return sys.modules[module]
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

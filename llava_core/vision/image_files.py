@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llava_core.data_url import decode_data_url, is_data_url
 from llava_core.errors import LlavaError
 from llava_core.network.fetch import fetch_all
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.row_status import Status
-
-if TYPE_CHECKING:  # what checks flags does without torch
-    from llava_core.vision.image_formats import ImageError
+from llava_core.vision.image_formats import ImageError, image_format
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff", ".jfif", ".jpe")
 """Suffixes of image files, in lower case."""
@@ -66,14 +63,25 @@ def read_images(
 
 
 def require_image(image: str | None) -> None:
-    """Raise LlavaError for a path without a file; URLs are not fetched yet."""
-    if image is not None and image != "-" and not is_url(image) and not is_data_url(image):
+    """Raise LlavaError for a path without a file, or with one that is no image; URLs are not fetched yet."""
+    if image is None or image == "-" or is_url(image) or is_data_url(image):
+        return
+    beginning = None
+    try:
+        path = Path(image).expanduser()
+        there = path.exists() and not path.is_dir()
+        if path.is_file():  # a pipe can be read but once
+            with path.open("rb") as file:
+                beginning = file.read(16)
+    except (OSError, ValueError, RuntimeError):
+        there = False
+    if not there:
+        raise _no_file(Path(image))
+    if beginning is not None:
         try:
-            there = Path(image).expanduser().exists()
-        except (OSError, ValueError, RuntimeError):
-            there = False
-        if not there:
-            raise _no_file(Path(image))
+            image_format(beginning)
+        except ImageError as error:
+            raise not_an_image(image, error) from None
 
 
 def _no_file(path: Path) -> LlavaError:

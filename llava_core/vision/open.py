@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -13,10 +13,12 @@ from llava_core.errors import as_llava_error
 from llava_core.geometry import Fit
 from llava_core.identity import EncoderIdentity
 from llava_core.input_folders import MODELSCOPE_FILES, registered_layout, require_vision_encoder
-from llava_core.projector.checkpoint import Provenance
 from llava_core.vision.hugging_face import open_hugging_face
 from llava_core.vision.modelscope import open_modelscope
 from llava_core.vision.tower import VisionTower
+
+if TYPE_CHECKING:  # it imports transformers, which takes a second
+    from llava_core.projector.checkpoint import Provenance
 
 
 class EncoderLayout(Protocol):

@@ -11,11 +11,10 @@ import io
 import re
 import time
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
-import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from llava_core.geometry import Fit, crop_of, resized
@@ -23,6 +22,9 @@ from llava_core.row_status import Status
 from llava_core.types import JsonDict
 from llava_core.vision.image_formats import ImageError, image_format
 from llava_core.vision.png_chunks import shown_chunks
+
+if TYPE_CHECKING:  # torch takes seconds, which decoding does without
+    import torch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -191,6 +193,8 @@ class Preprocess:
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Scale to 0..1, subtract mean, divide by std: uint8 [B, S, S, 3] -> fp32 [B, 3, S, S]."""
+        import torch
+
         mean = torch.tensor(self.mean, device=pixels.device)
         std = torch.tensor(self.std, device=pixels.device)
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
