@@ -102,7 +102,7 @@ class RunConfig(Options):
     max_text_tokens: int = 128
     """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
     micro_tokens: int = 16_384
-    """Most tokens in one forward pass: bounds memory, and changes no result."""
+    """Most tokens in one forward pass, fewer where memory is short; changes no result."""
     gradient_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more
     time, the same result."""

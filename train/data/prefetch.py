@@ -15,9 +15,10 @@ from train.data.samples import Samples
 from train.data.schedule import Schedule
 from train.distributed import ProcessGroup
 
-AHEAD = 4
+AHEAD = 8
 """Batches in flight."""
-THREADS = 2
+THREADS = 8
+"""As many, so that storage that answers in 5 ms a row keeps up with a GPU's 30 ms a step of 16."""
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 
