@@ -50,7 +50,9 @@ def run_command(*arguments: object, echo: bool = True) -> JsonDict:
     with contextlib.ExitStack() as stack:
         if _forking:
             (process,) = _forking
-            print(json.dumps([not echo, *words]), file=process.stdin, flush=True)
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([not echo, *words]) + "\n")
+            process.stdin.flush()
         else:
             errors = None if echo else subprocess.STDOUT
             process = stack.enter_context(_process(*words, stderr=errors))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from train.model.frozen_block import ends_early
 
 CHUNK_LOGITS = 1 << 25
 """Most logits that exist at once: 128 MiB in fp32."""
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+COMPILED = "compiled_loss"
+"""Attribute of a transformers model whose blocks are compiled: a compiled ChunkLoss."""
 
 
 def packed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row: Row) -> list[torch.Tensor]:
@@ -22,8 +25,9 @@ def packed_losses(llm: LanguageModel, projectors: Sequence[torch.nn.Module], row
     One pass through the language model for all projectors. No sample sees another, so a projector's gradient
     is what it would be alone. Divide by the answer tokens of the step: then splitting it changes nothing.
     """
+    chunk = vars(llm.model).get(COMPILED, loss_of_chunk)
     return [
-        head_loss(own, llm.head, pack.targets)
+        head_loss(own, llm.head, pack.targets, chunk)
         for own, (_, pack) in zip(_hidden(llm, projectors, row), row.packs, strict=False)
     ]
 
@@ -33,9 +37,9 @@ def token_losses(llm: LanguageModel, projector: torch.nn.Module, row: Row) -> to
     """Log loss in nats of each answer token, in the samples' order: fp32 [answer tokens in the row]."""
     return torch.cat(
         [
-            F.nll_loss(log_p, pack.targets[part], reduction="none")
+            F.cross_entropy((hidden[part] @ llm.head.T).float(), pack.targets[part], reduction="none")
             for hidden, (_, pack) in zip(_hidden(llm, [projector], row), row.packs, strict=False)
-            for part, log_p in _chunks(hidden, llm.head)
+            for part in _chunks(hidden, llm.head)
         ]
     )
 
@@ -74,9 +78,32 @@ def forward_blocks(
     return hidden if wanted is None or len(hidden) == len(wanted) else hidden[wanted]
 
 
-def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_of_chunk(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross entropy of some tokens, and its gradient by the logits, fp32 [A, V]."""
+    log_p = F.log_softmax((hidden @ head.T).float(), dim=-1)
+    loss = F.nll_loss(log_p, targets, reduction="sum")
+    error = log_p.exp_()
+    error[torch.arange(len(error), device=error.device), targets] -= 1
+    return loss, error
+
+
+def loss_to_compile(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`loss_of_chunk` without indexing, so that all behind the product is one pass, and the gradient in the
+    head's type."""
+    log_p = F.log_softmax((hidden @ head.T).float(), dim=-1)
+    right = targets[:, None] == torch.arange(len(head), device=head.device)
+    return -log_p.gather(1, targets[:, None]).sum(), (log_p.exp() - right.float()).to(head.dtype)
+
+
+def head_loss(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: ChunkLoss = loss_of_chunk
+) -> torch.Tensor:
     """Summed cross entropy of hidden [A, H] against targets [A] through a head [V, H]: a scalar."""
-    loss: torch.Tensor = HeadLoss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = HeadLoss.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -89,15 +116,17 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: ChunkLoss
+    ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for part, log_p in _chunks(hidden, head):
-            total += F.nll_loss(log_p, targets[part], reduction="sum")
+        chunk = chunk if of_head is None else loss_of_chunk
+        for part in _chunks(hidden, head):
+            loss, error = chunk(hidden[part], head, targets[part])
+            total += loss
             if gradient is not None:
-                error = log_p.exp_()
-                error[torch.arange(len(error), device=error.device), targets[part]] -= 1
                 gradient[part] = error.to(head.dtype) @ head
                 if of_head is not None:
                     of_head += error.T @ hidden[part].float()
@@ -106,16 +135,15 @@ class HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, of_head = ctx.saved_tensors
         if of_head is not None:
             of_head = (of_head * outputs[0]).to(gradient.dtype)
-        return (gradient * outputs[0]).to(gradient.dtype), of_head, None
+        return (gradient * outputs[0]).to(gradient.dtype), of_head, None, None
 
 
-def _chunks(hidden: torch.Tensor, head: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Log probabilities in fp32 of some rows of hidden [A, H] at a time, at most CHUNK_LOGITS of them."""
+def _chunks(hidden: torch.Tensor, head: torch.Tensor) -> Iterator[slice]:
+    """Some rows of hidden [A, H] at a time, of which there are at most CHUNK_LOGITS logits."""
     rows = max(1, CHUNK_LOGITS // head.shape[0])
     for start in range(0, len(hidden), rows):
-        part = slice(start, start + rows)
-        yield part, F.log_softmax((hidden[part] @ head.T).float(), dim=-1)
+        yield slice(start, start + rows)

@@ -21,7 +21,7 @@ from llava_core.types import JsonDict
 from train.config import Compile
 from train.data.packing import Packing, pack
 from train.model.frozen_block import write_out
-from train.model.loss import forward_blocks
+from train.model.loss import COMPILED, forward_blocks, loss_to_compile
 from train.model.packed_attention import KERNELS, Kernel
 
 LENGTHS = [24, 17, 9]
@@ -159,6 +159,7 @@ def compile_blocks(llm: LanguageModel) -> str:
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_GRAPHS
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True)  # from the second row length on for any
+    setattr(llm.model, COMPILED, torch.compile(loss_to_compile, fullgraph=True))
     return ""
 
 
@@ -182,21 +183,23 @@ def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]
 
     `kind` is "sdpa", where the model has it, or "eager".
     """
-    config, compiled = llm.model.config, as_written(llm)
+    config, replaced = llm.model.config, as_written(llm)
     packed = config._attn_implementation
     config._attn_implementation = kind if getattr(llm.model, "_supports_sdpa", False) else "eager"
     try:
         yield
     finally:
         config._attn_implementation = packed
-        for block, forward in compiled.items():
-            block.forward = forward
+        for (module, name), function in replaced.items():
+            setattr(module, name, function)
 
 
-def as_written(llm: LanguageModel) -> dict[Any, Any]:
-    """Undo `compile_blocks`, `write_out`, `recompute_activations`; returns each block's function so far."""
+def as_written(llm: LanguageModel) -> dict[tuple[Any, str], Any]:
+    """Undo `compile_blocks`, `write_out`, `recompute_activations`; returns the functions so far, by their
+    places."""
     blocks = getattr(llm.model.base_model, "layers", ())
-    return {block: vars(block).pop("forward") for block in blocks if "forward" in vars(block)}
+    places = [*((block, "forward") for block in blocks), (llm.model, COMPILED)]
+    return {(module, name): vars(module).pop(name) for module, name in places if name in vars(module)}
 
 
 def _references(llm: LanguageModel) -> tuple[Outputs, Distances]:

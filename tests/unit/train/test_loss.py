@@ -161,12 +161,12 @@ def test_compiled_once_for_rows_of_any_length_and_equal(llm: LanguageModel, back
     lengths.clear()
     torch.testing.assert_close(losses(unit=8), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(projector), wanted, rtol=1e-4, atol=5e-5)
-    # All blocks share what is compiled for one; the first graphs are those of the model's check.
+    # All blocks share what is compiled for one; the first graphs are the check's, two are the head's.
     assert len(lengths) >= 5
-    assert compilations() - before <= 3
+    assert compilations() - before <= 5
     with original_attention(llm):
         llm.model(torch.arange(5)[None], use_cache=True)
-    assert compilations() - before <= 3
+    assert compilations() - before <= 5
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
