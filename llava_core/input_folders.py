@@ -32,6 +32,14 @@ def config_of(folder: Path) -> JsonDict:
     return config if isinstance(config, dict) else {}
 
 
+def one_or_several(flag: str, given: tuple[Path, ...] | Path | None) -> tuple[Path, ...] | Path | None:
+    """One folder as itself, so that a flag with one is what it was before there could be several."""
+    if isinstance(given, tuple) and not given:
+        what = f"--{flag.replace('_', '-')}"
+        raise LlavaError(what, expected="a folder of shards, or several", got="none", exit_code=2)
+    return given[0] if isinstance(given, tuple) and len(given) == 1 else given
+
+
 def require_plain_weights(folder: Path) -> None:
     """Raise LlavaError if a model's config.json declares its weights quantised."""
     if quantised := config_of(folder).get("quantization_config"):

@@ -10,7 +10,13 @@ from typing import Literal
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_folder, require_matches
-from llava_core.input_folders import folders_of, require_checkpoint, require_language_model, require_shards
+from llava_core.input_folders import (
+    folders_of,
+    one_or_several,
+    require_checkpoint,
+    require_language_model,
+    require_shards,
+)
 from llava_core.language.instructions import read_instructions
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from llava_core.types import Device
@@ -50,8 +56,7 @@ class RunConfig(Options):
     eval_text: str | None = None
     """The same for the held-out shards, which without it keep their own words."""
     mix: str | None = None
-    """Share of each folder of --features, such as 0.6,0.3,0.1, by which samples are drawn; without it all are
-    one set."""
+    """Share of each folder of --features in the samples drawn, such as 0.6,0.3,0.1; by default by size."""
 
     projector: str = "linear"
     """Kind of projector: linear; mlp, which is linear, GELU, linear; a registered name; or a class of your
@@ -104,8 +109,7 @@ class RunConfig(Options):
     micro_tokens: int = 16_384
     """Most tokens in one forward pass, fewer where memory is short; changes no result."""
     gradient_checkpointing: bool = False
-    """Compute each block's activations again in the backward pass instead of keeping them: less memory, more
-    time, the same result."""
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     seed: int = 0
     """Seed of initialisation, order and instructions."""
     instructions: str = "auto"
@@ -146,7 +150,7 @@ class RunConfig(Options):
             *("save_every", "keep", "log_every"),
         )
         for name in ("features", "eval_features"):
-            object.__setattr__(self, name, _one_or_several(name, getattr(self, name)))
+            object.__setattr__(self, name, one_or_several(name, getattr(self, name)))
         if self.mix is not None:
             _shares(self.mix, len(folders_of(self.features)))  # or refuse
         PROJECTORS.require(self.projector)
@@ -203,14 +207,13 @@ class SweepConfig(RunConfig):
     out: Path
     """Folder of the sweep: trials/, results.csv, index.html, `best`."""
     trials: int | None = None
-    """Draw N points: of lists at random, with a range where the trials so far look best (TPE). Each is
-    tried with every seed."""
+    """Draw N points, each for every seed: of lists at random, with a range where trials look best (TPE)."""
     prune: Literal["auto", "median", "none"] = "auto"
     """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
     once there are five; auto does so with ranges alone."""
     together: int | Literal["auto"] = 1
-    """Train up to N trials in one pass through the language model, where they differ in nothing but the
-    projector and its optimizer; auto measures how many are fastest here, which may be one."""
+    """Train up to N trials in one pass, where they differ in projector and optimizer alone; auto measures
+    how many are fastest here, which may be one."""
     ray: str | None = None
     """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
     ray_workers: int | None = None
@@ -221,6 +224,12 @@ class SweepConfig(RunConfig):
     """Fail unless OUT holds a sweep to continue."""
     dry_run: bool = False
     """Only print how many trials there are, and how long they take."""
+
+    def require_inputs(self) -> None:
+        from train.sweep.space import Space  # about these flags
+
+        super().require_inputs()
+        Space.of(self.space, self)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,7 +268,7 @@ class EvalConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_above_zero("max_samples", "max_text_tokens", "batch_size", "micro_tokens")
-        object.__setattr__(self, "features", _one_or_several("features", self.features))
+        object.__setattr__(self, "features", one_or_several("features", self.features))
         if self.instructions is not None:
             object.__setattr__(self, "instructions", read_instructions(self.instructions))
 
@@ -268,14 +277,6 @@ class EvalConfig(Options):
         require_shards("--features", self.features)
         require_matches("--text", self.text)
         require_language_model(self.llm)
-
-
-def _one_or_several(flag: str, given: tuple[Path, ...] | Path | None) -> tuple[Path, ...] | Path | None:
-    """One folder as itself, so that a flag with one is what it was before there could be several."""
-    if isinstance(given, tuple) and not given:
-        what = f"--{flag.replace('_', '-')}"
-        raise LlavaError(what, expected="a folder of shards, or several", got="none", exit_code=2)
-    return given[0] if isinstance(given, tuple) and len(given) == 1 else given
 
 
 def _shares(mix: str, folders: int) -> tuple[float, ...]:

@@ -29,9 +29,9 @@ from train.data.packing import Packing
 from train.data.prefetch import prefetch
 from train.data.samples import Samples
 from train.distributed import ProcessGroup, joined
+from train.flags import OLD_INSTRUCTIONS
 from train.model.loss import token_losses
 from train.resources import TrainingResources
-from train.run_folder import OLD_INSTRUCTIONS
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""

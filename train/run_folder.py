@@ -34,27 +34,8 @@ from llava_core.projector.checkpoint import (
 from llava_core.projector.projector import Projector
 from llava_core.types import JsonDict
 from train.config import RunConfig
+from train.flags import BEFORE, DEFAULTS, FREE_KEYS, MOVABLE_KEYS, OLD_INSTRUCTIONS, plain
 
-FREE_KEYS = {
-    *("json", "resume", "dry_run", "keep", "log_every", "report_to", "device", "save_every", "out"),
-    *("micro_tokens", "resident", "eval_captions", "compile", "gradient_checkpointing"),
-}
-"""Flags that may differ when a run continues: they do not change the trained weights."""
-MOVABLE_KEYS = {"features", "eval_features", "text", "eval_text", "llm", "init"}
-"""Flags that name folders or files. When a run continues, their contents are compared, wherever they are."""
-
-
-def plain(value: object) -> object:
-    """A flag's value as YAML and JSON have it."""
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-DEFAULTS = {field.name: plain(field.default) for field in dataclasses.fields(RunConfig)}
-OLD_INSTRUCTIONS = "mixed"
-BEFORE = {**DEFAULTS, "instructions": OLD_INSTRUCTIONS}
-"""What a flag that is newer than a run, or a sweep, was in effect there."""
 Config = TypeVar("Config", bound=RunConfig)
 
 

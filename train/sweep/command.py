@@ -15,8 +15,9 @@ from llava_core.launcher_variables import whole_number
 from llava_core.types import JsonDict
 from train.config import SweepConfig
 from train.cost_prediction import COSTLESS, forecast
+from train.flags import DEFAULTS
 from train.resources import TrainingResources
-from train.run_folder import DEFAULTS, as_begun
+from train.run_folder import as_begun
 from train.sweep.space import MOST_TRIALS, Choices, Space, run_config
 
 MOST_PREDICTED = 1000

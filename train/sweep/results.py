@@ -21,7 +21,7 @@ from llava_core.filesystem import replace_text
 from llava_core.projector.checkpoint import point_to
 from llava_core.types import JsonDict
 from train.config import RunConfig
-from train.run_folder import plain
+from train.flags import plain
 from train.sweep.record import Record, State
 from train.sweep.space import Point, shown
 

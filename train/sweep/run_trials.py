@@ -14,9 +14,10 @@ from llava_core.cli.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.types import JsonDict
 from train.config import SweepConfig
+from train.flags import FREE_KEYS
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS, train
-from train.run_folder import FREE_KEYS, RunFolder, weights_sha256
+from train.run_folder import RunFolder, weights_sha256
 from train.stop_signal import StopRequest
 from train.sweep.claim import Claim
 from train.sweep.page import write_page

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from llava_core.cli.settings import read_settings
 from llava_core.errors import LlavaError, nearest
 from train.config import RunConfig
-from train.run_folder import FREE_KEYS
+from train.flags import FREE_KEYS
 
 Value: TypeAlias = "str | int | float"
 Point: TypeAlias = "dict[str, Value]"

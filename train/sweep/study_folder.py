@@ -23,7 +23,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import flock, replace_text, tolerated, without_flush
 from llava_core.types import JsonDict
-from train.run_folder import BEFORE, moved_of
+from train.flags import BEFORE
+from train.run_folder import moved_of
 
 
 class FileLock(JournalFileOpenLock):
