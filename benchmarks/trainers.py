@@ -22,7 +22,7 @@ from llava_core.language.prompt_and_labels import IGNORE, Example
 from llava_core.vision.tower import VisionTower
 from train.data.samples import Samples
 from train.loop import Trainer as Ours
-from train.model.packed_model import original_attention
+from train.model.blocks import original_attention
 from train.optimizer import build_optimizers
 from train.stop_signal import StopRequest
 from train.throughput import peak_memory

@@ -22,8 +22,8 @@ from train.data.batch import Batch
 from train.data.packing import Packing, cut, tokens_of
 from train.data.prefetch import training_batches
 from train.distributed import DeferredError
+from train.model.blocks import compilations
 from train.model.loss import packed_losses
-from train.model.packed_model import compilations
 from train.resources import TrainingResources
 from train.stop_signal import StopRequest
 from train.throughput import Throughput, progress_line

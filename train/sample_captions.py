@@ -12,7 +12,7 @@ from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 from train.data.samples import Samples
-from train.model.packed_model import original_attention
+from train.model.blocks import original_attention
 
 GREEDY = Sampling(max_tokens=48)
 SHOWN = 200

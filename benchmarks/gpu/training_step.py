@@ -17,8 +17,8 @@ from train.config import Tune
 from train.data.batch import answer_tokens
 from train.data.packing import Packing
 from train.flops import Work
+from train.model.blocks import compilations
 from train.model.loss import head_loss, packed_losses
-from train.model.packed_model import compilations
 
 KINDS = {
     "GEMM": r"gemm|cutlass|nvjet|xmma|cublas|wgmma|splitK",

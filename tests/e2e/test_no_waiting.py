@@ -15,9 +15,9 @@ from llava_core.language.prompt_and_labels import Example
 from tests.support.runs import config
 from train.data.samples import Samples
 from train.loop import Trainer
+from train.model.blocks import as_written
 from train.model.loss import token_losses
 from train.model.packed_attention import Kernel
-from train.model.packed_model import as_written
 from train.resources import TrainingResources
 from train.run import run as train_run
 from train.run_folder import RunFolder

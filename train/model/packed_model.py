@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +19,9 @@ from llava_core.language.prompt_and_labels import IGNORE, Example
 from llava_core.types import JsonDict
 from train.config import Compile
 from train.data.packing import Packing, pack
+from train.model.blocks import as_written, compile_blocks, original_attention, recompute_activations
 from train.model.frozen_block import write_out
-from train.model.loss import COMPILED, forward_blocks, loss_to_compile
+from train.model.loss import forward_blocks
 from train.model.packed_attention import KERNELS, Kernel
 
 LENGTHS = [24, 17, 9]
@@ -33,8 +33,6 @@ FLOOR = {"logits": 1e-4, "gradients": 1e-3}
 """Relative distances that are always near enough: the rounding of fp32."""
 BLURRED = 0.25
 """A type that is further from fp32 than this hides a wrong kernel."""
-MOST_GRAPHS = 1024
-"""Graphs that a block may have: more than occur, since torch ends the run at its limit."""
 
 Outputs = dict[str, torch.Tensor]
 """`logits` [N, vocabulary] of the checked samples and the `gradients` [N, hidden] that they send to the
@@ -148,58 +146,6 @@ def _written_out(llm: LanguageModel, kernel: Kernel, exact: Outputs, own: Distan
     if reason := distances if isinstance(distances, str) else _fault(distances, own):
         as_written(llm)
         say(f"the language model's blocks are not written out: {reason}")
-
-
-def compile_blocks(llm: LanguageModel) -> str:
-    """Compile each block, which share what is compiled for one; returns why that cannot be done, or ""."""
-    blocks = getattr(llm.model.base_model, "layers", None)
-    if blocks is None:
-        return "no list of blocks in it"
-    as_written(llm)
-    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = MOST_GRAPHS
-    for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True)  # from the second row length on for any
-    setattr(llm.model, COMPILED, torch.compile(loss_to_compile, fullgraph=True))
-    return ""
-
-
-def recompute_activations(llm: LanguageModel) -> None:
-    """Keep only what goes into each block for the backward pass (gradient checkpointing)."""
-    blocks = getattr(llm.model.base_model, "layers", None)
-    if blocks is None:
-        raise LlavaError("--gradient-checkpointing", expected="a model with a list of blocks", got=llm.id)
-    for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def compilations() -> int:
-    """Number of graphs that torch has compiled in this process."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
-@contextmanager
-def original_attention(llm: LanguageModel, kind: str = "sdpa") -> Iterator[None]:
-    """The model with its own attention and blocks as written, in the `with` block: generating needs a cache.
-
-    `kind` is "sdpa", where the model has it, or "eager".
-    """
-    config, replaced = llm.model.config, as_written(llm)
-    packed = config._attn_implementation
-    config._attn_implementation = kind if getattr(llm.model, "_supports_sdpa", False) else "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = packed
-        for (module, name), function in replaced.items():
-            setattr(module, name, function)
-
-
-def as_written(llm: LanguageModel) -> dict[tuple[Any, str], Any]:
-    """Undo `compile_blocks`, `write_out`, `recompute_activations`; returns the functions so far, by their
-    places."""
-    blocks = getattr(llm.model.base_model, "layers", ())
-    places = [*((block, "forward") for block in blocks), (llm.model, COMPILED)]
-    return {(module, name): vars(module).pop(name) for module, name in places if name in vars(module)}
 
 
 def _references(llm: LanguageModel) -> tuple[Outputs, Distances]:

@@ -20,7 +20,8 @@ from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
 from train.data.batch import TextCounts
 from train.data.packing import pack
 from train.flops import Work
-from train.model.packed_model import as_written, prepare
+from train.model.blocks import as_written
+from train.model.packed_model import prepare
 from train.throughput import Throughput, progress_line
 
 

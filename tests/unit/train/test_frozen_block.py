@@ -15,8 +15,9 @@ from tests.support.language_models import write_language_model
 from tests.support.loss import summed_loss
 from tests.unit.train.test_loss import VISUAL, a_batch, a_projector, gradients
 from train.data.packing import pack
+from train.model.blocks import as_written
 from train.model.frozen_block import Attention, Weights, ends_early
-from train.model.packed_model import as_written, prepare
+from train.model.packed_model import prepare
 
 WRITTEN_OUT = {"qwen3", "llama"}
 

@@ -23,9 +23,10 @@ from tests.support.language_models import byte_tokenizer, write_language_model
 from tests.support.loss import summed_loss
 from train.data.batch import Batch, TextCounts
 from train.data.packing import Packing, pack
+from train.model.blocks import compilations, original_attention
 from train.model.loss import head_loss, packed_losses
 from train.model.packed_attention import KERNELS, Kernel, flash_varlen, on_a_cpu, torch_varlen
-from train.model.packed_model import compilations, original_attention, prepare
+from train.model.packed_model import prepare
 
 VISUAL, WIDTH = 5, 12
 

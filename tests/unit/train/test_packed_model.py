@@ -14,8 +14,9 @@ from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from tests.support.language_models import write_language_model
 from tests.support.paths import WORLD_MODELS
+from train.model.blocks import as_written, original_attention
 from train.model.packed_attention import KERNELS, Attend, Kernel, on_a_cpu, one_by_one
-from train.model.packed_model import as_written, original_attention, prepare
+from train.model.packed_model import prepare
 
 WORLD = WORLD_MODELS / "llm"
 
