@@ -196,6 +196,29 @@ def test_passes_are_as_long_as_the_free_ram_allows(
         assert loss == pytest.approx(expected[step], rel=1e-4), step
 
 
+def test_a_longer_sample_than_the_memory_was_measured_by_has_a_pass_of_its_own(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes were shortened by other samples, in the plan or beside a full GPU; the flag allows this one."""
+    captions = ["红色的圆形" * 20] * 4
+    with ShardWriter(tmp_path / "long/a.h5", header(captions)) as writer:
+        writer.write([outcome(row) for row in range(4)])
+        writer.finish()
+    given = config(world, tmp_path / "run", eval_features=tmp_path / "long", max_steps=2)
+    full = iter([True])
+
+    def packed(*arguments: Any) -> list[torch.Tensor]:
+        if next(full, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return packed_losses(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.loop.packed_losses", packed)
+        loss = train_run(given)["eval_loss"]
+    monkeypatch.setattr("train.cost_prediction.free_memory", lambda device: 0)
+    assert train_run(dataclasses.replace(given, out=tmp_path / "low"))["eval_loss"] == pytest.approx(loss)
+
+
 def test_shuffled_pictures_cost_something_once_they_matter(world: Path, tmp_path: Path) -> None:
     """Trained on eight rows until it knows them by their pictures, the gap is wide; untrained, it is none."""
     write_shard(tmp_path / "few/d.h5", rows=8)
