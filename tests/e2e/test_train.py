@@ -196,6 +196,19 @@ def test_passes_are_as_long_as_the_free_ram_allows(
         assert loss == pytest.approx(expected[step], rel=1e-4), step
 
 
+@pytest.mark.parametrize("tune", ["projector", "lora", "llm"])
+def test_passes_leave_ram_for_optimizers_and_features(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: Any
+) -> None:
+    free = 2_400_000
+    monkeypatch.setattr("train.cost_prediction.free_memory", lambda device: free)
+    planned = plan_run(config(world, tmp_path / "plan", tune=tune, batch_size=16, resident="ram"))
+    assert 147 < planned["micro_tokens"] < planned["tokens_per_step"]
+    memory = planned["memory"]
+    assert sum(memory.values()) - memory["process"] - memory["logits"] <= 0.75 * free
+    assert memory["features_kept"] > 0
+
+
 def test_a_longer_sample_than_the_memory_was_measured_by_has_a_pass_of_its_own(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
