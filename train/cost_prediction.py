@@ -186,11 +186,13 @@ def predict(
     evaluated = evaluations * held_out / batch
     per_token = activation_bytes(model.config, dtype, config.tune, recomputes)
     weights = parameter_count(model) * dtype.itemsize
+    # Beside the batches of steps those of an evaluation, with the right pictures and with others.
+    ahead = AHEAD + 1 + 2 * min(AHEAD + 1, held_out / batch)
     others = {
         "projector_and_optimizer": parameter_count(projector) * 16,
         # Its gradient and AdamW's two moments in fp32, and a copy in fp32 of weights in a shorter type.
         **({"tuned_and_optimizer": tuned * (12 + 4 * copies)} if tuned else {}),
-        "features_read_ahead": round((AHEAD + 1) * counts.pictures * per_step * samples.row_bytes),
+        "features_read_ahead": round(ahead * counts.pictures * per_step * samples.row_bytes),
         **({"features_kept": cached * samples.row_bytes} if cached else {}),
     }
     micro_tokens, needed = config.micro_tokens, sum(lengths) * per_step

@@ -314,6 +314,14 @@ def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_p
     assert last["memory_bytes"] > 1e8
 
 
+def test_a_plan_counts_what_is_read_ahead_in_an_evaluation(world: Path, tmp_path: Path) -> None:
+    """All held-out rows here, each with its own picture and with another, beside the next steps'."""
+    plan = functools.partial(config, world, tmp_path / "run", resident="disk", eval_samples=6)
+    alone, both = (plan_run(given)["memory"] for given in (plan(eval_features=None), plan()))
+    more = both["features_read_ahead"] - alone["features_read_ahead"]
+    assert more == 2 * 6 * TOKENS * WIDTH * 2
+
+
 def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
     train_run(config(world, tmp_path / "run", max_steps=3, report_to=("tensorboard",)))
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
