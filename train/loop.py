@@ -183,8 +183,9 @@ class Trainer:
             )
         say(f"no room on {self.llm.device} for {most:,} tokens in a pass: now --micro-tokens {fewer}")
         self.packing = dataclasses.replace(laid, room=fewer)
+        self.llm.model.zero_grad()  # what was not added to its copy in fp32
         for optimizer in [each for run in self.active.values() for each in run.optimizers]:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         if self.llm.device.type == "cuda":
             torch.cuda.empty_cache()
 

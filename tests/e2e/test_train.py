@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -33,9 +34,14 @@ from train.config import EvalConfig
 from train.cost_prediction import run as plan_run
 from train.data.packing import Row
 from train.evaluate import run as evaluate_run
+from train.loop import Trainer
 from train.metric_writers import has_key
 from train.model.loss import packed_losses
+from train.resources import TrainingResources
 from train.run import run as train_run
+from train.run_folder import RunFolder
+from train.stop_signal import StopRequest
+from train.training_run import TrainingRun
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +182,33 @@ def test_passes_shrink_until_the_device_has_room(
     room = 10
     with pytest.raises(LlavaError, match=r"cpu is too small for one sample; got \d+ tokens; give --gr"):
         train_run(config(world, tmp_path / "small", eval_features=None))
+
+
+def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has yet to be added to that of a copy in fp32, whose memory is what was missing."""
+    for module in ("llava_core.language.load", "train.cost_prediction"):
+        monkeypatch.setattr(f"{module}.default_dtype", lambda device: torch.bfloat16)
+    given = config(world, tmp_path / "run", tune="llm")
+    resources = TrainingResources(given)
+    run = TrainingRun(given, RunFolder(given.out, given), resources)
+    trainer = Trainer({0: run}, resources, resources.packing(1000), StopRequest())
+    with contextlib.closing(trainer.batches(1)) as batches:
+        batch = next(batches)
+    losses, zeros, full = [torch.zeros(())], torch.zeros_like, iter([False, False, True])
+
+    def zeros_like(*arguments: Any, **more: Any) -> torch.Tensor:
+        if not more and next(full, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return zeros(*arguments, **more)
+
+    monkeypatch.setattr("torch.zeros_like", zeros_like)
+    assert not trainer.backward(batch, losses)
+    trainer.take_fewer_tokens(batch)
+    assert all(parameter.grad is None for parameter in [*resources.llm.model.parameters(), *run.parameters])
+    assert trainer.backward(batch, losses)
+    run.writers.close()
 
 
 def test_passes_are_as_long_as_the_free_ram_allows(
