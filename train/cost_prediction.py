@@ -11,9 +11,7 @@ from llava_core.cli.console import human_bytes, human_seconds, say, show, table
 from llava_core.device import default_dtype, free_memory, matmul_rate
 from llava_core.language.model import context_of
 from llava_core.projector.checkpoint import load_checkpoint
-from llava_core.projector.projector import (
-    parameter_count,
-)
+from llava_core.projector.projector import parameter_count
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.batch import TextCounts
@@ -35,7 +33,7 @@ EFFICIENCY = {"cuda": 0.4, "mps": 0.4, "cpu": 0.45}
 """Share of the matmul rate that training is assumed to reach; benchmarks/RESULTS.md has the measured ones,
 which are those of CPUs."""
 SHARE = 0.75
-"""Of the free RAM, what the model and activations may take: predicted memory is right within a third."""
+"""Of the free RAM, what a run may take: predicted memory is right within a third."""
 COSTLESS = frozenset(("out", "lr", "weight_decay", "warmup", "decay"))
 """Flags that change nothing of a Prediction."""
 COUNTS = (
@@ -187,11 +185,21 @@ def predict(
     # An evaluation takes two forward passes a sample, about what training on it takes.
     evaluated = evaluations * held_out / batch
     per_token = activation_bytes(model.config, dtype, config.tune, recomputes)
+    weights = parameter_count(model) * dtype.itemsize
+    # Beside the batches of steps those of an evaluation, with the right pictures and with others.
+    ahead = AHEAD + 1 + 2 * min(AHEAD + 1, held_out / batch)
+    others = {
+        "projector_and_optimizer": parameter_count(projector) * 16,
+        # Its gradient and AdamW's two moments in fp32, and a copy in fp32 of weights in a shorter type.
+        **({"tuned_and_optimizer": tuned * (12 + 4 * copies)} if tuned else {}),
+        "features_read_ahead": round(ahead * counts.pictures * per_step * samples.row_bytes),
+        **({"features_kept": cached * samples.row_bytes} if cached else {}),
+    }
     micro_tokens, needed = config.micro_tokens, sum(lengths) * per_step
     if device.type != "cuda":  # which says itself when its memory is full
-        loaded = parameter_count(model) * dtype.itemsize if model.device.type != "meta" else 0
-        free = SHARE * (free_memory(device) + loaded) - parameter_count(model) * dtype.itemsize
-        micro_tokens = min(micro_tokens, max(*most, round(free / per_token)))
+        loaded = weights if model.device.type != "meta" else 0
+        free = SHARE * (free_memory(device) + loaded) - weights - sum(others.values())
+        micro_tokens = min(micro_tokens, max(*most, int(free / per_token)))
     tokens = min(micro_tokens, needed)
     head_rows = min(
         CHUNK_LOGITS // model.config.vocab_size, counts.answers * per_step * tokens / sum(lengths)
@@ -211,15 +219,11 @@ def predict(
         efficiency=efficiency,
         memory={
             **({"process": memory_before} if device.type != "cuda" else {}),
-            "language_model": parameter_count(model) * dtype.itemsize,
+            "language_model": weights,
             "activations": round(tokens * per_token),
             # In fp32 as logits and as probabilities, and once more in the model's own type.
             "logits": round(head_rows * model.config.vocab_size * (8 + dtype.itemsize)),
-            "projector_and_optimizer": parameter_count(projector) * 16,
-            # Its gradient and AdamW's two moments in fp32, and a copy in fp32 of weights in a shorter type.
-            **({"tuned_and_optimizer": tuned * (12 + 4 * copies)} if tuned else {}),
-            "features_read_ahead": round((AHEAD + 1) * counts.pictures * per_step * samples.row_bytes),
-            **({"features_kept": cached * samples.row_bytes} if cached else {}),
+            **others,
         },
         seconds=(schedule.steps + evaluated) * operations / (rate * efficiency),
         work=work,

@@ -171,7 +171,9 @@ class Trainer:
         Raises LlavaError if that was one sample.
         """
         lengths = [tokens_of(each, run.visual) for run in self.active.values() for each in batch.examples]
-        most = max(sum(lengths[start:end]) for start, end in cut(lengths, self.packing.micro_tokens))
+        laid = self.packing
+        cuts = cut(lengths, laid.micro_tokens, room=laid.room)
+        most = max(sum(lengths[start:end]) for start, end in cuts)
         fewer = max(*lengths, most // 2)
         if fewer == most:
             raise LlavaError(
@@ -180,9 +182,10 @@ class Trainer:
                 do="give --gradient-checkpointing, a lower --max-text-tokens, or --visual-tokens pool",
             )
         say(f"no room on {self.llm.device} for {most:,} tokens in a pass: now --micro-tokens {fewer}")
-        self.packing = dataclasses.replace(self.packing, micro_tokens=fewer)
+        self.packing = dataclasses.replace(laid, room=fewer)
+        self.llm.model.zero_grad()  # what was not added to its copy in fp32
         for optimizer in [each for run in self.active.values() for each in run.optimizers]:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         if self.llm.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -15,7 +15,7 @@ from llava_core.shards.folder import require_one_encoder
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence, worth_caching
-from train.data.packing import Packing
+from train.data.packing import UNBOUNDED, Packing
 from train.data.samples import Samples
 from train.data.schedule import Schedule
 from train.data.sources import open_sources, reworded
@@ -125,9 +125,9 @@ class TrainingResources:
             for samples in cached:
                 samples.cache_on(place)
 
-    def packing(self, micro_tokens: int) -> Packing:
-        """How steps are laid out, in passes of at most this many tokens."""
-        return Packing(micro_tokens, ROW_UNIT if self.compiled else 1, self.llm.context)
+    def packing(self, micro_tokens: int, room: int = UNBOUNDED) -> Packing:
+        """How steps are laid out, in passes of at most this many tokens; `room` as in Packing."""
+        return Packing(micro_tokens, ROW_UNIT if self.compiled else 1, self.llm.context, room)
 
     def _rows(self, config: RunConfig, held_out: bool) -> Samples:
         limit = config.eval_samples if held_out else config.max_samples

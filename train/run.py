@@ -101,7 +101,7 @@ def train_to_the_end(
     most = min(run.prediction.micro_tokens for run in runs.values())
     if most < min(first.config.micro_tokens, tokens):
         say(f"--micro-tokens {most}, since {human_bytes(free_memory(resources.device))} are free")
-    packing = resources.packing(most)
+    packing = resources.packing(first.config.micro_tokens, most)
     while left := {number: run for number, run in runs.items() if number not in outcomes}:
         step, *later = sorted({run.step for run in left.values()})
         behind = {number: run for number, run in left.items() if run.step == step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -33,9 +34,14 @@ from train.config import EvalConfig
 from train.cost_prediction import run as plan_run
 from train.data.packing import Row
 from train.evaluate import run as evaluate_run
+from train.loop import Trainer
 from train.metric_writers import has_key
 from train.model.loss import packed_losses
+from train.resources import TrainingResources
 from train.run import run as train_run
+from train.run_folder import RunFolder
+from train.stop_signal import StopRequest
+from train.training_run import TrainingRun
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +184,33 @@ def test_passes_shrink_until_the_device_has_room(
         train_run(config(world, tmp_path / "small", eval_features=None))
 
 
+def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has yet to be added to that of a copy in fp32, whose memory is what was missing."""
+    for module in ("llava_core.language.load", "train.cost_prediction"):
+        monkeypatch.setattr(f"{module}.default_dtype", lambda device: torch.bfloat16)
+    given = config(world, tmp_path / "run", tune="llm")
+    resources = TrainingResources(given)
+    run = TrainingRun(given, RunFolder(given.out, given), resources)
+    trainer = Trainer({0: run}, resources, resources.packing(1000), StopRequest())
+    with contextlib.closing(trainer.batches(1)) as batches:
+        batch = next(batches)
+    losses, zeros, full = [torch.zeros(())], torch.zeros_like, iter([False, False, True])
+
+    def zeros_like(*arguments: Any, **more: Any) -> torch.Tensor:
+        if not more and next(full, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return zeros(*arguments, **more)
+
+    monkeypatch.setattr("torch.zeros_like", zeros_like)
+    assert not trainer.backward(batch, losses)
+    trainer.take_fewer_tokens(batch)
+    assert all(parameter.grad is None for parameter in [*resources.llm.model.parameters(), *run.parameters])
+    assert trainer.backward(batch, losses)
+    run.writers.close()
+
+
 def test_passes_are_as_long_as_the_free_ram_allows(
     world: Path,
     whole: Path,
@@ -194,6 +227,42 @@ def test_passes_are_as_long_as_the_free_ram_allows(
     expected = curve(whole)
     for step, loss in curve(tmp_path / "run").items():
         assert loss == pytest.approx(expected[step], rel=1e-4), step
+
+
+@pytest.mark.parametrize("tune", ["projector", "lora", "llm"])
+def test_passes_leave_ram_for_optimizers_and_features(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: Any
+) -> None:
+    free = 2_400_000
+    monkeypatch.setattr("train.cost_prediction.free_memory", lambda device: free)
+    planned = plan_run(config(world, tmp_path / "plan", tune=tune, batch_size=16, resident="ram"))
+    assert 147 < planned["micro_tokens"] < planned["tokens_per_step"]
+    memory = planned["memory"]
+    assert sum(memory.values()) - memory["process"] - memory["logits"] <= 0.75 * free
+    assert memory["features_kept"] > 0
+
+
+def test_a_longer_sample_than_the_memory_was_measured_by_has_a_pass_of_its_own(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes were shortened by other samples, in the plan or beside a full GPU; the flag allows this one."""
+    captions = ["红色的圆形" * 20] * 4
+    with ShardWriter(tmp_path / "long/a.h5", header(captions)) as writer:
+        writer.write([outcome(row) for row in range(4)])
+        writer.finish()
+    given = config(world, tmp_path / "run", eval_features=tmp_path / "long", max_steps=2)
+    full = iter([True])
+
+    def packed(*arguments: Any) -> list[torch.Tensor]:
+        if next(full, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return packed_losses(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.loop.packed_losses", packed)
+        loss = train_run(given)["eval_loss"]
+    monkeypatch.setattr("train.cost_prediction.free_memory", lambda device: 0)
+    assert train_run(dataclasses.replace(given, out=tmp_path / "low"))["eval_loss"] == pytest.approx(loss)
 
 
 def test_shuffled_pictures_cost_something_once_they_matter(world: Path, tmp_path: Path) -> None:
@@ -276,6 +345,14 @@ def test_a_plan_needs_no_weights_and_is_compared_with_the_run(world: Path, tmp_p
     last = read_json_lines(tmp_path / "run/metrics.jsonl")[-2]
     assert 0 < last["mfu"] < 1
     assert last["memory_bytes"] > 1e8
+
+
+def test_a_plan_counts_what_is_read_ahead_in_an_evaluation(world: Path, tmp_path: Path) -> None:
+    """All held-out rows here, each with its own picture and with another, beside the next steps'."""
+    plan = functools.partial(config, world, tmp_path / "run", resident="disk", eval_samples=6)
+    alone, both = (plan_run(given)["memory"] for given in (plan(eval_features=None), plan()))
+    more = both["features_read_ahead"] - alone["features_read_ahead"]
+    assert more == 2 * 6 * TOKENS * WIDTH * 2
 
 
 def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class Packing:
     """Row lengths in tokens are padded to multiples of this; 1 pads nothing."""
     context: int = UNBOUNDED
     """Most tokens of a sample: the language model's context length."""
+    room: int = UNBOUNDED
+    """Most tokens of several samples in one pass, where memory is short; a longer one goes alone."""
 
     def rows(self, batch: Batch, visual: Sequence[int]) -> Iterator[Row]:
         """Rows of a batch as several projectors see it: projector k makes `visual[k]` tokens of each sample.
@@ -87,7 +89,7 @@ class Packing:
         laid: dict[tuple[int, int, int], Pack] = {}  # projectors of one kind share their packs
         lengths = [tokens_of(example, v) for v in visual for example in batch.examples]
         shown = [0, *itertools.accumulate(example.picture for example in batch.examples)]
-        for start, end in cut(lengths, self.micro_tokens, self.context):
+        for start, end in cut(lengths, self.micro_tokens, self.context, self.room):
             packs = []
             for k in range(start // n, (end - 1) // n + 1):
                 first, last = max(start - k * n, 0), min(end - k * n, n)
@@ -113,8 +115,10 @@ class Packing:
         return Row(packs, padding, torch.cat(positions), moved, longest)
 
 
-def cut(lengths: Sequence[int], most: int, context: int = UNBOUNDED) -> Iterator[tuple[int, int]]:
-    """(start, end) of groups of consecutive items, each as long as at most `most` tokens allow.
+def cut(
+    lengths: Sequence[int], most: int, context: int = UNBOUNDED, room: int = UNBOUNDED
+) -> Iterator[tuple[int, int]]:
+    """(start, end) of groups of consecutive items, of at most `most` tokens; of several, at most `room`.
 
     Raises LlavaError for an item that is longer alone, or longer than `context`.
     """
@@ -130,7 +134,7 @@ def cut(lengths: Sequence[int], most: int, context: int = UNBOUNDED) -> Iterator
         if length > most:
             raise LlavaError("a sample has too many tokens", expected=f"at most {most}", got=length,
                              do="raise --micro-tokens or lower --max-text-tokens")  # fmt: skip
-        if tokens + length > most:
+        if tokens and tokens + length > min(most, room):
             yield start, end
             start, tokens = end, 0
         tokens += length

@@ -73,8 +73,7 @@ class Step:
         samples, _ = resources.samples(config)
         epochs, indices = Schedule.of(config, samples.sizes).at(0)
         self.batch: Batch = samples.batch(indices, epochs)
-        with torch.random.fork_rng():
-            projector = projector_of(config, resources.shards[0], resources.llm.hidden)
+        projector = projector_of(config, resources.shards[0], resources.llm.hidden)
         self.projector = projector.to(resources.device)
         self.visual = projector.tokens_out(samples.tokens)
         self.tokens = sum(tokens_of(example, self.visual) for example in self.batch.examples)
@@ -85,8 +84,7 @@ class Step:
         if runs > 1 and (runs * self.tokens > self.config.micro_tokens or self.bytes(runs) > room):
             return 0.0
         try:
-            with torch.random.fork_rng():
-                seconds = [self.seconds(runs) for _ in range(1 + PASSES)][1:]
+            seconds = [self.seconds(runs) for _ in range(1 + PASSES)][1:]
         except torch.OutOfMemoryError:
             if runs == 1:
                 raise
