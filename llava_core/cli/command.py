@@ -93,14 +93,14 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
 
 def _imported(module: str) -> types.ModuleType:
     """The module, imported without garbage collection: what it makes lasts as long as the process."""
-    if module not in sys.modules:
+    if module not in sys.modules and gc.isenabled():
         gc.disable()
         try:
             importlib.import_module(module)
         finally:
             gc.freeze()  # else every later collection goes through it
             gc.enable()
-    return sys.modules[module]
+    return importlib.import_module(module)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -18,7 +18,7 @@ NOT_FINITE = -1
 
 
 def not_finite(llm: LanguageModel) -> str:
-    """What is wrong where it stands."""
+    """The fault that NOT_FINITE stands for, as a clause."""
     return f"the logits of {llm.id} are not finite"
 
 
