@@ -193,7 +193,7 @@ class TrainingRun:
         self.figures["eval_step"] = self.step
         lines: list[JsonDict] = []
         with self.group.same_outcome():
-            if config.eval_captions and self.group.main:
+            if config.eval_captions and self.group.main and math.isfinite(figures["loss"]):
                 lines = captions(self.llm, self.projector, held_out, config.eval_captions)
             if self.group.main:
                 self.folder.keep_held_out(evaluated.sums, held_out.identity_with_picture)
