@@ -91,6 +91,15 @@ def test_a_retry_reads_no_further_than_the_limit_did(vision: Path, tmp_path: Pat
     assert call(*retry).summary["ok"] == 2
 
 
+def test_columns_do_not_depend_on_a_small_limit(vision: Path, tmp_path: Path) -> None:
+    """The first row has no words where the others have them."""
+    write_pictures(tmp_path, ["a.jpg"])
+    rows = [{"image": "a.jpg", "note": "1"}, *[{"image": "a.jpg", "note": "1", "caption": "a cat"}] * 9]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    extract(vision, tmp_path / "x.jsonl", "--limit", 1, code=3)
+    assert words(tmp_path / "x.jsonl") == ["bad caption"]
+
+
 def test_names_do_not_depend_on_the_limit(tmp_path: Path) -> None:
     for name in ("a/x", "b/x", "b/y"):
         write_parquet(tmp_path / f"{name}.parquet", good("http://127.0.0.1:9", 3))
