@@ -38,68 +38,70 @@ def find_sources(data: str, flags: DataFlags = BY_NAME, limit: int | None = None
     else its images. What comes after `limit` rows is not opened. Raises LlavaError if there is no source, or
     one of these is damaged.
     """
-    if flags.images is not None and not flags.images.is_dir():
-        raise LlavaError(f"no image folder {flags.images}", do="correct --images")
-    paths = _paths(data, flags)
-    prefixes = _prefixes(paths)
+    found = _found(data, flags)
     sources: list[Source] = []
     left = limit
-    for path in paths:
+    for path, prefix in found.values():
         if left == 0:
             break
-        source = dataclasses.replace(_source(path, flags, left), prefix=prefixes[path])
+        source = dataclasses.replace(_source(path, flags, left), prefix=prefix)
         if left is not None:
             source = source.first(min(source.rows, left))
             left -= source.rows
         if source.rows:
             sources.append(source)
     if not sources:
-        raise LlavaError(f"no row in {data}", expected="sources with rows", got=f"{len(paths)} empty ones")
+        raise LlavaError(f"no row in {data}", expected="sources with rows", got=f"{len(found)} empty ones")
     return sources
 
 
-def _prefixes(paths: Sequence[Path]) -> dict[Path, str]:
-    """What each shard's name begins with: the folder, where two sources have one name.
+def _found(data: str, flags: DataFlags) -> dict[str, tuple[Path, str]]:
+    """Paths of sources by the names of their shards, in order, and what each name begins with: the folder,
+    where two sources have one name.
 
     Raises LlavaError if two shards would have one name all the same.
     """
+    if flags.images is not None and not flags.images.is_dir():
+        raise LlavaError(f"no image folder {flags.images}", do="correct --images")
+    paths = _paths(data, flags)
     kinds = [Folder if path.is_dir() else TableSource for path in paths]
     names = [kind(path, 0, path).name for kind, path in zip(kinds, paths, strict=True)]
     often = collections.Counter(names)
-    prefixes: dict[Path, str] = {}
-    stems: dict[str, Path] = {}
+    found: dict[str, tuple[Path, str]] = {}
     for path, name in zip(paths, names, strict=True):
-        prefixes[path] = f"{path.absolute().parent.name}-" if often[name] > 1 else ""
-        stem = prefixes[path] + name
-        if stem in stems:
-            both = f"{stems[stem]} and {path} would both become {stem}.h5"
+        prefix = f"{path.absolute().parent.name}-" if often[name] > 1 else ""
+        stem = prefix + name
+        if stem in found:
+            both = f"{found[stem][0]} and {path} would both become {stem}.h5"
             raise LlavaError(both, do="rename one of them")
-        stems[stem] = path
-    return prefixes
+        found[stem] = (path, prefix)
+    return found
 
 
 def sources_of(shards: Sequence[Shard], data: str | None, flags: DataFlags) -> list[Source | None]:
     """Source of each shard; None if its images are all at addresses.
 
-    Without `data`, they are where their statistics say. Raises LlavaError if the source of a shard with local
-    images is not there.
+    Without `data`, they are where their statistics say; only rows of these shards are read. Raises LlavaError
+    if the source of a shard with local images is not there.
     """
-    stems: dict[object, dict[str, Source]] = {}
+    found: dict[object, dict[str, tuple[Path, str]]] = {}
     sources: list[Source | None] = []
     for shard in shards:
         if not shard.local:
             sources.append(None)
             continue
         given = (data, flags) if data is not None else data_flags_of(shard)
-        if given not in stems:
-            stems[given] = {source.stem: source for source in find_sources(given[0], given[1])}
-        sources.append(_source_of(shard, stems[given], given[0]))
+        if given not in found:
+            found[given] = _found(*given)
+        sources.append(_source_of(shard, found[given], *given))
     return sources
 
 
-def _source_of(shard: Shard, stems: dict[str, Source], data: str) -> Source:
-    if (source := stems.get(shard.path.stem)) is None:
+def _source_of(shard: Shard, found: dict[str, tuple[Path, str]], data: str, flags: DataFlags) -> Source:
+    if shard.path.stem not in found:
         raise LlavaError(f"{shard.path} was made from {shard.source.get('name')}, which is not in {data}")
+    path, prefix = found[shard.path.stem]
+    source = dataclasses.replace(_source(path, flags, shard.rows), prefix=prefix)
     source = source.first(min(shard.rows, source.rows))
     if source.identity() != shard.source:
         raise LlavaError(

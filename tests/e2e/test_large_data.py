@@ -79,6 +79,27 @@ def test_a_limit_opens_no_later_file(base: str, vision: Path, tmp_path: Path) ->
     assert "c.parquet" in call("extract", "run", *flags, "--limit", 7, code=1).one_line()
 
 
+def test_a_retry_reads_no_further_than_the_limit_did(vision: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_pictures(data, ["a.jpg", "b.jpg"])
+    rows = [{"image": name, "caption": name} for name in ["a.jpg", "gone.jpg", *["b.jpg"] * SAMPLE]]
+    as_lines(rows, data / "x.jsonl")  # damaged after these
+    (data / "y.jsonl").write_text("{damaged")
+    extract(vision, data, "--limit", 2, code=3)
+    write_pictures(data, ["gone.jpg"])
+    retry = ("extract", "retry-failed", "--out", data.parent / "features", "--vision", vision, "--json")
+    assert call(*retry).summary["ok"] == 2
+
+
+def test_columns_do_not_depend_on_a_small_limit(vision: Path, tmp_path: Path) -> None:
+    """The first row has no words where the others have them."""
+    write_pictures(tmp_path, ["a.jpg"])
+    rows = [{"image": "a.jpg", "note": "1"}, *[{"image": "a.jpg", "note": "1", "caption": "a cat"}] * 9]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    extract(vision, tmp_path / "x.jsonl", "--limit", 1, code=3)
+    assert words(tmp_path / "x.jsonl") == ["bad caption"]
+
+
 def test_names_do_not_depend_on_the_limit(tmp_path: Path) -> None:
     for name in ("a/x", "b/x", "b/y"):
         write_parquet(tmp_path / f"{name}.parquet", good("http://127.0.0.1:9", 3))

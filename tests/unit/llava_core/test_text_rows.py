@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llava_core.errors import LlavaError
 from llava_core.tables import text_rows
 from llava_core.tables.table_files import RowTable, open_table
 
@@ -47,6 +48,32 @@ def test_what_is_wrong_before_the_last_of_them_is_refused_as_in_the_whole(
         open_table(path)
     with pytest.raises(type(whole.value)) as first:
         open_table(path, 2 if content != "[{}, {}" else 3)
+    assert str(first.value) == str(whole.value)
+
+
+@pytest.mark.parametrize("block", range(1, 30))
+def test_a_list_is_left_where_the_rows_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(text_rows, "BLOCK", block)
+    path = tmp_path / "x.json"
+    path.write_text('[{"a": 1} ,\n  {"a": 2} ,\n  {"a": 3}, {damaged')
+    assert entries(path, 2) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.json", b'{"a": 1}'), ("x.csv", b"a,b\n1,\0\n2,3\n"), ("x.csv", b"a,b\n1,2\n\xff,3\n")],
+)
+def test_what_the_whole_is_refused_for_is_refused_at_its_beginning(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(LlavaError) as whole:
+        open_table(path)
+    with pytest.raises(LlavaError) as first:
+        open_table(path, 2 if name == "x.json" else 1)
     assert str(first.value) == str(whole.value)
 
 
