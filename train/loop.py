@@ -138,12 +138,16 @@ class Trainer:
         """Dropout is on in the block; what it leaves out is a function of seed, step and rank."""
         key = f"dropout/{self.config.seed}/{self.step}/{self.group.rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-        for on in (True, False):
-            for run in self.runs.values():
-                run.projector.train(on)
-                run.tuning.dropout(on)
-            if on:
-                yield
+        try:
+            self._drop_out(True)
+            yield
+        finally:
+            self._drop_out(False)
+
+    def _drop_out(self, on: bool) -> None:
+        for run in self.runs.values():
+            run.projector.train(on)
+            run.tuning.dropout(on)
 
     def backward(self, batch: Batch, losses: list[torch.Tensor]) -> bool:
         """Set `losses` to each run's mean loss over the batch's answer tokens, and compute its gradients.

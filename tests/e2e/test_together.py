@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llava_core.errors import LlavaError
+from llava_core.language.model import LanguageModel
 from llava_core.types import JsonDict
 from tests.support.runs import config, curve, weights
 from train.config import RunConfig
+from train.data.packing import Row
+from train.model.loss import packed_losses
 from train.resources import TrainingResources
 from train.run import run, train
 
@@ -112,3 +116,23 @@ def test_who_is_behind_and_diverges_leaves_the_others_their_own_batches(world: P
     whole = config(world, tmp_path / "whole")
     train([whole], TrainingResources(whole))
     assert curve(good.out) == curve(whole.out)
+
+
+def test_runs_whose_passes_do_not_fit_the_device_learn_the_same(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def packed(llm: LanguageModel, projectors: Any, row: Row) -> list[torch.Tensor]:
+        if len(row.positions) > 360:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return packed_losses(llm, projectors, row)
+
+    configs = members(world, tmp_path / "whole")
+    whole = train(configs, TrainingResources(configs[0]))
+    monkeypatch.setattr("train.loop.packed_losses", packed)
+    configs = members(world, tmp_path / "parts")
+    for outcome, expected in zip(train(configs, TrainingResources(configs[0])), whole, strict=True):
+        assert isinstance(outcome, dict)
+        assert isinstance(expected, dict)
+        assert outcome["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+        assert curve(Path(outcome["out"])) == pytest.approx(curve(Path(expected["out"])), rel=1e-5)
+    assert "no room on cpu for " in capfd.readouterr().err
