@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llava_core.cli.console import progress
 from llava_core.errors import LlavaError, first_line
 from llava_core.tables.table_files import AGAIN, ArrowTable, Table, open_table
 from llava_core.tables.text_rows import has_json_lines, json_lines
@@ -20,7 +21,15 @@ Rows = list[dict[str, Any]]
 
 
 def row_batches(path: Path) -> Iterator[Rows]:
-    """Rows as objects, at most ROWS at a time. Raises LlavaError as `open_table` does."""
+    """Rows as objects, at most ROWS at a time, with a bar that counts them. Raises LlavaError as `open_table`
+    does."""
+    with progress(None, "rows", desc=path.name, leave=False) as bar:
+        for rows in _batches(path):
+            yield rows
+            bar.update(len(rows))
+
+
+def _batches(path: Path) -> Iterator[Rows]:
     with path.open("rb") as file:
         head = file.read(4)
     if head == b"PAR1":

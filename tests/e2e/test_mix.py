@@ -202,6 +202,17 @@ def test_stage_1_leaves_text_out_and_counts_it(caches: Path, tmp_path: Path) -> 
     assert planned["feature_bytes_per_epoch"] == 9 * shard.layout.row_bytes
 
 
+def test_max_samples_leaves_no_row_out_without_a_word(caches: Path, tmp_path: Path) -> None:
+    given = config(caches, tmp_path / "run", features=caches / "talk", eval_features=None, max_steps=1)
+    few = dataclasses.replace(given, max_samples=5)
+    line = "5 of 9 rows: --max-samples takes the first 5 of a folder"
+    assert line in call("train", "plan", *flags_of(few)).err
+    texts = dataclasses.replace(given, max_samples=11, tune="lora")
+    assert "11 of 12 rows: --max-samples" in call("train", "plan", *flags_of(texts)).err
+    for all_of_them in (given, dataclasses.replace(given, max_samples=9)):
+        assert "--max-samples" not in call("train", "plan", *flags_of(all_of_them)).err
+
+
 def test_a_sweep_and_an_evaluation_take_several(caches: Path, mix_run: Path, tmp_path: Path) -> None:
     given = mixed(caches, tmp_path / "sweep", max_steps=2, eval_captions=0)
     call("train", "sweep", *flags_of(given), "--space", "lr=0.01,0.02")

@@ -53,7 +53,7 @@ class Samples:
         Raises LlavaError if a source has no usable row, none of them a picture, or the chat template refuses
         the system message of one.
         """
-        self.shards, self.text = list(shards), text
+        self.shards, self.text, self.limit = list(shards), text, limit
         self.sources = list(sources) or [Source(Path(), "", self.shards)]
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
@@ -155,7 +155,7 @@ class Samples:
             yield source.name, range(end - size, end)
 
     def described(self, shares: Sequence[float] | None = None) -> list[str]:
-        """Lines of the log: the sources, if there are several, and what becomes of rows without a picture."""
+        """Lines of the log: the sources, if there are several, and which rows are left out."""
         lines, shown = [], self.share_with_picture
         if len(self.sizes) > 1:
             parts = zip(self.sources, self.sizes, shares or [0.0] * len(self.sizes), strict=True)
@@ -166,6 +166,12 @@ class Samples:
             lines.append(f"sources: {'; '.join(listed)}")
         if shown < 1:
             lines.append(f"{len(self) - len(self.with_picture)} samples without a picture are text alone")
+        encoded = sum(int((shard.status == Status.OK).sum()) for shard in self.shards)
+        usable = encoded + self.text * text_only_rows(self.shards)
+        if self.limit in self.sizes and usable > len(self):
+            lines.append(
+                f"{len(self):,} of {usable:,} rows: --max-samples takes the first {self.limit:,} of a folder"
+            )
         if self.left_out:
             rows = counted(self.left_out, "row")
             lines.append(

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from llava_core.errors import LlavaError
 from llava_core.tables import text_rows
+from llava_core.tables.row_batches import row_batches
 from llava_core.tables.table_files import RowTable, open_table
 
 ROWS = st.lists(st.dictionaries(st.sampled_from("abc"), st.text() | st.integers(), min_size=1), max_size=6)
@@ -90,3 +92,16 @@ def test_csv(tmp_path: Path, encoding: str, packed: bool) -> None:
     assert entries(path, 3)[:3] == entries(path)[:3] == [
         {"image": f"{i}.jpg", "caption": f'图片里的猫,\n"{i}"'} for i in range(3)
     ]  # fmt: skip
+
+
+def test_a_bar_counts_the_rows_of_a_large_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Joining millions of words takes a minute, of which a terminal shows how far it is."""
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"id": 1}\n' * 3)
+    assert list(row_batches(path)) == [[{"id": 1}] * 3]
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert len(list(row_batches(path))) == 1
+    assert "words.jsonl: 0 rows" in capsys.readouterr().err
