@@ -323,23 +323,23 @@ def test_what_runs_of_a_kind_take_is_predicted_once(
 def test_auto_trains_as_many_together_as_measured(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rates = {1: 1.0, 2: 1.5, 4: 1.6}
-    asked: list[int] = []
+    gains = {(1, 2): 1.5, (2, 4): 1.07}
+    asked: list[tuple[int, int]] = []
 
-    def rate(step: Step, runs: int) -> float:
+    def gain(step: Step, few: int, more: int) -> float:
         before = torch.get_rng_state()
-        assert measure(step, runs) > 0  # as it is measured, which must change nothing
+        assert measure(step, few, more) > 0  # as it is measured, which must change nothing
         assert torch.equal(torch.get_rng_state(), before)
-        asked.append(runs)
-        return rates[runs]
+        asked.append((few, more))
+        return gains[few, more]
 
-    measure = Step.rate
-    monkeypatch.setattr(Step, "rate", rate)
+    measure = Step.gain
+    monkeypatch.setattr(Step, "gain", gain)
     space = ("lr=5e-3,1e-2,2e-2", "projector=linear,mlp")
     auto, alone = (sweep(world, tmp_path / name, *space) for name in ("auto", "alone"))
     assert sweep_run(dataclasses.replace(auto, together="auto"))["finished"] == 6
     err = capfd.readouterr().err
-    assert asked == [1, 2, 4]
+    assert asked == [*gains]
     assert "trains 2 trials at a time, as measured here: 1.5 times as fast as one by one" in err
     assert re.findall(r"^(\d+): finished", err, re.M) == [f"{trial:04}" for trial in range(6)]
     sweep_run(alone)
@@ -370,8 +370,8 @@ def test_more_runs_than_fit_a_pass_are_not_measured(world: Path, tmp_path: Path)
     given = sweep(world, tmp_path / "out", "lr=1,2", micro_tokens=400)
     step = Step(given, TrainingResources(given))
     assert 200 < step.tokens <= 400
-    assert step.rate(1) > 0
-    assert step.rate(2) == 0
+    assert step.seconds(1) > 0
+    assert step.gain(1, 2) == 0
 
 
 @pytest.mark.slow  # two minutes; one of the last seven runs failed, for a reason not found yet

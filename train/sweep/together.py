@@ -25,8 +25,8 @@ from train.sweep.space import Space
 
 WORTH = 1.1
 """Twice as many together must be faster by this factor: less may be noise, and takes memory."""
-PASSES = 3
-"""Passes of which the fastest counts, after one that warms up."""
+PASSES = 5
+"""Passes of either number, of which the fastest counts, after one that warms up."""
 
 
 def why_alone(config: SweepConfig, space: Space) -> str:
@@ -43,21 +43,21 @@ def why_alone(config: SweepConfig, space: Space) -> str:
     return ""
 
 
-def fastest(rate: Callable[[int], float], most: int) -> tuple[int, float]:
+def fastest(gain: Callable[[int, int], float], most: int) -> tuple[int, float]:
     """(number of trials together, up to `most`; how many times as fast as one by one).
 
-    `rate` measures samples/s; it is asked for twice as many trials until that gains less than WORTH.
+    `gain` measures how many times as fast a number is as a smaller one; it is asked for twice as many trials
+    until that is less than WORTH.
     """
-    number, alone = 1, rate(1)
-    best = alone
-    while number < most and (more := rate(min(2 * number, most))) >= WORTH * best:
-        number, best = min(2 * number, most), more
-    return number, best / alone
+    number, times = 1, 1.0
+    while number < most and (faster := gain(number, min(2 * number, most))) >= WORTH:
+        number, times = min(2 * number, most), times * faster
+    return number, times
 
 
 def measured(config: RunConfig, resources: TrainingResources, most: int) -> int:
     """The fastest number of runs like `config` to train together, up to `most`."""
-    number, gain = fastest(Step(config, resources).rate, most)
+    number, gain = fastest(Step(config, resources).gain, most)
     how = f"{gain:.1f} times as fast as one by one" if number > 1 else "more at a time gain nothing"
     say(f"trains {number} {'trial' if number == 1 else 'trials'} at a time, as measured here: {how}")
     return number
@@ -78,19 +78,21 @@ class Step:
         self.visual = projector.tokens_out(samples.tokens)
         self.tokens = sum(tokens_of(example, self.visual) for example in self.batch.examples)
 
-    def rate(self, runs: int) -> float:
-        """Samples/s of as many runs in one pass; 0 if --micro-tokens or memory do not allow it."""
+    def gain(self, few: int, more: int) -> float:
+        """How many times as many samples/s `more` runs in one pass make as `few`, measured in turns.
+
+        0 if --micro-tokens or memory do not allow it.
+        """
         room = AUTO_SHARE * free_memory(self.resources.device)
-        if runs > 1 and (runs * self.tokens > self.config.micro_tokens or self.bytes(runs) > room):
+        if more * self.tokens > self.config.micro_tokens or self.bytes(more) > room:
             return 0.0
         try:
-            seconds = [self.seconds(runs) for _ in range(1 + PASSES)][1:]
+            passes = [(self.seconds(few), self.seconds(more)) for _ in range(1 + PASSES)][1:]
         except torch.OutOfMemoryError:
-            if runs == 1:
-                raise
-            torch.cuda.empty_cache()
+            if self.resources.device.type == "cuda":
+                torch.cuda.empty_cache()
             return 0.0
-        return runs * len(self.batch.examples) / min(seconds)
+        return (more / few) * min(short for short, _ in passes) / min(long for _, long in passes)
 
     def seconds(self, runs: int) -> float:
         """Seconds of one pass."""

@@ -12,24 +12,26 @@ from train.sweep.together import fastest, why_alone
 
 
 @pytest.mark.parametrize(
-    ("rates", "most", "number", "gain"),
+    ("gains", "most", "number", "times"),
     [
-        ({1: 100}, 1, 1, 1),
-        ({1: 100, 2: 104}, 16, 1, 1),  # within the noise
-        ({1: 100, 2: 150, 4: 160}, 16, 2, 1.5),
-        ({1: 100, 2: 150, 4: 200, 8: 0}, 16, 4, 2),  # 8 do not fit
-        ({1: 100, 2: 150, 3: 180}, 3, 3, 1.8),
+        ({}, 1, 1, 1),
+        ({(1, 2): 1.04}, 16, 1, 1),  # within the noise
+        ({(1, 2): 1.5, (2, 4): 1.07}, 16, 2, 1.5),
+        ({(1, 2): 1.5, (2, 4): 1.2, (4, 8): 0}, 16, 4, 1.8),  # 8 do not fit
+        ({(1, 2): 1.5, (2, 3): 1.2}, 3, 3, 1.8),
     ],
 )
-def test_doubled_for_as_long_as_it_pays(rates: dict[int, float], most: int, number: int, gain: float) -> None:
-    asked: list[int] = []
+def test_doubled_for_as_long_as_it_pays(
+    gains: dict[tuple[int, int], float], most: int, number: int, times: float
+) -> None:
+    asked: list[tuple[int, int]] = []
 
-    def rate(runs: int) -> float:
-        asked.append(runs)
-        return rates[runs]
+    def gain(few: int, more: int) -> float:
+        asked.append((few, more))
+        return gains[few, more]
 
-    assert fastest(rate, most) == (number, gain)
-    assert asked == list(rates)
+    assert fastest(gain, most) == pytest.approx((number, times))
+    assert asked == list(gains)
 
 
 @pytest.mark.parametrize(
