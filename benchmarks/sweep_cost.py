@@ -30,9 +30,10 @@ from typing import Literal
 import torch
 import tyro
 
+from benchmarks.datasets import Pictures
 from benchmarks.photo_server import DRAWN, photo, serving
 from benchmarks.train import SENTENCES, captions
-from benchmarks.trainers import Pictures, course_loader, course_pass
+from benchmarks.trainers import course_loader, course_pass
 from llava_align.config import MODELS
 from llava_align.synthetic_reference import write_language_model, write_vision
 from llava_core.cli.console import table

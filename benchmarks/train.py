@@ -34,14 +34,10 @@ import torch
 import tyro
 from torch.utils.data import Dataset
 
+from benchmarks.datasets import Cached, Pictures
 from benchmarks.extract import header
 from benchmarks.photo_server import DRAWN, photo, serving, with_comment
-from benchmarks.trainers import (
-    Bench,
-    Cached,
-    Pass,
-    Pictures,
-)
+from benchmarks.trainers import Bench, Pass
 from llava_align.config import MODELS
 from llava_align.demo.world.captions import caption
 from llava_align.demo.world.dialogues import training_dialogues

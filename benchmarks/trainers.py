@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.datasets import Collate
 from llava_core.language.model import LanguageModel
-from llava_core.language.prompt_and_labels import IGNORE, Example
+from llava_core.language.prompt_and_labels import IGNORE
 from llava_core.vision.tower import VisionTower
 from train.data.samples import Samples
 from train.loop import Trainer as Ours
@@ -44,62 +41,6 @@ def padded_loss(
         use_cache=False,
     ).loss
     return loss
-
-
-@dataclasses.dataclass
-class Pictures(Dataset[Any]):
-    """Downloaded or read, decoded in full and resized, where the trainer waits for it."""
-
-    addresses: Sequence[str]
-    example: Callable[[int], Example]
-    """Words of the picture at an index."""
-    tower: VisionTower
-
-    def __len__(self) -> int:
-        return len(self.addresses)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Example]:
-        address = self.addresses[index]
-        if address.startswith("http"):
-            with urllib.request.urlopen(address) as answer:
-                content = answer.read()
-        else:
-            content = Path(address).read_bytes()
-        size = self.tower.preprocess.size
-        image = Image.open(io.BytesIO(content)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)), self.example(index)
-
-
-@dataclasses.dataclass
-class Cached(Dataset[Any]):
-    samples: Samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Example]:
-        batch = self.samples.batch([index], epoch=0)
-        return batch.features[0], batch.examples[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collate:
-    padding: int
-
-    def __call__(self, pairs: list[tuple[torch.Tensor, Example]]) -> tuple[torch.Tensor, ...]:
-        """Pictures or features, and ids, labels and mask [batch, longest]."""
-        longest = max(len(example.ids) for _, example in pairs)
-        rows: list[tuple[list[int], list[int], list[int]]] = []
-        for _, example in pairs:
-            empty = longest - len(example.ids)
-            rows.append(
-                (
-                    example.ids + [self.padding] * empty,
-                    example.labels + [IGNORE] * empty,
-                    [1] * len(example.ids) + [0] * empty,
-                )
-            )
-        return torch.stack([picture for picture, _ in pairs]), *map(torch.tensor, zip(*rows, strict=True))
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
@@ -244,6 +185,7 @@ class Bench:
             if len(losses) == steps:
                 break
         batches.close()
+        synchronise(device)  # a step waits for nothing
         return Pass(time.perf_counter() - began, waiting, 0.0, peak(device), float(losses[0]))
 
     def transformers_trainer(self, dataset: Dataset[Any], steps: int) -> Pass:
