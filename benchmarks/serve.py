@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--prompt", default=QUESTION)
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     server = subprocess.Popen(server_command(given), stderr=subprocess.PIPE, text=True)
     try:
@@ -87,6 +88,7 @@ def main() -> None:
 
 def server_command(given: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "infer", "serve", "--port", "0", "--slots", str(given.slots)]
+    command += ["--compile"] * given.compile
     for name in ("checkpoint", "vision", "llm"):
         command += [f"--{name}", str(getattr(given, name))]
     return command

@@ -189,6 +189,9 @@ class ServeConfig(Models):
     """Requests that may wait; one more gets status 429."""
     context: int = 4096
     """Most tokens of a conversation, visual ones included; at most the language model's context."""
+    compile: bool = False
+    """Compile the step for one token of all slots together, at the start and when a conversation is longer
+    than 1,024, 2,048, … tokens: a minute or more each time. Slower on a CPU; on a GPU: not measured."""
     max_bytes: int = 20_000_000
     """Largest image file."""
     allow_remote_images: bool = False

@@ -1,6 +1,6 @@
 """Several processes started by torchrun, each with a model and a GPU of its own, that train one projector.
 
-Every rank takes a shard of each step's samples, and one exchange per step sums gradients, loss and counts.
+Every rank takes a shard of each step's samples, and one exchange per step sums counts, gradients and losses.
 DistributedDataParallel would do the same and hide the exchange behind the backward pass; but the projector's
 gradient is the last thing that pass yields, so there is nothing to hide it behind. Ranks without a sample,
 gradient accumulation, and a stop of all ranks at once need no special case here.
@@ -123,22 +123,18 @@ class ProcessGroup:
     ) -> list[float]:
         """Turn `means`, in place, into their means over the ranks by `weight`; return the sums of `sums`.
 
-        Raises, on every rank, the first `error` that one of them has.
+        Raises, on every rank, the first `error` that one of them has. The host's numbers are summed by
+        themselves, so that nothing waits for a device.
         """
-        if self.size == 1:
-            if error is not None:
-                self.fail_all(error)
-            return list(sums)
-        weights = means[0].new_tensor([weight, error is not None, *sums])
-        flat = torch.cat([*(mean.flatten() * weight for mean in means), weights])
-        with _others():
-            dist.all_reduce(flat)
-        *parts, tail = torch.split(flat, [*(mean.numel() for mean in means), len(weights)])
-        total, failed, *summed = tail.tolist()
+        total, failed, *summed = self.sum(weight, error is not None, *sums)
         if failed:
             self.fail_all(error)
-        for mean, part in zip(means, parts, strict=True):
-            mean.copy_((part / total).view_as(mean))
+        if self.size > 1:
+            flat = torch.cat([mean.flatten() * weight for mean in means])
+            with _others():
+                dist.all_reduce(flat)
+            for mean, part in zip(means, torch.split(flat, [mean.numel() for mean in means]), strict=True):
+                mean.copy_((part / total).view_as(mean))
         return summed
 
     def from_main(self, state: dict[str, Any]) -> dict[str, Any]:

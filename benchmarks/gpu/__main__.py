@@ -39,7 +39,7 @@ SECTIONS = {
     "decode": 50,
     "sweep": 60,
     "encode": 40,
-    "serve": 45,
+    "serve": 100,
     "tokens": 45,
     "memory": 15,
 }

@@ -61,7 +61,7 @@ def decode(bench: Bench, clock: Clock) -> Iterator[Row]:
 
 
 def serve(bench: Bench, clock: Clock) -> Iterator[Row]:
-    """Many clients, then one, as benchmarks.serve asks."""
+    """Many clients, then one, as benchmarks.serve asks; on a GPU of a compiled server, too."""
     run = bench.folder / "served"
     run_command(
         *("train", "run", "--features", bench.features, "--llm", bench.llm_folder, "--out", run),
@@ -74,12 +74,16 @@ def serve(bench: Bench, clock: Clock) -> Iterator[Row]:
         (images / f"{number}.jpg").write_bytes(picture)
     given = argparse.Namespace(
         checkpoint=run / "last", vision=bench.vision, llm=bench.llm_folder, images=images,
-        clients=bench.sizes.clients, seconds=max(1.0, clock.left / 4), slots=16, prompt=QUESTION,
+        clients=bench.sizes.clients, seconds=max(1.0, clock.left / 8), slots=16, prompt=QUESTION,
     )  # fmt: skip
+    kinds = ["served", "served compiled"] if bench.device.type == "cuda" else ["served"]
+    for given.compile, kind in enumerate(kinds):
+        yield from _served(given, kind, bench.sizes.new_tokens)
+
+
+def _served(given: argparse.Namespace, kind: str, tokens: int) -> Iterator[Row]:
     server = subprocess.Popen(
-        [*server_command(given), "--max-tokens", str(bench.sizes.new_tokens)],
-        stderr=subprocess.PIPE,
-        text=True,
+        [*server_command(given), "--max-tokens", str(tokens)], stderr=subprocess.PIPE, text=True
     )
     try:
         loads = asyncio.run(measure(server, given))
@@ -88,7 +92,7 @@ def serve(bench: Bench, clock: Clock) -> Iterator[Row]:
         server.wait()
     for clients, load, seconds in loads:
         yield Row(
-            f"{clients} at a time: answers",
+            f"{kind}, {clients} at a time: answers",
             len(load.whole) / seconds,
             "answers/s",
             note=f"{len(load.lost)} lost",

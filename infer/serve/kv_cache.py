@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from llava_core.errors import LlavaError
 
 GROW_TOKENS = 256
-"""Rows have room for a multiple of this many tokens."""
+"""Tokens that rows have memory for at first."""
 
 
 class SlotKVCache(DynamicCache):  # type: ignore[misc]
@@ -24,26 +24,29 @@ class SlotKVCache(DynamicCache):  # type: ignore[misc]
     NaN, so masked positions contribute exactly nothing.
     """
 
-    def __init__(self, rows: int, context: int) -> None:
+    def __init__(self, rows: int, context: int, room: int = GROW_TOKENS) -> None:
         super().__init__()
         self.rows, self.context = rows, context
-        self.room = min(GROW_TOKENS, context)
-        """Tokens that each row has memory for; grows up to `context`, never shrinks."""
+        self.room = min(room, context)
+        """Tokens that each row has memory for; doubles up to `context`, never shrinks."""
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # The current forward pass: rows [B], positions [B, new], longest length, whether it is all rows.
         self._active = self._positions = torch.empty(0, dtype=torch.long)
         self._end, self._all = 0, False
 
     def forward_arguments(
-        self, rows: Sequence[int], held: Sequence[int], new: int, like: torch.Tensor
+        self, rows: Sequence[int], held: Sequence[int], new: int, like: torch.Tensor, whole: bool = False
     ) -> dict[str, Any]:
         """Keyword arguments for a forward pass of `new` tokens after the `held` ones of each of these rows.
 
-        Mask [B, 1, new, longest] and positions [B, new], of the dtype and on the device of `like`.
+        Mask [B, 1, new, longest] and positions [B, new], of the dtype and on the device of `like`; `whole`:
+        the mask is over all the room, so that it has the same shape whatever the rows hold.
         """
         device, end = like.device, max(held) + new
         assert end <= self.context
         self._grow(end)
+        if whole:
+            end = self.room
         self._active = torch.tensor(rows, device=device)
         self._end, self._all = end, list(rows) == list(range(self.rows))
         self._positions = torch.tensor(held, device=device)[:, None] + torch.arange(new, device=device)
@@ -71,16 +74,27 @@ class SlotKVCache(DynamicCache):  # type: ignore[misc]
         return kept if self._all else kept.index_select(0, self._active)
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(self.rows, like.shape[1], self.room, like.shape[3])
+        return _fixed(like.new_zeros(self.rows, like.shape[1], self.room, like.shape[3]))
 
     def _grow(self, length: int) -> None:
-        if length <= self.room:
-            return
-        room = min(self.context, max(2 * self.room, -(-length // GROW_TOKENS) * GROW_TOKENS))
-        for index, kept in self._layers.items():
-            keys, values = (F.pad(tensor, (0, 0, 0, room - tensor.shape[2])) for tensor in kept)
-            self._layers[index] = (keys, values)
-        self.room = room
+        before = self.room
+        while self.room < length:
+            self.room = min(self.context, 2 * self.room)
+        if more := self.room - before:
+            for index, (keys, values) in self._layers.items():
+                keys, values = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
+                self._layers[index] = (_fixed(keys), _fixed(values))
+
+    def clear(self, row: int) -> None:
+        """Zeros in place of what a pass that failed may have left, which need not be finite."""
+        for keys, values in self._layers.values():
+            keys[row], values[row] = 0, 0
+
+
+def _fixed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which a CUDA graph may write to where it is."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
 
 
 def longest_context(config: Any) -> int:

@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import torch
 
 from infer.answerer import ImageAnswerer
-from infer.serve.kv_cache import SlotKVCache, longest_context
+from infer.serve.kv_cache import GROW_TOKENS, SlotKVCache, longest_context
 from infer.serve.request import STOPPING, GenerationRequest, TextDelta
 from llava_core.cli.console import say_fault
 from llava_core.errors import first_line
+from llava_core.language.compiled_decode import LEAST_LENGTH, compiled_forward
 from llava_core.language.detokenize import StreamDetokenizer
 from llava_core.language.generate import NOT_FINITE, cached_prefix, choose, not_finite
 from llava_core.language.sampling import Sampling
@@ -88,11 +89,12 @@ class SequenceSlot:
 class Scheduler:
     """Generates for up to `slots` requests at a time; `close` ends the thread and all requests."""
 
-    def __init__(self, aligned: ImageAnswerer, slots: int, context: int) -> None:
+    def __init__(self, aligned: ImageAnswerer, slots: int, context: int, compiled: bool = False) -> None:
         self.aligned, self.llm = aligned, aligned.llm
         self.context = min(context, longest_context(self.llm.model.config))
-        self.cache = SlotKVCache(slots, self.context)
         self.slots = [SequenceSlot(row) for row in range(slots)]
+        self._compiled = compiled_forward(self.llm) if compiled else None
+        self.cache = SlotKVCache(slots, self.context, LEAST_LENGTH if compiled else GROW_TOKENS)
         self.waiting: collections.deque[GenerationRequest] = collections.deque()
         self._calls: collections.deque[tuple[Future[Any], Callable[[], Any]]] = collections.deque()
         self._wake = threading.Condition()
@@ -128,6 +130,14 @@ class Scheduler:
             self._calls.append((future, function))
             self._wake.notify()
         return future
+
+    def warm_up(self) -> None:
+        """Compile the step now, so that the first answers need not wait."""
+        token = self.llm.embed(torch.zeros(len(self.slots), 1, dtype=torch.long, device=self.llm.device))
+        held = [slot.held for slot in self.slots]
+        self._forward(self.slots, held, token)  # allocates the cache
+        for _ in range(3):  # on a GPU a graph is recorded in the second
+            self._forward(self.slots, held, token, self._compiled)
 
     def close(self) -> None:
         """End the thread, and every request with the error STOPPING."""
@@ -205,24 +215,36 @@ class Scheduler:
         return embedded[:, request.reused :]
 
     def _step(self, active: Sequence[SequenceSlot]) -> None:
-        """Generate one more token of every answer."""
-        last = [slot.answer.detokenizer.tokens[-1] for slot in active if slot.answer]
+        """Generate one more token of every answer.
+
+        The compiled step is for all slots: those that are free write where their next token would go.
+        """
+        slots = self.slots if self._compiled else active
+        last = [slot.answer.detokenizer.tokens[-1] if slot.answer else 0 for slot in slots]
         try:
             embedded = self.llm.embed(torch.tensor(last, device=self.llm.device)[:, None])
-            logits = self._forward(active, [slot.held for slot in active], embedded)
-            for slot, token in zip(active, last, strict=True):
-                slot.ids.append(token)
+            logits = self._forward(slots, [slot.held for slot in slots], embedded, self._compiled)
+            if len(active) < len(slots):
+                logits = logits[[slot.row for slot in active]]
+            for slot in active:
+                assert slot.answer
+                slot.ids.append(slot.answer.detokenizer.tokens[-1])
             self._emit(active, logits)
         except Exception as error:
             self._fail(active, _fault(error))
 
     def _forward(
-        self, slots: Sequence[SequenceSlot], held: Sequence[int], embedded: torch.Tensor
+        self,
+        slots: Sequence[SequenceSlot],
+        held: Sequence[int],
+        embedded: torch.Tensor,
+        compiled: Callable[..., Any] | None = None,
     ) -> torch.Tensor:
         """Inputs [B, new, hidden] after the `held` tokens of each slot -> logits [B, V] of the next token."""
-        rows = [slot.row for slot in slots]
-        arguments = self.cache.forward_arguments(rows, held, embedded.shape[1], embedded)
-        logits: torch.Tensor = self.llm.model(inputs_embeds=embedded, logits_to_keep=1, **arguments).logits
+        rows, whole = [slot.row for slot in slots], compiled is not None
+        arguments = self.cache.forward_arguments(rows, held, embedded.shape[1], embedded, whole)
+        forward = compiled or self.llm.model
+        logits: torch.Tensor = forward(inputs_embeds=embedded, logits_to_keep=1, **arguments).logits
         return logits[:, -1].float()
 
     def _emit(self, slots: Sequence[SequenceSlot], logits: torch.Tensor) -> None:
@@ -260,6 +282,7 @@ class Scheduler:
             if slot.answer:
                 slot.answer.request.emit(TextDelta("", error=error))
             slot.clear()
+            self.cache.clear(slot.row)
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

@@ -68,7 +68,10 @@ class Server:
         folder = config.checkpoint.resolve() if config.checkpoint.name in ("", "..") else config.checkpoint
         self.model = config.model_id or "/".join(folder.absolute().parts[-2:])
         self.created = int(folder.stat().st_mtime)
-        self.scheduler = Scheduler(aligned, config.slots, config.context)
+        self.scheduler = Scheduler(aligned, config.slots, config.context, config.compile)
+        if config.compile:
+            say("compiling the step for one token")
+            self.scheduler.call(self.scheduler.warm_up).result()
         self.metrics = Metrics()
         limits = FetchLimits(max_bytes=config.max_bytes, retries=1, allow_private=config.allow_private)
         self.fetcher = Fetcher(limits)

@@ -6,6 +6,9 @@ they are a few; on a GPU torch also records them as one CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import DynamicCache, StaticCache
 
@@ -14,6 +17,13 @@ from llava_core.language.model import LanguageModel
 
 LEAST_LENGTH = 1024
 """Tokens of the first cache; each larger one is at least twice as long, since it is compiled anew."""
+
+
+def compiled_forward(llm: LanguageModel) -> Callable[..., Any]:
+    """The model's forward pass, compiled for each shape it is given."""
+    mode = "reduce-overhead" if llm.device.type == "cuda" else "default"
+    compiled: Callable[..., Any] = torch.compile(llm.model.forward, dynamic=False, mode=mode)
+    return compiled
 
 
 class CompiledStep:
@@ -33,8 +43,7 @@ class CompiledStep:
         self._cache, self._started = llm.new_cache(), False
         if not hasattr(next(iter(getattr(self._fixed, "layers", [])), None), "cumulative_length"):
             raise LlavaError("--compile needs a newer transformers", do="pip install --upgrade transformers")
-        mode = "reduce-overhead" if llm.device.type == "cuda" else "default"
-        self._step = torch.compile(llm.model.forward, dynamic=False, mode=mode)
+        self._step = compiled_forward(llm)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

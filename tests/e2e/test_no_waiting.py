@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_core.device import Later
 from llava_core.language.prompt_and_labels import Example
 from tests.support.runs import config
 from train.data.samples import Samples
+from train.distributed import ProcessGroup
 from train.loop import Trainer
 from train.model.blocks import as_written
 from train.model.loss import token_losses
@@ -75,6 +77,16 @@ def test_a_step_waits_for_nothing(trainer: Trainer) -> None:
         assert copies.count == 1 + 2 * rows  # features; of each row its tokens, and where its samples begin
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         losses.tolist()
+
+
+def test_the_exchange_of_several_processes_waits_for_nothing() -> None:
+    """In a group whose other rank is not there: the sums are this one's."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        means = [torch.ones(2, 3, device=META), torch.ones((), device=META)]
+        assert ProcessGroup(0, 2).exchange(means, 4.0, (3, 2**40 + 1), None) == [3, 2**40 + 1]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_held_out_losses_wait_for_nothing(trainer: Trainer) -> None:

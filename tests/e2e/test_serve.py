@@ -55,7 +55,9 @@ def strict(world: Folders) -> Iterator[Served]:
     """One slot, one place in the queue, small images, a key, addresses of images, a site that may ask."""
     flags = ("--slots", 1, "--queue", 1, "--max-bytes", 5000, "--api-key", "geheim", "--model-id", "mine")
     remote = ("--allow-remote-images", "--allow-private", "--allow-origin", "https://a.example")
-    with llava_server(*world.flags, *flags, *remote) as served:
+    # The compiled step, without torch's compiler, which takes a minute.
+    with llava_server(*world.flags, *flags, *remote, "--compile", TORCHDYNAMO_DISABLE="1") as served:
+        assert any("compiling the step" in line for line in served.log)
         yield served
 
 

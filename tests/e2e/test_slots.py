@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from infer.answerer import ImageAnswerer
 from infer.chat.image_dialogue import ImageDialogue
@@ -83,10 +85,9 @@ def alone(
     return "".join(session.ask(question))
 
 
-def test_answers_in_company_equal_those_alone(
-    aligned: ImageAnswerer, world: Folders, scheduler: Scheduler
-) -> None:
+def in_company(world: Folders, scheduler: Scheduler) -> None:
     """Of every length, with and without a picture, more than slots, joining while others are answered."""
+    aligned = scheduler.aligned
     questions = ["看", "图中有什么？" * 9, "What?", "长" * 120, "", "a" * 300, "颜色" * 3]
     cases = [
         (question, image, Sampling(max_tokens=5 + 7 * k))
@@ -99,6 +100,24 @@ def test_answers_in_company_equal_those_alone(
     assert len(set(expected)) > 10
     assert scheduler.cache.room == 512  # rows had to grow: the longest prompt has over 360 tokens
     assert scheduler.busy == 0
+
+
+def test_answers_in_company_equal_those_alone(world: Folders, scheduler: Scheduler) -> None:
+    in_company(world, scheduler)
+
+
+def test_a_compiled_step_gives_the_same_answers_with_a_graph_for_each_room(
+    aligned: ImageAnswerer, world: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("infer.serve.scheduler.LEAST_LENGTH", 128)
+    before = counters["stats"]["unique_graphs"]
+    scheduler = Scheduler(aligned, slots=3, context=1024, compiled=True)
+    scheduler.call(scheduler.warm_up).result()
+    in_company(world, scheduler)
+    scheduler.close()
+    assert counters["stats"]["unique_graphs"] - before == 3  # of 128, 256 and 512 tokens
+    assert not counters["graph_break"]
 
 
 def test_a_dialogue_reads_only_what_is_new(
@@ -194,6 +213,20 @@ def test_logits_that_are_not_finite_cost_one_answer(
         error = one.news.get(timeout=60).error
         assert error == f"the model failed: the logits of {aligned.llm.id} are not finite"
     assert well.answer() == alone(aligned, "看")
+
+
+def test_what_is_not_finite_leaves_nothing_behind(
+    aligned: ImageAnswerer, world: Folders, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = aligned.llm.model.model.layers[0]
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * math.nan)
+    for one in [Asked(scheduler, "长" * 120) for _ in scheduler.slots]:
+        assert "are not finite" in (one.news.get(timeout=60).error or "")
+    monkeypatch.undo()
+    after = ["看", "长" * 120, "说"]  # where the short ones end, the longest goes on
+    asked = [Asked(scheduler, question) for question in after]
+    assert [one.answer() for one in asked] == [alone(aligned, question) for question in after]
 
 
 def test_closing_tells_everybody(aligned: ImageAnswerer) -> None:

@@ -40,8 +40,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def llava_server(*flags: object) -> Iterator[Served]:
-    process = start("infer", "serve", "--port", 0, *flags)
+def llava_server(*flags: object, **environment: str) -> Iterator[Served]:
+    process = start("infer", "serve", "--port", 0, *flags, **environment)
     try:
         yield Served(process)
     finally:
