@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from tests.support.commands import start
 
@@ -40,7 +41,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def llava_server(*flags: object, **environment: str) -> Iterator[Served]:
+def llava_server(*flags: object, **environment: Any) -> Iterator[Served]:
     process = start("infer", "serve", "--port", 0, *flags, **environment)
     try:
         yield Served(process)
