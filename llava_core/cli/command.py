@@ -84,7 +84,7 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     config.require_inputs()
-    require_device(getattr(config, "device", "auto"), DRIVERS)
+    require_device(config.own_device, DRIVERS)
     module, function = commands[argv[0]].target.split(":")
     summary: dict[str, Any] = getattr(_imported(module), function)(config) or {}
     code = int(summary.pop("exit_code", 0))

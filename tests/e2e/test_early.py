@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from extract.config import BenchConfig, RunConfig, VerifyConfig
 from tests.support.aligned import write_aligned
 from tests.support.commands import ENVIRONMENT, run
 from tests.support.paths import ROOT
@@ -101,7 +103,7 @@ def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
             (["extract", "run", "--data", full.parent, *models[2:], "--out", nix, *gpu], no_gpu),
             (["extract", "verify", *models[2:], "--out", shard, *gpu], no_gpu),
             (["infer", "ask", *aligned, "--image", world.images[0], *gpu], no_gpu),
-            (["infer", "score", "--input", shard, *gpu], no_gpu),
+            (["infer", "score", "--input", shard, *models[2:], *gpu], no_gpu),
             (["llava_align", "trace", *gpu], no_gpu),
             (["llava_align", "chat-llm", *models[:2], *gpu], no_gpu),
             (["extract", "run", "--data", full.parent, *models[2:], "--out", nix, "--images", nix],
@@ -127,6 +129,16 @@ def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
     for line, (words, expected) in zip(lines, cases, strict=True):
         assert line.startswith("error: "), (words, line)
         assert re.search(expected, line), (words, line)
+
+
+def test_a_device_that_this_process_does_without_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"answer": "a cat", "caption": "a cat"}\n')
+    run("infer", "score", "--input", tmp_path / "a.jsonl", "--device", "mps", code=0)
+    paths: dict[str, Any] = {"data": "a", "vision": tmp_path, "out": tmp_path}
+    assert RunConfig(**paths, device="cuda", ray="auto").own_device == "auto"  # its workers have the GPUs
+    assert RunConfig(**paths, device="cuda").own_device == "cuda"
+    assert VerifyConfig(out=tmp_path, device="cuda").own_device == "auto"
+    assert BenchConfig(features=tmp_path, device="cuda").own_device == "auto"
 
 
 def test_a_world_that_no_torchrun_made_is_no_reason_for_silence(tmp_path: Path) -> None:
