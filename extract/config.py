@@ -18,11 +18,12 @@ from llava_core.network.fetch_limits import FetchLimits
 from llava_core.types import Device
 
 
-def require_data(data: str) -> None:
-    """Raise LlavaError if nothing is there."""
-    from extract.sources.find import require_matching  # with pyarrow, which --help does without
+def require_data(data: str, images: Path | None) -> None:
+    """Raise LlavaError if nothing is there, or --images is no folder."""
+    from extract.sources.find import require_image_folder, require_matching  # with pyarrow: not for --help
 
     require_matching(data)
+    require_image_folder(images)
 
 
 def require_count(sample: int) -> None:
@@ -145,7 +146,7 @@ class RunConfig(EncodeConfig, DataOptions):
             raise LlavaError("--ray-workers", do="say with --ray which cluster", exit_code=2)
 
     def require_inputs(self) -> None:
-        require_data(self.data)
+        require_data(self.data, self.images)
         require_folder(self.out)
         super().require_inputs()
 
@@ -166,8 +167,11 @@ class RetryConfig(EncodeConfig, DataOptions):
     """What the shards were made from, if it has images of its own and does not lie there any more."""
 
     def require_inputs(self) -> None:
+        from llava_core.row_status import failures  # with numpy, which --help does without
+
         super().require_inputs()
         shard_paths(self.out)
+        failures(self.status)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +245,7 @@ class ExamplesConfig(DownloadOptions, DataOptions):
         require_folder(self.out)
 
     def require_inputs(self) -> None:
-        require_data(self.data)
+        require_data(self.data, self.images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,6 +290,6 @@ class BenchConfig(PipelineConfig, DataOptions):
         if self.features is not None:
             shard_paths(self.features)
         if self.data is not None:
-            require_data(self.data)
+            require_data(self.data, self.images)
         if self.vision is not None:
             require_vision_encoder(self.vision)

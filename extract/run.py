@@ -23,7 +23,7 @@ from llava_core.cli.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing
 from llava_core.launcher_variables import worker_index
-from llava_core.row_status import Failure, Status
+from llava_core.row_status import Failure, Status, failures
 from llava_core.shards.byte_offsets import disk_bytes
 from llava_core.shards.folder import open_shards
 from llava_core.shards.hdf5_file import read_layout
@@ -69,15 +69,7 @@ def run(config: RunConfig) -> JsonDict:
 
 def retry_failed(config: RetryConfig) -> JsonDict:
     """Retry the failed rows of finished shards; returns the figures of the summary."""
-    chosen = [Failure.parse(name) for name in config.status] or [
-        Failure(status)
-        for status in Status
-        if status.failed and not status.in_data and status is not Status.DAMAGED
-    ]
-    for failure in chosen:
-        if failure.status.in_data:
-            do = f"change these rows in --data, where {failure.status.label!r} lies, and run `extract run`"
-            raise LlavaError("--status", expected="what another try can mend", do=do, exit_code=2)
+    chosen = failures(config.status)
     shards, config = _part(open_shards(config.out), "shards", config)
     if not shards:
         return _nothing(config)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from llava_align.demo.folder import finished_demo
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_folder
@@ -67,6 +68,9 @@ class DemoStage2Config(Options):
     def __post_init__(self) -> None:
         self.require_above_zero("steps")
         require_folder(self.out)
+
+    def require_inputs(self) -> None:
+        finished_demo(self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,11 +146,13 @@ class MatchConfig(Options):
         require_folder(self.out.parent)
 
     def require_inputs(self) -> None:
+        from llava_core.vision.image_files import images_below  # with aiohttp, which --help does without
+
         require_vision_encoder(self.vision)
         if self.features is not None:
             shard_paths(self.features)
-        if self.images is not None and not self.images.is_dir():
-            raise LlavaError(f"no folder {self.images}", do="give --images a folder of images")
+        if self.images is not None:
+            images_below(self.images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +212,8 @@ class ImportConfig(Options):
         require_vision_encoder(self.vision)
         require_language_model(self.llm)
         require_folder(self.out)
+        if self.out.exists():
+            raise LlavaError(f"--out {self.out} is there already", do="choose another, or delete it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,6 +249,11 @@ class PushConfig(Options):
 
     def require_inputs(self) -> None:
         require_checkpoint(self.folder)  # an exported folder has a config.json, too
+        if self.to == "hf" and not self.dry_run:
+            from huggingface_hub import get_token  # ModelScope's client, which imports torch, is asked later
+
+            if not get_token():
+                raise LlavaError("no token for Hugging Face", do="set HF_TOKEN, or run: hf auth login")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,6 +279,8 @@ class ExportConfig(Options):
         require_vision_encoder(self.vision)
         require_language_model(self.llm)
         require_folder(self.out)
+        if self.out.exists() and any(self.out.iterdir()):
+            raise LlavaError(f"{self.out} exists", expected="a new or empty folder", do="give another --out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

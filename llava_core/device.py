@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llava_core.cli.console import say
-from llava_core.errors import LlavaError
+from llava_core.gpu_drivers import require_device
 from llava_core.launcher_variables import local_gpu
 
 DEVICE_ERRORS = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|device-side assert")
@@ -29,10 +29,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and torch.backends.mps.is_available():
             say("computing on the CPU; --device mps takes this Mac's GPU, which has not been tested")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise LlavaError("--device cuda", got="no GPU that this torch can use", do="use --device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise LlavaError("--device mps", got="no Apple GPU that this torch can use", do="use --device cpu")
+    require_device(name, {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available})
     if name == "cuda" and torch.cuda.device_count() > 1:
         return torch.device("cuda", local_gpu(os.environ, torch.cuda.device_count()))
     return torch.device(name)

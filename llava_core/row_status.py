@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -107,6 +108,23 @@ class Failure:
         """Which rows of these columns [N] belong to it, bool [N]."""
         mask: np.ndarray = status == self.status
         return mask if self.http is None else mask & (http == self.http)
+
+
+def failures(names: Sequence[str]) -> list[Failure]:
+    """Those of `retry-failed --status`; without names, all that another try may mend.
+
+    Raises LlavaError (wrong usage) for an unknown one, and for one that lies in the data.
+    """
+    chosen = [Failure.parse(name) for name in names] or [
+        Failure(status)
+        for status in Status
+        if status.failed and not status.in_data and status is not Status.DAMAGED
+    ]
+    for failure in chosen:
+        if failure.status.in_data:
+            do = f"change these rows in --data, where {failure.status.label!r} lies, and run `extract run`"
+            raise LlavaError("--status", expected="what another try can mend", do=do, exit_code=2)
+    return chosen
 
 
 class Outcome(NamedTuple):

@@ -61,8 +61,7 @@ def _found(data: str, flags: DataFlags) -> dict[str, tuple[Path, str]]:
 
     Raises LlavaError if two shards would have one name all the same.
     """
-    if flags.images is not None and not flags.images.is_dir():
-        raise LlavaError(f"no image folder {flags.images}", do="correct --images")
+    require_image_folder(flags.images)
     paths = _paths(data, flags)
     kinds = [Folder if path.is_dir() else TableSource for path in paths]
     names = [kind(path, 0, path).name for kind, path in zip(kinds, paths, strict=True)]
@@ -110,6 +109,12 @@ def _source_of(shard: Shard, found: dict[str, tuple[Path, str]], data: str, flag
             got=described(source.identity()),
         )
     return source
+
+
+def require_image_folder(images: Path | None) -> None:
+    """Raise LlavaError unless --images is a folder; None is right."""
+    if images is not None and not images.is_dir():
+        raise LlavaError(f"no image folder {images}", do="correct --images")
 
 
 def require_matching(data: str) -> list[Path]:

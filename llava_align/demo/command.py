@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from extract.config import RunConfig
 from llava_align.config import MODELS, DemoConfig
+from llava_align.demo.folder import MARK, clear
 from llava_align.demo.world.captions import ATTRIBUTES, accuracy, chance, shuffled
 from llava_align.demo.world.dataset import Split, write_split
 from llava_align.demo.world.server import TROUBLES, serve
@@ -27,8 +27,6 @@ from llava_core.filesystem import read_json_lines
 from llava_core.language.instructions import QUESTION
 from llava_core.types import JsonDict
 
-MARK = ".llava-demo"
-"""File that marks a demo's folder; it holds the flags that the pictures depend on."""
 BATCH_SIZE = 16
 
 
@@ -48,7 +46,7 @@ def _demo(config: DemoConfig) -> JsonDict:
     from llava_align.demo.contact_sheet import contact_sheet, loss_curve
 
     out = config.out
-    _clear(out)
+    clear(out)
     made = {name: getattr(config, name) for name in ("rows", "held_out", "seed")}
     (out / MARK).write_text(json.dumps(made) + "\n")
     started = time.monotonic()
@@ -122,15 +120,6 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
             by_status[label] = by_status.get(label, 0) + n
     gap = {name: value for name, value in evaluated.items() if name.startswith("grounding_gap")}
     return {"rows": by_status, **gap, "seconds": seconds}
-
-
-def _clear(out: Path) -> None:
-    """Empty or make the folder. Raises LlavaError if it has files that no demo made."""
-    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
-        raise LlavaError(f"{out} holds something else", do="choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / MARK).touch()
 
 
 def _print(figures: JsonDict, out: Path) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from llava_align.aligned_model import AlignedModel
 from llava_align.config import MODELS, DemoStage2Config
-from llava_align.demo.command import MARK
+from llava_align.demo.folder import finished_demo
 from llava_align.demo.world.dataset import split_scenes
 from llava_align.demo.world.dialogues import (
     KINDS,
@@ -34,7 +34,6 @@ from llava_align.feature_dataset import FeatureDataset
 from llava_align.subprocess_command import imports_shared, run_command
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import progress, show, table
-from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
 from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import Conversation, Example
@@ -88,7 +87,7 @@ def run(config: DemoStage2Config) -> JsonDict:
         "steps": config.steps,
         "seed": config.seed,
     }
-    made = _made(config.out)
+    made = finished_demo(config.out)
     with imports_shared():
         return second_stage(FirstStage(config.out), made, **flags)
 
@@ -117,18 +116,6 @@ def second_stage(
     report(before, after)
     show(f"\n{folder / 'before.jsonl'}, {folder / 'after.jsonl'}  answers; {figures['seconds']:.0f} s")
     return figures
-
-
-def _made(out: Path) -> JsonDict:
-    """Flags of the demo in a folder. Raises LlavaError unless one is there, and finished."""
-    try:
-        made: JsonDict = json.loads((out / MARK).read_text())
-    except (OSError, ValueError):
-        made = {}
-    if not {"rows", "held_out", "seed"} <= made.keys() or not (out / "answers.png").exists():
-        do = f"run it first: python -m llava_align demo --out {out}"
-        raise LlavaError(f"{out} holds no finished demo of this version", do=do)
-    return made
 
 
 def write_dialogues(first: FirstStage, made: JsonDict) -> Dialogues:

@@ -63,10 +63,8 @@ TOKENIZER_FILES = (
 def run(config: ExportConfig) -> JsonDict:
     """Check that projector and models belong together, then write the folder atomically.
 
-    Raises LlavaError if they do not, `out` is not empty, or the disk is too small.
+    Raises LlavaError if they do not, or the disk is too small.
     """
-    if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
-        raise LlavaError(f"{config.out} exists", expected="a new or empty folder", do="give another --out")
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.provenance
     tower = open_trained_tower(config.vision, trained)

@@ -47,8 +47,6 @@ def run(config: ImportConfig) -> JsonDict:
     Raises LlavaError if the file is a checkpoint of this project, has no known projector, does not fit the
     models, or holds other weights than theirs beside the projector.
     """
-    if config.out.exists():
-        raise LlavaError(f"--out {config.out} is there already", do="choose another, or delete it")
     file = projector_file(config.file)
     tensors = read_tensors(file)
     require_others(file)

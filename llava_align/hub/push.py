@@ -143,8 +143,6 @@ def _hugging_face() -> Hub:
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not huggingface_hub.get_token():
-        raise LlavaError("no token for Hugging Face", do="set HF_TOKEN, or run: hf auth login")
     if not sys.stderr.isatty():
         disable_progress_bars()
     client = huggingface_hub.HfApi()

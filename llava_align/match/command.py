@@ -20,7 +20,7 @@ from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
-from llava_core.vision.image_files import SUFFIXES
+from llava_core.vision.image_files import images_below
 from llava_core.vision.image_formats import ImageError
 from llava_core.vision.similarity import BATCH_SIZE, embed_texts, open_both_towers
 from llava_core.vision.tower import VisionTower
@@ -115,16 +115,8 @@ def run(config: MatchConfig) -> JsonDict:
 
 def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Tensor]:
     """Readable images below a folder, without hidden ones, and their embeddings [N, P]."""
-    if not folder.is_dir():
-        raise LlavaError(f"no folder {folder}", do="give --images a folder of images")
     candidates, parts = [], []
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    paths = images_below(folder)
     with progress(len(paths), "images") as bar:
         for start in range(0, len(paths), BATCH_SIZE):
             pixels = []
@@ -139,7 +131,7 @@ def encode(tower: VisionTower, folder: Path) -> tuple[list[Candidate], torch.Ten
             if pixels:
                 parts.append(tower.encode_image_embedding(np.stack(pixels)))
     if not parts:
-        raise LlavaError(f"no images in {folder}", expected=" ".join(SUFFIXES))
+        raise LlavaError(f"no image in {folder} can be read")
     return candidates, torch.cat(parts)
 
 

@@ -25,6 +25,7 @@ from llava_core.cli.console import guard_terminal, say, show, visible
 from llava_core.cli.options import Command
 from llava_core.cli.settings import with_settings
 from llava_core.errors import LlavaError, first_line
+from llava_core.gpu_drivers import DRIVERS, require_device
 
 INTERRUPTED = 130
 PHASES = ("extract", "train", "infer")
@@ -83,6 +84,7 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     config.require_inputs()
+    require_device(config.own_device, DRIVERS)
     module, function = commands[argv[0]].target.split(":")
     summary: dict[str, Any] = getattr(_imported(module), function)(config) or {}
     code = int(summary.pop("exit_code", 0))

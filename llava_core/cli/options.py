@@ -23,6 +23,13 @@ class Options:
         Called before the command's module is imported: torch takes seconds.
         """
 
+    @property
+    def own_device(self) -> str:
+        """--device, where this process computes; auto if it does not: on Ray, or with no model given."""
+        flags = vars(self)
+        no_model = "llm" not in flags and flags.get("vision", ...) is None
+        return "auto" if no_model or flags.get("ray") is not None else flags.get("device", "auto")
+
     def require_at_least(self, least: int, *names: str) -> None:
         """Raise LlavaError (wrong usage) unless these flags are `least` or more."""
         for name in names:

@@ -62,6 +62,22 @@ def read_images(
     return files
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Image files below a folder, without hidden ones. Raises LlavaError if there is none."""
+    if not folder.is_dir():
+        raise LlavaError(f"no folder {folder}", do="give --images a folder of images")
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not paths:
+        raise LlavaError(f"no images in {folder}", expected=" ".join(SUFFIXES))
+    return paths
+
+
 def require_image(image: str | None) -> None:
     """Raise LlavaError for a path without a file, or with one that is no image; URLs are not fetched yet."""
     if image is None or image == "-" or is_url(image) or is_data_url(image):

@@ -8,15 +8,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from extract.config import BenchConfig, RunConfig, VerifyConfig
 from tests.support.aligned import write_aligned
 from tests.support.commands import ENVIRONMENT, run
 from tests.support.paths import ROOT
 
 CHECK = """
 import importlib, json, sys
+from llava_core import gpu_drivers
 from llava_core.cli import command as cli
 
+gpu_drivers.DEVICE_FILES, gpu_drivers.LIBRARY = (), "none.so"  # as on a machine without a GPU
 for module, *argv in json.loads(sys.argv[1]):
     try:
         cli.main(module, "", importlib.import_module(f"{module}.__main__").COMMANDS, argv)
@@ -35,6 +39,12 @@ def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
     shard.parent.mkdir()
     shard.touch()
     (tmp_path / "loop").symlink_to("loop")
+    full = tmp_path / "full/a"
+    full.parent.mkdir()
+    full.touch()
+    weights, gpu = world.checkpoint / "model.safetensors", ["--device", "cuda"]
+    retry = ["extract", "retry-failed", "--vision", world.vision, "--out", shard.parent]
+    no_gpu = "--device cuda; got no GPU that this torch can use; use --device cpu"
     models = ["--llm", world.llm, "--vision", world.vision]
     aligned = ["--checkpoint", world.checkpoint, *models]
     train = ["--llm", world.llm, "--out", nix]
@@ -87,11 +97,31 @@ def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
             (["llava_align", "import", "--file", nix, *models, "--out", nix], "no file"),
             (["llava_align", "chat-llm", "--llm", nix], "no language model folder"),
             (["llava_align", "examples", "--data", nix, "--out", nix], "no data at"),
+            (["train", "run", "--features", shard, *train, *gpu], no_gpu),
+            (["train", "run", "--features", shard, *train, "--device", "mps"], "got no Apple GPU"),
+            (["train", "eval", *aligned[:4], "--features", shard, *gpu], no_gpu),
+            (["extract", "run", "--data", full.parent, *models[2:], "--out", nix, *gpu], no_gpu),
+            (["extract", "verify", *models[2:], "--out", shard, *gpu], no_gpu),
+            (["infer", "ask", *aligned, "--image", world.images[0], *gpu], no_gpu),
+            (["infer", "score", "--input", shard, *models[2:], *gpu], no_gpu),
+            (["llava_align", "trace", *gpu], no_gpu),
+            (["llava_align", "chat-llm", *models[:2], *gpu], no_gpu),
+            (["extract", "run", "--data", full.parent, *models[2:], "--out", nix, "--images", nix],
+             "no image folder"),
+            ([*retry, "--status", "sunny"], "unknown failure 'sunny'; expected one of bad-url"),
+            ([*retry, "--status", "bad-caption"], "--status; expected what another try can mend"),
+            (["llava_align", "match", *models[2:], "--images", empty, "--text", "a"], "no images in .*; "),
+            (["llava_align", "import", "--file", weights, *models, "--out", empty], "is there already; "),
+            (["llava_align", "export", *aligned, "--out", full.parent], "exists; expected a new or empty"),
+            (["llava_align", "demo-stage2", "--out", empty], "holds no finished demo of this version"),
+            (["llava_align", "push", "--folder", world.checkpoint, "--to", "hf", "--name", "a/b"],
+             "no token for Hugging Face; set HF_TOKEN, or run: hf auth login"),
         ]  # fmt: skip
         argv = json.dumps([[str(word) for word in words] for words, _ in cases])
         command = [sys.executable, "-c", CHECK, argv]
+        environment = {**ENVIRONMENT, "HF_TOKEN": "", "HF_HOME": str(empty)}
         ended = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120
+            command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
         )
     assert ended.returncode == 0, ended.stderr
     lines = ended.stderr.splitlines()
@@ -99,6 +129,16 @@ def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
     for line, (words, expected) in zip(lines, cases, strict=True):
         assert line.startswith("error: "), (words, line)
         assert re.search(expected, line), (words, line)
+
+
+def test_a_device_that_this_process_does_without_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"answer": "a cat", "caption": "a cat"}\n')
+    run("infer", "score", "--input", tmp_path / "a.jsonl", "--device", "mps", code=0)
+    paths: dict[str, Any] = {"data": "a", "vision": tmp_path, "out": tmp_path}
+    assert RunConfig(**paths, device="cuda", ray="auto").own_device == "auto"  # its workers have the GPUs
+    assert RunConfig(**paths, device="cuda").own_device == "cuda"
+    assert VerifyConfig(out=tmp_path, device="cuda").own_device == "auto"
+    assert BenchConfig(features=tmp_path, device="cuda").own_device == "auto"
 
 
 def test_a_world_that_no_torchrun_made_is_no_reason_for_silence(tmp_path: Path) -> None:

@@ -154,6 +154,9 @@ def test_what_cannot_be_matched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             MatchConfig(vision=VISION, images=tmp_path, out=tmp_path / "new/a.png")
     assert MatchConfig(vision=VISION, images=tmp_path, out=Path("图.JPG")).out.suffix == ".JPG"
     with pytest.raises(LlavaError, match="no images in"):
-        match.run(MatchConfig(vision=VISION, images=tmp_path, text=("红",), device="cpu"))
+        MatchConfig(vision=VISION, images=tmp_path).require_inputs()
     with pytest.raises(LlavaError, match="no folder"):
-        match.run(MatchConfig(vision=VISION, images=tmp_path / "none", text=("红",), device="cpu"))
+        MatchConfig(vision=VISION, images=tmp_path / "none").require_inputs()
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(LlavaError, match=r"no image in .* can be read"):
+        match.run(MatchConfig(vision=VISION, images=tmp_path, text=("红",), device="cpu"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_core import gpu_drivers
 from llava_core.device import default_dtype, encoder_dtype, pick_device
 from llava_core.errors import LlavaError
 from llava_core.filesystem import flush
@@ -71,6 +72,21 @@ def test_apple_s_gpu_is_taken_when_asked_for(capfd: pytest.CaptureFixture[str]) 
         ProcessGroup(size=2).device("mps")
     with pytest.raises(LlavaError, match="--device mps; got a Ray cluster"):
         plan_workers([{"CPU": 4}], "mps", None, 1)
+
+
+@pytest.mark.parametrize("file", ["nvidia0", "nvidiactl", "nvhost-gpu", "kfd", "dxg", "dri/card0"])
+def test_no_machine_with_a_driver_is_refused_before_torch_looks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
+) -> None:
+    monkeypatch.setattr(gpu_drivers, "LIBRARY", "none.so")
+    (tmp_path / "nvme0").touch()  # a disk
+    assert not gpu_drivers.cuda_driver(tmp_path)
+    monkeypatch.setattr(gpu_drivers, "LIBRARY", None)  # what is loaded already
+    assert gpu_drivers.cuda_driver(tmp_path)
+    monkeypatch.setattr(gpu_drivers, "LIBRARY", "none.so")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    assert gpu_drivers.cuda_driver(tmp_path)
 
 
 def test_auto_prefers_cuda(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
