@@ -191,9 +191,9 @@ class Bench:
         began = time.monotonic()
         self.figures = run_async(
             run_pipeline(
-                self.tower,
+                [self.tower],
                 self.config,
-                [lambda: OpenShard(ShardWriter(path, self._header()), self.urls, captions)],
+                [[lambda: OpenShard(ShardWriter(path, self._header()), self.urls, captions)]],
                 progress(None, "rows"),
                 lambda shard, seconds: None,
             )
@@ -278,9 +278,11 @@ def watch_memory(settings: Settings, folder: Path) -> None:
         openers = []
         for start in range(0, settings.memory, 2000):
             urls = [f"{base}/{i}" for i in range(start, start + 2000)]
-            openers.append(functools.partial(open_shard, tower, folder / f"{start}.h5", urls))
+            openers.append([functools.partial(open_shard, tower, folder / f"{start}.h5", urls)])
         began = time.monotonic()
-        figures = run_async(run_pipeline(tower, config, openers, progress(settings.memory, "rows"), finished))
+        figures = run_async(
+            run_pipeline([tower], config, openers, progress(settings.memory, "rows"), finished)
+        )
     print(f"{settings.memory / (time.monotonic() - began):.0f} rows/s; {json.dumps(figures)}")
 
 

@@ -12,7 +12,7 @@ from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file_place, require_folder
 from llava_core.geometry import Fit
-from llava_core.input_folders import require_vision_encoder, shard_paths
+from llava_core.input_folders import folders_of, one_or_several, require_vision_encoder, shard_paths
 from llava_core.launcher_variables import cpu_cores
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.types import Device
@@ -111,16 +111,27 @@ class EncodeConfig(PipelineConfig):
 
     out: Path
     """Folder of the feature shards."""
-    vision: Path
-    """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder."""
+    reuse: tuple[Path, ...] = ()
+    """Folders of finished shards of the same encoder and preprocessing: rows whose address, or image, they
+    have are copied instead of downloaded and encoded."""
 
     def require_inputs(self) -> None:
-        require_vision_encoder(self.vision)
+        for folder in self.reuse:
+            shard_paths(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(EncodeConfig, DataOptions):
-    """Encode images into feature shards. The same command continues where it stopped."""
+    """Encode images into feature shards. The same command continues where it stopped.
+
+    Several encoders, or --layers, make a cache each, in OUT/NAME or OUT/NAME@LAYER, from one download.
+    """
+
+    vision: tuple[Path, ...] | Path
+    """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder. Of
+    several, each makes a cache."""
+    layers: tuple[Literal["last"] | int, ...] = ()
+    """Layers to keep of each encoder, which runs once for all: last, or as for --layer."""
 
     data: str
     """Parquet, Arrow, JSON, CSV or tar files: their folder, one file, or a glob in quotes; or a folder of
@@ -144,10 +155,42 @@ class RunConfig(EncodeConfig, DataOptions):
         self.require_above_zero("limit", "ray_workers")
         if self.ray_workers is not None and self.ray is None:
             raise LlavaError("--ray-workers", do="say with --ray which cluster", exit_code=2)
+        object.__setattr__(self, "vision", one_or_several("vision", self.vision))
+        if self.layers and self.layer is not None:
+            raise LlavaError("--layer and --layers", expected="one of them", exit_code=2)
+        several = len(self.caches()) > 1
+        if several and self.ray is not None:
+            expected = "one encoder, and one layer"
+            raise LlavaError(
+                "--ray", expected=expected, do="make the caches one after the other", exit_code=2
+            )
+
+    def caches(self) -> list[RunConfig]:
+        """The flags of the `extract run` that would make each of the caches alone.
+
+        Raises LlavaError (wrong usage) if two would have one folder.
+        """
+        folders = folders_of(self.vision)
+        if len(folders) == 1 and not self.layers:
+            return [self]
+        caches: dict[str, RunConfig] = {}
+        for folder in folders:
+            for layer in self.layers or ("last",):
+                name = folder.resolve().name + ("" if layer == "last" else f"@{layer}")
+                if name in caches:
+                    what = f"--vision and --layers would make {self.out / name} twice"
+                    raise LlavaError(what, do="leave one out, or rename an encoder's folder", exit_code=2)
+                own = None if layer == "last" else layer
+                caches[name] = dataclasses.replace(
+                    self, vision=folder, layer=own, layers=(), out=self.out / name
+                )
+        return list(caches.values())
 
     def require_inputs(self) -> None:
         require_data(self.data, self.images)
         require_folder(self.out)
+        for folder in folders_of(self.vision):
+            require_vision_encoder(folder)
         super().require_inputs()
 
 
@@ -157,6 +200,9 @@ class RetryConfig(EncodeConfig, DataOptions):
 
     --layer, --decode and --fit are those of the shards.
     """
+
+    vision: Path
+    """Folder of the vision encoder that they were made with."""
 
     status: tuple[str, ...] = ()
     """Failures to try again, such as timeout http-5xx http-429; without it, every one but those that
@@ -170,6 +216,7 @@ class RetryConfig(EncodeConfig, DataOptions):
         from llava_core.row_status import failures  # with numpy, which --help does without
 
         super().require_inputs()
+        require_vision_encoder(self.vision)
         shard_paths(self.out)
         failures(self.status)
 

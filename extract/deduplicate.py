@@ -1,4 +1,4 @@
-"""Duplicates: rows with the image of another row are fetched once and encoded once.
+"""Duplicates: rows with the image of another row of their cache are fetched once and encoded once.
 
 A row's keys are its address and the sha256 of its image file. Rows of open shards are kept in a dict; of
 finished shards 16 bytes per row and key are kept, and a hit is checked in the shard itself.
@@ -6,15 +6,17 @@ finished shards 16 bytes per row and key are kept, and a hit is checked in the s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from extract.open_shard import OpenShard
+from extract.open_shard import Cache, OpenShard, cache_of
 from extract.row_job import InFlightRow, RowJob, RowRef, StoredRow
 from extract.sources.base import is_address
 from llava_core.errors import LlavaError
@@ -32,11 +34,14 @@ class Deduplicator:
 
     def __init__(self, finished: Iterable[Shard] = ()) -> None:
         """`finished`: shards of earlier runs."""
-        self._open: dict[Key, InFlightRow] = {}
-        self._keys: dict[RowRef, list[Key]] = {}
+        self._open: dict[tuple[Cache, Key], InFlightRow] = {}
+        self._keys: dict[RowRef, list[tuple[Cache, Key]]] = {}
         self._urls, self._images = _KeyTable(), _KeyTable()
-        self._paths: list[Path] = []
+        self._paths: list[tuple[Path, Cache]] = []
         self._shard = functools.lru_cache(HELD_SHARDS)(Shard)
+        self.copied: collections.Counter[Path] = collections.Counter()
+        """Rows that have been found in each finished shard."""
+        self._counting = threading.Lock()
         for shard in finished:
             self.add_finished(shard)
 
@@ -45,15 +50,19 @@ class Deduplicator:
         found = self._claim(key, ref)
         if found is not None and ref.shard.writer.layout.thumbnails and not found.layout.thumbnails:
             return None
+        if isinstance(found, StoredRow):
+            with self._counting:
+                self.copied[found.shard.path] += 1
         return found
 
     def _claim(self, key: Key, ref: RowRef) -> InFlightRow | StoredRow | None:
-        if stored := next(self._stored(key), None):
+        cache = ref.shard.cache
+        if stored := next(self._stored(key, cache), None):
             return stored
-        first = self._open.setdefault(key, InFlightRow(ref))
+        first = self._open.setdefault((cache, key), InFlightRow(ref))
         if first.ref != ref:
             return first
-        self._keys.setdefault(ref, []).append(key)
+        self._keys.setdefault(ref, []).append((cache, key))
         return None
 
     def settle(self, ref: RowRef, record: RowRecord) -> list[RowJob]:
@@ -79,7 +88,7 @@ class Deduplicator:
         """Add the rows of a finished shard, and drop those of the open shard that has become it."""
         rows = np.flatnonzero(shard.status == Status.OK)
         number = len(self._paths)
-        self._paths.append(shard.path)
+        self._paths.append((shard.path, cache_of(shard.layout)))
         self._images.add(shard.sha256[rows, :8].copy().view("<u8")[:, 0], number, rows)
         all_urls = shard.urls()
         urls = {row: _short(url) for row in rows.tolist() if is_address(url := all_urls[row])}
@@ -89,11 +98,14 @@ class Deduplicator:
                 for key in self._keys.pop(RowRef(opened, row), ()):
                     del self._open[key]
 
-    def _stored(self, key: Key) -> Iterator[StoredRow]:
+    def _stored(self, key: Key, cache: Cache) -> Iterator[StoredRow]:
         table = self._urls if isinstance(key, str) else self._images
         for number, row in table.find(_short(key)):
+            path, of = self._paths[number]
+            if of != cache:
+                continue
             try:
-                shard = self._shard(self._paths[number])
+                shard = self._shard(path)
                 stored_key = shard.url(row) if isinstance(key, str) else shard.sha256[row].tobytes()
             except (LlavaError, OSError):  # deleted in the meantime
                 continue

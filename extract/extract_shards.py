@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from extract.config import EncodeConfig, RunConfig
+from extract.config import EncodeConfig, RetryConfig, RunConfig
 from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
@@ -37,7 +37,7 @@ from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
 
 
-def open_tower(config: EncodeConfig, recorded: EncoderIdentity | None = None) -> VisionTower:
+def open_tower(config: RunConfig | RetryConfig, recorded: EncoderIdentity | None = None) -> VisionTower:
     """The encoder as the flags say; where they have their defaults, as features record it."""
     flags: JsonDict = {"layer": config.layer, "decode": config.decode, "fit": config.fit}
     if recorded:
@@ -47,7 +47,27 @@ def open_tower(config: EncodeConfig, recorded: EncoderIdentity | None = None) ->
                 expected = f"{recorded.flags[name]}, as the shards have it"
                 raise LlavaError(f"--{name}", expected=expected, got=value, do="leave it out", exit_code=2)
         flags = recorded.flags
+    assert isinstance(config.vision, Path)
     return open_vision_tower(config.vision, pick_device(config.device), **flags)
+
+
+def open_towers(caches: Sequence[RunConfig]) -> list[VisionTower]:
+    """The encoder of each cache; of several layers of one, the network is in memory once.
+
+    Raises LlavaError (wrong usage) if two are the same layer.
+    """
+    towers: list[VisionTower] = []
+    for config in caches:
+        opened = [
+            tower for tower, other in zip(towers, caches, strict=False) if other.vision == config.vision
+        ]
+        tower = (opened[0].at(config.layer) if opened else None) or open_tower(config)
+        for other, its in zip(caches, towers, strict=False):
+            if its.identity.fingerprint == tower.identity.fingerprint:
+                what = f"{other.out.name} and {config.out.name} are the same features"
+                raise LlavaError(what, do="leave one out", exit_code=2)
+        towers.append(tower)
+    return towers
 
 
 def describe(tower: VisionTower) -> str:
@@ -229,15 +249,16 @@ def open_shard_of(
 
 def extract(
     config: EncodeConfig,
-    tower: VisionTower,
-    openers: Sequence[Callable[[], OpenShard]],
+    towers: Sequence[VisionTower],
+    openers: Sequence[Sequence[Callable[[], OpenShard]]],
     finished: Sequence[Shard],
     rows: int,
     bar: ProgressBar | None = None,
 ) -> JsonDict:
     """Write these shards; returns seconds, and, if there was anything to do, the figures of the stages.
 
-    Rows that a shard in `finished` has are copied. `bar` counts the `rows`; without it, a progress bar does.
+    `openers`: of each source, those of its shards, in the caches of these towers. Rows that a shard of the
+    same cache in `finished` has are copied. `bar` counts the `rows` of all; without it, a progress bar does.
     """
     started = time.monotonic()
     if not openers:
@@ -249,5 +270,8 @@ def extract(
 
     deduplicator = Deduplicator(finished)
     with contextlib.nullcontext(bar) if bar else progress(rows, "rows") as counter:
-        figures = run_async(run_pipeline(tower, config, openers, counter, done, deduplicator))
+        figures = run_async(run_pipeline(towers, config, openers, counter, done, deduplicator))
+    if config.reuse:
+        reused = sum(n for path, n in deduplicator.copied.items() if path.parent in config.reuse)
+        say(f"{counted(reused, 'row')} copied from --reuse")
     return {"seconds": round(time.monotonic() - started, 2), **figures}

@@ -6,13 +6,27 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from extract.sources.base import Images, host_of, is_address
 from llava_core.row_status import Outcome, Status
+from llava_core.shards.byte_offsets import Layout
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
+
+
+class Cache(NamedTuple):
+    """What two shards have in common whose features may be copied from one to the other."""
+
+    fingerprint: str
+    storage: str
+
+
+def cache_of(layout: Layout) -> Cache:
+    """The cache that a shard of this layout belongs to."""
+    return Cache(layout.identity.fingerprint, layout.storage)
 
 
 class OpenShard:
@@ -30,6 +44,7 @@ class OpenShard:
         """`outcomes`: rows whose outcome is known already; `kept`: rows whose features an older shard has."""
         self.writer, self.urls, self.captions, self.images = writer, urls, captions, images
         self.outcomes, self.kept = outcomes, kept
+        self.cache = cache_of(writer.layout)
         self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
         """Rows without an outcome when it was opened."""
         self.missing = len(self.pending)

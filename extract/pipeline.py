@@ -32,9 +32,9 @@ from llava_core.vision.tower import VisionTower
 
 
 async def run_pipeline(
-    tower: VisionTower,
+    towers: Sequence[VisionTower],
     config: PipelineConfig,
-    openers: Sequence[Callable[[], OpenShard]],
+    openers: Sequence[Sequence[Callable[[], OpenShard]]],
     bar: ProgressBar,
     done: Callable[[Shard, float], None],
     deduplicator: Deduplicator | None = None,
@@ -42,25 +42,38 @@ async def run_pipeline(
 ) -> JsonDict:
     """Open the shards one after the other and write all their rows; returns `Bottleneck.figures`.
 
-    `bar` counts rows; `done` is called with each finished shard and the seconds it took; `deduplicator` may
-    know shards of earlier runs. With `keep`, what is encoded is written even after a failure or cancellation.
+    `openers`: of each source, those of its shards, one in the cache of each of the `towers`, less those that
+    are finished. Towers with one network run it once for all. `bar` counts rows; `done` is called with each
+    finished shard and the seconds it took; `deduplicator` may know shards of earlier runs. With `keep`, what
+    is encoded is written even after a failure or cancellation.
     """
     cpu = ThreadPoolExecutor(config.decode_threads, "decode")
     gpu, disk = ThreadPoolExecutor(1, "encode"), ThreadPoolExecutor(1, "disk")
     deduplicator = deduplicator or Deduplicator()
     fetcher = Fetcher(config.fetch_limits())
 
-    write = Write(disk, bar, done, deduplicator)
-    encode = Encode(write.inbox, tower, gpu, config.batch_size)
-    decode = Decode(encode.inbox, write.inbox, tower.preprocess, cpu, config, fetcher.memory, deduplicator)
+    write = Write(disk, bar, done, deduplicator, caches=len(towers))
+    networks = {id(tower.network): tower.network for tower in towers}
+    encoders = []
+    for network in networks.values():
+        layers = [tower for tower in towers if tower.network is network]
+        name = "encode" if len(networks) == 1 else f"encode {layers[0].encoder['model_id']}"
+        encoders.append(Encode(write.inbox, layers, gpu, config.batch_size, name))
+    takes = [encoder.takes for encoder in encoders]
+    decode = Decode(takes, write.inbox, cpu, config, fetcher.memory, deduplicator)
     download = Download(decode.inbox, fetcher, cpu, config)
     feed = Feed(openers, download.inbox, write, deduplicator, rows_ahead=config.concurrency)
-    bottleneck = Bottleneck([decode.metrics, encode.metrics, write.metrics], lambda: download.name)
+    encode = [encoder.metrics for encoder in encoders]
+    bottleneck = Bottleneck([decode.metrics, *encode, write.metrics], lambda: download.name)
+
+    async def encode_all() -> None:
+        await together(encoder.run() for encoder in encoders)
+        await write.inbox.put(None)
 
     try:
         with cpu, gpu, disk:
             async with fetcher, in_background(monitor(download, write, bottleneck, bar)):
-                await together(stage.run() for stage in (feed, download, decode, encode, write))
+                await together((feed.run(), download.run(), decode.run(), encode_all(), write.run()))
     except BaseException as error:
         if keep:
             if isinstance(error, asyncio.CancelledError):

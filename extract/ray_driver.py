@@ -24,6 +24,7 @@ from extract.statistics import TOP_HOSTS
 from llava_core.cli.console import progress, say
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
+from llava_core.input_folders import folders_of
 from llava_core.launcher_variables import WorkerIndex
 from llava_core.ray_cluster import LOCK_SECONDS, Plan, code_digest, connected, plan_for, start_progress_actor
 from llava_core.types import JsonDict
@@ -121,7 +122,7 @@ class Dispatch:
             data=os.path.abspath(config.data),
             images=config.images and config.images.absolute(),
             out=config.out.absolute(),
-            vision=config.vision.absolute(),
+            vision=folders_of(config.vision)[0].absolute(),
             device="cuda" if plan.gpus else "cpu",
             decoders=config.decoders or max(1, plan.cpus),
         )

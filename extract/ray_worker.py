@@ -87,7 +87,7 @@ class Worker:
                 progress.update(source.rows)
             else:
                 try:
-                    extract(self.config, self.tower, [lambda: shard], [], source.rows, progress)
+                    extract(self.config, [self.tower], [[lambda: shard]], [], source.rows, progress)
                 except (LlavaError, OSError) as error:
                     return WorkerError(f"{self.host}: {error}")
             progress.report()

@@ -1,9 +1,9 @@
-"""A row of a shard that is being written, its way through the stages, and the rows it may duplicate."""
+"""Images on their way through the stages, the rows they are for, and the rows that these may duplicate."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,15 +23,11 @@ class RowRef(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class RowJob:
-    """A row on its way from its image file to its shard. Each stage fills in its part."""
+    """A row on its way to its shard. Each stage fills in its part."""
 
     shard: OpenShard
     record: RowRecord
     """Outcome so far."""
-    body: bytes = b""
-    """Image file, between download and decoding."""
-    pixels: np.ndarray | None = None
-    """u1 [H, W, 3], between decoding and encoding."""
     duplicate_of: InFlightRow | StoredRow | None = None
     """Row with the same image, whose outcome this one takes over."""
 
@@ -43,10 +39,24 @@ class RowJob:
         )
 
 
-class JobSink(Protocol):
+@dataclasses.dataclass(slots=True)
+class ImageJob:
+    """An image on its way to its features, and the row that it is for in each of the caches."""
+
+    rows: list[RowJob]
+    body: bytes = b""
+    """Image file, between download and decoding."""
+    pixels: np.ndarray | None = None
+    """u1 [H, W, 3], between decoding and encoding."""
+
+
+Job = TypeVar("Job", contravariant=True)
+
+
+class JobSink(Protocol[Job]):
     """Where a stage puts its jobs: the inbox of the next stage."""
 
-    async def put(self, item: RowJob | None) -> None:
+    async def put(self, item: Job | None) -> None:
         """Put a job, or None after the last one."""
 
 

@@ -6,12 +6,20 @@ import functools
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from extract.config import EncodeConfig, RetryConfig, RunConfig
-from extract.extract_shards import describe, extract, finished_shard, open_shard, open_tower, require_same
+from extract.extract_shards import (
+    describe,
+    extract,
+    finished_shard,
+    open_shard,
+    open_tower,
+    open_towers,
+    require_same,
+)
 from extract.failed_files import failed_lines
 from extract.open_shard import OpenShard
 from extract.partition import limits_of, partition
@@ -45,26 +53,72 @@ def run(config: RunConfig) -> JsonDict:
     sources, config = _part(find_sources(config.data, DataFlags.of(config), config.limit), "sources", config)
     if not sources:
         return _nothing(config)
-    paths = {source: config.out / f"{source.stem}.h5" for source in sources}
-    _require_other_names(paths)
+    caches = config.caches()
+    for cache in caches:
+        _require_other_names({source: _shard(cache, source) for source in sources})
     if config.ray is not None and not config.dry_run:
         started = time.monotonic()
         figures = extract_on_ray(config, sources)
         return conclude(config, figures, {"seconds": round(time.monotonic() - started, 2)})
-    tower = open_tower(config)
-    say(describe(tower))
+    towers = open_towers(caches)
+    for tower in towers:
+        say(describe(tower))
     if config.dry_run:
-        return _plan(config, sources, tower)
-    done = {source: finished_shard(paths[source], source, tower, config) for source in sources}
-    todo = [source for source in sources if done[source] is None]
+        return _of_all(caches, [_plan(*cache, sources) for cache in zip(caches, towers, strict=True)])
+    finished = _reused(config, towers, config.dtype)
+    openers: list[list[Callable[[], OpenShard]]] = []
+    rows = 0
+    for source in sources:
+        todo: list[Callable[[], OpenShard]] = []
+        for cache, tower in zip(caches, towers, strict=True):
+            path = _shard(cache, source)
+            done = finished_shard(path, source, tower, cache)
+            if path.exists():
+                finished.append(done or Shard(path))
+            if done is None:
+                todo.append(functools.partial(open_shard, path, source, tower, cache))
+        rows += len(todo) * source.rows
+        openers.append(todo)
+    shards, to_go = len(sources) * len(caches), sum(map(len, openers))
     say(
         f"{counted(sum(source.rows for source in sources), 'row')} in {counted(len(sources), 'source')}; "
-        + (f"{len(sources) - len(todo)} shards are finished, {len(todo)} to go" if todo else "nothing to do")
+        + (f"{shards - to_go} shards are finished, {to_go} to go" if to_go else "nothing to do")
     )
-    openers = [functools.partial(open_shard, paths[source], source, tower, config) for source in todo]
-    finished = [done[source] or Shard(paths[source]) for source in sources if paths[source].exists()]
-    speed = extract(config, tower, openers, finished, sum(source.rows for source in todo))
-    return conclude(config, summarise([done[source] or Shard(paths[source]) for source in sources]), speed)
+    speed = extract(config, towers, [todo for todo in openers if todo], finished, rows)
+    all_figures = []
+    for cache in caches:
+        if cache is not config:
+            show(f"{cache.out.name}:")
+        figures = summarise([Shard(_shard(cache, source)) for source in sources])
+        all_figures.append(conclude(cache, figures, speed if cache is caches[-1] else {}))
+    return _of_all(caches, all_figures)
+
+
+def _shard(config: EncodeConfig, source: Source) -> Path:
+    return config.out / f"{source.stem}.h5"
+
+
+def _of_all(caches: Sequence[RunConfig], all_figures: Sequence[JsonDict]) -> JsonDict:
+    """The figures of a cache; of several, by their names."""
+    if len(caches) == 1:
+        return all_figures[0]
+    named = {cache.out.name: figures for cache, figures in zip(caches, all_figures, strict=True)}
+    codes = [figures.pop("exit_code") for figures in all_figures if "exit_code" in figures]
+    return {"caches": named, **({"exit_code": codes[0]} if codes else {})}
+
+
+def _reused(config: EncodeConfig, towers: Sequence[VisionTower], storage: str) -> list[Shard]:
+    """The shards of --reuse. Raises LlavaError if one is of none of these encoders, or stored otherwise."""
+    shards = [shard for folder in config.reuse for shard in open_shards(folder)]
+    for shard in shards:
+        what = f"--reuse: the features in {shard.path}"
+        if all(shard.identity.differences(tower.identity) for tower in towers):
+            expected = " or ".join(str(tower.identity) for tower in towers)
+            different = shard.identity.differences(towers[0].identity)[0]
+            raise LlavaError(what, expected=expected, got=f"{shard.identity}: {different}", do="leave it out")
+        if (stored := shard.layout.storage) != storage:
+            raise LlavaError(what, expected=storage, got=stored, do="leave it out, or use the same --dtype")
+    return shards
 
 
 def retry_failed(config: RetryConfig) -> JsonDict:
@@ -85,9 +139,11 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     say(f"{counted(sum(counts.values()), 'failed row')} in {len(todo)} of {len(shards)} shards to try again")
     sources = sources_of(todo, config.data, DataFlags.of(config))
     openers = [
-        functools.partial(_reopen, shard, chosen, source) for shard, source in zip(todo, sources, strict=True)
+        [functools.partial(_reopen, shard, chosen, source)]
+        for shard, source in zip(todo, sources, strict=True)
     ]
-    speed = extract(config, tower, openers, shards, sum(shard.rows for shard in todo))
+    finished = [*_reused(config, [tower], shards[0].layout.storage), *shards]
+    speed = extract(config, [tower], openers, finished, sum(shard.rows for shard in todo))
     return conclude(config, summarise([Shard(shard.path) for shard in shards]), speed)
 
 
@@ -127,7 +183,7 @@ def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> O
     return OpenShard(writer, urls, captions, images)
 
 
-def conclude(config: EncodeConfig, figures: JsonDict, speed: JsonDict) -> JsonDict:
+def conclude(config: RunConfig | RetryConfig, figures: JsonDict, speed: JsonDict) -> JsonDict:
     """Print the summary; returns its figures."""
     share = figures["failed"] / figures["rows"]
     show(outcome_table(figures))
@@ -147,7 +203,7 @@ def conclude(config: EncodeConfig, figures: JsonDict, speed: JsonDict) -> JsonDi
     return {**figures, **speed, "out": str(config.out)}
 
 
-def _advice(config: EncodeConfig, figures: JsonDict) -> Iterator[str]:
+def _advice(config: RunConfig | RetryConfig, figures: JsonDict) -> Iterator[str]:
     """What helps with the failures that there are."""
     by_status = figures["by_status"]
     failed = {status: n for status in Status if status.failed and (n := by_status.get(status.label, 0))}
@@ -167,7 +223,7 @@ def _advice(config: EncodeConfig, figures: JsonDict) -> Iterator[str]:
         yield f"to try again: {command}" + (f" with the same {', '.join(own)}" if own else "")
 
 
-def _plan(config: RunConfig, sources: Sequence[Source], tower: VisionTower) -> JsonDict:
+def _plan(config: RunConfig, tower: VisionTower, sources: Sequence[Source]) -> JsonDict:
     rows = sum(source.rows for source in sources)
     figures = {
         "sources": len(sources),

@@ -36,7 +36,7 @@ def one_or_several(flag: str, given: tuple[Path, ...] | Path | None) -> tuple[Pa
     """One folder as itself, so that a flag with one is what it was before there could be several."""
     if isinstance(given, tuple) and not given:
         what = f"--{flag.replace('_', '-')}"
-        raise LlavaError(what, expected="a folder of shards, or several", got="none", exit_code=2)
+        raise LlavaError(what, expected="a folder, or several", got="none", exit_code=2)
     return given[0] if isinstance(given, tuple) and len(given) == 1 else given
 
 

@@ -125,7 +125,7 @@ def train(
         chosen = rng.sample(range(settings.groups), settings.batch_groups)
         index = [GROUP * group + k for group in chosen for k in range(GROUP)]
         chosen_scenes = [scenes[i] for i in index]
-        embedded = F.normalize(model.visual(normalise(pixels[index])) @ model.visual.proj, dim=-1)
+        embedded = F.normalize(model.visual(normalise(pixels[index]), [None])[0] @ model.visual.proj, dim=-1)
         with torch.set_grad_enabled(step < settings.text_steps):
             texts = embed(model, tokenizer, [short_caption(scene, rng) for scene in chosen_scenes])
             if step <= settings.text_steps:

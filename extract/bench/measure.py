@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from extract.config import RunConfig
 from extract.deduplicate import Deduplicator
 from extract.extract_shards import open_shard_of
 from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
-from extract.row_job import RowJob, RowRef
+from extract.row_job import ImageJob, RowJob, RowRef
 from extract.sources.base import Columns, Source
-from extract.stages.decode import Decode
+from extract.stages.decode import Decode, EncoderInput
 from extract.stages.download import Download
 from extract.stages.encode import Encode
 from extract.stages.metrics import ProgressBar
@@ -40,6 +41,7 @@ from llava_core.vision.tower import VisionTower
 STEADY = 0.9
 """Share of the rows from which on a rate counts: the last ones may wait long for a slow host, which holds
 nobody up in a long run."""
+Job = TypeVar("Job", ImageJob, RowJob)
 Part = tuple[str, Columns]
 """Name of a shard, and the rows of one source that it is made of."""
 
@@ -82,18 +84,18 @@ class RateMeter:
         return max((n / max(self.times[n - 1], 1e-9) for n in range(least, len(self.times) + 1)), default=0.0)
 
 
-class Collector:
+class Collector(Generic[Job]):
     """A list in place of the next stage's inbox, whose arrivals are counted."""
 
     def __init__(self, meter: RateMeter, memory: ByteBudget | None = None) -> None:
         """`memory`: budget from which image files are released as they come."""
         self.meter, self.memory = meter, memory
-        self.jobs: list[RowJob] = []
+        self.jobs: list[Job] = []
 
-    async def put(self, item: RowJob | None) -> None:
+    async def put(self, item: Job | None) -> None:
         if item is None:
             return
-        if self.memory is not None:
+        if self.memory is not None and isinstance(item, ImageJob):
             self.memory.release(len(item.body))
         self.jobs.append(item)
         self.meter.update()
@@ -110,7 +112,7 @@ def part_of(sources: Sequence[Source], start: int, count: int) -> list[Part]:
     return parts
 
 
-def run_stage(stage: Decode | Encode | Write, jobs: Sequence[RowJob]) -> None:
+def run_stage(stage: Decode | Encode | Write, jobs: Sequence[Any]) -> None:
     """Run one stage on these jobs to its end."""
 
     async def feed() -> None:
@@ -123,13 +125,13 @@ def run_stage(stage: Decode | Encode | Write, jobs: Sequence[RowJob]) -> None:
 
 def run_download(
     refs: Sequence[RowRef], config: RunConfig, cpu: ThreadPoolExecutor, meter: RateMeter
-) -> list[RowJob]:
+) -> list[ImageJob]:
     """Download, or read, the image files of these rows."""
     fetcher = Fetcher(config.fetch_limits())
-    out = Collector(meter, fetcher.memory)
+    out = Collector[ImageJob](meter, fetcher.memory)
     stage = Download(out, fetcher, cpu, config)
     for ref in refs:
-        stage.inbox.put(ref.shard.host(ref.row), ref)
+        stage.inbox.put(ref.shard.host(ref.row), (ref,))
     stage.inbox.close()
 
     async def run() -> None:
@@ -164,11 +166,9 @@ def measure_alone(config: RunConfig, tower: VisionTower, parts: Sequence[Part]) 
         stages[first] = _measured(came, received)
 
         came = meter("decode", len(downloaded))
-        decoded, failed = Collector(came), Collector(came)
-        run_stage(
-            Decode(decoded, failed, tower.preprocess, cpu, config, ByteBudget(), deduplicator=None),
-            downloaded,
-        )
+        decoded, failed = Collector[ImageJob](came), Collector[RowJob](came)
+        takes = EncoderInput(tower.preprocess, {tower.identity.fingerprint}, decoded)
+        run_stage(Decode([takes], failed, cpu, config, ByteBudget(), deduplicator=None), downloaded)
         stages["decode"] = _measured(came, received)
         if not decoded.jobs:
             counts = collections.Counter(job.record.status.label for job in failed.jobs)
@@ -180,8 +180,8 @@ def measure_alone(config: RunConfig, tower: VisionTower, parts: Sequence[Part]) 
         tower.encode(pixels[None])  # the first time, libraries are loaded and kernels chosen
         row_bytes = shards[0].writer.layout.row_bytes
         came = meter("encode", len(decoded.jobs))
-        encoded = Collector(came)
-        run_stage(Encode(encoded, tower, gpu, config.batch_size), decoded.jobs)
+        encoded = Collector[RowJob](came)
+        run_stage(Encode(encoded, [tower], gpu, config.batch_size), decoded.jobs)
         stages["encode"] = _measured(came, len(encoded.jobs) * row_bytes)
 
         outcomes = failed.jobs + encoded.jobs
@@ -210,7 +210,9 @@ def measure_together(
 
     with openers(config, tower, parts) as opened, progress(rows, "rows", desc="together", leave=False) as bar:
         meter = RateMeter(bar)
-        figures = run_async(run_pipeline(tower, config, opened, meter, done, keep=False))
+        figures = run_async(
+            run_pipeline([tower], config, [[opener] for opener in opened], meter, done, keep=False)
+        )
         outcomes = summarise(shards)
     busy = {name: stage["busy"] for name, stage in figures["stages"].items()}
     return _measured(meter, outcomes["image_bytes"]), busy, outcomes

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 
 from extract.config import PipelineConfig
 from extract.open_shard import OpenShard
-from extract.row_job import JobSink, RowJob, RowRef
+from extract.row_job import ImageJob, JobSink, RowJob, RowRef
 from extract.stages.host_queue import HostQueue
 from llava_core.network.async_tasks import together
 from llava_core.network.fetch import Fetched, Fetcher
@@ -18,14 +18,16 @@ WAITING_ROWS = 2048
 
 
 class Download:
-    """Puts every row to `out`, with its image file or the status that says why it has none.
+    """Puts every image to `out`, with its file, or its rows have the status that says why there is none.
 
     The bytes of a file count as in memory until they are released from the fetcher's budget.
     """
 
-    def __init__(self, out: JobSink, fetcher: Fetcher, threads: Executor, config: PipelineConfig) -> None:
+    def __init__(
+        self, out: JobSink[ImageJob], fetcher: Fetcher, threads: Executor, config: PipelineConfig
+    ) -> None:
         # Rows between two attempts, or whose failure is not confirmed yet, do not keep their host idle.
-        self.inbox: HostQueue[RowRef] = HostQueue(2 * config.per_host)
+        self.inbox: HostQueue[tuple[RowRef, ...]] = HostQueue(2 * config.per_host)
         self.out, self.fetcher, self.threads, self.config = out, fetcher, threads, config
         self.name = "read"
         """Name for the terminal: `download` once any image is."""
@@ -37,17 +39,16 @@ class Download:
 
     async def _worker(self) -> None:
         while (taken := await self.inbox.get()) is not None:
-            host, (shard, row) = taken
+            host, refs = taken
+            shard, row = refs[0]
             if host is not None:
                 self.name = "download"
             try:
                 fetched = await self._read(shard, row) or await self.fetcher.fetch(shard.urls[row])
             finally:
                 self.inbox.done(host)
-            body = fetched.body
-            record = RowRecord(row, fetched.status, None, fetched.http, fetched.attempts, len(body))
-            record.mtime, record.reason = fetched.mtime, fetched.detail
-            await self.out.put(RowJob(shard, record, body))
+            rows = [RowJob(shard, _record(row, fetched)) for shard, row in refs]
+            await self.out.put(ImageJob(rows, fetched.body))
 
     async def _read(self, shard: OpenShard, row: int) -> Fetched | None:
         """An image that needs no network; None for one at an address."""
@@ -60,3 +61,9 @@ class Download:
             if image:
                 memory.hold(len(image.body))
         return image
+
+
+def _record(row: int, fetched: Fetched) -> RowRecord:
+    record = RowRecord(row, fetched.status, None, fetched.http, fetched.attempts, len(fetched.body))
+    record.mtime, record.reason = fetched.mtime, fetched.detail
+    return record

@@ -17,7 +17,7 @@ from llava_core.network.async_tasks import time_limit
 from llava_core.shards.reader import Shard
 
 OPEN_SHARDS = 4
-"""Shards that are open at a time, so that the last rows of one keep no other stage idle."""
+"""Shards of a cache that are open at a time, so that the last rows of one keep no other stage idle."""
 WRITE_ROWS = 128
 """Rows of a shard that are made durable together."""
 WRITE_SECONDS = 5.0
@@ -37,6 +37,7 @@ class Write:
         done: Callable[[Shard, float], None],
         deduplicator: Deduplicator,
         shards: Sequence[OpenShard] = (),
+        caches: int = 1,
     ) -> None:
         """`disk`: one thread. `shards`: shards that are open already; `open` opens the others."""
         self.inbox: asyncio.Queue[RowJob | None] = asyncio.Queue(4 * WRITE_ROWS)
@@ -46,10 +47,10 @@ class Write:
         """Shards that are open."""
         self.failed = 0
         """Rows that have failed so far."""
-        self._slots = asyncio.Semaphore(OPEN_SHARDS)
+        self._slots = asyncio.Semaphore(OPEN_SHARDS * caches)
 
     async def open(self, opener: Callable[[], OpenShard]) -> OpenShard:
-        """Open a shard as soon as fewer than OPEN_SHARDS are open. Raises what `opener` raises."""
+        """Open a shard as soon as fewer than OPEN_SHARDS of a cache are open. Raises what `opener` raises."""
         await self._slots.acquire()
         try:
             shard = await asyncio.get_running_loop().run_in_executor(self.disk, self._open, opener)

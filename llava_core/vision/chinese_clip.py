@@ -118,8 +118,8 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, pixels: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-        """All tokens after `ln_post`; with `layer`, the hidden states after that many blocks instead.
+    def forward(self, pixels: torch.Tensor, layers: Sequence[int | None]) -> list[torch.Tensor]:
+        """Of each layer the hidden states after that many blocks; of None all tokens after `ln_post`.
 
         Layers count as in transformers' `hidden_states`: 0 is the input of the first block, -1 the output of
         the last, -2 (LLaVA's choice) that of the one before.
@@ -129,10 +129,16 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         x = self.ln_pre(x)
         blocks = len(self.transformer.resblocks)
-        for block in self.transformer.resblocks[: blocks if layer is None else layer % (blocks + 1)]:
+        depths = [blocks if layer is None else layer % (blocks + 1) for layer in layers]
+        hidden = {0: x}
+        for depth, block in enumerate(self.transformer.resblocks[: max(depths)], 1):
             x = block(x)
-        normed: torch.Tensor = self.ln_post(x) if layer is None else x
-        return normed
+            if depth in depths:
+                hidden[depth] = x
+        return [
+            self.ln_post(hidden[depth]) if layer is None else hidden[depth]
+            for depth, layer in zip(depths, layers, strict=True)
+        ]
 
 
 class ChineseClip(nn.Module):
@@ -154,7 +160,7 @@ class ChineseClip(nn.Module):
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels [B, 3, S, S] -> image embeddings [B, embed_dim], not L2-normalised."""
-        return self.embed_tokens(self.visual(pixels))
+        return self.embed_tokens(self.visual(pixels, [None])[0])
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """All tokens after `ln_post` [B, T, width] -> image embeddings [B, embed_dim]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,18 @@ def open_hugging_face(
             do="download it again",
         )
     model = model.eval().requires_grad_(False).to(device, dtype)
-    layer = layer_index(layer, model.config.num_hidden_layers)
+    layer = layer_index(layer, model.config.num_hidden_layers, folder.name)
     norm = _final_norm(model)
 
+    def layers_of(pixels: torch.Tensor, layers: Sequence[int | None]) -> list[torch.Tensor]:
+        hidden = any(index is not None for index in layers)
+        out = model(pixel_values=pixels, **({"output_hidden_states": True} if hidden else {}))
+        return [
+            norm(out.last_hidden_state) if index is None else out.hidden_states[index] for index in layers
+        ]
+
     def tokens_of(pixels: torch.Tensor) -> torch.Tensor:
-        if layer is not None:
-            hidden: torch.Tensor = model(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
-            return hidden
-        last: torch.Tensor = model(pixel_values=pixels).last_hidden_state
-        return norm(last)
+        return layers_of(pixels, [layer])[0]
 
     preprocess = _preprocess(read_json(folder / "preprocessor_config.json"), decode)
     with torch.inference_mode():
@@ -83,6 +86,8 @@ def open_hugging_face(
         dtype=dtype,
         _tokens=tokens_of,
         network=model,
+        _layers=layers_of,
+        _blocks=model.config.num_hidden_layers,
     )
 
 

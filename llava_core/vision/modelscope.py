@@ -39,15 +39,17 @@ def open_modelscope(
         ) from None
     clip = clip.float().eval().requires_grad_(False).to(device, dtype)
     blocks = vision["vision_layers"]
-    layer = layer_index(layer, blocks)
+    layer = layer_index(layer, blocks, folder.name)
     tokens = (vision["image_resolution"] // vision["vision_patch_size"]) ** 2 + 1
     return VisionTower(
         preprocess=Preprocess(vision["image_resolution"], CLIP_MEAN, CLIP_STD, decode=decode),
         encoder=encoder_record(folder, [weights], layer, tokens, vision["vision_width"], dtype),
         device=device,
         dtype=dtype,
-        _tokens=lambda pixels: clip.visual(pixels, layer),
+        _tokens=lambda pixels: clip.visual(pixels, [layer])[0],
         network=clip,
+        _layers=clip.visual,
+        _blocks=blocks,
         _clip=clip,
         _tokenizer=TextTokenizer(folder / "vocab.txt") if text else None,
     )

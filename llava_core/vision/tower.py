@@ -35,6 +35,10 @@ class VisionTower:
     """Normalised pixels [B, 3, S, S] -> [B, T, D]."""
     network: torch.nn.Module
     """The module that computes the tokens: a ChineseClip, or a vision model of transformers."""
+    _layers: Callable[[torch.Tensor, Sequence[int | None]], list[torch.Tensor]] | None = None
+    """The same of several layers, in one pass; None if it is not known how."""
+    _blocks: int = 0
+    """Number of blocks, by which layers are counted."""
     _clip: ChineseClip | None = None
     _tokenizer: TextTokenizer | None = None
 
@@ -55,6 +59,14 @@ class VisionTower:
         """uint8 [B, S, S, 3] as `preprocess.decode_image` gives them -> fp32 features [B, T, D]."""
         moved = torch.as_tensor(pixels).to(self.device, non_blocking=True)
         return self._tokens(self.preprocess.normalise(moved).to(self.dtype)).float()
+
+    def at(self, layer: int | None) -> VisionTower | None:
+        """The same network at another layer; None if it must be opened for it."""
+        if (layers := self._layers) is None:
+            return None
+        index = layer_index(layer, self._blocks, self.encoder["model_id"])
+        encoder = {**self.encoder, "layer": index}
+        return dataclasses.replace(self, encoder=encoder, _tokens=lambda pixels: layers(pixels, [index])[0])
 
     @torch.inference_mode()
     def encode_image_embedding(self, pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -88,6 +100,17 @@ class VisionTower:
         return self._clip, self._tokenizer
 
 
+@torch.inference_mode()
+def encode_layers(towers: Sequence[VisionTower], pixels: torch.Tensor) -> list[torch.Tensor]:
+    """`encode` by each of these towers, which have one network; it runs once."""
+    first = towers[0]
+    if first._layers is None or len(towers) == 1:
+        return [tower.encode(pixels) for tower in towers]
+    moved = first.preprocess.normalise(pixels.to(first.device, non_blocking=True)).to(first.dtype)
+    wanted = [tower.encoder["layer"] for tower in towers]
+    return [features.float() for features in first._layers(moved, wanted)]
+
+
 def encoder_record(
     folder: Path, weights: Sequence[Path], layer: int | None, tokens: int, width: int, dtype: torch.dtype
 ) -> JsonDict:
@@ -101,12 +124,13 @@ def encoder_record(
     }
 
 
-def layer_index(layer: int | None, blocks: int) -> int | None:
+def layer_index(layer: int | None, blocks: int, encoder: str) -> int | None:
     """`layer` as a non-negative index, so that each has one number. Raises LlavaError if out of range."""
     if layer is None:
         return None
     if not -blocks - 1 <= layer <= blocks:
-        raise LlavaError("--layer", expected=f"{-blocks - 1} to {blocks}", got=layer, exit_code=2)
+        what, expected = f"{encoder} has no layer {layer}", f"{-blocks - 1} to {blocks}"
+        raise LlavaError(what, expected=expected, do="correct --layer or --layers", exit_code=2)
     return layer % (blocks + 1)
 
 

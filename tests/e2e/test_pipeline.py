@@ -65,8 +65,8 @@ def test_a_slow_host_keeps_only_its_own_rows_waiting(tower: VisionTower, tmp_pat
             urls = [f"{other}/{20 * part + i}" for i in range(20)]
             urls += [f"{one}/{40 * part + i}" for i in range(40)]
             path = tmp_path / f"{part}.h5"
-            shards.append(lambda path=path, urls=urls: open_shard(tower, path, urls))
-        run_async(run_pipeline(tower, config, shards, progress(None, "rows"), lambda shard, seconds: None))
+            shards.append([lambda path=path, urls=urls: open_shard(tower, path, urls)])
+        run_async(run_pipeline([tower], config, shards, progress(None, "rows"), lambda shard, seconds: None))
     for part in range(3):
         assert Shard(tmp_path / f"{part}.h5").status.tolist() == [Status.OK] * 60
 
@@ -80,7 +80,7 @@ def test_the_stage_that_is_busy_is_named(tower: VisionTower, tmp_path: Path) -> 
         config = RunConfig(data="", out=tmp_path, vision=tmp_path, allow_private=True, host_rate=10)
         opener = functools.partial(open_shard, tower, tmp_path / "a.h5", urls)
         bar = progress(None, "rows")
-        figures = run_async(run_pipeline(tower, config, [opener], bar, lambda shard, seconds: None))
+        figures = run_async(run_pipeline([tower], config, [[opener]], bar, lambda shard, seconds: None))
     assert figures["bottleneck"] == "download"
     assert set(figures["stages"]) == {"decode", "encode", "write"}
     assert 0 < figures["stages"]["encode"]["busy"] < 0.7
@@ -102,7 +102,9 @@ def test_a_stage_that_fails_ends_the_others(
     )
     opener = functools.partial(open_shard, tower, tmp_path / "x.h5", good(base, 60))
     with pytest.raises(RuntimeError, match="out of memory"):
-        run_async(run_pipeline(broken, config, [opener], progress(60, "rows"), lambda shard, seconds: None))
+        run_async(
+            run_pipeline([broken], config, [[opener]], progress(60, "rows"), lambda shard, seconds: None)
+        )
 
 
 def test_called_again_in_one_process_and_in_any_thread(base: str, vision: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_layers_count_as_in_transformers(tmp_path: Path) -> None:
     assert clip is not None
     normed = clip.visual.ln_post(last.encode(some_pixels(32)))
     torch.testing.assert_close(normed, open_vision_tower(folder).encode(some_pixels(32)))
-    with pytest.raises(LlavaError, match=r"--layer; expected -3 to 2; got 3"):
+    with pytest.raises(LlavaError, match=r"has no layer 3; expected -3 to 2"):
         open_vision_tower(folder, layer=3)
 
 
