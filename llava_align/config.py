@@ -16,16 +16,19 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_folder
 from llava_core.geometry import Fit
 from llava_core.input_folders import (
+    config_of,
     require_checkpoint,
     require_language_model,
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.registry import VISUAL_TOKENS
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from llava_core.types import Device
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""
+EXPORTED = ("linear", "mlp", "lowrank")
+"""Built-in kinds of projector that hub/modeling_llava_align.py computes."""
 CHARTS = (".png", ".jpg", ".jpeg", ".webp")
 """File name suffixes that a chart can have."""
 
@@ -276,6 +279,14 @@ class ExportConfig(Options):
 
     def require_inputs(self) -> None:
         require_checkpoint(self.checkpoint)
+        kind = str(config_of(self.checkpoint).get("projector", {}).get("kind"))
+        if PROJECTORS.stem(kind) not in (None, *EXPORTED):
+            raise LlavaError(
+                f"--checkpoint {self.checkpoint} has a {kind} projector, which no exported model computes",
+                expected=f"{', '.join(EXPORTED)} or a class of a package",
+                got=kind,
+                do="ask or serve the checkpoint itself with `infer`, and share it with `llava push`",
+            )
         require_vision_encoder(self.vision)
         require_language_model(self.llm)
         require_folder(self.out)
