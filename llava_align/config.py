@@ -16,13 +16,13 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_folder
 from llava_core.geometry import Fit
 from llava_core.input_folders import (
-    config_of,
+    built_in_projector,
     require_checkpoint,
     require_language_model,
     require_vision_encoder,
     shard_paths,
 )
-from llava_core.registry import PROJECTORS, VISUAL_TOKENS
+from llava_core.registry import VISUAL_TOKENS
 from llava_core.types import Device
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
@@ -279,12 +279,10 @@ class ExportConfig(Options):
 
     def require_inputs(self) -> None:
         require_checkpoint(self.checkpoint)
-        kind = str(config_of(self.checkpoint).get("projector", {}).get("kind"))
-        if PROJECTORS.stem(kind) not in (None, *EXPORTED):
+        if (kind := built_in_projector(self.checkpoint)) not in (None, *EXPORTED):
             raise LlavaError(
-                f"--checkpoint {self.checkpoint} has a {kind} projector, which no exported model computes",
+                f"{self.checkpoint} has a {kind} projector, which no exported model computes",
                 expected=f"{', '.join(EXPORTED)} or a class of a package",
-                got=kind,
                 do="ask or serve the checkpoint itself with `infer`, and share it with `llava push`",
             )
         require_vision_encoder(self.vision)

@@ -61,11 +61,11 @@ class RunConfig(Options):
     """Share of each folder of --features in the samples drawn, such as 0.6,0.3,0.1; by default by size."""
 
     projector: str = "linear"
-    """Kind of projector: linear; mlp, which is linear, GELU, linear; lowrank, perceiver, cabstractor, ldp or
-    tokenpacker, which docs/use/projectors.md describes. Numbers may follow: mlp3x2048 has 3 layers of width
-    2048, lowrank64 rank 64, perceiver64x3 and cabstractor144x3 so many tokens and a depth, ldp2 and
-    tokenpacker2 a token of each 2x2 patches. Or a registered name, or a class of your own as
-    package.module:Class."""
+    """Kind of projector: linear; mlp (linear, GELU, linear; mlp3x2048: 3 layers, 2048 wide between them);
+    lowrank64 (rank 64); perceiver64x3 (64 queries, 3 layers); or of the square of patches, without CLS:
+    cabstractor144x3 (144 tokens, 3 blocks on each side of the pooling), ldp2 and tokenpacker2 (a token for
+    each 2x2 patches). Other numbers may be given, or these left out. Or a registered name, or a class of
+    your own as package.module:Class."""
     visual_tokens: str = "all"
     """Which visual tokens it is given: all, patches (no CLS), pool (the mean of each 2x2 patches) or shuffle
     (those four side by side in one token), of 197 tokens 197, 196, 49 and 49; pool7 or shuffle7 for 7x7
