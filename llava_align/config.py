@@ -16,6 +16,7 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_folder
 from llava_core.geometry import Fit
 from llava_core.input_folders import (
+    built_in_projector,
     require_checkpoint,
     require_language_model,
     require_vision_encoder,
@@ -26,6 +27,8 @@ from llava_core.types import Device
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "demo/world/models"))
 """Folder of the built-in models."""
+EXPORTED = ("linear", "mlp", "lowrank")
+"""Built-in kinds of projector that hub/modeling_llava_align.py computes."""
 CHARTS = (".png", ".jpg", ".jpeg", ".webp")
 """File name suffixes that a chart can have."""
 
@@ -276,6 +279,12 @@ class ExportConfig(Options):
 
     def require_inputs(self) -> None:
         require_checkpoint(self.checkpoint)
+        if (kind := built_in_projector(self.checkpoint)) not in (None, *EXPORTED):
+            raise LlavaError(
+                f"{self.checkpoint} has a {kind} projector, which no exported model computes",
+                expected=f"{', '.join(EXPORTED)} or a class of a package",
+                do="ask or serve the checkpoint itself with `infer`, and share it with `llava push`",
+            )
         require_vision_encoder(self.vision)
         require_language_model(self.llm)
         require_folder(self.out)

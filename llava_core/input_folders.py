@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_core.cli.console import say_once
 from llava_core.errors import LlavaError, as_llava_error
-from llava_core.registry import VISION_ENCODERS
+from llava_core.registry import PROJECTORS, VISION_ENCODERS
 from llava_core.types import JsonDict
 
 MODELSCOPE_FILES = (
@@ -130,6 +130,12 @@ def require_checkpoint(folder: Path) -> None:
         inner = [name for name in ("best", "last") if (folder / name / "config.json").is_file()]
         hint = f"give {folder / inner[0]}" if inner else "give a folder of `train run`, such as RUN/last"
         raise LlavaError(f"no checkpoint in {folder}", expected="config.json and model.safetensors", do=hint)
+
+
+def built_in_projector(checkpoint: Path) -> str | None:
+    """The kind of a checkpoint's projector, less its numbers; None for a class that is not this project's."""
+    projector = config_of(checkpoint).get("projector")
+    return PROJECTORS.stem(str(projector.get("kind"))) if isinstance(projector, dict) else None
 
 
 def folders_of(given: Path | Sequence[Path] | None) -> list[Path]:

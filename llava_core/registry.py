@@ -33,6 +33,13 @@ class Entry:
     reference: str
     """A built-in's name, or `module:Class`."""
     arguments: JsonDict = dataclasses.field(default_factory=dict)
+    named: JsonDict = dataclasses.field(default_factory=dict)
+    """Those of a built-in that its name says, as pool4 does."""
+
+    @property
+    def recorded(self) -> JsonDict:
+        """The arguments that a checkpoint has beside the reference."""
+        return {key: value for key, value in self.arguments.items() if self.named.get(key) != value}
 
     def with_arguments(self, arguments: JsonDict) -> Entry:
         """The same class; these arguments replace those of the same name."""
@@ -49,9 +56,9 @@ class Registry:
 
     `group` is the entry-point group by which installed packages add theirs; `builtins` are references. Only
     classes with these `attributes` are accepted: a checkpoint may name any object of any module. Built-ins in
-    `factors` also take a number, as in pool4, which their constructor gets as `factor`; without one it is the
-    number given there. Registered arguments have none of the names in `reserved`; where that is None, there
-    are none.
+    `numbers` also take numbers, as in pool4 or perceiver64x3, which their constructor gets by the names given
+    there, in this order; a number left out is the one given there, or, if None, the constructor's affair.
+    Registered arguments have none of the names in `reserved`; where that is None, there are none.
     """
 
     def __init__(
@@ -60,11 +67,11 @@ class Registry:
         group: str,
         attributes: Sequence[str],
         builtins: Mapping[str, str],
-        factors: Mapping[str, int] | None = None,
+        numbers: Mapping[str, Mapping[str, int | None]] | None = None,
         reserved: Sequence[str] | None = (),
     ) -> None:
         self.noun, self.group, self.attributes, self.builtins = noun, group, attributes, dict(builtins)
-        self.factors, self.reserved = dict(factors or {}), reserved
+        self.numbers, self.reserved = dict(numbers or {}), reserved
         self.registered: dict[str, Entry] = {}
 
     def register(self, name: str, /, **arguments: Any) -> Callable[[Class], Class]:
@@ -102,9 +109,9 @@ class Registry:
     def get(self, name: str) -> Entry:
         """What a name or a `module:Class` stands for. Raises LlavaError (wrong usage) if nothing."""
         if builtin := self._builtin(name):
-            stem, arguments = builtin
+            stem, reference, arguments = builtin
             target = _imported(self.builtins[stem], f"{self.noun} {name}")
-            return Entry(target, name if arguments else stem, arguments)
+            return Entry(target, reference, arguments, arguments)
         if name not in self.registered and ":" in name:
             target = _imported(name, f"{self.noun} {name}")
             self._require_class(name, target)
@@ -153,14 +160,26 @@ class Registry:
                 got=repr(value),
             )
 
-    def _builtin(self, name: str) -> tuple[str, JsonDict] | None:
-        """The built-in that `name` stands for, and its arguments; None if it stands for none."""
-        stem = name.rstrip("0123456789")
+    def stem(self, name: str) -> str | None:
+        """The built-in that `name` is, less its numbers; None for a name that is none. Imports nothing."""
+        builtin = self._builtin(name)
+        return builtin[0] if builtin else None
+
+    def _builtin(self, name: str) -> tuple[str, str, JsonDict] | None:
+        """The built-in that `name` stands for, its shortest name, and what its numbers are; None if none."""
         if name in self.builtins:
-            return name, {}
-        if stem not in self.factors or not re.fullmatch("[1-9][0-9]?", number := name[len(stem) :]):
+            return name, name, {}
+        parts = re.fullmatch(r"([a-z]+)([1-9]\d{0,4}(?:x[1-9]\d{0,4})*)", name)
+        if parts is None or parts[1] not in self.numbers:
             return None
-        return stem, {} if int(number) == self.factors[stem] else {"factor": int(number)}
+        stem, known = parts[1], self.numbers[parts[1]]
+        given = [int(number) for number in parts[2].split("x")]
+        if len(given) > len(known):
+            return None
+        arguments = {key: n for key, n in zip(known, given, strict=False) if n != known[key]}
+        while given and given[-1] == [*known.values()][len(given) - 1]:
+            given.pop()
+        return stem, stem + "x".join(map(str, given)), arguments
 
     def _require_class(self, name: str, target: Any) -> None:
         if not isinstance(target, type) or not all(hasattr(target, each) for each in self.attributes):
@@ -226,10 +245,21 @@ PROJECTORS = Registry(
     "projector",
     "llava_align.projectors",
     ("forward", "state_dict"),
-    {name: f"llava_core.projector.projector:{name.title()}" for name in ("linear", "mlp")},
-    reserved=("kind", "in_width", "out_width", "visual_tokens", "visual_tokens_arguments"),
+    {
+        name.lower(): f"llava_core.projector.kinds.{name.lower()}:{name}"
+        for name in ("Linear", "Mlp", "LowRank", "Perceiver", "CAbstractor", "Ldp", "TokenPacker")
+    },
+    numbers={
+        "mlp": {"depth": 2, "width": None},
+        "lowrank": {"rank": 64},
+        "perceiver": {"queries": 64, "depth": 3},
+        "cabstractor": {"tokens": 144, "depth": 3},
+        "ldp": {"factor": 2},
+        "tokenpacker": {"factor": 2},
+    },
+    reserved=("kind", "in_width", "out_width", "visual_tokens", "visual_tokens_arguments", "feature_norm"),
 )
-"""Modules (in_width, out_width, **arguments): [..., T, in_width] -> [..., T, out_width]."""
+"""Modules (in_width, out_width, **arguments): [..., T, in_width] -> [..., T, out_width], or fewer tokens."""
 VISUAL_TOKENS = Registry(
     "visual tokens",
     "llava_align.visual_tokens",
@@ -238,7 +268,7 @@ VISUAL_TOKENS = Registry(
         name: f"llava_core.projector.visual_tokens:{name.title()}"
         for name in ("all", "patches", "pool", "shuffle")
     },
-    factors={"pool": 2, "shuffle": 2},
+    numbers={"pool": {"factor": 2}, "shuffle": {"factor": 2}},
 )
 """Classes like `visual_tokens.VisualTokens`."""
 VISION_ENCODERS = Registry(

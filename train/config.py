@@ -27,6 +27,8 @@ Compile = Literal["auto", "on", "off"]
 
 Tune = Literal["projector", "lora", "llm"]
 
+FeatureNorm = Literal["none", "layer", "center"]
+
 LEAST_SHARE = 0.001
 """A smaller share of --mix is a slip of the finger."""
 MOST_LR = 1000
@@ -59,12 +61,18 @@ class RunConfig(Options):
     """Share of each folder of --features in the samples drawn, such as 0.6,0.3,0.1; by default by size."""
 
     projector: str = "linear"
-    """Kind of projector: linear; mlp, which is linear, GELU, linear; a registered name; or a class of your
-    own as package.module:Class."""
+    """Kind of projector: linear; mlp (linear, GELU, linear; mlp3x2048: 3 layers, 2048 wide between them);
+    lowrank64 (rank 64); perceiver64x3 (64 queries, 3 layers); or of the square of patches, without CLS:
+    cabstractor144x3 (144 tokens, 3 blocks on each side of the pooling), ldp2 and tokenpacker2 (a token for
+    each 2x2 patches). Other numbers may be given, or these left out. Or a registered name, or a class of
+    your own as package.module:Class."""
     visual_tokens: str = "all"
     """Which visual tokens it is given: all, patches (no CLS), pool (the mean of each 2x2 patches) or shuffle
     (those four side by side in one token), of 197 tokens 197, 196, 49 and 49; pool7 or shuffle7 for 7x7
     patches, as for any number that divides the grid; or package.module:Class."""
+    feature_norm: FeatureNorm = "none"
+    """What is done to the features in front of the projector: nothing; layer, a LayerNorm with learned
+    weights; or center, less their mean over the training features."""
     start: Literal["scale", "torch", "captions"] = "scale"
     """The projector before the first step: random at the scale of the model's embeddings, torch's default, or
     solved so that each visual token is near the mean embedding of such features' captions."""

@@ -175,7 +175,7 @@ def predict(
     most = [max(*lengths, tokens_of(longest, visual))]
     list(cut(most, config.micro_tokens, context_of(model.config)))  # what the run would refuse
     counts = TextCounts.of(examples)
-    work, per_step = Work.of(model, projector), batch / len(examples)
+    work, per_step = Work.of(model, projector, first.tokens), batch / len(examples)
     operations = work.operations(counts, visual) * per_step
     copies, recomputes = config.tune == "llm" and dtype != torch.float32, config.gradient_checkpointing
     rate, efficiency = matmul_rate(device, dtype, measure_for) * processes, EFFICIENCY[device.type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from llava_core.errors import LlavaError
 from llava_core.language.model import LanguageModel
 from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import Checkpoint, Provenance
+from llava_core.projector.feature_norm import Center
 from llava_core.projector.projector import (
     Projector,
     build_projector,
     described,
     match_scale,
-    require_visual_tokens,
+    require_tokens,
 )
 from llava_core.shards.reader import Shard
 from train.config import RunConfig
@@ -25,7 +27,7 @@ from train.data.samples import Samples
 SCALE_SAMPLES = 64
 """Samples whose features set the scale of a random projector."""
 CAPTION_SAMPLES = 2048
-"""Most samples that a projector is solved from."""
+"""Most samples that a projector is solved from, or the mean feature is taken of."""
 READ_SAMPLES = 32
 """Number of those in memory at a time."""
 RIDGE = 1e-3
@@ -36,8 +38,9 @@ OUTPUT_RMS_RATIO = 2.0
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector from features such as the shard's to embeddings of width `hidden`."""
-    require_visual_tokens(config.visual_tokens, shard.tokens)  # or refuse, before any weight
-    projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+    require_tokens(config.projector, config.visual_tokens, shard.tokens)  # or refuse, before any weight
+    named = (config.projector, shard.width, hidden, config.visual_tokens)
+    projector = build_projector(*named, feature_norm=config.feature_norm)
     projector.require_shapes(shard.tokens)
     return projector
 
@@ -55,11 +58,13 @@ def require_same_kind(checkpoint: Checkpoint, projector: Projector, tune: str) -
     if stored != wanted:
         kind = checkpoint.training.get("projector", stored["kind"])  # a registered name implies arguments
         tokens = checkpoint.training.get("visual_tokens", stored["visual_tokens"])
+        norms = [each.get("feature_norm", "none") for each in (stored, wanted)]
+        norm = "" if norms[0] == norms[1] else f" --feature-norm {norms[0]}"
         raise LlavaError(
             f"--init {checkpoint.folder} holds another projector",
             expected=described(wanted),
             got=described(stored),
-            do=f"give --projector {kind} --visual-tokens {tokens}",
+            do=f"give --projector {kind} --visual-tokens {tokens}{norm}",
         )
 
 
@@ -69,6 +74,8 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
     if config.init is not None:
         return projector_from_checkpoint(config.init, config, samples, llm).to(llm.device)
     projector = projector_of(config, samples.shards[0], llm.hidden)
+    if isinstance(center := projector.feature_norm, Center):
+        center.measure(projector.select(samples.read(part).float()) for part in some_samples(samples))
     if config.start == "scale":
         some = samples.read(samples.with_picture[:SCALE_SAMPLES].tolist())
         match_scale(projector, some.float(), llm.embedding_rms)
@@ -104,11 +111,7 @@ def solve_captions(
     """
     layer = [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
     moments, fp64 = Moments(), torch.device("cpu") if llm.device.type == "mps" else llm.device
-    shown = samples.with_picture.tolist()
-    n = min(CAPTION_SAMPLES, len(shown))
-    indices = [shown[k * len(shown) // n] for k in range(n)]  # rows may be in an order: take some of all
-    for start in range(0, n, READ_SAMPLES):
-        part = indices[start : start + READ_SAMPLES]
+    for part in some_samples(samples):
         targets = torch.stack([caption_embedding(samples, index, llm) for index in part])
         inputs = layer_input(projector, layer, samples.read(part).to(llm.device).float())
         moments.add(inputs.to(fp64), targets.to(fp64))  # which Apple's GPUs lack
@@ -117,6 +120,15 @@ def solve_captions(
     weight *= rms_ratio * llm.embedding_rms / spread
     layer.weight.copy_(weight)
     layer.bias.copy_(moments.y_mean - weight @ moments.x_mean)
+
+
+def some_samples(samples: Samples) -> Iterator[list[int]]:
+    """CAPTION_SAMPLES samples with a picture, spread over all, READ_SAMPLES at a time."""
+    shown = samples.with_picture.tolist()
+    n = min(CAPTION_SAMPLES, len(shown))
+    indices = [shown[k * len(shown) // n] for k in range(n)]  # rows may be in an order: take some of all
+    for start in range(0, n, READ_SAMPLES):
+        yield indices[start : start + READ_SAMPLES]
 
 
 def caption_embedding(samples: Samples, index: int, llm: LanguageModel) -> torch.Tensor:

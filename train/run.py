@@ -10,7 +10,7 @@ from llava_core.cli.console import human_bytes, say
 from llava_core.device import free_memory
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
-from llava_core.projector.projector import require_visual_tokens
+from llava_core.projector.projector import require_tokens
 from llava_core.registry import PROJECTORS
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -26,7 +26,7 @@ from train.training_run import TrainingRun
 PER_RUN_KEYS = frozenset(
     (
         *("out", "projector", "visual_tokens", "start", "optimizer", "lr", "weight_decay", "warmup"),
-        *("decay", "init", "keep", "eval_captions", "json"),
+        *("feature_norm", "decay", "init", "keep", "eval_captions", "json"),
     )
 )
 """Flags in which runs that train together may differ."""
@@ -113,8 +113,8 @@ def train_to_the_end(
 def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict | None:
     """The summary of a finished run. Raises LlavaError if it cannot be the same run, or cannot be trained."""
     config, shard = folder.config, resources.shards[0]
-    require_visual_tokens(config.visual_tokens, shard.tokens)  # or refuse, with no model
-    if config.projector not in PROJECTORS.builtins:
+    require_tokens(config.projector, config.visual_tokens, shard.tokens)  # or refuse, with no model
+    if PROJECTORS.stem(config.projector) is None:
         projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()
     if finished is not None:

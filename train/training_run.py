@@ -103,6 +103,7 @@ class TrainingRun:
             f"trained: {config.projector} projector {self.samples.shards[0].width}→{self.llm.hidden} "
             f"({parameter_count(self.projector):,} parameters){also}; "
             f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
+            + ("" if config.feature_norm == "none" else f"; feature norm: {config.feature_norm}")
         )
         for flag in idle_flags(config):
             say(f"{title}{flag} does nothing here, with --tune {config.tune}")

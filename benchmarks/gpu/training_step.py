@@ -166,7 +166,8 @@ def tokens(bench: Bench, clock: Clock) -> Iterator[Row]:
     resources = bench.resources("auto")
     llm = resources.llm
     projector = build_projector("linear", bench.tower.width, llm.hidden).to(bench.device)
-    work, visual = Work.of(llm.model, projector), bench.tower.tokens
+    visual = bench.tower.tokens
+    work = Work.of(llm.model, projector, visual)
     share = clock.left / len(bench.sizes.tokens)
     ceiling = bench.ceilings.get("matmul")
     for wanted in bench.sizes.tokens:

@@ -17,6 +17,7 @@ from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, pie
 from infer.lens.result import LensResult, Panel
 from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
+from llava_core.input_folders import built_in_projector
 from llava_core.language.prompt_and_labels import Turn
 from llava_core.language.sampling import sampling_of
 from llava_core.projector.visual_tokens import grid_side
@@ -27,6 +28,12 @@ from llava_core.vision.image_formats import ImageError
 
 def run(config: LensConfig) -> JsonDict:
     """Write OUT.png and OUT.html; print and return the losses. Raises LlavaError for an image or layer."""
+    if built_in_projector(config.checkpoint) == "perceiver":
+        raise LlavaError(
+            "the visual tokens of a perceiver have no place in the image, where their words could be shown",
+            expected="a projector whose tokens are patches or blocks of them",
+            do="give a checkpoint of another projector; `train eval` measures losses with this one, too",
+        )
     result = analyse(open_image_answerer(config), config)
     picture, page = (config.out.with_name(config.out.name + ending) for ending in (".png", ".html"))
     picture.parent.mkdir(parents=True, exist_ok=True)

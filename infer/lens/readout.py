@@ -103,6 +103,8 @@ def random_projector(trained: Projector, features: torch.Tensor, seed: int) -> P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(CONTROL + seed)
         projector = build_projector(**trained.config).eval().requires_grad_(False)
+    for own, measured in zip(projector.buffers(), trained.buffers(), strict=True):
+        own.copy_(measured)  # such as the mean feature, which no run trains
     features = features.float()
     target = float(trained(features.to(next(trained.parameters()).device)).pow(2).mean().sqrt())
     try:

@@ -54,6 +54,7 @@ NAMES = ("projector", "projection", "proj", "connector")
 LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "linear": {"": ("",)},
     "mlp": {"0": ("0", "linear_1", "fc1"), "2": ("2", "linear_2", "fc2")},
+    "mlp3": {name: (name,) for name in "024"},
 }
 """Kind of projector -> its layers by our names, each with theirs, less `.weight` and `.bias`."""
 
@@ -158,7 +159,7 @@ def find_projector(tensors: Tensors) -> tuple[str, Tensors]:
     )
     raise LlavaError(
         "no projector known here",
-        expected="weight and bias, or linear_1 and linear_2, or 0 and 2 with GELU between them",
+        expected="weight and bias, or linear_1 and linear_2, or 0 and 2 (and 4) with GELU between them",
         got=got + (", …" if len(its) > 6 else ""),
     )
 

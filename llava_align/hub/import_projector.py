@@ -30,7 +30,7 @@ from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.tuned_weights import LoraAdapter, TunedWeights
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
-from llava_core.projector.projector import Projector, build_projector, parameter_count, require_visual_tokens
+from llava_core.projector.projector import Projector, build_projector, parameter_count, require_tokens
 from llava_core.types import JsonDict
 from llava_core.vision.open import open_vision_tower
 from llava_core.vision.tower import VisionTower
@@ -87,7 +87,7 @@ def run(config: ImportConfig) -> JsonDict:
          assumed if config.visual_tokens == "auto" else "as told"),
         ("conversation", provenance.conversation, "assumed: picture first, then the chat template"),
     ]  # fmt: skip
-    if kind == "mlp":
+    if kind.startswith("mlp"):
         rows.insert(1, ("between its layers", "exact GELU, not tanh's", "assumed: the weights do not say"))
     for name, value, why in rows:
         say(f"{name}: {value} ({why})")
@@ -131,7 +131,7 @@ def fitted(
     """The projector with these weights. Raises LlavaError unless its widths are those of the two models."""
     first, last = (weights[name] for name in ends(weights))
     in_width, out_width = first.shape[1], last.shape[0]
-    require_visual_tokens(visual_tokens, tower.tokens)  # or refuse, before weights take memory
+    require_tokens(kind, visual_tokens, tower.tokens)  # or refuse, before weights take memory
     projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
     wanted = tower.width * projector.select.widening
     if in_width != wanted:

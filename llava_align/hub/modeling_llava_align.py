@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import math
 import operator
+import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +158,7 @@ def _projector(
     out_width: int,
     visual_tokens: str,
     visual_tokens_arguments: dict[str, Any] | None = None,
+    feature_norm: str = "none",
     **arguments: Any,
 ) -> nn.Module:
     wide = in_width
@@ -162,12 +166,42 @@ def _projector(
         wide *= _class(visual_tokens)(**(visual_tokens_arguments or {})).widening
     if visual_tokens.startswith("shuffle"):
         wide = in_width * _factor(visual_tokens) ** 2
+    numbers = [int(number) for number in re.findall(r"\d+", kind)]
+    module: nn.Module
     if ":" in kind:
-        module: nn.Module = _class(kind)(wide, out_width, **arguments)
+        module = _class(kind)(wide, out_width, **arguments)
+    elif kind == "linear":
+        module = nn.Linear(wide, out_width)
+    elif kind.startswith("lowrank"):
+        rank = numbers[0] if numbers else arguments.get("rank", 64)
+        module = nn.Sequential(nn.Linear(wide, rank, bias=False), nn.Linear(rank, out_width))
+    else:
+        module = _mlp(wide, out_width, *numbers, **arguments)
+    if feature_norm == "none":
         return module
-    if kind == "linear":
-        return nn.Linear(wide, out_width)
-    return nn.Sequential(nn.Linear(wide, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+    norm = nn.LayerNorm(wide) if feature_norm == "layer" else _Center(wide)
+    return nn.Sequential(OrderedDict(feature_norm=norm, projector=module))
+
+
+def _mlp(in_width: int, out_width: int, depth: int = 2, width: int | None = None) -> nn.Module:
+    widths = [in_width, *[width or out_width] * (depth - 1), out_width]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.GELU(), nn.Linear(before, after)]
+    return nn.Sequential(*layers[1:])
+
+
+class _Center(nn.Module):
+    """Features less their mean in training."""
+
+    mean: torch.Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features - self.mean
 
 
 def _class(reference: str) -> Any:

@@ -1,32 +1,24 @@
 """The projector (connector), the part that trains: vision features to token embeddings of the language model.
 
-It selects visual tokens (`visual_tokens.py`), without weights, then maps them to the language model's width.
-Both parts have names; `llava_core/registry.py` lists them.
+It selects visual tokens (`visual_tokens.py`), without weights, may normalise them (`feature_norm.py`), then
+maps them to the language model's width (`kinds/`). The first and the last have names, which
+`llava_core/registry.py` lists.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
 from llava_core.errors import LlavaError, as_llava_error
+from llava_core.projector.feature_norm import FEATURE_NORMS
 from llava_core.projector.visual_tokens import VisualTokens
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
 from llava_core.types import JsonDict
-
-
-class Linear(nn.Linear):
-    """[..., T, in_width] -> [..., T, out_width]. 768 -> 1024 has 787,456 parameters."""
-
-
-class Mlp(nn.Sequential):
-    """Linear, GELU, linear; hidden width = output width (LLaVA-1.5's mlp2x_gelu)."""
-
-    def __init__(self, in_width: int, out_width: int) -> None:
-        super().__init__(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
 
 
 class Projector(nn.Module):
@@ -39,6 +31,7 @@ class Projector(nn.Module):
         out_width: int,
         visual_tokens: str,
         visual_tokens_arguments: JsonDict,
+        feature_norm: str = "none",
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -49,29 +42,36 @@ class Projector(nn.Module):
             "in_width": in_width,
             "out_width": out_width,
             "visual_tokens": tokens.reference,
-            **(
-                {"visual_tokens_arguments": tokens.arguments}
-                if ":" in tokens.reference and tokens.arguments
-                else {}
-            ),
-            **chosen.arguments,
+            **({"visual_tokens_arguments": tokens.recorded} if tokens.recorded else {}),
+            **({"feature_norm": feature_norm} if feature_norm != "none" else {}),
+            **chosen.recorded,
         }
         """Arguments of `build_projector`, as a checkpoint records them."""
         self.select: VisualTokens = tokens.build()
         widened = in_width * self.select.widening
         self.map: nn.Module = chosen.build(widened, out_width)
+        if feature_norm != "none":
+            norm = FEATURE_NORMS[feature_norm](widened)
+            self.map = nn.Sequential(OrderedDict(feature_norm=norm, projector=self.map))
         """Holds all weights; a checkpoint has them by their names in its state dict."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = self.map(self.select(features))
         return projected
 
+    @property
+    def feature_norm(self) -> nn.Module | None:
+        """What normalises the features, a class of `feature_norm.py`; None if nothing does."""
+        norm: nn.Module | None = self.map.feature_norm if "feature_norm" in self.config else None  # type: ignore[assignment]
+        return norm
+
     def tokens_out(self, tokens: int) -> int:
         """Number of visual tokens for `tokens` of an encoder. Raises LlavaError if they cannot be cut so."""
         names = f"the visual tokens {self.config['visual_tokens']} or the projector {self.config['kind']}"
         with as_llava_error(f"tokens_out of {names} fails for {tokens} tokens"):
             selected = self.select.tokens_out(tokens)
-            tokens_out: Any = getattr(self.map, "tokens_out", None)  # a resampler may change the number
+            kind: Any = self.map if self.feature_norm is None else self.map.projector
+            tokens_out = getattr(kind, "tokens_out", None)  # a resampler may change the number
             return int(tokens_out(selected)) if tokens_out else selected
 
     @torch.no_grad()
@@ -108,20 +108,26 @@ def build_projector(
     out_width: int,
     visual_tokens: str = "all",
     visual_tokens_arguments: JsonDict | None = None,
+    feature_norm: str = "none",
     **arguments: Any,
 ) -> Projector:
     """A projector, initialised as its classes do.
 
     `kind` and `visual_tokens` are names or `module:Class`; `arguments` go to the projector's constructor,
-    `visual_tokens_arguments` to the other one. Raises LlavaError for an unknown name, or if one fails.
+    `visual_tokens_arguments` to the other one; `feature_norm` is none or a name of FEATURE_NORMS. Raises
+    LlavaError for an unknown name, or if one fails.
     """
-    return Projector(kind, in_width, out_width, visual_tokens, visual_tokens_arguments or {}, **arguments)
+    given = visual_tokens_arguments or {}
+    return Projector(kind, in_width, out_width, visual_tokens, given, feature_norm, **arguments)
 
 
-def require_visual_tokens(name: str, tokens: int) -> None:
-    """Raise LlavaError unless the visual tokens `name` can be made of `tokens` of an encoder."""
-    with as_llava_error(f"tokens_out of the visual tokens {name} fails for {tokens} tokens"):
-        VISUAL_TOKENS.get(name).build().tokens_out(tokens)
+def require_tokens(kind: str, visual_tokens: str, tokens: int) -> None:
+    """Raise LlavaError unless the visual tokens, and a built-in projector's, can be made of an encoder's."""
+    with as_llava_error(f"tokens_out of the visual tokens {visual_tokens} fails for {tokens} tokens"):
+        selected = VISUAL_TOKENS.get(visual_tokens).build().tokens_out(tokens)
+    if PROJECTORS.stem(kind) and hasattr((chosen := PROJECTORS.get(kind)).target, "tokens_out"):
+        with torch.device("meta"):  # which draws no random numbers
+            chosen.build(1, 1).tokens_out(selected)  # whatever its widths
 
 
 def described(config: JsonDict) -> str:

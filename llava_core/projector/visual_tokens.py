@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -79,31 +80,42 @@ class Shuffle:
         return merged_side(tokens, self.factor) ** 2
 
 
-def grid_side(tokens: int) -> int:
+INSTEAD_OF_GRID = "use --projector linear, mlp or perceiver, which need no grid of patches"
+"""Advice where a projector needs one, and there is none."""
+
+
+def grid_side(tokens: int, do: str = "use --visual-tokens all") -> int:
     """Side of the square of patches that `tokens` are, with or without a class token.
 
-    The number tells which: no two squares above 0 differ by one. Raises LlavaError for any other number.
+    The number tells which: no two squares above 0 differ by one. Raises LlavaError, with the advice `do`, for
+    any other number.
     """
     side = math.isqrt(tokens)
     if tokens - side**2 > 1:
         raise LlavaError(
             f"{tokens} visual tokens are no square of patches",
             expected="a square such as 256, or one more for a class token, such as 197",
-            do="use --visual-tokens all",
+            do=do,
         )
     return side
 
 
-def merged_side(tokens: int, factor: int) -> int:
-    """`grid_side` divided by `factor`. Raises LlavaError if that leaves a remainder."""
-    side = grid_side(tokens)
+def merged_side(
+    tokens: int, factor: int, flag: str = "--visual-tokens", names: Sequence[str] = ("pool", "shuffle")
+) -> int:
+    """`grid_side` divided by `factor`, which is part of one of these `names` after a flag.
+
+    Raises LlavaError if that leaves a remainder.
+    """
+    own = flag == "--visual-tokens"
+    side = grid_side(tokens) if own else grid_side(tokens, INSTEAD_OF_GRID)
     if side % factor:
         factors = [str(n) for n in range(2, side + 1) if side % n == 0]
-        some = f"pool{factors[0]}, shuffle{factors[0]}, " if factors else ""
+        some = "".join(f"{name}{factors[0]}, " for name in names) if factors else ""
         raise LlavaError(
             f"a grid of {side}x{side} patches cannot be cut into blocks of {factor}x{factor}",
             expected=f"a factor of {' or '.join(factors) or 1}",
-            do=f"use --visual-tokens {some}all or patches",
+            do=f"use {flag} {some}{'all or patches' if own else 'linear, mlp or perceiver'}",
         )
     return side // factor
 

@@ -79,12 +79,15 @@ def write_checkpoint(
     layer: int | None,
     decode: str,
     fit: Fit | None = None,
+    feature_norm: str = "none",
 ) -> ExportConfig:
     """A random projector between them, at the scale of the model's words."""
     tower = open_vision_tower(vision, layer=layer, decode=decode, fit=fit)
     llm = load_language_model(llm_folder)
     torch.manual_seed(1)
-    projector = build_projector(kind, tower.width, llm.hidden, visual_tokens)
+    projector = build_projector(kind, tower.width, llm.hidden, visual_tokens, feature_norm=feature_norm)
+    for measured in projector.buffers():
+        measured.normal_()
     match_scale(projector, torch.randn(4, tower.tokens, tower.width), llm.embedding_rms)
     provenance = Provenance(tower.identity, llm.identity)
     save_checkpoint(folder, projector, provenance, {"lr": 0.1}, {"eval_loss": 1.25}, {})
@@ -259,6 +262,33 @@ def test_larger_blocks_of_pictures_of_another_fit(
     config = write_checkpoint(tmp_path / "c", vision, llm, "mlp", visual_tokens, None, decode, fit)
     export_run(config)
     equals_infer(elsewhere, config, write_pictures(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "feature_norm", "dtype"),
+    [("mlp3x9", "center", "float32"), ("lowrank", "layer", "bfloat16"), ("mlp", "center", "bfloat16")],
+)
+def test_other_maps_of_each_token(
+    tmp_path: Path, elsewhere: Elsewhere, kind: str, feature_norm: str, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    vision, llm = (MODELS / name for name in ("vision", "llm"))
+    given = (tmp_path / "c", vision, llm, kind, "shuffle", None, "draft")
+    config = dataclasses.replace(write_checkpoint(*given, feature_norm=feature_norm), dtype=dtype)
+    export_run(config)
+    equals_infer(elsewhere, config, write_pictures(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["perceiver4", "cabstractor4", "ldp3", "tokenpacker"])
+def test_what_the_exported_model_cannot_compute_is_refused(tmp_path: Path, kind: str) -> None:
+    vision, llm = (MODELS / name for name in ("vision", "llm"))
+    write_checkpoint(tmp_path / "c", vision, llm, kind, "all", None, "draft")
+    flags = ("--checkpoint", tmp_path / "c", "--vision", vision, "--llm", llm, "--out", tmp_path / "exported")
+    line = call("llava_align", "export", *flags, code=1).one_line()
+    assert (
+        f"has a {kind.rstrip('34')} projector, which no exported model computes; expected linear, mlp,"
+        in line
+    )
+    assert not (tmp_path / "exported").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -20,6 +20,7 @@ from llava_align.hub.import_projector import run as import_run
 from llava_core.errors import LlavaError
 from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import load_checkpoint, load_state
+from llava_core.projector.projector import build_projector
 from llava_core.vision.open import open_vision_tower
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call, run
@@ -126,6 +127,24 @@ def test_llava_takes_the_patches_of_the_layer_before_the_last(
     assert eval_run(of_it)["samples"] == 2
     with pytest.raises(LlavaError, match="layer: 1 vs null"):
         eval_run(dataclasses.replace(of_it, features=tmp_path / "featuresNone"))
+
+
+def test_three_layers_of_llava(world: Folders, tmp_path: Path) -> None:
+    weights = {**llava_mlp(), "model.mm_projector.4.weight": torch.randn(HIDDEN, HIDDEN),
+               "model.mm_projector.4.bias": torch.randn(HIDDEN)}  # fmt: skip
+    assert import_run(config(world, tmp_path, weights))["kind"] == "mlp3"
+    projector = load_checkpoint(tmp_path / "imported").projector
+    assert torch.equal(projector.map.state_dict()["4.bias"], weights["model.mm_projector.4.bias"])
+
+
+@pytest.mark.parametrize("kind", ["perceiver4", "cabstractor4", "tokenpacker"])
+def test_other_projectors_are_refused_by_the_names_of_their_weights(
+    world: Folders, tmp_path: Path, kind: str
+) -> None:
+    weights = build_projector(kind, WIDTH, HIDDEN).map.state_dict()
+    named = {f"model.mm_projector.{name}": weight for name, weight in weights.items()}
+    with pytest.raises(LlavaError, match=r"no projector known here; expected weight and bias, or .*; got "):
+        import_run(config(world, tmp_path, named))
 
 
 def test_what_does_not_fit_is_one_line(world: Folders, tmp_path: Path) -> None:

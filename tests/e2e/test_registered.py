@@ -239,7 +239,7 @@ def test_a_sweep_over_ones_own_and_built_in_projectors_together(world: Folders, 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nothing", "unknown projector 'nothing'; known: linear, mlp; or give package.module:Class"),
+        ("nothing", "unknown projector 'nothing'; known: cabstractor, ldp, linear"),
         ("lineer", "unknown projector 'lineer'; did you mean 'linear'?"),
         ("my_parts:Nothing", "the projector my_parts:Nothing cannot be loaded"),
         ("my_parts:factory", "expected a class with forward and state_dict; got function"),

@@ -16,7 +16,7 @@ from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.projector.checkpoint import Provenance, load_checkpoint, load_state, point_to, save_checkpoint
 from llava_core.projector.projector import build_projector
-from llava_core.registry import PROJECTORS, VISUAL_TOKENS
+from llava_core.registry import VISUAL_TOKENS
 from llava_core.sha256sums import SUMS, read_sums
 
 ENCODER = {"model_id": "clip", "weights_sha256": "a" * 64, "layer": None, "tokens": 5, "width": 6}
@@ -25,19 +25,26 @@ LANGUAGE = LanguageModelIdentity("qwen", "b" * 64, hidden=8, rendered=("1 a", "2
 PROVENANCE = Provenance(EncoderIdentity(ENCODER, PREPROCESS), LANGUAGE)
 
 
-def save(folder: Path, kind: str = "mlp", step: int = 1, visual_tokens: str = "all") -> torch.nn.Module:
+KINDS = (*itertools.product(("linear", "mlp"), VISUAL_TOKENS.builtins, ("none", "layer", "center")),
+         *((kind, "all", "center") for kind in ("mlp3x9", "lowrank2", "perceiver3", "tokenpacker", "ldp")),
+         ("cabstractor4x1", "patches", "layer"))  # fmt: skip
+
+
+def save(
+    folder: Path, kind: str = "mlp", step: int = 1, visual_tokens: str = "all", feature_norm: str = "none"
+) -> torch.nn.Module:
     torch.manual_seed(step)
-    projector = build_projector(kind, 6, 8, visual_tokens)
+    projector = build_projector(kind, 6, 8, visual_tokens, feature_norm=feature_norm)
+    for measured in projector.buffers():
+        measured.normal_()
     state = {"step": step, "rng": torch.get_rng_state()}
     save_checkpoint(folder, projector, PROVENANCE, {"lr": 0.1}, {"eval_loss": 2.5}, state)
     return projector
 
 
-@pytest.mark.parametrize(
-    ("kind", "visual_tokens"), list(itertools.product(PROJECTORS.builtins, VISUAL_TOKENS.builtins))
-)
-def test_round_trip(tmp_path: Path, kind: str, visual_tokens: str) -> None:
-    projector = save(tmp_path / "c", kind, visual_tokens=visual_tokens).requires_grad_(False)
+@pytest.mark.parametrize(("kind", "visual_tokens", "feature_norm"), KINDS)
+def test_round_trip(tmp_path: Path, kind: str, visual_tokens: str, feature_norm: str) -> None:
+    projector = save(tmp_path / "c", kind, 1, visual_tokens, feature_norm).requires_grad_(False)
     loaded = load_checkpoint(tmp_path / "c")
     x = torch.randn(3, 5, 6)
     assert torch.equal(loaded.projector(x), projector(x))

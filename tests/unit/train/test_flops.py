@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_core.device import matmul_rate
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
-from llava_core.projector.projector import build_projector
+from llava_core.projector.projector import Projector, build_projector
 from tests.support.language_models import write_language_model
 from tests.support.loss import summed_loss
 from tests.unit.train.test_loss import VISUAL, WIDTH, a_batch, reference_loss
@@ -25,8 +25,8 @@ from train.model.packed_model import prepare
 from train.throughput import Throughput, progress_line
 
 
-@pytest.fixture(params=["linear", "mlp"])
-def projector(request: pytest.FixtureRequest) -> torch.nn.Module:
+@pytest.fixture(params=["linear", "mlp", "mlp3x8", "lowrank4"])
+def projector(request: pytest.FixtureRequest) -> Projector:
     return build_projector(request.param, WIDTH, 32)
 
 
@@ -35,9 +35,7 @@ def llm(tmp_path: Path) -> LanguageModel:
     return load_language_model(write_language_model(tmp_path / "llm"))
 
 
-def test_the_step_makes_the_needed_operations_and_no_others(
-    llm: LanguageModel, projector: torch.nn.Module
-) -> None:
+def test_the_step_makes_the_needed_operations_and_no_others(llm: LanguageModel, projector: Projector) -> None:
     """Exactly, but for attention, which torch does not count on a CPU."""
     prepare(llm)
     as_written(llm)
@@ -45,14 +43,12 @@ def test_the_step_makes_the_needed_operations_and_no_others(
     packed = pack(batch.features, batch.features.shape[1], batch.examples)
     with FlopCounterMode(display=False) as counter:
         summed_loss(llm, projector, packed).backward()  # type: ignore[no-untyped-call]
-    work = Work.of(llm.model, projector)
+    work = Work.of(llm.model, projector, VISUAL)
     attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
     assert counter.get_total_flops() == work.operations(batch.counts, VISUAL) - attention
 
 
-def test_a_sample_without_a_picture_takes_its_text_alone(
-    llm: LanguageModel, projector: torch.nn.Module
-) -> None:
+def test_a_sample_without_a_picture_takes_its_text_alone(llm: LanguageModel, projector: Projector) -> None:
     prepare(llm)
     as_written(llm)
     whole = a_batch(llm)
@@ -60,7 +56,7 @@ def test_a_sample_without_a_picture_takes_its_text_alone(
     packed = pack(whole.features[::2], VISUAL, examples)
     with FlopCounterMode(display=False) as counter:
         summed_loss(llm, projector, packed).backward()  # type: ignore[no-untyped-call]
-    work = Work.of(llm.model, projector)
+    work = Work.of(llm.model, projector, VISUAL)
     attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
     assert counter.get_total_flops() == work.operations(TextCounts.of(examples), VISUAL) - attention
 
@@ -72,7 +68,7 @@ def test_attention_is_half_of_what_the_eager_one_does(llm: LanguageModel) -> Non
     packed = pack(batch.features, batch.features.shape[1], batch.examples)
     with FlopCounterMode(display=False) as counter:
         reference_loss(llm, projector, batch).backward()  # type: ignore[no-untyped-call]
-    work = Work.of(llm.model, projector)
+    work = Work.of(llm.model, projector, VISUAL)
     attention = 6 * work.attention * sum(length**2 for length in packed.lengths)
     needless_logits = work.head * (len(packed.ids) - len(packed.targets))
     expected = work.operations(batch.counts, VISUAL) + attention + needless_logits
@@ -83,7 +79,7 @@ def test_the_outline_has_the_same_sizes(llm: LanguageModel, tmp_path: Path) -> N
     projector = build_projector("linear", WIDTH, 32)
     outline = outline_language_model(tmp_path / "llm")
     assert outline.device.type == "meta"
-    assert Work.of(outline.model, projector) == Work.of(llm.model, projector)
+    assert Work.of(outline.model, projector, VISUAL) == Work.of(llm.model, projector, VISUAL)
     assert outline.eos_ids == llm.eos_ids
 
 

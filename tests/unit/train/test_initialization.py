@@ -15,13 +15,16 @@ from llava_core.language.load import load_language_model
 from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import Conversation
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
-from llava_core.projector.projector import build_projector
+from llava_core.projector.projector import build_projector, last_linear
 from llava_core.shards.folder import open_shards
 from tests.support.language_models import write_language_model
 from tests.support.shards import WIDTH, write_shard
 from train import initialization as start
 from train.config import RunConfig
 from train.data.samples import Samples
+
+KINDS = ("linear", "mlp", "mlp3x9", "lowrank4", "perceiver3x1", "cabstractor4x1", "ldp", "tokenpacker")
+"""One of each kind, for a grid of 2x2 patches."""
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +71,26 @@ def test_moments_of_batches_give_the_ridge_of_all() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_captions_are_what_visual_tokens_say(kind: str, samples: Samples, llm: LanguageModel) -> None:
-    projector = start.initial_projector(config(start="captions", projector=kind), samples, llm)
+@pytest.mark.parametrize("feature_norm", ["none", "center"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_are_what_visual_tokens_say(
+    kind: str, feature_norm: str, samples: Samples, llm: LanguageModel
+) -> None:
+    given = config(start="captions", projector=kind, feature_norm=feature_norm)
+    projector = start.initial_projector(given, samples, llm)
     torch.manual_seed(0)
     untouched = build_projector(kind, WIDTH, llm.hidden)
     features = samples.read(range(len(samples))).float()
-    inputs = features if kind == "linear" else untouched.map[1](untouched.map[0](features))  # type: ignore[index]
+    shown = features - features.mean((0, 1)) if feature_norm == "center" else features
+    inputs = start.layer_input(untouched, last_linear(untouched), shown)
     said = []
     for index in range(len(samples)):
         answer = [label for label in samples.example(index, 0).labels if label >= 0]
         said.append(llm.embedding.weight[answer].mean(0))
-    x, y = inputs.flatten(0, 1).numpy(), torch.stack(said).numpy().repeat(samples.tokens, axis=0)
+    x, y = (
+        inputs.flatten(0, 1).numpy(),
+        torch.stack(said).numpy().repeat(projector.tokens_out(samples.tokens), axis=0),
+    )
     fit = (x - x.mean(0)) @ numpy_ridge(x, y, start.RIDGE).T
     loud = fit * start.OUTPUT_RMS_RATIO * llm.embedding_rms / np.sqrt((fit**2).mean())
     projected = projector(features).flatten(0, 1).numpy()
