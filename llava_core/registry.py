@@ -227,7 +227,7 @@ PROJECTORS = Registry(
     "llava_align.projectors",
     ("forward", "state_dict"),
     {name: f"llava_core.projector.projector:{name.title()}" for name in ("linear", "mlp")},
-    reserved=("kind", "in_width", "out_width", "visual_tokens", "visual_tokens_arguments"),
+    reserved=("kind", "in_width", "out_width", "visual_tokens", "visual_tokens_arguments", "fusion"),
 )
 """Modules (in_width, out_width, **arguments): [..., T, in_width] -> [..., T, out_width]."""
 VISUAL_TOKENS = Registry(

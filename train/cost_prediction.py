@@ -117,7 +117,7 @@ def feature_bytes_per_epoch(config: RunConfig, samples: Samples) -> int:
     drawn = samples.sizes if mix is None else mix.drawn(len(samples))
     for (_, indices), draws in zip(samples.by_source(), drawn, strict=True):
         shown = (samples.place(index)[0] for index in indices if samples.has_picture(index))
-        total += sum(samples.shards[s].layout.row_bytes for s in shown) * draws / len(indices)
+        total += sum(samples.shards[s].row_bytes for s in shown) * draws / len(indices)
     return round(total)
 
 

@@ -36,8 +36,10 @@ OUTPUT_RMS_RATIO = 2.0
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector from features such as the shard's to embeddings of width `hidden`."""
-    require_visual_tokens(config.visual_tokens, shard.tokens)  # or refuse, before any weight
-    projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens)
+    fusion = shard.identity.fusion
+    require_visual_tokens(config.visual_tokens, shard.tokens, fusion)  # or refuse, before any weight
+    given = {"fusion": fusion.to_json()} if fusion else {}
+    projector = build_projector(config.projector, shard.width, hidden, config.visual_tokens, **given)
     projector.require_shapes(shard.tokens)
     return projector
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+from llava_core.identity import EncoderIdentity
 from llava_core.input_folders import folders_of
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
@@ -37,7 +38,8 @@ class TrainingResources:
     """For `config`, and for runs that differ from it in flags that leave data and models as they are.
 
     `repeated`: several runs will read the features. Without `weights` the language model is an outline, which
-    is enough to plan. Raises LlavaError for shards of unlike encoders; the model is loaded when first needed.
+    is enough to plan. `trained` has the order of the encoders of --fuse, by default that of --features.
+    Raises LlavaError for shards of unlike encoders; the model is loaded when first needed.
     """
 
     def __init__(
@@ -46,12 +48,15 @@ class TrainingResources:
         group: ProcessGroup | None = None,
         repeated: bool = False,
         weights: bool = True,
+        trained: EncoderIdentity | None = None,
     ) -> None:
         self.config, self.group = config, group or ProcessGroup()
         self.repeated, self.weights = repeated, weights
-        self.sources = open_sources(folders_of(config.features))
-        self.held_out_sources = open_sources(folders_of(config.eval_features))
+        self.sources = open_sources(folders_of(config.features), config.fuse, trained)
         self.shards = [shard for source in self.sources for shard in source.shards]
+        self.held_out_sources = open_sources(
+            folders_of(config.eval_features), config.fuse, self.shards[0].identity, "--eval-features"
+        )
         self.held_out_shards = [shard for source in self.held_out_sources for shard in source.shards]
         require_one_encoder([*self.shards, *self.held_out_shards])
         self.device = self.group.device(config.device)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_core.identity import EncoderIdentity
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards, require_one_encoder
+from llava_core.shards.fused import open_fused
 from llava_core.shards.other_words import with_words
 from llava_core.shards.reader import AT_ONCE, Shard
+from llava_core.types import Fuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,20 @@ class Source:
     shards: list[Shard]
 
 
-def open_sources(folders: Sequence[Path]) -> list[Source]:
-    """Raises LlavaError if one has no shards, one is damaged, or two come from different encoders."""
+def open_sources(
+    folders: Sequence[Path],
+    fuse: Fuse | None = None,
+    like: EncoderIdentity | None = None,
+    flag: str = "--features",
+) -> list[Source]:
+    """The folders as sources, or with `fuse` all as one, of the encoders in the order of `like`.
+
+    Raises LlavaError if one has no shards, one is damaged, or two come from different encoders; with `fuse`
+    as `open_fused`.
+    """
+    if fuse is not None and folders:
+        shards = open_fused(folders, fuse, like, flag)
+        return [Source(folders[0], " + ".join(names_of(folders)), shards)]
     sources = [
         Source(folder, name, find_shards(folder))
         for folder, name in zip(folders, names_of(folders), strict=True)
