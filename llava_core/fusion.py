@@ -7,12 +7,10 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity
-from llava_core.input_folders import folders_of
 from llava_core.types import Fuse, JsonDict
 
 
@@ -75,7 +73,9 @@ class FusedIdentity(EncoderIdentity):
             raise LlavaError(
                 f"--fuse {kind}",
                 expected="encoders of one grid",
-                got=_listed(f"{name} {_grid(tokens)}" for name, (tokens, _) in zip(names, shapes, strict=True)),
+                got=_listed(
+                    f"{name} {_grid(tokens)}" for name, (tokens, _) in zip(names, shapes, strict=True)
+                ),
                 do="give --fuse tokens, which takes any; or extract them again at sizes of one grid",
             )
         if kind == "layers" and len({width for _, width in shapes}) > 1:
@@ -101,9 +101,7 @@ class FusedIdentity(EncoderIdentity):
         return [f"{name} ({k})" if names.count(name) > 1 else name for k, name in enumerate(names, 1)]
 
     def __str__(self) -> str:
-        parts = (
-            f"{name} {list(shape)}" for name, shape in zip(self.names, self.fusion.shapes, strict=True)
-        )
+        parts = (f"{name} {list(shape)}" for name, shape in zip(self.names, self.fusion.shapes, strict=True))
         return f"{' + '.join(parts)} by {self.kind} ({self.fingerprint[:12]})"
 
     @functools.cached_property
@@ -113,7 +111,7 @@ class FusedIdentity(EncoderIdentity):
         )
 
     @functools.cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         """sha256, in hex, over the kind of fusion and the parts' fingerprints, in order."""
         content = {"fuse": self.kind, "parts": [part.fingerprint for part in self.parts]}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -143,39 +141,19 @@ class FusedIdentity(EncoderIdentity):
         known = [identity.fingerprint for identity in given]
         wanted = [part.fingerprint for part in self.parts]
         if missing := [part for part in self.parts if part.fingerprint not in known]:
-            others = [identity for identity in given if identity.fingerprint not in wanted]
-            raise self.lacks(missing[0], flag, _listed(map(str, others)) or f"{len(given)} of them")
+            raise self.lacks(missing[0], flag, _listed(map(str, given)))
         if len(given) > len(wanted):
-            expected, got = f"{len(wanted)} folders: {self.encoder['model_id']}", len(given)
-            raise LlavaError(flag, expected=expected, got=got, do="leave out the others")
+            others = [str(each) for each in given if each.fingerprint not in wanted] or ["one twice"]
+            raise LlavaError(flag, expected=self, got=_listed(others), do="leave those out")
         return [known.index(fingerprint) for fingerprint in wanted]
 
     def lacks(self, part: EncoderIdentity, flag: str, got: str) -> LlavaError:
         """The error for a part that is not among what `flag` names."""
         return LlavaError(
-            f"{flag} lacks {part}, one of the {len(self.parts)} that this projector was trained on",
-            expected=self.encoder["model_id"],
-            got=got,
-            do="give as many folders, in any order",
-        )
-
-
-def require_folders(flag: str, trained: EncoderIdentity, given: Path | Sequence[Path] | None) -> None:
-    """Raise LlavaError unless `flag` names a folder for each encoder that a projector was trained on.
-
-    One model folder holds several layers of its encoder; shards of one encoder may be in several folders.
-    """
-    folders = folders_of(given)
-    if not isinstance(trained, FusedIdentity):
-        return
-    needed = len(trained.parts)
-    if flag == "--vision":
-        needed = len({part.encoder.get("weights_sha256") for part in trained.parts})
-    if len(folders) != needed:
-        raise LlavaError(
-            f"{flag}: this projector was trained on {trained}",
-            expected=f"{needed} folders, in any order",
-            got=f"{len(folders)}: {_listed(map(str, folders))}" if folders else "none",
+            f"{flag} lacks {part}",
+            expected=self,
+            got=got or "none of them",
+            do=f"give a folder of each of the {len(self.parts)}, in any order",
         )
 
 

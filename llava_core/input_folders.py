@@ -32,11 +32,13 @@ def config_of(folder: Path) -> JsonDict:
     return config if isinstance(config, dict) else {}
 
 
-def one_or_several(flag: str, given: tuple[Path, ...] | Path | None) -> tuple[Path, ...] | Path | None:
+def one_or_several(
+    flag: str, given: tuple[Path, ...] | Path | None, what: str = "a folder of shards"
+) -> tuple[Path, ...] | Path | None:
     """One folder as itself, so that a flag with one is what it was before there could be several."""
     if isinstance(given, tuple) and not given:
-        what = f"--{flag.replace('_', '-')}"
-        raise LlavaError(what, expected="a folder of shards, or several", got="none", exit_code=2)
+        name = f"--{flag.replace('_', '-')}"
+        raise LlavaError(name, expected=f"{what}, or several", got="none", exit_code=2)
     return given[0] if isinstance(given, tuple) and len(given) == 1 else given
 
 

@@ -180,7 +180,7 @@ class RunConfig(Options):
             raise LlavaError("--eval-text", expected="--eval-features beside it", exit_code=2)
 
     def _require_as_many_folders(self) -> None:
-        """Raise LlavaError (wrong usage) unless --fuse has several caches, each with held-out rows, if any."""
+        """Raise LlavaError (wrong usage) unless --fuse has several caches, and each held-out ones."""
         counts = len(folders_of(self.features)), len(folders_of(self.eval_features))
         what = f"--fuse {self.fuse}"
         if counts[0] < 2:

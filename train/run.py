@@ -113,7 +113,9 @@ def train_to_the_end(
 def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict | None:
     """The summary of a finished run. Raises LlavaError if it cannot be the same run, or cannot be trained."""
     config, shard = folder.config, resources.shards[0]
-    require_visual_tokens(config.visual_tokens, shard.tokens, shard.identity.fusion)  # or refuse, with no model
+    require_visual_tokens(
+        config.visual_tokens, shard.tokens, shard.identity.fusion
+    )  # or refuse, with no model
     if config.projector not in PROJECTORS.builtins:
         projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()

@@ -263,7 +263,9 @@ class TrainingRun:
         encoder, mix = self.provenance.encoder, self.projector.mix
         if mix is None or not isinstance(encoder, FusedIdentity):
             return {}
-        return {f"layer_weight/{name}": weight for name, weight in zip(encoder.names, mix.weights, strict=True)}
+        return {
+            f"layer_weight/{name}": weight for name, weight in zip(encoder.names, mix.weights, strict=True)
+        }
 
     def save(self) -> None:
         """Write a checkpoint, `best` if it is, unless that of this step is written."""
@@ -271,7 +273,7 @@ class TrainingRun:
             return
         with self.group.same_outcome():
             if self.group.main:
-                described = (self.provenance, self.figures, self.state())
+                described = (self.provenance, self.figures | self.layer_weights(), self.state())
                 self.folder.save(self.step, self.projector, *described, self.improved, self.tuning.weights)
         self.saved_step, self.improved = self.step, False
 
@@ -286,7 +288,9 @@ class TrainingRun:
         loss = "" if self.loss is None else f"; loss {self.loss:.4f} at the last"
         say(f"{self.title}finished {self.step} steps{loss}{cut}")
         if weights := self.layer_weights():
-            listed = (f"{name.removeprefix('layer_weight/')} {weight:.3f}" for name, weight in weights.items())
+            listed = (
+                f"{name.removeprefix('layer_weight/')} {weight:.3f}" for name, weight in weights.items()
+            )
             say(f"{self.title}weights of the layers: {', '.join(listed)}")
         before = None if self.config.init is None else self.loss_before
         if before is not None and before < self.best < math.inf:

@@ -27,8 +27,9 @@ class LayerMix(nn.Module):
         return weights
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        layers = features.unflatten(-1, (len(self.logits), -1))
-        return (layers * self.logits.softmax(0)[:, None]).sum(-2)
+        layers = torch.stack(features.chunk(len(self.logits), -1), -1)
+        mixed: torch.Tensor = layers @ self.logits.softmax(0)
+        return mixed
 
 
 class EachEncoder:

@@ -19,7 +19,6 @@ from llava_core.projector.visual_tokens import VisualTokens
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS, Entry
 from llava_core.types import JsonDict
 
-
 LAYER_LOGITS = "layer_mix.logits"
 """Name in a checkpoint of the weights of --fuse layers, before their softmax."""
 
@@ -137,7 +136,8 @@ def build_projector(
     """A projector, initialised as its classes do.
 
     `kind` and `visual_tokens` are names or `module:Class`; `arguments` go to the projector's constructor,
-    `visual_tokens_arguments` to the other one; `fusion` is Fusion.to_json of fused features. Raises LlavaError for an unknown name, or if one fails.
+    `visual_tokens_arguments` to the other one; `fusion` is Fusion.to_json of fused features. Raises
+    LlavaError for an unknown name, or if one fails.
     """
     own = visual_tokens_arguments or {}
     return Projector(kind, in_width, out_width, visual_tokens, own, fusion, **arguments)

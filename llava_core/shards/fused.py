@@ -14,6 +14,7 @@ from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.fusion import FusedIdentity
 from llava_core.identity import EncoderIdentity
+from llava_core.input_folders import shard_paths
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards, require_one_encoder
 from llava_core.shards.reader import Shard
@@ -60,15 +61,15 @@ def open_fused(
         require_one_encoder(shards)
     given = [shards[0].identity for shards in caches]
     order = list(range(len(caches)))
-    if like is not None:
-        order = FusedIdentity.places_of(like, given, flag) if isinstance(like, FusedIdentity) else order
+    if isinstance(like, FusedIdentity):
+        order = like.places_of(given, flag)
     identity = FusedIdentity.of(kind, [given[k] for k in order])
     caches, folders = [caches[k] for k in order], [folders[k] for k in order]
     for folder, shards in zip(folders[1:], caches[1:], strict=True):
         _require_same_shards(folders[0], caches[0], folder, shards)
     fused, partly = list[Shard](), 0
     for parts in zip(*caches, strict=True):
-        for folder, part in zip(folders[1:], parts[1:], strict=True):
+        for part in parts[1:]:
             _require_same_rows(parts[0], part)
         ok = np.stack([part.status == Status.OK for part in parts])
         partly += int((ok.any(0) & ~ok.all(0)).sum())
@@ -76,6 +77,11 @@ def open_fused(
     if partly:
         say(f"{counted(partly, 'row')} failed in some of {', '.join(map(str, folders))}: left out in all")
     return fused
+
+
+def require_each_encoder(folders: Sequence[Path], trained: FusedIdentity, flag: str) -> None:
+    """Raise LlavaError unless there is a folder of shards of each encoder."""
+    trained.places_of([Shard(shard_paths(folder)[0]).identity for folder in folders], flag)
 
 
 def _require_same_shards(first: Path, shards: Sequence[Shard], other: Path, others: Sequence[Shard]) -> None:
