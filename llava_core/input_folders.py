@@ -139,6 +139,17 @@ def folders_of(given: Path | Sequence[Path] | None) -> list[Path]:
     return [] if given is None else [given] if isinstance(given, Path) else list(given)
 
 
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Names that tell folders apart: the ends of their paths, as long as it takes for all to differ."""
+    whole = [folder.absolute() for folder in folders]
+    parts = [(path.with_suffix("") if path.suffix == ".h5" else path).parts for path in whole]
+    for length in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
 def require_shards(flag: str, given: Path | Sequence[Path] | None) -> None:
     """Raise LlavaError unless each folder of a flag that takes several has shards, and none of them twice."""
     seen: dict[Path, Path] = {}

@@ -123,6 +123,7 @@ def feature_bytes_per_epoch(config: RunConfig, samples: Samples) -> int:
 
 def forecast(config: RunConfig, resources: TrainingResources, measure_for: float = 2.0) -> Prediction:
     """`predict` for a run on these resources, before it has begun and in one process."""
+    resources.use(config)
     resources.tune(config)
     samples, held_out_samples = resources.samples(config)
     held_out = len(held_out_samples) if held_out_samples else 0

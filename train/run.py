@@ -61,6 +61,7 @@ def train(
     last step, too.
     """
     configs = [as_begun(config) for config in configs]
+    resources.use(configs[0])
     outcomes: dict[int, Outcome] = {}
     runs: dict[int, TrainingRun] = {}
     with ExitStack() as stack:

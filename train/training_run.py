@@ -199,7 +199,9 @@ class TrainingRun:
             if config.eval_captions and self.group.main and math.isfinite(figures["loss"]):
                 lines = captions(self.llm, self.projector, held_out, config.eval_captions)
             if self.group.main:
-                self.folder.keep_held_out(evaluated.sums, held_out.identity_with_picture)
+                self.folder.keep_held_out(
+                    evaluated.sums, held_out.identity_with_picture, held_out.pictures_identity
+                )
         self.writers.log(
             self.step, self.figures | self.layer_weights() | ({"eval_captions": lines} if lines else {})
         )
