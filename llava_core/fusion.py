@@ -76,7 +76,7 @@ class FusedIdentity(EncoderIdentity):
                 got=_listed(
                     f"{name} {_grid(tokens)}" for name, (tokens, _) in zip(names, shapes, strict=True)
                 ),
-                do="give --fuse tokens, which takes any; or extract them again at sizes of one grid",
+                do="give --fuse tokens, which takes any tokens",
             )
         if kind == "layers" and len({width for _, width in shapes}) > 1:
             raise LlavaError(
