@@ -133,6 +133,13 @@ class FusedIdentity(EncoderIdentity):
             for difference in mine.differences(theirs)
         ]
 
+    def is_reordered(self, other: EncoderIdentity) -> bool:
+        """Whether the other has the same encoders in another order."""
+        if not isinstance(other, FusedIdentity) or self.kind != other.kind:
+            return False
+        mine, theirs = ([part.fingerprint for part in each.parts] for each in (self, other))
+        return mine != theirs and sorted(mine) == sorted(theirs)
+
     def places_of(self, given: Sequence[EncoderIdentity], flag: str) -> list[int]:
         """For each part the place of the same encoder in `given`, which may have any order.
 

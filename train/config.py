@@ -223,7 +223,8 @@ class SweepConfig(RunConfig):
 
     space: tuple[str, ...]
     """What varies: lr=5e-4,1e-3 projector=linear,mlp seed=0,1 tries each combination; lr=1e-4..1e-2:log is a
-    range, for --trials. Or one YAML file of such lines (key: [a list], or key: a range)."""
+    range, for --trials; features=A,B,A+B compares folders of --features, by name, and some fused. Or one YAML
+    file of such lines (key: [a list], or key: a range)."""
     out: Path
     """Folder of the sweep: trials/, results.csv, index.html, `best`."""
     trials: int | None = None

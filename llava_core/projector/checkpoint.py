@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save
 
 from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import LACKING, fsync
-from llava_core.fusion import identity_from_json, identity_to_json
+from llava_core.fusion import FusedIdentity, identity_from_json, identity_to_json
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.input_folders import require_checkpoint
 from llava_core.language.instructions import QUESTION
@@ -68,6 +68,8 @@ class Provenance:
     def require_encoder(self, other: EncoderIdentity) -> None:
         """Raise LlavaError naming both encoders unless features of `other` equal those trained on."""
         do = "give the encoder it was trained on, or its features, or train on features of this one"
+        if isinstance(self.encoder, FusedIdentity) and self.encoder.is_reordered(other):
+            do = f"name the folders in the order it was trained on: {', '.join(self.encoder.names)}"
         if remedy := self.encoder.remedy(other):
             do = f"make features as it was trained on: {remedy}"
         self.encoder.require_same(

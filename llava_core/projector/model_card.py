@@ -65,7 +65,7 @@ def model_card(
     }
     imported = "imported" in training
     if usage is None:
-        encoders = " ".join(["ENCODER"] * len({part["encoder"]["weights_sha256"] for part in parts}))
+        encoders = " ".join(["ENCODER"] * len({part["encoder"].get("weights_sha256") for part in parts}))
         ask = ASK.format(encoders=encoders, question=shlex.quote(config.get("question", QUESTION)))
         usage = ask if imported else f"{ask}\n{FLAGS}"
     names = figure_names(metrics)

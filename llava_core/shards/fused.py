@@ -22,11 +22,11 @@ from llava_core.types import Fuse
 
 
 class FusedShard(Shard):
-    """A shard with the features of several, and the texts and columns of the first."""
+    """A shard with the features of several, and the texts and columns of one of them."""
 
-    def __init__(self, parts: Sequence[Shard], identity: FusedIdentity) -> None:
-        """`parts` are of the same rows, in the order of the identity's."""
-        vars(self).update(vars(copy.copy(parts[0])))
+    def __init__(self, base: Shard, parts: Sequence[Shard], identity: FusedIdentity) -> None:
+        """`parts`, of which `base` has the texts, are of the same rows, in the order of the identity's."""
+        vars(self).update(vars(copy.copy(base)))
         self.parts, self.identity, self._fusion = tuple(parts), identity, identity.fusion
         self.tokens, self.width = self._fusion.tokens, self._fusion.width
         self.encoder, self.preprocess = identity.encoder, identity.preprocess
@@ -51,7 +51,9 @@ class FusedShard(Shard):
 def open_fused(
     folders: Sequence[Path], kind: Fuse, like: EncoderIdentity | None = None, flag: str = "--features"
 ) -> list[Shard]:
-    """The shards of several folders, fused by name; in the order of the folders, or as in `like`.
+    """The shards of several folders, fused by name, in the order of the folders, or as in `like`.
+
+    The texts are those of the first folder.
 
     Prints how many rows have failed in some of the folders alone. Raises LlavaError if one is damaged, they
     do not hold the same rows, or their encoders are not those of `like`, or do not fit together.
@@ -64,16 +66,16 @@ def open_fused(
     if isinstance(like, FusedIdentity):
         order = like.places_of(given, flag)
     identity = FusedIdentity.of(kind, [given[k] for k in order])
-    caches, folders = [caches[k] for k in order], [folders[k] for k in order]
     for folder, shards in zip(folders[1:], caches[1:], strict=True):
         _require_same_shards(folders[0], caches[0], folder, shards)
     fused, partly = list[Shard](), 0
-    for parts in zip(*caches, strict=True):
-        for part in parts[1:]:
-            _require_same_rows(parts[0], part)
+    for own in zip(*caches, strict=True):
+        for part in own[1:]:
+            _require_same_rows(own[0], part)
+        parts = [own[k] for k in order]
         ok = np.stack([part.status == Status.OK for part in parts])
         partly += int((ok.any(0) & ~ok.all(0)).sum())
-        fused.append(FusedShard(parts, identity))
+        fused.append(FusedShard(own[0], parts, identity))
     if partly:
         say(f"{counted(partly, 'row')} failed in some of {', '.join(map(str, folders))}: left out in all")
     return fused

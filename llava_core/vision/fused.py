@@ -64,8 +64,10 @@ def open_trained_towers(
             raise LlavaError(f"--vision: this projector was trained on {identity} alone", got=got)
         return open_trained_tower(folders[0], trained, device)
     opened = _once(lambda folder, part: open_recorded_tower(folder, part, device))
-    towers = [_tower_of(part, identity, folders, opened) for part in identity.parts]
-    return FusedTower(tuple(towers), identity)
+    found = [_tower_of(part, identity, folders, opened) for part in identity.parts]
+    if left := [str(folder) for folder in folders if folder not in {own for own, _ in found}]:
+        raise LlavaError("--vision", expected=identity, got=", ".join(left), do="leave those out")
+    return FusedTower(tuple(tower for _, tower in found), identity)
 
 
 Open = Callable[[Path, EncoderIdentity], VisionTower]
@@ -86,8 +88,8 @@ def _once(open_tower: Open) -> Open:
 
 def _tower_of(
     part: EncoderIdentity, whole: FusedIdentity, folders: Sequence[Path], opened: Open
-) -> VisionTower:
-    """The encoder of one part, from the folder that holds it; folders of its name are tried first."""
+) -> tuple[Path, VisionTower]:
+    """The folder that holds the encoder of one part, and the encoder; folders of its name are tried first."""
     seen, failures = list[str](), list[LlavaError]()
     for folder in sorted(folders, key=lambda folder: folder.resolve().name != part.encoder.get("model_id")):
         try:
@@ -96,6 +98,6 @@ def _tower_of(
             failures.append(error)
             continue
         if not part.differences(tower.identity):
-            return tower
+            return folder, tower
         seen.append(f"{tower.identity} in {folder}")
     raise failures[0] if failures and not seen else whole.lacks(part, "--vision", ", ".join(seen))

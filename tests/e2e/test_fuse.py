@@ -276,6 +276,42 @@ def test_a_fused_run_resumes_bit_equal(fused: Fused, tmp_path: Path) -> None:
     assert all(torch.equal(weights(cut)[name], own) for name, own in weights(whole.out).items())
 
 
+def test_another_order_of_the_encoders_is_said(fused: Fused, tmp_path: Path) -> None:
+    last = fused.root / "runs/channels/last"
+    given = fused.config("channels", tmp_path / "run", init=last)
+    given = dataclasses.replace(given, features=given.features[::-1])
+    line = call("train", "run", *flags_of(given), code=1).one_line()
+    assert line.endswith("name the folders in the order it was trained on: vision, wider-model")
+
+
+def test_words_are_those_of_the_first_folder(caches: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "words/c.h5", rows=10, seed=8, size=96, caption="另一段")
+    flags: dict[str, Any] = {
+        "features": (caches / "held-out", tmp_path / "words"),
+        "eval_features": None,
+        "max_steps": 2,
+    }
+    call("train", "run", *flags_of(two(caches, tmp_path / "run", **flags)))
+    batch = (
+        "infer",
+        "batch",
+        "--checkpoint",
+        tmp_path / "run/last",
+        "--llm",
+        caches / "llm",
+        "--max-tokens",
+        2,
+    )
+    for folders in (flags["features"], flags["features"][::-1]):
+        out = tmp_path / f"{folders[0].name}.jsonl"
+        call(*batch, "--features", *folders, "--output", out)
+        captions = [line["caption"] for line in read_json_lines(out)]
+        assert captions == [find_shards(folders[0])[0].caption(row) for row in range(10)]
+    both = [[line["answer"] for line in read_json_lines(path)] for path in sorted(tmp_path.glob("*.jsonl"))]
+    assert len(both) == 2
+    assert both[0] == both[1]
+
+
 def test_words_of_a_table_are_joined_to_fused_features(caches: Path, tmp_path: Path) -> None:
     table = tmp_path / "words.jsonl"
     table.write_text("".join(json.dumps({"id": str(row), "text": f"红色{row}"}) + "\n" for row in range(10)))
@@ -401,7 +437,12 @@ def test_what_is_missing_is_named(fused: Fused, tmp_path: Path, command: tuple[s
         assert line.startswith(f"error: {flag} lacks {lacking} (")
         assert wanted in line
         assert line.endswith(do)
-    if not live:
+    if live:
+        line = call(
+            module, verb, *fused.models("channels"), flag, clip, wider, finer, *rest, code=1
+        ).one_line()
+        assert line.endswith(f"got {finer}; leave those out")
+    else:
         line = call(
             module, verb, *fused.models("channels"), flag, clip, wider, finer, *rest, code=1
         ).one_line()
