@@ -155,7 +155,9 @@ class RunConfig(EncodeConfig, DataOptions):
         self.require_above_zero("limit", "ray_workers")
         if self.ray_workers is not None and self.ray is None:
             raise LlavaError("--ray-workers", do="say with --ray which cluster", exit_code=2)
-        object.__setattr__(self, "vision", one_or_several("vision", self.vision))
+        object.__setattr__(
+            self, "vision", one_or_several("vision", self.vision, "a folder of a vision encoder")
+        )
         if self.layers and self.layer is not None:
             raise LlavaError("--layer and --layers", expected="one of them", exit_code=2)
         several = len(self.caches()) > 1

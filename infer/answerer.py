@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 
 from infer.config import Aligned, Models, QuestionFile
 from llava_core.cli.console import say
 from llava_core.device import pick_device
+from llava_core.errors import LlavaError
+from llava_core.input_folders import folders_of
 from llava_core.language.generate import generate
 from llava_core.language.instructions import QUESTION
 from llava_core.language.model import LanguageModel
@@ -18,8 +19,10 @@ from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.projector import Projector
+from llava_core.shards.folder import open_shards
+from llava_core.shards.fused import open_fused
 from llava_core.shards.reader import Shard
-from llava_core.vision.open import open_trained_tower
+from llava_core.vision.fused import FusedTower, open_trained_towers
 from llava_core.vision.preprocess import Decoded
 from llava_core.vision.tower import VisionTower
 
@@ -57,7 +60,11 @@ class ImageAnswerer(FeatureAnswerer):
     """Encoder, projector and language model that were trained together."""
 
     def __init__(
-        self, tower: VisionTower, projector: Projector, llm: LanguageModel, question: str = QUESTION
+        self,
+        tower: VisionTower | FusedTower,
+        projector: Projector,
+        llm: LanguageModel,
+        question: str = QUESTION,
     ) -> None:
         super().__init__(projector, llm, question)
         self.tower = tower
@@ -68,20 +75,34 @@ class ImageAnswerer(FeatureAnswerer):
 
     def decode(self, image: bytes) -> Decoded:
         """An encoded image file -> the pixels that the encoder takes. Raises ImageError."""
-        return self.tower.preprocess.decode_image(image)
+        return self.tower.decode(image)
 
     def encode_images(self, images: Sequence[Decoded]) -> torch.Tensor:
         """Pixels -> visual tokens [images, T, hidden]."""
-        return self.project(self.tower.encode(np.stack([image.pixels for image in images])))
+        return self.project(self.tower.encode_images(images))
 
 
 def open_image_answerer(config: Models | QuestionFile) -> ImageAnswerer:
     """Load the three models. Raises LlavaError if the projector was trained for others."""
     assert config.vision is not None
     checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
-    tower = open_trained_tower(config.vision, checkpoint.provenance, device)
-    llm = _language_model(config, checkpoint, str(tower.encoder["model_id"]), device)
+    tower = open_trained_towers(config.vision, checkpoint.provenance, device)
+    llm = _language_model(config, checkpoint, tower.name, device)
     return ImageAnswerer(tower, checkpoint.projector, llm, checkpoint.provenance.question)
+
+
+def open_asked_shards(config: QuestionFile) -> list[Shard]:
+    """The shards of --features, fused as the projector was trained. Raises LlavaError for too few folders."""
+    folders = folders_of(config.features)
+    trained = load_checkpoint(config.checkpoint).provenance.encoder
+    if trained.fusion:
+        return open_fused(folders, trained.fusion.kind, trained)
+    if len(folders) > 1:
+        expected = "one folder, or a shard of it"
+        raise LlavaError(
+            f"--features: this projector was trained on {trained} alone", expected=expected, got=len(folders)
+        )
+    return open_shards(folders[0])
 
 
 def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:

@@ -16,8 +16,11 @@ from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_file_place, require_matches
 from llava_core.input_folders import (
+    folders_of,
+    one_or_several,
     require_checkpoint,
     require_language_model,
+    require_shards,
     require_vision_encoder,
     shard_paths,
 )
@@ -47,12 +50,17 @@ class Aligned(Options):
 class Models(Sampling, Aligned):
     """Flags of every command that answers about live images."""
 
-    vision: Path
-    """Folder of the vision encoder it was trained for."""
+    vision: tuple[Path, ...] | Path
+    """Folder of the vision encoder it was trained for; of several that were fused each, in any order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
 
     def require_inputs(self) -> None:
         super().require_inputs()
-        require_vision_encoder(self.vision)
+        for folder in folders_of(self.vision):
+            require_vision_encoder(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,12 +114,14 @@ class QuestionFile(Aligned, DownloadOptions):
     input: Path | None = None
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
     read, `prompt` may be left out, and other keys are kept."""
-    features: Path | None = None
-    """Folder of feature shards, or one of them, to ask about in place of images: every row once."""
+    features: tuple[Path, ...] | Path | None = None
+    """Folder of feature shards, or one of them, to ask about in place of images: every row once. Of several
+    encoders that were fused each, in any order."""
     text: str | None = None
     """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
-    vision: Path | None = None
-    """Folder of the vision encoder it was trained for; --features does without."""
+    vision: tuple[Path, ...] | Path | None = None
+    """Folder of the vision encoder it was trained for, or several that were fused; --features does
+    without."""
     output: Path
     """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
     `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
@@ -123,6 +133,8 @@ class QuestionFile(Aligned, DownloadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_above_zero("batch_size")
+        object.__setattr__(self, "features", one_or_several("features", self.features))
+        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
         if self.text is not None and self.features is None:
@@ -133,13 +145,12 @@ class QuestionFile(Aligned, DownloadOptions):
     def require_inputs(self) -> None:
         super().require_inputs()
         require_file_place("--output", self.output)
-        if self.features is not None:
-            shard_paths(self.features)
+        require_shards("--features", self.features)
         require_matches("--text", self.text)
         if self.input is not None:
             require_file("--input", self.input)
-        if self.vision is not None:
-            require_vision_encoder(self.vision)
+        for folder in folders_of(self.vision):
+            require_vision_encoder(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

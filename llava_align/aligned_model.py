@@ -21,9 +21,9 @@ from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint
+from llava_core.vision.fused import open_trained_towers
 from llava_core.vision.image_files import not_an_image, read_image
 from llava_core.vision.image_formats import ImageError
-from llava_core.vision.open import open_trained_tower
 
 ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray | FeatureRow | torch.Tensor"
 """Path, http(s) address, PIL image, uint8 array [height, width, 3], or cached features [T, D]."""
@@ -41,18 +41,20 @@ class AlignedModel:
         checkpoint: str | Path,
         *,
         llm: str | Path,
-        vision: str | Path | None = None,
+        vision: str | Path | Sequence[str | Path] | None = None,
         device: str = "auto",
         tuned: bool = True,
     ) -> AlignedModel:
-        """Load a checkpoint and its models; without `vision`, images are given as cached features.
+        """Load a checkpoint and its models; without `vision`, images are given as cached features. For a
+        projector that was trained on several encoders, `vision` names each, in any order.
 
         What stage 2 trained of the language model is left out unless `tuned`, to compare.
         Raises LlavaError if a folder is missing or damaged, or they were not trained together.
         """
         place, loaded = pick_device(device), load_checkpoint(Path(checkpoint))
         trained = loaded.provenance
-        tower = open_trained_tower(Path(vision), trained, place) if vision is not None else None
+        folders = [vision] if isinstance(vision, (str, Path)) else vision
+        tower = open_trained_towers([Path(each) for each in folders], trained, place) if folders else None
         model = load_its_language_model(loaded, Path(llm), place, tuned)
         model.new_cache()  # raises for a model that cannot generate here
         if tower is None:

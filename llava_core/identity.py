@@ -12,13 +12,16 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.geometry import fit_of
 from llava_core.language.prompt_and_labels import Conversation
 from llava_core.types import JsonDict
+
+if TYPE_CHECKING:  # which imports this module
+    from llava_core.fusion import Fusion
 
 ENCODER_KEYS = ("weights_sha256", "layer", "tokens", "width")
 PREPROCESS_KEYS = ("size", "filter", "crop", "decode", "exif", "mean", "std")
@@ -54,6 +57,17 @@ class EncoderIdentity:
             "preprocess": {key: self.preprocess.get(key) for key in PREPROCESS_KEYS},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def fusion(self) -> Fusion | None:
+        """How features of several encoders lie in one array; None for a single encoder."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """The folder's name, and the layer unless it is the last one."""
+        layer = self.encoder.get("layer")
+        return f"{self.encoder.get('model_id')}{'' if layer is None else f'@{layer}'}"
 
     @property
     def flags(self) -> JsonDict:

@@ -32,11 +32,13 @@ def config_of(folder: Path) -> JsonDict:
     return config if isinstance(config, dict) else {}
 
 
-def one_or_several(flag: str, given: tuple[Path, ...] | Path | None) -> tuple[Path, ...] | Path | None:
+def one_or_several(
+    flag: str, given: tuple[Path, ...] | Path | None, what: str = "a folder of shards"
+) -> tuple[Path, ...] | Path | None:
     """One folder as itself, so that a flag with one is what it was before there could be several."""
     if isinstance(given, tuple) and not given:
-        what = f"--{flag.replace('_', '-')}"
-        raise LlavaError(what, expected="a folder, or several", got="none", exit_code=2)
+        name = f"--{flag.replace('_', '-')}"
+        raise LlavaError(name, expected=f"{what}, or several", got="none", exit_code=2)
     return given[0] if isinstance(given, tuple) and len(given) == 1 else given
 
 
@@ -141,6 +143,17 @@ def built_in_projector(checkpoint: Path) -> str | None:
 def folders_of(given: Path | Sequence[Path] | None) -> list[Path]:
     """The folders of a flag that takes one or several."""
     return [] if given is None else [given] if isinstance(given, Path) else list(given)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Names that tell folders apart: the ends of their paths, as long as it takes for all to differ."""
+    whole = [folder.absolute() for folder in folders]
+    parts = [(path.with_suffix("") if path.suffix == ".h5" else path).parts for path in whole]
+    for length in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def require_shards(flag: str, given: Path | Sequence[Path] | None) -> None:

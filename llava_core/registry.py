@@ -257,7 +257,10 @@ PROJECTORS = Registry(
         "ldp": {"factor": 2},
         "tokenpacker": {"factor": 2},
     },
-    reserved=("kind", "in_width", "out_width", "visual_tokens", "visual_tokens_arguments", "feature_norm"),
+    reserved=(
+        *("kind", "in_width", "out_width", "visual_tokens", "visual_tokens_arguments"),
+        *("feature_norm", "fusion"),
+    ),
 )
 """Modules (in_width, out_width, **arguments): [..., T, in_width] -> [..., T, out_width], or fewer tokens."""
 VISUAL_TOKENS = Registry(

@@ -19,7 +19,7 @@ from llava_core.input_folders import (
 )
 from llava_core.language.instructions import read_instructions
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS
-from llava_core.types import Device
+from llava_core.types import Device, Fuse
 
 Residence = Literal["auto", "ram", "gpu", "disk"]
 
@@ -57,6 +57,10 @@ class RunConfig(Options):
     Its rows name their pictures by sha256, url or image, id, or shard and row; a picture may have several."""
     eval_text: str | None = None
     """The same for the held-out shards, which without it keep their own words."""
+    fuse: Fuse | None = None
+    """Fuse the folders of --features, caches of the same rows by several encoders or of several layers:
+    channels, side by side (encoders of one grid); tokens, one encoder's after the other's; layers, a mean by
+    learnt softmax weights. --eval-features then names as many. The words are those of the first."""
     mix: str | None = None
     """Share of each folder of --features in the samples drawn, such as 0.6,0.3,0.1; by default by size."""
 
@@ -159,6 +163,8 @@ class RunConfig(Options):
         )
         for name in ("features", "eval_features"):
             object.__setattr__(self, name, one_or_several(name, getattr(self, name)))
+        if self.fuse is not None:
+            self._require_as_many_folders()
         if self.mix is not None:
             _shares(self.mix, len(folders_of(self.features)))  # or refuse
         PROJECTORS.require(self.projector)
@@ -180,6 +186,20 @@ class RunConfig(Options):
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
         if self.eval_text is not None and self.eval_features is None:
             raise LlavaError("--eval-text", expected="--eval-features beside it", exit_code=2)
+
+    def _require_as_many_folders(self) -> None:
+        """Raise LlavaError (wrong usage) unless --fuse has several caches, and each held-out ones."""
+        counts = len(folders_of(self.features)), len(folders_of(self.eval_features))
+        what = f"--fuse {self.fuse}"
+        if counts[0] < 2:
+            expected = "a folder of --features for each encoder or layer, two or more"
+            raise LlavaError(what, expected=expected, got=counts[0], exit_code=2)
+        if counts[1] not in (0, counts[0]):
+            expected = f"a folder of --eval-features for each of the {counts[0]} of --features"
+            raise LlavaError(what, expected=expected, got=counts[1], exit_code=2)
+        if self.mix is not None:
+            do = "--mix draws from caches of unlike rows, --fuse reads those of the same rows together"
+            raise LlavaError(f"{what} beside --mix", expected="one of them", do=do, exit_code=2)
 
     @property
     def shares(self) -> tuple[float, ...] | None:
@@ -211,7 +231,8 @@ class SweepConfig(RunConfig):
 
     space: tuple[str, ...]
     """What varies: lr=5e-4,1e-3 projector=linear,mlp seed=0,1 tries each combination; lr=1e-4..1e-2:log is a
-    range, for --trials. Or one YAML file of such lines (key: [a list], or key: a range)."""
+    range, for --trials; features=A,B,A+B compares folders of --features, by name, and some fused. Or one YAML
+    file of such lines (key: [a list], or key: a range)."""
     out: Path
     """Folder of the sweep: trials/, results.csv, index.html, `best`."""
     trials: int | None = None

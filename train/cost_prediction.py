@@ -117,12 +117,13 @@ def feature_bytes_per_epoch(config: RunConfig, samples: Samples) -> int:
     drawn = samples.sizes if mix is None else mix.drawn(len(samples))
     for (_, indices), draws in zip(samples.by_source(), drawn, strict=True):
         shown = (samples.place(index)[0] for index in indices if samples.has_picture(index))
-        total += sum(samples.shards[s].layout.row_bytes for s in shown) * draws / len(indices)
+        total += sum(samples.shards[s].row_bytes for s in shown) * draws / len(indices)
     return round(total)
 
 
 def forecast(config: RunConfig, resources: TrainingResources, measure_for: float = 2.0) -> Prediction:
     """`predict` for a run on these resources, before it has begun and in one process."""
+    resources.use(config)
     resources.tune(config)
     samples, held_out_samples = resources.samples(config)
     held_out = len(held_out_samples) if held_out_samples else 0

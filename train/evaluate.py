@@ -16,11 +16,13 @@ import torch
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
 from llava_core.device import Later
+from llava_core.fusion import FusedIdentity
 from llava_core.input_folders import folders_of
 from llava_core.language.model import LanguageModel
 from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.projector.projector import Projector
+from llava_core.shards.fused import require_each_encoder
 from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
 from train.config import EvalConfig, RunConfig
@@ -176,8 +178,12 @@ def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, P
     trained = checkpoint.training.get("instructions", OLD_INSTRUCTIONS)
     flags["instructions"] = trained if config.instructions is None else config.instructions
     flags["tune"] = checkpoint.tune or "projector"  # without the language model's training no text is judged
+    encoder = checkpoint.provenance.encoder
+    if isinstance(encoder, FusedIdentity):
+        require_each_encoder(folders_of(config.features), encoder, "--features")
+        flags["fuse"] = encoder.kind
     run_config = RunConfig(out=config.checkpoint, compile="off", **flags)
-    resources = TrainingResources(run_config, group)
+    resources = TrainingResources(run_config, group, trained=encoder)
     checkpoint = load_aligned(config.checkpoint, resources.provenance)
     checkpoint.tune_model(resources.llm)
     samples, _ = resources.samples(run_config)

@@ -38,9 +38,13 @@ OUTPUT_RMS_RATIO = 2.0
 
 def projector_of(config: RunConfig, shard: Shard, hidden: int) -> Projector:
     """A new projector from features such as the shard's to embeddings of width `hidden`."""
-    require_tokens(config.projector, config.visual_tokens, shard.tokens)  # or refuse, before any weight
+    fusion = shard.identity.fusion
+    require_tokens(
+        config.projector, config.visual_tokens, shard.tokens, fusion
+    )  # or refuse, before any weight
     named = (config.projector, shard.width, hidden, config.visual_tokens)
-    projector = build_projector(*named, feature_norm=config.feature_norm)
+    made_of = fusion.to_json() if fusion else None
+    projector = build_projector(*named, feature_norm=config.feature_norm, fusion=made_of)
     projector.require_shapes(shard.tokens)
     return projector
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+from llava_core.identity import EncoderIdentity
 from llava_core.input_folders import folders_of
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
@@ -18,7 +19,7 @@ from train.data.feature_cache import pick_residence, worth_caching
 from train.data.packing import UNBOUNDED, Packing
 from train.data.samples import Samples
 from train.data.schedule import Schedule
-from train.data.sources import open_sources, reworded
+from train.data.sources import Source, open_sources, reworded
 from train.distributed import ProcessGroup
 from train.model.packed_model import Prepared, prepare
 from train.throughput import peak_memory
@@ -37,7 +38,8 @@ class TrainingResources:
     """For `config`, and for runs that differ from it in flags that leave data and models as they are.
 
     `repeated`: several runs will read the features. Without `weights` the language model is an outline, which
-    is enough to plan. Raises LlavaError for shards of unlike encoders; the model is loaded when first needed.
+    is enough to plan. `trained` has the order of the encoders of --fuse, by default that of --features.
+    Raises LlavaError for shards of unlike encoders; the model is loaded when first needed.
     """
 
     def __init__(
@@ -46,14 +48,12 @@ class TrainingResources:
         group: ProcessGroup | None = None,
         repeated: bool = False,
         weights: bool = True,
+        trained: EncoderIdentity | None = None,
     ) -> None:
         self.config, self.group = config, group or ProcessGroup()
         self.repeated, self.weights = repeated, weights
-        self.sources = open_sources(folders_of(config.features))
-        self.held_out_sources = open_sources(folders_of(config.eval_features))
-        self.shards = [shard for source in self.sources for shard in source.shards]
-        self.held_out_shards = [shard for source in self.held_out_sources for shard in source.shards]
-        require_one_encoder([*self.shards, *self.held_out_shards])
+        self._opened: dict[Hashable, tuple[list[Source], list[Source]]] = {}
+        self.use(config, trained)
         self.device = self.group.device(config.device)
         self.memory_before = peak_memory(self.device)
         """Bytes that the process held before the language model was loaded."""
@@ -62,7 +62,20 @@ class TrainingResources:
         self.predictions: dict[Hashable, Prediction] = {}
         """What runs of each kind take (TrainingRun.predicted)."""
         self._tuning: Tuning | None = None
-        self._samples: dict[tuple[bool, int, bool, str | None], Samples] = {}
+        self._samples: dict[Hashable, Samples] = {}
+
+    def use(self, config: RunConfig, trained: EncoderIdentity | None = None) -> None:
+        """Let `shards` be those of `config`: runs of a sweep may have a cache each, which stay open."""
+        key = config.features, config.eval_features, config.fuse
+        if key not in self._opened:
+            sources = open_sources(folders_of(config.features), config.fuse, trained)
+            like = sources[0].shards[0].identity
+            held_out = open_sources(folders_of(config.eval_features), config.fuse, like, "--eval-features")
+            require_one_encoder([shard for source in [*sources, *held_out] for shard in source.shards])
+            self._opened[key] = sources, held_out
+        self.sources, self.held_out_sources = self._opened[key]
+        self.shards = [shard for source in self.sources for shard in source.shards]
+        self.held_out_shards = [shard for source in self.held_out_sources for shard in source.shards]
 
     @functools.cached_property
     def llm(self) -> LanguageModel:
@@ -93,7 +106,7 @@ class TrainingResources:
     def conversation(self) -> Conversation:
         return Conversation(self.llm.tokenizer, self.llm.eos_ids)
 
-    @functools.cached_property
+    @property
     def provenance(self) -> Provenance:
         return Provenance(self.shards[0].identity, self.llm.identity)
 
@@ -131,14 +144,17 @@ class TrainingResources:
 
     def _rows(self, config: RunConfig, held_out: bool) -> Samples:
         limit = config.eval_samples if held_out else config.max_samples
-        key = held_out, limit, config.tune != "projector", config.eval_text if held_out else config.text
+        self.use(config)
+        tunes, words = config.tune != "projector", config.eval_text if held_out else config.text
+        folders = config.eval_features if held_out else config.features
+        key = folders, config.fuse, held_out, limit, tunes, words
         if key not in self._samples:
             sources = self.held_out_sources if held_out else self.sources
-            if key[3] is not None:
-                sources = reworded(sources, key[3])
+            if words is not None:
+                sources = reworded(sources, words)
             shards = [shard for source in sources for shard in source.shards]
             self._samples[key] = Samples(
                 *(shards, self.conversation, config.max_text_tokens, limit, config.seed),
-                *(config.instructions, key[2], sources),
+                *(config.instructions, tunes, sources),
             )
         return self._samples[key]

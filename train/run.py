@@ -61,6 +61,7 @@ def train(
     last step, too.
     """
     configs = [as_begun(config) for config in configs]
+    resources.use(configs[0])
     outcomes: dict[int, Outcome] = {}
     runs: dict[int, TrainingRun] = {}
     with ExitStack() as stack:
@@ -113,7 +114,8 @@ def train_to_the_end(
 def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict | None:
     """The summary of a finished run. Raises LlavaError if it cannot be the same run, or cannot be trained."""
     config, shard = folder.config, resources.shards[0]
-    require_tokens(config.projector, config.visual_tokens, shard.tokens)  # or refuse, with no model
+    fusion = shard.identity.fusion
+    require_tokens(config.projector, config.visual_tokens, shard.tokens, fusion)  # or refuse, with no model
     if PROJECTORS.stem(config.projector) is None:
         projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()

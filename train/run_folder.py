@@ -129,12 +129,16 @@ class RunFolder:
         text = yaml.safe_dump(self.training, allow_unicode=True, sort_keys=False)
         replace_text(self.path / "training_config.yaml", text)
 
-    def keep_held_out(self, sums: np.ndarray, rows: str) -> None:
-        """Write Evaluation.sums, and which rows they are of."""
+    def keep_held_out(self, sums: np.ndarray, rows: str, pictures: str) -> None:
+        """Write Evaluation.sums, and which rows they are of, and which pictures, by any encoder."""
         partial = self.path / "held_out.npz.part"
         with partial.open("wb") as file:
             np.savez(
-                file, rows=np.array(rows), loss=sums[:, 0].astype("<f4"), tokens=sums[:, 2].astype("<u4")
+                file,
+                rows=np.array(rows),
+                pictures=np.array(pictures),
+                loss=sums[:, 0].astype("<f4"),
+                tokens=sums[:, 2].astype("<u4"),
             )
         partial.replace(self.path / "held_out.npz")
 

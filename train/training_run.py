@@ -11,6 +11,7 @@ import torch
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
+from llava_core.fusion import FusedIdentity
 from llava_core.projector.projector import described, parameter_count
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -116,6 +117,8 @@ class TrainingRun:
             + (f", continued at step {self.step}" if self.step else "")
             + f"; {self.schedule.ending}"
         )
+        if (encoder := self.provenance.encoder).fusion:
+            say(f"{title}fused: {encoder}")
         for line in self.samples.described(config.shares):
             say(f"{title}{line}")
 
@@ -197,8 +200,12 @@ class TrainingRun:
             if config.eval_captions and self.group.main and math.isfinite(figures["loss"]):
                 lines = captions(self.llm, self.projector, held_out, config.eval_captions)
             if self.group.main:
-                self.folder.keep_held_out(evaluated.sums, held_out.identity_with_picture)
-        self.writers.log(self.step, self.figures | ({"eval_captions": lines} if lines else {}))
+                self.folder.keep_held_out(
+                    evaluated.sums, held_out.identity_with_picture, held_out.pictures_identity
+                )
+        self.writers.log(
+            self.step, self.figures | self.layer_weights() | ({"eval_captions": lines} if lines else {})
+        )
         gap = f"grounding gap {with_interval(figures, 'grounding_gap')}"
         say(
             f"{self.title}step {self.step}: held-out loss {with_interval(figures, 'loss')}, "
@@ -254,26 +261,40 @@ class TrainingRun:
             self.tuning.take(state["tuned"])
             self.restore(state)
 
+    def layer_weights(self) -> JsonDict:
+        """Weight of each layer of --fuse layers, as `layer_weight/NAME`."""
+        encoder, mix = self.provenance.encoder, self.projector.mix
+        if mix is None or not isinstance(encoder, FusedIdentity):
+            return {}
+        return {
+            f"layer_weight/{name}": weight for name, weight in zip(encoder.names, mix.weights, strict=True)
+        }
+
     def save(self) -> None:
         """Write a checkpoint, `best` if it is, unless that of this step is written."""
         if self.saved_step == self.step:
             return
         with self.group.same_outcome():
             if self.group.main:
-                described = (self.provenance, self.figures, self.state())
+                described = (self.provenance, self.figures | self.layer_weights(), self.state())
                 self.folder.save(self.step, self.projector, *described, self.improved, self.tuning.weights)
         self.saved_step, self.improved = self.step, False
 
     def finish(self, more: JsonDict) -> JsonDict:
         """Write and return the summary: the figures of the last evaluation, and `more`."""
         summary = {**self.figures, "out": str(self.config.out), "steps": self.step}
-        summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped, **more}
+        summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped, **self.layer_weights(), **more}
         if self.group.main:
             self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {self.config.max_text_tokens} tokens" if self.cut else ""
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         loss = "" if self.loss is None else f"; loss {self.loss:.4f} at the last"
         say(f"{self.title}finished {self.step} steps{loss}{cut}")
+        if weights := self.layer_weights():
+            listed = (
+                f"{name.removeprefix('layer_weight/')} {weight:.3f}" for name, weight in weights.items()
+            )
+            say(f"{self.title}weights of the layers: {', '.join(listed)}")
         before = None if self.config.init is None else self.loss_before
         if before is not None and before < self.best < math.inf:
             losses = f"held-out loss {before:.4f} there, {self.best:.4f} here"

@@ -11,6 +11,7 @@ from infer.config import QuestionFile
 from llava_core.cli.console import progress
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
+from llava_core.input_folders import folders_of
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
 
@@ -67,9 +68,10 @@ def continued(
         following = to_line(questions[len(done)])[:-2] if ours else b""
         ours = ours and (torn.startswith(following) or following.startswith(torn))
     if not ours:
+        asked = config.input or ", ".join(map(str, folders_of(config.features)))
         raise LlavaError(
             f"{config.output} holds something else",
-            expected=f"answers of {config.checkpoint} to {config.input or config.features}, sampled alike, "
+            expected=f"answers of {config.checkpoint} to {asked}, sampled alike, "
             f"with --adapter {config.adapter}",
             do="choose another --output",
         )

@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infer.answerer import FeatureAnswerer, ImageAnswerer, open_feature_answerer, open_image_answerer
+from infer.answerer import (
+    FeatureAnswerer,
+    ImageAnswerer,
+    open_asked_shards,
+    open_feature_answerer,
+    open_image_answerer,
+)
 from infer.batch.jsonl import read_lines
 from infer.config import QuestionFile
 from llava_core.cli.console import counted, say
@@ -16,7 +22,6 @@ from llava_core.errors import LlavaError
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.row_status import Status
-from llava_core.shards.folder import open_shards
 from llava_core.shards.other_words import with_words
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
@@ -41,7 +46,7 @@ def open_questions(
     if prompt is None:
         prompt = load_checkpoint(config.checkpoint).provenance.question
     if config.features is not None:
-        shards = open_shards(config.features)
+        shards = open_asked_shards(config)
         asked = shards if config.text is None else with_words(shards, config.text)
 
         def open_stored() -> tuple[FeatureAnswerer, VisualTokenLoader]:

@@ -5,6 +5,8 @@ A random projector of the same kind and scale is the baseline: its words come fr
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -24,6 +26,7 @@ from llava_core.projector.visual_tokens import grid_side
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import not_an_image, read_image
 from llava_core.vision.image_formats import ImageError
+from llava_core.vision.preprocess import Decoded
 
 
 def run(config: LensConfig) -> JsonDict:
@@ -58,15 +61,18 @@ def run(config: LensConfig) -> JsonDict:
 
 def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
     """Words of every patch, and the caption's losses with the image and with the other one."""
-    pixels = _pixels(aligned, config.image)
+    _require_one_grid(aligned)
+    shown = _decoded(aligned, config.image)
+    pixels = shown.pixels
     if config.other is None:
-        blank, other = np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape), "a blank image"
+        plain, other = [_blank(each) for each in (pixels, *shown.others)], "a blank image"
+        blank = dataclasses.replace(shown, pixels=plain[0], others=tuple(plain[1:]))
     else:
-        blank, other = _pixels(aligned, config.other), config.other
-    if np.array_equal(blank, pixels):
+        blank, other = _decoded(aligned, config.other), config.other
+    if np.array_equal(blank.pixels, pixels):
         what = "--other shows the same picture" if config.other else f"{config.image} is a blank image itself"
         raise LlavaError(f"{what}: nothing to compare it with", do="give another image with --other")
-    features = aligned.tower.encode(pixels[None])
+    features = aligned.tower.encode_images([shown])
     visual = aligned.project(features)
     tokens = visual.shape[1]
     side = grid_side(tokens)
@@ -88,9 +94,7 @@ def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
     caption = config.caption if config.caption is not None else _answer(aligned, visual, config)
     turn = Turn(_prompt(aligned, config), caption)
     pieces, loss = piece_losses(aligned, visual[0], turn)
-    _, other_loss = piece_losses(
-        aligned, aligned.project(aligned.tower.encode(np.array(blank)[None]))[0], turn
-    )
+    _, other_loss = piece_losses(aligned, aligned.encode_images([blank])[0], turn)
     return LensResult(config.image, pixels, side, panels, other, pieces, loss, other_loss)
 
 
@@ -104,8 +108,21 @@ def _prompt(aligned: ImageAnswerer, config: LensConfig) -> str:
     return aligned.question if config.prompt is None else config.prompt
 
 
-def _pixels(aligned: ImageAnswerer, image: str) -> np.ndarray:
+def _require_one_grid(aligned: ImageAnswerer) -> None:
+    """Raise LlavaError for a projector whose visual tokens are several grids, one after another."""
+    fusion = aligned.tower.identity.fusion
+    if fusion and fusion.kind == "tokens":
+        what = "infer lens draws one grid of visual tokens"
+        raise LlavaError(what, expected="--fuse channels or layers", got="a projector of --fuse tokens")
+
+
+def _blank(pixels: np.ndarray) -> np.ndarray:
+    """A picture of the same mean colour."""
+    return np.array(np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape))
+
+
+def _decoded(aligned: ImageAnswerer, image: str) -> Decoded:
     try:
-        return aligned.tower.preprocess.decode_image(read_image(image)).pixels
+        return aligned.decode(read_image(image))
     except ImageError as error:
         raise not_an_image(image, error) from None

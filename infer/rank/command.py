@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infer.answerer import FeatureAnswerer
+from infer.answerer import FeatureAnswerer, open_asked_shards
 from infer.batch.output import write_answers
 from infer.batch.questions import VisualTokenLoader, open_questions
 from infer.config import RankConfig
@@ -17,8 +17,8 @@ from infer.rank.forced_choice import ranked, text_losses
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import counted, say, show, table
 from llava_core.errors import LlavaError
+from llava_core.input_folders import folders_of
 from llava_core.row_status import Status
-from llava_core.shards.folder import open_shards
 from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 
@@ -73,8 +73,7 @@ def with_other_captions(
 
     Which ones is a function of the seed and the row's place. Raises LlavaError if there are too few.
     """
-    assert config.features is not None
-    shards = {shard.path.name: shard for shard in open_shards(config.features)}
+    shards = {shard.path.name: shard for shard in open_asked_shards(config)}
     pictured = [row for row in questions if shards[row["shard"]].status[row["row"]] == Status.OK]
     rows = [row for row in pictured if row.get("caption")]
     if left := len(questions) - len(rows):
@@ -93,7 +92,7 @@ def with_other_captions(
         else:
             raise LlavaError(
                 f"--choices {config.choices}",
-                expected=f"at most {len(texts)}, the different captions in {config.features}",
+                expected=f"at most {len(texts)}, the different captions in {folders_of(config.features)[0]}",
             )
         draw.shuffle(texts)
         chosen.append({**row, "texts": texts, "answer": row["caption"]})

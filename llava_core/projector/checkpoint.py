@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save
 
 from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import LACKING, fsync
+from llava_core.fusion import FusedIdentity, identity_from_json, identity_to_json
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
 from llava_core.input_folders import require_checkpoint
 from llava_core.language.instructions import QUESTION
@@ -47,7 +48,9 @@ CHECKPOINT_VERSION = 2
 """Version 1 has no SHA256SUMS."""
 TUNED_VERSION = 3
 """Version of one with weights of the language model, which earlier programs would leave out."""
-VERSIONS = (1, CHECKPOINT_VERSION, TUNED_VERSION)
+FUSED_VERSION = 4
+"""Version of one on several encoders (`fusion` in config.json), of which earlier programs know nothing."""
+VERSIONS = (1, CHECKPOINT_VERSION, TUNED_VERSION, FUSED_VERSION)
 CHECKED = ("model.safetensors", "config.json", "training_config.yaml", "metrics.json")
 STATE = "state.pt"
 
@@ -65,6 +68,8 @@ class Provenance:
     def require_encoder(self, other: EncoderIdentity) -> None:
         """Raise LlavaError naming both encoders unless features of `other` equal those trained on."""
         do = "give the encoder it was trained on, or its features, or train on features of this one"
+        if isinstance(self.encoder, FusedIdentity) and self.encoder.is_reordered(other):
+            do = f"name the folders in the order it was trained on: {', '.join(self.encoder.names)}"
         if remedy := self.encoder.remedy(other):
             do = f"make features as it was trained on: {remedy}"
         self.encoder.require_same(
@@ -83,8 +88,7 @@ class Provenance:
         """The keys of config.json that record it."""
         return {
             "fingerprint": self.encoder.fingerprint,
-            "encoder": self.encoder.encoder,
-            "preprocess": self.encoder.preprocess,
+            **identity_to_json(self.encoder),
             "language_model": self.language_model.to_json(),
             "conversation": self.conversation,
             "question": self.question,
@@ -93,7 +97,7 @@ class Provenance:
     @classmethod
     def from_json(cls, config: JsonDict) -> Provenance:
         return cls(
-            EncoderIdentity(config["encoder"], config["preprocess"]),
+            identity_from_json(config),
             LanguageModelIdentity.from_json(config["language_model"]),
             config["conversation"],
             config.get("question", QUESTION),  # which earlier versions did not record
@@ -141,16 +145,17 @@ def save_checkpoint(
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    fused = provenance.encoder.fusion is not None
     config = {
         "format": "llava-projector",
-        "version": TUNED_VERSION if tuned else CHECKPOINT_VERSION,
+        "version": FUSED_VERSION if fused else TUNED_VERSION if tuned else CHECKPOINT_VERSION,
         **({"tune": tuned.kind} if tuned else {}),
         "projector": projector.config,
         **provenance.to_json(),
     }
     weights = {
         name: tensor.detach().float().cpu().contiguous()
-        for name, tensor in projector.map.state_dict().items()
+        for name, tensor in projector.checkpoint_weights().items()
     }
     # Written as bytes: on a full disk the libraries' own writers raise other exceptions than OSError.
     files: dict[str, bytes | memoryview] = {
@@ -202,7 +207,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if config.get("format") != "llava-projector" or config.get("version") not in VERSIONS:
             raise LlavaError(
                 f"{folder} has another checkpoint format",
-                expected="llava-projector version 1, 2 or 3",
+                expected="llava-projector version 1, 2, 3 or 4",
                 got=f"{config.get('format')} version {config.get('version')}",
             )
         _require_sums(folder, config["version"], CHECKED)
@@ -210,7 +215,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             projector = build_projector(**config["projector"])
         except LlavaError as error:  # such as a module that is missing here; its flags are not wrong
             raise LlavaError(f"the checkpoint {folder} cannot be loaded: {error}") from None
-        projector.map.load_state_dict(load_file(folder / "model.safetensors"))
+        projector.load_checkpoint_weights(load_file(folder / "model.safetensors"))
         provenance = Provenance.from_json(config)
         training = yaml.safe_load((folder / "training_config.yaml").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ TASK = "image-text-to-text"
 ASK = """\
 Ask it about a picture, in the folder of this file:
 
-    python -m infer ask --checkpoint . --vision ENCODER --llm MODEL --image FILE --prompt {question}
+    python -m infer ask --checkpoint . --vision {encoders} --llm MODEL --image FILE --prompt {question}
 """
 FLAGS = "`training_config.yaml` holds the flags it was trained with."
 TRAINED = "It was trained between these two, and is of no use beside others."
@@ -51,6 +51,8 @@ def model_card(
     says where the two models are; `library` loads the folder.
     """
     projector, encoder, language = config["projector"], config["encoder"], config["language_model"]
+    fusion = config.get("fusion")
+    parts = fusion["parts"] if fusion else [config]
     title = f"{language['id']} sees through {encoder.get('model_id')}"
     header = {
         "library_name": library,
@@ -63,14 +65,15 @@ def model_card(
     }
     imported = "imported" in training
     if usage is None:
-        ask = ASK.format(question=shlex.quote(config.get("question", QUESTION)))
+        encoders = " ".join(["ENCODER"] * len({part["encoder"].get("weights_sha256") for part in parts}))
+        ask = ASK.format(encoders=encoders, question=shlex.quote(config.get("question", QUESTION)))
         usage = ask if imported else f"{ask}\n{FLAGS}"
     names = figure_names(metrics)
     figures = "\n".join(f"| {name} | {metrics[name]}{_interval(metrics, name)} |" for name in names)
     return f"""{_block(header)}# {title}
 
-A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}{_norm(projector)}), {projector["in_width"]} to
-{projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}{_tuned(config)}.
+A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}{_norm(projector)}),
+{projector["in_width"]} to {projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}{_tuned(config)}.
 {beside.strip()}
 
 ## Use
@@ -93,7 +96,7 @@ A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}{_no
 | weights, sha256 | `{encoder.get("weights_sha256")}` | `{language["weights_sha256"]}` |
 | width | {encoder.get("width")} | {language.get("hidden")} |
 
-- encoder and preprocessing: fingerprint `{config["fingerprint"]}`, {_layer(encoder)}
+- encoder and preprocessing: fingerprint `{config["fingerprint"]}`, {_layers(parts)}
 - conversation: {config["conversation"]}
 """
 
@@ -164,6 +167,14 @@ def _norm(projector: JsonDict) -> str:
 
 def _tuned(config: JsonDict) -> str:
     return TUNED[config["tune"]] if config.get("tune") else ""
+
+
+def _layers(parts: Sequence[JsonDict]) -> str:
+    if len(parts) == 1:
+        return _layer(parts[0]["encoder"])
+    return "fused: " + "; ".join(
+        f"{part['encoder']['model_id']}, {_layer(part['encoder'])}" for part in parts
+    )
 
 
 def _layer(encoder: JsonDict) -> str:

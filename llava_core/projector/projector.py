@@ -15,10 +15,15 @@ import torch
 from torch import nn
 
 from llava_core.errors import LlavaError, as_llava_error
+from llava_core.fusion import Fusion
 from llava_core.projector.feature_norm import FEATURE_NORMS
+from llava_core.projector.fusion import EachEncoder, LayerMix, mapped_width
 from llava_core.projector.visual_tokens import VisualTokens
-from llava_core.registry import PROJECTORS, VISUAL_TOKENS
+from llava_core.registry import PROJECTORS, VISUAL_TOKENS, Entry
 from llava_core.types import JsonDict
+
+LAYER_LOGITS = "layer_mix.logits"
+"""Name in a checkpoint of the weights of --fuse layers, before their softmax."""
 
 
 class Projector(nn.Module):
@@ -32,9 +37,11 @@ class Projector(nn.Module):
         visual_tokens: str,
         visual_tokens_arguments: JsonDict,
         feature_norm: str = "none",
+        fusion: JsonDict | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__()
+        fused = Fusion.from_json(fusion) if fusion else None
         chosen = PROJECTORS.get(kind).with_arguments(arguments)
         tokens = VISUAL_TOKENS.get(visual_tokens).with_arguments(visual_tokens_arguments)
         self.config = {
@@ -44,19 +51,23 @@ class Projector(nn.Module):
             "visual_tokens": tokens.reference,
             **({"visual_tokens_arguments": tokens.recorded} if tokens.recorded else {}),
             **({"feature_norm": feature_norm} if feature_norm != "none" else {}),
+            **({"fusion": fusion} if fusion else {}),
             **chosen.recorded,
         }
         """Arguments of `build_projector`, as a checkpoint records them."""
-        self.select: VisualTokens = tokens.build()
-        widened = in_width * self.select.widening
+        self.mix = LayerMix(len(fused.shapes)) if fused and fused.kind == "layers" else None
+        """Weighs the layers of --fuse layers."""
+        self.select: VisualTokens = _selecting(tokens, fused)
+        widened = (mapped_width(fused) if fused else in_width) * self.select.widening
         self.map: nn.Module = chosen.build(widened, out_width)
         if feature_norm != "none":
             norm = FEATURE_NORMS[feature_norm](widened)
             self.map = nn.Sequential(OrderedDict(feature_norm=norm, projector=self.map))
-        """Holds all weights; a checkpoint has them by their names in its state dict."""
+        """Holds all other weights; a checkpoint has them by their names in its state dict."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.map(self.select(features))
+        mixed = features if self.mix is None else self.mix(features)
+        projected: torch.Tensor = self.map(self.select(mixed))
         return projected
 
     @property
@@ -64,6 +75,17 @@ class Projector(nn.Module):
         """What normalises the features, a class of `feature_norm.py`; None if nothing does."""
         norm: nn.Module | None = self.map.feature_norm if "feature_norm" in self.config else None  # type: ignore[assignment]
         return norm
+
+    def checkpoint_weights(self) -> dict[str, torch.Tensor]:
+        """All weights by their names in a checkpoint."""
+        mix = {} if self.mix is None else {LAYER_LOGITS: self.mix.logits}
+        return {**self.map.state_dict(), **mix}
+
+    def load_checkpoint_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        rest = dict(weights)
+        if self.mix is not None:
+            self.mix.load_state_dict({"logits": rest.pop(LAYER_LOGITS)})
+        self.map.load_state_dict(rest)
 
     def tokens_out(self, tokens: int) -> int:
         """Number of visual tokens for `tokens` of an encoder. Raises LlavaError if they cannot be cut so."""
@@ -109,30 +131,42 @@ def build_projector(
     visual_tokens: str = "all",
     visual_tokens_arguments: JsonDict | None = None,
     feature_norm: str = "none",
+    fusion: JsonDict | None = None,
     **arguments: Any,
 ) -> Projector:
     """A projector, initialised as its classes do.
 
     `kind` and `visual_tokens` are names or `module:Class`; `arguments` go to the projector's constructor,
-    `visual_tokens_arguments` to the other one; `feature_norm` is none or a name of FEATURE_NORMS. Raises
-    LlavaError for an unknown name, or if one fails.
+    `visual_tokens_arguments` to the other one; `feature_norm` is none or a name of FEATURE_NORMS; `fusion` is
+    Fusion.to_json of fused features. Raises LlavaError for an unknown name, or if one fails.
     """
-    given = visual_tokens_arguments or {}
-    return Projector(kind, in_width, out_width, visual_tokens, given, feature_norm, **arguments)
+    own = visual_tokens_arguments or {}
+    return Projector(kind, in_width, out_width, visual_tokens, own, feature_norm, fusion, **arguments)
 
 
-def require_tokens(kind: str, visual_tokens: str, tokens: int) -> None:
-    """Raise LlavaError unless the visual tokens, and a built-in projector's, can be made of an encoder's."""
+def require_tokens(kind: str, visual_tokens: str, tokens: int, fusion: Fusion | None = None) -> None:
+    """Raise LlavaError unless the visual tokens, and a built-in projector's, can be made of an encoder's.
+
+    With `fusion`, of those of several encoders.
+    """
     with as_llava_error(f"tokens_out of the visual tokens {visual_tokens} fails for {tokens} tokens"):
-        selected = VISUAL_TOKENS.get(visual_tokens).build().tokens_out(tokens)
+        selected = _selecting(VISUAL_TOKENS.get(visual_tokens), fusion).tokens_out(tokens)
     if PROJECTORS.stem(kind) and hasattr((chosen := PROJECTORS.get(kind)).target, "tokens_out"):
         with torch.device("meta"):  # which draws no random numbers
             chosen.build(1, 1).tokens_out(selected)  # whatever its widths
 
 
+def _selecting(tokens: Entry, fusion: Fusion | None) -> VisualTokens:
+    """Visual tokens of an encoder's, or of each one's own where they lie one after another."""
+    select: VisualTokens = tokens.build()
+    return EachEncoder(select, fusion) if fusion and fusion.kind == "tokens" else select
+
+
 def described(config: JsonDict) -> str:
     """A projector's config, less its widths, in words: "mlp, visual tokens all"."""
     rest = {key: value for key, value in config.items() if key not in ("kind", "in_width", "out_width")}
+    if "fusion" in rest:
+        rest["fusion"] = rest["fusion"]["kind"]
     return ", ".join([config["kind"], *(f"{key.replace('_', ' ')} {value}" for key, value in rest.items())])
 
 

@@ -35,5 +35,5 @@ def require_one_encoder(shards: Sequence[Shard]) -> None:
         shards[0].identity.require_same(
             shard.identity,
             f"{shards[0].path} and {shard.path} hold features of different encoders",
-            do="train on one kind at a time",
+            do="train on one kind at a time, or on several of the same rows with --fuse",
         )

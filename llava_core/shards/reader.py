@@ -167,6 +167,11 @@ class Shard:
         file = self._file()
         return reason_text(os.pread(file.descriptor, REASON_BYTES, offset))
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's features on disk."""
+        return self.layout.row_bytes
+
     def picture_row(self, row: int) -> int:
         """The row of the file that has the picture of `row`: itself, unless --text gives other words."""
         return row

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from llava_core.device import encoder_dtype
-from llava_core.errors import as_llava_error
+from llava_core.errors import LlavaError, as_llava_error
 from llava_core.geometry import Fit
 from llava_core.identity import EncoderIdentity
 from llava_core.input_folders import MODELSCOPE_FILES, registered_layout, require_vision_encoder
@@ -76,7 +76,14 @@ def open_recorded_tower(
 
 
 def open_trained_tower(folder: Path, trained: Provenance, device: str | torch.device = "cpu") -> VisionTower:
-    """`open_recorded_tower` for a projector. Raises LlavaError if it was trained on another encoder."""
+    """`open_recorded_tower` for a projector. Raises LlavaError if it was trained on another encoder, or on
+    several (`fused.open_trained_towers`)."""
+    if trained.encoder.fusion:
+        raise LlavaError(
+            "this command takes no projector of several encoders",
+            expected="one that was trained without --fuse",
+            got=trained.encoder,
+        )
     tower = open_recorded_tower(folder, trained.encoder, device)
     trained.require_encoder(tower.identity)
     return tower

@@ -83,6 +83,8 @@ class Decoded:
     """uint8 [size, size, 3], RGB."""
     orig_hw: tuple[int, int]
     """Height and width of the whole picture, after EXIF orientation."""
+    others: tuple[np.ndarray, ...] = ()
+    """The same for further encoders, where several are fused."""
     lacks: str = ""
     """What is missing from the picture, in words; empty for a complete one."""
 

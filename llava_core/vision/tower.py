@@ -19,7 +19,7 @@ from llava_core.filesystem import sha256_files
 from llava_core.identity import EncoderIdentity
 from llava_core.types import JsonDict
 from llava_core.vision.chinese_clip import ChineseClip, TextTokenizer
-from llava_core.vision.preprocess import Preprocess
+from llava_core.vision.preprocess import Decoded, Preprocess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,18 @@ class VisionTower:
     @property
     def identity(self) -> EncoderIdentity:
         return EncoderIdentity(self.encoder, self.preprocess.to_json())
+
+    @property
+    def name(self) -> str:
+        return str(self.encoder["model_id"])
+
+    def decode(self, image: bytes) -> Decoded:
+        """An encoded image file -> the pixels that the encoder takes. Raises ImageError."""
+        return self.preprocess.decode_image(image)
+
+    def encode_images(self, images: Sequence[Decoded]) -> torch.Tensor:
+        """Pixels of images -> fp32 features [images, T, D]."""
+        return self.encode(np.stack([image.pixels for image in images]))
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor | np.ndarray) -> torch.Tensor:

@@ -22,6 +22,7 @@ from llava_core.errors import LlavaError
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import Sampling
 from llava_core.vision.image_files import untrusted_limits
+from llava_core.vision.tower import VisionTower
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call, run
 from tests.support.language_models import write_language_model
@@ -78,6 +79,7 @@ def test_a_second_turn_reads_only_what_is_new(aligned: ImageAnswerer, world: Fol
     said(dialogue, "一个很长很长很长很长的问题")
     first = dialogue.figures.prefilled
     said(dialogue, "短")
+    assert isinstance(aligned.tower, VisionTower)
     whole = aligned.tower.tokens + len(aligned.conversation.prompt(dialogue.messages[:-1]))
     assert first > aligned.tower.tokens
     # Before the first answer this template put a think block that it now drops, so reading begins there.
@@ -378,6 +380,7 @@ def test_pictures_are_seen_as_in_training(aligned: ImageAnswerer, world: Folders
     """infer's visual tokens are the projection of what extract would have stored, to the last bit."""
     data = world.images[2].read_bytes()
     pixels = aligned.tower.preprocess.decode_image(data).pixels
+    assert isinstance(aligned.tower, VisionTower)
     stored = aligned.tower.encode(pixels[None]).half()
     buffer = io.BytesIO()
     np.save(buffer, stored.numpy())

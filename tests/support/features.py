@@ -23,9 +23,9 @@ def models(world: Folders) -> dict[str, Any]:
     return {**folders, "device": "cpu", "max_tokens": 8}
 
 
-def write_features(world: Folders, path: Path) -> Path:
+def write_features(world: Folders, path: Path, layer: int | None = None) -> Path:
     """Row i is picture i; row DEAD was a dead link. Returns the path."""
-    tower = open_vision_tower(world.vision)
+    tower = open_vision_tower(world.vision, layer=layer)
     records = []
     for row, image in enumerate(world.images):
         data = image.read_bytes()

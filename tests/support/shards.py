@@ -66,10 +66,11 @@ def write_shard(
     failed: Sequence[int] = (),
     seed: int = 0,
     storage: Storage = "float16",
+    caption: str = "",
     **preprocess: object,
 ) -> Path:
     """A finished shard of so many rows, those in `failed` dead links; returns its path."""
-    captions = [f"{CAPTIONS[i % len(CAPTIONS)]}{i}" for i in range(rows)]
+    captions = [f"{caption or CAPTIONS[i % len(CAPTIONS)]}{i}" for i in range(rows)]
     made = dataclasses.replace(header(captions, path.stem + ".parquet", **preprocess), storage=storage)
     with ShardWriter(path, made) as writer:
         writer.write(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -139,6 +140,15 @@ class Samples:
     def identity_with_picture(self) -> str:
         """`identity` of the rows with a picture."""
         return rows_identity(self.shards, self.rows[self.with_picture], self.sizes)
+
+    @property
+    def pictures_identity(self) -> str:
+        """sha256, in hex, over the pictures and words of the rows with a picture, whatever encoded them."""
+        digest = hashlib.sha256()
+        for shard, row in self.rows[self.with_picture].tolist():
+            own = self.shards[shard]
+            digest.update(repr([own.picture_keys(row), own.id(row), own.caption(row)]).encode())
+        return digest.hexdigest()
 
     def place(self, index: int) -> tuple[int, int]:
         """Number of a sample's shard, and its row there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_core.errors import LlavaError
+from llava_core.identity import EncoderIdentity
+from llava_core.input_folders import names_of, shard_paths
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards, require_one_encoder
+from llava_core.shards.fused import open_fused
 from llava_core.shards.other_words import with_words
 from llava_core.shards.reader import AT_ONCE, Shard
+from llava_core.types import Fuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +32,20 @@ class Source:
     shards: list[Shard]
 
 
-def open_sources(folders: Sequence[Path]) -> list[Source]:
-    """Raises LlavaError if one has no shards, one is damaged, or two come from different encoders."""
+def open_sources(
+    folders: Sequence[Path],
+    fuse: Fuse | None = None,
+    like: EncoderIdentity | None = None,
+    flag: str = "--features",
+) -> list[Source]:
+    """The folders as sources, or with `fuse` all as one, of the encoders in the order of `like`.
+
+    Raises LlavaError if one has no shards, one is damaged, or two come from different encoders; with `fuse`
+    as `open_fused`.
+    """
+    if fuse is not None and folders:
+        shards = open_fused(folders, fuse, like, flag)
+        return [Source(folders[0], " + ".join(names_of(folders)), shards)]
     sources = [
         Source(folder, name, find_shards(folder))
         for folder, name in zip(folders, names_of(folders), strict=True)
@@ -42,15 +60,24 @@ def reworded(sources: Sequence[Source], pattern: str) -> list[Source]:
     return [dataclasses.replace(source, shards=[next(views) for _ in source.shards]) for source in sources]
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The ends of their paths, as long as it takes for all to differ."""
-    whole = [folder.absolute() for folder in folders]
-    parts = [(path.with_suffix("") if path.suffix == ".h5" else path).parts for path in whole]
-    for length in range(1, max(map(len, parts), default=0)):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+def held_out_of(folders: Sequence[Path], held_out: Sequence[Path]) -> list[Path]:
+    """The held-out folders of the encoders of `folders`. Raises LlavaError if one has none."""
+    encoders = {folder: _fingerprint(folder) for folder in [*folders, *held_out]}
+    chosen = [folder for folder in held_out if encoders[folder] in {encoders[own] for own in folders}]
+    found = {encoders[folder] for folder in chosen}
+    if lacking := [folder for folder in folders if encoders[folder] not in found]:
+        raise LlavaError(
+            f"--eval-features has no held-out shards of the encoder of {lacking[0]}",
+            expected="a folder for each encoder of --space features",
+            got=", ".join(map(str, held_out)),
+        )
+    return chosen
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(folder: Path) -> str:
+    """The encoder's, of a folder of shards."""
+    return Shard(shard_paths(folder)[0]).identity.fingerprint
 
 
 def text_only_rows(shards: Sequence[Shard]) -> int:

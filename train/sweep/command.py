@@ -18,7 +18,7 @@ from train.cost_prediction import COSTLESS, forecast
 from train.flags import DEFAULTS
 from train.resources import TrainingResources
 from train.run_folder import as_begun
-from train.sweep.space import MOST_TRIALS, Choices, Space, run_config
+from train.sweep.space import MOST_TRIALS, Choices, Space, data_configs, run_config
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
@@ -39,6 +39,8 @@ def run(config: SweepConfig) -> JsonDict:
         do = "say how many points to try: --trials 20"
         raise LlavaError("--space", expected=f"at most {MOST_TRIALS:,} trials", do=do, exit_code=2)
     for key, axis in space.axes.items():
+        if key == "features":  # which names caches of --features
+            continue
         value = getattr(config, key)
         if value != DEFAULTS[key] and not (isinstance(axis, Choices) and value in axis.values):
             say(f"--space varies {key}: {value} is not among its values")
@@ -83,7 +85,10 @@ def _absolute(path: Path) -> Path:
 
 def plan(config: SweepConfig, space: Space) -> JsonDict:
     """Print and return the number of trials, and their time one after the other."""
-    trials, resources = space.size(config.trials), TrainingResources(config, weights=False)
+    trials, resources = (
+        space.size(config.trials),
+        TrainingResources(data_configs(config, space)[0], weights=False),
+    )
     measure_for = 2.0 if config.dry_run else 0.3  # what it is off by, the first trial shows
     kinds: dict[Hashable, float] = {}
     seconds = []

@@ -119,7 +119,7 @@ def _above(rows: Sequence[Row]) -> list[JsonDict]:
     above: list[JsonDict] = [{} for _ in rows]
     for k, own in enumerate(kept[1:], 1):
         pairs = [(held, kept[0][seed]) for seed, held in own.items() if seed in kept[0]]
-        pairs = [(held, best) for held, best in pairs if held.rows == best.rows and len(held.sums) > 1]
+        pairs = [(held, best) for held, best in pairs if held.pairs_with(best) and len(held.sums) > 1]
         if pairs:
             above[k] = _difference(*pairs)
     return above
@@ -133,6 +133,12 @@ class HeldOut:
     """Identity of the rows."""
     sums: np.ndarray
     """Nats and tokens [pictures, 2]."""
+    pictures: str = ""
+    """Identity of the pictures and their words, whatever encoded them; earlier versions kept none."""
+
+    def pairs_with(self, other: HeldOut) -> bool:
+        """Whether both are of the same rows, or of the same pictures by other encoders."""
+        return self.rows == other.rows or (self.pictures != "" and self.pictures == other.pictures)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
@@ -166,7 +172,9 @@ def _held_out(folder: Path) -> HeldOut | None:
 def _read_held_out(path: Path, inode: int, modified: int) -> HeldOut:
     """The file's contents, read again when it has been replaced: the table is written after every trial."""
     with np.load(path) as file:
-        return HeldOut(str(file["rows"]), np.stack([file["loss"], file["tokens"]], 1).astype(float))
+        pictures = str(file["pictures"]) if "pictures" in file else ""
+        sums = np.stack([file["loss"], file["tokens"]], 1).astype(float)
+        return HeldOut(str(file["rows"]), sums, pictures)
 
 
 def best_of(rows: Sequence[Row]) -> Record | None:

@@ -12,8 +12,9 @@ import torch
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
+from llava_core.input_folders import folders_of
 from llava_core.types import JsonDict
-from train.config import SweepConfig
+from train.config import RunConfig, SweepConfig
 from train.flags import FREE_KEYS
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS, train
@@ -23,7 +24,7 @@ from train.sweep.claim import Claim
 from train.sweep.page import write_page
 from train.sweep.plots import draw
 from train.sweep.results import best_of, how_sure, rows_of, text_table, write_best, write_results
-from train.sweep.space import Point, Space, run_config, words
+from train.sweep.space import Point, Space, data_configs, run_config, words
 from train.sweep.study import Study
 from train.sweep.together import measured, why_alone
 
@@ -78,20 +79,25 @@ def no_death_counted(claims: Sequence[Claim]) -> Iterator[None]:
 
 def opened(config: SweepConfig, study: Study) -> TrainingResources:
     """The resources of all trials. Raises LlavaError if their data has changed since the sweep began."""
-    resources = TrainingResources(config, repeated=True)
-    resources.cache_features(config)
-    study.require_same_data(data_of(config, resources), resources.llm.identity)
+    configs = data_configs(config, study.space)
+    resources = TrainingResources(configs[0], repeated=True)
+    data: JsonDict = {"the projector of --init": weights_sha256(config.init)} if config.init else {}
+    for own in configs:
+        data |= data_of(own, resources, several=len(configs) > 1)
+    resources.cache_features(configs[0])
+    study.require_same_data(data, resources.llm.identity)
     return resources
 
 
-def data_of(config: SweepConfig, resources: TrainingResources) -> JsonDict:
-    """Identities of the data that the trials read, by names for messages."""
+def data_of(config: RunConfig, resources: TrainingResources, several: bool) -> JsonDict:
+    """Identities of the data that trials read, by names for messages; of one cache of `several`."""
     rows = resources.rows(config)
+    kind = "" if config.fuse is None else f", fused by {config.fuse}"
+    of = f" of {' + '.join(map(str, folders_of(config.features)))}{kind}" if several else ""
     return {
-        "the training rows": rows["samples"],
-        "the held-out rows": rows["held_out"],
-        "the encoder": resources.provenance.encoder.fingerprint,
-        **({"the projector of --init": weights_sha256(config.init)} if config.init else {}),
+        f"the training rows{of}": rows["samples"],
+        f"the held-out rows{of}": rows["held_out"],
+        f"the encoder{of}": resources.provenance.encoder.fingerprint,
     }
 
 

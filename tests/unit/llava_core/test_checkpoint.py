@@ -112,8 +112,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, name: str) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "c")
     config = json.loads((tmp_path / "c/config.json").read_text())
-    (tmp_path / "c/config.json").write_text(json.dumps({**config, "version": 4}))
-    with pytest.raises(LlavaError, match=r"expected llava-projector version 1, 2 or 3; got .* version 4"):
+    (tmp_path / "c/config.json").write_text(json.dumps({**config, "version": 5}))
+    with pytest.raises(LlavaError, match=r"expected llava-projector version 1, 2, 3 or 4; got .* version 5"):
         load_checkpoint(tmp_path / "c")
 
 
