@@ -73,7 +73,8 @@ def model_card(
     return f"""{_block(header)}# {title}
 
 A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}{_norm(projector)}),
-{projector["in_width"]} to {projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}{_tuned(config)}.
+{projector["in_width"]} to {projector["out_width"]} wide, of {parameters:,} parameters,
+{_origin(training)}{_tuned(config)}.
 {beside.strip()}
 
 ## Use
