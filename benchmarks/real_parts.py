@@ -6,10 +6,10 @@
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb models/stamps
     python -m benchmarks.real_parts --out DIR
 
-Pictures of animals, food, vehicles and other things (Tux Paint's stamps, most of them photographs, that have
-a caption in English and in Chinese) go through DINOv2-small at 112 pixels. Between it and SmolLM2-135M-Instruct
-projectors of several kinds learn the English captions, with three seeds. It runs the public commands one after
-the other, and continues where it stopped.
+Pictures of animals, food, vehicles and other things (Tux Paint's stamps, most of them photographs) with a
+caption in English and in Chinese go through DINOv2-small at 112 pixels. Between it and SmolLM2-135M-Instruct
+projectors of several kinds learn the English captions, with three seeds. It runs the public commands one
+after the other, and continues where it stopped.
 """
 
 from __future__ import annotations
@@ -114,17 +114,17 @@ def write_pictures(stamps: Path, out: Path) -> dict[str, int]:
             found.append((path, lines[0].strip(), chinese[0].strip()))
     random.Random(0).shuffle(found)
     parts = {"held-out": found[:HELD_OUT], "train": found[HELD_OUT:]}
-    for name, rows in parts.items():
+    for name, chosen in parts.items():
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
-        for number, (path, english, chinese) in enumerate(rows):
+        for number, (path, caption, zh) in enumerate(chosen):
             with Image.open(path) as picture:
                 shown = Image.alpha_composite(
                     Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
                 )
             shown.convert("RGB").save(folder / f"{number:04}.png")
-            (folder / f"{number:04}.txt").write_text(english + "\n")
-            (folder / f"{number:04}.zh").write_text(chinese + "\n")
+            (folder / f"{number:04}.txt").write_text(caption + "\n")
+            (folder / f"{number:04}.zh").write_text(zh + "\n")
     return {name: len(rows) for name, rows in parts.items()}
 
 

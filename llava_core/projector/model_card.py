@@ -72,9 +72,8 @@ def model_card(
     figures = "\n".join(f"| {name} | {metrics[name]}{_interval(metrics, name)} |" for name in names)
     return f"""{_block(header)}# {title}
 
-A {projector["kind"]} projector (visual tokens: {projector["visual_tokens"]}{_norm(projector)}),
-{projector["in_width"]} to {projector["out_width"]} wide, of {parameters:,} parameters,
-{_origin(training)}{_tuned(config)}.
+A {projector["kind"]} projector ({_tokens(projector)}), {projector["in_width"]} to
+{projector["out_width"]} wide, of {parameters:,} parameters, {_origin(training)}{_tuned(config)}.
 {beside.strip()}
 
 ## Use
@@ -162,8 +161,9 @@ def _origin(training: JsonDict) -> str:
     )
 
 
-def _norm(projector: JsonDict) -> str:
-    return f"; feature norm: {projector['feature_norm']}" if "feature_norm" in projector else ""
+def _tokens(projector: JsonDict) -> str:
+    norm = projector.get("feature_norm")
+    return f"visual tokens: {projector['visual_tokens']}" + (f"; feature norm: {norm}" if norm else "")
 
 
 def _tuned(config: JsonDict) -> str:
