@@ -29,6 +29,7 @@ class FusedShard(Shard):
         vars(self).update(vars(copy.copy(base)))
         self.parts, self.identity, self._fusion = tuple(parts), identity, identity.fusion
         self.tokens, self.width = self._fusion.tokens, self._fusion.width
+        self.row_bytes = sum(part.row_bytes for part in parts)
         self.encoder, self.preprocess = identity.encoder, identity.preprocess
         uids = " ".join([identity.kind, *(part.layout.uid for part in parts)])
         self.layout = dataclasses.replace(self.layout, uid=hashlib.sha256(uids.encode()).hexdigest())
@@ -36,10 +37,6 @@ class FusedShard(Shard):
         for part in parts[1:]:  # a row has features where all have some, else the first failure
             failed = (self.status == Status.OK) & (part.status != Status.OK)
             self.status[failed] = part.status[failed]
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(part.row_bytes for part in self.parts)
 
     def read_into(self, row: int, out: np.ndarray) -> None:
         if self._fusion.kind == "tokens":
