@@ -47,7 +47,7 @@ def sweep(world: Path, out: Path, *space: str, **flags: Any) -> SweepConfig:
 def command(given: SweepConfig) -> list[str]:
     flags = flags_of(dataclasses.replace(given, space=()))
     at = flags.index("--space")
-    return ["train", "sweep", *flags[:at], *flags[at + 2 :], "--space", *given.space]
+    return ["train", "sweep", *flags[:at], *flags[at + 1 :], "--space", *given.space]
 
 
 def results(out: Path) -> dict[int, dict[str, Any]]:
