@@ -51,8 +51,8 @@ def open_fused(
     """The shards of several folders, fused by name, in the order of the folders, or as in `like`.
 
     The texts are those of the first folder. Prints how many rows have failed in some of the folders alone.
-    Raises LlavaError if a shard is damaged, they do not hold the same rows, or their encoders are not those of
-    `like`, or do not fit together.
+    Raises LlavaError if a shard is damaged, they do not hold the same rows, or their encoders are not those
+    of `like`, or do not fit together.
     """
     caches = [find_shards(folder) for folder in folders]
     for shards in caches:
