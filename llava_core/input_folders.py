@@ -145,6 +145,22 @@ def folders_of(given: Path | Sequence[Path] | None) -> list[Path]:
     return [] if given is None else [given] if isinstance(given, Path) else list(given)
 
 
+def require_fusable(
+    fuse: str, features: Path | Sequence[Path], held_out: Path | Sequence[Path] | None, mix: str | None
+) -> None:
+    """Raise LlavaError (wrong usage) unless --fuse has several caches, and each held-out ones if any."""
+    caches, judged, what = len(folders_of(features)), len(folders_of(held_out)), f"--fuse {fuse}"
+    if caches < 2:
+        expected = "a folder of --features for each encoder or layer, two or more"
+        raise LlavaError(what, expected=expected, got=caches, exit_code=2)
+    if judged not in (0, caches):
+        expected = f"a folder of --eval-features for each of the {caches} of --features"
+        raise LlavaError(what, expected=expected, got=judged, exit_code=2)
+    if mix is not None:
+        do = "--mix draws from caches of unlike rows, --fuse reads those of the same rows together"
+        raise LlavaError(f"{what} beside --mix", expected="one of them", do=do, exit_code=2)
+
+
 def names_of(folders: Sequence[Path]) -> list[str]:
     """Names that tell folders apart: the ends of their paths, as long as it takes for all to differ."""
     whole = [folder.absolute() for folder in folders]

@@ -14,6 +14,7 @@ from llava_core.input_folders import (
     folders_of,
     one_or_several,
     require_checkpoint,
+    require_fusable,
     require_language_model,
     require_shards,
 )
@@ -164,7 +165,7 @@ class RunConfig(Options):
         for name in ("features", "eval_features"):
             object.__setattr__(self, name, one_or_several(name, getattr(self, name)))
         if self.fuse is not None:
-            self._require_as_many_folders()
+            require_fusable(self.fuse, self.features, self.eval_features, self.mix)
         if self.mix is not None:
             _shares(self.mix, len(folders_of(self.features)))  # or refuse
         PROJECTORS.require(self.projector)
@@ -186,20 +187,6 @@ class RunConfig(Options):
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
         if self.eval_text is not None and self.eval_features is None:
             raise LlavaError("--eval-text", expected="--eval-features beside it", exit_code=2)
-
-    def _require_as_many_folders(self) -> None:
-        """Raise LlavaError (wrong usage) unless --fuse has several caches, and each held-out ones."""
-        counts = len(folders_of(self.features)), len(folders_of(self.eval_features))
-        what = f"--fuse {self.fuse}"
-        if counts[0] < 2:
-            expected = "a folder of --features for each encoder or layer, two or more"
-            raise LlavaError(what, expected=expected, got=counts[0], exit_code=2)
-        if counts[1] not in (0, counts[0]):
-            expected = f"a folder of --eval-features for each of the {counts[0]} of --features"
-            raise LlavaError(what, expected=expected, got=counts[1], exit_code=2)
-        if self.mix is not None:
-            do = "--mix draws from caches of unlike rows, --fuse reads those of the same rows together"
-            raise LlavaError(f"{what} beside --mix", expected="one of them", do=do, exit_code=2)
 
     @property
     def shares(self) -> tuple[float, ...] | None:

@@ -11,7 +11,7 @@ import torch
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.fusion import FusedIdentity
+from llava_core.projector.fusion import layer_weights
 from llava_core.projector.projector import described, parameter_count
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -151,6 +151,11 @@ class TrainingRun:
         self.writers.log(self.step, self.resources.prepared.figures())
 
     @property
+    def layer_weights(self) -> JsonDict:
+        """Figures of --fuse layers."""
+        return layer_weights(self.projector.mix, self.provenance.encoder)
+
+    @property
     def done(self) -> bool:
         return self.step == self.schedule.steps
 
@@ -204,7 +209,7 @@ class TrainingRun:
                     evaluated.sums, held_out.identity_with_picture, held_out.pictures_identity
                 )
         self.writers.log(
-            self.step, self.figures | self.layer_weights() | ({"eval_captions": lines} if lines else {})
+            self.step, self.figures | self.layer_weights | ({"eval_captions": lines} if lines else {})
         )
         gap = f"grounding gap {with_interval(figures, 'grounding_gap')}"
         say(
@@ -261,36 +266,27 @@ class TrainingRun:
             self.tuning.take(state["tuned"])
             self.restore(state)
 
-    def layer_weights(self) -> JsonDict:
-        """Weight of each layer of --fuse layers, as `layer_weight/NAME`."""
-        encoder, mix = self.provenance.encoder, self.projector.mix
-        if mix is None or not isinstance(encoder, FusedIdentity):
-            return {}
-        return {
-            f"layer_weight/{name}": weight for name, weight in zip(encoder.names, mix.weights, strict=True)
-        }
-
     def save(self) -> None:
         """Write a checkpoint, `best` if it is, unless that of this step is written."""
         if self.saved_step == self.step:
             return
         with self.group.same_outcome():
             if self.group.main:
-                described = (self.provenance, self.figures | self.layer_weights(), self.state())
+                described = (self.provenance, self.figures | self.layer_weights, self.state())
                 self.folder.save(self.step, self.projector, *described, self.improved, self.tuning.weights)
         self.saved_step, self.improved = self.step, False
 
     def finish(self, more: JsonDict) -> JsonDict:
         """Write and return the summary: the figures of the last evaluation, and `more`."""
         summary = {**self.figures, "out": str(self.config.out), "steps": self.step}
-        summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped, **self.layer_weights(), **more}
+        summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped, **self.layer_weights, **more}
         if self.group.main:
             self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {self.config.max_text_tokens} tokens" if self.cut else ""
         cut += f", and {self.dropped} turns after them dropped" if self.dropped else ""
         loss = "" if self.loss is None else f"; loss {self.loss:.4f} at the last"
         say(f"{self.title}finished {self.step} steps{loss}{cut}")
-        if weights := self.layer_weights():
+        if weights := self.layer_weights:
             listed = (
                 f"{name.removeprefix('layer_weight/')} {weight:.3f}" for name, weight in weights.items()
             )

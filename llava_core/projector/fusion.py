@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llava_core.fusion import Fusion
+from llava_core.fusion import FusedIdentity, Fusion
+from llava_core.identity import EncoderIdentity
 from llava_core.projector.visual_tokens import VisualTokens
+from llava_core.types import JsonDict
 
 
 class LayerMix(nn.Module):
@@ -30,6 +32,13 @@ class LayerMix(nn.Module):
         layers = torch.stack(features.chunk(len(self.logits), -1), -1)
         mixed: torch.Tensor = layers @ self.logits.softmax(0)
         return mixed
+
+
+def layer_weights(mix: LayerMix | None, encoder: EncoderIdentity) -> JsonDict:
+    """The weight of each layer, as `layer_weight/NAME`; empty without a mix."""
+    names = encoder.names if isinstance(encoder, FusedIdentity) else []
+    weights = mix.weights if mix is not None else []
+    return {f"layer_weight/{name}": weight for name, weight in zip(names, weights, strict=False)}
 
 
 class EachEncoder:

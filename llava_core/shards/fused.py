@@ -29,6 +29,7 @@ class FusedShard(Shard):
         vars(self).update(vars(copy.copy(base)))
         self.parts, self.identity, self._fusion = tuple(parts), identity, identity.fusion
         self.tokens, self.width = self._fusion.tokens, self._fusion.width
+        self.row_bytes = sum(part.row_bytes for part in parts)
         self.encoder, self.preprocess = identity.encoder, identity.preprocess
         uids = " ".join([identity.kind, *(part.layout.uid for part in parts)])
         self.layout = dataclasses.replace(self.layout, uid=hashlib.sha256(uids.encode()).hexdigest())
@@ -36,10 +37,6 @@ class FusedShard(Shard):
         for part in parts[1:]:  # a row has features where all have some, else the first failure
             failed = (self.status == Status.OK) & (part.status != Status.OK)
             self.status[failed] = part.status[failed]
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(part.row_bytes for part in self.parts)
 
     def read_into(self, row: int, out: np.ndarray) -> None:
         if self._fusion.kind == "tokens":
@@ -53,10 +50,9 @@ def open_fused(
 ) -> list[Shard]:
     """The shards of several folders, fused by name, in the order of the folders, or as in `like`.
 
-    The texts are those of the first folder.
-
-    Prints how many rows have failed in some of the folders alone. Raises LlavaError if one is damaged, they
-    do not hold the same rows, or their encoders are not those of `like`, or do not fit together.
+    The texts are those of the first folder. Prints how many rows have failed in some of the folders alone.
+    Raises LlavaError if a shard is damaged, they do not hold the same rows, or their encoders are not those
+    of `like`, or do not fit together.
     """
     caches = [find_shards(folder) for folder in folders]
     for shards in caches:

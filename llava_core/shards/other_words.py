@@ -59,10 +59,6 @@ class RewordedShard(Shard):
     def read_into(self, row: int, out: np.ndarray) -> None:
         self._base.read_into(self.picture_row(row), out)
 
-    @property
-    def row_bytes(self) -> int:
-        return self._base.row_bytes
-
     def picture_row(self, row: int) -> int:
         return int(self._places[row])
 

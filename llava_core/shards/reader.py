@@ -79,6 +79,7 @@ class Shard:
         layout = read_layout(path)
         self.layout = layout
         self.rows, self.tokens, self.width = layout.rows, layout.tokens, layout.width
+        self.row_bytes = layout.row_bytes
         self.encoder, self.preprocess, self.source = layout.encoder, layout.preprocess, layout.source
         self.identity = layout.identity
         self.conversations, self.local = layout.text == "conversation", layout.images == "local"
@@ -166,11 +167,6 @@ class Shard:
         offset = self.layout.offsets["reason"] + REASON_BYTES * row
         file = self._file()
         return reason_text(os.pread(file.descriptor, REASON_BYTES, offset))
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row's features on disk."""
-        return self.layout.row_bytes
 
     def picture_row(self, row: int) -> int:
         """The row of the file that has the picture of `row`: itself, unless --text gives other words."""

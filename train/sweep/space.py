@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from llava_core.cli.settings import read_settings
 from llava_core.errors import LlavaError, nearest
-from llava_core.input_folders import folders_of, names_of
 from train.config import RunConfig
 from train.flags import FREE_KEYS
+from train.sweep.caches import caches_of, require_caches
 
 Value: TypeAlias = "str | int | float"
 Point: TypeAlias = "dict[str, Value]"
@@ -112,7 +112,7 @@ class Space:
         if not axes:
             raise LlavaError("--space", expected="key=value,value or one YAML file", got="none", exit_code=2)
         if "features" in axes:
-            _require_caches(axes, base)
+            require_caches(axes["features"].plain(), "fuse" in axes, base)
         seeds = axes.pop("seed", None)
         if isinstance(seeds, Range):
             ends = range(int(seeds.low), min(int(seeds.high), int(seeds.low) + MOST_TRIALS) + 1)
@@ -183,7 +183,7 @@ def run_config(base: RunConfig, point: Point, out: Path) -> RunConfig:
     flags: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(RunConfig)}
     flags |= {"json": False, "resume": False, "dry_run": False, "out": out, **point}
     if "features" in point:
-        flags |= _caches_of(str(point["features"]), base, flags["fuse"])
+        flags |= caches_of(str(point["features"]), base, flags["fuse"])
     tables = {name: str(Path(flags[name]).absolute()) for name in ("text", "eval_text") if flags[name]}
     return RunConfig(**flags | tables)
 
@@ -192,44 +192,6 @@ def data_configs(base: RunConfig, space: Space) -> list[RunConfig]:
     """The flags of a run on each of the caches that are compared; `base` where all trials have one."""
     axes = {key: space.axes[key] for key in ("features", "fuse") if key in space.axes}
     return [run_config(base, point, base.out) for point in _product(axes)] if axes else [base]
-
-
-def _named_caches(value: str, base: RunConfig) -> list[Path]:
-    """The folders of --features that a value names: one, or several to be fused, as A+B.
-
-    Raises LlavaError (wrong usage) for a name that is not among them.
-    """
-    folders = folders_of(base.features)
-    known = {str(folder): folder for folder in folders} | dict(zip(names_of(folders), folders, strict=True))
-    words = [value] if value in known else value.split("+")
-    if unknown := [word for word in words if word not in known]:
-        expected = f"folders of --features, or A+B of them: {', '.join(names_of(folders))}"
-        raise LlavaError("--space features", expected=expected, got=unknown[0] or "nothing", exit_code=2)
-    return [known[word] for word in words]
-
-
-def _require_caches(axes: Mapping[str, Choices | Range], base: RunConfig) -> None:
-    """Raise LlavaError (wrong usage) unless several caches of one trial are to be fused."""
-    if base.mix is not None:
-        raise LlavaError("--space features beside --mix", expected="one of them", exit_code=2)
-    values = map(str, axes["features"].plain())
-    several = [value for value in values if len(_named_caches(value, base)) > 1]
-    if several and base.fuse is None and "fuse" not in axes:
-        expected = "--fuse channels, tokens or layers, for caches read together"
-        raise LlavaError("--space features", expected=expected, got=several[0], exit_code=2)
-
-
-def _caches_of(value: str, base: RunConfig, fuse: object) -> dict[str, Any]:
-    """The flags of a trial that say what it reads; of --eval-features it has those of its own encoders."""
-    from train.data.sources import held_out_of  # with numpy, which flag checks do without
-
-    folders = _named_caches(value, base)
-    held_out = held_out_of(folders, folders_of(base.eval_features))
-    return {
-        "features": tuple(folders),
-        "eval_features": tuple(held_out),
-        "fuse": fuse if len(folders) > 1 else None,
-    }
 
 
 def shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from llava_core.errors import LlavaError
 from train.config import RunConfig
+from train.sweep.caches import named_caches
 from train.sweep.space import Choices, Range, Space, run_config, words
 
 BASE = RunConfig(features=Path("f"), llm=Path("l"), out=Path("o"), eval_features=Path("e"))
@@ -110,3 +112,11 @@ def test_a_key_is_said_once() -> None:
         Space.of(["lr=1", "lr=2"], BASE)
     with pytest.raises(LlavaError, match="--space; expected"):
         Space.of([], BASE)
+
+
+def test_caches_are_named_by_name_or_path() -> None:
+    base = dataclasses.replace(BASE, features=(Path("runs/a"), Path("runs/b")))
+    first, second = Path("runs/a"), Path("runs/b")
+    assert named_caches("a+b", base) == named_caches("runs/a+./runs/b", base) == [first, second]
+    absolute = dataclasses.replace(base, features=(first.absolute(), second.absolute()))
+    assert named_caches("runs/b", absolute) == [second.absolute()]
