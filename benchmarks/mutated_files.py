@@ -16,7 +16,8 @@ import transformers
 from extract.config import InspectConfig, VerifyConfig
 from extract.inspect.command import run as inspect
 from extract.verify import run as verify
-from llava_align.config import MODELS, ExportConfig
+from llava_align.config import MODELS
+from llava_align.hub.config import ExportConfig
 from llava_align.hub.export import run as export
 from llava_align.hub.push import files_to_push
 from llava_core.errors import LlavaError

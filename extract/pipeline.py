@@ -13,9 +13,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from extract.config import PipelineConfig
 from extract.deduplicate import Deduplicator
 from extract.open_shard import OpenShard
+from extract.pipeline_config import PipelineConfig
 from extract.stages.decode import Decode
 from extract.stages.download import Download
 from extract.stages.encode import Encode

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, RankConfig, ScoreConfig, ServeConfig
+from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, RankConfig, ScoreConfig
+from infer.serve.config import ServeConfig
 from llava_core.cli import command
 from llava_core.cli.options import Command
 

@@ -12,8 +12,9 @@ from llava_core.bootstrap import with_interval
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.projector.fusion import layer_weights
-from llava_core.projector.projector import described, parameter_count
+from llava_core.projector.projector import described
 from llava_core.types import JsonDict
+from train.announcement import announce
 from train.config import RunConfig
 from train.cost_prediction import COSTLESS, Prediction, predict
 from train.data.batch import TextCounts
@@ -26,7 +27,6 @@ from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
 from train.sample_captions import beside_its_caption, captions
-from train.tuning import idle_flags
 
 
 class TrainingRun:
@@ -91,36 +91,7 @@ class TrainingRun:
                 )
             self.tuning.load(folder.last)
             self.restore(state)
-        self.announce()
-
-    def announce(self) -> None:
-        """Print what is frozen, what trains, and on what."""
-        config, title, tuned = self.config, self.title, self.tuning.trained
-        frozen = parameter_count(self.llm.model) - tuned
-        also = f" and {self.tuning.described} ({tuned:,})" if tuned else ""
-        name = f"{self.llm.id} ({frozen:,} parameters)" if frozen else "the vision encoder alone"
-        say(
-            f"{title}frozen: {name}; "
-            f"trained: {config.projector} projector {self.samples.shards[0].width}→{self.llm.hidden} "
-            f"({parameter_count(self.projector):,} parameters){also}; "
-            f"visual tokens: {config.visual_tokens} ({self.samples.tokens}→{self.visual})"
-            + ("" if config.feature_norm == "none" else f"; feature norm: {config.feature_norm}")
-        )
-        for flag in idle_flags(config):
-            say(f"{title}{flag} does nothing here, with --tune {config.tune}")
-        if config.init is not None and not self.step:
-            say(f"{title}starts from {config.init}")
-        say(
-            f"{title}{len(self.samples)} samples, features {self.samples.location}; "
-            f"{self.schedule.steps} steps of {config.batch_size} on {self.llm.device}"
-            + (f" in {self.group.size} processes" if self.group.size > 1 else "")
-            + (f", continued at step {self.step}" if self.step else "")
-            + f"; {self.schedule.ending}"
-        )
-        if (encoder := self.provenance.encoder).fusion:
-            say(f"{title}fused: {encoder}")
-        for line in self.samples.described(config.shares):
-            say(f"{title}{line}")
+        announce(self)
 
     def predicted(self) -> Prediction:
         """What it will take; predicted once for all runs of a kind."""

@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import Sequence, Set
 from concurrent.futures import Executor
 
-from extract.config import PipelineConfig
 from extract.deduplicate import Deduplicator
+from extract.pipeline_config import PipelineConfig
 from extract.row_job import ImageJob, JobSink, RowJob, RowRef
 from extract.stages.metrics import StageMetrics
 from llava_core.network.async_tasks import together

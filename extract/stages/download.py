@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Executor
 
-from extract.config import PipelineConfig
 from extract.open_shard import OpenShard
+from extract.pipeline_config import PipelineConfig
 from extract.row_job import ImageJob, JobSink, RowJob, RowRef
 from extract.stages.host_queue import HostQueue
 from llava_core.network.async_tasks import together

@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from infer.config import ServeConfig
 from infer.serve import openai_api as api
+from infer.serve.config import ServeConfig
 from infer.serve.image_cache import VisualTokenCache
 from infer.serve.openai_api import ApiError
 from infer.serve.prometheus import Metrics

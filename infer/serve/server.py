@@ -14,10 +14,10 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from infer.answerer import ImageAnswerer, open_image_answerer
-from infer.config import ServeConfig
 from infer.serve import openai_api as api
 from infer.serve.access import check_key, check_origin, is_loopback
 from infer.serve.completions import Completions
+from infer.serve.config import ServeConfig
 from infer.serve.connections import Connections
 from infer.serve.listen import listening
 from infer.serve.openai_api import ApiError

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_align.config import DownloadConfig
 from llava_align.hub.client import cure, open_modelscope
+from llava_align.hub.config import DownloadConfig
 from llava_core.cli.console import counted, human_bytes, say, show, table, visible
 from llava_core.errors import LlavaError, reason
 from llava_core.filesystem import nearest_existing

@@ -19,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
 
-from llava_align.config import ExportConfig
+from llava_align.hub.config import ExportConfig
 from llava_core.cli.console import human_bytes, say, show
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing, sha256_files

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from llava_align.config import ImportConfig
+from llava_align.hub.config import ImportConfig
 from llava_align.hub.foreign_projector import (
     Tensors,
     beside,

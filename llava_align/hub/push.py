@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_align.config import PushConfig
 from llava_align.hub.client import cure, open_modelscope
+from llava_align.hub.config import PushConfig
 from llava_core.cli.console import counted, human_bytes, say, show, table
 from llava_core.errors import LlavaError, reason
 from llava_core.filesystem import replace_text

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llava_align.config import DownloadConfig
+from llava_align.hub.config import DownloadConfig
 from llava_align.hub.download import DATA
 from llava_core.errors import LlavaError
 from tests.support.commands import Ended, call, run, started, wait_until

@@ -26,7 +26,8 @@ from transformers import (
 from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.chat.image_dialogue import ImageDialogue
 from infer.config import AskConfig
-from llava_align.config import MODELS, ExportConfig
+from llava_align.config import MODELS
+from llava_align.hub.config import ExportConfig
 from llava_align.hub.export import run as export_run
 from llava_align.hub.export import write_settings
 from llava_core.errors import LlavaError

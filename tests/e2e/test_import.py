@@ -15,7 +15,7 @@ from extract.config import RunConfig as ExtractConfig
 from extract.run import run as extract_run
 from infer.answerer import open_image_answerer
 from infer.config import AskConfig
-from llava_align.config import ImportConfig
+from llava_align.hub.config import ImportConfig
 from llava_align.hub.import_projector import run as import_run
 from llava_core.errors import LlavaError
 from llava_core.language.load import load_language_model

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from infer.config import ServeConfig
+from infer.serve.config import ServeConfig
 from llava_core.errors import LlavaError
 
 
