@@ -52,6 +52,8 @@ class Settings:
     """Layers that are compared, with a linear projector; the others train on the second one."""
     kinds: tuple[str, ...] = ("mlp", "lowrank64", "perceiver16", "cabstractor16", "tokenpacker2")
     """Projectors besides linear."""
+    norms: tuple[str, ...] = ("center", "layer")
+    """Feature norms besides none."""
     steps: int = 60
     batch_size: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -76,7 +78,7 @@ def main() -> None:
     figures["course, linear"] = sweep(settings, "course", second, "course", "projector=linear")
     kinds = f"projector={','.join(settings.kinds)}"
     figures["fast, kinds"] = sweep(settings, "kinds", second, "fast", kinds)
-    norms = "feature_norm=none,center,layer"
+    norms = f"feature_norm={','.join(settings.norms)}"
     figures["fast, feature norms"] = sweep(settings, "norms", second, "fast", norms)
     print(json.dumps(figures, indent=2))
 
