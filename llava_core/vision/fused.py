@@ -16,7 +16,7 @@ from llava_core.input_folders import folders_of
 from llava_core.projector.checkpoint import Provenance
 from llava_core.vision.open import open_recorded_tower, open_trained_tower
 from llava_core.vision.preprocess import Decoded, Preprocess
-from llava_core.vision.tower import VisionTower
+from llava_core.vision.tower import VisionTower, encode_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,23 @@ class FusedTower:
 
     def decode(self, image: bytes) -> Decoded:
         """An encoded image file -> the pixels that each encoder takes. Raises ImageError."""
-        first, *others = (tower.decode(image) for tower in self.towers)
+        decoded = {tower.preprocess: tower for tower in self.towers}
+        images = {preprocess: tower.decode(image) for preprocess, tower in decoded.items()}
+        first, *others = (images[tower.preprocess] for tower in self.towers)
         return dataclasses.replace(first, others=tuple(other.pixels for other in others))
 
     def encode_images(self, images: Sequence[Decoded]) -> torch.Tensor:
         """Pixels of images -> fp32 features [images, tokens, width]."""
         fusion = self.identity.fusion
         features = torch.zeros(len(images), fusion.tokens, fusion.width, device=self.towers[0].device)
-        for k, (tower, place) in enumerate(zip(self.towers, fusion.places, strict=True)):
-            pixels = np.stack([(image.pixels, *image.others)[k] for image in images])
-            features[place] = tower.encode(pixels)
+        encoders: dict[tuple[int, Preprocess], list[int]] = {}
+        for k, tower in enumerate(self.towers):
+            encoders.setdefault((id(tower.network), tower.preprocess), []).append(k)
+        for layers in encoders.values():  # one pass for all layers of an encoder
+            pixels = np.stack([(image.pixels, *image.others)[layers[0]] for image in images])
+            encoded = encode_layers([self.towers[k] for k in layers], torch.from_numpy(pixels))
+            for k, of_layer in zip(layers, encoded, strict=True):
+                features[fusion.places[k]] = of_layer
         return features
 
 
@@ -74,14 +81,14 @@ Open = Callable[[Path, EncoderIdentity], VisionTower]
 
 
 def _once(open_tower: Open) -> Open:
-    """`open_tower`, which opens each folder once for each layer, decoding and fit."""
+    """`open_tower`, which opens each folder once for each decoding and fit, and each layer if it must."""
     known: dict[str, VisionTower] = {}
 
     def opened(folder: Path, part: EncoderIdentity) -> VisionTower:
-        key = f"{folder} {part.flags}"
+        key = f"{folder} {part.flags['decode']} {part.flags['fit']}"
         if key not in known:
             known[key] = open_tower(folder, part)
-        return known[key]
+        return known[key].at(part.flags["layer"]) or open_tower(folder, part)
 
     return opened
 

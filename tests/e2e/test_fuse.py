@@ -17,7 +17,7 @@ import torch
 
 import llava_align
 from llava_core.filesystem import read_json_lines
-from llava_core.projector.checkpoint import point_to
+from llava_core.projector.checkpoint import load_checkpoint, point_to
 from llava_core.projector.projector import build_projector
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards
@@ -25,6 +25,7 @@ from llava_core.shards.fused import open_fused
 from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.writer import RowRecord, ShardWriter
 from llava_core.types import JsonDict
+from llava_core.vision.fused import FusedTower, open_trained_towers
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call
 from tests.support.features import CAPTIONS, write_features
@@ -476,3 +477,18 @@ def test_what_cannot_take_several_refuses_by_name(fused: Fused, tmp_path: Path) 
     assert written["version"] == 4  # which earlier programs refuse
     card = (fused.root / "runs/channels/last/README.md").read_text()
     assert "--vision ENCODER ENCODER --llm" in card
+
+
+def test_layers_of_one_encoder_take_one_network_and_one_pass(fused: Fused) -> None:
+    checkpoint = load_checkpoint(fused.root / "runs/layers/last")
+    tower = open_trained_towers(fused.vision("layers"), checkpoint.provenance)
+    assert isinstance(tower, FusedTower)
+    first, second = tower.towers
+    assert first.network is second.network
+    passes: list[object] = []
+    first.network.get_submodule("visual").register_forward_hook(lambda *_: passes.append(1))
+    image = tower.decode(fused.world.images[0].read_bytes())
+    features = tower.encode_images([image])[0]
+    assert len(passes) == 1
+    alone = [each.encode(image.pixels[None])[0] for each in tower.towers]
+    assert torch.equal(features, torch.cat(alone, dim=-1))
