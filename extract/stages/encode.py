@@ -12,6 +12,7 @@ import torch
 from extract.row_job import ImageJob, JobSink, RowJob
 from extract.stages.decode import EncoderInput
 from extract.stages.metrics import StageMetrics
+from llava_core.errors import LlavaError, first_line
 from llava_core.network.async_tasks import time_limit
 from llava_core.row_status import Status
 from llava_core.vision.tower import VisionTower, encode_layers
@@ -69,7 +70,12 @@ class Encode:
     def _encode(self, batch: Sequence[ImageJob]) -> None:
         with self.metrics.work():
             pixels = torch.from_numpy(np.stack([job.pixels for job in batch if job.pixels is not None]))
-            layers = encode_layers(list(self.towers.values()), pixels)
+            towers = list(self.towers.values())
+            try:
+                layers = encode_layers(towers, pixels)
+            except torch.OutOfMemoryError as error:
+                what, got = f"the GPU's memory is full: {towers[0].name}", first_line(error)
+                raise LlavaError(what, got=got, do="lower --batch-size") from None
             for fingerprint, layer in zip(self.towers, layers, strict=True):
                 features = layer.half()
                 finite = features.isfinite().flatten(1).all(1).tolist()

@@ -249,3 +249,27 @@ def test_what_cannot_be_is_one_line(base: str, encoders: tuple[Path, Path], tmp_
         assert words in line, line
     assert asked.total() == before
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_out_of_memory_costs_the_others_nothing(
+    base: str, encoders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "data/a.parquet", good(base, 40))
+    flags = (*flags_of(tmp_path / "data"), "--vision", *encoders, "--out", tmp_path / "out")
+    passes: list[str] = []
+
+    def torn(towers: list[VisionTower], pixels: torch.Tensor) -> list[torch.Tensor]:
+        passes.append(towers[0].name)
+        if passes.count("dinov2") == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return encode_layers(towers, pixels)
+
+    monkeypatch.setattr("extract.stages.encode.encode_layers", torn)
+    line = call("extract", "run", *flags, code=1).one_line()
+    assert "the GPU's memory is full" in line
+    assert "dinov2" in line
+    call("extract", "run", *flags)  # the tenth pass of dinov2 and later ones are well
+    assert passes.count("dinov2") == 41
+    assert passes.count("clip") in (40, 41)  # one may have been under way
+    for name in ("clip", "dinov2"):
+        assert Shard(tmp_path / "out" / name / "a.h5").status.tolist() == [Status.OK] * 40
