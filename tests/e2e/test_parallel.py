@@ -185,6 +185,7 @@ def test_memory_that_one_rank_lacks_shortens_its_passes(
     ("fit", "line"),
     [
         (0, "error: the memory of cpu is too small for one sample; got "),
+        (-1, "error: the projector greedy:Greedy fails; got "),
     ],
 )
 def test_memory_that_one_rank_lacks_altogether_ends_all_with_one_line(
