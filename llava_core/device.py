@@ -15,6 +15,7 @@ from llava_core.gpu_drivers import require_device
 from llava_core.launcher_variables import local_gpu
 
 DEVICE_ERRORS = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|device-side assert")
+MEMORY_ERRORS = re.compile(r"DefaultCPUAllocator: |MPS backend out of memory")
 LEAST_PRODUCTS = 8
 """Fewest matrix products that are timed, however long they take."""
 
@@ -68,6 +69,11 @@ def is_device_failure(error: Exception) -> bool:
     """Whether the device itself failed (a CUDA, cuDNN or cuBLAS error), so that other work fails too."""
     named = getattr(torch, "AcceleratorError", None)  # torch >= 2.8
     return (named is not None and isinstance(error, named)) or bool(DEVICE_ERRORS.search(str(error)))
+
+
+def is_memory_full(error: Exception) -> bool:
+    """Whether a device's memory was too small; a CPU and an Apple GPU have no class of errors for it."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(MEMORY_ERRORS.search(str(error)))
 
 
 def free_memory(device: torch.device) -> int:

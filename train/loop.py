@@ -14,7 +14,7 @@ import torch
 
 from llava_core.bootstrap import figure_rows
 from llava_core.cli.console import progress, say, show, table
-from llava_core.device import Later
+from llava_core.device import Later, is_memory_full
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
 from train.cost_prediction import outcome_line
@@ -165,7 +165,9 @@ class Trainer:
                     torch.stack(means).sum().backward()  # type: ignore[no-untyped-call]
                     for (k, _), mean in zip(row.packs, means, strict=True):
                         losses[k] += mean.detach()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_memory_full(error):
+                raise
             return False
         return True
 

@@ -78,8 +78,9 @@ def train(
                     title = f"{config.out.name}: " if len(configs) > 1 else ""
                     name = names[number] if names else None
                     runs[number] = TrainingRun(config, folder, resources, title, name)
-            except LlavaError as error:
+            except LlavaError as error:  # of one rank, perhaps of another
                 outcomes[number] = error
+                runs.pop(number, None)
         for run in runs.values():
             stack.callback(run.writers.close)
             run.begin()

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeli
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llava_core.cli.console import say
-from llava_core.device import default_dtype, is_device_failure
+from llava_core.device import default_dtype, is_device_failure, is_memory_full
 from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import sha256_files
 from llava_core.input_folders import (
@@ -198,7 +198,7 @@ def _require_embeddings_alone(llm: LanguageModel) -> None:
             llm.model(inputs_embeds=embedded.mean(1, keepdim=True), use_cache=False)  # of no token
         got = "other logits for embeddings" if different else ""
     except Exception as error:  # each model rejects embeddings in its own way
-        if isinstance(error, torch.OutOfMemoryError) or is_device_failure(error):
+        if is_memory_full(error) or is_device_failure(error):
             raise
         got = first_line(error)
     if got:

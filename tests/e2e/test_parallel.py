@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,10 +22,31 @@ from train.config import RunConfig
 from train.distributed import ProcessGroup
 from train.run import run as train_run
 
+GREEDY = """
+import os
+import torch
 
-def torchrun(processes: int, given: RunConfig) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+class Greedy(torch.nn.Linear):
+    def forward(self, features):
+        fit = int(os.environ["FIT"])
+        if os.environ["RANK"] == "1" and len(features) > fit and (torch.is_grad_enabled() or fit < 0):
+            torch.empty(2**50, dtype=torch.uint8)
+        return super().forward(features)
+"""
+"""A projector whose steps find no memory for more than FIT samples on one rank; below 0 nothing does."""
+
+
+def torchrun(
+    processes: int, given: RunConfig, **environment: Any
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    return started(*launcher, "-m", "train", "run", *flags_of(given))
+    return started(*launcher, "-m", "train", "run", *flags_of(given), **environment)
+
+
+def greedy(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    monkeypatch.syspath_prepend(tmp_path)
+    return config(world, tmp_path / "many", projector="greedy:Greedy", tune="lora", max_steps=4)
 
 
 def ended(process: subprocess.Popen[str], code: int) -> Ended:
@@ -145,6 +166,36 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(world: Path, tmp_path: P
     assert len(errors) == 1, err
     assert errors[0].startswith("error: a sample has too many tokens"), err
     assert "  traceback : a sample has too many tokens" in err, err
+
+
+def test_memory_that_one_rank_lacks_shortens_its_passes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's own error, with adapters, whose gradients of a pass begun are forgotten, too."""
+    given = greedy(world, tmp_path, monkeypatch)
+    with torchrun(2, given, FIT=1, PYTHONPATH=tmp_path) as process:
+        assert "no room on cpu" not in ended(process, code=0).err  # the other rank is silent
+    enough = dataclasses.replace(given, out=tmp_path / "enough")
+    with torchrun(2, enough, FIT=9, PYTHONPATH=tmp_path) as process:
+        ended(process, code=0)
+    assert_same_run(enough.out, given.out)
+
+
+@pytest.mark.parametrize(
+    ("fit", "line"),
+    [
+        (0, "error: the memory of cpu is too small for one sample; got "),
+        (-1, "error: the projector greedy:Greedy fails; got "),
+    ],
+)
+def test_memory_that_one_rank_lacks_altogether_ends_all_with_one_line(
+    world: Path, tmp_path: Path, fit: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torchrun(2, greedy(world, tmp_path, monkeypatch), FIT=fit, PYTHONPATH=tmp_path) as process:
+        err = ended(process, code=1).err
+    errors = [each for each in err.splitlines() if each.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert errors[0].startswith(line), err
 
 
 def test_shards_are_whole_even_and_level() -> None:

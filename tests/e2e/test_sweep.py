@@ -278,9 +278,10 @@ def test_two_processes_share_the_trials(world: Path, tmp_path: Path) -> None:
     assert [line["state"] for line in results(tmp_path / "out").values()] == ["finished"] * 8
 
 
-def test_pruning_saves_the_steps_of_what_is_hopeless(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [1, "auto"])
+def test_pruning_saves_the_steps_of_what_is_hopeless(world: Path, tmp_path: Path, together: Any) -> None:
     rates = "lr=1e-2,1.5e-2,2e-2,2.5e-2,3e-2,1e-7"
-    figures = sweep_run(sweep(world, tmp_path / "out", rates, prune="median"))
+    figures = sweep_run(sweep(world, tmp_path / "out", rates, prune="median", together=together))
     assert (figures["finished"], figures["pruned"]) == (5, 1)
     assert results(tmp_path / "out")[5]["state"] == "pruned"
     assert steps_of(tmp_path / "out") == [[0, 4, 8, 12]] * 5 + [[0, 4]]
@@ -352,6 +353,29 @@ def test_auto_trains_as_many_together_as_measured(
     asked.clear()
     sweep_run(dataclasses.replace(auto, together="auto"))  # nothing is left to measure for
     assert asked == []
+
+
+def test_auto_goes_on_with_another_number_after_a_kill(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    space = ("lr=5e-3,2e-2", "projector=linear,mlp")
+    flags: dict[str, Any] = {"epochs": 2, "save_every": 4, "keep": 1000}
+    given = sweep(world, tmp_path / "cut", *space, **flags, together="auto")
+    with started(*command(given)) as process:
+        wait_until(process, (tmp_path / "cut/trials/0000/step-00000008").exists)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=120)
+    monkeypatch.setattr(Step, "gain", lambda step, few, more: 1.5 if more == 2 else 1.0)
+    figures = sweep_run(dataclasses.replace(given, resume=True))
+    assert (figures["finished"], figures["interrupted"]) == (4, 0)
+    err = capfd.readouterr().err
+    assert "trains 2 trials at a time" in err
+    assert re.search(r"continued at step \d+", err)
+    assert steps_of(given.out) == [list(range(0, 25, 4))] * 4
+    alone = sweep(world, tmp_path / "alone", *space, **flags)
+    sweep_run(alone)
+    for trial, line in results(alone.out).items():
+        assert results(given.out)[trial]["eval_loss"] == pytest.approx(line["eval_loss"], rel=1e-4)
 
 
 def test_auto_leaves_to_themselves_what_others_results_steer(

@@ -54,6 +54,41 @@ def test_one_that_diverges_leaves_the_others_alone(world: Path, tmp_path: Path) 
     assert good["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
 
 
+BLIND = """
+import torch
+
+class Blind(torch.nn.Linear):
+    steps = 0
+
+    def forward(self, features):
+        self.steps += self.training and torch.is_grad_enabled()
+        return super().forward(features) * (1 if self.training or self.steps < 10 else float("nan"))
+"""
+"""A projector whose numbers are not finite in evaluations after the first step."""
+
+
+def test_those_that_diverge_have_a_line_each(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step, in an evaluation alone, and all of them."""
+    (tmp_path / "blind.py").write_text(BLIND)
+    monkeypatch.syspath_prepend(tmp_path)
+    bad = config(world, tmp_path / "bad", lr=1e3, weight_decay=1e6)
+    blind = config(world, tmp_path / "blind", projector="blind:Blind")
+    good = config(world, tmp_path / "good")
+    outcomes = train([bad, good, blind], TrainingResources(good))
+    failed = [str(outcome) for outcome in outcomes if isinstance(outcome, LlavaError)]
+    assert [text.partition(",")[0] for text in failed] == [
+        "the loss is nan at step 6",
+        "the loss is nan at step 10",
+    ]
+    assert isinstance(outcomes[1], dict)
+    assert outcomes[1]["eval_loss"] == curve(good.out, "eval_loss")[24]
+    assert not (blind.out / "last").exists()
+    again = [dataclasses.replace(each, out=each.out.with_suffix(".again")) for each in (bad, blind)]
+    assert all(isinstance(outcome, LlavaError) for outcome in train(again, TrainingResources(good)))
+
+
 def test_one_that_is_behind_catches_up(world: Path, tmp_path: Path) -> None:
     """As after a kill between the checkpoints of two runs."""
     configs = members(world, tmp_path / "whole")[:2]

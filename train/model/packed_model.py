@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from llava_core.cli.console import say
-from llava_core.device import is_device_failure
+from llava_core.device import is_device_failure, is_memory_full
 from llava_core.errors import LlavaError, first_line
 from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.model import LanguageModel
@@ -190,7 +190,7 @@ def _distances(llm: LanguageModel, kernel: Kernel, exact: Outputs) -> Distances 
     try:
         return _relative(_packed(llm), exact)
     except (AttributeError, ImportError, LlavaError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_memory_full(error):
             raise
         if is_device_failure(error):
             what = f"{llm.device} failed in the attention kernel {kernel.name}"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from llava_core.cli.console import say
-from llava_core.device import default_dtype, free_memory
+from llava_core.device import default_dtype, free_memory, is_memory_full
 from llava_core.projector.projector import parameter_count
 from train.config import RunConfig, SweepConfig
 from train.cost_prediction import activation_bytes
@@ -88,7 +88,9 @@ class Step:
             return 0.0
         try:
             passes = [(self.seconds(few), self.seconds(more)) for _ in range(1 + PASSES)][1:]
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_memory_full(error):
+                raise
             if self.resources.device.type == "cuda":
                 torch.cuda.empty_cache()
             return 0.0
