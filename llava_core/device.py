@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from llava_core.cli.console import say
+from llava_core.errors import MEMORY_ERRORS
 from llava_core.gpu_drivers import require_device
 from llava_core.launcher_variables import local_gpu
 
 DEVICE_ERRORS = re.compile(r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|device-side assert")
-MEMORY_ERRORS = re.compile(r"DefaultCPUAllocator: |MPS backend out of memory")
 LEAST_PRODUCTS = 8
 """Fewest matrix products that are timed, however long they take."""
 
@@ -72,7 +72,7 @@ def is_device_failure(error: Exception) -> bool:
 
 
 def is_memory_full(error: Exception) -> bool:
-    """Whether a device's memory was too small; a CPU and an Apple GPU have no class of errors for it."""
+    """Whether a device's memory was too small."""
     return isinstance(error, torch.OutOfMemoryError) or bool(MEMORY_ERRORS.search(str(error)))
 
 

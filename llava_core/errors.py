@@ -8,8 +8,10 @@ import errno
 import re
 from collections.abc import Iterator, Sequence
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Numbers of an OSError that mean the disk is full or read-only."""
+MEMORY_ERRORS = re.compile(r"DefaultCPUAllocator: |MPS backend out of memory")
+"""What torch says of a CPU's or an Apple GPU's memory, for which it has no class of errors."""
 
 
 class LlavaError(Exception):

@@ -12,6 +12,7 @@ import torch
 from extract.row_job import ImageJob, JobSink, RowJob
 from extract.stages.decode import EncoderInput
 from extract.stages.metrics import StageMetrics
+from llava_core.device import is_memory_full
 from llava_core.errors import LlavaError, first_line
 from llava_core.network.async_tasks import time_limit
 from llava_core.row_status import Status
@@ -73,8 +74,10 @@ class Encode:
             towers = list(self.towers.values())
             try:
                 layers = encode_layers(towers, pixels)
-            except torch.OutOfMemoryError as error:
-                what, got = f"the GPU's memory is full: {towers[0].name}", first_line(error)
+            except RuntimeError as error:
+                if not is_memory_full(error):
+                    raise
+                what, got = f"the memory is full: {towers[0].name}", first_line(error)
                 raise LlavaError(what, got=got, do="lower --batch-size") from None
             for fingerprint, layer in zip(self.towers, layers, strict=True):
                 features = layer.half()

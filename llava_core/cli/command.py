@@ -24,7 +24,7 @@ import tyro
 from llava_core.cli.console import guard_terminal, say, show, visible
 from llava_core.cli.options import Command
 from llava_core.cli.settings import with_settings
-from llava_core.errors import LlavaError, first_line
+from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line
 from llava_core.gpu_drivers import DRIVERS, require_device
 
 INTERRUPTED = 130
@@ -62,9 +62,11 @@ def main(
         say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
         code = 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which takes seconds to import
+        on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which takes seconds to import
+        if not on_gpu and not MEMORY_ERRORS.search(str(error)):
             raise
-        say(f"error: the GPU's memory is full; {OUT_OF_MEMORY}; {first_line(error)}")
+        memory = "GPU's memory" if on_gpu else "device's memory"
+        say(f"error: the {memory} is full; {OUT_OF_MEMORY}; {first_line(error)}")
         code = 1
     sys.exit(code)
 

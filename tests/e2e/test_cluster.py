@@ -127,7 +127,16 @@ def test_an_interrupt_ends_the_workers_and_one_bad_file_stops_no_other(
 
 def test_its_workers_run_the_trials_of_a_sweep(cluster: tuple[str, Node, Node], tmp_path: Path) -> None:
     flags = flags_of(config(write_runs(tmp_path), tmp_path / "out", max_steps=4, eval_every=2))
-    space = ("--space", "lr=1e-3,1e-2", "weight_decay=0,1e38", "--together", "auto", "--ray", cluster[0], "--json")
+    space = (
+        "--space",
+        "lr=1e-3,1e-2",
+        "weight_decay=0,1e38",
+        "--together",
+        "auto",
+        "--ray",
+        cluster[0],
+        "--json",
+    )
     ended = run("train", "sweep", *flags, *space, **ACCESS)
     assert (ended.summary["finished"], ended.summary["failed"]) == (2, 2)
     assert ended.summary["best"] == {"trial": ended.summary["best"]["trial"], "lr": 1e-2, "weight_decay": 0.0}

@@ -62,6 +62,7 @@ def target(flags: Flags) -> dict[str, Any]:
         "interrupt": KeyboardInterrupt(),
         "disk": OSError(28, "No space left on device", "x.h5"),
         "memory": torch.OutOfMemoryError("CUDA out of memory.\nTry this."),
+        "RAM": RuntimeError("DefaultCPUAllocator: no\nmore"),
     }
     if flags.fail == "many":
         return {"exit_code": 3}
@@ -100,6 +101,7 @@ def ended(*argv: str) -> int:
         ("dropped interrupt", 130, "interrupted; the same command continues where it stopped\n"),
         ("disk", 1, "error: No space left on device: x.h5\n"),
         ("memory", 1, f"error: the GPU's memory is full; {cli.OUT_OF_MEMORY}; CUDA out of memory.\n"),
+        ("RAM", 1, f"error: the device's memory is full; {cli.OUT_OF_MEMORY}; DefaultCPUAllocator: no\n"),
         ("many", 3, ""),
     ],
 )
