@@ -25,12 +25,13 @@ from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
 from train import cost_prediction, training_run
-from train.config import RunConfig, SweepConfig
+from train.config import RunConfig
 from train.cost_prediction import Prediction
 from train.metric_writers import MetricWriters
 from train.resources import TrainingResources
 from train.sweep import run_trials as trials
 from train.sweep.command import run as sweep_run
+from train.sweep.config import SweepConfig
 from train.sweep.study import MOST_DEATHS, Study
 from train.sweep.together import Step
 

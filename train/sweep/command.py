@@ -13,12 +13,13 @@ from llava_core.cli.console import counted, human_seconds, say
 from llava_core.errors import LlavaError
 from llava_core.launcher_variables import whole_number
 from llava_core.types import JsonDict
-from train.config import SweepConfig
 from train.cost_prediction import COSTLESS, forecast
 from train.flags import DEFAULTS
 from train.resources import TrainingResources
 from train.run_folder import as_begun
-from train.sweep.space import MOST_TRIALS, Choices, Space, data_configs, run_config
+from train.sweep.axis import Choices
+from train.sweep.config import SweepConfig
+from train.sweep.space import MOST_TRIALS, Space, data_configs, run_config
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""

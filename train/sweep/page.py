@@ -11,7 +11,7 @@ from llava_core.cli.console import counted, human_seconds
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
 from llava_core.report.tables import facts, table, totals
-from train.config import SweepConfig
+from train.sweep.config import SweepConfig
 from train.sweep.plots import Plot
 from train.sweep.record import Record
 from train.sweep.results import COLUMNS, Row, best_of, decimal

@@ -14,11 +14,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from llava_core.filesystem import read_json_lines
+from train.sweep.axis import Choices
 from train.sweep.parallel_plot import parallel
 from train.sweep.plot_style import DARK, LABELS, LIGHT, Theme, limit_losses, new_figure, render, shade, top_of
 from train.sweep.record import Record
 from train.sweep.results import Row, best_of
-from train.sweep.space import Choices, Space, shown
+from train.sweep.space import Space, shown
 
 LEGEND = 10
 """Most lines with a name in the legend; more are told apart by colour alone."""

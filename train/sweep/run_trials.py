@@ -14,13 +14,14 @@ from llava_core.cli.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.input_folders import folders_of
 from llava_core.types import JsonDict
-from train.config import RunConfig, SweepConfig
+from train.config import RunConfig
 from train.flags import FREE_KEYS
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS, train
 from train.run_folder import RunFolder, weights_sha256
 from train.stop_signal import StopRequest
 from train.sweep.claim import Claim
+from train.sweep.config import SweepConfig
 from train.sweep.page import write_page
 from train.sweep.plots import draw
 from train.sweep.results import best_of, how_sure, rows_of, text_table, write_best, write_results

@@ -19,8 +19,8 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Held, Lock
 from llava_core.identity import LanguageModelIdentity
 from llava_core.types import JsonDict
-from train.config import SweepConfig
 from train.sweep.claim import Claim
+from train.sweep.config import SweepConfig
 from train.sweep.record import Record, State
 from train.sweep.space import Point, Space
 from train.sweep.study_folder import FileLock, open_journal, quiet, require_same

@@ -11,7 +11,7 @@ import torch
 from llava_core.cli.console import say
 from llava_core.device import default_dtype, free_memory
 from llava_core.projector.projector import parameter_count
-from train.config import RunConfig, SweepConfig
+from train.config import RunConfig
 from train.cost_prediction import activation_bytes
 from train.data.batch import Batch
 from train.data.feature_cache import AUTO_SHARE
@@ -21,6 +21,7 @@ from train.initialization import projector_of
 from train.model.loss import packed_losses
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS
+from train.sweep.config import SweepConfig
 from train.sweep.space import Space
 
 WORTH = 1.1

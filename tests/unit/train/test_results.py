@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config import SweepConfig
+from train.sweep.config import SweepConfig
 from train.sweep.page import write_page
 from train.sweep.plots import draw
 from train.sweep.record import Record, State
