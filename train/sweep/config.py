@@ -8,6 +8,7 @@ from typing import Literal
 
 from llava_core.errors import LlavaError
 from train.config import RunConfig
+from train.sweep.budget import Budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,12 @@ class SweepConfig(RunConfig):
     """Folder of the sweep: trials/, results.csv, index.html, `best`."""
     trials: int | None = None
     """Draw N points, each for every seed: of lists at random, with a range where trials look best (TPE)."""
+    budget: str | None = None
+    """Give every trial the same: steps=N; flops=N, such as 2e15, by the operations predicted for its steps;
+    or seconds=N, by the time of its steps as measured here. The learning rate ends there."""
+    choices: int | None = None
+    """After a trial, let it choose each held-out row's caption among N, the others' those of other images, by
+    likelihood as `infer rank` does; and once more with shuffled pictures."""
     prune: Literal["auto", "median", "none"] = "auto"
     """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
     once there are five; auto does so with ranges alone."""
@@ -50,6 +57,15 @@ class SweepConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.budget is not None:
+            object.__setattr__(self, "budget", str(Budget.of(self.budget)))
+            for name in ("max_steps", "epochs"):
+                if getattr(self, name) != getattr(RunConfig, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    what = f"{flag} beside --budget, which sets the steps"
+                    raise LlavaError(what, expected="one of them", exit_code=2)
+        if self.choices is not None:
+            self.require_at_least(2, "choices")
         self.require_above_zero("trials", "ray_workers", *["together"] * (self.together != "auto"))
         if self.eval_features is None:
             raise LlavaError(

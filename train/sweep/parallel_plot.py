@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from train.sweep.axis import Choices, Range
 from train.sweep.plot_style import LABELS, Theme, new_figure, shade, top_of
-from train.sweep.results import Row
+from train.sweep.rows import Row
 from train.sweep.space import Space, shown
 
 
