@@ -19,6 +19,7 @@ from tests.support.browser import dom_of
 from tests.support.commands import call, started, wait_until
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from train.sweep import trial_steps
+from train.sweep.budget import Budget
 from train.sweep.command import run as sweep_run
 from train.sweep.config import SweepConfig
 
@@ -81,7 +82,7 @@ def test_equal_operations_are_steps_in_proportion_and_a_killed_trial_keeps_its_o
         wait_until(process, (tmp_path / "cut/trials/0000/step-00000016").exists)
         os.killpg(process.pid, signal.SIGKILL)
         _, err = process.communicate(timeout=120)
-    assert f"trial 0 (visual_tokens=all seed=0): --budget {budget_of(budget)} is 50 steps" in err
+    assert f"trial 0 (visual_tokens=all seed=0): --budget {Budget.of(budget)} is 50 steps" in err
     figures = sweep_run(given)
     assert figures["finished"] == 4
     cheap = int(50.5 * each["all"] / each["pool"])
@@ -95,11 +96,6 @@ def test_equal_operations_are_steps_in_proportion_and_a_killed_trial_keeps_its_o
         cut_run, whole_run = (run.out / "trials" / trial for run in (given, whole))
         assert curve(cut_run, "eval_loss") == curve(whole_run, "eval_loss")
         assert all(torch.equal(weights(cut_run)[k], v) for k, v in weights(whole_run).items())
-
-
-def budget_of(text: str) -> str:
-    unit, _, amount = text.partition("=")
-    return f"{unit}={float(amount):.15g}"
 
 
 def test_equal_seconds_are_measured_once_for_each_kind_and_kept(

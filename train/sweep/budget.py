@@ -37,4 +37,5 @@ class Budget:
         return self.unit != "steps"
 
     def __str__(self) -> str:
-        return f"{self.unit}={self.amount:.15g}"
+        short = f"{self.amount:.0f}" if self.unit == "steps" else f"{self.amount:g}".replace("e+", "e")
+        return f"{self.unit}={short if float(short) == self.amount else repr(self.amount)}"

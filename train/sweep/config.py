@@ -30,8 +30,8 @@ class SweepConfig(RunConfig):
     """Give every trial the same: steps=N; flops=N, such as 2e15, by the operations predicted for its steps;
     or seconds=N, by the time of its steps as measured here. The learning rate ends there."""
     choices: int | None = None
-    """After a trial, let it choose each held-out row's caption among N, the others' those of other images, by
-    likelihood as `infer rank` does; and once more with shuffled pictures."""
+    """After each trial, N-way forced choice on the held-out rows, as `infer rank` measures it: which of N
+    captions, the others of other images, is the most likely; and again with shuffled pictures."""
     prune: Literal["auto", "median", "none"] = "auto"
     """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
     once there are five; auto does so with ranges alone."""

@@ -142,4 +142,4 @@ def measured_rate(config: RunConfig, resources: TrainingResources) -> float:
         if isinstance(outcome, LlavaError):
             raise outcome
         last = read_json_lines(short.out / "metrics.jsonl")[-1]
-    return float(last["samples_per_s"]) / config.batch_size
+    return max(0.01, float(last["samples_per_s"])) / config.batch_size  # it is rounded to that
