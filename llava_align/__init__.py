@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from llava_core import __version__
 
 if TYPE_CHECKING:
-    from infer.rank.forced_choice import Choice
     from llava_align.aligned_model import AlignedChat, AlignedModel
     from llava_align.commands import ExtractSummary, SweepSummary, TrainSummary, extract, sweep, train
     from llava_align.feature_dataset import FeatureDataset, FeatureRow
     from llava_core.errors import LlavaError
+    from llava_core.language.forced_choice import Choice
     from llava_core.registry import register_projector, register_vision_encoder, register_visual_tokens
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 HOMES = {
     "AlignedChat": "llava_align.aligned_model",
     "AlignedModel": "llava_align.aligned_model",
-    "Choice": "infer.rank.forced_choice",
+    "Choice": "llava_core.language.forced_choice",
     "FeatureDataset": "llava_align.feature_dataset",
     "FeatureRow": "llava_align.feature_dataset",
     "LlavaError": "llava_core.errors",

@@ -13,11 +13,11 @@ from PIL import Image, ImageOps
 
 from infer.answerer import FeatureAnswerer, ImageAnswerer
 from infer.chat.dialogue import Dialogue
-from infer.rank.forced_choice import Choice, ranked, text_losses
 from llava_align.commands import typed
 from llava_align.feature_dataset import FeatureRow
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.language.forced_choice import Choice, ranked, text_losses
 from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Provenance, load_checkpoint
@@ -103,7 +103,7 @@ class AlignedModel:
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise LlavaError("rank", expected="a list of texts", got=repr(texts)[:80])
         visual, question = self.visual_tokens(image), self._question(question)
-        choices = text_losses(self._answerer, visual, question, list(texts))
+        choices = text_losses(self._answerer.llm, self._answerer.conversation, visual, question, list(texts))
         return ranked(choices, normalise)
 
     def visual_tokens(self, image: ImageLike) -> torch.Tensor:

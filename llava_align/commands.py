@@ -118,9 +118,9 @@ def sweep(
     `space` maps keys to lists of values, or to ranges such as "1e-4..1e-2:log", or is a YAML file of such
     lines. Other keywords are the flags of `train sweep`. Raises as `train` does.
     """
-    from train.config import SweepConfig
     from train.recipes import RECIPES
     from train.sweep.command import run
+    from train.sweep.config import SweepConfig
 
     paths = {"features": features, "eval_features": eval_features, "llm": llm, "out": out}
     given = {**paths, "space": _space(space), **_recipe(RECIPES, recipe), **flags}

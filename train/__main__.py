@@ -9,8 +9,9 @@ import time
 from llava_core.cli import command
 from llava_core.cli.console import silence
 from llava_core.cli.options import Command
-from train.config import EvalConfig, PlanConfig, RunConfig, SweepConfig
+from train.config import EvalConfig, PlanConfig, RunConfig
 from train.recipes import RECIPES
+from train.sweep.config import SweepConfig
 
 COMMANDS = {
     "run": Command(RunConfig, "train.run:run", RECIPES, continues=True),

@@ -33,6 +33,8 @@ Outcome: TypeAlias = "JsonDict | LlavaError"
 """The summary of a run that ended, or the error it failed with."""
 EvalCallback = Callable[[int, int, JsonDict], bool]
 """(which run, its step, its figures) after each evaluation; False ends that run there."""
+EndCallback = Callable[[TrainingRun], JsonDict]
+"""Measures a run after its last step: more figures of its summary."""
 Losses = dict[int, float]
 """Each run's mean loss of a step by the run's number, in nats per answer token."""
 
@@ -47,10 +49,12 @@ class Trainer:
         packing: Packing,
         stop: StopRequest,
         on_eval: EvalCallback | None = None,
+        on_end: EndCallback | None = None,
     ) -> None:
         self.runs, self.active = runs, dict(runs)
         """All runs by their numbers, and those of them that have not ended."""
-        self.resources, self.packing, self.stop, self.on_eval = resources, packing, stop, on_eval
+        self.resources, self.packing, self.stop = resources, packing, stop
+        self.on_eval, self.on_end = on_eval, on_end
         self.llm, self.group = resources.llm, resources.group
         first = next(iter(runs.values()))
         self.config, self.schedule, self.samples = first.config, first.schedule, first.samples
@@ -256,7 +260,8 @@ class Trainer:
         for number, run in list(self.active.items()):
             if run.done:
                 compared = run.prediction.compared(self.throughput) if len(self.runs) == 1 else {}
-                self.end(number, run.finish(compared))
+                more = self.on_end(run) if self.on_end else {}
+                self.end(number, run.finish(compared | more))
                 if compared:
                     say(outcome_line(compared))
                 if run.figures:

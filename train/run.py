@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.cost_prediction import run as plan
 from train.distributed import joined
 from train.initialization import projector_of
-from train.loop import EvalCallback, Outcome, Trainer
+from train.loop import EndCallback, EvalCallback, Outcome, Trainer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, as_begun
 from train.stop_signal import StopRequest
@@ -51,6 +51,7 @@ def train(
     on_eval: EvalCallback | None = None,
     names: Sequence[str] = (),
     stop: StopRequest | None = None,
+    on_end: EndCallback | None = None,
 ) -> list[Outcome]:
     """Train these runs together: each step is one pass of all their samples through the language model.
 
@@ -58,7 +59,7 @@ def train(
     (PER_RUN_KEYS). Each has a folder of its own and continues from there. Returns each run's summary, with
     `pruned` where `on_eval` ended it, or the error it failed with while the others went on. `names` are what
     metric writers call the runs, by default their folders'. `stop` tells of a signal that came after their
-    last step, too.
+    last step, too, and `on_end` adds to their summaries.
     """
     configs = [as_begun(config) for config in configs]
     resources.use(configs[0])
@@ -86,7 +87,7 @@ def train(
             run.begin()
         if runs:
             stop = stack.enter_context(StopRequest() if stop is None else stop)
-            outcomes |= train_to_the_end(runs, resources, stop, on_eval)
+            outcomes |= train_to_the_end(runs, resources, stop, on_eval, on_end)
     return [outcomes[number] for number in range(len(configs))]
 
 
@@ -95,6 +96,7 @@ def train_to_the_end(
     resources: TrainingResources,
     stop: StopRequest,
     on_eval: EvalCallback | None,
+    on_end: EndCallback | None = None,
 ) -> dict[int, Outcome]:
     """The outcomes of all runs; those that a kill left behind the others catch up with them first."""
     outcomes: dict[int, Outcome] = {}
@@ -108,7 +110,7 @@ def train_to_the_end(
         step, *later = sorted({run.step for run in left.values()})
         behind = {number: run for number, run in left.items() if run.step == step}
         until = later[0] if later else first.schedule.steps
-        outcomes |= Trainer(behind, resources, packing, stop, on_eval).train(until)
+        outcomes |= Trainer(behind, resources, packing, stop, on_eval, on_end).train(until)
     return outcomes
 
 

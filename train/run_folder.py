@@ -3,6 +3,7 @@
 training_config.yaml   the flags, written once
 metrics.jsonl          metrics, one JSON object a line
 held_out.npz           held-out losses of the last evaluation, by picture: what a sweep compares
+choices.npz            its forced choices, by row, where a sweep asked for them
 step-00000500/ ...     checkpoints (llava_core.projector.checkpoint)
 last, best             links to two of them
 """
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,16 +133,18 @@ class RunFolder:
 
     def keep_held_out(self, sums: np.ndarray, rows: str, pictures: str) -> None:
         """Write Evaluation.sums, and which rows they are of, and which pictures, by any encoder."""
-        partial = self.path / "held_out.npz.part"
+        losses, tokens = sums[:, 0].astype("<f4"), sums[:, 2].astype("<u4")
+        self._keep("held_out", rows=np.array(rows), pictures=np.array(pictures), loss=losses, tokens=tokens)
+
+    def keep_choices(self, right: Sequence[bool], shuffled: Sequence[bool], pictures: Sequence[int]) -> None:
+        """Write which rows' choices were right, with their pictures and with others, and the pictures."""
+        self._keep("choices", right=right, shuffled=shuffled, pictures=pictures)
+
+    def _keep(self, name: str, **arrays: Any) -> None:
+        partial = self.path / f"{name}.npz.part"
         with partial.open("wb") as file:
-            np.savez(
-                file,
-                rows=np.array(rows),
-                pictures=np.array(pictures),
-                loss=sums[:, 0].astype("<f4"),
-                tokens=sums[:, 2].astype("<u4"),
-            )
-        partial.replace(self.path / "held_out.npz")
+            np.savez(file, **arrays)
+        partial.replace(self.path / f"{name}.npz")
 
     def finished(self) -> JsonDict | None:
         """The summary of a run that reached its last step."""

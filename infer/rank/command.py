@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ from infer.answerer import FeatureAnswerer, open_asked_shards
 from infer.batch.output import write_answers
 from infer.batch.questions import VisualTokenLoader, open_questions
 from infer.config import RankConfig
-from infer.rank.forced_choice import ranked, text_losses
-from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
+from llava_core.bootstrap import figure_rows
 from llava_core.cli.console import counted, say, show, table
 from llava_core.errors import LlavaError
 from llava_core.input_folders import folders_of
+from llava_core.language.forced_choice import accuracy, beside_other_captions, ranked, text_losses
 from llava_core.row_status import Status
 from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
@@ -48,7 +47,7 @@ def run(config: RankConfig) -> JsonDict:
         return rankings(answerer, todo, visual_tokens, config)
 
     lines = write_answers(config, questions, made, rank_all)
-    figures = accuracy(lines, picture_numbers(keys))
+    figures = figures_of(lines, picture_numbers(keys))
     show(table(figure_rows(figures)))
     return {**figures, "output": str(config.output), "exit_code": int(figures["failed"] > 0)}
 
@@ -79,24 +78,11 @@ def with_other_captions(
     if left := len(questions) - len(rows):
         say(f"{counted(left, 'row')} about no picture, or without a caption, not ranked")
     keys = [list(shards[row["shard"]].picture_keys(row["row"])) for row in rows]
-    pictures = picture_numbers(keys)
-    chosen = []
-    for place, row in enumerate(rows):
-        draw = random.Random(f"{config.seed}/{place}")
-        texts = [row["caption"]]
-        for other in draw.sample(range(len(rows)), len(rows)):
-            if pictures[other] != pictures[place] and rows[other]["caption"] not in texts:
-                texts.append(rows[other]["caption"])
-            if len(texts) == config.choices:
-                break
-        else:
-            raise LlavaError(
-                f"--choices {config.choices}",
-                expected=f"at most {len(texts)}, the different captions in {folders_of(config.features)[0]}",
-            )
-        draw.shuffle(texts)
-        chosen.append({**row, "texts": texts, "answer": row["caption"]})
-    return chosen, keys
+    captions, folder = [row["caption"] for row in rows], folders_of(config.features)[0]
+    chosen = beside_other_captions(captions, picture_numbers(keys), config.choices, config.seed, folder)
+    return [
+        {**row, "texts": texts, "answer": row["caption"]} for row, texts in zip(rows, chosen, strict=True)
+    ], keys
 
 
 def rankings(
@@ -120,7 +106,9 @@ def _ranking(
 ) -> JsonDict:
     texts, answer = question["texts"], question.get("answer")
     try:
-        choices = text_losses(answerer, visual, question["prompt"], texts, question.get("system"))
+        choices = text_losses(
+            answerer.llm, answerer.conversation, visual, question["prompt"], texts, question.get("system")
+        )
     except LlavaError as error:  # a text that does not fit the context
         return {"error": str(error)}
     order = ranked(choices, normalise)
@@ -134,7 +122,7 @@ def _ranking(
     return result
 
 
-def accuracy(lines: Sequence[JsonDict], pictures: Sequence[int]) -> JsonDict:
+def figures_of(lines: Sequence[JsonDict], pictures: Sequence[int]) -> JsonDict:
     """Share of lines whose best text is the right one, and what chance would give."""
     judged = [k for k, line in enumerate(lines) if "correct" in line]
     figures: JsonDict = {
@@ -142,12 +130,6 @@ def accuracy(lines: Sequence[JsonDict], pictures: Sequence[int]) -> JsonDict:
     }  # fmt: skip
     if not judged:
         return figures
-    correct = np.array([lines[k]["correct"] for k in judged], float)
-    figures["accuracy"] = float(correct.mean())
-    own = [pictures[k] for k in judged]
-    numbers = {picture: number for number, picture in enumerate(dict.fromkeys(own))}
-    sums = by_picture(np.stack([correct, np.ones_like(correct)], 1), [numbers[p] for p in own])
-    if len(sums) > 1:
-        right, count = redrawn(sums).T
-        figures |= interval("accuracy", right / count)
+    correct = [lines[k]["correct"] for k in judged]
+    figures |= accuracy("accuracy", correct, [pictures[k] for k in judged])
     return {**figures, "chance": float(np.mean([1 / len(lines[k]["texts"]) for k in judged]))}

@@ -180,6 +180,15 @@ def human_bytes(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
+def human_operations(n: float) -> str:
+    """Floating-point operations as text: 2.1e15 -> '2.1 PFLOP'."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if n < 1000:
+            return f"{n:.3g} {unit}FLOP"
+        n /= 1000
+    return f"{n:,.3g} EFLOP"
+
+
 def counted(n: int, noun: str) -> str:
     """Number and noun: 1 -> '1 source', 2000 -> '2,000 sources'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -23,9 +23,10 @@ from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import call
 from tests.support.features import write_features
 from tests.support.runs import config, flags_of, weights
-from train.config import RunConfig, SweepConfig
+from train.config import RunConfig
 from train.run import run as train_run
 from train.sweep.command import run as sweep_run
+from train.sweep.config import SweepConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from infer.answerer import open_image_answerer
 from infer.config import AskConfig
-from infer.rank import forced_choice
 from llava_align import AlignedModel, FeatureDataset, LlavaError
+from llava_core.language import forced_choice
 from llava_core.language.instructions import QUESTION
 from llava_core.language.prompt_and_labels import Turn
 from llava_core.language.target_logits import target_logits

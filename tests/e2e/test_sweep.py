@@ -25,12 +25,13 @@ from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import config, curve, flags_of, weights, write_runs
 from tests.support.shards import write_shard
 from train import cost_prediction, training_run
-from train.config import RunConfig, SweepConfig
+from train.config import RunConfig
 from train.cost_prediction import Prediction
 from train.metric_writers import MetricWriters
 from train.resources import TrainingResources
 from train.sweep import run_trials as trials
 from train.sweep.command import run as sweep_run
+from train.sweep.config import SweepConfig
 from train.sweep.study import MOST_DEATHS, Study
 from train.sweep.together import Step
 
@@ -107,9 +108,13 @@ def test_the_best_is_made_again_by_the_command_that_is_given(
     assert again["best"] == {key: first[key] for key in ("trial", "lr", "projector", "weight_decay", "seed")}
     assert (
         out.splitlines()[0].split()
-        == "lr projector weight_decay held-out loss above the best spread grounding gap finished time".split()
+        == "lr projector weight_decay held-out loss above the best spread grounding gap trained parameters "
+        "operations finished time".split()
     )
-    assert re.match(r"0\.02 +mlp +0 +\d\.\d{4} +- +\d\.\d{4} +-?\d\.\d{4} +2 of 2", out.splitlines()[2])
+    assert re.match(
+        r"0\.02 +mlp +0 +\d\.\d{4} +- +\d\.\d{4} +-?\d\.\d{4} +[\d,]+ +[\d.]+ [MG]FLOP +2 of 2",
+        out.splitlines()[2],
+    )
     assert out.splitlines()[-1] == f"the best again: {again['command']}"
     arguments = shlex.split(again["command"])
     monkeypatch.chdir(tmp_path)
@@ -122,12 +127,12 @@ def test_the_best_is_made_again_by_the_command_that_is_given(
 
 
 def test_the_page_shows_all_and_asks_for_nothing(grid: Path, tmp_path: Path) -> None:
-    for name in ("loss-lr.png", "parallel.png", "curves.png"):
+    for name in ("loss-lr.png", "parallel.png", "curves.png", "pareto.png"):
         assert (grid / name).read_bytes().startswith(b"\x89PNG")
     text = (grid / "index.html").read_text()
     assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:)""", text)
     dom = dom_of(grid / "index.html", tmp_path)
-    assert dom.count("<picture>") == 3
+    assert dom.count("<picture>") == 4
     assert dom.count("<tr") == 1 + 8
     assert dom.count("the loss is nan at step ") == 8
     assert "python -m train run -c" in dom

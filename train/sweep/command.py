@@ -13,12 +13,15 @@ from llava_core.cli.console import counted, human_seconds, say
 from llava_core.errors import LlavaError
 from llava_core.launcher_variables import whole_number
 from llava_core.types import JsonDict
-from train.config import SweepConfig
 from train.cost_prediction import COSTLESS, forecast
 from train.flags import DEFAULTS
 from train.resources import TrainingResources
 from train.run_folder import as_begun
-from train.sweep.space import MOST_TRIALS, Choices, Space, data_configs, run_config
+from train.sweep.axis import Choices
+from train.sweep.budget import Budget
+from train.sweep.config import SweepConfig
+from train.sweep.space import MOST_TRIALS, Space, data_configs, run_config, words
+from train.sweep.trial_steps import with_steps
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
@@ -95,7 +98,12 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
     for point in itertools.islice(space.typical(), MOST_PREDICTED):
         kind = tuple((key, value) for key, value in point.items() if key not in COSTLESS | {"seed"})
         if kind not in kinds:
-            kinds[kind] = forecast(run_config(config, point, config.out), resources, measure_for).seconds
+            run = run_config(config, point, config.out)
+            if config.budget is not None:
+                run = with_steps(
+                    run, Budget.of(config.budget), resources, f"the trial {words(point)}".rstrip()
+                )
+            kinds[kind] = forecast(run, resources, measure_for).seconds
         seconds.append(kinds[kind])
     predicted = trials * sum(seconds) / len(seconds)
     points = trials // max(1, len(space.seeds))

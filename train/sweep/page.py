@@ -11,10 +11,11 @@ from llava_core.cli.console import counted, human_seconds
 from llava_core.filesystem import replace_text
 from llava_core.report.page import REPORT_STYLE, fill
 from llava_core.report.tables import facts, table, totals
-from train.config import SweepConfig
+from train.sweep.config import SweepConfig
 from train.sweep.plots import Plot
 from train.sweep.record import Record
-from train.sweep.results import COLUMNS, Row, best_of, decimal
+from train.sweep.results import columns_of, decimal
+from train.sweep.rows import Row, best_of
 from train.sweep.space import Space, shown, words
 
 
@@ -76,11 +77,13 @@ def _figure(plot: Plot) -> str:
 
 
 def _table(space: Space, rows: Sequence[Row]) -> str:
-    lines = []
+    columns, lines = columns_of(rows), []
     for k, row in enumerate(rows):
         kind = "best" if k == 0 and row.finished else "failed" if row.state == "failed" else ""
-        lines.append((kind, [*(shown(row.point.get(key, "-")) for key in space.axes), *row.cells()]))
-    return table([name.replace("_", " ") for name in (*space.axes, *COLUMNS)], [lines])
+        values = [shown(row.point.get(key, "-")) for key in space.axes]
+        lines.append((kind, [*values, *(cell(row) for _, cell in columns)]))
+    head = [*(key.replace("_", " ") for key in space.axes), *(name for name, _ in columns)]
+    return table(head, [lines])
 
 
 def _failures(records: Sequence[Record]) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from train.sweep.axis import Choices, Range
 from train.sweep.plot_style import LABELS, Theme, new_figure, shade, top_of
-from train.sweep.results import Row
-from train.sweep.space import Choices, Range, Space, shown
+from train.sweep.rows import Row
+from train.sweep.space import Space, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ LABELS = 8
 """Values of a list that are written beside its axis; of more, this many, evenly spread."""
 OUTLIER = 4.0
 """Losses more than this many times further above the best than the median is are drawn at the edge."""
-LIGHT = {"paper": "#ffffff", "ink": "#1f1e1b", "line": "#dedad2", "best": "#b4532f"}
-DARK = {"paper": "#161614", "ink": "#e9e6df", "line": "#4a4740", "best": "#f0a07c"}
+LIGHT = {"paper": "#ffffff", "ink": "#1f1e1b", "line": "#dedad2", "best": "#b4532f", "other": "#0072b2"}
+DARK = {"paper": "#161614", "ink": "#e9e6df", "line": "#4a4740", "best": "#f0a07c", "other": "#56b4e9"}
 SHADES = {"#ffffff": (0.05, 0.85), "#161614": (0.3, 1.0)}
 """The part of the colour map, from the best loss to the worst, that is seen on each paper."""
 

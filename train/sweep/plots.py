@@ -1,4 +1,4 @@
-"""The plots of a sweep: loss against learning rate, loss curves, and parallel coordinates.
+"""The plots of a sweep: loss against learning rate and against operations, its curves, parallel coordinates.
 
 Each is a PNG in the sweep's folder, and an SVG on light and on dark paper for its page.
 """
@@ -13,12 +13,13 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from llava_core.filesystem import read_json_lines
+from train.sweep.axis import Choices
 from train.sweep.parallel_plot import parallel
+from train.sweep.pareto_plot import comparable, pareto
 from train.sweep.plot_style import DARK, LABELS, LIGHT, Theme, limit_losses, new_figure, render, shade, top_of
 from train.sweep.record import Record
-from train.sweep.results import Row, best_of
-from train.sweep.space import Choices, Space, shown
+from train.sweep.rows import Row, best_of
+from train.sweep.space import Space, shown
 
 LEGEND = 10
 """Most lines with a name in the legend; more are told apart by colour alone."""
@@ -54,6 +55,12 @@ def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Plot]:
             "A line for each point, from its values to its loss, dotted if none finished; the best is thick"
         )
         wanted.append(("parallel", caption, lambda theme: parallel(space, rows, theme)))
+    if comparable(rows):
+        caption = (
+            "Held-out loss against the operations of all steps so far: a thin line for each run, a mark for "
+        )
+        caption += "each point where its runs ended (the mean of seeds; a bar from the lowest to the highest)"
+        wanted.append(("pareto", caption, lambda theme: pareto(rows, theme)))
     plots = []
     for name, caption, figure in wanted:
         partial = folder / f"{name}.png.part"
@@ -122,7 +129,7 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
 def curves(rows: Sequence[Row], theme: Theme) -> Figure:
     """A line for each run, coloured by its loss at the end."""
     best = best_of(rows)
-    drawn = [(record, line) for row in rows for record in row.records if (line := curve_of(record))]
+    drawn = [(record, line) for row in rows for record in row.records if (line := record.curve)]
     later = [loss for _, line in drawn for step, loss in line if step > 0]
     losses = later or [loss for _, line in drawn for _, loss in line]
     figure, axes = new_figure()
@@ -157,16 +164,6 @@ def curves(rows: Sequence[Row], theme: Theme) -> Figure:
     axes.set_xlim(left=0)
     axes.grid(linewidth=0.5)
     return figure
-
-
-def curve_of(record: Record) -> list[tuple[int, float]]:
-    """(step, held-out loss) of each evaluation, from the run's metrics."""
-    try:
-        metrics = read_json_lines(record.folder / "metrics.jsonl")
-    except (OSError, ValueError):
-        return []
-    losses = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
-    return [(step, loss) for step, loss in losses if math.isfinite(loss)]
 
 
 def _at_the_end(record: Record) -> float:

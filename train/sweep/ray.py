@@ -28,8 +28,8 @@ from llava_core.ray_cluster import (
     start_progress_actor,
 )
 from llava_core.types import Device
-from train.config import SweepConfig
 from train.stop_signal import StopRequest
+from train.sweep.config import SweepConfig
 from train.sweep.run_trials import open_study, work
 from train.sweep.space import Space
 from train.sweep.study import Study

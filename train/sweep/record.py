@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
+from llava_core.filesystem import read_json_lines
 from llava_core.types import JsonDict
 from train.sweep.space import Point
 
@@ -28,3 +30,13 @@ class Record:
     """Time spent on it; of trials trained together, an equal share."""
     error: str | None = None
     """Why it failed."""
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """(step, held-out loss) of each evaluation, from the run's metrics."""
+        try:
+            metrics = read_json_lines(self.folder / "metrics.jsonl")
+        except (OSError, ValueError):
+            return []
+        losses = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+        return [(step, loss) for step, loss in losses if math.isfinite(loss)]

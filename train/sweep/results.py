@@ -4,203 +4,86 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
 import json
 import shlex
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-import numpy as np
 import yaml
 
-from llava_core.bootstrap import interval, redrawn, with_interval
-from llava_core.cli.console import counted, human_seconds, table
+from llava_core.bootstrap import with_interval
+from llava_core.cli.console import counted, human_operations, human_seconds, table
 from llava_core.filesystem import replace_text
 from llava_core.projector.checkpoint import point_to
 from llava_core.types import JsonDict
 from train.config import RunConfig
 from train.flags import plain
-from train.sweep.record import Record, State
-from train.sweep.space import Point, shown
+from train.sweep.record import Record
+from train.sweep.rows import ORDER, Row, rows_of
+from train.sweep.space import shown
 
-ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
 SHOWN = 30
 """Most rows of the table in the terminal."""
-REMEMBERED = 4096
-"""Trials whose held-out losses stay in memory; those of a longer sweep are read at each table."""
 NOT_KEPT = {"out", "json", "resume", "dry_run"}
 """Flags that best.yaml leaves to the command line."""
+ABOVE = ("above_best", "above_best_low", "above_best_high", "above_best_seeds")
+CHOICE = tuple(f"choice_accuracy{what}{end}" for what in ("", "_shuffled") for end in ("", "_low", "_high"))
+COST = ("tokens_per_picture", "trained_parameters", "operations")
+Column: TypeAlias = "tuple[str, Callable[[Row], str]]"
+"""Its name, and what it says of a row."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Trials that differ by their seed alone."""
-
-    point: Point
-    """Values by key, without the seed."""
-    records: list[Record]
-    above: JsonDict = dataclasses.field(default_factory=dict)
-    """`above_best`, its loss minus the best row's, with its interval. Empty for the best row, and for one
-    without held-out losses of the same rows and seeds."""
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the held-out rows do not tell it from the best one."""
-        return bool(self.above) and self.above["above_best_low"] <= 0 <= self.above["above_best_high"]
-
-    @property
-    def finished(self) -> list[Record]:
-        return [record for record in self.records if record.state == "finished"]
-
-    @property
-    def state(self) -> State:
-        """State of the trial that came furthest."""
-        return min((record.state for record in self.records), key=ORDER.index)
-
-    @property
-    def loss(self) -> float | None:
-        """Mean loss of the trials in the row's state."""
-        return self._mean(lambda record: record.loss)
-
-    @property
-    def gap(self) -> float | None:
-        """Mean grounding gap of the same trials."""
-        return self._mean(lambda record: record.summary.get("eval_grounding_gap"))
-
-    @property
-    def spread(self) -> float | None:
-        """Highest minus lowest loss of those that finished; None for a single one."""
-        losses = [record.loss for record in self.finished if record.loss is not None]
-        return max(losses) - min(losses) if len(losses) > 1 else None
-
-    @property
-    def seconds(self) -> float:
-        return sum(record.seconds for record in self.records)
-
-    def cells(self) -> list[str]:
-        """Cells of the row under `COLUMNS`."""
-        some = [f"{len(self.finished)} of {len(self.records)}", human_seconds(self.seconds)]
-        loss = [] if self.loss is None else [decimal(self.loss)]
-        state = [] if self.state == "finished" else [self.state]
-        above = ("none: " if self.is_tied else "") + with_interval(self.above, "above_best")
-        return [" ".join([*loss, *state]), above, decimal(self.spread), decimal(self.gap), *some]
-
-    def _mean(self, figure: Callable[[Record], float | None]) -> float | None:
-        chosen = [figure(record) for record in self.records if record.state == self.state]
-        known = [value for value in chosen if value is not None]
-        return sum(known) / len(known) if known else None
-
-
-ABOVE = ("above_best", "above_best_low", "above_best_high")
-COLUMNS = ("held-out loss", "above the best", "spread", "grounding gap", "finished", "time")
-
-
-def rows_of(records: Sequence[Record]) -> list[Row]:
-    """The best first; those that did not finish last."""
-    rows: dict[tuple[tuple[str, object], ...], Row] = {}
-    for record in records:
-        point = {key: value for key, value in record.point.items() if key != "seed"}
-        rows.setdefault(tuple(point.items()), Row(point, [])).records.append(record)
-    ranked = sorted(rows.values(), key=_rank)
-    return [dataclasses.replace(row, above=above) for row, above in zip(ranked, _above(ranked), strict=True)]
-
-
-def _above(rows: Sequence[Row]) -> list[JsonDict]:
-    """`Row.above` of each row, paired by picture and by seed.
-
-    Seeds are drawn again as pictures are; of a single seed, the interval leaves out what another would do.
-    """
-    kept = [
-        {record.point.get("seed"): held for record in row.finished if (held := _held_out(record.folder))}
-        for row in rows
+def columns_of(rows: Sequence[Row]) -> list[Column]:
+    """Columns of the table beside the values: of what a row costs those in which rows differ."""
+    choices = next((record.summary["choices"] for row in rows for record in row.finished if row.choice), 0)
+    measured: list[Column] = [
+        (f"{choices}-way choice", lambda row: with_interval(row.choice, "choice_accuracy", 3)),
+        (f"with shuffled pictures (chance {1 / max(1, choices):.3g})",
+         lambda row: with_interval(row.choice, "choice_accuracy_shuffled", 3)),
+    ]  # fmt: skip
+    costs: list[Column] = [
+        ("tokens per picture", lambda row: _whole(row.mean("tokens_per_picture"))),
+        ("trained parameters", lambda row: _whole(row.mean("trained_parameters"))),
+        ("operations", lambda row: "-" if row.operations is None else human_operations(row.operations)),
     ]
-    above: list[JsonDict] = [{} for _ in rows]
-    for k, own in enumerate(kept[1:], 1):
-        pairs = [(held, kept[0][seed]) for seed, held in own.items() if seed in kept[0]]
-        pairs = [(held, best) for held, best in pairs if held.pairs_with(best) and len(held.sums) > 1]
-        if pairs:
-            above[k] = _difference(*pairs)
-    return above
+    return [
+        ("held-out loss", _loss),
+        ("above the best", _above),
+        ("spread", lambda row: decimal(row.spread)),
+        ("grounding gap", lambda row: decimal(row.gap)),
+        *(measured if choices else []),
+        *((name, cell) for name, cell in costs if len({cell(row) for row in rows} - {"-"}) > 1),
+        ("finished", lambda row: f"{len(row.finished)} of {len(row.records)}"),
+        ("time", lambda row: human_seconds(row.seconds)),
+    ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeldOut:
-    """Held-out losses of a trial, read once; equal to itself alone."""
-
-    rows: str
-    """Identity of the rows."""
-    sums: np.ndarray
-    """Nats and tokens [pictures, 2]."""
-    pictures: str = ""
-    """Identity of the pictures and their words, whatever encoded them; earlier versions kept none."""
-
-    def pairs_with(self, other: HeldOut) -> bool:
-        """Whether both are of the same rows, or of the same pictures by other encoders."""
-        return self.rows == other.rows or (self.pictures != "" and self.pictures == other.pictures)
+def _loss(row: Row) -> str:
+    loss = [] if row.loss is None else [decimal(row.loss)]
+    return " ".join([*loss, *([] if row.state == "finished" else [row.state])])
 
 
-@functools.lru_cache(maxsize=REMEMBERED)
-def _difference(*pairs: tuple[HeldOut, HeldOut]) -> JsonDict:
-    """`Row.above` of a row from its losses and those of the best one, a pair for each seed."""
-    sums, seeds = np.concatenate([held.sums for pair in pairs for held in pair], 1), len(pairs)
-
-    def less(totals: np.ndarray) -> np.ndarray:
-        """Loss of the row less that of the best [..., seeds]."""
-        each = totals.reshape(*totals.shape[:-1], seeds, 2, 2)
-        losses: np.ndarray = each[..., 0] / each[..., 1]
-        return np.asarray(losses[..., 0] - losses[..., 1])
-
-    each = less(redrawn(sums))
-    drawn = np.random.default_rng(0).integers(seeds, size=each.shape)
-    means = np.take_along_axis(each, drawn, 1).mean(1)
-    return {"above_best": float(less(sums.sum(0)).mean()), **interval("above_best", means)}
+def _above(row: Row) -> str:
+    seeds = f", {counted(row.above['above_best_seeds'], 'seed')}" if row.above else ""
+    return ("none: " if row.is_tied else "") + with_interval(row.above, "above_best") + seeds
 
 
-def _held_out(folder: Path) -> HeldOut | None:
-    """A trial's held-out losses; None if it kept none."""
-    path = folder / "held_out.npz"
-    try:
-        found = path.stat()
-        return _read_held_out(path, found.st_ino, found.st_mtime_ns)
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile):
-        return None
-
-
-@functools.lru_cache(maxsize=REMEMBERED)
-def _read_held_out(path: Path, inode: int, modified: int) -> HeldOut:
-    """The file's contents, read again when it has been replaced: the table is written after every trial."""
-    with np.load(path) as file:
-        pictures = str(file["pictures"]) if "pictures" in file else ""
-        sums = np.stack([file["loss"], file["tokens"]], 1).astype(float)
-        return HeldOut(str(file["rows"]), sums, pictures)
-
-
-def best_of(rows: Sequence[Row]) -> Record | None:
-    """The trial with the lowest loss of the best row; None if none has finished."""
-    finished = rows[0].finished if rows else []
-    return min(finished, key=lambda record: record.loss or 0.0) if finished else None
-
-
-def how_sure(rows: Sequence[Row]) -> str:
-    """How many points the held-out rows do not tell from the best one; "" if there is nothing to compare."""
-    others = [row for row in rows[1:] if row.finished]
-    unknown, tied = sum(not row.above for row in others), sum(row.is_tied for row in others)
-    if not others:
-        return ""
-    points = counted(len(others), "other point")
-    told = f"of {points}, {tied} cannot be told from the best by these held-out rows"
-    return told + (f", and {unknown} kept no losses of the same rows and seeds" if unknown else "")
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
 
 
 def text_table(rows: Sequence[Row]) -> str:
     """The table for the terminal."""
     if not rows:
         return ""
-    lines = [[*map(shown, row.point.values()), *row.cells()] for row in rows[:SHOWN]]
+    columns = columns_of(rows)
+    lines = [[*map(shown, row.point.values()), *(cell(row) for _, cell in columns)] for row in rows[:SHOWN]]
     more = len(rows) - len(lines)
-    return table(lines, [*rows[0].point, *COLUMNS]) + (f"\nand {more} more in results.csv" if more else "")
+    return table(lines, [*rows[0].point, *(name for name, _ in columns)]) + (
+        f"\nand {more} more in results.csv" if more else ""
+    )
 
 
 def write_results(folder: Path, records: Sequence[Record], keys: Sequence[str]) -> None:
@@ -238,12 +121,6 @@ def decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _rank(row: Row) -> tuple[int, bool, float]:
-    """Sort key. A mean without pruned seeds flatters: points whose trials all finished come first."""
-    partly = len(row.finished) < len(row.records)
-    return ORDER.index(row.state), partly, row.loss if row.loss is not None else 0.0
-
-
 def _rank_of(record: Record) -> tuple[int, float]:
     return ORDER.index(record.state), record.loss if record.loss is not None else 0.0
 
@@ -259,6 +136,7 @@ def _line(record: Record, above: JsonDict | None = None) -> JsonDict:
         **{key: (above or {}).get(key) for key in ABOVE},
         "eval_perplexity": summary.get("eval_perplexity"),
         "eval_grounding_gap": summary.get("eval_grounding_gap"),
+        **{key: summary.get(key) for key in ("choices", *CHOICE, *COST)},
         "steps": summary.get("steps"),
         "seconds": round(record.seconds, 3),
         "folder": f"trials/{record.folder.name}",

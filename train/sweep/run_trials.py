@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import time
 from collections.abc import Iterator, Sequence
@@ -14,25 +15,30 @@ from llava_core.cli.console import counted, say, say_fault, show
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.input_folders import folders_of
 from llava_core.types import JsonDict
-from train.config import RunConfig, SweepConfig
+from train.config import RunConfig
 from train.flags import FREE_KEYS
 from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS, train
 from train.run_folder import RunFolder, weights_sha256
 from train.stop_signal import StopRequest
+from train.sweep.choices import forced_choice, texts_to_choose
 from train.sweep.claim import Claim
+from train.sweep.config import SweepConfig
 from train.sweep.page import write_page
 from train.sweep.plots import draw
-from train.sweep.results import best_of, how_sure, rows_of, text_table, write_best, write_results
+from train.sweep.results import text_table, write_best, write_results
+from train.sweep.rows import best_of, how_sure, rows_of
 from train.sweep.space import Point, Space, data_configs, run_config, words
 from train.sweep.study import Study
 from train.sweep.together import measured, why_alone
+from train.sweep.trial_steps import TrialSteps, shareable_keys
+from train.training_run import TrainingRun
 
 
 def open_study(config: SweepConfig, space: Space) -> Study:
     """The study in OUT. Raises LlavaError if that folder holds another."""
     own = run_config(config, {}, config.out)
-    flags = {
+    flags = {"budget": config.budget, "choices": config.choices} | {
         key: value
         for key, value in RunFolder(config.out, own).training.items()
         if key not in FREE_KEYS and key not in space.keys
@@ -43,6 +49,8 @@ def open_study(config: SweepConfig, space: Space) -> Study:
 def work(config: SweepConfig, space: Space) -> None:
     """Run trials until none is left that nobody works on; other processes may do the same."""
     study, resources = open_study(config, space), None
+    steps = TrialSteps(config, space, study)
+    may_share = functools.partial(can_share_step, differing=shareable_keys(config))
     if study.moved:
         resources = opened(config, study)
     together = 1 if config.together == "auto" or config.tune != "projector" else config.together
@@ -51,17 +59,17 @@ def work(config: SweepConfig, space: Space) -> None:
         resources = resources or opened(config, study)
         typical = run_config(config, next(space.typical()), config.out)
         together = measured(typical, resources, -(-free // (config.ray_workers or 1)))
-    while claims := study.claim(together, can_share_step):
+    while claims := study.claim(together, may_share):
         with contextlib.ExitStack() as stack:
             for claim in claims:
                 stack.enter_context(claim)
             with no_death_counted(claims):
                 resources = resources or opened(config, study)
             while claims:
-                group = [claim for claim in claims if can_share_step(claim.point, claims[0].point)]
+                group = [claim for claim in claims if may_share(claim.point, claims[0].point)]
                 claims = [claim for claim in claims if claim not in group]
                 with no_death_counted(claims):
-                    run_claims(config, resources, group)
+                    run_claims(steps, resources, group)
         with study.lock:
             write_results(config.out, study.records(), space.keys)
 
@@ -83,6 +91,8 @@ def opened(config: SweepConfig, study: Study) -> TrainingResources:
     resources = TrainingResources(configs[0], repeated=True)
     data: JsonDict = {"the projector of --init": weights_sha256(config.init)} if config.init else {}
     for own in configs:
+        if config.choices is not None and (held_out := resources.samples(own)[1]):
+            texts_to_choose(held_out, config.choices)  # or refuse
         data |= data_of(own, resources, several=len(configs) > 1)
     resources.cache_features(configs[0])
     study.require_same_data(data, resources.llm.identity)
@@ -101,24 +111,32 @@ def data_of(config: RunConfig, resources: TrainingResources, several: bool) -> J
     }
 
 
-def can_share_step(one: Point, other: Point) -> bool:
+def can_share_step(one: Point, other: Point, differing: frozenset[str] = PER_RUN_KEYS) -> bool:
     """Whether runs at these points may train together: each has one language model, which they share."""
-    alike = all(one.get(key) == other.get(key) for key in {*one, *other} - PER_RUN_KEYS)
+    alike = all(one.get(key) == other.get(key) for key in {*one, *other} - differing)
     return one == other or (alike and one.get("tune", "projector") == "projector")
 
 
-def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequence[Claim]) -> None:
+def run_claims(steps: TrialSteps, resources: TrainingResources, claims: Sequence[Claim]) -> None:
     """Train these trials together; record in the study how each ended.
 
     Raises KeyboardInterrupt then if a signal has asked to stop, even after their last step.
     """
     for claim in claims:
         say(f"{claim.title}: {'goes on' if claim.taken_over else 'begins'}")
-    configs = [run_config(config, claim.point, claim.folder) for claim in claims]
-    names = [f"{config.out.name} {words(claim.point)}" for claim in claims]
+    names = [f"{steps.config.out.name} {words(claim.point)}" for claim in claims]
 
     def on_eval(index: int, step: int, figures: JsonDict) -> bool:
         return claims[index].goes_on(step, figures["eval_loss"])
+
+    def on_end(run: TrainingRun) -> JsonDict:
+        figures: JsonDict = {
+            "tokens_per_picture": run.visual,
+            "trained_parameters": run.prediction.trained_parameters,
+            "operations": run.prediction.operations_per_step * run.step,
+        }
+        choices = steps.config.choices
+        return figures | ({} if choices is None else forced_choice(run, choices, stop))
 
     began = time.monotonic()
     outcomes: list[JsonDict | LlavaError] = []
@@ -128,7 +146,8 @@ def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequen
             no_death_counted(claims),
             contextlib.redirect_stdout(io.StringIO()),
         ):  # the table holds the same figures
-            outcomes = train(configs, resources, on_eval, names, stop)
+            configs = [steps.run_config(claim.point, claim.folder, resources) for claim in claims]
+            outcomes = train(configs, resources, on_eval, names, stop, on_end)
     except Exception as error:  # the GPU's memory, among others
         if isinstance(error, OSError) and error.errno in FULL:  # no other trial would fare better
             raise
@@ -143,7 +162,7 @@ def run_claims(config: SweepConfig, resources: TrainingResources, claims: Sequen
     if not outcomes and not stop.received:
         say(f"{counted(len(claims), 'trial')} cannot train together ({reason}); now one by one")
         for claim in claims:
-            run_claims(config, resources, [claim])
+            run_claims(steps, resources, [claim])
     for claim, outcome in zip(claims, outcomes, strict=False):
         if isinstance(outcome, LlavaError):
             claim.failed(str(outcome))
@@ -169,12 +188,13 @@ def as_failure(error: Exception) -> LlavaError:
 def conclude(config: SweepConfig, space: Space) -> JsonDict:
     """Write the table, the plots and the page; print the table and how to make the best run again."""
     study = open_study(config, space)
+    steps = TrialSteps(config, space, study)
     with study.lock:  # one process at a time
         records = study.records()
         rows = rows_of(records)
         write_results(config.out, records, space.keys)
         best = best_of(rows)
-        command = write_best(config.out, best, run_config(config, best.point, best.folder)) if best else None
+        command = write_best(config.out, best, steps.run_config(best.point, best.folder)) if best else None
         write_page(config, space, rows, draw(config.out, space, rows), command)
     show(text_table(rows))
     states = [record.state for record in records]

@@ -19,8 +19,8 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Held, Lock
 from llava_core.identity import LanguageModelIdentity
 from llava_core.types import JsonDict
-from train.config import SweepConfig
 from train.sweep.claim import Claim
+from train.sweep.config import SweepConfig
 from train.sweep.record import Record, State
 from train.sweep.space import Point, Space
 from train.sweep.study_folder import FileLock, open_journal, quiet, require_same
@@ -30,6 +30,8 @@ MOST_DEATHS = 3
 STARTUP = 8
 """Points drawn at random before TPE takes the others as a guide."""
 LANGUAGE_MODEL = "the language model"
+STEPS = "steps of "
+"""Before the kind of trial, in the name under which its steps are kept."""
 ENDED: dict[TrialState, State] = {
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "pruned",
@@ -88,6 +90,18 @@ class Study:
         if changed:
             what = f"{' and '.join(changed)} of the sweep in {self.folder} have changed since it began"
             raise LlavaError(what, do=do)
+
+    def steps_of(self, kind: str) -> JsonDict | None:
+        """The steps that --budget gives trials of a kind, as flags, once they are fixed."""
+        steps: JsonDict | None = self.study.user_attrs.get(STEPS + kind)
+        return steps
+
+    def fix_steps(self, kind: str, steps: JsonDict) -> JsonDict:
+        """Keep the steps of a kind, unless another process was first; returns those that are kept."""
+        with self.lock, quiet():
+            if (known := self.steps_of(kind)) is None:
+                self.study.set_user_attr(STEPS + kind, known := steps)
+        return known
 
     def records(self) -> list[Record]:
         """Every trial so far, in the order in which they began; call it while holding `lock`."""

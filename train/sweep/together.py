@@ -11,7 +11,7 @@ import torch
 from llava_core.cli.console import say
 from llava_core.device import default_dtype, free_memory, is_memory_full
 from llava_core.projector.projector import parameter_count
-from train.config import RunConfig, SweepConfig
+from train.config import RunConfig
 from train.cost_prediction import activation_bytes
 from train.data.batch import Batch
 from train.data.feature_cache import AUTO_SHARE
@@ -20,8 +20,9 @@ from train.data.schedule import Schedule
 from train.initialization import projector_of
 from train.model.loss import packed_losses
 from train.resources import TrainingResources
-from train.run import PER_RUN_KEYS
+from train.sweep.config import SweepConfig
 from train.sweep.space import Space
+from train.sweep.trial_steps import shareable_keys
 
 WORTH = 1.1
 """Twice as many together must be faster by this factor: less may be noise, and takes memory."""
@@ -35,7 +36,7 @@ def why_alone(config: SweepConfig, space: Space) -> str:
         return ""
     if config.tune != "projector":
         return "--together does nothing here: each trial has a language model of its own"
-    if not PER_RUN_KEYS & space.axes.keys():
+    if not shareable_keys(config) & space.axes.keys():
         return f"--together does nothing here: {', '.join(space.keys)} changes what a step reads"
     if config.together == "auto" and (config.prune == "median" or not space.is_grid):
         what = "values are drawn and trials pruned by those that ended before, however fast the machine is"

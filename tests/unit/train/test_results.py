@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config import SweepConfig
+from train.sweep.config import SweepConfig
 from train.sweep.page import write_page
 from train.sweep.plots import draw
 from train.sweep.record import Record, State
-from train.sweep.results import best_of, how_sure, rows_of, text_table
+from train.sweep.results import text_table
+from train.sweep.rows import best_of, how_sure, rows_of
 from train.sweep.space import Point, Space
 
 
@@ -76,8 +77,8 @@ def test_the_table_says_which_differences_are_none(tmp_path: Path) -> None:
     assert difference["above_best"] == pytest.approx((rows[2].loss or 0) - (rows[0].loss or 0))
     assert 0 < difference["above_best_low"] < difference["above_best"] < difference["above_best_high"] < 0.2
     lines = text_table(rows).splitlines()
-    assert re.search(r" none: -?0\.\d{4} \(-0\.\d{4} to 0\.\d{4}\) ", lines[3])
-    assert re.search(r"[^:] 0\.1\d{3} \(0\.\d{4} to 0\.\d{4}\) ", lines[4])
+    assert re.search(r" none: -?0\.\d{4} \(-0\.\d{4} to 0\.\d{4}\), 2 seeds ", lines[3])
+    assert re.search(r"[^:] 0\.1\d{3} \(0\.\d{4} to 0\.\d{4}\), 2 seeds ", lines[4])
     told = "of 4 other points, 1 cannot be told from the best by these held-out rows"
     assert how_sure(rows) == f"{told}, and 2 kept no losses of the same rows and seeds"
 

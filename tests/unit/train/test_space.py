@@ -10,8 +10,9 @@ import pytest
 
 from llava_core.errors import LlavaError
 from train.config import RunConfig
+from train.sweep.axis import Choices, Range
 from train.sweep.caches import named_caches
-from train.sweep.space import Choices, Range, Space, run_config, words
+from train.sweep.space import Space, run_config, words
 
 BASE = RunConfig(features=Path("f"), llm=Path("l"), out=Path("o"), eval_features=Path("e"))
 

@@ -13,8 +13,8 @@ import pytest
 from llava_core.errors import LlavaError
 from llava_core.identity import LanguageModelIdentity
 from llava_core.types import JsonDict
-from train.config import SweepConfig
 from train.sweep.claim import Claim
+from train.sweep.config import SweepConfig
 from train.sweep.space import Point, Space
 from train.sweep.study import MOST_DEATHS, Study
 from train.sweep.study_folder import FileLock

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import SweepConfig
+from train.sweep.config import SweepConfig
 from train.sweep.space import Space
 from train.sweep.together import fastest, why_alone
 
