@@ -272,6 +272,7 @@ def extract(
     with contextlib.nullcontext(bar) if bar else progress(rows, "rows") as counter:
         figures = run_async(run_pipeline(towers, config, openers, counter, done, deduplicator))
     if config.reuse:
-        reused = sum(n for path, n in deduplicator.copied.items() if path.parent in config.reuse)
+        copied = deduplicator.copied.items()
+        reused = sum(n for path, n in copied if path in config.reuse or path.parent in config.reuse)
         say(f"{counted(reused, 'row')} copied from --reuse")
     return {"seconds": round(time.monotonic() - started, 2), **figures}

@@ -146,7 +146,11 @@ def folders_of(given: Path | Sequence[Path] | None) -> list[Path]:
 
 
 def require_fusable(
-    fuse: str, features: Path | Sequence[Path], held_out: Path | Sequence[Path] | None, mix: str | None
+    fuse: str,
+    features: Path | Sequence[Path],
+    held_out: Path | Sequence[Path] | None,
+    mix: str | None,
+    feature_norm: str,
 ) -> None:
     """Raise LlavaError (wrong usage) unless --fuse has several caches, and each held-out ones if any."""
     caches, judged, what = len(folders_of(features)), len(folders_of(held_out)), f"--fuse {fuse}"
@@ -159,6 +163,9 @@ def require_fusable(
     if mix is not None:
         do = "--mix draws from caches of unlike rows, --fuse reads those of the same rows together"
         raise LlavaError(f"{what} beside --mix", expected="one of them", do=do, exit_code=2)
+    if (fuse, feature_norm) == ("tokens", "center"):
+        do = "each encoder's tokens have a mean of their own: use --feature-norm layer, or --fuse channels"
+        raise LlavaError(f"{what} beside --feature-norm center", do=do, exit_code=2)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -165,7 +165,7 @@ class RunConfig(Options):
         for name in ("features", "eval_features"):
             object.__setattr__(self, name, one_or_several(name, getattr(self, name)))
         if self.fuse is not None:
-            require_fusable(self.fuse, self.features, self.eval_features, self.mix)
+            require_fusable(self.fuse, self.features, self.eval_features, self.mix, self.feature_norm)
         if self.mix is not None:
             _shares(self.mix, len(folders_of(self.features)))  # or refuse
         PROJECTORS.require(self.projector)

@@ -79,7 +79,7 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
         return projector_from_checkpoint(config.init, config, samples, llm).to(llm.device)
     projector = projector_of(config, samples.shards[0], llm.hidden)
     if isinstance(center := projector.feature_norm, Center):
-        center.measure(projector.select(samples.read(part).float()) for part in some_samples(samples))
+        center.measure(projector.selected(samples.read(part).float()) for part in some_samples(samples))
     if config.start == "scale":
         some = samples.read(samples.with_picture[:SCALE_SAMPLES].tolist())
         match_scale(projector, some.float(), llm.embedding_rms)

@@ -18,7 +18,7 @@ from llava_core.errors import LlavaError, as_llava_error
 from llava_core.fusion import Fusion
 from llava_core.projector.feature_norm import FEATURE_NORMS
 from llava_core.projector.fusion import EachEncoder, LayerMix, mapped_width
-from llava_core.projector.visual_tokens import VisualTokens
+from llava_core.projector.visual_tokens import INSTEAD_OF_GRID, VisualTokens
 from llava_core.registry import PROJECTORS, VISUAL_TOKENS, Entry
 from llava_core.types import JsonDict
 
@@ -66,9 +66,12 @@ class Projector(nn.Module):
         """Holds all other weights; a checkpoint has them by their names in its state dict."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        mixed = features if self.mix is None else self.mix(features)
-        projected: torch.Tensor = self.map(self.select(mixed))
+        projected: torch.Tensor = self.map(self.selected(features))
         return projected
+
+    def selected(self, features: torch.Tensor) -> torch.Tensor:
+        """The visual tokens before all normalisation: [..., T, in_width] -> [..., T', width of `map`]."""
+        return self.select(features if self.mix is None else self.mix(features))
 
     @property
     def feature_norm(self) -> nn.Module | None:
@@ -152,6 +155,12 @@ def require_tokens(kind: str, visual_tokens: str, tokens: int, fusion: Fusion | 
     with as_llava_error(f"tokens_out of the visual tokens {visual_tokens} fails for {tokens} tokens"):
         selected = _selecting(VISUAL_TOKENS.get(visual_tokens), fusion).tokens_out(tokens)
     if PROJECTORS.stem(kind) and hasattr((chosen := PROJECTORS.get(kind)).target, "tokens_out"):
+        if fusion and fusion.kind == "tokens" and getattr(chosen.target, "grid", False):
+            raise LlavaError(
+                f"--projector {kind} takes one grid of patches",
+                got=f"{len(fusion.shapes)} one after another (--fuse tokens)",
+                do=f"{INSTEAD_OF_GRID}, or --fuse channels",
+            )
         with torch.device("meta"):  # which draws no random numbers
             chosen.build(1, 1).tokens_out(selected)  # whatever its widths
 

@@ -50,9 +50,9 @@ def open_fused(
 ) -> list[Shard]:
     """The shards of several folders, fused by name, in the order of the folders, or as in `like`.
 
-    The texts are those of the first folder. Prints how many rows have failed in some of the folders alone.
-    Raises LlavaError if a shard is damaged, they do not hold the same rows, or their encoders are not those
-    of `like`, or do not fit together.
+    The texts are those of the first folder. Prints how many rows have failed in some of the folders alone,
+    and how many have other texts in another folder. Raises LlavaError if a shard is damaged,
+    they do not hold the same rows, or their encoders are not those of `like`, or do not fit together.
     """
     caches = [find_shards(folder) for folder in folders]
     for shards in caches:
@@ -64,16 +64,22 @@ def open_fused(
     identity = FusedIdentity.of(kind, [given[k] for k in order])
     for folder, shards in zip(folders[1:], caches[1:], strict=True):
         _require_same_shards(folders[0], caches[0], folder, shards)
-    fused, partly = list[Shard](), 0
+    fused, partly, reworded = list[Shard](), 0, 0
     for own in zip(*caches, strict=True):
+        texts = [own[0].captions()]
         for part in own[1:]:
             _require_same_rows(own[0], part)
+            texts.append(part.captions())
+        reworded += sum(len(set(row)) > 1 for row in zip(*texts, strict=True))
         parts = [own[k] for k in order]
         ok = np.stack([part.status == Status.OK for part in parts])
         partly += int((ok.any(0) & ~ok.all(0)).sum())
         fused.append(FusedShard(own[0], parts, identity))
     if partly:
         say(f"{counted(partly, 'row')} failed in some of {', '.join(map(str, folders))}: left out in all")
+    if reworded:
+        rows = counted(reworded, "row")
+        say(f"{rows} with other words in some of the folders: those of {folders[0]} are read")
     return fused
 
 

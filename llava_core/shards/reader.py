@@ -250,6 +250,10 @@ class Shard:
         """The ids of all rows, in one read."""
         return self._texts("id")
 
+    def captions(self) -> list[str]:
+        """The captions, or dialogues as stored, of all rows, in one read."""
+        return self._texts("caption")
+
     def _texts(self, name: str) -> list[str]:
         data, ends = self._array(f"{name}_bytes", "|u1").tobytes(), self._offsets(name).tolist()
         return [data[a:b].decode("utf-8", "replace") for a, b in itertools.pairwise(ends)]

@@ -215,6 +215,13 @@ def test_rows_that_another_cache_has_are_not_downloaded(
         "48", "49", "50", "51", "041"
     }  # fmt: skip
     assert "18 rows copied from --reuse" in err  # nine of each cache
+    one = (
+        "--out",
+        tmp_path / "one",
+        "--reuse",
+        tmp_path / "old/clip/old.h5",
+    )  # a shard instead of its folder
+    assert "9 rows copied from --reuse" in call(*new[:-1], *one).err
     call(*new, "--out", tmp_path / "alone")
     for name in ("clip", "dinov2"):
         same_shards(tmp_path / "new" / name / "new.h5", tmp_path / "alone" / name / "new.h5")

@@ -266,6 +266,30 @@ def test_layers_learn_their_weights(fused: Fused, tmp_path: Path) -> None:
     assert weights(given.out)["layer_mix.logits"].softmax(0).tolist() == pytest.approx(learnt)
 
 
+def test_the_mean_of_mixed_layers_is_subtracted(fused: Fused, tmp_path: Path) -> None:
+    given = fused.config("layers", tmp_path / "run", feature_norm="center", visual_tokens="pool")
+    call("train", "run", *flags_of(given))
+    shards = [find_shards(folder)[0] for folder in fused.folders("layers")]
+    rows = [row for row in shards[0].ok_rows() if shards[0].caption(row)]
+    pooled = [[shard.read(row)[1:].astype("f4").mean(0) for row in rows] for shard in shards]
+    expected = torch.from_numpy(np.mean(pooled, axis=(0, 1)))
+    assert torch.allclose(weights(given.out)["feature_norm.mean"], expected, atol=1e-4)
+    line = call("train", "run", *flags_of(given), "--fuse", "tokens", code=2).one_line()
+    assert "--fuse tokens beside --feature-norm center; each encoder's tokens" in line
+
+
+@pytest.mark.parametrize("kind", ["ldp", "tokenpacker", "cabstractor4"])
+def test_grids_one_after_another_are_not_taken_for_one(fused: Fused, tmp_path: Path, kind: str) -> None:
+    caches = [fused.root / "clip", *(tmp_path / f"{seed}" for seed in (5, 6, 7))]
+    for folder in caches[1:]:
+        vision = write_vision_folder(tmp_path / f"model{folder.name}", seed=int(folder.name))
+        write_features(dataclasses.replace(fused.world, vision=vision), folder / "part.h5")
+    flags = {"features": tuple(caches), "eval_features": None, "visual_tokens": "patches"}  # 4 x 2x2 is 4x4
+    given = fused.config("tokens", tmp_path / "run", projector=kind, **flags)
+    line = call("train", "run", *flags_of(given), code=1).one_line()
+    assert f"--projector {kind} takes one grid of patches; got 4 one after another (--fuse tokens)" in line
+
+
 def test_a_fused_run_resumes_bit_equal(fused: Fused, tmp_path: Path) -> None:
     whole = fused.config("layers", tmp_path / "whole", save_every=2, keep=9)
     call("train", "run", *flags_of(whole))
@@ -292,7 +316,9 @@ def test_words_are_those_of_the_first_folder(caches: Path, tmp_path: Path) -> No
         "eval_features": None,
         "max_steps": 2,
     }
-    call("train", "run", *flags_of(two(caches, tmp_path / "run", **flags)))
+    err = call("train", "run", *flags_of(two(caches, tmp_path / "run", **flags))).err
+    line = f"10 rows with other words in some of the folders: those of {caches / 'held-out'} are read"
+    assert err.count(line) == 1
     batch = (
         "infer",
         "batch",

@@ -250,6 +250,10 @@ def test_numbers_of_projectors_in_a_sweep(world: Path, tmp_path: Path) -> None:
         (("--projector", "ldp", "--visual-tokens", "pool4"), "a grid of 1x1 patches cannot be cut"),
         (("--projector", "cabstractor"), "at most the 16 patches of this encoder; got 144; use --projector"),
         (("--projector", "cabstractor15"), "expected a square such as 9 or 16; got 15; use --projector"),
+        (
+            ("--projector", "mlp1x64"),
+            "mlp1x64 has no layers between which it is 64 wide; use --projector mlp1",
+        ),
     ],
 )
 def test_a_projector_that_does_not_fit_the_grid(

@@ -26,6 +26,9 @@ class CAbstractor(nn.Module):
     768 -> 1024 has 18,322,880 parameters.
     """
 
+    grid = True
+    """Its tokens are those of one square: of several encoders one after another it makes none."""
+
     def __init__(self, in_width: int, out_width: int, tokens: int = 144, depth: int = 3) -> None:
         """`tokens`: a square; `depth`: blocks before the pooling, and after it."""
         super().__init__()

@@ -22,6 +22,9 @@ class Ldp(nn.Module):
     768 -> 1024 has 1,847,296 parameters.
     """
 
+    grid = True
+    """Its tokens are those of one square: of several encoders one after another it makes none."""
+
     def __init__(self, in_width: int, out_width: int, factor: int = 2) -> None:
         """`factor`: patches along each side of a block."""
         super().__init__()

@@ -6,6 +6,8 @@ import itertools
 
 from torch import nn
 
+from llava_core.errors import LlavaError
+
 
 class Mlp(nn.Sequential):
     """[..., T, in_width] -> [..., T, out_width]: linear layers with GELU between them.
@@ -15,6 +17,11 @@ class Mlp(nn.Sequential):
 
     def __init__(self, in_width: int, out_width: int, depth: int = 2, width: int | None = None) -> None:
         """`depth`: number of linear layers; `width`: that between them, by default `out_width`."""
+        if depth == 1 and width is not None:
+            do = "use --projector mlp1, or more layers"
+            raise LlavaError(
+                f"--projector mlp1x{width} has no layers between which it is {width} wide", do=do
+            )
         widths = [in_width, *[width or out_width] * (depth - 1), out_width]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):

@@ -23,6 +23,9 @@ class TokenPacker(nn.Module):
     768 -> 1024 has 7,156,224 parameters.
     """
 
+    grid = True
+    """Its tokens are those of one square: of several encoders one after another it makes none."""
+
     def __init__(self, in_width: int, out_width: int, factor: int = 2) -> None:
         """`factor`: patches along each side of a block."""
         super().__init__()
