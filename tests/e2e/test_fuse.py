@@ -253,6 +253,7 @@ def test_tokens_of_unlike_widths_have_weights_of_their_own(fused: Fused) -> None
 def test_layers_learn_their_weights(fused: Fused, tmp_path: Path) -> None:
     given = fused.config("layers", tmp_path / "run", lr=0.2)
     ended = call("train", "run", *flags_of(given), "--json")
+    assert "trained: linear projector 64→" in ended.err  # what its layer is given: the mean of two layers
     names = [f"layer_weight/{name}" for name in ("vision", "vision@1")]
     learnt = [ended.summary[name] for name in names]
     assert sum(learnt) == pytest.approx(1)
