@@ -361,6 +361,14 @@ def test_space_names_what_it_cannot_compare(
     assert message in line
 
 
+def test_a_sweep_names_the_trial_that_cannot_be(caches: Path, tmp_path: Path) -> None:
+    given = two(caches, tmp_path / "sweep", fuse="tokens")
+    space = ("--space", "features=features,features+other", "projector=linear,ldp")
+    line = call("train", "sweep", *flags_of(given), *space, code=1).one_line()
+    assert line.startswith("error: --space features=")
+    assert "projector=ldp: " in line
+
+
 def test_a_sweep_wants_held_out_rows_of_each_encoder(caches: Path, tmp_path: Path) -> None:
     given = two(caches, tmp_path / "sweep", fuse=None, eval_features=caches / "held-out")
     line = call("train", "sweep", *flags_of(given), "--space", "features=features,other", code=1).one_line()

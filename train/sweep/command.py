@@ -18,7 +18,7 @@ from train.cost_prediction import COSTLESS, forecast
 from train.flags import DEFAULTS
 from train.resources import TrainingResources
 from train.run_folder import as_begun
-from train.sweep.space import MOST_TRIALS, Choices, Space, data_configs, run_config
+from train.sweep.space import MOST_TRIALS, Choices, Space, data_configs, run_config, words
 
 MOST_PREDICTED = 1000
 """Points whose time is predicted; more of a grid count as these do on average."""
@@ -95,7 +95,11 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
     for point in itertools.islice(space.typical(), MOST_PREDICTED):
         kind = tuple((key, value) for key, value in point.items() if key not in COSTLESS | {"seed"})
         if kind not in kinds:
-            kinds[kind] = forecast(run_config(config, point, config.out), resources, measure_for).seconds
+            own = run_config(config, point, config.out)
+            try:
+                kinds[kind] = forecast(own, resources, measure_for).seconds
+            except LlavaError as error:  # of this point, such as a projector that does not fit its features
+                raise LlavaError(f"--space {words(point)}: {error}", exit_code=error.exit_code) from None
         seconds.append(kinds[kind])
     predicted = trials * sum(seconds) / len(seconds)
     points = trials // max(1, len(space.seeds))
