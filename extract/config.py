@@ -102,7 +102,7 @@ class RunConfig(EncodeConfig, DataOptions):
             return [self]
         caches: dict[str, RunConfig] = {}
         for folder in folders:
-            for layer in self.layers or ("last",):
+            for layer in self.layers or ("last" if self.layer is None else self.layer,):
                 name = folder.resolve().name + ("" if layer == "last" else f"@{layer}")
                 if name in caches:
                     what = f"--vision and --layers would make {self.out / name} twice"

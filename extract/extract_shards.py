@@ -24,6 +24,7 @@ from llava_core.device import pick_device
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
 from llava_core.identity import EncoderIdentity
+from llava_core.input_folders import shard_paths
 from llava_core.network.async_tasks import run_async
 from llava_core.row_status import Status
 from llava_core.shards.byte_offsets import Layout
@@ -272,7 +273,7 @@ def extract(
     with contextlib.nullcontext(bar) if bar else progress(rows, "rows") as counter:
         figures = run_async(run_pipeline(towers, config, openers, counter, done, deduplicator))
     if config.reuse:
-        copied = deduplicator.copied.items()
-        reused = sum(n for path, n in copied if path in config.reuse or path.parent in config.reuse)
+        given = {path for folder in config.reuse for path in shard_paths(folder)}
+        reused = sum(deduplicator.copied[path] for path in given)
         say(f"{counted(reused, 'row')} copied from --reuse")
     return {"seconds": round(time.monotonic() - started, 2), **figures}

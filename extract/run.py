@@ -64,7 +64,14 @@ def run(config: RunConfig) -> JsonDict:
     for tower in towers:
         say(describe(tower))
     if config.dry_run:
-        return _of_all(caches, [_plan(*cache, sources) for cache in zip(caches, towers, strict=True)])
+        plans = []
+        for cache, tower in zip(caches, towers, strict=True):
+            _show_name(cache, config)
+            plans.append(_plan(cache, tower, sources))
+        if len(plans) > 1:
+            together = human_bytes(sum(plan["disk_bytes"] for plan in plans))
+            say(f"{counted(len(plans), 'cache')} take {together} of disk together")
+        return _of_all(caches, plans)
     finished = _reused(config, towers, config.dtype)
     openers: list[list[Callable[[], OpenShard]]] = []
     rows = 0
@@ -87,8 +94,7 @@ def run(config: RunConfig) -> JsonDict:
     speed = extract(config, towers, [todo for todo in openers if todo], finished, rows)
     all_figures = []
     for cache in caches:
-        if cache is not config:
-            show(f"{cache.out.name}:")
+        _show_name(cache, config)
         figures = summarise([Shard(_shard(cache, source)) for source in sources])
         all_figures.append(conclude(cache, figures, speed if cache is caches[-1] else {}))
     return _of_all(caches, all_figures)
@@ -96,6 +102,12 @@ def run(config: RunConfig) -> JsonDict:
 
 def _shard(config: EncodeConfig, source: Source) -> Path:
     return config.out / f"{source.stem}.h5"
+
+
+def _show_name(cache: RunConfig, config: RunConfig) -> None:
+    """Print the name of one of several caches above its figures."""
+    if cache is not config:
+        show(f"{cache.out.name}:")
 
 
 def _of_all(caches: Sequence[RunConfig], all_figures: Sequence[JsonDict]) -> JsonDict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llava_core.cli.console import say
+from llava_core.projector.fusion import mapped_width
 from llava_core.projector.projector import parameter_count
 from train.tuning import idle_flags
 
@@ -17,10 +18,12 @@ def announce(run: TrainingRun) -> None:
     config, tuning, samples, title = run.config, run.tuning, run.samples, run.title
     frozen = parameter_count(run.llm.model) - tuning.trained
     also = f" and {tuning.described} ({tuning.trained:,})" if tuning.trained else ""
+    encoder = run.provenance.encoder
+    width = mapped_width(encoder.fusion) if encoder.fusion else samples.shards[0].width
     name = f"{run.llm.id} ({frozen:,} parameters)" if frozen else "the vision encoder alone"
     say(
         f"{title}frozen: {name}; "
-        f"trained: {config.projector} projector {samples.shards[0].width}→{run.llm.hidden} "
+        f"trained: {config.projector} projector {width}→{run.llm.hidden} "
         f"({parameter_count(run.projector):,} parameters){also}; "
         f"visual tokens: {config.visual_tokens} ({samples.tokens}→{run.visual})"
         + ("" if config.feature_norm == "none" else f"; feature norm: {config.feature_norm}")
@@ -36,7 +39,7 @@ def announce(run: TrainingRun) -> None:
         + (f", continued at step {run.step}" if run.step else "")
         + f"; {run.schedule.ending}"
     )
-    if (encoder := run.provenance.encoder).fusion:
+    if encoder.fusion:
         say(f"{title}fused: {encoder}")
     for line in samples.described(config.shares):
         say(f"{title}{line}")

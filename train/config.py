@@ -46,7 +46,7 @@ class RunConfig(Options):
     """
 
     features: tuple[Path, ...] | Path
-    """Folder of feature shards to train on (what `extract run --out` wrote), or several of one encoder."""
+    """Folder of feature shards to train on (by `extract run`), or several: of one encoder, or with --fuse."""
     llm: Path
     """Folder of the language model, such as Qwen3-0.6B."""
     out: Path

@@ -1,8 +1,8 @@
 """The projector (connector), the part that trains: vision features to token embeddings of the language model.
 
-It selects visual tokens (`visual_tokens.py`), without weights, may normalise them (`feature_norm.py`), then
-maps them to the language model's width (`kinds/`). The first and the last have names, which
-`llava_core/registry.py` lists.
+It may mix the layers of --fuse layers (`fusion.py`), selects visual tokens (`visual_tokens.py`), without
+weights, may normalise them (`feature_norm.py`), then maps them to the language model's width (`kinds/`).
+Selections and kinds have names, which `llava_core/registry.py` lists.
 """
 
 from __future__ import annotations

@@ -238,6 +238,24 @@ def test_rows_that_another_cache_has_are_not_downloaded(
     assert not (tmp_path / "refused").exists()
 
 
+def test_layer_is_that_of_each_of_several_encoders(
+    base: str, encoders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "a.parquet", good(base, 2))
+    run = ("extract", "run", *flags_of(tmp_path / "a.parquet"), "--vision", *encoders, "--layer", -2)
+    planned = call(*run, "--out", tmp_path / "out", "--dry-run")
+    assert "clip@-2:" in planned.out.splitlines()
+    assert "dinov2@-2:" in planned.out.splitlines()
+    assert "2 caches take" in planned.err
+    assert not (tmp_path / "out").exists()
+    call(*run, "--out", tmp_path / "out")
+    assert Shard(tmp_path / "out/clip@-2/a.h5").encoder["layer"] == 3
+    assert Shard(tmp_path / "out/dinov2@-2/a.h5").encoder["layer"] == 2
+    one = ("--vision", encoders[0], "--layer", -2, "--reuse", tmp_path / "out/clip@-2/a.h5")
+    ended = call("extract", "run", *flags_of(tmp_path / "a.parquet"), *one, "--out", tmp_path / "one")
+    assert "2 rows copied from --reuse" in ended.err  # counted of a shard, too
+
+
 def test_what_cannot_be_is_one_line(base: str, encoders: tuple[Path, Path], tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", good(base, 2))
     clip, dinov2 = encoders

@@ -254,6 +254,7 @@ def test_tokens_of_unlike_widths_have_weights_of_their_own(fused: Fused) -> None
 def test_layers_learn_their_weights(fused: Fused, tmp_path: Path) -> None:
     given = fused.config("layers", tmp_path / "run", lr=0.2)
     ended = call("train", "run", *flags_of(given), "--json")
+    assert "trained: linear projector 64→" in ended.err  # what its layer is given: the mean of two layers
     names = [f"layer_weight/{name}" for name in ("vision", "vision@1")]
     learnt = [ended.summary[name] for name in names]
     assert sum(learnt) == pytest.approx(1)
@@ -385,6 +386,14 @@ def test_space_names_what_it_cannot_compare(
     given = two(caches, tmp_path / "sweep", **flags)
     line = call("train", "sweep", *flags_of(given), "--space", space, code=2).one_line()
     assert message in line
+
+
+def test_a_sweep_names_the_trial_that_cannot_be(caches: Path, tmp_path: Path) -> None:
+    given = two(caches, tmp_path / "sweep", fuse="tokens")
+    space = ("--space", "features=features,features+other", "projector=linear,ldp")
+    line = call("train", "sweep", *flags_of(given), *space, code=1).one_line()
+    assert line.startswith("error: --space features=")
+    assert "projector=ldp: " in line
 
 
 def test_a_sweep_wants_held_out_rows_of_each_encoder(caches: Path, tmp_path: Path) -> None:

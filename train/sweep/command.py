@@ -99,11 +99,13 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
         kind = tuple((key, value) for key, value in point.items() if key not in COSTLESS | {"seed"})
         if kind not in kinds:
             run = run_config(config, point, config.out)
-            if config.budget is not None:
-                run = with_steps(
-                    run, Budget.of(config.budget), resources, f"the trial {words(point)}".rstrip()
-                )
-            kinds[kind] = forecast(run, resources, measure_for).seconds
+            try:
+                if config.budget is not None:
+                    budget, trial = Budget.of(config.budget), f"the trial {words(point)}".rstrip()
+                    run = with_steps(run, budget, resources, trial)
+                kinds[kind] = forecast(run, resources, measure_for).seconds
+            except LlavaError as error:  # of this point, such as a projector that does not fit its features
+                raise LlavaError(f"--space {words(point)}: {error}", exit_code=error.exit_code) from None
         seconds.append(kinds[kind])
     predicted = trials * sum(seconds) / len(seconds)
     points = trials // max(1, len(space.seeds))
