@@ -7,24 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-from train.sweep.plot_style import Theme, limit_losses, new_figure, top_of
+from llava_core.cli.console import human_operations
+from train.sweep.plot_style import LABELS, Theme, limit_losses, new_figure, top_of
 from train.sweep.rows import Row
-from train.sweep.space import words
+from train.sweep.space import shown
 
 NAMED = 12
 """Most points with their values beside them; of more, those on the front alone."""
+SAME = 1.02
+"""Operations within this factor are the same cost: a budget buys whole steps."""
 APART = 12
 """Least distance of two labels, in points."""
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """Rows that no other beats at the same operations or fewer, the cheapest first."""
-    kept: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.operations or 0, row.loss or 0)):
-        if not kept or (row.loss or 0) < (kept[-1].loss or 0):
-            kept.append(row)
-    return kept
+    """Rows that no other beats at the same cost or less, the cheapest first."""
+
+    def beaten(row: Row) -> bool:
+        most = SAME * (row.operations or 0)
+        return any((o.loss or 0) < (row.loss or 0) and (o.operations or 0) <= most for o in rows)
+
+    return sorted((row for row in rows if not beaten(row)), key=lambda row: row.operations or 0)
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
@@ -40,14 +45,16 @@ def pareto(rows: Sequence[Row], theme: Theme) -> Figure:
     losses = [record.loss for row in known for record in row.finished if record.loss is not None]
     top = top_of(losses)
     axes.set_xscale("log")
+    runs = [record for row in known for record in row.finished]
+    for k, record in enumerate(runs):
+        cost = record.summary.get("operations", 0) / max(1, record.summary.get("steps", 0))
+        if line := [(cost * step, loss) for step, loss in record.curve if step]:
+            style = {"color": theme["ink"], "alpha": 0.3, "linewidth": 0.8}
+            axes.plot(*zip(*line, strict=True), **style, zorder=1, label="" if k else "a run")
     for row in known:
         own = [min(record.loss, top) for record in row.finished if record.loss is not None]
         if len(own) > 1:
             axes.plot([row.operations] * 2, [min(own), max(own)], color=theme["other"], linewidth=1, zorder=2)
-        for record in row.finished:
-            cost = record.summary.get("operations", 0) / max(1, record.summary.get("steps", 0))
-            if line := [(cost * step, min(loss, top)) for step, loss in record.curve if step]:
-                axes.plot(*zip(*line, strict=True), color=theme["line"], linewidth=0.8, zorder=1)
     for label, chosen, style in (
         ("on the front", best, {"marker": "o", "color": theme["best"]}),
         (
@@ -64,15 +71,25 @@ def pareto(rows: Sequence[Row], theme: Theme) -> Figure:
         axes.step(
             *zip(*places, strict=True), where="post", color=theme["best"], label="Pareto front", zorder=2
         )
-    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=3)
-    axes.set(xlabel="operations for all steps (FLOP)", ylabel="held-out loss (nats per answer token)")
+    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=4)
+    axes.set(
+        xlabel="operations of all steps (FLOP: floating-point operations)",
+        ylabel="held-out loss (nats per answer token)",
+    )
     limit_losses(axes, losses, top)
+    low, high = axes.get_xlim()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 3, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = ticks[:: -(-len(ticks) // LABELS) or 1]
+    axes.set_xticks(ticks, [human_operations(tick) for tick in ticks])
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(linewidth=0.5)
-    _label(figure, axes, known if len(known) <= NAMED else best, top)
+    _label(figure, axes, known if len(known) <= NAMED else best, top, theme)
     return figure
 
 
-def _label(figure: Figure, axes: Any, rows: Sequence[Row], top: float) -> None:
+def _label(figure: Figure, axes: Any, rows: Sequence[Row], top: float, theme: Theme) -> None:
     """Write each row's values beside its mark, no two of them on each other."""
     keys = [key for key in rows[0].point if len({row.point.get(key) for row in rows}) > 1]
     left, right = axes.get_xlim()
@@ -83,7 +100,7 @@ def _label(figure: Figure, axes: Any, rows: Sequence[Row], top: float) -> None:
         last = max(up, last + APART * scale)
         leftwards = place[0] > math.sqrt(left * right)
         axes.annotate(
-            words({key: row.point[key] for key in keys if key in row.point}),
+            ", ".join(shown(row.point[key]) for key in keys if key in row.point),
             place,
             xytext=(-7 if leftwards else 7, (last - up) / scale),
             textcoords="offset points",
@@ -91,4 +108,5 @@ def _label(figure: Figure, axes: Any, rows: Sequence[Row], top: float) -> None:
             va="center",
             fontsize=8.5,
             zorder=4,
+            path_effects=[withStroke(linewidth=3, foreground=theme["paper"])],
         )
