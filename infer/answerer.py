@@ -20,7 +20,7 @@ from llava_core.projector.aligned import load_its_language_model
 from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.projector import Projector
 from llava_core.shards.folder import open_shards
-from llava_core.shards.fused import open_fused
+from llava_core.shards.fused import FusedShard, open_fused
 from llava_core.shards.reader import Shard
 from llava_core.vision.fused import FusedTower, open_trained_towers
 from llava_core.vision.preprocess import Decoded
@@ -109,7 +109,9 @@ def open_feature_answerer(config: Aligned, shard: Shard) -> FeatureAnswerer:
     """Load projector and language model for a shard's features. Raises LlavaError if they do not fit."""
     checkpoint = load_checkpoint(config.checkpoint)
     checkpoint.provenance.require_encoder(shard.identity)
-    llm = _language_model(config, checkpoint, str(shard.path.parent), pick_device(config.device))
+    parts = shard.parts if isinstance(shard, FusedShard) else (shard,)
+    source = " + ".join(str(part.path.parent) for part in parts)
+    llm = _language_model(config, checkpoint, source, pick_device(config.device))
     return FeatureAnswerer(checkpoint.projector, llm, checkpoint.provenance.question)
 
 

@@ -156,12 +156,10 @@ class FusedIdentity(EncoderIdentity):
 
     def lacks(self, part: EncoderIdentity, flag: str, got: str) -> LlavaError:
         """The error for a part that is not among what `flag` names."""
-        return LlavaError(
-            f"{flag} lacks {part}",
-            expected=self,
-            got=got or "none of them",
-            do=f"give a folder of each of the {len(self.parts)}, in any order",
-        )
+        do = f"give a folder of each of the {len(self.parts)}, in any order"
+        if flag == "--vision" and len({part.encoder["weights_sha256"] for part in self.parts}) == 1:
+            do = f"give the folder of {part.encoder['model_id']}, which has all these layers"
+        return LlavaError(f"{flag} lacks {part}", expected=self, got=got or "none of them", do=do)
 
 
 def identity_from_json(config: JsonDict) -> EncoderIdentity:

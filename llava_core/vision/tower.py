@@ -36,7 +36,7 @@ class VisionTower:
     network: torch.nn.Module
     """The module that computes the tokens: a ChineseClip, or a vision model of transformers."""
     _layers: Callable[[torch.Tensor, Sequence[int | None]], list[torch.Tensor]] | None = None
-    """The same of several layers, in one pass; None if it is not known how."""
+    """Normalised pixels -> the tokens of several layers, in one pass; None if each layer is opened anew."""
     _blocks: int = 0
     """Number of blocks, by which layers are counted."""
     _clip: ChineseClip | None = None

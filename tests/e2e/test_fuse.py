@@ -98,7 +98,8 @@ def test_answers_about_a_live_picture_are_those_about_its_cached_rows(
     models, caches = fused.models(kind), fused.folders(kind)[::-1]
     flags = (*models, "--max-tokens", 8)
     out, images = tmp_path / "out.jsonl", [fused.world.images[row] for row in fused.rows()]
-    call("infer", "batch", *flags, "--features", *caches, "--output", out)
+    ended = call("infer", "batch", *flags, "--features", *caches, "--output", out)
+    assert f"{' + '.join(map(str, caches[::-1]))} → " in ended.err
     cached = [line["answer"] for line in read_json_lines(out)]
     assert len(set(cached)) > 2  # the picture matters
     asked = [part for image in images for part in ("--image", image)]
@@ -484,6 +485,12 @@ def test_what_is_missing_is_named(fused: Fused, tmp_path: Path, command: tuple[s
         ).one_line()
         assert "got finer-model (" in line
     assert not (tmp_path / "o.jsonl").exists() or not (tmp_path / "o.jsonl").read_text()
+
+
+def test_one_folder_has_all_layers(fused: Fused) -> None:
+    given = (*fused.models("layers"), "--vision", fused.wider, "--image", fused.world.images[0])
+    line = call("infer", "ask", *given, code=1).one_line()
+    assert line.endswith("give the folder of vision, which has all these layers")
 
 
 def test_one_encoder_takes_no_several(fused: Fused, tmp_path: Path) -> None:
