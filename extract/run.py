@@ -74,15 +74,16 @@ def run(config: RunConfig) -> JsonDict:
         return _of_all(caches, plans)
     finished = _reused(config, towers, config.dtype)
     openers: list[list[Callable[[], OpenShard]]] = []
+    done: dict[Path, Shard | None] = {}
     rows = 0
     for source in sources:
         todo: list[Callable[[], OpenShard]] = []
         for cache, tower in zip(caches, towers, strict=True):
             path = _shard(cache, source)
-            done = finished_shard(path, source, tower, cache)
+            done[path] = finished_shard(path, source, tower, cache)
             if path.exists():
-                finished.append(done or Shard(path))
-            if done is None:
+                finished.append(done[path] or Shard(path))
+            if done[path] is None:
                 todo.append(functools.partial(open_shard, path, source, tower, cache))
         rows += len(todo) * source.rows
         openers.append(todo)
@@ -95,7 +96,8 @@ def run(config: RunConfig) -> JsonDict:
     all_figures = []
     for cache in caches:
         _show_name(cache, config)
-        figures = summarise([Shard(_shard(cache, source)) for source in sources])
+        paths = [_shard(cache, source) for source in sources]
+        figures = summarise([done[path] or Shard(path) for path in paths])
         all_figures.append(conclude(cache, figures, speed if cache is caches[-1] else {}))
     return _of_all(caches, all_figures)
 

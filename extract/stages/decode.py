@@ -86,7 +86,8 @@ class Decode:
             sha256 = hashlib.sha256(job.body).digest()
             for encoder in self.encoders:
                 rows = [row for row in encoder.rows(job) if not self._duplicates(row, sha256)]
-                same = dataclasses.replace(encoder.preprocess, mean=(), std=())
+                own = encoder.preprocess  # the mean is also the colour of padding
+                same = dataclasses.replace(own, mean=own.mean if own.crop == "pad" else (), std=())
                 if rows and same not in decoded:
                     decoded[same] = self._pixels(job.body, same)
                 for row in rows:

@@ -75,7 +75,7 @@ def test_safetensors_and_half_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {**two("0.", "2."), **layer("4.", OUT)},
+        {**two("0.", "2."), **layer("4.", OUT), **layer("6.", OUT)},
         {**layer("a."), **layer("b.")},
         {"lm_head.weight": torch.zeros(OUT, IN)},
         {"language_model.model.embed_tokens.weight": torch.zeros(OUT, IN)},
