@@ -49,8 +49,8 @@ def pareto(rows: Sequence[Row], theme: Theme) -> Figure:
     for k, record in enumerate(runs):
         cost = record.summary.get("operations", 0) / max(1, record.summary.get("steps", 0))
         if line := [(cost * step, loss) for step, loss in record.curve if step]:
-            style = {"color": theme["ink"], "alpha": 0.3, "linewidth": 0.8}
-            axes.plot(*zip(*line, strict=True), **style, zorder=1, label="" if k else "a run")
+            thin: dict[str, Any] = {"color": theme["ink"], "alpha": 0.3, "linewidth": 0.8}
+            axes.plot(*zip(*line, strict=True), **thin, zorder=1, label="" if k else "a run")
     for row in known:
         own = [min(record.loss, top) for record in row.finished if record.loss is not None]
         if len(own) > 1:
