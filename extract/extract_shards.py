@@ -73,7 +73,7 @@ def open_towers(caches: Sequence[RunConfig]) -> list[VisionTower]:
 
 def describe(tower: VisionTower) -> str:
     return (
-        f"frozen: {tower.encoder['model_id']} on {tower.device} in {tower.encoder['dtype']}, "
+        f"frozen: {tower.identity.name} on {tower.device} in {tower.encoder['dtype']}, "
         f"[{tower.tokens}, {tower.width}] an image; fingerprint {tower.identity.fingerprint[:12]}"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.vision.preprocess import Preprocess
 from llava_core.vision.tower import VisionTower, encode_layers
-from tests.support.commands import call, holder, started, wait_until
+from tests.support.commands import call, fill, holder, started, wait_until
 from tests.support.pictures import asked, good, write_parquet
 from tests.support.vision_encoders import VISION, write_vision_folder
 
@@ -177,15 +176,12 @@ def test_a_full_disk_of_one_cache_costs_the_others_nothing(
     flags = (*flags_of(tmp_path / "data"), "--vision", encoders[0], "--layers", "last", "1", "--out", out)
     with started("extract", "run", *flags, "--concurrency", 4) as process:
         wait_until(process, (small_disk / "a.h5.journal").exists)
-        with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
-            while True:
-                filler.write(bytes(4096))
-                filler.flush()
+        filler = fill(small_disk)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert err.splitlines()[-1].startswith("error: No space left on device")
     assert "Traceback" not in err
-    (small_disk / "filler").unlink()
+    filler.unlink()
     call("extract", "run", *flags)
     for name in ("clip", "clip@1"):
         assert Shard(out / name / "a.h5").status.tolist() == [Status.OK] * 150

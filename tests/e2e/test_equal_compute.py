@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -17,11 +16,11 @@ import yaml
 
 from tests.support.browser import dom_of
 from tests.support.commands import call, started, wait_until
-from tests.support.runs import config, curve, flags_of, weights, write_runs
+from tests.support.runs import curve, weights, write_runs
+from tests.support.sweeps import command, results, sweep
 from train.sweep import trial_steps
 from train.sweep.budget import Budget
 from train.sweep.command import run as sweep_run
-from train.sweep.config import SweepConfig
 
 SPACE = ("visual_tokens=all,pool", "seed=0,1")
 
@@ -31,33 +30,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_runs(tmp_path_factory.mktemp("equal"))
 
 
-def sweep(world: Path, out: Path, *space: str, **flags: Any) -> SweepConfig:
-    base = config(world, out, epochs=1, eval_every=4, eval_captions=0, log_every=4)
-    return SweepConfig(**{**vars(base), **flags}, space=space)
-
-
-def command(given: SweepConfig) -> list[str]:
-    flags = flags_of(dataclasses.replace(given, space=()))
-    at = flags.index("--space")
-    return ["train", "sweep", *flags[:at], *flags[at + 1 :], "--space", *given.space]
-
-
-def results(out: Path) -> dict[int, dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    return {line["trial"]: line for line in sorted(lines, key=lambda line: line["trial"])}
+def by_trial(out: Path) -> dict[int, dict[str, Any]]:
+    return dict(sorted(results(out).items()))
 
 
 def step_operations(world: Path, out: Path) -> dict[str, float]:
     """Operations of a step by visual tokens, of runs of one step each."""
     sweep_run(sweep(world, out, SPACE[0], max_steps=1))
-    return {line["visual_tokens"]: line["operations"] for line in results(out).values()}
+    return {line["visual_tokens"]: line["operations"] for line in by_trial(out).values()}
 
 
 def test_equal_steps_go_on_beyond_an_epoch_and_end_the_schedule(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "projector=linear,mlp", "seed=0,1", budget="steps=17")
     ended = call(*command(given), "--together", 2)
     assert "2 points of projector, each with 2 seeds" in ended.err
-    lines = results(given.out)
+    lines = by_trial(given.out)
     assert [line["steps"] for line in lines.values()] == [17] * 4
     rates = curve(given.out / "trials/0000", "lr")
     assert max(rates) == 17
@@ -67,7 +54,7 @@ def test_equal_steps_go_on_beyond_an_epoch_and_end_the_schedule(world: Path, tmp
     assert (again["max_steps"], again["epochs"]) == (17, 2)
     plain = sweep(world, tmp_path / "plain", "projector=linear,mlp", "seed=0,1", max_steps=17, epochs=2)
     sweep_run(plain)
-    for trial, line in results(plain.out).items():
+    for trial, line in by_trial(plain.out).items():
         assert lines[trial]["eval_loss"] == pytest.approx(line["eval_loss"], rel=1e-5)
 
 
@@ -86,7 +73,7 @@ def test_equal_operations_are_steps_in_proportion_and_a_killed_trial_keeps_its_o
     figures = sweep_run(given)
     assert figures["finished"] == 4
     cheap = int(50.5 * each["all"] / each["pool"])
-    lines = results(given.out)
+    lines = by_trial(given.out)
     assert [line["steps"] for line in lines.values()] == [50, cheap, 50, cheap]
     for line in lines.values():
         assert line["operations"] == pytest.approx(50.5 * each["all"], rel=0.03)
@@ -115,14 +102,14 @@ def test_equal_seconds_are_measured_once_for_each_kind_and_kept(
     given = sweep(world, tmp_path / "out", *SPACE, budget="seconds=3")
     sweep_run(given)
     assert measured == ["all", "pool"]
-    assert [line["steps"] for line in results(given.out).values()] == [12, 21, 12, 21]
+    assert [line["steps"] for line in by_trial(given.out).values()] == [12, 21, 12, 21]
     err = capfd.readouterr().err
     assert "is 12 steps, at 4 steps/s as measured here, evaluations left out" in err
     assert err.count("frozen:") == 4  # the short runs print nothing
     (given.out / "study.journal").rename(tmp_path / "journal")
     monkeypatch.setattr(trial_steps, "measured_rate", lambda *_: 100.0)
     assert sweep_run(given)["finished"] == 4  # the folders of the trials say what they began with
-    assert [line["steps"] for line in results(given.out).values()] == [12, 21, 12, 21]
+    assert [line["steps"] for line in by_trial(given.out).values()] == [12, 21, 12, 21]
 
 
 def test_trials_that_differ_in_cost_share_no_pass(
@@ -172,7 +159,7 @@ def test_a_drawn_trial_that_the_budget_does_not_pay_is_named(world: Path, tmp_pa
     figures = sweep_run(given)
     assert figures["failed"]
     assert figures["finished"]
-    failed = [line for line in results(given.out).values() if line["state"] == "failed"]
+    failed = [line for line in by_trial(given.out).values() if line["state"] == "failed"]
     for line in failed:
         assert f"trial {line['trial']} (batch_size={line['batch_size']})" in line["error"]
 
@@ -203,7 +190,7 @@ def test_forced_choice_is_that_of_infer_rank(world: Path, tmp_path: Path) -> Non
     ended = call(*command(given))
     assert "4-way choice" in ended.out
     assert "with shuffled pictures (chance 0.25)" in ended.out
-    lines = results(given.out)
+    lines = by_trial(given.out)
     for line in lines.values():
         ranked = call(
             *("infer", "rank", "--checkpoint", given.out / line["folder"] / "last", "--llm", world / "llm"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
 import signal
@@ -18,7 +17,7 @@ from extract.stages.write import Write
 from llava_core.row_status import Status
 from llava_core.shards.journal import HEADER_BYTES, RECORD
 from llava_core.shards.reader import Shard
-from tests.support.commands import call, holder, started, wait_until
+from tests.support.commands import call, fill, holder, started, wait_until
 from tests.support.pictures import asked, features_are_right, good, write_parquet
 
 
@@ -184,15 +183,12 @@ def test_a_full_disk_ends_it_and_loses_nothing(
              "--concurrency", 4)  # fmt: skip
     with started("extract", "run", *flags) as process:
         wait_until(process, (out / "a.h5.journal").exists)
-        with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
-            while True:
-                filler.write(bytes(4096))
-                filler.flush()
+        filler = fill(small_disk)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert err.splitlines()[-1].startswith("error: No space left on device")
     assert "Traceback" not in err
-    (small_disk / "filler").unlink()
+    filler.unlink()
     before = asked.total()
     call("extract", "run", *flags)
     assert Shard(out / "a.h5").status.tolist() == [Status.OK] * 600

@@ -22,8 +22,9 @@ from llava_core.projector.checkpoint import load_checkpoint
 from tests.support.browser import dom_of
 from tests.support.commands import call, holder, started, wait_until
 from tests.support.ray_cluster import ACCESS, ray_cluster
-from tests.support.runs import config, curve, flags_of, weights, write_runs
+from tests.support.runs import curve, weights, write_runs
 from tests.support.shards import write_shard
+from tests.support.sweeps import command, results, sweep
 from train import cost_prediction, training_run
 from train.config import RunConfig
 from train.cost_prediction import Prediction
@@ -37,24 +38,6 @@ from train.sweep.together import Step
 
 SPACE = ("lr=5e-3,2e-2", "projector=linear,mlp", "weight_decay=0,1e38", "seed=0,1")
 """The weights of the last decay are not finite for long."""
-
-
-def sweep(world: Path, out: Path, *space: str, **flags: Any) -> SweepConfig:
-    """Of runs of 12 steps, evaluated every 4."""
-    base = config(world, out, epochs=1, eval_every=4, eval_captions=0, log_every=4)
-    return SweepConfig(**{**vars(base), **flags}, space=space)
-
-
-def command(given: SweepConfig) -> list[str]:
-    flags = flags_of(dataclasses.replace(given, space=()))
-    at = flags.index("--space")
-    return ["train", "sweep", *flags[:at], *flags[at + 1 :], "--space", *given.space]
-
-
-def results(out: Path) -> dict[int, dict[str, Any]]:
-    """Trial -> its line."""
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    return {line["trial"]: line for line in lines}
 
 
 def steps_of(out: Path) -> list[list[int]]:

@@ -120,6 +120,16 @@ class Screen(io.StringIO):
         return True
 
 
+def fill(disk: Path) -> Path:
+    """Write a file until the disk is full; returns the file."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    return filler
+
+
 def call(*arguments: object, code: int = 0, pipe: bool = True) -> Ended:
     """`run` in this process, which spares it seconds of imports: for whatever no start of one can change."""
     module, *argv = map(str, arguments)

@@ -88,10 +88,8 @@ def _absolute(path: Path) -> Path:
 
 def plan(config: SweepConfig, space: Space) -> JsonDict:
     """Print and return the number of trials, and their time one after the other."""
-    trials, resources = (
-        space.size(config.trials),
-        TrainingResources(data_configs(config, space)[0], weights=False),
-    )
+    trials = space.size(config.trials)
+    resources = TrainingResources(data_configs(config, space)[0], weights=False)
     measure_for = 2.0 if config.dry_run else 0.3  # what it is off by, the first trial shows
     kinds: dict[Hashable, float] = {}
     seconds = []
@@ -101,8 +99,8 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
             run = run_config(config, point, config.out)
             try:
                 if config.budget is not None:
-                    budget, trial = Budget.of(config.budget), f"the trial {words(point)}".rstrip()
-                    run = with_steps(run, budget, resources, trial)
+                    trial = f"the trial {words(point)}".rstrip()
+                    run = with_steps(run, Budget.of(config.budget), resources, trial)
                 kinds[kind] = forecast(run, resources, measure_for).seconds
             except LlavaError as error:  # of this point, such as a projector that does not fit its features
                 raise LlavaError(f"--space {words(point)}: {error}", exit_code=error.exit_code) from None
