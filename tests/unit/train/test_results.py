@@ -121,6 +121,14 @@ def test_held_out_losses_are_read_once_and_again_when_they_are_replaced(
     assert read == ["0", "1", "2", "3", "2"]
 
 
+@pytest.mark.parametrize("content", [b"", b"PK", bytes(99)])
+def test_what_a_loss_of_power_left_of_a_trial_s_losses_is_as_if_gone(tmp_path: Path, content: bytes) -> None:
+    for name in ("held_out", "choices"):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    records = [dataclasses.replace(record(k, {"lr": float(k)}, 1.0 + k), folder=tmp_path) for k in range(2)]
+    assert [(row.above, row.choice) for row in rows_of(records)] == [({}, {})] * 2
+
+
 def test_a_sweep_of_nothing_finished_has_no_best() -> None:
     assert best_of([]) is None
     assert text_table([]) == ""
