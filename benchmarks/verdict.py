@@ -20,11 +20,13 @@ import tyro
 from benchmarks.reference import command
 from llava_align.config import MODELS
 from llava_core.cli.console import table
+from llava_core.filesystem import read_json_lines
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards
 from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
+from train.verdict import Verdict, verdict_of
 
 ONE = "左上方画着一个大的黄色三角形，背景是灰色的。"
 Rewrite = Callable[[np.random.Generator, list[str], np.ndarray], tuple[list[str], np.ndarray]]
@@ -46,6 +48,10 @@ class Case:
     expected: str
     cache: str = "as it is"
     flags: tuple[object, ...] = ()
+
+
+def as_it_is(random: np.random.Generator, captions: list[str], features: Any) -> Any:
+    return captions, features
 
 
 def shuffled_words(random: np.random.Generator, captions: list[str], features: Any) -> Any:
@@ -75,9 +81,9 @@ def one_caption(random: np.random.Generator, captions: list[str], features: Any)
     return [ONE] * len(captions), features
 
 
-def mostly_one_caption(random: np.random.Generator, captions: list[str], features: Any) -> Any:
-    kept = set(random.permutation(len(captions))[: len(captions) // 10].tolist())
-    return [c if k in kept else ONE for k, c in enumerate(captions)], features
+def often_one_caption(random: np.random.Generator, captions: list[str], features: Any) -> Any:
+    often = set(random.permutation(len(captions))[: round(0.45 * len(captions))].tolist())
+    return [ONE if k in often else c for k, c in enumerate(captions)], features
 
 
 CACHES: dict[str, Rewrite] = {
@@ -87,7 +93,7 @@ CACHES: dict[str, Rewrite] = {
     "fifth zero": zero(5),
     "constant": constant,
     "one caption": one_caption,
-    "mostly one caption": mostly_one_caption,
+    "often one caption": often_one_caption,
 }
 MLP = ("--projector", "mlp")
 PERCEIVER = ("--projector", "perceiver16x1", "--visual-tokens", "patches")
@@ -122,8 +128,8 @@ THRESHOLDS = (
     Case("constant", "broken data", "constant", (*FAST, *steps(80))),
     Case("one caption", "broken data", "one caption", (*FAST, *steps(80))),
     Case("no end", "broken data", flags=(*FAST, *steps(80), "--max-text-tokens", 12)),
-    Case("mostly one caption", "parroting", "mostly one caption", (*FAST, *steps(160))),
-    Case("mostly one caption, course", "parroting", "mostly one caption", (*COURSE, *steps(160))),
+    Case("often one caption", "parroting", "often one caption", (*FAST, *steps(160))),
+    Case("often one caption, course", "parroting", "often one caption", (*COURSE, *steps(160))),
     Case("course, rate x 10,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 20)),
     Case("course, rate x 1,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 2)),
     Case("fast, rate x 10,000", "diverging", flags=(*FAST, *steps(80), "--lr", 500)),
@@ -160,7 +166,7 @@ OTHERS = (
     Case("fifth zero, mlp", "broken data", "fifth zero", (*COURSE, *steps(60), *MLP)),
     Case("constant, default", "broken data", "constant", steps(60)),
     Case("no end, course", "broken data", flags=(*COURSE, *steps(80), "--max-text-tokens", 16)),
-    Case("mostly one caption, mlp", "parroting", "mostly one caption", (*FAST, *steps(140), *MLP)),
+    Case("often one caption, mlp", "parroting", "often one caption", (*FAST, *steps(140), *MLP)),
     Case("course, rate x 3,000", "diverging", flags=(*COURSE, *steps(60), "--lr", 6)),
     Case("fast, rate x 3,000", "diverging", flags=(*FAST, *steps(60), "--lr", 150, "--seed", 3)),
     Case("32 pictures", "overfitting", flags=(*FAST, *steps(140), "--max-samples", 32)),
@@ -178,10 +184,10 @@ def main() -> None:
     sets = {"thresholds": THRESHOLDS, "others": OTHERS}
     for name, cases in sets.items():
         if settings.only in ("all", name):
-            told = [(case, verdict_of(settings, case)) for case in cases]
-            right = sum(found["verdict"] == case.expected for case, found in told)
-            rows = [(case.name, case.expected, str(found["verdict"])) for case, found in told]
-            print(table(rows, ("run", "sabotaged to be", "verdict")))
+            told = [(case, verdict(settings, case)) for case in cases]
+            right = sum(found.name == case.expected for case, found in told)
+            rows = [(case.name, case.expected, found.name, found.evidence[0].en) for case, found in told]
+            print(table(rows, ("run", "sabotaged to be", "verdict", "evidence")))
             print(f"{name}: {right} of {len(told)} right")
 
 
@@ -190,7 +196,8 @@ def write_cache(settings: Settings, name: str) -> None:
         for shard in find_shards(settings.demo / "features" / part):
             path = settings.out / "caches" / name / part / shard.path.name
             if not path.exists():
-                rewrite(shard, path, CACHES[name])
+                kept = part == "held-out" and name == "often one caption"
+                rewrite(shard, path, as_it_is if kept else CACHES[name])
 
 
 def rewrite(shard: Shard, path: Path, change: Rewrite) -> None:
@@ -221,11 +228,15 @@ def rewrite(shard: Shard, path: Path, change: Rewrite) -> None:
         writer.finish()
 
 
-def verdict_of(settings: Settings, case: Case) -> dict[str, Any]:
+def verdict(settings: Settings, case: Case) -> Verdict:
+    """Of the run, by the rules as they are now."""
     out = settings.out / "runs" / case.name.replace(" ", "-").replace("/", "per")
     cache = settings.demo / "features" if case.cache == "as it is" else settings.out / "caches" / case.cache
     data = ("--features", cache / "train", "--eval-features", cache / "held-out", "--llm", settings.llm)
-    return command("train", "run", *BASE, *data, *case.flags, "--out", out)
+    command("train", "run", *BASE, *data, *case.flags, "--out", out)
+    found = verdict_of(read_json_lines(out / "metrics.jsonl"))
+    assert found is not None
+    return found
 
 
 if __name__ == "__main__":

@@ -22,22 +22,22 @@ LOOKED_AT = 256
 """Training rows, evenly spaced, whose features and captions are looked at before the first step."""
 ANSWERS = 16
 """Held-out pictures that the model describes after the last step."""
-ENDS = 0.1
-"""Share of the logged training losses, the first and the last ones, that stands for both ends."""
+LATEST = 0.1
+"""Share of the logged training losses, the last ones, that stands for the loss at the end."""
 
 EMPTY = 0.1
 """Share of rows whose features are zero or another row's, above which the data are broken."""
 VARIED = 1e-4
 """Share of the features' energy by which pictures differ, below which they are all the same."""
-REPEATED = 0.9
+REPEATED = 0.5
 """Share of rows with one and the same caption above which there is nothing to learn."""
 OFTEN = 0.2
 """Share of rows with one and the same caption that explains why a model says only one."""
 CUT = 0.5
 """Share of captions cut at --max-text-tokens above which the model does not learn where they end."""
 WORSE = 0.05
-"""Rise of the held-out loss over that before the first step that is divergence, as a share of it, unless the
-training loss fell."""
+"""Rise of the held-out loss over that before the first step that is divergence, as a share of it, if the
+training loss is above that, too."""
 OVER = 0.05
 """Rise of the held-out loss over its lowest that is overfitting, as a share of it."""
 BEGUN = 0.1
@@ -116,8 +116,8 @@ FOUND = {
         "验证损失：第一步之前 {first:.3f}，结束时 {last:.3f}",
     ),
     "trained": Text(
-        "training loss {first:.3f} in the first steps, {last:.3f} in the last",
-        "训练损失：最初几步 {first:.3f}，最后几步 {last:.3f}",
+        "training loss {loss:.3f} in the last steps",
+        "最后几步的训练损失 {loss:.3f}",
     ),
     "rise": Text(
         "held-out loss {best:.3f} at step {step}, {last:.3f} at the end; training loss {trained:.3f} there",
@@ -194,9 +194,9 @@ def verdict_of(metrics: Sequence[JsonDict]) -> Verdict | None:
     if found := broken(data):
         return Verdict("broken data", found)
     fall = FOUND["fall"].of(first=first["eval_loss"], last=last["eval_loss"])
-    same, (begun, trained) = parroted(last.get("eval_captions", ())), trained_losses(metrics)
-    if last["eval_loss"] > first["eval_loss"] * (1 + WORSE) and trained > begun * (1 - BEGUN):
-        return Verdict("diverging", (fall, FOUND["trained"].of(first=begun, last=trained)))
+    same, trained = parroted(last.get("eval_captions", ())), trained_loss(metrics)
+    if min(last["eval_loss"] / (1 + WORSE), trained) > first["eval_loss"]:
+        return Verdict("diverging", (fall, FOUND["trained"].of(loss=trained)))
     if same and (share := data.get("captions_repeated", 0)) > OFTEN:
         return Verdict("parroting", (same, FOUND["repeated"].of(share=share)))
     best = min(evals, key=lambda line: float(line["eval_loss"]))
@@ -241,11 +241,10 @@ def late_share(evals: Sequence[JsonDict]) -> float:
     return float((middle["eval_loss"] - last["eval_loss"]) / fall) if fall > 0 else 0.0
 
 
-def trained_losses(metrics: Sequence[JsonDict]) -> tuple[float, float]:
-    """The training loss of the first and of the last steps that were logged; NaN if none was."""
+def trained_loss(metrics: Sequence[JsonDict]) -> float:
+    """The training loss of the last steps that were logged; NaN if none was."""
     losses = [line["loss"] for line in metrics if "loss" in line] or [math.nan]
-    some = max(1, round(ENDS * len(losses)))
-    return statistics.fmean(losses[:some]), statistics.fmean(losses[-some:])
+    return statistics.fmean(losses[-max(1, round(LATEST * len(losses))) :])
 
 
 def parroted(lines: Sequence[JsonDict]) -> Text | None:

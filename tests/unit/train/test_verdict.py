@@ -13,7 +13,12 @@ TRUE = [f"caption {k}" for k in range(ANSWERS)]
 
 
 def run(
-    *losses: float, gap: float = 1.0, low: float | None = None, said: list[str] = TRUE, **data: float
+    *losses: float,
+    gap: float = 1.0,
+    low: float | None = None,
+    said: list[str] = TRUE,
+    trained: float = 0.1,
+    **data: float,
 ) -> list[dict[str, Any]]:
     """Metrics of a run evaluated every 100 steps."""
     evals = [
@@ -26,7 +31,7 @@ def run(
         }
         for k, loss in enumerate(losses)
     ]
-    return [DATA | data, *evals, {"step": 100 * len(losses), "loss": 0.1}]
+    return [DATA | data, *evals, {"step": 100 * len(losses), "loss": trained}]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +43,9 @@ def run(
         ("broken data", run(3.0, 0.6, 0.4, 0.3, 0.3, data_varied=0.0)),
         ("broken data", run(3.0, 0.6, 0.4, 0.3, 0.3, captions_repeated=1.0)),
         ("broken data", run(3.0, 0.6, 0.4, 0.3, 0.3, captions_cut=0.9)),
-        ("diverging", run(3.0, 5.0, 6.0, 6.0, 6.0)),
+        ("diverging", run(3.0, 5.0, 6.0, 6.0, 6.0, trained=5.0)),
+        ("overfitting", run(3.0, 5.0, 6.0, 6.0, 6.0)),
+        ("parroting", run(3.0, 5.0, 6.0, 6.0, 6.0, said=["a"] * ANSWERS, captions_repeated=0.4)),
         ("overfitting", run(3.0, 0.6, 0.4, 0.5, 0.7)),
         ("blind", run(3.0, 1.6, 1.5, 1.5, 1.5, gap=0.01)),
         ("blind", run(3.0, 1.6, 1.5, 1.5, 1.5, gap=0.1, low=-0.05)),
