@@ -68,7 +68,7 @@ class SweepConfig(RunConfig):
         if self.budget is not None:
             object.__setattr__(self, "budget", str(Budget.of(self.budget)))
             for name in ("max_steps", "epochs"):
-                if getattr(self, name) != getattr(type(self), name):
+                if getattr(self, name) != getattr(RunConfig, name):
                     flag = f"--{name.replace('_', '-')}"
                     what = f"{flag} beside --budget, which sets the steps"
                     raise LlavaError(what, expected="one of them", exit_code=2)
@@ -85,8 +85,6 @@ LEAST_SIZES = 3
 """As many as the law has unknowns."""
 APART, REACH = 1.25, 4
 """Least ratio of one size to the next smaller one, and of the largest to the smallest."""
-EVALUATIONS = 10
-"""Least evaluations of a trial."""
 SUFFIXES = {"k": 1_000, "m": 1_000_000}
 
 
@@ -95,8 +93,8 @@ class ScalingConfig(SweepConfig):
     """Held-out loss against the number of training rows: a sweep over random subsets, the law loss = E +
     A·N^-α fitted to it, and what twice as many rows are predicted to bring; the same command continues.
 
-    Every size takes the same steps, --max-steps or else --epochs passes over the largest, and the loss that
-    counts is the lowest of its evaluations, of which there are ten or more.
+    Each size takes --epochs passes over its rows, at the end of which the learning rate is 0. It is evaluated
+    after each pass, or more often (--eval-every), and its lowest loss counts.
     """
 
     sizes: str
@@ -109,8 +107,8 @@ class ScalingConfig(SweepConfig):
     """What else varies, in lists as for `train sweep`: each combination has a law of its own."""
     subset: Literal["first", "random"] = "random"
     """Which rows of a folder a size has: random ones, or the first in the order of shards and rows."""
-    epochs: int = 4
-    """Passes over the largest size."""
+    epochs: int = 8
+    """Passes over the rows of each size."""
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -148,21 +146,16 @@ class ScalingConfig(SweepConfig):
         if self.trials is not None or self.prune == "median":
             flag = "--prune" if self.trials is None else "--trials"
             raise LlavaError(f"{flag}: the law needs every size", do=f"leave out {flag}", exit_code=2)
-        if self.budget is None:
-            samples = sizes[-1] * (1 if self.fuse else len(folders_of(self.features)))
-            steps = self.max_steps or self.epochs * -(-samples // self.batch_size)
-            for name, value in (
-                ("budget", f"steps={steps}"),
-                ("epochs", type(self).epochs),
-                ("max_steps", None),
-            ):
-                object.__setattr__(self, name, value)
-        budget = Budget.of(self.budget or "")
-        if budget.by_cost:
-            expected = "steps=N, since all sizes take the same steps"
-            raise LlavaError("--budget of a scaling law", expected=expected, got=budget, exit_code=2)
-        every = min(self.eval_every, -(-int(budget.amount) // EVALUATIONS))
-        object.__setattr__(self, "eval_every", every)
+        for name in ("budget", "max_steps"):
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                do = f"leave out {flag}: each size takes as many passes (--epochs)"
+                raise LlavaError(f"{flag} of a scaling law", do=do, exit_code=2)
+
+    def evaluates_every(self, rows: int, batch_size: int) -> int:
+        """Steps between the evaluations of a trial on `rows` of each folder: a pass, if not fewer."""
+        folders = 1 if self.fuse else len(folders_of(self.features))
+        return min(self.eval_every, -(-rows * folders // batch_size))
 
 
 def _rows(sizes: str) -> tuple[int, ...]:

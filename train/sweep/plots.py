@@ -63,7 +63,7 @@ def draw(
             "A line for each point, from its values to its loss, dotted if none finished; the best is thick"
         )
         wanted.append(("parallel", caption, lambda theme: parallel(space, rows, theme)))
-    if comparable(rows):
+    if comparable(rows) and not scaling_curves:  # whose runs take the same steps
         caption = (
             "Held-out loss against the operations of all steps so far: a thin line for each run, a mark for "
         )

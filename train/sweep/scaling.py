@@ -122,7 +122,7 @@ def sentences(curve: ScalingCurve) -> list[str]:
         return [
             *said,
             "no law: the held-out loss does not fall with the number of rows by more than runs differ "
-            f"({first:.4f} with {sizes[0]:,}, {last:.4f} with {sizes[-1]:,}): more such rows do not help here",
+            f"({first:.4f} with {sizes[0]:,}, {last:.4f} with {sizes[-1]:,}): more such rows do not help",
         ]
     floor, factor, alpha = law.floor, law.factor, law.alpha
     said.append(
