@@ -130,6 +130,11 @@ class ScalingConfig(SweepConfig):
             raise LlavaError("--space of a scaling law", expected="lists", got="a range", exit_code=2)
 
     def __post_init__(self) -> None:
+        for name in ("budget", "max_steps"):
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                do = f"leave out {flag}: each size takes as many passes (--epochs)"
+                raise LlavaError(f"{flag} of a scaling law", do=do, exit_code=2)
         super().__post_init__()
         self.require_above_zero("seeds")
         sizes = self.rows
@@ -137,25 +142,17 @@ class ScalingConfig(SweepConfig):
             what, expected = "--sizes: three runs fit any law", "four sizes, or --seeds 2 or more"
             raise LlavaError(what, expected=expected, got="--seeds 1", exit_code=2)
         for entry in self.space:
-            if (key := entry.partition("=")[0].strip().lstrip("-").replace("-", "_")) in (
-                "max_samples",
-                "seed",
-            ):
-                do = "--sizes and --seeds do" if key == "max_samples" else "--seed and --seeds do"
-                raise LlavaError(f"--space {key} of a scaling law", do=do, exit_code=2)
+            key = entry.partition("=")[0].strip().lstrip("-").replace("-", "_")
+            if flags := {"max_samples": "--sizes", "seed": "--seed and --seeds"}.get(key):
+                raise LlavaError(f"--space {key} of a scaling law", do=f"give {flags}", exit_code=2)
         if self.trials is not None or self.prune == "median":
             flag = "--prune" if self.trials is None else "--trials"
             raise LlavaError(f"{flag}: the law needs every size", do=f"leave out {flag}", exit_code=2)
-        for name in ("budget", "max_steps"):
-            if getattr(self, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                do = f"leave out {flag}: each size takes as many passes (--epochs)"
-                raise LlavaError(f"{flag} of a scaling law", do=do, exit_code=2)
 
-    def evaluates_every(self, rows: int, batch_size: int) -> int:
-        """Steps between the evaluations of a trial on `rows` of each folder: a pass, if not fewer."""
-        folders = 1 if self.fuse else len(folders_of(self.features))
-        return min(self.eval_every, -(-rows * folders // batch_size))
+    def evaluates_every(self, trial: RunConfig) -> int:
+        """Steps between the evaluations of a trial with these flags: those of a pass, if not fewer."""
+        folders = 1 if trial.fuse else len(folders_of(trial.features))
+        return min(self.eval_every, -(-trial.max_samples * folders // trial.batch_size))
 
 
 def _rows(sizes: str) -> tuple[int, ...]:
@@ -167,7 +164,7 @@ def _rows(sizes: str) -> tuple[int, ...]:
             number = float(word if factor == 1 else word[:-1]) * factor
         except ValueError:
             number = 0.0
-        if not 1 <= number < 1e12 or number != round(number):
+        if not 1 <= number < 1e12 or abs(number - round(number)) > 1e-6:
             expected = "whole numbers above 0, such as 500,1k,2k,4k"
             raise LlavaError("--sizes", expected=expected, got=word, exit_code=2)
         rows.append(round(number))

@@ -36,6 +36,7 @@ def write_page(
         "subtitle": f"A sweep of {escape(', '.join(space.keys))}: "
         + counted(space.size(config.trials), "trial"),
         "totals": _totals(space, rows, records, best),
+        "program": "scaling" if scaling_curves else "sweep",
         "scaling": "".join(map(_scaling, scaling_curves)),
         "best": _best(best, command, (config.out / "best").exists()),
         "pictures": "".join(map(_figure, plots)) or '<p class="note">No trial was evaluated.</p>',

@@ -32,6 +32,12 @@ class ScalingCurve:
     """Lowest held-out loss of each finished trial, by number of rows, ascending."""
     sizes: int
     """Number of sizes, those without a finished trial among them."""
+    law: ScalingLaw | None = dataclasses.field(init=False)
+    """None without enough trials, or if their losses do not fall."""
+
+    def __post_init__(self) -> None:
+        law = fit(*zip(*self.runs, strict=True)) if self.is_enough else None
+        object.__setattr__(self, "law", law)
 
     @property
     def runs(self) -> list[tuple[int, float]]:
@@ -41,13 +47,6 @@ class ScalingCurve:
     @property
     def is_enough(self) -> bool:
         return len(self.losses) >= LEAST_SIZES and len(self.runs) > UNKNOWNS
-
-    law: ScalingLaw | None = dataclasses.field(init=False)
-    """None without enough trials, or if their losses do not fall."""
-
-    def __post_init__(self) -> None:
-        law = fit(*zip(*self.runs, strict=True)) if self.is_enough else None
-        object.__setattr__(self, "law", law)
 
 
 def require_rows(config: ScalingConfig, resources: TrainingResources, caches: Sequence[RunConfig]) -> None:
@@ -62,15 +61,15 @@ def require_rows(config: ScalingConfig, resources: TrainingResources, caches: Se
 
 
 def curves_of(rows: Sequence[Row]) -> list[ScalingCurve]:
-    """A curve for each combination of what varies beside sizes and seeds."""
+    """A curve for each combination of what varies beside sizes and seeds, in the order of the table."""
     groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in sorted(rows, key=_size):
+    for row in rows:
         others = tuple(item for item in row.point.items() if item[0] != SIZE)
         groups.setdefault(others, []).append(row)
     return [
         ScalingCurve(
             {key: value for key, value in same[0].point.items() if key != SIZE},
-            {_size(row): losses for row in same if (losses := _lowest(row))},
+            {_size(row): losses for row in sorted(same, key=_size) if (losses := _lowest(row))},
             len(same),
         )
         for same in groups.values()
@@ -122,7 +121,7 @@ def sentences(curve: ScalingCurve) -> list[str]:
         return [
             *said,
             "no law: the held-out loss does not fall with the number of rows by more than runs differ "
-            f"({first:.4f} with {sizes[0]:,}, {last:.4f} with {sizes[-1]:,}): more such rows do not help",
+            f"({first:.4f} with {sizes[0]:,}, {last:.4f} with {sizes[-1]:,}): no sign that more rows help",
         ]
     floor, factor, alpha = law.floor, law.factor, law.alpha
     said.append(

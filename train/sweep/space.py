@@ -112,13 +112,13 @@ def run_config(base: RunConfig, point: Point, out: Path) -> RunConfig:
     """The flags of the run at `point`; its tables of words are found from every working directory."""
     flags: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(RunConfig)}
     flags |= {"json": False, "resume": False, "dry_run": False, "out": out, **point}
-    if isinstance(base, ScalingConfig) and "max_samples" in point:
-        rows, batch_size = int(point["max_samples"]), int(flags["batch_size"])
-        flags["eval_every"] = base.evaluates_every(rows, batch_size)
     if "features" in point:
         flags |= caches_of(str(point["features"]), base, flags["fuse"])
     tables = {name: str(Path(flags[name]).absolute()) for name in ("text", "eval_text") if flags[name]}
-    return RunConfig(**flags | tables)
+    trial = RunConfig(**flags | tables)
+    if isinstance(base, ScalingConfig) and "max_samples" in point:
+        trial = dataclasses.replace(trial, eval_every=base.evaluates_every(trial))
+    return trial
 
 
 def data_configs(base: RunConfig, space: Space) -> list[RunConfig]:
