@@ -99,6 +99,7 @@ def test_each_setting_has_a_law_of_its_own(world: Path, tmp_path: Path) -> None:
     ended = call(*command(world, tmp_path / "out", *more, sizes="6,12,24"))
     assert {law["lr"] for law in ended.summary["laws"]} == {0.02, 0.04}
     assert "lr=0.02: " in ended.err
+    assert "6 rows of a folder take 2 steps: fewer than 100 measure how far training came, too" in ended.err
 
 
 def test_losses_that_do_not_fall_get_no_law(world: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from llava_core.cli.console import counted, table
+from llava_core.cli.console import counted, say, table
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
 from train.config import RunConfig
@@ -18,6 +18,8 @@ from train.sweep.space import Point, run_config
 SIZE = "max_samples"
 AHEAD = (2, 4)
 """Multiples of the largest size whose loss is predicted."""
+FEW_STEPS = 100
+"""Fewer are too few for a projector to use its rows, whatever their number: on the demo's world, 32 were."""
 WORTH = 0.01
 """Twice the rows are worth it if the loss falls by more than this share of itself."""
 
@@ -50,8 +52,13 @@ class ScalingCurve:
 
 
 def require_rows(config: ScalingConfig, resources: TrainingResources, caches: Sequence[RunConfig]) -> None:
-    """Raise LlavaError (wrong usage) if a folder of one of the `caches` has fewer rows than --sizes name."""
-    most = config.rows[-1]
+    """Raise LlavaError (wrong usage) if a folder of one of the `caches` has fewer rows than --sizes name; say
+    if the smallest size takes few steps."""
+    least, most = config.rows[0], config.rows[-1]
+    steps = config.epochs * -(-least // config.batch_size)
+    if steps < FEW_STEPS:
+        do = f"fewer than {FEW_STEPS} measure how far training came, too"
+        say(f"{least:,} rows of a folder take {counted(steps, 'step')}: {do} (larger --sizes, more --epochs)")
     for own in caches:
         samples, _ = resources.samples(run_config(own, {SIZE: most}, own.out))
         for source, size in zip(samples.sources, samples.sizes, strict=True):
