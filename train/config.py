@@ -116,7 +116,10 @@ class RunConfig(Options):
     max_steps: int | None = None
     """Stop after this many steps; the learning rate ends there too."""
     max_samples: int = 100_000
-    """Use only the first N usable rows of each folder, in the order of shards and rows."""
+    """Use only N usable rows of each folder."""
+    subset: Literal["first", "random"] = "first"
+    """Which N: the first, in the order of shards and rows; or random ones by --seed, those of a smaller N
+    among them."""
     max_text_tokens: int = 128
     """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
     micro_tokens: int = 16_384

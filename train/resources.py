@@ -130,6 +130,9 @@ class TrainingResources:
         training = self._rows(config, held_out=False)
         repeated = self.repeated or Schedule.of(config, training.sizes).repeats
         cached = [training] if worth_caching(config.resident, repeated) else []
+        for other in self._samples.values():
+            if other.drawn_by is not None and other is not training:
+                other.cache = None  # no later run need have rows that were drawn for an earlier one
         if self.held_out_shards:
             cached.append(self._rows(config, held_out=True))
         cached = [samples for samples in cached if samples.cache is None]
@@ -147,7 +150,8 @@ class TrainingResources:
         self.use(config)
         tunes, words = config.tune != "projector", config.eval_text if held_out else config.text
         folders = config.eval_features if held_out else config.features
-        key = folders, config.fuse, held_out, limit, tunes, words
+        drawn_by = config.seed if config.subset == "random" and not held_out else None
+        key = folders, config.fuse, held_out, limit, tunes, words, drawn_by
         if key not in self._samples:
             sources = self.held_out_sources if held_out else self.sources
             if words is not None:
@@ -155,6 +159,6 @@ class TrainingResources:
             shards = [shard for source in sources for shard in source.shards]
             self._samples[key] = Samples(
                 *(shards, self.conversation, config.max_text_tokens, limit, config.seed),
-                *(config.instructions, tunes, sources),
+                *(config.instructions, tunes, sources, drawn_by),
             )
         return self._samples[key]

@@ -48,8 +48,10 @@ class Samples:
         instructions: str = "auto",
         text: bool = False,
         sources: Sequence[Source] = (),
+        drawn_by: int | None = None,
     ) -> None:
         """`instructions` are what `read_instructions` returns; `sources` those of the shards, if several.
+        `drawn_by` is a seed that draws the `limit` rows of each; without it they are the first.
 
         Raises LlavaError if a source has no usable row, none of them a picture, or the chat template refuses
         the system message of one.
@@ -59,13 +61,14 @@ class Samples:
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
         self.seed, self.instructions = seed, instructions
+        self.drawn_by = drawn_by
         self.cache: FeatureCache | None = None
         rows: list[np.ndarray] = []
         self.sizes: list[int] = []
         """Samples of each source."""
         before, has_system = 0, False
         for source in self.sources:
-            own, system = usable_rows(source.shards, limit, text)
+            own, system = usable_rows(source.shards, limit, text, drawn_by)
             has_system |= system
             if not len(own):
                 paths = [source.path] if len(self.sources) > 1 else [shard.path for shard in source.shards]
@@ -179,9 +182,10 @@ class Samples:
         encoded = sum(int((shard.status == Status.OK).sum()) for shard in self.shards)
         usable = encoded + self.text * text_only_rows(self.shards)
         if self.limit in self.sizes and usable > len(self):
-            lines.append(
-                f"{len(self):,} of {usable:,} rows: --max-samples takes the first {self.limit:,} of a folder"
-            )
+            which = f"the first {self.limit:,}"
+            if self.drawn_by is not None:
+                which = f"{self.limit:,}, drawn by --seed {self.drawn_by},"
+            lines.append(f"{len(self):,} of {usable:,} rows: --max-samples takes {which} of a folder")
         if self.left_out:
             rows = counted(self.left_out, "row")
             lines.append(

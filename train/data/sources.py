@@ -85,9 +85,17 @@ def text_only_rows(shards: Sequence[Shard]) -> int:
     return sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in shards)
 
 
-def usable_rows(shards: Sequence[Shard], limit: int, text: bool = False) -> tuple[np.ndarray, bool]:
+def usable_rows(
+    shards: Sequence[Shard], limit: int, text: bool = False, drawn_by: int | None = None
+) -> tuple[np.ndarray, bool]:
     """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows,
-    int [rows, 2], and whether one of them has a system message; with `text`, rows about no picture, too."""
+    int [rows, 2], and whether one of them has a system message; with `text`, rows about no picture, too.
+
+    With a seed, `drawn_by`, the rows are random ones, in the same order; a larger `limit` adds to them.
+    """
+    if drawn_by is not None:
+        rows, system = usable_rows(shards, sum(shard.rows for shard in shards), text)
+        return rows[np.sort(np.random.default_rng(drawn_by).permutation(len(rows))[:limit])], system
     statuses = [Status.OK, Status.TEXT_ONLY] if text else [Status.OK]
     found, system = [np.zeros((0, 2), np.int32)], False
     for s, shard in enumerate(shards):
