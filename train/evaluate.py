@@ -172,7 +172,7 @@ def run(config: EvalConfig) -> JsonDict:
 
 def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, Projector, Samples]:
     """The held-out rows are those that a run with these flags would train on."""
-    given = ("features", "text", "llm", "max_samples", "max_text_tokens", "device")
+    given = ("features", "text", "rows", "llm", "max_samples", "max_text_tokens", "device")
     flags: dict[str, Any] = {name: getattr(config, name) for name in given}
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.training.get("instructions", OLD_INSTRUCTIONS)
