@@ -204,7 +204,7 @@ class InspectConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurateConfig(Options):
-    """List the rows of a finished cache that are worth training on, for `train run --rows`. Downloads nothing.
+    """List which rows of a finished cache are worth training on, for `train run --rows`. Downloads nothing.
 
     A row is dropped for the first of these reasons: blank features, no, a short, a foreign or a repeated
     caption, a caption that fits its picture no better than shuffled ones, a picture that came before.

@@ -172,7 +172,9 @@ class RunFolder:
             return None
         checkpoint = load_aligned(self.last, provenance)
         state = load_state(checkpoint.folder)
-        before, now = (each.get("row_list", {"name": ALL_ROWS, "sha256": ""}) for each in (state["rows"], rows))
+        before, now = (
+            each.get("row_list", {"name": ALL_ROWS, "sha256": ""}) for each in (state["rows"], rows)
+        )
         if before != now:
             lists = (f"{each['name']} {each['sha256'][:12]}".strip() for each in (before, now))
             raise self._another("rows", *lists)

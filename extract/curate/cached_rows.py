@@ -31,7 +31,7 @@ class CachedRows:
     pooled: np.ndarray
     """Mean of its patches, fp16 [N, D]."""
     blank: np.ndarray
-    """Whether all its tokens are alike, or one is not finite, bool [N]: no encoder gives that for a picture."""
+    """Whether its tokens are all alike, or not finite, as no encoder gives them for a picture: bool [N]."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -55,7 +55,9 @@ def read_rows(shards: Sequence[Shard]) -> CachedRows:
                 shards[shard].read_into(row, out)
             own = slice(start, start + len(part))
             mean = features[:, skipped:].float().mean(1)
-            alike = (features == features[:, :1]).flatten(1).all(1) if tokens > 1 else features[:, 0].eq(0).all(1)
+            alike = (
+                (features == features[:, :1]).flatten(1).all(1) if tokens > 1 else features[:, 0].eq(0).all(1)
+            )
             blank[own] = alike | ~mean.isfinite().all(1) | ~features[:, 0].isfinite().all(1)
             first[own], pooled[own] = features[:, 0], mean.clamp(-65504, 65504)
             bar.update(len(part))

@@ -58,9 +58,16 @@ def run(config: CurateConfig) -> JsonDict:
     kept = int((found.reasons == "").sum())
     counts = Counter(found.reasons.tolist())
     by_reason = {reason or "kept": counts[reason] for reason in REASONS if counts[reason] or not reason}
-    show(table([(name, f"{n:,}", f"{n / len(found.rows):.2%}") for name, n in by_reason.items()], ("rows", "", "share")))
+    show(
+        table(
+            [(name, f"{n:,}", f"{n / len(found.rows):.2%}") for name, n in by_reason.items()],
+            ("rows", "", "share"),
+        )
+    )
     if not kept:
-        raise LlavaError("no row is left, so no list is written", do="see the reasons above, and relax their flags")
+        raise LlavaError(
+            "no row is left, so no list is written", do="see the reasons above, and relax their flags"
+        )
     write_list(config.out, found)
     say(f"{config.out}: {kept:,} of {len(found.rows):,} rows kept; train on them with --rows {config.out}")
     figures: JsonDict = {
@@ -86,7 +93,11 @@ def curate(config: CurateConfig, rows: CachedRows) -> Curation:
     found = Curation(rows, reasons, np.full(len(rows), -1))
     found.figures = {"language": language, "score": "none"}
     if language != config.language:
-        say(f"--language {language}: that of most captions" if language != "any" else "--language any: no language has 60 % of the captions")
+        say(
+            f"--language {language}: that of most captions"
+            if language != "any"
+            else "--language any: no language has 60 % of the captions"
+        )
     _judge_pairs(config, found)
     left = np.flatnonzero(reasons == "")
     first = near_duplicates(rows.pooled[left], config.same_picture)
@@ -109,13 +120,13 @@ def _judge_pairs(config: CurateConfig, found: Curation) -> None:
     told = scores.figures(threshold)
     found.figures |= told
     say(
-        f"about {told['wrong']:.1%} of these pairs are wrong; {told['better_than_99_of_100']:.1%} fit better than "
-        "99 % of the shuffled ones"
+        f"about {told['wrong']:.1%} of these pairs are wrong; "
+        f"{told['better_than_99_of_100']:.1%} fit better than 99 % of the shuffled ones"
     )
     if config.mismatched is None and told["wrong"] > MOST_WRONG:
         say(
-            "most captions fit no better than shuffled ones: either they are wrong, or this score cannot tell; "
-            "none is dropped by it (--mismatched 0.01 does so all the same)"
+            "most captions fit no better than shuffled ones: either they are wrong, or this score cannot "
+            "tell; none is dropped by it (--mismatched 0.01 does so all the same)"
         )
         found.figures["mismatched"] = None
         return
@@ -144,7 +155,13 @@ def _scores(config: CurateConfig, found: Curation) -> PairScores | None:
         return None
     best = max(known, key=lambda name: known[name].separation)
     told = ", ".join(f"{name} {scores.separation:.1%}" for name, scores in known.items())
-    why = f"of pairs above 99 % of shuffled ones: {told}" if len(known) > 1 else "no --vision" if config.vision is None else "as given"
+    why = (
+        f"of pairs above 99 % of shuffled ones: {told}"
+        if len(known) > 1
+        else "no --vision"
+        if config.vision is None
+        else "as given"
+    )
     say(f"--score {best} ({why})")
     found.figures |= {"score": best, "separation": {name: each.separation for name, each in known.items()}}
     return known[best]
@@ -164,13 +181,15 @@ def _say_of_other_words(found: Curation) -> None:
 def write_list(path: Path, found: Curation) -> None:
     """Write the row list: rows with features and what was found about them, and rows about no picture."""
     rows, shards = found.rows, found.rows.shards
-    text = [(k, row) for k, shard in enumerate(shards) for row in np.flatnonzero(shard.status == Status.TEXT_ONLY)]
+    text = [
+        (k, row) for k, shard in enumerate(shards) for row in np.flatnonzero(shard.status == Status.TEXT_ONLY)
+    ]
     places = np.concatenate([rows.places, np.array(text, np.int64).reshape(-1, 2)])
     order = np.lexsort((places[:, 1], places[:, 0]))
     first = [f"{rows[k][0].path.name} {rows[k][1]}" if k >= 0 else None for k in found.duplicate_of.tolist()]
     columns = {
-        "similarity": found.per_row(found.scores and found.scores.similarity),
-        "p": found.per_row(found.scores and found.scores.p),
+        "similarity": found.per_row(found.scores.similarity if found.scores else None),
+        "p": found.per_row(found.scores.p if found.scores else None),
         "characters": [len(caption) for caption in rows.captions],
         "duplicate_of": first,
         "reason": found.reasons.tolist(),
@@ -179,5 +198,7 @@ def write_list(path: Path, found: Curation) -> None:
     filled = {}
     for name, values in columns.items():
         padded = [*values, *(("" if name == "reason" else None) for _ in text)]
-        filled[name] = pa.array([padded[k] for k in order.tolist()], kinds.get(name, pa.string()), from_pandas=True)
+        filled[name] = pa.array(
+            [padded[k] for k in order.tolist()], kinds.get(name, pa.string()), from_pandas=True
+        )
     write_row_list(path, shards, places[order], filled)

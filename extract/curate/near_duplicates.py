@@ -61,9 +61,11 @@ def _near(
         near[part] = np.einsum("nd,nd->n", *pairs) >= least - 1e-6
     left, right = left[near], right[near]
     found, starts = np.unique(left, return_index=True)
-    return [
-        (int(some[k]), others[own]) for k, own in zip(found, np.split(right, starts[1:]), strict=True)
-    ] if len(found) else []
+    return (
+        [(int(some[k]), others[own]) for k, own in zip(found, np.split(right, starts[1:]), strict=True)]
+        if len(found)
+        else []
+    )
 
 
 def _shortened(rows: np.ndarray) -> np.ndarray:

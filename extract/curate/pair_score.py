@@ -68,8 +68,8 @@ class PairScores:
     def threshold(self) -> float:
         """The p above which a caption is more probably of another picture than of its own.
 
-        Of the pairs above p, wrong · (1 - p) · N are estimated to be wrong; this p maximises their number less
-        that of the others.
+        Of the pairs above p, wrong · (1 - p) · N are estimated to be wrong; this p maximises their number
+        less that of the others.
         """
         p = np.sort(self.p)
         above = 1 - np.searchsorted(p, p, side="right") / len(p)

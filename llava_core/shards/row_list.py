@@ -1,8 +1,8 @@
-"""Row lists: a parquet file that says which rows of a cache are worth training on, and why the others are not.
+"""Row lists: a parquet file of rows of a cache, with the reason why one is not worth training on.
 
-`extract curate` writes one, `train run --rows` reads it. Columns: `shard` (a file's name), `uid` (that file's,
-which ties the list to the cache), `row`, and `reason`, which is empty for a row that is kept. Others are left
-alone, so a list may be edited by any tool that writes parquet.
+`extract curate` writes one, `train run --rows` reads it. Columns: `shard` (a file's name), `uid` (that
+file's, which ties the list to the cache), `row`, and `reason`, which is empty for a row that is kept. Others
+are not read, so a list may be edited by any tool that writes parquet.
 """
 
 from __future__ import annotations
@@ -55,13 +55,17 @@ class RowList:
             names = {shard.path.name for shard in shards}
             what = f"another {foreign[0]}" if foreign[0] in names else f"{foreign[0]}, which is not there"
             folders = dict.fromkeys(str(shard.path.parent) for shard in shards)
-            raise LlavaError(f"{self.path} is not of the cache {', '.join(folders)}", got=f"rows of {what}", do=AGAIN)
+            raise LlavaError(
+                f"{self.path} is not of the cache {', '.join(folders)}", got=f"rows of {what}", do=AGAIN
+            )
         for shard in shards:
             rows = self.rows_of(shard)
             if len(rows) and not 0 <= rows[0] <= rows[-1] < shard.rows:
                 got = rows[0] if rows[0] < 0 else rows[-1]
                 expected = f"0 to {shard.rows - 1}"
-                raise LlavaError(f"a row of {shard.path.name} in {self.path}", expected=expected, got=got, do=AGAIN)
+                raise LlavaError(
+                    f"a row of {shard.path.name} in {self.path}", expected=expected, got=got, do=AGAIN
+                )
             failed = rows[~np.isin(shard.status[rows], [Status.OK, Status.TEXT_ONLY])]
             if len(failed):
                 raise LlavaError(
@@ -78,7 +82,10 @@ def read_row_list(path: Path) -> RowList:
         names = set(table.column_names)
         if missing := [name for name in COLUMNS if name not in names]:
             raise LlavaError(
-                f"{path} is no row list", expected=f"columns {', '.join(COLUMNS)}", got=f"no {missing[0]}", do=AGAIN
+                f"{path} is no row list",
+                expected=f"columns {', '.join(COLUMNS)}",
+                got=f"no {missing[0]}",
+                do=AGAIN,
             )
         columns: dict[str, Any] = {name: table[name].to_pylist() for name in ("shard", "uid")}
         rows = table["row"].cast(pa.int64()).to_numpy()
@@ -94,9 +101,11 @@ def read_row_list(path: Path) -> RowList:
     return RowList(path, sha256_files([path]), by_uid, {str(k): str(v) for k, v in shards.items()})
 
 
-def write_row_list(path: Path, shards: Sequence[Shard], places: np.ndarray, columns: Mapping[str, Any]) -> None:
-    """Write or replace a list atomically: (shard, row) of each row, int [rows, 2], and columns beside them."""
-    names, uids = ([get(shard) for shard in shards] for get in (lambda s: s.path.name, lambda s: s.layout.uid))
+def write_row_list(
+    path: Path, shards: Sequence[Shard], places: np.ndarray, columns: Mapping[str, Any]
+) -> None:
+    """Write or replace a list atomically: (shard, row) of each row, int [rows, 2], and other columns."""
+    names, uids = [shard.path.name for shard in shards], [shard.layout.uid for shard in shards]
     numbers = pa.array(places[:, 0], pa.int32())
     table = pa.table(
         {
