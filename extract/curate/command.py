@@ -23,6 +23,7 @@ from llava_core.shards.folder import find_shards, require_one_encoder
 from llava_core.shards.row_list import write_row_list
 from llava_core.types import JsonDict
 from llava_core.vision.similarity import open_both_towers
+from llava_core.vision.tower import VisionTower
 
 MOST_WRONG = 0.5
 """If more pairs than these seem to be wrong, the score is taken for one that tells nothing."""
@@ -138,8 +139,7 @@ def _scores(config: CurateConfig, found: Curation) -> PairScores | None:
     rows, scored = found.rows, found.scored
     captions = [rows.captions[k] for k in scored.tolist()]
     known: dict[str, PairScores] = {}
-    if config.vision is not None and config.score != "fit":
-        tower = open_both_towers(config.vision, pick_device(config.device), rows.shards)
+    if (tower := _text_tower(config, rows)) is not None:
         if cut := sum(map(tower.cuts, captions)):
             say(f"the text tower reads only the beginning of {counted(cut, 'caption')}")
         known["text-tower"] = text_tower_scores(tower, rows.first[scored], captions)
@@ -158,13 +158,32 @@ def _scores(config: CurateConfig, found: Curation) -> PairScores | None:
     why = (
         f"of pairs above 99 % of shuffled ones: {told}"
         if len(known) > 1
-        else "no --vision"
-        if config.vision is None
+        else "no text tower"
+        if config.score == "auto"
         else "as given"
     )
     say(f"--score {best} ({why})")
     found.figures |= {"score": best, "separation": {name: each.separation for name, each in known.items()}}
     return known[best]
+
+
+def _text_tower(config: CurateConfig, rows: CachedRows) -> VisionTower | None:
+    """The encoder with its text tower; None if it is not asked for, or --score leaves the choice and there is
+    none. Raises LlavaError if there has to be one, or --vision is another encoder."""
+    if config.vision is None or config.score == "fit":
+        return None
+    layer, do = rows.shards[0].encoder.get("layer"), "use --score fit, which any cache allows"
+    if layer is not None and config.score == "auto":
+        say(f"no text tower for features of layer {layer}: it is compared with tokens after the last norm")
+        return None
+    tower = open_both_towers(config.vision, pick_device(config.device), rows.shards, do)
+    if tower.reads_text:
+        return tower
+    if config.score == "text-tower":
+        expected = "Chinese-CLIP from ModelScope, or Chinese-CLIP or CLIP from Hugging Face"
+        raise LlavaError(f"{config.vision} has no text tower", expected=expected, do=do)
+    say(f"{config.vision} has no text tower")
+    return None
 
 
 def _say_of_other_words(found: Curation) -> None:
