@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from extract.config import (
     BenchConfig,
-    CurateConfig,
     InspectConfig,
     RetryConfig,
     RunConfig,
     VerifyConfig,
 )
+from extract.curate.config import CurateConfig
 from llava_core.cli import command
 from llava_core.cli.options import Command
 

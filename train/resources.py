@@ -127,7 +127,7 @@ class TrainingResources:
         samples, held_out = self.samples(config)
         identities: JsonDict = {"samples": samples.identity}
         if samples.listed is not None:
-            identities["row_list"] = samples.listed.identity
+            identities["row_list"] = samples.listed.sha256
         return identities | ({"held_out": held_out.identity} if held_out else {})
 
     def cache_features(self, config: RunConfig) -> None:

@@ -172,12 +172,11 @@ class RunFolder:
             return None
         checkpoint = load_aligned(self.last, provenance)
         state = load_state(checkpoint.folder)
-        before, now = (
-            each.get("row_list", {"name": ALL_ROWS, "sha256": ""}) for each in (state["rows"], rows)
-        )
-        if before != now:
-            lists = (f"{each['name']} {each['sha256'][:12]}".strip() for each in (before, now))
-            raise self._another("rows", *lists)
+        lists = [each.get("row_list", "") for each in (state["rows"], rows)]
+        if lists[0] != lists[1]:
+            names = checkpoint.training.get("rows", ALL_ROWS), self.config.rows
+            shown = (f"{name} {own[:12]}".strip() for name, own in zip(names, lists, strict=True))
+            raise self._another("rows", *shown)
         if state["rows"] != rows:
             raise LlavaError(
                 f"the shards have changed since the run in {self.path} began: files or rows were added",

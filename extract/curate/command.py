@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from extract.config import CurateConfig
 from extract.curate.cached_rows import CachedRows, read_rows
+from extract.curate.config import CurateConfig
 from extract.curate.near_duplicates import near_duplicates
 from extract.curate.pair_score import FIT_ROWS, PairScores, fit_scores, text_tower_scores
 from extract.curate.reasons import REASONS, caption_reasons
@@ -155,13 +155,10 @@ def _scores(config: CurateConfig, found: Curation) -> PairScores | None:
         return None
     best = max(known, key=lambda name: known[name].separation)
     told = ", ".join(f"{name} {scores.separation:.1%}" for name, scores in known.items())
-    why = (
-        f"of pairs above 99 % of shuffled ones: {told}"
-        if len(known) > 1
-        else "no text tower"
-        if config.score == "auto"
-        else "as given"
-    )
+    why = f"pairs above 99 % of shuffled ones: {told}"
+    if len(known) == 1:
+        lacking = "no text tower" if best == "fit" else "no fit of so few rows"
+        why = lacking if config.score == "auto" else "as given"
     say(f"--score {best} ({why})")
     found.figures |= {"score": best, "separation": {name: each.separation for name, each in known.items()}}
     return known[best]

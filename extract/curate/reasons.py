@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from extract.curate.config import Language
 from llava_core.cli.console import width
 from llava_core.language.instructions import is_chinese
 
@@ -17,7 +18,6 @@ Reason = Literal[
 ]  # fmt: skip
 REASONS: tuple[Reason, ...] = get_args(Reason)
 """All reasons; the first stands for a row that is kept."""
-Language = Literal["auto", "any", "zh", "other"]
 MOST = 0.6
 """Least share of the captions whose language is that of the cache (`auto`)."""
 

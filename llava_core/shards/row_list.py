@@ -20,7 +20,6 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import sha256_files
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
-from llava_core.types import JsonDict
 
 COLUMNS = ("shard", "uid", "row")
 """Columns that a list must have; without `reason` all its rows are kept."""
@@ -38,10 +37,6 @@ class RowList:
     """Rows that are kept, ascending, by the uid of their shard."""
     shards: Mapping[str, str]
     """Name of each shard that is listed, by its uid, also where it keeps no row."""
-
-    @property
-    def identity(self) -> JsonDict:
-        return {"name": self.path.name, "sha256": self.sha256}
 
     def rows_of(self, shard: Shard) -> np.ndarray:
         """Rows of a shard that are kept, ascending, int64."""

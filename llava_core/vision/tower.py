@@ -121,7 +121,7 @@ class VisionTower:
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts, of which the first tokens count (50 of Chinese-CLIP's) -> normalised embeddings [texts, P]."""
+        """Texts, of which `most_tokens` tokens count -> L2-normalised embeddings [texts, P]."""
         clip, tokenizer = self._both_towers()
         return F.normalize(clip.encode_text(tokenizer(texts).to(self.device)).float(), dim=-1)
 
