@@ -3,7 +3,7 @@
 The built-in world's pictures are encoded, and a share of the rows sabotaged in one way or in all of them: the
 captions of others, features of zeros, pictures that are there already and were saved again, captions too
 short, captions in English. `--steps` also trains on all rows, on those that are kept, and on those that were
-not sabotaged, with as many steps each. `--rows 100000 --copies 16` measures the time.
+not sabotaged, with as many steps each. `--rows 100000 --copies 8` measures the time.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ FOLDS = 4
 """Parts of the cache; each is scored by what is fitted on the others."""
 FIT_ROWS = 256
 """Fewest rows that a fit is made of."""
+MOST_FIT = 60_000
+"""Most rows that a fit is made of, evenly spread."""
+READ = 4096
+"""Rows that are mapped together."""
 TERMS = 1024
 """Most words, characters and pairs of them that captions are described by."""
 DIRECTIONS, CORRELATIONS = 512, 64
@@ -126,28 +130,48 @@ def fit_scores(features: np.ndarray, captions: Sequence[str]) -> PairScores:
     Canonical correlation analysis (H. Hotelling, 1936) of FOLDS - 1 parts gives the directions of the last
     one; each is weighted as in the pointwise mutual information of two normal variables so correlated.
     """
-    x, y = (_principal(values) for values in (features.astype(np.float32), term_matrix(captions)))
-    numbers, folds = _numbers(captions), np.arange(len(x)) % FOLDS
-    own, shuffled = np.zeros(len(x)), []
-    for fold in range(FOLDS):
-        fit, rest = folds != fold, folds == fold
-        (x_mean, x_map), (y_mean, y_map) = _canonical(x[fit], y[fit])
-        pairs = (x[rest] - x_mean) @ x_map, (y[rest] - y_mean) @ y_map
-        own[rest], others = compare(*pairs, numbers[rest])
-        shuffled.append(others)
+    rows, numbers = len(features), _numbers(captions)
+    folds = np.random.default_rng(0).permutation(rows) % FOLDS
+    sample = np.arange(0, rows, -(-rows // MOST_FIT))
+    terms = telling_terms([captions[row] for row in sample.tolist()])
+
+    def read(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        words = term_matrix([captions[row] for row in some.tolist()], terms)
+        return features[some].astype(np.float32), words
+
+    x, y = read(sample)
+    x_directions, y_directions = _principal(x), _principal(y)
+    x, y = x @ x_directions, y @ y_directions
+    own, shuffled = np.zeros(rows), []
+    with progress(rows, "rows", desc="fit") as bar:
+        for fold in range(FOLDS):
+            fit, rest = folds[sample] != fold, np.flatnonzero(folds == fold)
+            (x_mean, x_map), (y_mean, y_map) = _canonical(x[fit], y[fit])
+            images, texts = (np.zeros((len(rest), x_map.shape[1]), np.float32) for _ in range(2))
+            for start in range(0, len(rest), READ):
+                part = slice(start, start + READ)
+                shown, said = read(rest[part])
+                images[part] = (shown @ x_directions - x_mean) @ x_map
+                texts[part] = (said @ y_directions - y_mean) @ y_map
+                bar.update(len(shown))
+            own[rest], others = compare(images, texts, numbers[rest])
+            shuffled.append(others)
     return PairScores(own, np.sort(np.concatenate(shuffled)))
 
 
-def term_matrix(captions: Sequence[str]) -> np.ndarray:
-    """Which captions have which of the most telling terms, fp32 [N, terms]: words, or Han characters, and
-    pairs of neighbours; those that are in half of the captions tell most."""
-    found = [set(_terms(caption)) for caption in captions]
-    counts = Counter(itertools.chain.from_iterable(found))
-    telling = sorted(counts, key=lambda term: (-counts[term] * (len(found) - counts[term]), term))[:TERMS]
-    places = {term: k for k, term in enumerate(telling)}
-    matrix = np.zeros((len(found), max(1, len(places))), np.float32)
-    for row, terms in enumerate(found):
-        matrix[row, [places[term] for term in terms if term in places]] = 1
+def telling_terms(captions: Sequence[str]) -> dict[str, int]:
+    """The most telling terms, numbered: words, or Han characters, and pairs of neighbours; those that are in
+    half of the captions tell most."""
+    counts = Counter(term for caption in captions for term in set(_terms(caption)))
+    order = sorted(counts, key=lambda term: (-counts[term] * (len(captions) - counts[term]), term))
+    return {term: number for number, term in enumerate(order[:TERMS])}
+
+
+def term_matrix(captions: Sequence[str], terms: Mapping[str, int]) -> np.ndarray:
+    """Which captions have which terms, 0 or 1: fp32 [N, terms]."""
+    matrix = np.zeros((len(captions), max(1, len(terms))), np.float32)
+    for row, caption in enumerate(captions):
+        matrix[row, [terms[term] for term in set(_terms(caption)) if term in terms]] = 1
     return matrix
 
 
@@ -168,12 +192,10 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def _principal(values: np.ndarray) -> np.ndarray:
-    """The values in their first DIRECTIONS principal directions, fp32."""
+    """The first DIRECTIONS principal directions of some values [N, D]: orthonormal, fp32 [D, directions]."""
     values = values - values.mean(0)
-    if values.shape[1] <= DIRECTIONS:
-        return values
     _, vectors = np.linalg.eigh(values.T @ values)
-    return np.asarray(values @ vectors[:, -DIRECTIONS:])
+    return np.asarray(vectors[:, -DIRECTIONS:])
 
 
 def _canonical(x: np.ndarray, y: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
