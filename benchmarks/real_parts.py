@@ -59,6 +59,8 @@ class Settings:
     steps: int = 60
     batch_size: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
+    choices: int = 8
+    """Captions, one of them the picture's own, of which the model takes the likeliest."""
 
 
 def main() -> None:
@@ -95,14 +97,20 @@ def told(*arguments: object) -> JsonDict:
 
 
 def sweep(
-    settings: Settings, name: str, cache: str, recipe: str, space: str, tokens: str = "pool"
+    settings: Settings,
+    name: str,
+    cache: str,
+    recipe: str,
+    space: str,
+    tokens: str = "pool",
 ) -> JsonDict:
     out, seeds = settings.out, f"seed={','.join(map(str, settings.seeds))}"
     train, held_out = (out / "features" / part / cache for part in ("train", "held-out"))
     models = ("--features", train, "--eval-features", held_out, "--llm", settings.llm)
     steps = ("--max-steps", settings.steps, "--batch-size", settings.batch_size, "--epochs", 99)
-    evaluation = ("--eval-every", settings.steps // 2, "--save-every", settings.steps, "--keep", 1)
-    flags = (*models, "--recipe", recipe, "--visual-tokens", tokens, *steps, *evaluation)
+    evaluation = ("--eval-every", settings.steps // 2, "--save-every", settings.steps, "--eval-captions", 0)
+    recipes = ("--recipe", recipe, "--visual-tokens", tokens, "--choices", settings.choices)
+    flags = (*models, *recipes, *steps, *evaluation)
     return told("train", "sweep", *flags, "--out", out / name, "--space", space, seeds)
 
 

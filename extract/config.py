@@ -68,6 +68,10 @@ class RunConfig(EncodeConfig, DataOptions):
     about 1 %. Training reads both, also side by side."""
     thumbnails: bool = False
     """Keep a small JPEG of each picture in its shard, 4 KiB a row, to look at later."""
+    keep_images: Path | None = None
+    """Folder to keep the image files in, a WebDataset tar for each source, with every row's words and
+    outcome: for a later encoder, which takes the folder as --data. Where the cache is finished, the images
+    are downloaded for it."""
     ray: str | None = None
     """Spread the files over this Ray cluster, of which this machine is a node: auto, or HOST:6379."""
     ray_workers: int | None = None
@@ -85,12 +89,9 @@ class RunConfig(EncodeConfig, DataOptions):
         )
         if self.layers and self.layer is not None:
             raise LlavaError("--layer and --layers", expected="one of them", exit_code=2)
-        several = len(self.caches()) > 1
-        if several and self.ray is not None:
-            expected = "one encoder, and one layer"
-            raise LlavaError(
-                "--ray", expected=expected, do="make the caches one after the other", exit_code=2
-            )
+        if self.ray is not None and (len(self.caches()) > 1 or self.keep_images is not None):
+            expected, do = "one encoder, one layer, and no --keep-images", "make them one after the other"
+            raise LlavaError("--ray", expected=expected, do=do, exit_code=2)
 
     def caches(self) -> list[RunConfig]:
         """The flags of the `extract run` that would make each of the caches alone.
@@ -116,6 +117,8 @@ class RunConfig(EncodeConfig, DataOptions):
     def require_inputs(self) -> None:
         require_data(self.data, self.images)
         require_folder(self.out)
+        if self.keep_images is not None:
+            require_folder(self.keep_images, "--keep-images")
         for folder in folders_of(self.vision):
             require_vision_encoder(folder)
         super().require_inputs()

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.open_shard import Cache, OpenShard, cache_of
+from extract.open_output import Cache, OpenOutput
+from extract.open_shard import cache_of
 from extract.row_job import InFlightRow, RowJob, RowRef, StoredRow
 from extract.sources.base import is_address
 from llava_core.errors import LlavaError
@@ -48,7 +49,7 @@ class Deduplicator:
     def claim(self, key: Key, ref: RowRef) -> InFlightRow | StoredRow | None:
         """The row with the same key and all that this one's shard keeps; None if there is none."""
         found = self._claim(key, ref)
-        if found is not None and ref.shard.writer.layout.thumbnails and not found.layout.thumbnails:
+        if found is not None and ref.shard.thumbnails and not found.thumbnails:
             return None
         if isinstance(found, StoredRow):
             with self._counting:
@@ -75,17 +76,23 @@ class Deduplicator:
             first.waiters = []
         return waiters
 
-    def add_open(self, shard: OpenShard) -> None:
-        """Add the rows that an interrupted run has encoded into an open shard."""
-        for row in np.flatnonzero(shard.writer.status == Status.OK).tolist():
-            record, ref = shard.writer.outcome(row), RowRef(shard, row)
-            if shard.host(row) is not None:
-                self._claim(shard.urls[row], ref)
+    def add_open(self, shard: OpenOutput) -> None:
+        """Add the rows that an interrupted run has written."""
+        for record in shard.earlier():
+            ref = RowRef(shard, record.row)
+            if shard.host(record.row) is not None:
+                self._claim(shard.urls[record.row], ref)
             self._claim(record.sha256, ref)
             self.settle(ref, record)
 
-    def add_finished(self, shard: Shard, opened: OpenShard | None = None) -> None:
-        """Add the rows of a finished shard, and drop those of the open shard that has become it."""
+    def drop_open(self, shard: OpenOutput) -> None:
+        """Drop the rows of an output that is finished."""
+        for row in range(len(shard.urls)):
+            for key in self._keys.pop(RowRef(shard, row), ()):
+                del self._open[key]
+
+    def add_finished(self, shard: Shard) -> None:
+        """Add the rows of a finished shard."""
         rows = np.flatnonzero(shard.status == Status.OK)
         number = len(self._paths)
         self._paths.append((shard.path, cache_of(shard.layout)))
@@ -93,10 +100,6 @@ class Deduplicator:
         all_urls = shard.urls()
         urls = {row: _short(url) for row in rows.tolist() if is_address(url := all_urls[row])}
         self._urls.add(np.array([*urls.values()], np.uint64), number, np.array([*urls]))
-        if opened is not None:
-            for row in range(shard.rows):
-                for key in self._keys.pop(RowRef(opened, row), ()):
-                    del self._open[key]
 
     def _stored(self, key: Key, cache: Cache) -> Iterator[StoredRow]:
         table = self._urls if isinstance(key, str) else self._images

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Any
 from extract.config import ExamplesConfig
 from extract.sources.base import Columns, DataFlags, Source
 from extract.sources.find import find_sources
+from extract.word_files import words_file
 from llava_core.cli.console import counted, progress, say
 from llava_core.errors import LlavaError
 from llava_core.network.fetch import Fetched, fetch_each
 from llava_core.network.fetch_limits import FetchLimits
 from llava_core.network.outage import SILENT, proxy_hint
 from llava_core.row_status import Status
-from llava_core.shards.dialogue import Turns, stored_dialogue
-from llava_core.tables.conversations import IMAGE_MARK
+from llava_core.shards.dialogue import Dialogue, stored_dialogue
 from llava_core.types import JsonDict
-from llava_core.vision.image_formats import ImageError, image_format
+from llava_core.vision.image_formats import ImageError, image_suffix
 
 HIDDEN = ".part"
 """Folder in --out for the pictures found so far."""
@@ -55,7 +54,7 @@ def run(config: ExamplesConfig) -> JsonDict:
             trouble = search.run()
         for n, (picture, words) in enumerate(search.found):
             named = picture.rename(config.out / f"{n:04d}{picture.suffix}")
-            suffix, text = _as_file(words)
+            suffix, text = words_file(words)
             named.with_suffix(suffix).write_text(text + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -82,7 +81,7 @@ class _Search:
             allow_private=config.allow_private,
             headers=config.headers(),
         )
-        self.found: list[tuple[Path, Turns]] = []
+        self.found: list[tuple[Path, Dialogue]] = []
         """Pictures and their words."""
         self.failed: collections.Counter[str] = collections.Counter()
         self._failed_since: collections.Counter[str] = collections.Counter()
@@ -106,13 +105,13 @@ class _Search:
                 return trouble
         return None
 
-    def _parts(self) -> Iterator[tuple[Columns, list[tuple[int, Turns]]]]:
+    def _parts(self) -> Iterator[tuple[Columns, list[tuple[int, Dialogue]]]]:
         """Batches of rows with words: their columns, and (row, words) of each."""
         size = min(max(self.config.count, LEAST_ROWS), MOST_ROWS)
         for source in self.sources:
             columns = source.read()
             captioned = (
-                (row, stored_dialogue(text, columns.conversations).turns)
+                (row, stored_dialogue(text, columns.conversations))
                 for row, text in enumerate(columns.captions)
                 if text is not None
             )
@@ -141,10 +140,9 @@ class _Search:
         if fetched.status.failed:
             return fetched.status
         try:
-            kind = image_format(fetched.body)
+            suffix = image_suffix(fetched.body)
         except ImageError as error:
             return error.status
-        suffix = ".jpg" if kind == "JPEG" else f".{kind.lower()}"
         picture = self.hidden / f"{next(self._names)}{suffix}"
         picture.write_bytes(fetched.body)
         self.bar.update(self.bar.n < self.config.count)
@@ -160,21 +158,6 @@ class _Search:
             do = "look at the addresses, or paths, in --data"
             return LlavaError(f"gave up after {rows:,} rows in a row without a picture", got=got, do=do)
         return None
-
-
-def _as_file(words: Turns) -> tuple[str, str]:
-    """Suffix and text of the file of these words, which `extract run` reads back as they are."""
-    answers = [answer for _, answer in words]
-    if len(words) == 1 and words[0][0] is None:
-        return ".txt", answers[0]
-    if all(question is None for question, _ in words):
-        return ".json", json.dumps(answers, ensure_ascii=False, indent=1)
-    messages = [
-        {"role": role, "content": content}
-        for question, answer in words
-        for role, content in (("user", question or IMAGE_MARK), ("assistant", answer))
-    ]
-    return ".json", json.dumps(messages, ensure_ascii=False, indent=1)
 
 
 def _counts(failed: collections.Counter[str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from extract.config import EncodeConfig, RetryConfig, RunConfig
 from extract.deduplicate import Deduplicator
+from extract.open_output import OpenOutput
 from extract.open_shard import OpenShard
 from extract.pipeline import run_pipeline
 from extract.sources.base import Columns, Source, described, is_address
@@ -251,7 +252,7 @@ def open_shard_of(
 def extract(
     config: EncodeConfig,
     towers: Sequence[VisionTower],
-    openers: Sequence[Sequence[Callable[[], OpenShard]]],
+    openers: Sequence[Sequence[Callable[[], OpenOutput]]],
     finished: Sequence[Shard],
     rows: int,
     bar: ProgressBar | None = None,

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 
-from extract.sources.base import Images, host_of, is_address
+from extract.open_output import Cache, OpenOutput
+from extract.sources.base import Images
 from llava_core.row_status import Outcome, Status
 from llava_core.shards.byte_offsets import Layout
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
-
-
-class Cache(NamedTuple):
-    """What two shards have in common whose features may be copied from one to the other."""
-
-    fingerprint: str
-    storage: str
 
 
 def cache_of(layout: Layout) -> Cache:
@@ -29,8 +21,8 @@ def cache_of(layout: Layout) -> Cache:
     return Cache(layout.identity.fingerprint, layout.storage)
 
 
-class OpenShard:
-    """A shard's writer and text, its pending rows, and the outcomes that wait to be written."""
+class OpenShard(OpenOutput):
+    """A shard's writer, and what waits to be written by it."""
 
     def __init__(
         self,
@@ -41,34 +33,17 @@ class OpenShard:
         outcomes: Mapping[int, Outcome] = MappingProxyType({}),
         kept: Mapping[int, Shard] = MappingProxyType({}),
     ) -> None:
-        """`outcomes`: rows whose outcome is known already; `kept`: rows whose features an older shard has."""
-        self.writer, self.urls, self.captions, self.images = writer, urls, captions, images
-        self.outcomes, self.kept = outcomes, kept
-        self.cache = cache_of(writer.layout)
-        self.pending: list[int] = np.flatnonzero(~writer.done).tolist()
-        """Rows without an outcome when it was opened."""
-        self.missing = len(self.pending)
-        """Rows that are not written yet."""
-        self.waiting: list[RowRecord] = []
-        """Outcomes to be written."""
-        self.started = time.monotonic()
+        super().__init__(cache_of(writer.layout), urls, captions, writer.done, images, outcomes, kept)
+        self.writer = writer
 
-    def host(self, row: int) -> str | None:
-        """Host of the row's image; None if it needs no network."""
-        return None if self.images and not is_address(self.urls[row]) else host_of(self.urls[row])
+    @property
+    def thumbnails(self) -> bool:
+        return self.writer.layout.thumbnails
 
-    def write(self) -> None:
-        """Make the waiting outcomes durable. The last ones finish the shard."""
-        records, self.waiting = self.waiting, []
-        if records:
-            self.writer.write(records)
-        self.missing -= len(records)
-        if self.missing == 0:
-            self.writer.finish()
-            self.close()
+    def earlier(self) -> Iterator[RowRecord]:
+        return map(self.writer.outcome, np.flatnonzero(self.writer.status == Status.OK).tolist())
 
     def outcome(self, record: RowRecord) -> RowRecord:
-        """An outcome of this shard, features and thumbnail included. Must not run while `write` does."""
         if record.status is not Status.OK:
             return record
         for waiting in self.waiting:
@@ -77,6 +52,15 @@ class OpenShard:
         source = self.writer if self.missing else Shard(self.writer.path)
         features, thumbnail = source.read(record.row), source.thumbnail(record.row)
         return dataclasses.replace(record, features=features, thumbnail=thumbnail)
+
+    def take_file(self, record: RowRecord, body: bytes) -> None:
+        """A shard keeps no files."""
+
+    def _append(self, records: Sequence[RowRecord]) -> None:
+        self.writer.write(records)
+
+    def _finish(self) -> None:
+        self.writer.finish()
 
     def close(self) -> None:
         self.writer.__exit__(None, None, None)

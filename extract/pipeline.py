@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from extract.deduplicate import Deduplicator
-from extract.open_shard import OpenShard
+from extract.open_output import OpenOutput
 from extract.pipeline_config import PipelineConfig
 from extract.stages.decode import Decode
 from extract.stages.download import Download
@@ -34,7 +34,7 @@ from llava_core.vision.tower import VisionTower
 async def run_pipeline(
     towers: Sequence[VisionTower],
     config: PipelineConfig,
-    openers: Sequence[Sequence[Callable[[], OpenShard]]],
+    openers: Sequence[Sequence[Callable[[], OpenOutput]]],
     bar: ProgressBar,
     done: Callable[[Shard, float], None],
     deduplicator: Deduplicator | None = None,
@@ -52,7 +52,7 @@ async def run_pipeline(
     deduplicator = deduplicator or Deduplicator()
     fetcher = Fetcher(config.fetch_limits())
 
-    write = Write(disk, bar, done, deduplicator, caches=len(towers))
+    write = Write(disk, bar, done, deduplicator, outputs=max(map(len, openers), default=1))
     networks = {id(tower.network): tower.network for tower in towers}
     encoders = []
     for network in networks.values():

@@ -7,25 +7,24 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from extract.open_shard import OpenShard
+from extract.open_output import OpenOutput
 from llava_core.row_status import Status
-from llava_core.shards.byte_offsets import Layout
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord
 
 
 class RowRef(NamedTuple):
-    """A row of an open shard."""
+    """A row of an output."""
 
-    shard: OpenShard
+    shard: OpenOutput
     row: int
 
 
 @dataclasses.dataclass(slots=True)
 class RowJob:
-    """A row on its way to its shard. Each stage fills in its part."""
+    """A row on its way to its output. Each stage fills in its part."""
 
-    shard: OpenShard
+    shard: OpenOutput
     record: RowRecord
     """Outcome so far."""
     duplicate_of: InFlightRow | StoredRow | None = None
@@ -71,8 +70,8 @@ class InFlightRow:
     """Duplicates that take over the outcome when it is known."""
 
     @property
-    def layout(self) -> Layout:
-        return self.ref.shard.writer.layout
+    def thumbnails(self) -> bool:
+        return self.ref.shard.thumbnails
 
     def outcome(self) -> RowRecord:
         """Outcome with features and thumbnail; `record` must be known."""
@@ -88,8 +87,8 @@ class StoredRow:
     row: int
 
     @property
-    def layout(self) -> Layout:
-        return self.shard.layout
+    def thumbnails(self) -> bool:
+        return self.shard.layout.thumbnails
 
     def outcome(self) -> RowRecord:
         """Outcome with features and thumbnail."""

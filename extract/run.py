@@ -21,7 +21,9 @@ from extract.extract_shards import (
     require_same,
 )
 from extract.failed_files import failed_lines
+from extract.open_output import OpenOutput
 from extract.open_shard import OpenShard
+from extract.open_tar import OpenTar, is_kept
 from extract.partition import limits_of, partition
 from extract.ray_driver import extract_on_ray
 from extract.sources.base import DataFlags, Source
@@ -73,11 +75,11 @@ def run(config: RunConfig) -> JsonDict:
             say(f"{counted(len(plans), 'cache')} take {together} of disk together")
         return _of_all(caches, plans)
     finished = _reused(config, towers, config.dtype)
-    openers: list[list[Callable[[], OpenShard]]] = []
+    openers: list[list[Callable[[], OpenOutput]]] = []
     done: dict[Path, Shard | None] = {}
-    rows = 0
+    rows = to_go = tars = 0
     for source in sources:
-        todo: list[Callable[[], OpenShard]] = []
+        todo: list[Callable[[], OpenOutput]] = []
         for cache, tower in zip(caches, towers, strict=True):
             path = _shard(cache, source)
             done[path] = finished_shard(path, source, tower, cache)
@@ -85,13 +87,19 @@ def run(config: RunConfig) -> JsonDict:
                 finished.append(done[path] or Shard(path))
             if done[path] is None:
                 todo.append(functools.partial(open_shard, path, source, tower, cache))
+        to_go += len(todo)
+        if config.keep_images is not None:
+            tar = config.keep_images / f"{source.stem}.tar"
+            if not is_kept(tar, source):
+                todo.append(functools.partial(OpenTar, tar, source))
+                tars += 1
         rows += len(todo) * source.rows
         openers.append(todo)
-    shards, to_go = len(sources) * len(caches), sum(map(len, openers))
-    say(
-        f"{counted(sum(source.rows for source in sources), 'row')} in {counted(len(sources), 'source')}; "
-        + (f"{shards - to_go} shards are finished, {to_go} to go" if to_go else "nothing to do")
-    )
+    shards = len(sources) * len(caches)
+    left = [f"{shards - to_go} shards are finished, {to_go} to go"] * bool(to_go)
+    left += [f"the images of {counted(tars, 'source')} are to be kept"] * bool(tars)
+    found = f"{counted(sum(source.rows for source in sources), 'row')} in {counted(len(sources), 'source')}"
+    say(f"{found}; {', '.join(left) or 'nothing to do'}")
     speed = extract(config, towers, [todo for todo in openers if todo], finished, rows)
     all_figures = []
     for cache in caches:

@@ -183,17 +183,17 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def require_folder(out: Path) -> None:
-    """Raise LlavaError (wrong usage) unless --out is, or could be made, a writable folder."""
+def require_folder(out: Path, flag: str = "--out") -> None:
+    """Raise LlavaError (wrong usage) unless the flag's value is, or could be made, a writable folder."""
     for place in (out, *out.absolute().parents):
         if place.is_symlink() and not place.exists():
             got = f"{place}, a link to nothing"
-            raise LlavaError("--out", expected="a folder", got=got, exit_code=2)
+            raise LlavaError(flag, expected="a folder", got=got, exit_code=2)
     there = nearest_existing(out)
     if not there.is_dir():
-        raise LlavaError("--out", expected="a folder", got=f"the file {there}", exit_code=2)
+        raise LlavaError(flag, expected="a folder", got=f"the file {there}", exit_code=2)
     if not os.access(there, os.W_OK):
-        raise LlavaError("--out", expected="a folder that can be written to", got=there, exit_code=2)
+        raise LlavaError(flag, expected="a folder that can be written to", got=there, exit_code=2)
 
 
 def matching(pattern: str) -> list[Path]:

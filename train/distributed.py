@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from llava_core.cli.console import speak
-from llava_core.device import pick_device
+from llava_core.device import is_memory_full, pick_device
 from llava_core.errors import LlavaError, first_line
 from llava_core.launcher_variables import whole_number
 from train.stop_signal import ignore_signals
@@ -54,7 +54,8 @@ def joined() -> Iterator[ProcessGroup]:
 
 
 class DeferredError:
-    """A `with` block whose LlavaError, OSError or interrupt waits in `error` until the ranks next meet."""
+    """A `with` block whose LlavaError, OSError, interrupt or lack of memory waits in `error` until the ranks
+    next meet."""
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
@@ -63,7 +64,8 @@ class DeferredError:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, (LlavaError, OSError, KeyboardInterrupt)):
+        known = isinstance(error, (LlavaError, OSError, KeyboardInterrupt))
+        if known or (isinstance(error, RuntimeError) and is_memory_full(error)):
             self.error = error
         return self.error is not None
 

@@ -18,10 +18,12 @@ from extract.sources.local_images import loaded
 from llava_core.cli.console import say_once
 from llava_core.errors import LlavaError, first_line
 from llava_core.network.fetch import Fetched
-from llava_core.row_status import Status
+from llava_core.row_status import Outcome, Status
 from llava_core.tables.words import SAMPLE, WordReader
 from llava_core.vision.image_files import SUFFIXES as IMAGE_SUFFIXES
 
+STATUS_OF = {status.label: status for status in Status if status not in (Status.PENDING, Status.OK)}
+"""Outcomes by what --keep-images writes."""
 END = 1 << 20
 """Bytes read at a time after the last member."""
 
@@ -57,6 +59,11 @@ class Tar(Source):
         images = [_image(sample) for sample in samples.values()]
         with self.path.open("rb") as file:
             values = [_words(file.fileno(), sample) for sample in samples.values()]
+            kept = {
+                row: outcome
+                for row, sample in enumerate(samples.values())
+                if images[row] is None and (outcome := _kept_outcome(file.fileno(), sample))
+            }
         reader = WordReader(str(self.path), "text", values[:SAMPLE], self.flags.caption_key)
         words, outcomes = reader.read(values)
         captions, conversations = reader.texts_of(words)
@@ -66,7 +73,7 @@ class Tar(Source):
             ids=list(samples),
             images=_TarImages(self.path, images),
             conversations=conversations,
-            outcomes=outcomes,
+            outcomes={**outcomes, **kept},
         )
 
 
@@ -165,6 +172,18 @@ def _words(descriptor: int, sample: dict[str, Member]) -> object:
             except (ValueError, RecursionError):
                 return None
     return None
+
+
+def _kept_outcome(descriptor: int, sample: dict[str, Member]) -> Outcome | None:
+    """Why `extract run --keep-images` had no image for this sample, if that wrote it."""
+    if ".json" not in sample:
+        return None
+    try:
+        about = json.loads(_content(descriptor, sample[".json"]))
+        status = STATUS_OF.get(about["status"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return Outcome(status, str(about.get("reason", ""))) if status else None
 
 
 def _content(descriptor: int, member: Member, most: int | None = None) -> bytes:

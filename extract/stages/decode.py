@@ -84,6 +84,9 @@ class Decode:
         jobs, decoded = [], dict[Preprocess, Decoded | ImageError]()
         with self.metrics.work():
             sha256 = hashlib.sha256(job.body).digest()
+            for row in job.rows:
+                row.record.sha256 = sha256
+                row.shard.take_file(row.record, job.body)
             for encoder in self.encoders:
                 rows = [row for row in encoder.rows(job) if not self._duplicates(row, sha256)]
                 own = encoder.preprocess  # the mean is also the colour of padding
@@ -97,7 +100,6 @@ class Decode:
         return jobs
 
     def _duplicates(self, job: RowJob, sha256: bytes) -> bool:
-        job.record.sha256 = sha256
         if self.deduplicator is not None:
             job.duplicate_of = self.deduplicator.claim(sha256, RowRef(job.shard, job.record.row))
         return job.duplicate_of is not None
@@ -115,5 +117,5 @@ class Decode:
             record.status, record.reason = image.status, str(image)
             return
         record.reason, record.orig_hw = image.lacks, image.orig_hw
-        if job.shard.writer.layout.thumbnails:
+        if job.shard.thumbnails:
             record.thumbnail = preprocess.thumbnail(image, THUMBNAIL_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Executor
 
-from extract.open_shard import OpenShard
+from extract.open_output import OpenOutput
 from extract.pipeline_config import PipelineConfig
 from extract.row_job import ImageJob, JobSink, RowJob, RowRef
 from extract.stages.host_queue import HostQueue
@@ -50,7 +50,7 @@ class Download:
             rows = [RowJob(shard, _record(row, fetched)) for shard, row in refs]
             await self.out.put(ImageJob(rows, fetched.body))
 
-    async def _read(self, shard: OpenShard, row: int) -> Fetched | None:
+    async def _read(self, shard: OpenOutput, row: int) -> Fetched | None:
         """An image that needs no network; None for one at an address."""
         if shard.images is None:
             return None

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from extract.deduplicate import Deduplicator
-from extract.open_shard import OpenShard
+from extract.open_output import OpenOutput
 from extract.row_job import RowJob, RowRef, StoredRow
 from extract.stages.host_queue import HostQueue
 from extract.stages.write import Write
@@ -25,7 +25,7 @@ class Feed:
 
     def __init__(
         self,
-        openers: Sequence[Sequence[Callable[[], OpenShard]]],
+        openers: Sequence[Sequence[Callable[[], OpenOutput]]],
         out: HostQueue[tuple[RowRef, ...]],
         write: Write,
         deduplicator: Deduplicator,
@@ -55,7 +55,7 @@ class Feed:
                     await self.write.write(shard)
         self.out.close()
 
-    async def _hand_out(self, shards: Sequence[OpenShard]) -> None:
+    async def _hand_out(self, shards: Sequence[OpenOutput]) -> None:
         needed: dict[int, list[RowRef]] = {}
         for shard in shards:
             self.deduplicator.add_open(shard)
@@ -67,7 +67,7 @@ class Feed:
         for row, refs in needed.items():
             self.out.put(refs[0].shard.host(row), tuple(refs))
 
-    def _settled(self, shard: OpenShard, row: int) -> RowJob | None:
+    def _settled(self, shard: OpenOutput, row: int) -> RowJob | None:
         """The job of a row that needs no image; None if it needs one."""
         known = shard.outcomes.get(row)
         if known is None and shard.captions[row] is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from extract.deduplicate import Deduplicator
+from extract.open_output import OpenOutput
 from extract.open_shard import OpenShard
 from extract.row_job import InFlightRow, RowJob, RowRef
 from extract.stages.metrics import ProgressBar, StageMetrics
@@ -36,8 +37,8 @@ class Write:
         bar: ProgressBar,
         done: Callable[[Shard, float], None],
         deduplicator: Deduplicator,
-        shards: Sequence[OpenShard] = (),
-        caches: int = 1,
+        shards: Sequence[OpenOutput] = (),
+        outputs: int = 1,
     ) -> None:
         """`disk`: one thread. `shards`: shards that are open already; `open` opens the others."""
         self.inbox: asyncio.Queue[RowJob | None] = asyncio.Queue(4 * WRITE_ROWS)
@@ -47,9 +48,9 @@ class Write:
         """Shards that are open."""
         self.failed = 0
         """Rows that have failed so far."""
-        self._slots = asyncio.Semaphore(OPEN_SHARDS * caches)
+        self._slots = asyncio.Semaphore(OPEN_SHARDS * outputs)
 
-    async def open(self, opener: Callable[[], OpenShard]) -> OpenShard:
+    async def open(self, opener: Callable[[], OpenOutput]) -> OpenOutput:
         """Open a shard as soon as fewer than OPEN_SHARDS of a cache are open. Raises what `opener` raises."""
         await self._slots.acquire()
         try:
@@ -60,7 +61,7 @@ class Write:
         self.bar.update(len(shard.urls) - shard.missing)
         return shard
 
-    def _open(self, opener: Callable[[], OpenShard]) -> OpenShard:
+    def _open(self, opener: Callable[[], OpenOutput]) -> OpenOutput:
         shard = opener()
         self.shards.append(shard)  # here, so that one opened during a cancellation is closed, too
         return shard
@@ -91,7 +92,7 @@ class Write:
             for shard in ready:
                 await self.write(shard)
 
-    async def write(self, shard: OpenShard) -> None:
+    async def write(self, shard: OpenOutput) -> None:
         """Make the waiting outcomes of a shard durable. The last ones finish it."""
         await asyncio.get_running_loop().run_in_executor(self.disk, self._write, shard)
         if shard.missing == 0:
@@ -139,11 +140,13 @@ class Write:
             waiter.take_over(record)
             self._take(waiter)
 
-    def _write(self, shard: OpenShard) -> None:
+    def _write(self, shard: OpenOutput) -> None:
         with self.metrics.work():
             shard.write()
         if shard.missing == 0:
             self.shards.remove(shard)
-            finished = Shard(shard.writer.path)
-            self.deduplicator.add_finished(finished, shard)
-            self.done(finished, time.monotonic() - shard.started)
+            if isinstance(shard, OpenShard):
+                finished = Shard(shard.writer.path)
+                self.deduplicator.add_finished(finished)  # before the open one goes, so that claims find it
+                self.done(finished, time.monotonic() - shard.started)
+            self.deduplicator.drop_open(shard)

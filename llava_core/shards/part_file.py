@@ -51,7 +51,7 @@ def create_part(path: Path, header: ShardHeader) -> None:
     """
     texts = itertools.chain(header.captions, header.urls, header.ids)
     text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    _require_space(path, header.disk_bytes + text_bytes)
+    require_space(path, header.disk_bytes + text_bytes)
     with _whole(path) as partial:
         create_file(partial, header)
         if path.exists():  # beside a finished shard, a part has a journal from birth
@@ -68,21 +68,22 @@ def copy_to_part(path: Path, retry: Sequence[Failure] | np.ndarray) -> None:
     for name in columns(version):
         records[name] = getattr(shard, "checksums" if name == shard.layout.checksum else name)
     pending = retry if isinstance(retry, np.ndarray) else shard.failed(retry)
-    _require_space(path, path.stat().st_size)
+    require_space(path, path.stat().st_size)
     with _whole(path) as partial:
         shutil.copyfile(path, partial)
         # The journal first: alone it means nothing, while a part alone would start from nothing.
         write_file(journal_of(path), shard.layout.uid, version, records[~pending])
 
 
-def _require_space(path: Path, needed: int) -> None:
+def require_space(path: Path, needed: int) -> None:
+    """Raise LlavaError unless this many bytes are free where `path` is to be."""
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise LlavaError(
             f"not enough disk space for {path}",
             expected=human_bytes(needed),
             got=f"{human_bytes(free)} free",
-            do="free some, choose another --out, or take fewer rows with --limit",
+            do="free some, choose another folder, or take fewer rows with --limit",
         )
 
 

@@ -41,3 +41,9 @@ def image_format(data: bytes) -> str:
     if data.startswith(UNREAD) or data[4:8] == b"ftyp":  # the latter: HEIC, and AVIF without its library
         raise ImageError(Status.UNSUPPORTED_FORMAT, f"begins with {data[:12]!r}")
     raise ImageError(Status.NOT_AN_IMAGE, f"begins with {data[:12]!r}" if data else "no bytes")
+
+
+def image_suffix(data: bytes) -> str:
+    """Suffix of a file that begins like this: .jpg, .png, …. Raises ImageError for an unsupported format."""
+    kind = image_format(data)
+    return ".jpg" if kind == "JPEG" else f".{kind.lower()}"

@@ -1,4 +1,4 @@
-"""A server of pictures, a small vision folder, and a small disk."""
+"""A server of pictures, small vision folders, and a small disk."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
 
 from tests.support.local_data import NAMES, write_pictures
 from tests.support.pictures import image, picture, slow
 from tests.support.runs import write_runs
 from tests.support.servers import answer, serving
-from tests.support.vision_encoders import write_vision_folder
+from tests.support.vision_encoders import VISION, write_vision_folder
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +57,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("may not mount a tmpfs here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Chinese-CLIP as ModelScope has it, and DINOv2 as Hugging Face has it."""
+    folder = tmp_path_factory.mktemp("encoders")
+    write_vision_folder(folder / "clip", vision={**VISION, "vision_layers": 4})
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "dinov2")
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=28, image_mean=[0.5] * 3)
+    processor.save_pretrained(folder / "dinov2")
+    return folder / "clip", folder / "dinov2"

@@ -7,53 +7,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
 
 from extract.stages.decode import Decode
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.vision.preprocess import Preprocess
 from llava_core.vision.tower import VisionTower, encode_layers
+from tests.support.caches import flags_of, same_shards
 from tests.support.commands import call, fill, holder, started, wait_until
 from tests.support.pictures import asked, good, write_parquet
-from tests.support.vision_encoders import VISION, write_vision_folder
+from tests.support.vision_encoders import write_vision_folder
 
 LAYERS = ("--layers", "last", "-2", "1")
 NAMES = ["clip", "clip@-2", "clip@1", "dinov2", "dinov2@-2", "dinov2@1"]
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Chinese-CLIP as ModelScope has it, and DINOv2 as Hugging Face has it."""
-    folder = tmp_path_factory.mktemp("encoders")
-    write_vision_folder(folder / "clip", vision={**VISION, "vision_layers": 4})
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "dinov2")
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=28, image_mean=[0.5] * 3)
-    processor.save_pretrained(folder / "dinov2")
-    return folder / "clip", folder / "dinov2"
-
-
-def flags_of(data: Path) -> tuple[object, ...]:
-    """Flags with which a picture's features do not depend on what is encoded beside it."""
-    return ("--data", data, "--allow-private", "--batch-size", 1, "--thumbnails", "--max-failed", 1,
-            "--retries", 0)  # fmt: skip
-
-
-def same_shards(one: Path, other: Path) -> None:
-    a, b = Shard(one), Shard(other)
-    assert a.layout.identity == b.layout.identity
-    assert a.status.tolist() == b.status.tolist()
-    assert [a.dialogue(row) for row in range(a.rows)] == [b.dialogue(row) for row in range(b.rows)]
-    assert a.sha256.tolist() == b.sha256.tolist()
-    for row in a.ok_rows():
-        assert a.check(row)
-        assert a.thumbnail(row) == b.thumbnail(row)
-        assert np.array_equal(a.read(row), b.read(row)), (one, row)
 
 
 def test_each_cache_is_the_same_as_one_made_alone(

@@ -30,11 +30,13 @@ class Greedy(torch.nn.Linear):
     def forward(self, features):
         fit = int(os.environ["FIT"])
         trains = torch.is_grad_enabled() and features.any()  # operations are counted on zeros
-        if os.environ["RANK"] == "1" and len(features) > fit and (trains or fit < 0):
+        evaluates = "EVALUATIONS" in os.environ and features.any() and not trains
+        if os.environ["RANK"] == "1" and len(features) > fit and (trains or fit < 0 or evaluates):
             torch.empty(2**50, dtype=torch.uint8)
         return super().forward(features)
 """
-"""A projector whose steps find no memory for more than FIT samples on one rank; below 0 nothing does."""
+"""A projector whose steps, and EVALUATIONS if that is set, find no memory for more than FIT samples on one
+rank; below 0 nothing does."""
 
 
 def torchrun(
@@ -183,16 +185,17 @@ def test_memory_that_one_rank_lacks_shortens_its_passes(
 
 
 @pytest.mark.parametrize(
-    ("fit", "line"),
+    ("given", "line"),
     [
-        (0, "error: the memory of cpu is too small for one sample; got "),
-        (-1, "error: the projector greedy:Greedy fails; got "),
+        ({"FIT": 0}, "error: the memory of cpu is too small for one sample; got "),
+        ({"FIT": -1}, "error: the projector greedy:Greedy fails; got "),
+        ({"FIT": 0, "EVALUATIONS": 1}, "error: the device's memory is full; lower --micro-tokens"),
     ],
 )
 def test_memory_that_one_rank_lacks_altogether_ends_all_with_one_line(
-    world: Path, tmp_path: Path, fit: int, line: str, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, given: dict[str, int], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torchrun(2, greedy(world, tmp_path, monkeypatch), FIT=fit, PYTHONPATH=tmp_path) as process:
+    with torchrun(2, greedy(world, tmp_path, monkeypatch), **given, PYTHONPATH=tmp_path) as process:
         err = ended(process, code=1).err
     errors = [each for each in err.splitlines() if each.startswith("error: ")]
     assert len(errors) == 1, err
