@@ -14,6 +14,7 @@ from extract.curate.config import CurateConfig
 from extract.curate.near_duplicates import near_duplicates
 from extract.curate.pair_score import FIT_ROWS, PairScores, fit_scores, text_tower_scores
 from extract.curate.reasons import REASONS, caption_reasons
+from extract.curate.word_order import order_scores
 from llava_core.cli.console import counted, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
@@ -99,6 +100,7 @@ def curate(config: CurateConfig, rows: CachedRows) -> Curation:
             if language != "any"
             else "--language any: no language has 60 % of the captions"
         )
+    _judge_order(config, found)
     _judge_pairs(config, found)
     left = np.flatnonzero(reasons == "")
     first = near_duplicates(rows.pooled[left], config.same_picture)
@@ -117,8 +119,7 @@ def _judge_pairs(config: CurateConfig, found: Curation) -> None:
     if scores is None:
         return
     found.scores = scores
-    threshold = scores.threshold if config.mismatched is None else config.mismatched
-    told = scores.figures(threshold)
+    told = scores.figures(scores.threshold if config.mismatched is None else config.mismatched)
     found.figures |= told
     say(
         f"about {told['wrong']:.1%} of these pairs are wrong; "
@@ -131,7 +132,23 @@ def _judge_pairs(config: CurateConfig, found: Curation) -> None:
         )
         found.figures["mismatched"] = None
         return
-    found.reasons[found.scored[scores.p > threshold]] = "caption of another picture"
+    found.reasons[found.scored[scores.p > told["mismatched"]]] = "caption of another picture"
+
+
+def _judge_order(config: CurateConfig, found: Curation) -> None:
+    """Give captions that have no reason yet one if their words are in no order."""
+    left = np.flatnonzero(found.reasons == "")
+    if len(left) < FIT_ROWS or config.unordered == 1:
+        return
+    scores, numbers = order_scores([found.rows.captions[k] for k in left.tolist()])
+    if not len(numbers):
+        return
+    threshold = scores.threshold if config.unordered is None else config.unordered
+    if config.unordered is None and scores.wrong > MOST_WRONG:
+        say("most captions are in no order, or the words in them too few to tell: none is dropped by it")
+        return
+    found.figures["unordered"] = threshold
+    found.reasons[left[numbers[scores.p > threshold]]] = "words in no order"
 
 
 def _scores(config: CurateConfig, found: Curation) -> PairScores | None:

@@ -21,7 +21,8 @@ class CurateConfig(Options):
     """List which rows of a finished cache are worth training on, for `train run --rows`. Downloads nothing.
 
     A row is dropped for the first of these reasons: blank features, no, a short, a foreign or a repeated
-    caption, a caption that fits its picture no better than shuffled ones, a picture that came before.
+    caption, words in no order, a caption that fits its picture no better than shuffled ones, a picture that
+    came before.
     """
 
     features: tuple[Path, ...] | Path
@@ -40,6 +41,9 @@ class CurateConfig(Options):
     mismatched: float | None = None
     """Share of shuffled pairs that would pass; by default so many that a caption is dropped if it is more
     probably wrong than right."""
+    unordered: float | None = None
+    """The same for captions whose words are in no order, beside shuffled orders of their words; 1 drops
+    none."""
     same_picture: float = 0.999
     """Cosine of pooled features from which a picture is one that came before, saved again; 2 drops none."""
     least_width: int = 5
@@ -55,8 +59,9 @@ class CurateConfig(Options):
         require_count(self.sample)
         self.require_above_zero("same_picture", "most_repeats")
         object.__setattr__(self, "features", one_or_several("features", self.features))
-        if self.mismatched is not None and not 0 <= self.mismatched <= 1:
-            raise LlavaError("--mismatched", expected="a share from 0 to 1", got=self.mismatched, exit_code=2)
+        for name in ("mismatched", "unordered"):
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise LlavaError(f"--{name}", expected="a share from 0 to 1", got=share, exit_code=2)
         if self.score == "text-tower" and self.vision is None:
             do = "give --vision the encoder's folder, or --score fit"
             raise LlavaError("--score text-tower without --vision", do=do, exit_code=2)

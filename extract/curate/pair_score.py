@@ -175,8 +175,13 @@ def term_matrix(captions: Sequence[str], terms: Mapping[str, int]) -> np.ndarray
     return matrix
 
 
+def terms_of(caption: str) -> list[str]:
+    """Words, Han characters and numbers of a caption, in their order."""
+    return TERM.findall(caption.lower())
+
+
 def _terms(caption: str) -> Iterator[str]:
-    terms = TERM.findall(caption.lower())
+    terms = terms_of(caption)
     yield from terms
     yield from map(" ".join, itertools.pairwise(terms))
 

@@ -14,7 +14,7 @@ from llava_core.language.instructions import is_chinese
 
 Reason = Literal[
     "", "blank features", "no caption", "short caption", "other language", "repeated caption",
-    "caption of another picture", "near-duplicate",
+    "words in no order", "caption of another picture", "near-duplicate",
 ]  # fmt: skip
 REASONS: tuple[Reason, ...] = get_args(Reason)
 """All reasons; the first stands for a row that is kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_the_page_shows_every_reason(curated: tuple[Path, Ended], world: Path, t
     for reason in ("kept", "near-duplicate", "caption of another picture", "blank features"):
         assert f'data-outcome="{reason}"' in dom
         assert f"<option>{reason}</option>" in dom
-    assert " of 96 shown" in dom.replace("of 98", "of 96")
+    assert re.search(r"\b(\d+) of \1 shown", dom)
 
 
 def test_rules_can_be_switched_off(world: Path, spoiled: Spoiled, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def write_sabotaged(folder: Path, seed: int = 0) -> dict[str, list[tuple[str, in
     spoiled = rng.permutation([k for k in usable if k % 2])[: round(0.3 * n)]
     found: dict[str, list[tuple[str, int]]] = {}
     reasons = ("caption of another picture", "blank features", "near-duplicate", "short caption",
-               "no caption", "other language", "repeated caption")  # fmt: skip
+               "no caption", "other language", "repeated caption", "words in no order")  # fmt: skip
     for reason, rows in zip(reasons, np.array_split(spoiled, len(reasons)), strict=True):
         for k, row in enumerate(rows.tolist()):
             if reason == "caption of another picture":
@@ -58,6 +58,8 @@ def write_sabotaged(folder: Path, seed: int = 0) -> dict[str, list[tuple[str, in
                 captions[row] = ""
             elif reason == "other language":
                 captions[row] = f"a picture of number {row}"
+            elif reason == "words in no order":
+                captions[row] = "".join(rng.permutation(list(captions[row])))
             else:
                 captions[row] = "一张好看的图片"
         found[reason] = [("ab"[row // ROWS] + ".h5", row % ROWS) for row in rows.tolist()]
