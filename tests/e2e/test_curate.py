@@ -102,6 +102,8 @@ def test_rules_can_be_switched_off(world: Path, spoiled: Spoiled, tmp_path: Path
     flags = (
         "--score",
         "none",
+        "--unordered",
+        1,
         "--same-picture",
         2,
         "--language",
@@ -113,7 +115,7 @@ def test_rules_can_be_switched_off(world: Path, spoiled: Spoiled, tmp_path: Path
     )
     call("extract", "curate", "--features", world / "spoiled", "--out", tmp_path / "all.parquet", *flags)
     assert set(reasons_of(tmp_path / "all.parquet").values()) == {"", "blank features", "no caption"}
-    other = ("--language", "other", "--score", "none")
+    other = ("--language", "other", "--score", "none", "--unordered", 1)
     call("extract", "curate", "--features", world / "spoiled", "--out", tmp_path / "en.parquet", *other)
     kept = [place for place, reason in reasons_of(tmp_path / "en.parquet").items() if not reason]
     assert set(spoiled["other language"]) <= set(kept)

@@ -8,6 +8,7 @@ import pytest
 from extract.curate.near_duplicates import BLOCK, near_duplicates
 from extract.curate.pair_score import PairScores, compare, fit_scores
 from extract.curate.reasons import caption_reasons
+from extract.curate.word_order import order_scores
 
 
 def by_definition(pooled: np.ndarray, least: float) -> list[int]:
@@ -73,6 +74,26 @@ def test_a_score_that_tells_nothing_says_that_all_are_wrong() -> None:
     scores = fit_scores(rng.normal(size=(600, 40)), captions)
     assert scores.wrong > 0.8  # above MOST_WRONG: `extract curate` then drops none
     assert scores.separation < 0.05
+
+
+def test_words_in_no_order_are_told_from_those_in_order() -> None:
+    rng = np.random.default_rng(0)
+    captions = [
+        f"{a}的桌子上有一只{b}色的小猫在看窗外第{k}棵树"
+        for k in range(400)
+        for a, b in [rng.choice(list("红黄蓝绿"), 2)]
+    ]
+    scores, judged = order_scores([*captions, "短的"])
+    assert judged.tolist() == list(range(400))
+    assert scores.wrong == 0
+    assert (scores.p <= scores.threshold).all()
+    bad = np.arange(400) % 4 == 0
+    for k in np.flatnonzero(bad).tolist():
+        captions[k] = "".join(rng.permutation(list(captions[k])))
+    scores, _ = order_scores(captions)
+    dropped = scores.p > scores.threshold
+    assert dropped[bad].mean() > 0.95
+    assert dropped[~bad].mean() < 0.02
 
 
 def test_equal_captions_are_no_shuffled_pairs() -> None:
