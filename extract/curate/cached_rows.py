@@ -55,14 +55,21 @@ def read_rows(shards: Sequence[Shard]) -> CachedRows:
                 shards[shard].read_into(row, out)
             own = slice(start, start + len(part))
             mean = features[:, skipped:].float().mean(1)
-            alike = (
-                (features == features[:, :1]).flatten(1).all(1) if tokens > 1 else features[:, 0].eq(0).all(1)
-            )
-            blank[own] = alike | ~mean.isfinite().all(1) | ~features[:, 0].isfinite().all(1)
+            blank[own] = _alike(features) | ~mean.isfinite().all(1) | ~features[:, 0].isfinite().all(1)
             first[own], pooled[own] = features[:, 0], mean.clamp(-65504, 65504)
             bar.update(len(part))
     first[blank], pooled[blank] = 0, 0
     return CachedRows(shards, places, _captions(shards), first, pooled, blank)
+
+
+def _alike(features: torch.Tensor) -> torch.Tensor:
+    """Which rows [N, T, D] have tokens that are all alike, or a single one of zeros: bool [N]."""
+    if features.shape[1] == 1:
+        return features[:, 0].eq(0).all(1)
+    alike = (features[:, -1] == features[:, 0]).all(1)  # spares almost all rows the rest
+    suspects = alike.nonzero()[:, 0]
+    alike[suspects] = (features[suspects] == features[suspects, :1]).flatten(1).all(1)
+    return alike
 
 
 def _captions(shards: Sequence[Shard]) -> list[str]:
