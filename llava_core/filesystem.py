@@ -35,7 +35,11 @@ def read_json_lines(path: Path) -> list[JsonDict]:
 def replace_text(path: Path, text: str) -> None:
     """Write or replace a text file atomically: UTF-8, under a temporary name, then renamed."""
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
+    try:
+        partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a full disk leaves out
+        raise
     partial.replace(path)
 
 

@@ -18,8 +18,9 @@ from llava_core.types import Fuse, JsonDict
 class Fusion:
     """How features of several encoders lie in one array [tokens, width].
 
-    channels: side by side, [T, D1 + D2]. tokens: one after another, [T1 + T2, the largest D], zeros beside
-    narrower ones. layers: as channels, of N alike, [T, N x D], whose softmax mix [T, D] is learnt.
+    channels: side by side, [T, D1 + D2], without a class token that only some have. tokens: one after
+    another, [T1 + T2, the largest D], zeros beside narrower ones. layers: as channels, of N alike,
+    [T, N x D], whose softmax mix [T, D] is learnt.
     """
 
     kind: Fuse
@@ -29,7 +30,7 @@ class Fusion:
     @property
     def tokens(self) -> int:
         counts = [tokens for tokens, _ in self.shapes]
-        return sum(counts) if self.kind == "tokens" else counts[0]
+        return sum(counts) if self.kind == "tokens" else min(counts)
 
     @property
     def width(self) -> int:
@@ -41,9 +42,15 @@ class Fusion:
         """Index of each encoder's part in arrays [..., tokens, width]."""
         found, token, channel = [], 0, 0
         for tokens, width in self.shapes:
-            found.append((..., slice(token, token + tokens), slice(channel, channel + width)))
+            kept = min(tokens, self.tokens)
+            found.append((..., slice(token, token + kept), slice(channel, channel + width)))
             token, channel = (token + tokens, 0) if self.kind == "tokens" else (0, channel + width)
         return found
+
+    def put(self, k: int, features: Any, out: Any) -> None:
+        """Write the features of encoder `k`, [..., tokens, width], to their place in `out`."""
+        place = self.places[k]
+        out[place] = features[..., -(place[1].stop - place[1].start) :, :]
 
     def to_json(self) -> JsonDict:
         return {"kind": self.kind, "shapes": [list(shape) for shape in self.shapes]}
@@ -69,7 +76,8 @@ class FusedIdentity(EncoderIdentity):
                 do = "give each once, from another encoder, layer or fit"
                 raise LlavaError(f"--fuse {kind}: features of one kind twice", got=str(part), do=do)
         shapes = [(int(part.encoder["tokens"]), int(part.encoder["width"])) for part in parts]
-        if kind != "tokens" and len({tokens for tokens, _ in shapes}) > 1:
+        counts = [_patches(tokens) if kind == "channels" else tokens for tokens, _ in shapes]
+        if kind != "tokens" and len(set(counts)) > 1:
             raise LlavaError(
                 f"--fuse {kind}",
                 expected="encoders of one grid",
@@ -103,6 +111,14 @@ class FusedIdentity(EncoderIdentity):
     def __str__(self) -> str:
         parts = (f"{name} {list(shape)}" for name, shape in zip(self.names, self.fusion.shapes, strict=True))
         return f"{' + '.join(parts)} by {self.kind} ({self.fingerprint[:12]})"
+
+    @property
+    def without_class_token(self) -> list[str]:
+        """Names of the encoders whose class token is left out, since another has none."""
+        if self.kind == "tokens":
+            return []
+        shapes = zip(self.names, self.fusion.shapes, strict=True)
+        return [name for name, (tokens, _) in shapes if tokens > self.fusion.tokens]
 
     @functools.cached_property
     def fusion(self) -> Fusion:
@@ -177,6 +193,11 @@ def identity_to_json(identity: EncoderIdentity) -> JsonDict:
         parts = [{"encoder": part.encoder, "preprocess": part.preprocess} for part in identity.parts]
         own["fusion"] = {"kind": identity.kind, "parts": parts}
     return own
+
+
+def _patches(tokens: int) -> int:
+    """Tokens without a class token, which is what one beside a square is."""
+    return tokens - (tokens - int(tokens**0.5) ** 2 == 1)
 
 
 def _grid(tokens: int) -> str:

@@ -139,7 +139,8 @@ class RunConfig(Options):
     eval_samples: int = 512
     """Use only the first N held-out rows of each folder for that."""
     eval_captions: int = 4
-    """Show what the model generates for the first N of them at each evaluation; 0 for none."""
+    """Show what the model generates for the first N of them at each evaluation; 0 for none. After the last
+    step it describes 16 for the verdict."""
     save_every: int = 500
     """Write a checkpoint every N steps, and at the end."""
     keep: int = 2

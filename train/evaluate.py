@@ -16,6 +16,7 @@ import torch
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
 from llava_core.device import Later
+from llava_core.filesystem import read_json_lines
 from llava_core.fusion import FusedIdentity
 from llava_core.input_folders import folders_of
 from llava_core.language.model import LanguageModel
@@ -31,9 +32,11 @@ from train.data.packing import Packing
 from train.data.prefetch import prefetch
 from train.data.samples import Samples
 from train.distributed import ProcessGroup, joined
-from train.flags import OLD_INSTRUCTIONS
+from train.flags import OLD_INSTRUCTIONS, plain
 from train.model.loss import token_losses
 from train.resources import TrainingResources
+from train.sample_captions import captions
+from train.verdict import ANSWERS, data_figures, verdict_of
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""
@@ -164,10 +167,25 @@ def run(config: EvalConfig) -> JsonDict:
             resources, projector, samples = _load(config, group)
         packing = Packing(config.micro_tokens, context=resources.llm.context)
         figures = evaluate(resources.llm, projector, samples, config.batch_size, packing, group).figures
+        answers = captions(resources.llm, projector, samples, ANSWERS) if group.main else []
     show(table(figure_rows(figures)))
     if figures["grounding_gap"] is None:
         say(ONE_PICTURE)
-    return figures
+    own = {f"eval_{name}": value for name, value in figures.items()} | {"eval_captions": answers}
+    verdict = verdict_of([*_curve(config), data_figures(samples) | own])
+    assert verdict is not None
+    verdict.tell()
+    return figures | verdict.to_json()
+
+
+def _curve(config: EvalConfig) -> list[JsonDict]:
+    """What its run has logged before the checkpoint, if that was evaluated on the same rows."""
+    checkpoint = load_checkpoint(config.checkpoint)
+    path = checkpoint.folder.resolve().parent / "metrics.jsonl"
+    same = checkpoint.training.get("eval_features") == plain(config.features)
+    if not same or "eval_step" not in checkpoint.metrics or not path.exists():
+        return []
+    return [line for line in read_json_lines(path) if line["step"] < checkpoint.metrics["eval_step"]]
 
 
 def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, Projector, Samples]:

@@ -25,7 +25,7 @@ from train.config import RunConfig
 from train.data.samples import Samples
 
 SCALE_SAMPLES = 64
-"""Samples whose features set the scale of a random projector."""
+"""Samples whose features set the scale of a random projector, and are not all zero."""
 CAPTION_SAMPLES = 2048
 """Most samples that a projector is solved from, or the mean feature is taken of."""
 READ_SAMPLES = 32
@@ -78,10 +78,13 @@ def initial_projector(config: RunConfig, samples: Samples, llm: LanguageModel) -
     if config.init is not None:
         return projector_from_checkpoint(config.init, config, samples, llm).to(llm.device)
     projector = projector_of(config, samples.shards[0], llm.hidden)
+    some = samples.read(samples.with_picture[:SCALE_SAMPLES].tolist())
+    if not some.any():
+        do = "look at them with `extract inspect --html`, and encode them again"
+        raise LlavaError(f"the features of the first {len(some)} rows are all zero", do=do)
     if isinstance(center := projector.feature_norm, Center):
         center.measure(projector.selected(samples.read(part).float()) for part in some_samples(samples))
     if config.start == "scale":
-        some = samples.read(samples.with_picture[:SCALE_SAMPLES].tolist())
         match_scale(projector, some.float(), llm.embedding_rms)
     projector.to(llm.device)
     if config.start == "captions":

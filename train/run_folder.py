@@ -23,7 +23,7 @@ import yaml
 
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.filesystem import replace_text, require_folder, sha256_files
+from llava_core.filesystem import read_json_lines, replace_text, require_folder, sha256_files
 from llava_core.language.tuned_weights import TunedWeights
 from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import (
@@ -145,6 +145,10 @@ class RunFolder:
         with partial.open("wb") as file:
             np.savez(file, **arrays)
         partial.replace(self.path / f"{name}.npz")
+
+    def metrics(self) -> list[JsonDict]:
+        """The lines of metrics.jsonl."""
+        return read_json_lines(self.path / "metrics.jsonl")
 
     def finished(self) -> JsonDict | None:
         """The summary of a run that reached its last step."""

@@ -27,6 +27,7 @@ from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
 from train.sample_captions import beside_its_caption, captions
+from train.verdict import ANSWERS, data_figures, verdict_of
 
 
 class TrainingRun:
@@ -114,12 +115,14 @@ class TrainingRun:
         """Open its folder's files; every rank goes on from the main one's state."""
         if self.group.size > 1:
             self.follow_main()
+        looked: JsonDict = {}
         with self.group.same_outcome():
             if self.group.main:
                 self.folder.begin()
                 self.writers.open(self.step)
+                looked = {} if self.step else data_figures(self.samples)
         assert self.resources.prepared is not None
-        self.writers.log(self.step, self.resources.prepared.figures())
+        self.writers.log(self.step, self.resources.prepared.figures() | looked)
 
     @property
     def layer_weights(self) -> JsonDict:
@@ -174,7 +177,8 @@ class TrainingRun:
         lines: list[JsonDict] = []
         with self.group.same_outcome():
             if config.eval_captions and self.group.main and math.isfinite(figures["loss"]):
-                lines = captions(self.llm, self.projector, held_out, config.eval_captions)
+                count = max(config.eval_captions, ANSWERS if self.done else 0)
+                lines = captions(self.llm, self.projector, held_out, count)
             if self.group.main:
                 self.folder.keep_held_out(
                     evaluated.sums, held_out.identity_with_picture, held_out.pictures_identity
@@ -251,6 +255,9 @@ class TrainingRun:
         """Write and return the summary: the figures of the last evaluation, and `more`."""
         summary = {**self.figures, "out": str(self.config.out), "steps": self.step}
         summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped, **self.layer_weights, **more}
+        verdict = verdict_of(self.folder.metrics()) if self.group.main else None
+        if verdict is not None:
+            summary |= verdict.to_json()
         if self.group.main:
             self.folder.finish(summary)
         cut = f"; {self.cut} captions were cut at {self.config.max_text_tokens} tokens" if self.cut else ""
@@ -262,6 +269,8 @@ class TrainingRun:
                 f"{name.removeprefix('layer_weight/')} {weight:.3f}" for name, weight in weights.items()
             )
             say(f"{self.title}weights of the layers: {', '.join(listed)}")
+        if verdict is not None:
+            verdict.tell(self.title)
         before = None if self.config.init is None else self.loss_before
         if before is not None and before < self.best < math.inf:
             losses = f"held-out loss {before:.4f} there, {self.best:.4f} here"

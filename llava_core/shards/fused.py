@@ -45,8 +45,8 @@ class FusedShard(Shard):
     def read_into(self, row: int, out: np.ndarray) -> None:
         if self._fusion.kind == "tokens":
             out[:] = 0  # beside the narrower encoders
-        for part, place in zip(self.parts, self._fusion.places, strict=True):
-            out[place] = part.read(row)
+        for k, part in enumerate(self.parts):
+            self._fusion.put(k, part.read(row), out)
 
 
 def open_fused(
@@ -79,6 +79,8 @@ def open_fused(
         ok = np.stack([part.status == Status.OK for part in parts])
         partly += int((ok.any(0) & ~ok.all(0)).sum())
         fused.append(FusedShard(own[0], parts, identity))
+    if like is None and (lacking := identity.without_class_token):
+        say(f"class token of {', '.join(lacking)} left out, since another encoder has none")
     if partly:
         say(f"{counted(partly, 'row')} failed in some of {', '.join(map(str, folders))}: left out in all")
     if reworded:

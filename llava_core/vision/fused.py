@@ -53,7 +53,7 @@ class FusedTower:
             pixels = np.stack([(image.pixels, *image.others)[layers[0]] for image in images])
             encoded = encode_layers([self.towers[k] for k in layers], torch.from_numpy(pixels))
             for k, of_layer in zip(layers, encoded, strict=True):
-                features[fusion.places[k]] = of_layer
+                fusion.put(k, of_layer, features)
         return features
 
 

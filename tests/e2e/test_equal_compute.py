@@ -17,6 +17,7 @@ import yaml
 from tests.support.browser import dom_of
 from tests.support.commands import call, started, wait_until
 from tests.support.runs import curve, weights, write_runs
+from tests.support.shards import write_shard
 from tests.support.sweeps import command, results, sweep
 from train.sweep import trial_steps
 from train.sweep.budget import Budget
@@ -122,7 +123,8 @@ def test_trials_that_differ_in_cost_share_no_pass(
     assert (figures["finished"], figures["failed"]) == (4, 0)
     assert "cannot train together" not in capfd.readouterr().err
     sweep_run(sweep(world, tmp_path / "kinds", SPACE[0], budget=budget, together=4))
-    assert "--together does nothing here: visual_tokens changes what a step reads" in capfd.readouterr().err
+    words = "--together does nothing here: visual_tokens changes what a step reads or costs"
+    assert words in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_trials_that_differ_in_cost_share_no_pass(
         (("--choices", 1), "--choices; expected 2 or more; got 1"),
         (
             ("--budget", "flops=1e3"),
-            "--budget buys less than one step of the trial visual_tokens=all; expected flops=",
+            "--space visual_tokens=all: --budget buys less than one step; expected flops=",
         ),
     ],
 )
@@ -145,6 +147,16 @@ def test_wrong_usage(world: Path, tmp_path: Path, flags: tuple[Any, ...], words:
     line = call(*command(given), *flags, code=2).one_line()
     assert words in line
     assert not (tmp_path / "out").exists()
+
+
+def test_the_least_budget_that_is_named_is_enough(world: Path, tmp_path: Path) -> None:
+    given = sweep(world, tmp_path / "out", "seed=0", budget="flops=1")
+    line = call(*command(given), code=2).one_line()
+    least = re.fullmatch(r"error: --budget buys .*; expected (\S+) or more; got flops=1", line)
+    assert least
+    enough = dataclasses.replace(given, budget=least[1])
+    assert sweep_run(enough)["finished"] == 1
+    assert by_trial(given.out)[0]["steps"] == 1
 
 
 def test_what_varies_the_steps_is_refused_beside_a_budget(world: Path, tmp_path: Path) -> None:
@@ -215,7 +227,18 @@ def test_forced_choice_is_that_of_infer_rank(world: Path, tmp_path: Path) -> Non
 
 def test_more_choices_than_captions_end_it_before_anything_trains(world: Path, tmp_path: Path) -> None:
     given = sweep(world, tmp_path / "out", "lr=1e-3", max_steps=2, choices=64)
-    err = call(*command(given), code=1).err.splitlines()
-    assert "--choices 64; expected at most 10, the different captions in" in err[-1]
-    assert not list((tmp_path / "out/trials/0000").glob("step-*"))
-    assert sweep_run(dataclasses.replace(given, out=tmp_path / "fewer", choices=10))["finished"] == 1
+    for more in ((), ("--dry-run",)):
+        line = call(*command(given), *more, code=1).one_line()
+        assert "--choices 64; expected at most 10, the different captions in" in line
+        assert not given.out.exists()
+    assert sweep_run(dataclasses.replace(given, choices=10))["finished"] == 1
+
+
+def test_a_caption_too_long_to_choose_ends_it_before_anything_trains(world: Path, tmp_path: Path) -> None:
+    """Training cuts it, so each trial would fail after its last step."""
+    write_shard(tmp_path / "held-out/c.h5", rows=4, caption="a" * 1100)
+    given = sweep(world, tmp_path / "out", "lr=1e-3", max_steps=2, eval_features=tmp_path / "held-out")
+    line = call(*command(dataclasses.replace(given, choices=2)), code=1).one_line()
+    assert "--choices: the longest held-out caption does not fit the language model's context" in line
+    assert not given.out.exists()
+    assert sweep_run(given)["finished"] == 1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 import llava_align
 from llava_core.filesystem import read_json_lines
@@ -230,6 +231,34 @@ def test_channels_are_training_on_features_put_side_by_side_to_the_bit(caches: P
     ]
     same = ("samples", "steps", "trained_parameters", "operations_per_step", "feature_bytes_per_epoch")
     assert [planned[0][key] for key in same] == [planned[1][key] for key in same]
+
+
+def test_channels_leave_out_the_class_token_that_one_encoder_lacks(fused: Fused, tmp_path: Path) -> None:
+    """As DINOv2 and SigLIP are fused in prismatic-vlms: patch beside patch."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    siglip = tmp_path / "siglip-model"
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=28, patch_size=14)).save_pretrained(siglip)
+    SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(siglip)
+    for name in ("siglip", "held-out/siglip"):
+        write_features(dataclasses.replace(fused.world, vision=siglip), tmp_path / name / "part.h5")
+    caches = (fused.root / "clip", tmp_path / "siglip")
+    given = fused.config("channels", tmp_path / "run", features=caches)
+    held_out = (tmp_path / "held-out/siglip", fused.root / "held-out/clip")
+    ended = call("train", "run", *flags_of(dataclasses.replace(given, eval_features=held_out)))
+    assert ended.err.count("class token of vision left out, since another encoder has none") == 1
+    assert "visual tokens: all (4→4)" in ended.err
+    (shard,), (clip,), (other,) = open_fused(caches, "channels"), *map(find_shards, caches)
+    for row in fused.rows():
+        assert np.array_equal(shard.read(row), np.concatenate([clip.read(row)[1:], other.read(row)], 1))
+    models = ("--checkpoint", tmp_path / "run/last", "--llm", fused.world.llm, "--device", "cpu")
+    flags, out = (*models, "--max-tokens", 8), tmp_path / "out.jsonl"
+    call("infer", "batch", *flags, "--features", *caches, "--output", out)
+    asked = [part for row in fused.rows() for part in ("--image", fused.world.images[row])]
+    live = call("infer", "ask", *flags, "--vision", siglip, fused.world.vision, *asked, "--json").summary
+    answers = [line["answer"] for line in live["answers"]]
+    assert answers == [line["answer"] for line in read_json_lines(out)]
+    assert len(set(answers)) > 1
 
 
 def test_tokens_of_unlike_widths_have_weights_of_their_own(fused: Fused) -> None:

@@ -20,7 +20,7 @@ import torch
 from llava_core.errors import LlavaError
 from llava_core.projector.checkpoint import load_checkpoint
 from tests.support.browser import dom_of
-from tests.support.commands import call, holder, started, wait_until
+from tests.support.commands import call, fill, holder, started, wait_until
 from tests.support.ray_cluster import ACCESS, ray_cluster
 from tests.support.runs import curve, weights, write_runs
 from tests.support.shards import write_shard
@@ -139,6 +139,9 @@ def test_a_full_disk_costs_no_trial(world: Path, small_disk: Path) -> None:
     filler.unlink()
     figures = sweep_run(given)
     assert (figures["finished"], figures["failed"]) == (2, 0)
+    fill(small_disk)
+    line = call(*command(given), code=1).one_line()  # with the table alone to write
+    assert line == f"error: No space left on device: {given.out / 'results.csv'}"
 
 
 def test_one_table_is_of_one_set_of_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,14 @@ import torch
 
 from llava_core.cli.console import progress
 from llava_core.language.forced_choice import accuracy, beside_other_captions, ranked, text_losses
+from llava_core.language.prompt_and_labels import Turn
 from llava_core.shards.dialogue import Dialogue
 from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
+from train.config import RunConfig
 from train.data.samples import Samples
 from train.model.blocks import original_attention
+from train.resources import TrainingResources
 from train.stop_signal import StopRequest
 from train.training_run import TrainingRun
 
@@ -27,6 +30,20 @@ def texts_to_choose(samples: Samples, choices: int) -> list[list[str]]:
     dialogues, pictures = pictured(samples)
     captions = [dialogue.turns[0][1] for dialogue in dialogues]
     return beside_other_captions(captions, pictures, choices, 0, samples.sources[0].path)
+
+
+def require_context(config: RunConfig, resources: TrainingResources, visual: int) -> None:
+    """Raise LlavaError if the longest caption does not fit the language model's context, after so many visual
+    tokens: a trial chooses among whole captions, also of those that training cuts."""
+    training, samples = resources.samples(config)
+    dialogues = pictured(samples)[0] if samples else []
+    if dialogues:
+        longest = max(dialogues, key=lambda dialogue: len(dialogue.turns[0][1].encode()))
+        question, caption = longest.turns[0]
+        turn = Turn(question or training.default_question(), caption)
+        tokens = visual + len(resources.conversation.example([turn], 1 << 30, longest.system).ids)
+        do = "leave out --choices, or give shorter captions by --eval-text"
+        resources.llm.require_context("--choices: the longest held-out caption", tokens, do)
 
 
 @torch.inference_mode()

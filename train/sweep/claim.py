@@ -16,7 +16,7 @@ from train.sweep.space import Point, words
 from train.sweep.study_folder import quiet
 
 UNPRUNED = 5
-"""Trials of one seed that must have finished before another of that seed is pruned."""
+"""Trials that it is compared with must have finished before another is pruned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Claim:
     taken_over: bool
     """Another process began it."""
     prunes: bool
+    alike: frozenset[str] = frozenset(("seed",))
+    """Keys in which another trial must be like it for their losses at one step to be compared."""
 
     @property
     def title(self) -> str:
@@ -41,7 +43,7 @@ class Claim:
         with quiet():
             self.trial.report(loss, step)
             self.alive()
-            return not (self.prunes and below_median(self.study, self.trial.number))
+            return not (self.prunes and below_median(self.study, self.trial.number, self.alike))
 
     def alive(self) -> None:
         """Count no death of its process: it came as far as an evaluation, or ended by an exception."""
@@ -78,20 +80,21 @@ class Claim:
         self.lock.release()
 
 
-def below_median(study: optuna.Study, number: int) -> bool:
+def below_median(study: optuna.Study, number: int, alike: frozenset[str]) -> bool:
     """Whether a trial does worse than the median: its lowest loss is above that of finished ones at its step.
 
-    Only trials with its seed count: one that drew an unlucky seed is no worse than the others with it.
+    Only trials with its values of `alike` count: one that drew an unlucky seed is no worse than the others
+    with it, and one that --budget gives more steps has spent less of them.
     """
     trials = study.get_trials(deepcopy=False)
     trial = trials[number]
-    seed, step = trial.params.get("seed"), trial.last_step
+    own, step = {key: trial.params.get(key) for key in alike}, trial.last_step
     if not step:  # the loss before the first step tells nothing about a trial
         return False
     finished = [
         other.intermediate_values
         for other in trials
-        if other.state == TrialState.COMPLETE and other.params.get("seed") == seed
+        if other.state == TrialState.COMPLETE and {key: other.params.get(key) for key in alike} == own
     ]
     known = [losses[step] for losses in finished if step in losses]
     if len(finished) < UNPRUNED or not known:

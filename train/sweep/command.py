@@ -19,6 +19,7 @@ from train.resources import TrainingResources
 from train.run_folder import as_begun
 from train.sweep.axis import Choices
 from train.sweep.budget import Budget
+from train.sweep.choices import require_context, texts_to_choose
 from train.sweep.config import SweepConfig
 from train.sweep.space import MOST_TRIALS, Space, data_configs, run_config, words
 from train.sweep.trial_steps import with_steps
@@ -91,6 +92,9 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
     trials = space.size(config.trials)
     resources = TrainingResources(data_configs(config, space)[0], weights=False)
     measure_for = 2.0 if config.dry_run else 0.3  # what it is off by, the first trial shows
+    for own in data_configs(config, space):
+        if config.choices is not None and (held_out := resources.samples(own)[1]):
+            texts_to_choose(held_out, config.choices)  # or refuse
     kinds: dict[Hashable, float] = {}
     seconds = []
     for point in itertools.islice(space.typical(), MOST_PREDICTED):
@@ -99,20 +103,24 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
             run = run_config(config, point, config.out)
             try:
                 if config.budget is not None:
-                    trial = f"the trial {words(point)}".rstrip()
-                    run = with_steps(run, Budget.of(config.budget), resources, trial)
-                kinds[kind] = forecast(run, resources, measure_for).seconds
+                    run = with_steps(run, Budget.of(config.budget), resources)
+                predicted = forecast(run, resources, measure_for)
+                if config.choices is not None:
+                    require_context(run, resources, predicted.visual_tokens)
+                kinds[kind] = predicted.seconds
             except LlavaError as error:  # of this point, such as a projector that does not fit its features
+                if not point:
+                    raise
                 raise LlavaError(f"--space {words(point)}: {error}", exit_code=error.exit_code) from None
         seconds.append(kinds[kind])
-    predicted = trials * sum(seconds) / len(seconds)
+    total = trials * sum(seconds) / len(seconds)
     points = trials // max(1, len(space.seeds))
     say(
         f"{counted(trials, 'trial')}: {counted(points, 'point')} of {', '.join(space.axes) or 'one'}"
         + (f", each with {counted(len(space.seeds), 'seed')}" if space.seeds else "")
-        + f"; one after the other {human_seconds(predicted)} here, within about a factor of 2"
+        + f"; one after the other {human_seconds(total)} here, within about a factor of 2"
     )
-    return {"trials": trials, "points": points, "planned_seconds": predicted}
+    return {"trials": trials, "points": points, "planned_seconds": total}
 
 
 def _require_extra() -> None:

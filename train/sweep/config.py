@@ -33,8 +33,9 @@ class SweepConfig(RunConfig):
     """After each trial, N-way forced choice on the held-out rows, as `infer rank` measures it: which of N
     captions, the others of other images, is the most likely; and again with shuffled pictures."""
     prune: Literal["auto", "median", "none"] = "auto"
-    """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed,
-    once there are five; auto does so with ranges alone."""
+    """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed
+    (with --budget flops or seconds also its number of steps), once there are five; auto does so with ranges
+    alone."""
     together: int | Literal["auto"] = 1
     """Train up to N trials in one pass, where they differ in projector and optimizer alone; auto measures
     how many are fastest here, which may be one."""

@@ -113,4 +113,4 @@ def _facts(config: SweepConfig, space: Space) -> str:
 
 
 def _shown(value: object) -> str:
-    return ", ".join(map(shown, value)) if isinstance(value, list) else shown(value)
+    return ", ".join(map(shown, value)) if isinstance(value, (list, tuple)) else shown(value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from llava_core.cli.console import human_operations
 from train.sweep.plot_style import LABELS, Theme, limit_losses, new_figure, top_of
@@ -18,6 +19,8 @@ NAMED = 12
 """Most points with their values beside them; of more, those on the front alone."""
 SAME = 1.02
 """Operations within this factor are the same cost: a budget buys whole steps."""
+NARROWEST = 1.1
+"""Operations are drawn to at least this factor on both sides of the middle: a few per cent are no trend."""
 APART = 12
 """Least distance of two labels, in points."""
 
@@ -45,12 +48,14 @@ def pareto(rows: Sequence[Row], theme: Theme) -> Figure:
     losses = [record.loss for row in known for record in row.finished if record.loss is not None]
     top = top_of(losses)
     axes.set_xscale("log")
-    runs = [record for row in known for record in row.finished]
-    for k, record in enumerate(runs):
+    thin_label = "a run"
+    for record in (record for row in known for record in row.finished):
         cost = record.summary.get("operations", 0) / max(1, record.summary.get("steps", 0))
-        if line := [(cost * step, loss) for step, loss in record.curve if step]:
+        line = [(cost * step, loss) for step, loss in record.curve if step]
+        if len(line) > 1:
             thin = {"color": theme["ink"], "alpha": 0.3, "linewidth": 0.8}
-            axes.plot(*zip(*line, strict=True), **thin, zorder=1, label="" if k else "a run")
+            axes.plot(*zip(*line, strict=True), **thin, zorder=1, label=thin_label)
+            thin_label = ""
     for row in known:
         own = [min(record.loss, top) for record in row.finished if record.loss is not None]
         if len(own) > 1:
@@ -78,20 +83,27 @@ def pareto(rows: Sequence[Row], theme: Theme) -> Figure:
     )
     limit_losses(axes, losses, top)
     low, high = axes.get_xlim()
+    middle = math.sqrt(low * high)
+    low, high = min(low, middle / NARROWEST), max(high, middle * NARROWEST)
+    axes.set_xlim(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 3, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
-    ticks = ticks[:: -(-len(ticks) // LABELS) or 1]
+    if len(ticks) < 2:  # as by an equal budget
+        ticks = [tick for tick in MaxNLocator(LABELS - 1).tick_values(low, high) if low <= tick <= high]
+    ticks = ticks[:: -(-len(ticks) // LABELS)]
     axes.set_xticks(ticks, [human_operations(tick) for tick in ticks])
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(linewidth=0.5)
-    _label(figure, axes, known if len(known) <= NAMED else best, top, theme)
+    keys = [key for key in known[0].point if len({row.point.get(key) for row in known}) > 1]
+    _label(figure, axes, known if len(known) <= NAMED else best, keys, top, theme)
     return figure
 
 
-def _label(figure: Figure, axes: Any, rows: Sequence[Row], top: float, theme: Theme) -> None:
-    """Write each row's values beside its mark, no two of them on each other."""
-    keys = [key for key in rows[0].point if len({row.point.get(key) for row in rows}) > 1]
+def _label(
+    figure: Figure, axes: Any, rows: Sequence[Row], keys: Sequence[str], top: float, theme: Theme
+) -> None:
+    """Write each row's values of `keys` beside its mark, no two of them on each other."""
     left, right = axes.get_xlim()
     last, scale = -math.inf, figure.dpi / 72
     for row in sorted(rows, key=lambda row: row.loss or 0):

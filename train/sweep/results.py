@@ -137,6 +137,7 @@ def _line(record: Record, above: JsonDict | None = None) -> JsonDict:
         "eval_perplexity": summary.get("eval_perplexity"),
         "eval_grounding_gap": summary.get("eval_grounding_gap"),
         **{key: summary.get(key) for key in ("choices", *CHOICE, *COST)},
+        "verdict": summary.get("verdict"),
         "steps": summary.get("steps"),
         "seconds": round(record.seconds, 3),
         "folder": f"trials/{record.folder.name}",

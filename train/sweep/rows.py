@@ -19,7 +19,7 @@ from train.sweep.space import Point
 ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
 REMEMBERED = 4096
 """Trials whose held-out losses stay in memory; those of a longer sweep are read at each table."""
-UNREADABLE = (OSError, ValueError, LookupError, zipfile.BadZipFile)
+UNREADABLE = (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)

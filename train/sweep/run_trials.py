@@ -21,7 +21,7 @@ from train.resources import TrainingResources
 from train.run import PER_RUN_KEYS, train
 from train.run_folder import RunFolder, weights_sha256
 from train.stop_signal import StopRequest
-from train.sweep.choices import forced_choice, texts_to_choose
+from train.sweep.choices import forced_choice
 from train.sweep.claim import Claim
 from train.sweep.config import SweepConfig
 from train.sweep.page import write_page
@@ -91,8 +91,6 @@ def opened(config: SweepConfig, study: Study) -> TrainingResources:
     resources = TrainingResources(configs[0], repeated=True)
     data: JsonDict = {"the projector of --init": weights_sha256(config.init)} if config.init else {}
     for own in configs:
-        if config.choices is not None and (held_out := resources.samples(own)[1]):
-            texts_to_choose(held_out, config.choices)  # or refuse
         data |= data_of(own, resources, several=len(configs) > 1)
     resources.cache_features(configs[0])
     study.require_same_data(data, resources.llm.identity)

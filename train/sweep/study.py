@@ -19,6 +19,8 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import Held, Lock
 from llava_core.identity import LanguageModelIdentity
 from llava_core.types import JsonDict
+from train.cost_prediction import COSTLESS
+from train.sweep.budget import Budget
 from train.sweep.claim import Claim
 from train.sweep.config import SweepConfig
 from train.sweep.record import Record, State
@@ -51,6 +53,8 @@ class Study:
             self.moved = require_same(self.folder, {"space": space.plain(), "flags": shared_flags})
             """Whether folders have other names than when it began."""
             self.study = open_journal(self.folder)
+        by_cost = config.budget is not None and Budget.of(config.budget).by_cost
+        self.alike = frozenset(("seed", *(space.axes.keys() - COSTLESS if by_cost else ())))
         self.prunes = config.prune == "median" or (config.prune == "auto" and not space.is_grid)
 
     def claim(self, most: int, can_share_step: Callable[[Point, Point], bool]) -> list[Claim]:
@@ -201,7 +205,8 @@ class Study:
             lock.release()
             return None
         trial = optuna.trial.Trial(self.study, found._trial_id)
-        claim = Claim(self.study, trial, self.space.suggest(trial), folder, lock, taken_over, self.prunes)
+        point = self.space.suggest(trial)
+        claim = Claim(self.study, trial, point, folder, lock, taken_over, self.prunes, self.alike)
         reached = os.path.basename(os.path.realpath(folder / "last"))
         deaths = found.user_attrs.get("deaths", 0) if found.user_attrs.get("reached") == reached else 0
         if deaths >= MOST_DEATHS:

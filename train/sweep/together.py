@@ -20,6 +20,7 @@ from train.data.schedule import Schedule
 from train.initialization import projector_of
 from train.model.loss import packed_losses
 from train.resources import TrainingResources
+from train.sweep.budget import Budget
 from train.sweep.config import SweepConfig
 from train.sweep.space import Space
 from train.sweep.trial_steps import shareable_keys
@@ -37,7 +38,8 @@ def why_alone(config: SweepConfig, space: Space) -> str:
     if config.tune != "projector":
         return "--together does nothing here: each trial has a language model of its own"
     if not shareable_keys(config) & space.axes.keys():
-        return f"--together does nothing here: {', '.join(space.keys)} changes what a step reads"
+        costs = " or costs" if config.budget and Budget.of(config.budget).by_cost else ""
+        return f"--together does nothing here: {', '.join(space.keys)} changes what a step reads{costs}"
     if config.together == "auto" and (config.prune == "median" or not space.is_grid):
         what = "values are drawn and trials pruned by those that ended before, however fast the machine is"
         return f"--together auto trains one by one here: {what}; or give a number"

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,12 +46,12 @@ def with_steps(
     config: RunConfig,
     budget: Budget,
     outline: TrainingResources,
-    title: str,
+    title: str = "",
     steps_per_s: float | None = None,
 ) -> RunConfig:
     """`config` with the steps that the budget buys; seconds at the predicted rate unless one is given.
 
-    Raises LlavaError if they are less than one, which a predicted rate is too rough to tell.
+    Raises LlavaError, naming `title`, if they are less than one, which a predicted rate is too rough to tell.
     """
     steps = budget.amount
     if budget.by_cost:
@@ -62,9 +63,10 @@ def with_steps(
         else:
             steps, one = max(1.0, steps * predicted.steps_per_s), 0.0
         if steps < 1:
-            expected = f"{budget.unit}={one:.4g} or more"
-            what = f"--budget buys less than one step of {title}"
-            raise LlavaError(what, expected=expected, got=str(budget), exit_code=2)
+            digit = 10.0 ** (math.floor(math.log10(one)) - 3)
+            enough = Budget(budget.unit, float(f"{math.ceil(one / digit) * digit:.4g}"))
+            what = "--budget buys less than one step" + (f" of {title}" if title else "")
+            raise LlavaError(what, expected=f"{enough} or more", got=str(budget), exit_code=2)
     whole, sizes = int(steps), outline.samples(config)[0].sizes
     epochs = -(-whole // Schedule.of(config, sizes).steps_per_epoch)
     return dataclasses.replace(config, max_steps=whole, epochs=epochs)

@@ -13,6 +13,8 @@ import pytest
 
 from train.sweep.config import SweepConfig
 from train.sweep.page import write_page
+from train.sweep.pareto_plot import pareto
+from train.sweep.plot_style import LIGHT
 from train.sweep.plots import draw
 from train.sweep.record import Record, State
 from train.sweep.results import text_table
@@ -119,6 +121,14 @@ def test_held_out_losses_are_read_once_and_again_when_they_are_replaced(
     assert read == ["0", "1", "2", "3", "2"]
 
 
+@pytest.mark.parametrize("content", [b"", b"PK", bytes(99)])
+def test_what_a_loss_of_power_left_of_a_trial_s_losses_is_as_if_gone(tmp_path: Path, content: bytes) -> None:
+    for name in ("held_out", "choices"):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    records = [dataclasses.replace(record(k, {"lr": float(k)}, 1.0 + k), folder=tmp_path) for k in range(2)]
+    assert [(row.above, row.choice) for row in rows_of(records)] == [({}, {})] * 2
+
+
 def test_a_sweep_of_nothing_finished_has_no_best() -> None:
     assert best_of([]) is None
     assert text_table([]) == ""
@@ -147,7 +157,7 @@ def test_few_trials_and_many_are_drawn(
     tmp_path: Path, space: list[str], trials: int, pictures: list[str]
 ) -> None:
     config = SweepConfig(
-        features=Path("f"),
+        features=(Path("f"), Path("g")),
         llm=Path("l"),
         eval_features=Path("e"),
         out=tmp_path,
@@ -171,7 +181,29 @@ def test_few_trials_and_many_are_drawn(
         assert "#e9e6df" in picture.dark
         assert "#e9e6df" not in picture.light
     write_page(config, varied, rows_of(records), drawn, command=None)
-    assert (tmp_path / "index.html").read_text().count("<tr") == 1 + len(rows_of(records))
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<tr") == 1 + len(rows_of(records))
+    assert "<dd>f, g</dd>" in page
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.04, 0.5, 9.0, 1e4])
+def test_operations_have_ticks_however_alike_they_are(spread: float) -> None:
+    """By an equal budget they differ by the part of a step that it does not pay."""
+    records = [
+        record(
+            k, {"projector": f"p{k}", "lr": 1.0}, 1.0 + k, summary={"operations": 5.5e10 * (1 + spread * k)}
+        )
+        for k in range(20)
+    ]
+    figure = pareto(rows_of(records), LIGHT)
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    shown = [label.get_text() for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+             if low <= tick <= high]  # fmt: skip
+    assert len(shown) == len(set(shown)) >= 2
+    assert [text.get_text() for text in axes.texts] == ["p0"]  # the front, of many points
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["on the front", "beaten at the same cost or less"]
 
 
 def wide(k: int) -> Point:

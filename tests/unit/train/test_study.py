@@ -230,6 +230,21 @@ def test_a_trial_is_compared_with_those_of_its_own_seed(tmp_path: Path) -> None:
     assert last.goes_on(8, 3.0)  # nothing to compare with
 
 
+@pytest.mark.parametrize(
+    ("budget", "pruned"), [("flops=1e9", False), ("seconds=9", False), ("steps=9", True)]
+)
+def test_a_trial_is_compared_with_those_that_the_budget_gives_as_many_steps(
+    tmp_path: Path, budget: str, pruned: bool
+) -> None:
+    here = study(tmp_path, "visual_tokens=all,pool", "lr=1,2,3,4,5,6", prune="median", budget=budget)
+    for claim in here.claim(6, same_seed):
+        assert claim.goes_on(4, 1.0)  # half of its steps
+        claim.ended(summary(1.0, step=8))
+    cheap = here.claim(1, same_seed)[0]
+    assert cheap.point["visual_tokens"] == "pool"
+    assert cheap.goes_on(4, 2.0) != pruned  # a tenth of its own
+
+
 def test_a_grid_is_not_pruned_unless_asked(tmp_path: Path) -> None:
     assert not study(tmp_path / "a", "lr=1,2").prunes
     assert study(tmp_path / "b", "lr=1..2", trials=3).prunes

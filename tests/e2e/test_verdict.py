@@ -1,0 +1,62 @@
+"""What `train run` and `train eval` say of a run, in both languages."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava_core.shards.writer import ShardWriter
+from tests.support.commands import call
+from tests.support.runs import config, flags_of
+from tests.support.shards import CAPTIONS, TOKENS, WIDTH, header, outcome
+
+
+def test_the_run_and_eval_say_the_same(world: Path, tmp_path: Path) -> None:
+    """These captions have nothing to do with their random features, and the steps are few."""
+    flags = flags_of(config(world, tmp_path / "run", epochs=8))
+    ended = call("train", "run", *flags, "--json")
+    assert ended.summary["verdict"] == "underfitting"
+    lines = ended.err.splitlines()
+    place = lines.index(f"verdict: {ended.summary['verdict']}")
+    told = ended.summary["verdict_evidence"]
+    assert lines[place + 1 : place + 2 + len(told)] == [
+        *(f"  {evidence}" for evidence in told),
+        f"  next: {ended.summary['verdict_next']}",
+    ]
+    given = ("--checkpoint", tmp_path / "run/last", "--llm", world / "llm", "--device", "cpu")
+    held_out = ("--features", world / "held-out", "--instructions", "mixed", "--json")
+    assert call("train", "eval", *given, *held_out).summary["verdict"] == ended.summary["verdict"]
+    (tmp_path / "run/metrics.jsonl").unlink()  # then by the gap and the answers alone
+    assert call("train", "eval", *given, *held_out).summary["verdict"] == "blind"
+
+
+def test_features_that_say_nothing_in_chinese(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = header([CAPTIONS[row % 4] for row in range(12)])
+    with ShardWriter(tmp_path / "features/a.h5", given) as writer:
+        rows = [outcome(row) for row in range(12)]
+        zeros = np.zeros((TOKENS, WIDTH), "<f2")
+        writer.write([dataclasses.replace(row, features=zeros) if row.row % 2 else row for row in rows])
+        writer.finish()
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    flags = flags_of(config(world, tmp_path / "run", features=tmp_path / "features"))
+    ended = call("train", "run", *flags, "--json")
+    assert ended.summary["verdict"] == "broken data"
+    assert "结论：数据有问题" in ended.err
+    assert "50% 的行特征为零，或与别的行相同" in ended.err
+    assert "下一步：用 `extract inspect --html` 查看这些行" in ended.err
+
+
+def test_features_that_are_all_zero_are_refused(world: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "features/a.h5", header([CAPTIONS[0]] * 4)) as writer:
+        zeros = np.zeros((TOKENS, WIDTH), "<f2")
+        writer.write([dataclasses.replace(outcome(row), features=zeros) for row in range(4)])
+        writer.finish()
+    given = config(world, tmp_path / "run", features=tmp_path / "features", eval_features=None)
+    for start in ("scale", "captions", "torch"):
+        line = call("train", "run", *flags_of(given), "--start", start, code=1).one_line()
+        assert "the features of the first 4 rows are all zero; look at them" in line

@@ -1,0 +1,261 @@
+"""What came of a run, in a word, with the evidence and the next thing to do, in English or Chinese.
+
+It is read from the run's metrics alone. The thresholds were chosen with sabotaged runs and counted on others
+(benchmarks/verdict.py).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llava_core.cli.console import say
+from llava_core.types import JsonDict
+from train.data.samples import Samples
+
+LOOKED_AT = 256
+"""Training rows, evenly spaced, whose features and captions are looked at before the first step."""
+ANSWERS = 16
+"""Held-out pictures that the model describes after the last step."""
+ENDS = 0.1
+"""Share of the logged training losses, the first and the last ones, that stands for both ends."""
+
+EMPTY = 0.1
+"""Share of rows whose features are zero or another row's, above which the data are broken."""
+VARIED = 1e-4
+"""Share of the features' energy by which pictures differ, below which they are all the same."""
+REPEATED = 0.9
+"""Share of rows with one and the same caption above which there is nothing to learn."""
+OFTEN = 0.2
+"""Share of rows with one and the same caption that explains why a model says only one."""
+CUT = 0.5
+"""Share of captions cut at --max-text-tokens above which the model does not learn where they end."""
+WORSE = 0.05
+"""Rise of the held-out loss over that before the first step that is divergence, as a share of it, unless the
+training loss fell."""
+OVER = 0.05
+"""Rise of the held-out loss over its lowest that is overfitting, as a share of it."""
+BEGUN = 0.1
+"""Fall of the held-out loss, as a share of it, below which a run has hardly begun."""
+SEEN = 0.02
+"""Grounding gap, as a share of the held-out loss, up to which the picture says nothing."""
+SAME = 0.5
+"""How much larger the share of answers with one text is than that of the true ones where a model parrots."""
+STILL = 0.25
+"""Share of the fall that came in the second half of the steps, above which more steps help."""
+
+
+class Text(NamedTuple):
+    """The same in two languages."""
+
+    en: str
+    zh: str
+
+    def of(self, **values: object) -> Text:
+        return Text(self.en.format(**values), self.zh.format(**values))
+
+    def here(self) -> str:
+        """In the language that LC_ALL, LC_MESSAGES or LANG names: Chinese for zh, else English."""
+        settings = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+        return self.zh if (next(filter(None, settings), None) or "").startswith("zh") else self.en
+
+
+NAMES = {
+    "healthy": Text("healthy", "健康"),
+    "broken data": Text("broken data", "数据有问题"),
+    "diverging": Text("diverging", "发散"),
+    "overfitting": Text("overfitting", "过拟合"),
+    "blind": Text("blind", "没有看图"),
+    "parroting": Text("parroting", "千篇一律"),
+    "underfitting": Text("underfitting", "欠拟合"),
+}
+NEXT = {
+    "healthy": Text(
+        "compare its answers with the pictures (`infer chat`)",
+        "对着图片看它的回答（`infer chat`）",
+    ),
+    "broken data": Text(
+        "look at the rows with `extract inspect --html`, and mend them before training again",
+        "用 `extract inspect --html` 查看这些行，改好之后再训练",
+    ),
+    "diverging": Text("begin again with a --lr ten times lower", "把 --lr 降到十分之一，重新开始"),
+    "overfitting": Text(
+        "take the checkpoint `best`; train on more pictures, or for fewer steps",
+        "用检查点 `best`；增加图片，或减少步数",
+    ),
+    "blind": Text(
+        "see whether captions stand beside their own pictures (`extract inspect --html`); if they do, train "
+        "longer, or on features of another layer or encoder",
+        "先看描述与图片是否对得上（`extract inspect --html`）；对得上，就多训练一些步，"
+        "或换一层、换一个编码器的特征",
+    ),
+    "parroting": Text(
+        "train on captions that differ more from picture to picture",
+        "换用各图之间差别更大的描述",
+    ),
+    "underfitting": Text("train for more steps, or with a higher --lr", "增加步数，或提高 --lr"),
+}
+FOUND = {
+    "empty": Text(
+        "{share:.0%} of the rows have features that are zero, or another row's",
+        "{share:.0%} 的行特征为零，或与别的行相同",
+    ),
+    "alike": Text("all pictures have the same features", "所有图片的特征都一样"),
+    "repeated": Text("{share:.0%} of the captions are one text", "{share:.0%} 的描述是同一段文字"),
+    "cut": Text(
+        "{share:.0%} of the captions are cut at --max-text-tokens: where they end is not learnt",
+        "{share:.0%} 的描述在 --max-text-tokens 处被截断：学不到在哪里结束",
+    ),
+    "fall": Text(
+        "held-out loss {first:.3f} before the first step, {last:.3f} at the end",
+        "验证损失：第一步之前 {first:.3f}，结束时 {last:.3f}",
+    ),
+    "trained": Text(
+        "training loss {first:.3f} in the first steps, {last:.3f} in the last",
+        "训练损失：最初几步 {first:.3f}，最后几步 {last:.3f}",
+    ),
+    "rise": Text(
+        "held-out loss {best:.3f} at step {step}, {last:.3f} at the end; training loss {trained:.3f} there",
+        "验证损失：第 {step} 步 {best:.3f}，结束时 {last:.3f}；结束时的训练损失 {trained:.3f}",
+    ),
+    "gap": Text("grounding gap {gap:.3f} nats per token", "grounding gap 每个 token {gap:.3f} nat"),
+    "no gap": Text(
+        "grounding gap {gap:.3f}: a caption is about as likely beside another picture",
+        "grounding gap {gap:.3f}：换一张图片，描述的概率几乎不变",
+    ),
+    "same": Text(
+        "{said:.0%} of the answers about {pictures} pictures are one text; of the true ones {true:.0%} are",
+        "{pictures} 张图片的回答中 {said:.0%} 是同一段文字；真实描述中是 {true:.0%}",
+    ),
+    "late": Text(
+        "{share:.0%} of this fall came in the second half of the steps",
+        "其中 {share:.0%} 的下降发生在后一半步数里",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    name: str
+    """A key of NAMES."""
+    evidence: tuple[Text, ...]
+
+    def tell(self, title: str = "") -> None:
+        """Print it, the evidence and the next thing to do."""
+        say(f"{title}{Text('verdict: ', '结论：').here()}{NAMES[self.name].here()}")
+        for text in self.evidence:
+            say(f"{title}  {text.here()}")
+        say(f"{title}  {Text('next: ', '下一步：').here()}{NEXT[self.name].here()}")
+
+    def to_json(self) -> JsonDict:
+        """verdict, verdict_evidence [sentences] and verdict_next, in English."""
+        sentences = [text.en for text in self.evidence]
+        return {"verdict": self.name, "verdict_evidence": sentences, "verdict_next": NEXT[self.name].en}
+
+
+def data_figures(samples: Samples) -> JsonDict:
+    """What LOOKED_AT of the samples with a picture are like.
+
+    data_varied: the share of their pooled features' energy by which pictures differ; data_empty: the share of
+    rows whose features are zero or those of the row before; captions_repeated: the share with the most
+    frequent text; captions_cut: the share cut at --max-text-tokens.
+    """
+    shown = samples.with_picture
+    indices = shown[:: -(-len(shown) // LOOKED_AT)].tolist()
+    pooled = samples.read(indices).float().mean(1)
+    energy = pooled.square().sum(1).mean().item()
+    empty = (pooled == 0).all(1)
+    empty[1:] |= (pooled[1:] == pooled[:-1]).all(1)
+    places = map(samples.place, indices)
+    texts = collections.Counter(samples.shards[shard].caption(row) for shard, row in places)
+    return {
+        "data_varied": pooled.var(0, correction=0).sum().item() / energy if energy else 0.0,
+        "data_empty": empty.float().mean().item(),
+        "captions_repeated": max(texts.values()) / len(indices),
+        "captions_cut": statistics.fmean(samples.example(index, 0).cut for index in indices),
+    }
+
+
+def verdict_of(metrics: Sequence[JsonDict]) -> Verdict | None:
+    """The verdict on a run by the lines of its metrics.jsonl; None if it has no held-out loss.
+
+    Without an evaluation before the last one, only what that alone can tell.
+    """
+    evals = [line for line in metrics if "eval_loss" in line]
+    if not evals:
+        return None
+    first, last = evals[0], evals[-1]
+    data = next((line for line in metrics if "data_varied" in line), {})
+    if found := broken(data):
+        return Verdict("broken data", found)
+    fall = FOUND["fall"].of(first=first["eval_loss"], last=last["eval_loss"])
+    same, (begun, trained) = parroted(last.get("eval_captions", ())), trained_losses(metrics)
+    if last["eval_loss"] > first["eval_loss"] * (1 + WORSE) and trained > begun * (1 - BEGUN):
+        return Verdict("diverging", (fall, FOUND["trained"].of(first=begun, last=trained)))
+    if same and (share := data.get("captions_repeated", 0)) > OFTEN:
+        return Verdict("parroting", (same, FOUND["repeated"].of(share=share)))
+    best = min(evals, key=lambda line: float(line["eval_loss"]))
+    if last["eval_loss"] > best["eval_loss"] * (1 + OVER):
+        rise = {"best": best["eval_loss"], "step": best["step"], "last": last["eval_loss"]}
+        return Verdict("overfitting", (FOUND["rise"].of(**rise, trained=trained),))
+    if last is not first and first["eval_loss"] - last["eval_loss"] < BEGUN * first["eval_loss"]:
+        return Verdict("underfitting", (fall,))
+    falls = (fall,) if last is not first else ()
+    gap, low = last["eval_grounding_gap"], last["eval_grounding_gap_low"]
+    if gap is not None and (gap < SEEN * last["eval_loss"] or (low is not None and low <= 0)):
+        return Verdict("blind", (*falls, FOUND["no gap"].of(gap=gap)))
+    if same:
+        return Verdict("parroting", (same,))
+    late = late_share(evals)
+    if late > STILL:
+        return Verdict("underfitting", (fall, FOUND["late"].of(share=late)))
+    return Verdict("healthy", (*falls, *([] if gap is None else [FOUND["gap"].of(gap=gap)])))
+
+
+def broken(data: JsonDict) -> tuple[Text, ...]:
+    """Why the data cannot teach anything, by what `data_figures` found, if it looked."""
+    if not data:
+        return ()
+    found = []
+    if data["data_empty"] > EMPTY:
+        found.append(FOUND["empty"].of(share=data["data_empty"]))
+    elif data["data_varied"] < VARIED:
+        found.append(FOUND["alike"])
+    if data["captions_repeated"] > REPEATED:
+        found.append(FOUND["repeated"].of(share=data["captions_repeated"]))
+    if data["captions_cut"] > CUT:
+        found.append(FOUND["cut"].of(share=data["captions_cut"]))
+    return tuple(found)
+
+
+def late_share(evals: Sequence[JsonDict]) -> float:
+    """Share of the held-out loss's fall that came in the second half of the steps; 0 if it did not fall."""
+    first, last = evals[0], evals[-1]
+    middle = min(evals, key=lambda line: abs(float(line["step"]) - last["step"] / 2))
+    fall = first["eval_loss"] - last["eval_loss"]
+    return float((middle["eval_loss"] - last["eval_loss"]) / fall) if fall > 0 else 0.0
+
+
+def trained_losses(metrics: Sequence[JsonDict]) -> tuple[float, float]:
+    """The training loss of the first and of the last steps that were logged; NaN if none was."""
+    losses = [line["loss"] for line in metrics if "loss" in line] or [math.nan]
+    some = max(1, round(ENDS * len(losses)))
+    return statistics.fmean(losses[:some]), statistics.fmean(losses[-some:])
+
+
+def parroted(lines: Sequence[JsonDict]) -> Text | None:
+    """That most of these answers are one text, while the true ones differ."""
+    if len(lines) < ANSWERS // 2:
+        return None
+    shares = {}
+    for name in ("generated", "written"):
+        texts = collections.Counter(" ".join(line[name].split()) for line in lines)
+        shares[name] = max(texts.values()) / len(lines)
+    if shares["generated"] - shares["written"] <= SAME:
+        return None
+    return FOUND["same"].of(said=shares["generated"], true=shares["written"], pictures=len(lines))
