@@ -26,7 +26,7 @@ from llava_core.projector.projector import Projector
 from llava_core.shards.fused import require_each_encoder
 from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
-from train.config import EvalConfig, RunConfig
+from train.config import ALL_ROWS, EvalConfig, RunConfig
 from train.data.batch import Batch, answer_tokens
 from train.data.packing import Packing
 from train.data.prefetch import prefetch
@@ -182,7 +182,7 @@ def _curve(config: EvalConfig) -> list[JsonDict]:
     """What its run has logged before the checkpoint, if that was evaluated on the same rows."""
     checkpoint = load_checkpoint(config.checkpoint)
     path = checkpoint.folder.resolve().parent / "metrics.jsonl"
-    same = checkpoint.training.get("eval_features") == plain(config.features)
+    same = checkpoint.training.get("eval_features") == plain(config.features) and config.rows == ALL_ROWS
     if not same or "eval_step" not in checkpoint.metrics or not path.exists():
         return []
     return [line for line in read_json_lines(path) if line["step"] < checkpoint.metrics["eval_step"]]
@@ -190,7 +190,7 @@ def _curve(config: EvalConfig) -> list[JsonDict]:
 
 def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, Projector, Samples]:
     """The held-out rows are those that a run with these flags would train on."""
-    given = ("features", "text", "llm", "max_samples", "max_text_tokens", "device")
+    given = ("features", "text", "rows", "llm", "max_samples", "max_text_tokens", "device")
     flags: dict[str, Any] = {name: getattr(config, name) for name in given}
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.training.get("instructions", OLD_INSTRUCTIONS)

@@ -112,13 +112,13 @@ class ScalingConfig(SweepConfig):
     """Passes over the rows of each size."""
 
     @property
-    def rows(self) -> tuple[int, ...]:
+    def row_counts(self) -> tuple[int, ...]:
         """--sizes as numbers, ascending. Raises LlavaError (wrong usage) for such as fit no law."""
         return _rows(self.sizes)
 
     @property
     def varied(self) -> tuple[str, ...]:
-        sizes, seeds = self.rows, range(self.seed, self.seed + self.seeds)
+        sizes, seeds = self.row_counts, range(self.seed, self.seed + self.seeds)
         return *self.space, f"max_samples={_listed(sizes)}", f"seed={_listed(seeds)}"
 
     def require_inputs(self) -> None:
@@ -138,7 +138,7 @@ class ScalingConfig(SweepConfig):
                 raise LlavaError(f"{flag} of a scaling law", do=do, exit_code=2)
         super().__post_init__()
         self.require_above_zero("seeds")
-        sizes = self.rows
+        sizes = self.row_counts
         if len(sizes) * self.seeds == LEAST_SIZES:
             what, expected = "--sizes: three runs fit any law", "four sizes, or --seeds 2 or more"
             raise LlavaError(what, expected=expected, got="--seeds 1", exit_code=2)

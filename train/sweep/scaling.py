@@ -54,7 +54,7 @@ class ScalingCurve:
 def require_rows(config: ScalingConfig, resources: TrainingResources, caches: Sequence[RunConfig]) -> None:
     """Raise LlavaError (wrong usage) if a folder of one of the `caches` has fewer rows than --sizes name; say
     if the smallest size takes few steps."""
-    least, most = config.rows[0], config.rows[-1]
+    least, most = config.row_counts[0], config.row_counts[-1]
     steps = config.epochs * -(-least // config.batch_size)
     if steps < FEW_STEPS:
         do = f"fewer than {FEW_STEPS} measure how far training came, too"
