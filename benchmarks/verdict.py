@@ -50,10 +50,6 @@ class Case:
     flags: tuple[object, ...] = ()
 
 
-def as_it_is(random: np.random.Generator, captions: list[str], features: Any) -> Any:
-    return captions, features
-
-
 def shuffled_words(random: np.random.Generator, captions: list[str], features: Any) -> Any:
     return [captions[k] for k in random.permutation(len(captions))], features
 
@@ -81,9 +77,11 @@ def one_caption(random: np.random.Generator, captions: list[str], features: Any)
     return [ONE] * len(captions), features
 
 
-def often_one_caption(random: np.random.Generator, captions: list[str], features: Any) -> Any:
-    often = set(random.permutation(len(captions))[: round(0.45 * len(captions))].tolist())
-    return [ONE if k in often else c for k, c in enumerate(captions)], features
+def faint(random: np.random.Generator, captions: list[str], features: Any) -> Any:
+    """Pictures differ by 3 % of what they did."""
+    whole = features.astype("f4")
+    mean = whole.mean(0)
+    return captions, (mean + 0.03 * (whole - mean)).astype("<f2")
 
 
 CACHES: dict[str, Rewrite] = {
@@ -93,7 +91,7 @@ CACHES: dict[str, Rewrite] = {
     "fifth zero": zero(5),
     "constant": constant,
     "one caption": one_caption,
-    "often one caption": often_one_caption,
+    "faint": faint,
 }
 MLP = ("--projector", "mlp")
 PERCEIVER = ("--projector", "perceiver16x1", "--visual-tokens", "patches")
@@ -110,7 +108,7 @@ THRESHOLDS = (
     Case("fast, seed 1", "healthy", flags=(*FAST, *steps(160), "--seed", 1)),
     Case("fast, 240 steps", "healthy", flags=(*FAST, *steps(240))),
     Case("course", "healthy", flags=(*COURSE, *steps(320))),
-    Case("default", "healthy", flags=steps(240)),
+    Case("default", "healthy", flags=(*steps(400), "--epochs", 999)),
     Case("fast, mlp", "healthy", flags=(*FAST, *steps(160), *MLP)),
     Case("fast, center", "healthy", flags=(*FAST, *steps(160), "--feature-norm", "center")),
     Case("fast, lowrank64", "healthy", flags=(*FAST, *steps(160), "--projector", "lowrank64")),
@@ -128,12 +126,12 @@ THRESHOLDS = (
     Case("constant", "broken data", "constant", (*FAST, *steps(80))),
     Case("one caption", "broken data", "one caption", (*FAST, *steps(80))),
     Case("no end", "broken data", flags=(*FAST, *steps(80), "--max-text-tokens", 12)),
-    Case("often one caption", "parroting", "often one caption", (*FAST, *steps(160))),
-    Case("often one caption, course", "parroting", "often one caption", (*COURSE, *steps(160))),
+    Case("faint, course", "parroting", "faint", (*COURSE, *steps(80))),
+    Case("faint, default", "parroting", "faint", (*steps(80), "--epochs", 999)),
     Case("course, rate x 10,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 20)),
     Case("course, rate x 1,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 2)),
-    Case("fast, rate x 10,000", "diverging", flags=(*FAST, *steps(80), "--lr", 500)),
     Case("fast, rate x 1,000", "diverging", flags=(*FAST, *steps(80), "--lr", 50)),
+    Case("course, rate x 100", "diverging", flags=(*COURSE, *steps(80), "--lr", 0.2)),
     Case("mlp, rate x 1,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 2, *MLP)),
     Case("48 pictures", "overfitting", flags=(*FAST, *steps(160), "--max-samples", 48)),
     Case(
@@ -157,7 +155,7 @@ OTHERS = (
     Case("fast, batch 8", "healthy", flags=(*FAST, *steps(280), "--batch-size", 8)),
     Case("course, mlp", "healthy", flags=(*COURSE, *steps(400), *MLP)),
     Case("fast, perceiver16", "healthy", flags=(*FAST, *steps(200), *PERCEIVER)),
-    Case("default, seed 5", "healthy", flags=(*steps(300), "--seed", 5)),
+    Case("default, seed 5", "healthy", flags=(*steps(440), "--epochs", 999, "--seed", 5)),
     Case("fast, all tokens", "healthy", flags=(*FAST, *steps(140), "--visual-tokens", "all")),
     Case("shuffled words, seed 7", "blind", "shuffled words", (*FAST, *steps(140), "--seed", 7)),
     Case("shuffled words, default", "blind", "shuffled words", steps(160)),
@@ -166,7 +164,7 @@ OTHERS = (
     Case("fifth zero, mlp", "broken data", "fifth zero", (*COURSE, *steps(60), *MLP)),
     Case("constant, default", "broken data", "constant", steps(60)),
     Case("no end, course", "broken data", flags=(*COURSE, *steps(80), "--max-text-tokens", 16)),
-    Case("often one caption, mlp", "parroting", "often one caption", (*FAST, *steps(140), *MLP)),
+    Case("faint, mlp", "parroting", "faint", (*COURSE, *steps(60), *MLP)),
     Case("course, rate x 3,000", "diverging", flags=(*COURSE, *steps(60), "--lr", 6)),
     Case("fast, rate x 3,000", "diverging", flags=(*FAST, *steps(60), "--lr", 150, "--seed", 3)),
     Case("32 pictures", "overfitting", flags=(*FAST, *steps(140), "--max-samples", 32)),
@@ -196,8 +194,7 @@ def write_cache(settings: Settings, name: str) -> None:
         for shard in find_shards(settings.demo / "features" / part):
             path = settings.out / "caches" / name / part / shard.path.name
             if not path.exists():
-                kept = part == "held-out" and name == "often one caption"
-                rewrite(shard, path, as_it_is if kept else CACHES[name])
+                rewrite(shard, path, CACHES[name])
 
 
 def rewrite(shard: Shard, path: Path, change: Rewrite) -> None:

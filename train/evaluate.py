@@ -40,6 +40,8 @@ from train.verdict import ANSWERS, data_figures, verdict_of
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""
+MEASURED = 16
+"""Pictures whose visual tokens' size is measured."""
 ONE_PICTURE = "grounding gap not defined: all held-out rows show one picture"
 
 
@@ -160,6 +162,14 @@ def evaluate(
     return Evaluation(len(shown), of(shown), parts)
 
 
+@torch.no_grad()
+def visual_rms(llm: LanguageModel, projector: Projector, samples: Samples) -> float:
+    """RMS of the visual tokens of MEASURED pictures, over that of the embeddings of words."""
+    features = samples.features(samples.with_picture[:MEASURED].tolist())
+    tokens = projector(features.float().to(llm.device))
+    return float(tokens.float().square().mean().sqrt()) / llm.embedding_rms
+
+
 def run(config: EvalConfig) -> JsonDict:
     """`train eval`: print and return the figures of `evaluate`."""
     with joined() as group:
@@ -167,11 +177,13 @@ def run(config: EvalConfig) -> JsonDict:
             resources, projector, samples = _load(config, group)
         packing = Packing(config.micro_tokens, context=resources.llm.context)
         figures = evaluate(resources.llm, projector, samples, config.batch_size, packing, group).figures
+        loud = visual_rms(resources.llm, projector, samples)
         answers = captions(resources.llm, projector, samples, ANSWERS) if group.main else []
     show(table(figure_rows(figures)))
     if figures["grounding_gap"] is None:
         say(ONE_PICTURE)
-    own = {f"eval_{name}": value for name, value in figures.items()} | {"eval_captions": answers}
+    own = {f"eval_{name}": value for name, value in figures.items()}
+    own |= {"eval_captions": answers, "eval_visual_rms": loud}
     verdict = verdict_of([*_curve(config), data_figures(samples) | own])
     assert verdict is not None
     verdict.tell()
