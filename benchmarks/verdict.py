@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from benchmarks.reference import command
 from llava_align.config import MODELS
@@ -40,6 +41,8 @@ class Settings:
     demo: Path = Path("demo-out")
     llm: Path = MODELS / "llm"
     only: Literal["all", "thresholds", "others"] = "all"
+    picture: Path | None = None
+    """PNG of the losses of a run for each verdict."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,20 @@ CACHES: dict[str, Rewrite] = {
     "one caption": one_caption,
     "faint": faint,
 }
+SHOWN = (
+    "course",
+    "shuffled words",
+    "half zero, course",
+    "course, rate x 1,000",
+    "48 pictures, course",
+    "course, 24 steps",
+)
+"""Runs in the picture."""
+CURVES = (
+    ("loss", "-C7", "training loss"),
+    ("eval_loss", "o-C0", "held-out loss"),
+    ("eval_grounding_gap", "s--C1", "grounding gap"),
+)
 MLP = ("--projector", "mlp")
 PERCEIVER = ("--projector", "perceiver16x1", "--visual-tokens", "patches")
 FAST, COURSE = ("--recipe", "fast", "--epochs", 999), ("--recipe", "course", "--epochs", 999)
@@ -187,6 +204,31 @@ def main() -> None:
             rows = [(case.name, case.expected, found.name, found.evidence[0].en) for case, found in told]
             print(table(rows, ("run", "sabotaged to be", "verdict", "evidence")))
             print(f"{name}: {right} of {len(told)} right")
+    if settings.picture is not None:
+        draw(settings, settings.picture)
+
+
+def draw(settings: Settings, path: Path) -> None:
+    """Training loss, held-out loss and grounding gap of the SHOWN runs."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    cases = {case.name: case for case in THRESHOLDS}
+    for axes, name in zip(figure.subplots(2, 3).flat, SHOWN, strict=True):
+        lines = read_json_lines(folder_of(settings, cases[name]) / "metrics.jsonl")
+        for key, style, label in CURVES:
+            drawn = [(line["step"], line[key]) for line in lines if key in line]
+            axes.plot(*zip(*drawn, strict=True), style, linewidth=1.4, label=label)
+        axes.set_title(f"{cases[name].expected}: {name}", fontsize=9)
+        axes.set_ylim(-0.2, 3.6)
+        axes.grid(linewidth=0.4)
+        axes.tick_params(labelsize=8)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("nats per answer token", fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def folder_of(settings: Settings, case: Case) -> Path:
+    return settings.out / "runs" / case.name.replace(" ", "-").replace("/", "per")
 
 
 def write_cache(settings: Settings, name: str) -> None:
@@ -227,7 +269,7 @@ def rewrite(shard: Shard, path: Path, change: Rewrite) -> None:
 
 def verdict(settings: Settings, case: Case) -> Verdict:
     """Of the run, by the rules as they are now."""
-    out = settings.out / "runs" / case.name.replace(" ", "-").replace("/", "per")
+    out = folder_of(settings, case)
     cache = settings.demo / "features" if case.cache == "as it is" else settings.out / "caches" / case.cache
     data = ("--features", cache / "train", "--eval-features", cache / "held-out", "--llm", settings.llm)
     command("train", "run", *BASE, *data, *case.flags, "--out", out)
