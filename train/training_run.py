@@ -27,7 +27,7 @@ from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
 from train.sample_captions import beside_its_caption, captions
-from train.verdict import ANSWERS, data_figures, verdict_of
+from train.verdict import ANSWERS, NO_VERDICT, data_figures, verdict_of
 
 
 class TrainingRun:
@@ -272,6 +272,8 @@ class TrainingRun:
             say(f"{self.title}weights of the layers: {', '.join(listed)}")
         if verdict is not None:
             verdict.tell(self.title)
+        elif self.group.main:
+            say(f"{self.title}{NO_VERDICT.here()}")
         before = None if self.config.init is None else self.loss_before
         if before is not None and before < self.best < math.inf:
             losses = f"held-out loss {before:.4f} there, {self.best:.4f} here"

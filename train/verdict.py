@@ -148,6 +148,11 @@ FOUND = {
 }
 
 
+NO_VERDICT = Text(
+    "no verdict without held-out rows (--eval-features)", "没有验证行（--eval-features），不下结论"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     name: str

@@ -51,6 +51,13 @@ def test_features_that_say_nothing_in_chinese(
     assert "下一步：用 `extract inspect --html` 查看这些行" in ended.err
 
 
+def test_none_without_held_out_rows(world: Path, tmp_path: Path) -> None:
+    given = config(world, tmp_path / "run", eval_features=None, max_steps=1)
+    ended = call("train", "run", *flags_of(given), "--json")
+    assert "no verdict without held-out rows (--eval-features)" in ended.err
+    assert "verdict" not in ended.summary
+
+
 def test_features_that_are_all_zero_are_refused(world: Path, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "features/a.h5", header([CAPTIONS[0]] * 4)) as writer:
         zeros = np.zeros((TOKENS, WIDTH), "<f2")
