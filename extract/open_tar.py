@@ -227,7 +227,7 @@ class OpenTar(OpenOutput):
             if isinstance(value, str):
                 yield ".txt", value.encode("utf-8", "replace")
             about["messages" if isinstance(value[0], dict) else "caption"] = value
-        yield ".json", json.dumps(about, ensure_ascii=False).encode()
+        yield ".json", json.dumps(about, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
