@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -63,11 +64,13 @@ class Tar(Source):
 
     def _columns(self, samples: dict[str, dict[str, Member]]) -> Columns:
         images = [_image(sample) for sample in samples.values()]
-        values, missing = list[object](), dict[int, Outcome]()
+        values, missing, digests = list[object](), dict[int, Outcome](), dict[int, bytes]()
         with self.path.open("rb") as file:
             for row, sample in enumerate(samples.values()):
                 note = _note(file.fileno(), sample)
                 values.append(self._words(note, _words(file.fileno(), sample)))
+                if isinstance(digest := note.get("sha256"), str):
+                    digests[row] = digest.encode()
                 if images[row] is None and note and (status := STATUS_OF[note["status"]]) is not Status.OK:
                     missing[row] = Outcome(status, str(note.get("reason", "")))
         reader = WordReader(str(self.path), "text", values[:SAMPLE], self.flags.caption_key)
@@ -77,7 +80,7 @@ class Tar(Source):
             image_refs=[image.name if image else "" for image in images],
             captions=captions,
             ids=list(samples),
-            images=_TarImages(self.path, images, missing),
+            images=_TarImages(self.path, images, missing, digests),
             conversations=conversations,
             outcomes=outcomes,
         )
@@ -91,9 +94,15 @@ class Tar(Source):
 
 
 class _TarImages:
-    def __init__(self, path: Path, images: list[Member | None], missing: Mapping[int, Outcome]) -> None:
-        """`missing`: why some of them are not there."""
-        self.path, self.images, self.missing = path, images, missing
+    def __init__(
+        self,
+        path: Path,
+        images: list[Member | None],
+        missing: Mapping[int, Outcome],
+        digests: Mapping[int, bytes],
+    ) -> None:
+        """`missing`: why some of them are not there; `digests`: sha256 of some of the files, in hex."""
+        self.path, self.images, self.missing, self.digests = path, images, missing, digests
 
     def load(self, row: int, max_bytes: int) -> Fetched | None:
         if (image := self.images[row]) is None:
@@ -101,9 +110,13 @@ class _TarImages:
             return Fetched(status, attempts=0, detail=why)
         try:
             with self.path.open("rb") as file:
-                return loaded(_content(file.fileno(), image, max_bytes + 1), max_bytes)
+                body = _content(file.fileno(), image, max_bytes + 1)
         except OSError as error:
             return Fetched(Status.UNREADABLE_FILE, attempts=0, detail=first_line(error))
+        noted = self.digests.get(row)
+        if noted and len(body) == image.size and hashlib.sha256(body).hexdigest().encode() != noted:
+            return Fetched(Status.UNREADABLE_FILE, attempts=0, detail="damaged: another sha256 than noted")
+        return loaded(body, max_bytes)
 
 
 def _samples(path: Path) -> tuple[dict[str, dict[str, Member]], dict[str, int]]:

@@ -125,6 +125,14 @@ def test_words_come_back_as_they_were(base: str, vision: Path, tmp_path: Path) -
             same_shards(tmp_path / f"one/{name}.h5", out / f"{name}.h5")
     call("extract", "retry-failed", "--out", out, "--vision", vision, "--max-failed", 1)
     assert Shard(out / "b.h5").status.tolist() == [Status.HTTP_4XX] * 3
+    tar = tmp_path / "kept/a.tar"
+    tar.write_bytes(
+        tar.read_bytes().replace(picture(2), picture(2)[:-20] + bytes(20))
+    )  # decodes all the same
+    call("extract", "run", *flags_of(tar), "--vision", vision, "--out", tmp_path / "damaged")
+    damaged = Shard(tmp_path / "damaged/a.h5")
+    assert damaged.status.tolist() == [1, 1, Status.UNREADABLE_FILE, 1, 1, 1, 1, 1]
+    assert damaged.reason_of(2) == "damaged: another sha256 than noted"
 
 
 @pytest.mark.parametrize(("kills", "rows"), [(3, 60), pytest.param(40, 600, marks=pytest.mark.slow)])
