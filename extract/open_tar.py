@@ -208,6 +208,7 @@ class OpenTar(OpenOutput):
             raise
         figures = {"tool_version": __version__, "source": self._identity, "images": images}
         replace_text(statistics_of(self.path), json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+        fsync(statistics_of(self.path))  # the tar is refused without it
         partial.replace(self.path)
         self.part.unlink()
         fsync(self.path.parent)
