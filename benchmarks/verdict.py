@@ -20,11 +20,13 @@ import tyro
 from benchmarks.reference import command
 from llava_align.config import MODELS
 from llava_core.cli.console import table
+from llava_core.filesystem import read_json_lines
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards
 from llava_core.shards.hdf5_file import ShardHeader
 from llava_core.shards.reader import Shard
 from llava_core.shards.writer import RowRecord, ShardWriter
+from train.verdict import Verdict, verdict_of
 
 ONE = "左上方画着一个大的黄色三角形，背景是灰色的。"
 Rewrite = Callable[[np.random.Generator, list[str], np.ndarray], tuple[list[str], np.ndarray]]
@@ -75,9 +77,11 @@ def one_caption(random: np.random.Generator, captions: list[str], features: Any)
     return [ONE] * len(captions), features
 
 
-def mostly_one_caption(random: np.random.Generator, captions: list[str], features: Any) -> Any:
-    kept = set(random.permutation(len(captions))[: len(captions) // 10].tolist())
-    return [c if k in kept else ONE for k, c in enumerate(captions)], features
+def faint(random: np.random.Generator, captions: list[str], features: Any) -> Any:
+    """Pictures differ by 3 % of what they did."""
+    whole = features.astype("f4")
+    mean = whole.mean(0)
+    return captions, (mean + 0.03 * (whole - mean)).astype("<f2")
 
 
 CACHES: dict[str, Rewrite] = {
@@ -87,7 +91,7 @@ CACHES: dict[str, Rewrite] = {
     "fifth zero": zero(5),
     "constant": constant,
     "one caption": one_caption,
-    "mostly one caption": mostly_one_caption,
+    "faint": faint,
 }
 MLP = ("--projector", "mlp")
 PERCEIVER = ("--projector", "perceiver16x1", "--visual-tokens", "patches")
@@ -104,7 +108,7 @@ THRESHOLDS = (
     Case("fast, seed 1", "healthy", flags=(*FAST, *steps(160), "--seed", 1)),
     Case("fast, 240 steps", "healthy", flags=(*FAST, *steps(240))),
     Case("course", "healthy", flags=(*COURSE, *steps(320))),
-    Case("default", "healthy", flags=steps(240)),
+    Case("default", "healthy", flags=(*steps(400), "--epochs", 999)),
     Case("fast, mlp", "healthy", flags=(*FAST, *steps(160), *MLP)),
     Case("fast, center", "healthy", flags=(*FAST, *steps(160), "--feature-norm", "center")),
     Case("fast, lowrank64", "healthy", flags=(*FAST, *steps(160), "--projector", "lowrank64")),
@@ -122,12 +126,12 @@ THRESHOLDS = (
     Case("constant", "broken data", "constant", (*FAST, *steps(80))),
     Case("one caption", "broken data", "one caption", (*FAST, *steps(80))),
     Case("no end", "broken data", flags=(*FAST, *steps(80), "--max-text-tokens", 12)),
-    Case("mostly one caption", "parroting", "mostly one caption", (*FAST, *steps(160))),
-    Case("mostly one caption, course", "parroting", "mostly one caption", (*COURSE, *steps(160))),
+    Case("faint, course", "parroting", "faint", (*COURSE, *steps(80))),
+    Case("faint, default", "parroting", "faint", (*steps(80), "--epochs", 999)),
     Case("course, rate x 10,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 20)),
     Case("course, rate x 1,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 2)),
-    Case("fast, rate x 10,000", "diverging", flags=(*FAST, *steps(80), "--lr", 500)),
     Case("fast, rate x 1,000", "diverging", flags=(*FAST, *steps(80), "--lr", 50)),
+    Case("course, rate x 100", "diverging", flags=(*COURSE, *steps(80), "--lr", 0.2)),
     Case("mlp, rate x 1,000", "diverging", flags=(*COURSE, *steps(80), "--lr", 2, *MLP)),
     Case("48 pictures", "overfitting", flags=(*FAST, *steps(160), "--max-samples", 48)),
     Case(
@@ -151,7 +155,7 @@ OTHERS = (
     Case("fast, batch 8", "healthy", flags=(*FAST, *steps(280), "--batch-size", 8)),
     Case("course, mlp", "healthy", flags=(*COURSE, *steps(400), *MLP)),
     Case("fast, perceiver16", "healthy", flags=(*FAST, *steps(200), *PERCEIVER)),
-    Case("default, seed 5", "healthy", flags=(*steps(300), "--seed", 5)),
+    Case("default, seed 5", "healthy", flags=(*steps(440), "--epochs", 999, "--seed", 5)),
     Case("fast, all tokens", "healthy", flags=(*FAST, *steps(140), "--visual-tokens", "all")),
     Case("shuffled words, seed 7", "blind", "shuffled words", (*FAST, *steps(140), "--seed", 7)),
     Case("shuffled words, default", "blind", "shuffled words", steps(160)),
@@ -160,7 +164,7 @@ OTHERS = (
     Case("fifth zero, mlp", "broken data", "fifth zero", (*COURSE, *steps(60), *MLP)),
     Case("constant, default", "broken data", "constant", steps(60)),
     Case("no end, course", "broken data", flags=(*COURSE, *steps(80), "--max-text-tokens", 16)),
-    Case("mostly one caption, mlp", "parroting", "mostly one caption", (*FAST, *steps(140), *MLP)),
+    Case("faint, mlp", "parroting", "faint", (*COURSE, *steps(60), *MLP)),
     Case("course, rate x 3,000", "diverging", flags=(*COURSE, *steps(60), "--lr", 6)),
     Case("fast, rate x 3,000", "diverging", flags=(*FAST, *steps(60), "--lr", 150, "--seed", 3)),
     Case("32 pictures", "overfitting", flags=(*FAST, *steps(140), "--max-samples", 32)),
@@ -178,10 +182,10 @@ def main() -> None:
     sets = {"thresholds": THRESHOLDS, "others": OTHERS}
     for name, cases in sets.items():
         if settings.only in ("all", name):
-            told = [(case, verdict_of(settings, case)) for case in cases]
-            right = sum(found["verdict"] == case.expected for case, found in told)
-            rows = [(case.name, case.expected, str(found["verdict"])) for case, found in told]
-            print(table(rows, ("run", "sabotaged to be", "verdict")))
+            told = [(case, verdict(settings, case)) for case in cases]
+            right = sum(found.name == case.expected for case, found in told)
+            rows = [(case.name, case.expected, found.name, found.evidence[0].en) for case, found in told]
+            print(table(rows, ("run", "sabotaged to be", "verdict", "evidence")))
             print(f"{name}: {right} of {len(told)} right")
 
 
@@ -221,11 +225,15 @@ def rewrite(shard: Shard, path: Path, change: Rewrite) -> None:
         writer.finish()
 
 
-def verdict_of(settings: Settings, case: Case) -> dict[str, Any]:
+def verdict(settings: Settings, case: Case) -> Verdict:
+    """Of the run, by the rules as they are now."""
     out = settings.out / "runs" / case.name.replace(" ", "-").replace("/", "per")
     cache = settings.demo / "features" if case.cache == "as it is" else settings.out / "caches" / case.cache
     data = ("--features", cache / "train", "--eval-features", cache / "held-out", "--llm", settings.llm)
-    return command("train", "run", *BASE, *data, *case.flags, "--out", out)
+    command("train", "run", *BASE, *data, *case.flags, "--out", out)
+    found = verdict_of(read_json_lines(out / "metrics.jsonl"))
+    assert found is not None
+    return found
 
 
 if __name__ == "__main__":

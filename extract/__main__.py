@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from extract.config import BenchConfig, InspectConfig, RetryConfig, RunConfig, VerifyConfig
+from extract.config import (
+    BenchConfig,
+    InspectConfig,
+    RetryConfig,
+    RunConfig,
+    VerifyConfig,
+)
+from extract.curate.config import CurateConfig
 from llava_core.cli import command
 from llava_core.cli.options import Command
 
@@ -11,6 +18,7 @@ COMMANDS = {
     "retry-failed": Command(RetryConfig, "extract.run:retry_failed", continues=True),
     "verify": Command(VerifyConfig, "extract.verify:run"),
     "inspect": Command(InspectConfig, "extract.inspect.command:run"),
+    "curate": Command(CurateConfig, "extract.curate.command:run"),
     "bench": Command(BenchConfig, "extract.bench.command:run"),
 }
 

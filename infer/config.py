@@ -193,7 +193,8 @@ class ScoreConfig(DownloadOptions):
     """What counts as a word; auto is char for Chinese references and space for others. Scores of different
     tokenizers do not compare."""
     vision: Path | None = None
-    """Folder of Chinese-CLIP with its text tower: adds CLIPScore, over the first 50 tokens of a text."""
+    """Folder of Chinese-CLIP, or of CLIP from Hugging Face, with its text tower: adds CLIPScore, over the
+    first 50 (75) tokens of a text."""
     features: Path | None = None
     """Folder of the shards whose `shard` and `row` the lines name, in place of images."""
     images: Path | None = None

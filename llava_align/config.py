@@ -116,7 +116,7 @@ class MatchConfig(Options):
     """Which images of a folder, or rows of feature shards, Chinese-CLIP finds nearest to a text."""
 
     vision: Path
-    """Folder of Chinese-CLIP with its text tower."""
+    """Folder of Chinese-CLIP, or of CLIP from Hugging Face, with its text tower."""
     images: Path | None = None
     """Folder of images, with those below it."""
     features: Path | None = None

@@ -11,11 +11,12 @@ from llava_core.cli.console import silence
 from llava_core.cli.options import Command
 from train.config import EvalConfig, PlanConfig, RunConfig
 from train.recipes import RECIPES
-from train.sweep.config import SweepConfig
+from train.sweep.config import ScalingConfig, SweepConfig
 
 COMMANDS = {
     "run": Command(RunConfig, "train.run:run", RECIPES, continues=True),
     "sweep": Command(SweepConfig, "train.sweep.command:run", RECIPES, continues=True),
+    "scaling": Command(ScalingConfig, "train.sweep.command:run", RECIPES, continues=True),
     "plan": Command(PlanConfig, "train.cost_prediction:run", RECIPES),
     "eval": Command(EvalConfig, "train.evaluate:run"),
 }

@@ -9,7 +9,7 @@ from typing import Literal
 
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
-from llava_core.filesystem import require_folder, require_matches
+from llava_core.filesystem import require_file, require_folder, require_matches
 from llava_core.input_folders import (
     folders_of,
     one_or_several,
@@ -29,6 +29,8 @@ Compile = Literal["auto", "on", "off"]
 Tune = Literal["projector", "lora", "llm"]
 
 FeatureNorm = Literal["none", "layer", "center"]
+
+ALL_ROWS = "all"
 
 LEAST_SHARE = 0.001
 """A smaller share of --mix is a slip of the finger."""
@@ -56,6 +58,8 @@ class RunConfig(Options):
     text: str | None = None
     """Words to train on in place of the shards' own: a table (parquet, JSON, JSONL, CSV) or a glob of them.
     Its rows name their pictures by sha256, url or image, id, or shard and row; a picture may have several."""
+    rows: str = ALL_ROWS
+    """Rows to train on: all, or those that a list of `extract curate` keeps, a parquet FILE of this cache."""
     eval_text: str | None = None
     """The same for the held-out shards, which without it keep their own words."""
     fuse: Fuse | None = None
@@ -116,7 +120,10 @@ class RunConfig(Options):
     max_steps: int | None = None
     """Stop after this many steps; the learning rate ends there too."""
     max_samples: int = 100_000
-    """Use only the first N usable rows of each folder, in the order of shards and rows."""
+    """Use only N usable rows of each folder."""
+    subset: Literal["first", "random"] = "first"
+    """Which N: the first, in the order of shards and rows; or random ones by --seed, those of a smaller N
+    among them."""
     max_text_tokens: int = 128
     """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
     micro_tokens: int = 16_384
@@ -188,6 +195,7 @@ class RunConfig(Options):
             raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
         if self.eval_text is not None and self.eval_features is None:
             raise LlavaError("--eval-text", expected="--eval-features beside it", exit_code=2)
+        _require_own_words(self.rows, self.text)
 
     @property
     def shares(self) -> tuple[float, ...] | None:
@@ -200,6 +208,7 @@ class RunConfig(Options):
         require_shards("--eval-features", self.eval_features)
         require_matches("--text", self.text)
         require_matches("--eval-text", self.eval_text)
+        require_row_list(self.rows)
         require_language_model(self.llm)
         if self.init is not None:
             require_checkpoint(self.init)
@@ -220,6 +229,8 @@ class EvalConfig(Options):
     """Folder of held-out feature shards, or several."""
     text: str | None = None
     """Words in place of the shards' own, as in `train run`."""
+    rows: str = ALL_ROWS
+    """Rows to judge by: all, or those that a list of `extract curate` keeps."""
     llm: Path
     """Folder of the language model the projector was trained for."""
     max_samples: int = 100_000
@@ -241,12 +252,26 @@ class EvalConfig(Options):
         object.__setattr__(self, "features", one_or_several("features", self.features))
         if self.instructions is not None:
             object.__setattr__(self, "instructions", read_instructions(self.instructions))
+        _require_own_words(self.rows, self.text)
 
     def require_inputs(self) -> None:
         require_checkpoint(self.checkpoint)
         require_shards("--features", self.features)
         require_matches("--text", self.text)
+        require_row_list(self.rows)
         require_language_model(self.llm)
+
+
+def require_row_list(rows: str) -> None:
+    """Raise LlavaError if --rows names a file that is not there."""
+    if rows != ALL_ROWS:
+        require_file("--rows", Path(rows))
+
+
+def _require_own_words(rows: str, text: str | None) -> None:
+    if rows != ALL_ROWS and text is not None:
+        do = "leave --text out: the list judges the words that the shards have"
+        raise LlavaError("--rows beside --text", expected="one of them", do=do, exit_code=2)
 
 
 def _shares(mix: str, folders: int) -> tuple[float, ...]:

@@ -41,6 +41,8 @@ from train.verdict import ANSWERS, data_figures, verdict_of
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""
+MEASURED = 16
+"""Pictures whose visual tokens' size is measured."""
 ONE_PICTURE = "grounding gap not defined: all held-out rows show one picture"
 
 
@@ -161,6 +163,14 @@ def evaluate(
     return Evaluation(len(shown), of(shown), parts)
 
 
+@torch.no_grad()
+def visual_rms(llm: LanguageModel, projector: Projector, samples: Samples) -> float:
+    """RMS of the visual tokens of MEASURED pictures, over that of the embeddings of words."""
+    features = samples.features(samples.with_picture[:MEASURED].tolist())
+    tokens = projector(features.float().to(llm.device))
+    return float(tokens.float().square().mean().sqrt()) / llm.embedding_rms
+
+
 def run(config: EvalConfig) -> JsonDict:
     """`train eval`: print and return the figures of `evaluate`."""
     with joined() as group:
@@ -168,12 +178,14 @@ def run(config: EvalConfig) -> JsonDict:
             resources, projector, samples = _load(config, group)
         packing = Packing(config.micro_tokens, context=resources.llm.context)
         figures = evaluate(resources.llm, projector, samples, config.batch_size, packing, group).figures
+        loud = visual_rms(resources.llm, projector, samples)
         answers = captions(resources.llm, projector, samples, ANSWERS) if group.main else []
     show(table(figure_rows(figures)))
     if figures["grounding_gap"] is None:
         say(ONE_PICTURE)
+    own = {f"eval_{name}": value for name, value in figures.items()}
+    own |= {"eval_captions": answers, "eval_visual_rms": loud}
     checkpoint = load_checkpoint(config.checkpoint)
-    own = {f"eval_{name}": value for name, value in figures.items()} | {"eval_captions": answers}
     own |= {"step": checkpoint.metrics.get("eval_step", 0)} | data_figures(samples)
     continued = checkpoint.training.get("init") is not None
     verdict = verdict_of([*_curve(config, checkpoint, samples), own], continued)
@@ -205,7 +217,7 @@ def _curve(config: EvalConfig, checkpoint: Checkpoint, samples: Samples) -> list
 
 def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, Projector, Samples]:
     """The held-out rows are those that a run with these flags would train on."""
-    given = ("features", "text", "llm", "max_samples", "max_text_tokens", "device")
+    given = ("features", "text", "rows", "llm", "max_samples", "max_text_tokens", "device")
     flags: dict[str, Any] = {name: getattr(config, name) for name in given}
     checkpoint = load_checkpoint(config.checkpoint)
     trained = checkpoint.training.get("instructions", OLD_INSTRUCTIONS)

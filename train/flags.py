@@ -12,7 +12,7 @@ FREE_KEYS = {
     *("micro_tokens", "resident", "eval_captions", "compile", "gradient_checkpointing"),
 }
 """Flags that may differ when a run continues: they do not change the trained weights."""
-MOVABLE_KEYS = {"features", "eval_features", "text", "eval_text", "llm", "init"}
+MOVABLE_KEYS = {"features", "eval_features", "text", "eval_text", "rows", "llm", "init"}
 """Flags that name folders or files. When a run continues, their contents are compared, wherever they are."""
 
 

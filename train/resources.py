@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_core.identity import EncoderIdentity
@@ -13,8 +14,9 @@ from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import Conversation
 from llava_core.projector.checkpoint import Provenance
 from llava_core.shards.folder import require_one_encoder
+from llava_core.shards.row_list import read_row_list
 from llava_core.types import JsonDict
-from train.config import RunConfig
+from train.config import ALL_ROWS, RunConfig
 from train.data.feature_cache import pick_residence, worth_caching
 from train.data.packing import UNBOUNDED, Packing
 from train.data.samples import Samples
@@ -123,13 +125,19 @@ class TrainingResources:
     def rows(self, config: RunConfig) -> JsonDict:
         """Identities of the rows that a run trains on, and of those it is judged by."""
         samples, held_out = self.samples(config)
-        return {"samples": samples.identity} | ({"held_out": held_out.identity} if held_out else {})
+        identities: JsonDict = {"samples": samples.identity}
+        if samples.listed is not None:
+            identities["row_list"] = samples.listed.sha256
+        return identities | ({"held_out": held_out.identity} if held_out else {})
 
     def cache_features(self, config: RunConfig) -> None:
         """Let features stay where --resident says, from when they are first read."""
         training = self._rows(config, held_out=False)
         repeated = self.repeated or Schedule.of(config, training.sizes).repeats
         cached = [training] if worth_caching(config.resident, repeated) else []
+        for other in self._samples.values():
+            if other.drawn_by is not None and other is not training:
+                other.cache = None  # no later run need have rows that were drawn for an earlier one
         if self.held_out_shards:
             cached.append(self._rows(config, held_out=True))
         cached = [samples for samples in cached if samples.cache is None]
@@ -147,14 +155,19 @@ class TrainingResources:
         self.use(config)
         tunes, words = config.tune != "projector", config.eval_text if held_out else config.text
         folders = config.eval_features if held_out else config.features
-        key = folders, config.fuse, held_out, limit, tunes, words
+        drawn_by = config.seed if config.subset == "random" and not held_out else None
+        listed = ALL_ROWS if held_out else config.rows
+        key = folders, config.fuse, held_out, limit, tunes, words, drawn_by, listed
         if key not in self._samples:
             sources = self.held_out_sources if held_out else self.sources
             if words is not None:
                 sources = reworded(sources, words)
             shards = [shard for source in sources for shard in source.shards]
+            row_list = None if listed == ALL_ROWS else read_row_list(Path(listed))
+            if row_list is not None:
+                row_list.require_of(shards)
             self._samples[key] = Samples(
                 *(shards, self.conversation, config.max_text_tokens, limit, config.seed),
-                *(config.instructions, tunes, sources),
+                *(config.instructions, tunes, sources, drawn_by, row_list),
             )
         return self._samples[key]

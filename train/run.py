@@ -13,7 +13,7 @@ from llava_core.filesystem import Lock
 from llava_core.projector.projector import require_tokens
 from llava_core.registry import PROJECTORS
 from llava_core.types import JsonDict
-from train.config import RunConfig
+from train.config import ALL_ROWS, RunConfig
 from train.cost_prediction import run as plan
 from train.distributed import joined
 from train.initialization import projector_of
@@ -123,7 +123,7 @@ def finished_before(folder: RunFolder, resources: TrainingResources) -> JsonDict
         projector_of(config, shard, resources.llm.hidden)  # or refuse
     finished = folder.finished()
     if finished is not None:
-        if folder.moved:
+        if folder.moved or config.rows != ALL_ROWS:
             folder.resume(resources.provenance, resources.rows(config))  # or refuse
         say(f"{config.out} is finished; nothing to do")
     return finished

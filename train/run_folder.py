@@ -36,7 +36,7 @@ from llava_core.projector.checkpoint import (
 )
 from llava_core.projector.projector import Projector
 from llava_core.types import JsonDict
-from train.config import RunConfig
+from train.config import ALL_ROWS, RunConfig
 from train.flags import BEFORE, DEFAULTS, FREE_KEYS, MOVABLE_KEYS, OLD_INSTRUCTIONS, plain
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -120,11 +120,11 @@ class RunFolder:
         if left := [key for key in differing if key not in self.moved]:
             raise self._another(left[0], before[left[0]])
 
-    def _another(self, key: str, before: object) -> LlavaError:
+    def _another(self, key: str, before: object, now: object = None) -> LlavaError:
         return LlavaError(
             f"{self.path} holds a run with another --{_flag(key)}",
             expected=before,
-            got=self.training[key],
+            got=self.training[key] if now is None else now,
             do="choose another --out, or delete that folder",
         )
 
@@ -175,6 +175,11 @@ class RunFolder:
             return None
         checkpoint = load_aligned(self.last, provenance)
         state = load_state(checkpoint.folder)
+        lists = [each.get("row_list", "") for each in (state["rows"], rows)]
+        if lists[0] != lists[1]:
+            names = checkpoint.training.get("rows", ALL_ROWS), self.config.rows
+            shown = (f"{name} {own[:12]}".strip() for name, own in zip(names, lists, strict=True))
+            raise self._another("rows", *shown)
         if state["rows"] != rows:
             raise LlavaError(
                 f"the shards have changed since the run in {self.path} began: files or rows were added",

@@ -20,7 +20,7 @@ from train.cost_prediction import COSTLESS, Prediction, predict
 from train.data.batch import TextCounts
 from train.data.packing import Packing
 from train.data.schedule import Schedule
-from train.evaluate import INTERVALS, ONE_PICTURE, evaluate
+from train.evaluate import INTERVALS, ONE_PICTURE, evaluate, visual_rms
 from train.initialization import initial_projector, projector_of
 from train.metric_writers import MetricWriters, logged
 from train.optimizer import build_optimizers, learning_rate, load_optimizer
@@ -174,6 +174,7 @@ class TrainingRun:
             for end in ("", "_low", "_high")
         }
         self.figures["eval_step"] = self.step
+        self.figures["eval_visual_rms"] = visual_rms(self.llm, self.projector, held_out)
         lines: list[JsonDict] = []
         with self.group.same_outcome():
             if config.eval_captions and self.group.main and math.isfinite(figures["loss"]):

@@ -25,31 +25,34 @@ LOOKED_AT = 256
 """Training rows, evenly spaced, whose features and captions are looked at before the first step."""
 ANSWERS = 16
 """Held-out pictures that the model describes after the last step."""
-ENDS = 0.1
-"""Share of the logged training losses, the first and the last ones, that stands for both ends."""
+LATEST = 0.1
+"""Share of the logged training losses, the last ones, that stands for the loss at the end."""
 
 EMPTY = 0.1
 """Share of rows whose features are zero or another row's, above which the data are broken."""
 VARIED = 1e-4
 """Share of the features' energy by which pictures differ, below which they are all the same."""
-REPEATED = 0.9
+REPEATED = 0.5
 """Share of rows with one and the same caption above which there is nothing to learn."""
-OFTEN = 0.2
-"""Share of rows with one and the same caption that explains why a model says only one."""
 CUT = 0.5
 """Share of captions cut at --max-text-tokens above which the model does not learn where they end."""
+LOUD = 200
+"""RMS of visual tokens over that of words' embeddings above which the rate was too high: healthy runs had 1
+to 28, blind ones up to 42, those at a thousand times the rate over 3,000."""
 WORSE = 0.05
-"""Rise of the held-out loss over that before the first step that is divergence, as a share of it, unless the
-training loss fell."""
+"""Rise of the held-out loss over that before the first step that is divergence, as a share of it, if the
+training loss is above that, too."""
 OVER = 0.05
 """Rise of the held-out loss over its lowest that is overfitting, as a share of it."""
+APART = 1.5
+"""Held-out loss over the training loss above which a run overfits."""
 BEGUN = 0.1
 """Fall of the held-out loss, as a share of it, below which a run has hardly begun."""
 SEEN = 0.02
 """Grounding gap, as a share of the held-out loss, up to which the picture says nothing."""
 SAME = 0.5
 """How much larger the share of answers with one text is than that of the true ones where a model parrots."""
-STILL = 0.25
+STILL = 0.05
 """Share of the fall that came in the second half of the steps, above which more steps help."""
 
 
@@ -98,8 +101,8 @@ NEXT = {
         "或换一层、换一个编码器的特征",
     ),
     "parroting": Text(
-        "train on captions that differ more from picture to picture",
-        "换用各图之间差别更大的描述",
+        "try --feature-norm center, a higher --lr, or features of another layer or encoder",
+        "试试 --feature-norm center、更高的 --lr，或换一层、换一个编码器的特征",
     ),
     "underfitting": Text("train for more steps, or with a higher --lr", "增加步数，或提高 --lr"),
 }
@@ -119,8 +122,12 @@ FOUND = {
         "验证损失：第一步之前 {first:.3f}，结束时 {last:.3f}",
     ),
     "trained": Text(
-        "training loss {first:.3f} in the first steps, {last:.3f} in the last",
-        "训练损失：最初几步 {first:.3f}，最后几步 {last:.3f}",
+        "training loss {loss:.3f} in the last steps",
+        "最后几步的训练损失 {loss:.3f}",
+    ),
+    "loud": Text(
+        "visual tokens are {rms:,.0f} times as large as the embeddings of words",
+        "视觉 token 的大小是词嵌入的 {rms:,.0f} 倍",
     ),
     "rise": Text(
         "held-out loss {best:.3f} at step {step}, {last:.3f} at the end; training loss {trained:.3f} there",
@@ -165,17 +172,17 @@ def data_figures(samples: Samples) -> JsonDict:
     """What LOOKED_AT of the samples with a picture are like.
 
     data_varied: the share of their pooled features' energy by which pictures differ; data_empty: the share of
-    rows whose features are zero or those of the row before, though that shows another picture;
-    captions_repeated: the share with the most frequent text; captions_cut: the share cut at
-    --max-text-tokens. Rows of one picture neither vary nor repeat: then there are the last two alone.
+    rows whose features are zero, or those of the row before, which shows another picture; captions_repeated:
+    the share with the most frequent text; captions_cut: the share cut at --max-text-tokens. Rows of one
+    picture neither vary nor repeat: then there are data_empty and captions_cut alone.
     """
     shown = samples.with_picture
     indices = shown[:: -(-len(shown) // LOOKED_AT)].tolist()
     pooled = samples.read(indices).float().mean(1)
     energy = pooled.square().sum(1).mean().item()
+    empty = (pooled == 0).all(1)
     places = [samples.place(index) for index in indices]
     pictures = torch.tensor(picture_numbers(samples.shards[s].picture_keys(row) for s, row in places))
-    empty = (pooled == 0).all(1)
     empty[1:] |= (pooled[1:] == pooled[:-1]).all(1) & (pictures[1:] != pictures[:-1])
     texts = collections.Counter(samples.shards[shard].caption(row) for shard, row in places)
     figures: JsonDict = {
@@ -202,25 +209,25 @@ def verdict_of(metrics: Sequence[JsonDict], continued: bool = False) -> Verdict 
     if found := broken(data):
         return Verdict("broken data", found)
     fall = FOUND["fall"].of(first=first["eval_loss"], last=last["eval_loss"])
-    same, (begun, trained) = parroted(last.get("eval_captions", ())), trained_losses(metrics)
-    worse = last["eval_loss"] > first["eval_loss"] * (1 + WORSE) and trained > begun * (1 - BEGUN)
+    if (rms := last.get("eval_visual_rms", 0)) > LOUD:
+        return Verdict("diverging", (FOUND["loud"].of(rms=rms), fall))
+    trained = trained_loss(metrics)
+    worse = min(last["eval_loss"] / (1 + WORSE), trained) > first["eval_loss"]
     if worse or not math.isfinite(last["eval_loss"]):
-        return Verdict("diverging", (fall, FOUND["trained"].of(first=begun, last=trained)))
-    if same and (share := data.get("captions_repeated", 0)) > OFTEN:
-        return Verdict("parroting", (same, FOUND["repeated"].of(share=share)))
+        return Verdict("diverging", (fall, FOUND["trained"].of(loss=trained)))
     best = min(evals, key=lambda line: float(line["eval_loss"]))
-    if last["eval_loss"] > best["eval_loss"] * (1 + OVER):
+    if last["eval_loss"] > min(best["eval_loss"] * (1 + OVER), trained * APART):
         rise = {"best": best["eval_loss"], "step": best["step"], "last": last["eval_loss"]}
         return Verdict("overfitting", (FOUND["rise"].of(**rise, trained=trained),))
     hardly_begun = first["eval_loss"] - last["eval_loss"] < BEGUN * first["eval_loss"]
     if hardly_begun and last is not first and not continued:
         return Verdict("underfitting", (fall,))
+    if same := parroted(last.get("eval_captions", ())):
+        return Verdict("parroting", (same,))
     falls = (fall,) if last is not first else ()
     gap, low = last["eval_grounding_gap"], last["eval_grounding_gap_low"]
     if gap is not None and (gap < SEEN * last["eval_loss"] or (low is not None and low <= 0)):
         return Verdict("blind", (*falls, FOUND["no gap"].of(gap=gap)))
-    if same:
-        return Verdict("parroting", (same,))
     late = late_share(evals)
     if late > STILL and not hardly_begun:
         return Verdict("underfitting", (fall, FOUND["late"].of(share=late)))
@@ -255,11 +262,10 @@ def late_share(evals: Sequence[JsonDict]) -> float:
     return float((middle["eval_loss"] - last["eval_loss"]) / fall) if fall > 0 else 0.0
 
 
-def trained_losses(metrics: Sequence[JsonDict]) -> tuple[float, float]:
-    """The training loss of the first and of the last steps that were logged; NaN if none was."""
-    losses = [line["loss"] for line in metrics if "loss" in line] or [math.nan]
-    some = max(1, round(ENDS * len(losses)))
-    return statistics.fmean(losses[:some]), statistics.fmean(losses[-some:])
+def trained_loss(metrics: Sequence[JsonDict]) -> float:
+    """The training loss of the last steps that were logged; infinite if none was."""
+    losses = [line["loss"] for line in metrics if "loss" in line] or [math.inf]
+    return statistics.fmean(losses[-max(1, round(LATEST * len(losses))) :])
 
 
 def parroted(lines: Sequence[JsonDict]) -> Text | None:

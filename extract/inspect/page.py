@@ -62,7 +62,7 @@ def _page(stats: CacheStatistics, sample: int) -> str:
         "histograms": "".join(_chart(name, shape, stats) for name, shape in shapes.items() if shape),
         "sampled": _sampled(stats, chosen),
         "choices": "".join(f"<option>{label}</option>" for label in _labels(chosen)),
-        "gallery": "".join(_tile(shard, row) for shard, row in chosen),
+        "gallery": "".join(tile(shard, row) for shard, row in chosen),
         "facts": _facts(stats),
     }
     return fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE)
@@ -143,12 +143,15 @@ def _labels(chosen: Sequence[tuple[Shard, int]]) -> list[str]:
     return [Status(code).label for code in sorted({int(shard.status[row]) for shard, row in chosen})]
 
 
-def _tile(shard: Shard, row: int) -> str:
+def tile(shard: Shard, row: int, verdict: str | None = None, notes: Sequence[str] = ()) -> str:
+    """An entry of the gallery: picture, caption and where they are from; a `verdict` replaces the outcome as
+    what the page filters by, and `notes` come first below the caption."""
     status = Status(int(shard.status[row]))
     kind = "failed" if status.failed else "" if status is Status.OK else "none"
     (height, width), ident = shard.orig_hw[row].tolist(), shard.id(row)
     caption = "\n".join(line for turn in shard.turns(row) for line in turn if line)
     where = [
+        *map(escape, notes),
         escape(f"id {host_of(ident) if '://' in ident else ident}"),
         escape(host_of(shard.url(row))),
         f"{width}&nbsp;×&nbsp;{height}" if width else "",
@@ -162,7 +165,7 @@ def _tile(shard: Shard, row: int) -> str:
     else:
         picture = outline(width, height)
     return (
-        f'<li data-outcome="{status.label}"{f" class={kind}" if kind else ""}><figure>'
+        f'<li data-outcome="{verdict or status.label}"{f" class={kind}" if kind else ""}><figure>'
         f'<div class="picture">{picture}</div><figcaption>'
         f'<p class="caption" dir="auto" tabindex="0">{escape(caption) or "<i>no caption</i>"}</p>'
         f'<p class="where">{spans}</p></figcaption></figure></li>'
@@ -186,10 +189,10 @@ def _facts(stats: CacheStatistics) -> str:
         "Preprocessing": {"fit": fit_shown(figures), **figures["preprocess"]},
         "Source files": files,
     }
-    return facts({title: {k: _shown(k, v) for k, v in values.items()} for title, values in parts.items()})
+    return facts({title: {k: shown(k, v) for k, v in values.items()} for title, values in parts.items()})
 
 
-def _shown(name: str, value: object) -> str:
+def shown(name: str, value: object) -> str:
     if name == "layer" and value is None:
         return "all tokens after the final norm"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@ from llava_core.row_status import Status
 
 WIDTH, HEIGHT = 420, 130
 """Size of a histogram in its own units; it scales with the page."""
-KINDS = {Status.OK.label: "ok", Status.TEXT_ONLY.label: "text", Status.PENDING.label: "text"}
+KINDS = {Status.OK.label: "ok", "kept": "ok", Status.TEXT_ONLY.label: "text", Status.PENDING.label: "text"}
 """Class of each outcome in the bar; all others are failures, "bad"."""
 
 

@@ -38,6 +38,10 @@ class FusedShard(Shard):
             failed = (self.status == Status.OK) & (part.status != Status.OK)
             self.status[failed] = part.status[failed]
 
+    @property
+    def uids(self) -> list[str]:
+        return [part.layout.uid for part in self.parts]
+
     def read_into(self, row: int, out: np.ndarray) -> None:
         if self._fusion.kind == "tokens":
             out[:] = 0  # beside the narrower encoders

@@ -100,6 +100,10 @@ class Shard:
         if unknown := set(np.unique(self.status).tolist()) - set(Status):
             raise LlavaError(f"damaged shard {path}", got=f"status {min(unknown)}", do=REDO)
 
+    @property
+    def uids(self) -> list[str]:  # of the files that it is read from
+        return [self.layout.uid]
+
     @functools.cached_property
     def mtime(self) -> np.ndarray:
         """When each row's image file was last modified, in ns since 1970; 0 for what came from no file."""

@@ -25,6 +25,8 @@ CONTEXT = 52
 class TextTokenizer:
     """BERT's word pieces from a vocab.txt, lower-cased, one token a Chinese character."""
 
+    context = CONTEXT
+
     def __init__(self, vocab: Path) -> None:
         self.pieces = BertWordPieceTokenizer(str(vocab), lowercase=True)
         self.pieces._tokenizer.encode_special_tokens = True  # "[SEP]" in a text is no special token

@@ -12,6 +12,7 @@ import torch
 from llava_core.errors import LlavaError, first_line
 from llava_core.input_folders import require_plain_weights
 from llava_core.types import JsonDict
+from llava_core.vision.chinese_clip import CONTEXT, PAD
 from llava_core.vision.preprocess import CLIP_MEAN, CLIP_STD, FILTERS, Preprocess
 from llava_core.vision.tower import VisionTower, encoder_record, layer_index, read_json
 
@@ -25,10 +26,16 @@ HUGGING_FACE = {
     "dinov2": "Dinov2Model",
 }
 """`model_type` in config.json -> class in transformers."""
+TWO_TOWERS: dict[str, tuple[str, int | None, int]] = {
+    "chinese_clip": ("ChineseCLIPModel", PAD, CONTEXT),
+    "clip": ("CLIPModel", None, 77),
+}
+"""The same -> class with a text tower whose image embedding is of the class token; its padding, as for
+HuggingFaceTowers; most tokens of a text."""
 
 
 def open_hugging_face(
-    folder: Path, device: torch.device, dtype: torch.dtype, layer: int | None, decode: str
+    folder: Path, device: torch.device, dtype: torch.dtype, layer: int | None, decode: str, text: bool = False
 ) -> VisionTower:
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in HUGGING_FACE:
@@ -45,23 +52,7 @@ def open_hugging_face(
             expected="config.json, preprocessor_config.json and *.safetensors or pytorch_model*.bin",
             do="download it again",
         )
-    import transformers  # takes seconds, which a ModelScope folder does not need
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, loading = getattr(transformers, HUGGING_FACE[kind]).from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # each library raises its own kinds of exception for damaged files
-        raise LlavaError(f"cannot load the vision encoder in {folder}", got=first_line(error)) from None
-    if loading["missing_keys"]:
-        raise LlavaError(
-            f"the weights in {folder} are not whole",
-            got=f"no {min(loading['missing_keys'])}",
-            do="download it again",
-        )
-    model = model.eval().requires_grad_(False).to(device, dtype)
+    model = _loaded(folder, HUGGING_FACE[kind]).to(device, dtype)
     layer = layer_index(layer, model.config.num_hidden_layers, folder.name)
     norm = _final_norm(model)
 
@@ -75,6 +66,13 @@ def open_hugging_face(
     def tokens_of(pixels: torch.Tensor) -> torch.Tensor:
         return layers_of(pixels, [layer])[0]
 
+    clip = tokenizer = None
+    if text and kind in TWO_TOWERS:
+        own, pad, context = TWO_TOWERS[kind]
+        clip = HuggingFaceTowers(
+            _loaded(folder, own).to(device, dtype), lambda pixels: layers_of(pixels, [None])[0], pad
+        )
+        tokenizer = HuggingFaceTokenizer(folder, context)
     preprocess = _preprocess(read_json(folder / "preprocessor_config.json"), decode)
     with torch.inference_mode():
         blank = torch.zeros(1, 3, preprocess.size, preprocess.size, device=device, dtype=dtype)
@@ -88,7 +86,79 @@ def open_hugging_face(
         network=model,
         _layers=layers_of,
         _blocks=model.config.num_hidden_layers,
+        _clip=clip,
+        _tokenizer=tokenizer,
     )
+
+
+def _loaded(folder: Path, name: str) -> Any:
+    """A model of transformers in eval mode, without gradients. Raises LlavaError for damaged weights."""
+    import transformers  # takes seconds, which a ModelScope folder does not need
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, loading = getattr(transformers, name).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # each library raises its own kinds of exception for damaged files
+        raise LlavaError(f"cannot load the vision encoder in {folder}", got=first_line(error)) from None
+    if loading["missing_keys"]:
+        raise LlavaError(
+            f"the weights in {folder} are not whole",
+            got=f"no {min(loading['missing_keys'])}",
+            do="download it again",
+        )
+    return model.eval().requires_grad_(False)
+
+
+class HuggingFaceTowers:
+    """CLIP or Chinese-CLIP of transformers, as `tower.TwoTowers`."""
+
+    def __init__(
+        self, model: Any, tokens_of: Callable[[torch.Tensor], torch.Tensor], pad: int | None
+    ) -> None:
+        """`tokens_of` gives all tokens after the final norm; `pad` is an id to mask, if texts are read both
+        ways, and else None."""
+        self.text, self.tokens_of, self.pad = model.text_model, tokens_of, pad
+        self.text_projection, self.visual_projection = model.text_projection, model.visual_projection
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(self.tokens_of(pixels))
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.visual_projection(tokens[:, 0])
+        return embedded
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        mask = None if self.pad is None else ids.ne(self.pad).long()
+        out = self.text(input_ids=ids, attention_mask=mask)
+        embedded: torch.Tensor = self.text_projection(
+            out.pooler_output if self.pad is None else out.last_hidden_state[:, 0]
+        )
+        return embedded
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer in a folder, as `tower.TextTokenizer`. Raises LlavaError if there is none."""
+
+    def __init__(self, folder: Path, context: int) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            what = f"cannot load the text tower's tokenizer in {folder}"
+            raise LlavaError(what, got=first_line(error), do="download it again") from None
+        self.context = context
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        options = {"padding": "max_length", "truncation": True, "max_length": self.context}
+        ids: torch.Tensor = self.tokenizer(list(texts), return_tensors="pt", **options).input_ids
+        return ids
+
+    def cuts(self, text: str) -> bool:
+        return len(self.tokenizer(text, verbose=False).input_ids) > self.context
 
 
 def _final_norm(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -48,7 +48,7 @@ def open_vision_tower(
 
     `layer` selects an entry of transformers' `hidden_states` (0 the input of the first block, -1 the output
     of the last, -2 LLaVA's choice) instead of all tokens after the final layer norm. `fit` replaces the
-    geometry of the encoder's own processor. With `text`, Chinese-CLIP's text tower is loaded as well.
+    geometry of the encoder's own processor. With `text`, its text tower is loaded as well, if it has one.
 
     Raises LlavaError if a file is missing or damaged, or the kind of encoder is unknown.
     """
@@ -61,7 +61,7 @@ def open_vision_tower(
     elif (folder / MODELSCOPE_FILES[0]).exists():
         tower = open_modelscope(folder, device, dtype, layer, decode, text)
     else:
-        tower = open_hugging_face(folder, device, dtype, layer, decode)
+        tower = open_hugging_face(folder, device, dtype, layer, decode, text)
     return dataclasses.replace(tower, preprocess=tower.preprocess.fitted(fit))
 
 

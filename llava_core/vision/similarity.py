@@ -1,4 +1,4 @@
-"""Image-text similarity (CLIPScore) by Chinese-CLIP: opening both towers, and embedding texts."""
+"""Image-text similarity (CLIPScore) by a CLIP: opening both towers, and embedding texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError
 from llava_core.shards.reader import Shard
-from llava_core.vision.chinese_clip import CONTEXT
 from llava_core.vision.open import open_recorded_tower, open_vision_tower
 from llava_core.vision.tower import VisionTower
 
@@ -18,8 +17,13 @@ BATCH_SIZE = 32
 """Images or texts in a batch."""
 
 
-def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard] = ()) -> VisionTower:
-    """The encoder in `vision` with its text tower; it decodes images as for `shards`, if given.
+def open_both_towers(
+    vision: Path,
+    device: torch.device,
+    shards: Sequence[Shard] = (),
+    do: str = "use the images: leave --features out",
+) -> VisionTower:
+    """The encoder in `vision` with its text tower, if there is one; it decodes images as for `shards`.
 
     Raises LlavaError if these shards hold features of another encoder, or of a layer before the last.
     """
@@ -31,7 +35,7 @@ def open_both_towers(vision: Path, device: torch.device, shards: Sequence[Shard]
             f"{folder} lacks what the text tower is compared with",
             expected="tokens after the last layer norm",
             got=f"those of layer {layer}",
-            do="use the images: leave --features out",
+            do=do,
         )
     tower = open_recorded_tower(vision, first.identity, device, text=True)
     tower.identity.require_same(
@@ -46,6 +50,6 @@ def embed_texts(tower: VisionTower, texts: Sequence[str]) -> torch.Tensor:
     """L2-normalised embeddings [texts, P]; prints which texts are truncated."""
     if cut := [text for text in texts if tower.cuts(text)]:
         long = f"{counted(len(cut), 'text')}, such as {cut[0][:20]!r}…"
-        say(f"compared are only the first {CONTEXT - 2} tokens of {long}")
+        say(f"compared are only the first {tower.most_tokens} tokens of {long}")
     parts = [tower.encode_text(texts[k : k + BATCH_SIZE]) for k in range(0, len(texts), BATCH_SIZE)]
     return torch.cat(parts)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,33 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import sha256_files
 from llava_core.identity import EncoderIdentity
 from llava_core.types import JsonDict
-from llava_core.vision.chinese_clip import ChineseClip, TextTokenizer
 from llava_core.vision.preprocess import Decoded, Preprocess
+
+
+class TwoTowers(Protocol):
+    """The parts of a CLIP that embed pictures and texts in one space; no embedding is L2-normalised."""
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels [B, 3, S, S] -> [B, P]."""
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All tokens after the final norm [B, T, D] -> [B, P]."""
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, L] -> [B, P]."""
+
+
+class TextTokenizer(Protocol):
+    """The tokenizer of a text tower."""
+
+    context: int
+    """Most tokens of a text, with one before and one after it."""
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts -> token ids [texts, L], padded and truncated."""
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is truncated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +65,7 @@ class VisionTower:
     """Normalised pixels -> the tokens of several layers, in one pass; None if each layer is opened anew."""
     _blocks: int = 0
     """Number of blocks, by which layers are counted."""
-    _clip: ChineseClip | None = None
+    _clip: TwoTowers | None = None
     _tokenizer: TextTokenizer | None = None
 
     @property
@@ -95,19 +121,29 @@ class VisionTower:
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts, of which the first 50 tokens count -> L2-normalised embeddings [texts, P]."""
+        """Texts, of which `most_tokens` tokens count -> L2-normalised embeddings [texts, P]."""
         clip, tokenizer = self._both_towers()
         return F.normalize(clip.encode_text(tokenizer(texts).to(self.device)).float(), dim=-1)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a text that `encode_text` reads."""
+        return self._both_towers()[1].context - 2
 
     def cuts(self, text: str) -> bool:
         """Whether `encode_text` truncates this text."""
         return self._both_towers()[1].cuts(text)
 
-    def _both_towers(self) -> tuple[ChineseClip, TextTokenizer]:
+    @property
+    def reads_text(self) -> bool:
+        """Whether it was opened with a text tower."""
+        return self._tokenizer is not None
+
+    def _both_towers(self) -> tuple[TwoTowers, TextTokenizer]:
         if self._clip is None or self._tokenizer is None:
             raise LlavaError(
                 f"{self.encoder['model_id']} has no text tower here",
-                expected="a Chinese-CLIP folder from ModelScope, opened with its text tower",
+                expected="a Chinese-CLIP, or a CLIP from Hugging Face, opened with its text tower",
             )
         return self._clip, self._tokenizer
 

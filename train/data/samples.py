@@ -19,6 +19,7 @@ from llava_core.language.instructions import default_question, instructions_for,
 from llava_core.language.prompt_and_labels import Conversation, Example, Turn
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
+from llava_core.shards.row_list import RowList
 from llava_core.shuffled_pairs import picture_numbers
 from train.data.batch import Batch, TextCounts
 from train.data.feature_cache import FeatureCache
@@ -48,30 +49,35 @@ class Samples:
         instructions: str = "auto",
         text: bool = False,
         sources: Sequence[Source] = (),
+        drawn_by: int | None = None,
+        listed: RowList | None = None,
     ) -> None:
-        """`instructions` are what `read_instructions` returns; `sources` those of the shards, if several.
+        """`instructions` are what `read_instructions` returns; `sources` those of the shards, if several;
+        `listed` keeps some of their rows. `drawn_by` is a seed that draws the `limit` rows of each; without
+        it they are the first.
 
         Raises LlavaError if a source has no usable row, none of them a picture, or the chat template refuses
         the system message of one.
         """
-        self.shards, self.text, self.limit = list(shards), text, limit
+        self.shards, self.text, self.limit, self.listed = list(shards), text, limit, listed
         self.sources = list(sources) or [Source(Path(), "", self.shards)]
         self.conversation = conversation
         self.max_text_tokens = max_text_tokens
         self.seed, self.instructions = seed, instructions
+        self.drawn_by = drawn_by
         self.cache: FeatureCache | None = None
         rows: list[np.ndarray] = []
         self.sizes: list[int] = []
         """Samples of each source."""
         before, has_system = 0, False
         for source in self.sources:
-            own, system = usable_rows(source.shards, limit, text)
+            own, system = usable_rows(source.shards, limit, text, drawn_by, listed)
             has_system |= system
             if not len(own):
                 paths = [source.path] if len(self.sources) > 1 else [shard.path for shard in source.shards]
                 raise LlavaError(
                     f"no usable row in {', '.join(map(str, paths))}",
-                    expected="rows with features and a caption",
+                    expected="rows with features and a caption" + (f", in {listed.path}" if listed else ""),
                     do="--tune lora or llm trains on rows without a picture"
                     if text_only_rows(source.shards)
                     else "look at the failures with `extract inspect`",
@@ -178,10 +184,15 @@ class Samples:
             lines.append(f"{len(self) - len(self.with_picture)} samples without a picture are text alone")
         encoded = sum(int((shard.status == Status.OK).sum()) for shard in self.shards)
         usable = encoded + self.text * text_only_rows(self.shards)
+        if self.listed is not None:
+            kept = sum(len(self.listed.rows_of(shard)) for shard in self.shards)
+            lines.append(f"{kept:,} of {usable:,} rows: --rows {self.listed.path} keeps these")
+            usable = min(usable, kept)
         if self.limit in self.sizes and usable > len(self):
-            lines.append(
-                f"{len(self):,} of {usable:,} rows: --max-samples takes the first {self.limit:,} of a folder"
-            )
+            which = f"the first {self.limit:,}"
+            if self.drawn_by is not None:
+                which = f"{self.limit:,}, drawn by --seed {self.drawn_by},"
+            lines.append(f"{len(self):,} of {usable:,} rows: --max-samples takes {which} of a folder")
         if self.left_out:
             rows = counted(self.left_out, "row")
             lines.append(

@@ -19,6 +19,7 @@ from llava_core.shards.folder import find_shards, require_one_encoder
 from llava_core.shards.fused import open_fused
 from llava_core.shards.other_words import with_words
 from llava_core.shards.reader import AT_ONCE, Shard
+from llava_core.shards.row_list import RowList
 from llava_core.types import Fuse
 
 
@@ -85,18 +86,34 @@ def text_only_rows(shards: Sequence[Shard]) -> int:
     return sum(int((shard.status == Status.TEXT_ONLY).sum()) for shard in shards)
 
 
-def usable_rows(shards: Sequence[Shard], limit: int, text: bool = False) -> tuple[np.ndarray, bool]:
+def usable_rows(
+    shards: Sequence[Shard],
+    limit: int,
+    text: bool = False,
+    drawn_by: int | None = None,
+    listed: RowList | None = None,
+) -> tuple[np.ndarray, bool]:
     """(shard, row) of the first `limit` rows with features and a caption, in the order of shards and rows,
-    int [rows, 2], and whether one of them has a system message; with `text`, rows about no picture, too."""
+    int [rows, 2], and whether one of them has a system message; with `text`, rows about no picture, too;
+    with `listed`, only those that it keeps.
+
+    With a seed, `drawn_by`, the rows are random ones, in the same order; a larger `limit` adds to them.
+    """
+    if drawn_by is not None:
+        rows, system = usable_rows(shards, sum(shard.rows for shard in shards), text, listed=listed)
+        return rows[np.sort(np.random.default_rng(drawn_by).permutation(len(rows))[:limit])], system
     statuses = [Status.OK, Status.TEXT_ONLY] if text else [Status.OK]
     found, system = [np.zeros((0, 2), np.int32)], False
     for s, shard in enumerate(shards):
+        wanted = np.isin(shard.status, statuses)
+        if listed is not None:
+            wanted &= np.isin(np.arange(shard.rows), listed.rows_of(shard))
         for start in range(0, shard.rows, AT_ONCE):
             if limit <= 0:
                 break
             stop = min(start + AT_ONCE, shard.rows)
             worded, told = shard.worded(start, stop)
-            rows = np.flatnonzero(worded & np.isin(shard.status[start:stop], statuses))[:limit]
+            rows = np.flatnonzero(worded & wanted[start:stop])[:limit]
             found.append(np.stack([np.full(len(rows), s), rows + start], axis=1).astype(np.int32))
             system |= bool(told[rows].any())
             limit -= len(rows)

@@ -20,7 +20,8 @@ from train.run_folder import as_begun
 from train.sweep.axis import Choices
 from train.sweep.budget import Budget
 from train.sweep.choices import require_context, texts_to_choose
-from train.sweep.config import SweepConfig
+from train.sweep.config import ScalingConfig, SweepConfig
+from train.sweep.scaling import require_rows
 from train.sweep.space import MOST_TRIALS, Space, data_configs, run_config, words
 from train.sweep.trial_steps import with_steps
 
@@ -36,7 +37,7 @@ def run(config: SweepConfig) -> JsonDict:
         if isinstance(path, Path) or name in ("features", "eval_features")
     }
     config = as_begun(dataclasses.replace(config, **paths))
-    space = Space.of(config.space, config)
+    space = Space.of(config.varied, config)
     if not space.is_grid and config.trials is None:
         raise LlavaError("a range has no last point", do="say how many to draw: --trials 20", exit_code=2)
     if space.size(config.trials) > MOST_TRIALS:
@@ -91,6 +92,8 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
     """Print and return the number of trials, and their time one after the other."""
     trials = space.size(config.trials)
     resources = TrainingResources(data_configs(config, space)[0], weights=False)
+    if isinstance(config, ScalingConfig):
+        require_rows(config, resources, data_configs(config, space))
     measure_for = 2.0 if config.dry_run else 0.3  # what it is off by, the first trial shows
     for own in data_configs(config, space):
         if config.choices is not None and (held_out := resources.samples(own)[1]):

@@ -16,11 +16,17 @@ from train.sweep.plots import Plot
 from train.sweep.record import Record
 from train.sweep.results import columns_of, decimal
 from train.sweep.rows import Row, best_of
+from train.sweep.scaling import HEAD, ScalingCurve, lines_of, sentences
 from train.sweep.space import Space, shown, words
 
 
 def write_page(
-    config: SweepConfig, space: Space, rows: Sequence[Row], plots: Sequence[Plot], command: str | None
+    config: SweepConfig,
+    space: Space,
+    rows: Sequence[Row],
+    plots: Sequence[Plot],
+    command: str | None,
+    scaling_curves: Sequence[ScalingCurve] = (),
 ) -> None:
     """Write OUT/index.html; `command` repeats the best run."""
     records = [record for row in rows for record in row.records]
@@ -30,6 +36,8 @@ def write_page(
         "subtitle": f"A sweep of {escape(', '.join(space.keys))}: "
         + counted(space.size(config.trials), "trial"),
         "totals": _totals(space, rows, records, best),
+        "program": "scaling" if scaling_curves else "sweep",
+        "scaling": "".join(map(_scaling, scaling_curves)),
         "best": _best(best, command, (config.out / "best").exists()),
         "pictures": "".join(map(_figure, plots)) or '<p class="note">No trial was evaluated.</p>',
         "table": _table(space, rows),
@@ -61,6 +69,13 @@ def _best(best: Record | None, command: str | None, kept: bool) -> str:
         f"{checkpoint}; this makes it again:</p>"
         f"<pre>{escape(command)}</pre></section>"
     )
+
+
+def _scaling(curve: ScalingCurve) -> str:
+    notes = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in sentences(curve))
+    title = escape(" ".join(["More rows", words(curve.point)]).strip())
+    lines = table(HEAD, [[("", line) for line in lines_of(curve)]])
+    return f"<section><h2>{title}</h2>{notes}<div class=wide>{lines}</div></section>"
 
 
 def _figure(plot: Plot) -> str:

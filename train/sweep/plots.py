@@ -1,4 +1,4 @@
-"""The plots of a sweep: loss against learning rate and against operations, its curves, parallel coordinates.
+"""The plots of a sweep: loss against learning rate, rows and operations, its curves, parallel coordinates.
 
 Each is a PNG in the sweep's folder, and an SVG on light and on dark paper for its page.
 """
@@ -19,6 +19,8 @@ from train.sweep.pareto_plot import comparable, pareto
 from train.sweep.plot_style import DARK, LABELS, LIGHT, Theme, limit_losses, new_figure, render, shade, top_of
 from train.sweep.record import Record
 from train.sweep.rows import Row, best_of
+from train.sweep.scaling import ScalingCurve
+from train.sweep.scaling_plot import scaling
 from train.sweep.space import Space, shown
 
 LEGEND = 10
@@ -37,11 +39,17 @@ class Plot:
     """Whether it needs the page's whole width."""
 
 
-def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Plot]:
+def draw(
+    folder: Path, space: Space, rows: Sequence[Row], scaling_curves: Sequence[ScalingCurve] = ()
+) -> list[Plot]:
     """The plots that this sweep has data for; their PNGs go to `folder`."""
     if not any(row.loss is not None for row in rows):
         return []
     wanted: list[tuple[str, str, Callable[[Theme], Figure]]] = []
+    if any(curve.runs for curve in scaling_curves):
+        caption = "Lowest held-out loss against the number of training rows: a dot for each run, the fitted "
+        caption += "law with its 95 % interval, and what it predicts for two and four times the largest size"
+        wanted.append(("scaling", caption, lambda theme: scaling(scaling_curves, theme)))
     if "lr" in space.axes:
         caption = (
             "Held-out loss against learning rate: a dot for each run, a cross for one that was pruned, a "
@@ -55,7 +63,7 @@ def draw(folder: Path, space: Space, rows: Sequence[Row]) -> list[Plot]:
             "A line for each point, from its values to its loss, dotted if none finished; the best is thick"
         )
         wanted.append(("parallel", caption, lambda theme: parallel(space, rows, theme)))
-    if comparable(rows):
+    if comparable(rows) and not scaling_curves:  # whose runs take the same steps
         caption = (
             "Held-out loss against the operations of all steps so far: a thin line for each run, a mark for "
         )

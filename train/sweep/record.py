@@ -24,6 +24,8 @@ class Record:
     folder: Path
     loss: float | None = None
     """Held-out loss of its last evaluation, in nats per answer token."""
+    lowest: float | None = None
+    """Lowest held-out loss of its evaluations after the first step."""
     summary: JsonDict = dataclasses.field(default_factory=dict)
     """Summary of its run, once it has ended."""
     seconds: float = 0.0

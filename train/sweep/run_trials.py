@@ -23,11 +23,12 @@ from train.run_folder import RunFolder, weights_sha256
 from train.stop_signal import StopRequest
 from train.sweep.choices import forced_choice
 from train.sweep.claim import Claim
-from train.sweep.config import SweepConfig
+from train.sweep.config import ScalingConfig, SweepConfig
 from train.sweep.page import write_page
 from train.sweep.plots import draw
 from train.sweep.results import text_table, write_best, write_results
 from train.sweep.rows import best_of, how_sure, rows_of
+from train.sweep.scaling import curves_of, figures_of, sentences, text_of
 from train.sweep.space import Point, Space, data_configs, run_config, words
 from train.sweep.study import Study
 from train.sweep.together import measured, why_alone
@@ -193,7 +194,9 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
         write_results(config.out, records, space.keys)
         best = best_of(rows)
         command = write_best(config.out, best, steps.run_config(best.point, best.folder)) if best else None
-        write_page(config, space, rows, draw(config.out, space, rows), command)
+        curves = curves_of(rows) if isinstance(config, ScalingConfig) else []
+        plots = draw(config.out, space, rows, curves)
+        write_page(config, space, rows, plots, command, curves)
     show(text_table(rows))
     states = [record.state for record in records]
     figures: JsonDict = {
@@ -211,6 +214,12 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
         return figures
     if sure := how_sure(rows):
         say(sure)
+    for curve in curves:
+        show(f"\n{text_of(curve)}")
+        for line in sentences(curve):
+            say(" ".join([*[f"{words(curve.point)}:"] * bool(curve.point), line]))
+    if curves:
+        figures["laws"] = list(map(figures_of, curves))
     show(f"\nthe best again: {command}")
     link = config.out / "best"
     kept = f"{link} is" if link.exists() else f"{best.folder} is gone, and with it"

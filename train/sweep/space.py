@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 
 from llava_core.cli.settings import read_settings
 from llava_core.errors import LlavaError
-from train.config import RunConfig
+from train.config import ALL_ROWS, RunConfig
 from train.sweep.axis import Choices, Range, Suggests, Value, axis_of
 from train.sweep.caches import caches_of, require_caches
+from train.sweep.config import ScalingConfig
 
 Point: TypeAlias = "dict[str, Value]"
 """One value for each key that is varied."""
@@ -114,7 +115,12 @@ def run_config(base: RunConfig, point: Point, out: Path) -> RunConfig:
     if "features" in point:
         flags |= caches_of(str(point["features"]), base, flags["fuse"])
     tables = {name: str(Path(flags[name]).absolute()) for name in ("text", "eval_text") if flags[name]}
-    return RunConfig(**flags | tables)
+    if flags["rows"] != ALL_ROWS:
+        tables["rows"] = str(Path(flags["rows"]).absolute())
+    trial = RunConfig(**flags | tables)
+    if isinstance(base, ScalingConfig) and "max_samples" in point:
+        trial = dataclasses.replace(trial, eval_every=base.evaluates_every(trial))
+    return trial
 
 
 def data_configs(base: RunConfig, space: Space) -> list[RunConfig]:

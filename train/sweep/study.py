@@ -231,6 +231,7 @@ class Study:
             {key: found.params[key] for key in self.space.keys if key in found.params},
             folder,
             None if state == "failed" else loss,
+            min((value for step, value in found.intermediate_values.items() if step), default=loss),
             found.user_attrs.get("summary", {}),
             found.user_attrs.get("seconds", 0.0),
             found.user_attrs.get("error"),

@@ -10,8 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    BertTokenizerFast,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
     ChineseCLIPVisionConfig,
     ChineseCLIPVisionModel,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -21,7 +26,7 @@ from transformers import (
 )
 
 from llava_core.errors import LlavaError
-from llava_core.vision.chinese_clip import CONTEXT
+from llava_core.vision.chinese_clip import CONTEXT, ChineseClip
 from llava_core.vision.open import open_vision_tower
 from tests.support.vision_encoders import (
     TEXT,
@@ -138,8 +143,8 @@ def test_layers_count_as_in_transformers(tmp_path: Path) -> None:
     last, same = open_vision_tower(folder, layer=-1), open_vision_tower(folder, layer=2)
     assert last.identity.fingerprint == same.identity.fingerprint
     assert len({open_vision_tower(folder, layer=k).identity.fingerprint for k in (None, -1, -2, -3)}) == 4
-    clip = last._clip
-    assert clip is not None
+    clip = last.network
+    assert isinstance(clip, ChineseClip)
     normed = clip.visual.ln_post(last.encode(some_pixels(32)))
     torch.testing.assert_close(normed, open_vision_tower(folder).encode(some_pixels(32)))
     with pytest.raises(LlavaError, match=r"has no layer 3; expected -3 to 2"):
@@ -202,6 +207,40 @@ def test_hugging_face_folders(
     torch.testing.assert_close(features[:, 0], pooled)
     before = open_vision_tower(tmp_path, layer=-2)
     torch.testing.assert_close(before.encode(pixels), out.hidden_states[-2])
+
+
+TEXT_SIZES = {**SIZES, "vocab_size": len(VOCAB), "max_position_embeddings": 77}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["chinese_clip", "clip"])
+def test_both_towers_of_hugging_face_equal_transformers(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision, ends = {**SIZES, "image_size": 28, "patch_size": 14}, VOCAB.index("[SEP]")
+    model: Any
+    if kind == "clip":
+        text = {**TEXT_SIZES, "bos_token_id": VOCAB.index("[CLS]"), "eos_token_id": ends, "pad_token_id": 0}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    else:
+        config = ChineseCLIPConfig(text_config=TEXT_SIZES, vision_config=vision, projection_dim=16)
+        model = ChineseCLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    size = {"size": SQUASH, "do_center_crop": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(size))
+    tower, pixels = open_vision_tower(tmp_path, text=True), some_pixels(28)
+    normalised = tower.preprocess.normalise(pixels)
+    words = [[5, 7, 8, 9], [10, 11, 1]]
+    ids = torch.tensor([[2, *own, ends] + [0] * (4 - len(own)) for own in words])
+    both = model(input_ids=ids, attention_mask=ids.ne(0).long(), pixel_values=normalised)
+    torch.testing.assert_close(tower.encode_image_embedding(pixels), both.image_embeds)
+    torch.testing.assert_close(tower.embed_features(tower.encode(pixels)), both.image_embeds)
+    torch.testing.assert_close(tower.encode_text(["红色的圆", "AB 猫"]), both.text_embeds)
+    assert tower.reads_text
+    assert not open_vision_tower(tmp_path).reads_text
+    assert tower.cuts("红" * (tower.most_tokens + 1))
+    assert not tower.cuts("红" * tower.most_tokens)
 
 
 @pytest.mark.parametrize(

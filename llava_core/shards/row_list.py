@@ -1,0 +1,116 @@
+"""Row lists: a parquet file of rows of a cache, with the reason why one is not worth training on.
+
+`extract curate` writes one, `train run --rows` reads it. Columns: `shard` (a file's name), `uid` (that
+file's, which ties the list to the cache), `row`, and `reason`, which is empty for a row that is kept. Others
+are not read, so a list may be edited by any tool that writes parquet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llava_core.errors import LlavaError, first_line
+from llava_core.filesystem import sha256_files
+from llava_core.row_status import Status
+from llava_core.shards.reader import Shard
+
+COLUMNS = ("shard", "uid", "row")
+"""Columns that a list must have; without `reason` all its rows are kept."""
+AGAIN = "make a list of this cache with `extract curate`"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowList:
+    """The rows that a list keeps."""
+
+    path: Path
+    sha256: str
+    """Of the file, in hex."""
+    kept: Mapping[str, np.ndarray]
+    """Rows that are kept, ascending, by the uid of their shard."""
+    shards: Mapping[str, str]
+    """Name of each shard that is listed, by its uid, also where it keeps no row."""
+
+    def rows_of(self, shard: Shard) -> np.ndarray:
+        """Rows of a shard that are kept, ascending, int64."""
+        found = [self.kept[uid] for uid in shard.uids if uid in self.kept]
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+    def require_of(self, shards: Sequence[Shard]) -> None:
+        """Raise LlavaError unless the list is of these shards, and its rows have features, or no picture."""
+        uids = {uid for shard in shards for uid in shard.uids}
+        if foreign := sorted(name for uid, name in self.shards.items() if uid not in uids):
+            names = {shard.path.name for shard in shards}
+            what = f"another {foreign[0]}" if foreign[0] in names else f"{foreign[0]}, which is not there"
+            folders = dict.fromkeys(str(shard.path.parent) for shard in shards)
+            raise LlavaError(
+                f"{self.path} is not of the cache {', '.join(folders)}", got=f"rows of {what}", do=AGAIN
+            )
+        for shard in shards:
+            rows = self.rows_of(shard)
+            if len(rows) and not 0 <= rows[0] <= rows[-1] < shard.rows:
+                got = rows[0] if rows[0] < 0 else rows[-1]
+                expected = f"0 to {shard.rows - 1}"
+                raise LlavaError(
+                    f"a row of {shard.path.name} in {self.path}", expected=expected, got=got, do=AGAIN
+                )
+            failed = rows[~np.isin(shard.status[rows], [Status.OK, Status.TEXT_ONLY])]
+            if len(failed):
+                raise LlavaError(
+                    f"{self.path} keeps row {failed[0]} of {shard.path.name}, which has no features",
+                    got=Status(int(shard.status[failed[0]])).label,
+                    do=AGAIN,
+                )
+
+
+def read_row_list(path: Path) -> RowList:
+    """Read a list strictly. Raises LlavaError if it is no list, is damaged, or keeps no row."""
+    try:
+        table = pq.read_table(path)
+        names = set(table.column_names)
+        if missing := [name for name in COLUMNS if name not in names]:
+            raise LlavaError(
+                f"{path} is no row list",
+                expected=f"columns {', '.join(COLUMNS)}",
+                got=f"no {missing[0]}",
+                do=AGAIN,
+            )
+        columns: dict[str, Any] = {name: table[name].to_pylist() for name in ("shard", "uid")}
+        rows = table["row"].cast(pa.int64()).to_numpy()
+        reasons = table["reason"].to_pylist() if "reason" in names else [""] * len(rows)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise LlavaError(f"{path} is no row list", got=first_line(error), do=AGAIN) from None
+    kept = np.array([not reason for reason in reasons], bool)
+    if not kept.any():
+        raise LlavaError(f"{path} keeps no row", got=f"{len(rows)} rows with a reason", do=AGAIN)
+    uids = np.array(columns["uid"], object)
+    shards = dict(zip(columns["uid"], columns["shard"], strict=True))
+    by_uid = {str(uid): np.unique(rows[kept & (uids == uid)]) for uid in shards}
+    return RowList(path, sha256_files([path]), by_uid, {str(k): str(v) for k, v in shards.items()})
+
+
+def write_row_list(
+    path: Path, shards: Sequence[Shard], places: np.ndarray, columns: Mapping[str, Any]
+) -> None:
+    """Write or replace a list atomically: (shard, row) of each row, int [rows, 2], and other columns."""
+    names, uids = [shard.path.name for shard in shards], [shard.layout.uid for shard in shards]
+    numbers = pa.array(places[:, 0], pa.int32())
+    table = pa.table(
+        {
+            "shard": pa.DictionaryArray.from_arrays(numbers, pa.array(names)),
+            "uid": pa.DictionaryArray.from_arrays(numbers, pa.array(uids)),
+            "row": pa.array(places[:, 1], pa.int64()),
+            **columns,
+        }
+    )
+    partial = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, partial)
+    partial.replace(path)
