@@ -119,6 +119,11 @@ class RunConfig(EncodeConfig, DataOptions):
         require_folder(self.out)
         if self.keep_images is not None:
             require_folder(self.keep_images, "--keep-images")
+            data, kept = Path(self.data), self.keep_images.resolve()
+            read = {kept, *kept.parents} if data.is_dir() else {kept}
+            if (data if data.is_dir() else data.parent).resolve() in read:
+                expected = "a folder outside --data, which would take the tars for data when it is read again"
+                raise LlavaError("--keep-images", expected=expected, got=self.keep_images, exit_code=2)
         for folder in folders_of(self.vision):
             require_vision_encoder(folder)
         super().require_inputs()

@@ -208,6 +208,7 @@ class OpenTar(OpenOutput):
             raise
         figures = {"tool_version": __version__, "source": self._identity, "images": images}
         replace_text(statistics_of(self.path), json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+        fsync(statistics_of(self.path))  # the tar is refused without it
         partial.replace(self.path)
         self.part.unlink()
         fsync(self.path.parent)
@@ -227,7 +228,7 @@ class OpenTar(OpenOutput):
             if isinstance(value, str):
                 yield ".txt", value.encode("utf-8", "replace")
             about["messages" if isinstance(value[0], dict) else "caption"] = value
-        yield ".json", json.dumps(about, ensure_ascii=False).encode()
+        yield ".json", json.dumps(about, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:

@@ -73,6 +73,8 @@ def run(config: RunConfig) -> JsonDict:
         if len(plans) > 1:
             together = human_bytes(sum(plan["disk_bytes"] for plan in plans))
             say(f"{counted(len(plans), 'cache')} take {together} of disk together")
+        if config.keep_images is not None:
+            say("the image files that --keep-images keeps come on top; how large they are is not known yet")
         return _of_all(caches, plans)
     finished = _reused(config, towers, config.dtype)
     openers: list[list[Callable[[], OpenOutput]]] = []

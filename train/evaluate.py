@@ -16,25 +16,26 @@ import torch
 from llava_core.bootstrap import by_picture, figure_rows, interval, redrawn
 from llava_core.cli.console import progress, say, show, table
 from llava_core.device import Later
-from llava_core.filesystem import read_json_lines
 from llava_core.fusion import FusedIdentity
 from llava_core.input_folders import folders_of
 from llava_core.language.model import LanguageModel
 from llava_core.projector.aligned import load_aligned
-from llava_core.projector.checkpoint import load_checkpoint
+from llava_core.projector.checkpoint import Checkpoint, load_checkpoint
 from llava_core.projector.projector import Projector
 from llava_core.shards.fused import require_each_encoder
 from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
-from train.config import ALL_ROWS, EvalConfig, RunConfig
+from train.config import EvalConfig, RunConfig
 from train.data.batch import Batch, answer_tokens
 from train.data.packing import Packing
 from train.data.prefetch import prefetch
 from train.data.samples import Samples
 from train.distributed import ProcessGroup, joined
-from train.flags import OLD_INSTRUCTIONS, plain
+from train.flags import BEFORE, OLD_INSTRUCTIONS
+from train.metric_writers import logged
 from train.model.loss import token_losses
 from train.resources import TrainingResources
+from train.run_folder import UNREADABLE
 from train.sample_captions import captions
 from train.verdict import ANSWERS, data_figures, verdict_of
 
@@ -184,20 +185,34 @@ def run(config: EvalConfig) -> JsonDict:
         say(ONE_PICTURE)
     own = {f"eval_{name}": value for name, value in figures.items()}
     own |= {"eval_captions": answers, "eval_visual_rms": loud}
-    verdict = verdict_of([*_curve(config), data_figures(samples) | own])
+    checkpoint = load_checkpoint(config.checkpoint)
+    own |= {"step": checkpoint.metrics.get("eval_step", 0)} | data_figures(samples)
+    continued = checkpoint.training.get("init") is not None
+    verdict = verdict_of([*_curve(config, checkpoint, samples), own], continued)
     assert verdict is not None
     verdict.tell()
     return figures | verdict.to_json()
 
 
-def _curve(config: EvalConfig) -> list[JsonDict]:
-    """What its run has logged before the checkpoint, if that was evaluated on the same rows."""
-    checkpoint = load_checkpoint(config.checkpoint)
-    path = checkpoint.folder.resolve().parent / "metrics.jsonl"
-    same = checkpoint.training.get("eval_features") == plain(config.features) and config.rows == ALL_ROWS
-    if not same or "eval_step" not in checkpoint.metrics or not path.exists():
+def _curve(config: EvalConfig, checkpoint: Checkpoint, samples: Samples) -> list[JsonDict]:
+    """What its run has logged before the checkpoint, if that was evaluated on the same rows, with as many
+    tokens and the same instructions."""
+    run, trained = checkpoint.folder.resolve().parent, BEFORE | checkpoint.training
+    if "eval_step" not in checkpoint.metrics or not (run / "held_out.npz").exists():
         return []
-    return [line for line in read_json_lines(path) if line["step"] < checkpoint.metrics["eval_step"]]
+    try:
+        with np.load(run / "held_out.npz") as kept:
+            same = str(kept["pictures"]) == samples.pictures_identity
+    except UNREADABLE:
+        same = False
+    same &= config.max_text_tokens == trained["max_text_tokens"]
+    if not same or config.instructions not in (None, trained["instructions"]):
+        say(
+            f"{run} was evaluated on other rows (--eval-samples {trained['eval_samples']}), or with other "
+            "--max-text-tokens or --instructions; the verdict is by these rows alone"
+        )
+        return []
+    return [line for line in logged(run / "metrics.jsonl") if line["step"] < checkpoint.metrics["eval_step"]]
 
 
 def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, Projector, Samples]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import netrc
 import os
 import secrets
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from llava_core.cli.console import counted, say
 from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import replace_text
 from llava_core.types import JsonDict
@@ -148,8 +150,19 @@ def has_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or stored)
 
 
+def logged(path: Path) -> list[JsonDict]:
+    """The lines of a metrics.jsonl that can be read; says how many cannot. None if there is no such file."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+    whole = [line for line in lines if _step(line) < math.inf]
+    if torn := len(lines) - len(whole):
+        say(f"{path}: {counted(torn, 'damaged line')} left out")
+    return [json.loads(line) for line in whole]
+
+
 def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line torn by a crash
+        return math.inf  # a line torn by a crash

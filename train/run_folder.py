@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ import yaml
 
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
-from llava_core.filesystem import read_json_lines, replace_text, require_folder, sha256_files
+from llava_core.filesystem import replace_text, require_folder, sha256_files
 from llava_core.language.tuned_weights import TunedWeights
 from llava_core.projector.aligned import load_aligned
 from llava_core.projector.checkpoint import (
@@ -39,6 +40,8 @@ from train.config import ALL_ROWS, RunConfig
 from train.flags import BEFORE, DEFAULTS, FREE_KEYS, MOVABLE_KEYS, OLD_INSTRUCTIONS, plain
 
 Config = TypeVar("Config", bound=RunConfig)
+UNREADABLE = (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile)
+"""What reading an .npz raises that is damaged, or of an earlier version."""
 
 
 def as_begun(config: Config) -> Config:
@@ -145,10 +148,6 @@ class RunFolder:
         with partial.open("wb") as file:
             np.savez(file, **arrays)
         partial.replace(self.path / f"{name}.npz")
-
-    def metrics(self) -> list[JsonDict]:
-        """The lines of metrics.jsonl."""
-        return read_json_lines(self.path / "metrics.jsonl")
 
     def finished(self) -> JsonDict | None:
         """The summary of a run that reached its last step."""

@@ -22,7 +22,7 @@ from train.data.packing import Packing
 from train.data.schedule import Schedule
 from train.evaluate import INTERVALS, ONE_PICTURE, evaluate, visual_rms
 from train.initialization import initial_projector, projector_of
-from train.metric_writers import MetricWriters
+from train.metric_writers import MetricWriters, logged
 from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
@@ -256,7 +256,8 @@ class TrainingRun:
         """Write and return the summary: the figures of the last evaluation, and `more`."""
         summary = {**self.figures, "out": str(self.config.out), "steps": self.step}
         summary |= {"captions_cut": self.cut, "turns_dropped": self.dropped, **self.layer_weights, **more}
-        verdict = verdict_of(self.folder.metrics()) if self.group.main else None
+        metrics = logged(self.folder.path / "metrics.jsonl") if self.group.main else []
+        verdict = verdict_of(metrics, continued=self.config.init is not None)
         if verdict is not None:
             summary |= verdict.to_json()
         if self.group.main:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from llava_core.cli.console import say
+from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 from train.data.samples import Samples
 
@@ -177,48 +178,54 @@ def data_figures(samples: Samples) -> JsonDict:
 
     data_varied: the share of their pooled features' energy by which pictures differ; data_empty: the share of
     rows whose features are zero, or those of the row before, which shows another picture; captions_repeated:
-    the share with the most frequent text; captions_cut: the share cut at --max-text-tokens.
+    the share with the most frequent text; captions_cut: the share cut at --max-text-tokens. Rows of one
+    picture neither vary nor repeat: then there are data_empty and captions_cut alone.
     """
     shown = samples.with_picture
     indices = shown[:: -(-len(shown) // LOOKED_AT)].tolist()
     pooled = samples.read(indices).float().mean(1)
     energy = pooled.square().sum(1).mean().item()
     empty = (pooled == 0).all(1)
-    pictures = torch.tensor([samples.pictures[index] for index in indices])
+    places = [samples.place(index) for index in indices]
+    pictures = torch.tensor(picture_numbers(samples.shards[s].picture_keys(row) for s, row in places))
     empty[1:] |= (pooled[1:] == pooled[:-1]).all(1) & (pictures[1:] != pictures[:-1])
-    places = map(samples.place, indices)
     texts = collections.Counter(samples.shards[shard].caption(row) for shard, row in places)
-    return {
-        "data_varied": pooled.var(0, correction=0).sum().item() / energy if energy else 0.0,
+    figures: JsonDict = {
         "data_empty": empty.float().mean().item(),
-        "captions_repeated": max(texts.values()) / len(indices),
         "captions_cut": statistics.fmean(samples.example(index, 0).cut for index in indices),
     }
+    if pictures.any():
+        figures["data_varied"] = pooled.var(0, correction=0).sum().item() / energy if energy else 0.0
+        figures["captions_repeated"] = max(texts.values()) / len(indices)
+    return figures
 
 
-def verdict_of(metrics: Sequence[JsonDict]) -> Verdict | None:
+def verdict_of(metrics: Sequence[JsonDict], continued: bool = False) -> Verdict | None:
     """The verdict on a run by the lines of its metrics.jsonl; None if it has no held-out loss.
 
-    Without an evaluation before the last one, only what that alone can tell.
+    Without an evaluation before the last one, only what that alone can tell. `continued`: it began from a
+    trained projector (--init), whose loss may have little left to fall.
     """
     evals = [line for line in metrics if "eval_loss" in line]
     if not evals:
         return None
     first, last = evals[0], evals[-1]
-    data = next((line for line in metrics if "data_varied" in line), {})
+    data = next((line for line in metrics if "data_empty" in line), {})
     if found := broken(data):
         return Verdict("broken data", found)
     fall = FOUND["fall"].of(first=first["eval_loss"], last=last["eval_loss"])
     if (rms := last.get("eval_visual_rms", 0)) > LOUD:
         return Verdict("diverging", (FOUND["loud"].of(rms=rms), fall))
     trained = trained_loss(metrics)
-    if min(last["eval_loss"] / (1 + WORSE), trained) > first["eval_loss"]:
+    worse = min(last["eval_loss"] / (1 + WORSE), trained) > first["eval_loss"]
+    if worse or not math.isfinite(last["eval_loss"]):
         return Verdict("diverging", (fall, FOUND["trained"].of(loss=trained)))
     best = min(evals, key=lambda line: float(line["eval_loss"]))
     if last["eval_loss"] > min(best["eval_loss"] * (1 + OVER), trained * APART):
         rise = {"best": best["eval_loss"], "step": best["step"], "last": last["eval_loss"]}
         return Verdict("overfitting", (FOUND["rise"].of(**rise, trained=trained),))
-    if last is not first and first["eval_loss"] - last["eval_loss"] < BEGUN * first["eval_loss"]:
+    hardly_begun = first["eval_loss"] - last["eval_loss"] < BEGUN * first["eval_loss"]
+    if hardly_begun and last is not first and not continued:
         return Verdict("underfitting", (fall,))
     if same := parroted(last.get("eval_captions", ())):
         return Verdict("parroting", (same,))
@@ -227,7 +234,7 @@ def verdict_of(metrics: Sequence[JsonDict]) -> Verdict | None:
     if gap is not None and (gap < SEEN * last["eval_loss"] or (low is not None and low <= 0)):
         return Verdict("blind", (*falls, FOUND["no gap"].of(gap=gap)))
     late = late_share(evals)
-    if late > STILL:
+    if late > STILL and not hardly_begun:
         return Verdict("underfitting", (fall, FOUND["late"].of(share=late)))
     return Verdict("healthy", (*falls, *([] if gap is None else [FOUND["gap"].of(gap=gap)])))
 
@@ -239,9 +246,9 @@ def broken(data: JsonDict) -> tuple[Text, ...]:
     found = []
     if data["data_empty"] > EMPTY:
         found.append(FOUND["empty"].of(share=data["data_empty"]))
-    elif data["data_varied"] < VARIED:
+    elif data.get("data_varied", 1) < VARIED:
         found.append(FOUND["alike"])
-    if data["captions_repeated"] > REPEATED:
+    if data.get("captions_repeated", 0) > REPEATED:
         found.append(FOUND["repeated"].of(share=data["captions_repeated"]))
     if data["captions_cut"] > CUT:
         found.append(FOUND["cut"].of(share=data["captions_cut"]))
@@ -249,9 +256,13 @@ def broken(data: JsonDict) -> tuple[Text, ...]:
 
 
 def late_share(evals: Sequence[JsonDict]) -> float:
-    """Share of the held-out loss's fall that came in the second half of the steps; 0 if it did not fall."""
+    """Share of the held-out loss's fall that came in the second half of the steps; 0 if it did not fall.
+
+    Where no evaluation stands at the half, the first one after it counts, so that the share is no larger than
+    it was.
+    """
     first, last = evals[0], evals[-1]
-    middle = min(evals, key=lambda line: abs(float(line["step"]) - last["step"] / 2))
+    middle = next(line for line in evals if line["step"] >= last["step"] / 2)
     fall = first["eval_loss"] - last["eval_loss"]
     return float((middle["eval_loss"] - last["eval_loss"]) / fall) if fall > 0 else 0.0
 

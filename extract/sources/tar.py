@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,13 @@ from llava_core.errors import LlavaError, first_line
 from llava_core.network.fetch import Fetched
 from llava_core.row_status import Outcome, Status
 from llava_core.tables.words import SAMPLE, WordReader
+from llava_core.types import JsonDict
 from llava_core.vision.image_files import SUFFIXES as IMAGE_SUFFIXES
 
-STATUS_OF = {status.label: status for status in Status if status not in (Status.PENDING, Status.OK)}
-"""Outcomes by what --keep-images writes."""
+STATUS_OF = {status.label: status for status in Status if status is not Status.PENDING}
+"""Outcomes by what `extract run --keep-images` writes of them."""
+NOTED = {"id", "url", "status", "sha256", "reason", "caption", "messages"}
+"""Keys of what it writes of a row."""
 END = 1 << 20
 """Bytes read at a time after the last member."""
 
@@ -42,9 +46,12 @@ class Tar(Source):
 
     @classmethod
     def find(cls, path: Path, flags: DataFlags) -> Tar:
-        """Raises LlavaError if the archive is damaged, or has no image, or no words that can be read."""
+        """Raises LlavaError if the archive is damaged, or has no image, or no words that can be read; without
+        either, one that `extract run --keep-images` wrote is read all the same."""
         samples, left_out = _samples(path)
-        if not any(_image(sample) for sample in samples.values()):
+        with path.open("rb") as file:
+            kept = any(_note(file.fileno(), sample) for sample in itertools.islice(samples.values(), 1))
+        if not kept and not any(_image(sample) for sample in samples.values()):
             kinds = ", ".join(left_out) or "nothing"
             raise LlavaError(f"no image in {path}", expected=" ".join(IMAGE_SUFFIXES), got=kinds)
         mention_left_out(path, left_out)
@@ -57,13 +64,15 @@ class Tar(Source):
 
     def _columns(self, samples: dict[str, dict[str, Member]]) -> Columns:
         images = [_image(sample) for sample in samples.values()]
+        values, missing, digests = list[object](), dict[int, Outcome](), dict[int, bytes]()
         with self.path.open("rb") as file:
-            values = [_words(file.fileno(), sample) for sample in samples.values()]
-            kept = {
-                row: outcome
-                for row, sample in enumerate(samples.values())
-                if images[row] is None and (outcome := _kept_outcome(file.fileno(), sample))
-            }
+            for row, sample in enumerate(samples.values()):
+                note = _note(file.fileno(), sample)
+                values.append(self._words(note, _words(file.fileno(), sample)))
+                if isinstance(digest := note.get("sha256"), str):
+                    digests[row] = digest.encode()
+                if images[row] is None and note and (status := STATUS_OF[note["status"]]) is not Status.OK:
+                    missing[row] = Outcome(status, str(note.get("reason", "")))
         reader = WordReader(str(self.path), "text", values[:SAMPLE], self.flags.caption_key)
         words, outcomes = reader.read(values)
         captions, conversations = reader.texts_of(words)
@@ -71,24 +80,43 @@ class Tar(Source):
             image_refs=[image.name if image else "" for image in images],
             captions=captions,
             ids=list(samples),
-            images=_TarImages(self.path, images),
+            images=_TarImages(self.path, images, missing, digests),
             conversations=conversations,
-            outcomes={**outcomes, **kept},
+            outcomes=outcomes,
         )
+
+    def _words(self, note: JsonDict, value: object) -> object:
+        """The words of a sample: its value, or as they were noted, which are no JSON, however they look."""
+        words = note.get("messages", note.get("caption"))
+        if not note or (isinstance(value, str) and value != words):
+            return value
+        return None if words is None else {self.flags.caption_key or "caption": words}
 
 
 class _TarImages:
-    def __init__(self, path: Path, images: list[Member | None]) -> None:
-        self.path, self.images = path, images
+    def __init__(
+        self,
+        path: Path,
+        images: list[Member | None],
+        missing: Mapping[int, Outcome],
+        digests: Mapping[int, bytes],
+    ) -> None:
+        """`missing`: why some of them are not there; `digests`: sha256 of some of the files, in hex."""
+        self.path, self.images, self.missing, self.digests = path, images, missing, digests
 
     def load(self, row: int, max_bytes: int) -> Fetched | None:
         if (image := self.images[row]) is None:
-            return Fetched(Status.NO_FILE, attempts=0, detail="no image in the sample")
+            status, why = self.missing.get(row, Outcome(Status.NO_FILE, "no image in the sample"))
+            return Fetched(status, attempts=0, detail=why)
         try:
             with self.path.open("rb") as file:
-                return loaded(_content(file.fileno(), image, max_bytes + 1), max_bytes)
+                body = _content(file.fileno(), image, max_bytes + 1)
         except OSError as error:
             return Fetched(Status.UNREADABLE_FILE, attempts=0, detail=first_line(error))
+        noted = self.digests.get(row)
+        if noted and len(body) == image.size and hashlib.sha256(body).hexdigest().encode() != noted:
+            return Fetched(Status.UNREADABLE_FILE, attempts=0, detail="damaged: another sha256 than noted")
+        return loaded(body, max_bytes)
 
 
 def _samples(path: Path) -> tuple[dict[str, dict[str, Member]], dict[str, int]]:
@@ -174,16 +202,16 @@ def _words(descriptor: int, sample: dict[str, Member]) -> object:
     return None
 
 
-def _kept_outcome(descriptor: int, sample: dict[str, Member]) -> Outcome | None:
-    """Why `extract run --keep-images` had no image for this sample, if that wrote it."""
+def _note(descriptor: int, sample: dict[str, Member]) -> JsonDict:
+    """What `extract run --keep-images` noted of the sample, by keys of NOTED; empty in other archives."""
     if ".json" not in sample:
-        return None
+        return {}
     try:
-        about = json.loads(_content(descriptor, sample[".json"]))
-        status = STATUS_OF.get(about["status"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return Outcome(status, str(about.get("reason", ""))) if status else None
+        about: JsonDict = json.loads(_content(descriptor, sample[".json"]))
+        known = about["status"] in STATUS_OF and about.keys() <= NOTED
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+    return about if known else {}
 
 
 def _content(descriptor: int, member: Member, most: int | None = None) -> bytes:

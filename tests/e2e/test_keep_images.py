@@ -12,6 +12,7 @@ import pytest
 
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
+from llava_core.tables.words import SAMPLE
 from tests.support.caches import flags_of, same_shards
 from tests.support.commands import call, fill, holder, started, wait_until
 from tests.support.pictures import asked, good, picture, write_parquet
@@ -103,6 +104,37 @@ def test_dialogues_come_back_as_they_were(vision: Path, tmp_path: Path) -> None:
     same_shards(tmp_path / "one/chat.h5", tmp_path / "two/chat.h5")
 
 
+def test_words_come_back_as_they_were(base: str, vision: Path, tmp_path: Path) -> None:
+    """Like JSON, what UTF-8 cannot hold, beside no image at all, and after many rows without any."""
+    looks = ['["a","b"]', '{"caption":"x"}', "[1]", '"quoted"', "null", "{broken", "😀", " a\n b "]
+    write_parquet(tmp_path / "data/a.parquet", good(base, len(looks)), [{"words": text} for text in looks])
+    write_parquet(tmp_path / "data/b.parquet", [f"{base}/gone"] * 3, [{"words": "x"}] * 3)
+    late = [*[None] * SAMPLE, {"words": "at last"}]
+    write_parquet(tmp_path / "data/c.parquet", good(base, SAMPLE + 1), late)
+    rows = [{"id": "\ud800", "image": f"{base}/1.jpg", "caption": {"words": "a \ud83d cat"}}]
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone/d.json").write_text(json.dumps(rows))
+    key = ("--caption-key", "words", "--vision", vision)
+    for data in ("data", "lone"):
+        first = ("extract", "run", *flags_of(tmp_path / data), *key, "--keep-images", tmp_path / "kept")
+        call(*first, "--out", tmp_path / "one")
+    for flags in (key, key[2:]):
+        out = tmp_path / f"two{len(flags)}"
+        call("extract", "run", *flags_of(tmp_path / "kept"), *flags, "--out", out)
+        for name in "abcd":
+            same_shards(tmp_path / f"one/{name}.h5", out / f"{name}.h5")
+    call("extract", "retry-failed", "--out", out, "--vision", vision, "--max-failed", 1)
+    assert Shard(out / "b.h5").status.tolist() == [Status.HTTP_4XX] * 3
+    tar = tmp_path / "kept/a.tar"
+    tar.write_bytes(
+        tar.read_bytes().replace(picture(2), picture(2)[:-20] + bytes(20))
+    )  # decodes all the same
+    call("extract", "run", *flags_of(tar), "--vision", vision, "--out", tmp_path / "damaged")
+    damaged = Shard(tmp_path / "damaged/a.h5")
+    assert damaged.status.tolist() == [1, 1, Status.UNREADABLE_FILE, 1, 1, 1, 1, 1]
+    assert damaged.reason_of(2) == "damaged: another sha256 than noted"
+
+
 @pytest.mark.parametrize(("kills", "rows"), [(3, 60), pytest.param(40, 600, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_every_image_is_kept_once(
     base: str, vision: Path, tmp_path: Path, kills: int, rows: int
@@ -189,8 +221,10 @@ def test_what_cannot_be_is_one_line(base: str, vision: Path, tmp_path: Path) -> 
     call("extract", "run", *flags, "--vision", vision, "--out", tmp_path / "out", "--keep-images", kept)
     line = refused("other", kept, code=1)
     assert f"{kept / 'a.tar'} was made from another file; expected a.parquet of 3 rows" in line
-    (kept / "a.tar").rename(tmp_path / "data/a.tar")
-    (tmp_path / "data/a.parquet").unlink()
-    before = (tmp_path / "data/a.tar").read_bytes()
-    assert "was made from another file" in refused("data", tmp_path / "data", code=1)  # not onto its source
-    assert (tmp_path / "data/a.tar").read_bytes() == before
+    for inside in (tmp_path / "data", tmp_path / "data/kept"):  # where the tars would be data the next time
+        assert "--keep-images; expected a folder outside --data" in refused("data", inside, code=2)
+    plan = call("extract", "run", *flags, "--vision", vision, "--out", tmp_path / "no", "--dry-run")
+    assert "--keep-images" not in plan.err
+    plan = call("extract", "run", *flags, "--vision", vision, "--out", tmp_path / "no", "--dry-run",
+                "--keep-images", kept)  # fmt: skip
+    assert "the image files that --keep-images keeps come on top" in plan.err

@@ -29,8 +29,42 @@ def test_the_run_and_eval_say_the_same(world: Path, tmp_path: Path) -> None:
     given = ("--checkpoint", tmp_path / "run/last", "--llm", world / "llm", "--device", "cpu")
     held_out = ("--features", world / "held-out", "--instructions", "mixed", "--json")
     assert call("train", "eval", *given, *held_out).summary["verdict"] == ended.summary["verdict"]
-    (tmp_path / "run/metrics.jsonl").unlink()  # then by the gap and the answers alone
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_bytes(b'{"step": 0, "eval_lo\xff\n' + metrics.read_bytes())
+    ended = call("train", "eval", *given, *held_out)
+    assert f"{metrics}: 1 damaged line left out" in ended.err
+    assert ended.summary["verdict"] == "underfitting"
+    ended = call("train", "eval", *given, *held_out, "--max-samples", 5)
+    assert "evaluated on other rows (--eval-samples 512)" in ended.err  # and its curve does not count
+    assert ended.summary["verdict"] == "blind"
+    metrics.unlink()  # then by the gap and the answers alone
     assert call("train", "eval", *given, *held_out).summary["verdict"] == "blind"
+
+
+def test_what_was_learnt_by_heart_is_healthy_by_its_own_rows(world: Path, tmp_path: Path) -> None:
+    """One evaluation between the ends; `eval` reads the same rows under another name."""
+    seen = {"epochs": 20, "eval_features": world / "features", "eval_every": 200}
+    call("train", "run", *flags_of(config(world, tmp_path / "run", **seen)))
+    (tmp_path / "same").symlink_to(world / "features")
+    given = ("--checkpoint", tmp_path / "run/last", "--llm", world / "llm", "--device", "cpu")
+    ended = call("train", "eval", *given, "--features", tmp_path / "same", "--json")
+    assert ended.summary["verdict"] == "healthy"
+    assert "before the first step" in ended.summary["verdict_evidence"][0]
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_rows_of_one_picture_are_no_broken_data(world: Path, tmp_path: Path, pictures: int) -> None:
+    """Four captions of each picture, one after the other; or one picture alone."""
+    with ShardWriter(tmp_path / "features/a.h5", header(CAPTIONS[:4] * pictures)) as writer:
+        shown = [outcome(row // 4) for row in range(4 * pictures)]
+        rows = [
+            dataclasses.replace(each, row=row, sha256=bytes([row // 4 + 1] * 32))
+            for row, each in enumerate(shown)
+        ]
+        writer.write(rows)
+        writer.finish()
+    given = config(world, tmp_path / "run", features=tmp_path / "features")
+    assert call("train", "run", *flags_of(given), "--json").summary["verdict"] != "broken data"
 
 
 def test_features_that_say_nothing_in_chinese(

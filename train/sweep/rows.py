@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,13 +12,13 @@ import numpy as np
 from llava_core.bootstrap import by_picture, interval, redrawn
 from llava_core.cli.console import counted
 from llava_core.types import JsonDict
+from train.run_folder import UNREADABLE
 from train.sweep.record import Record, State
 from train.sweep.space import Point
 
 ORDER: tuple[State, ...] = ("finished", "pruned", "running", "interrupted", "failed")
 REMEMBERED = 4096
 """Trials whose held-out losses stay in memory; those of a longer sweep are read at each table."""
-UNREADABLE = (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)

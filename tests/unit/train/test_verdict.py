@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from train.verdict import ANSWERS, FOUND, NAMES, NEXT, verdict_of
+from train.verdict import ANSWERS, FOUND, NAMES, NEXT, late_share, verdict_of
 
 DATA = {"step": 0, "data_varied": 0.1, "data_empty": 0.0, "captions_repeated": 0.02, "captions_cut": 0.0}
 TRUE = [f"caption {k}" for k in range(ANSWERS)]
@@ -56,6 +57,8 @@ def run(
         ("underfitting", run(3.0, 2.9, 2.9, 2.9, 2.9, trained=2.9)),
         ("underfitting", run(3.0, 2.5, 2.0, 1.5, 1.0, trained=1.0)),
         ("healthy", run(0.3)[:2]),  # `train eval` of a checkpoint whose run is not there
+        ("healthy", run(3.0, 0.3)),  # nobody looked at half the steps
+        ("diverging", run(3.0, math.nan)),
         ("blind", run(1.5, gap=0.0)[:2]),
         ("parroting", run(0.3, said=["a picture"] * ANSWERS)[:2]),
     ],
@@ -66,6 +69,19 @@ def test_each_by_its_curve(expected: str, lines: list[dict[str, Any]]) -> None:
     assert verdict.name == expected
     assert verdict.evidence
     assert verdict.to_json()["verdict_next"]
+
+
+def test_what_began_from_a_trained_projector_need_not_fall() -> None:
+    lines = run(0.2, 0.19, 0.195, 0.195)
+    for continued, expected in ((False, "underfitting"), (True, "healthy")):
+        assert verdict_of(lines, continued).name == expected  # type: ignore[union-attr]
+
+
+def test_the_fall_after_an_uneven_half_is_not_overestimated() -> None:
+    evals = run(3.0, 0.9, 0.5, 0.3)[1:-1]
+    for line, step in zip(evals, (0, 500, 1000, 1250), strict=True):
+        line["step"] = step
+    assert late_share(evals) == pytest.approx(0.2 / 2.7)
 
 
 def test_none_without_held_out_rows() -> None:
