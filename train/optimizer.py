@@ -15,6 +15,9 @@ from train.tuning import LR
 
 MOMENTUM = 0.6
 """Momentum of Muon; the usual 0.95 averages over more steps than a short run has."""
+LEAST_NORM = 1e-15
+"""What a gradient is divided by at least. In fp32 the norm of entries below 3e-23 is 0, as their squares are:
+divided by less, they would become large."""
 
 
 def build_optimizers(
@@ -100,7 +103,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     if len(matrix) > matrix.shape[1]:
         return orthogonal(matrix.T).T
-    x: torch.Tensor = matrix / matrix.norm().clamp(min=1e-30)
+    x: torch.Tensor = matrix / matrix.norm().clamp(min=LEAST_NORM)
     for _ in range(5):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x

@@ -55,6 +55,19 @@ def test_vectors_zeros_and_missing_gradients() -> None:
     assert not still.any()
 
 
+@pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-22, 1e-30, 1e-44])
+def test_gradients_that_vanish_do_not_explode(size: float) -> None:
+    """As of units that are saturated: their squares are 0 in fp32."""
+    for shape in ((32,), (8, 16)):
+        parameter = torch.ones(shape).requires_grad_()
+        optimizer = Muon([parameter], lr=0.1)
+        for _ in range(3):
+            parameter.grad = torch.full(shape, size)
+            optimizer.step()
+        assert parameter.isfinite().all()
+        assert (1 - parameter).norm() <= 0.31 * torch.ones(shape).norm()
+
+
 def test_weight_decay_draws_towards_zero() -> None:
     matrix = torch.nn.Parameter(torch.ones(2, 2))
     matrix.grad = torch.zeros(2, 2)
