@@ -256,7 +256,8 @@ def broken(data: JsonDict) -> tuple[Text, ...]:
 
 
 def late_share(evals: Sequence[JsonDict]) -> float:
-    """Share of the held-out loss's fall that came in the second half of the steps; 0 if it did not fall.
+    """Share of the held-out loss's fall that came in the second half of the steps, all of it if it rose in the
+    first; 0 if it did not fall.
 
     Where no evaluation stands at the half, the first one after it counts, so that the share is no larger than
     it was.
@@ -264,7 +265,7 @@ def late_share(evals: Sequence[JsonDict]) -> float:
     first, last = evals[0], evals[-1]
     middle = next(line for line in evals if line["step"] >= last["step"] / 2)
     fall = first["eval_loss"] - last["eval_loss"]
-    return float((middle["eval_loss"] - last["eval_loss"]) / fall) if fall > 0 else 0.0
+    return min(1.0, (middle["eval_loss"] - last["eval_loss"]) / fall) if fall > 0 else 0.0
 
 
 def trained_loss(metrics: Sequence[JsonDict]) -> float:
