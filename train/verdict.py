@@ -256,7 +256,7 @@ def broken(data: JsonDict) -> tuple[Text, ...]:
 
 
 def late_share(evals: Sequence[JsonDict]) -> float:
-    """Share of the held-out loss's fall that came in the second half of the steps, all of it if it rose in the
+    """Share of the held-out loss's fall that came in the second half of the steps: all if it rose in the
     first; 0 if it did not fall.
 
     Where no evaluation stands at the half, the first one after it counts, so that the share is no larger than
