@@ -8,6 +8,7 @@ are not read, so a list may be edited by any tool that writes parquet.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.filesystem import sha256_files
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 
@@ -32,7 +32,7 @@ class RowList:
 
     path: Path
     sha256: str
-    """Of the file, in hex."""
+    """Over the rows that are kept, in hex. Scores may differ in their last digits from time to time."""
     kept: Mapping[str, np.ndarray]
     """Rows that are kept, ascending, by the uid of their shard."""
     shards: Mapping[str, str]
@@ -93,7 +93,10 @@ def read_row_list(path: Path) -> RowList:
     uids = np.array(columns["uid"], object)
     shards = dict(zip(columns["uid"], columns["shard"], strict=True))
     by_uid = {str(uid): np.unique(rows[kept & (uids == uid)]) for uid in shards}
-    return RowList(path, sha256_files([path]), by_uid, {str(k): str(v) for k, v in shards.items()})
+    digest = hashlib.sha256()
+    for uid in sorted(by_uid):
+        digest.update(uid.encode() + by_uid[uid].astype("<i8").tobytes())
+    return RowList(path, digest.hexdigest(), by_uid, {str(k): str(v) for k, v in shards.items()})
 
 
 def write_row_list(

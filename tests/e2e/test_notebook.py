@@ -21,7 +21,7 @@ def test_every_cell_runs_and_the_projector_learns(tmp_path: Path) -> None:
 
     before, after = re.findall(r"held-out loss: (\S+) -> (\S+)", said("curve-draw"))[0]
     assert float(after) < 0.7 * float(before)
-    (gap,) = re.findall(r"grounding gap +(\S+)", said("eval-run"))
+    gap = re.findall(r"grounding gap +(\S+)", said("eval-run"))[0]
     assert float(gap) > 0.5
     assert "train: 160 of 160 pictures encoded" in said("extract-run")
     assert re.search(r"features +float16 +\(160, 37, 128\)", said("shard-open"))
