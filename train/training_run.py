@@ -174,9 +174,9 @@ class TrainingRun:
             for end in ("", "_low", "_high")
         }
         self.figures["eval_step"] = self.step
-        self.figures["eval_visual_rms"] = visual_rms(self.llm, self.projector, held_out)
         lines: list[JsonDict] = []
         with self.group.same_outcome():
+            self.figures["eval_visual_rms"] = visual_rms(self.llm, self.projector, held_out)
             if config.eval_captions and self.group.main and math.isfinite(figures["loss"]):
                 count = max(config.eval_captions, ANSWERS if self.done else 0)
                 lines = captions(self.llm, self.projector, held_out, count)
