@@ -21,6 +21,7 @@ from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import images_below, read_image
 from llava_core.vision.image_formats import ImageError
+from llava_core.vision.tower import VisionTower
 
 MAX_TOKENS = 64
 """Longest answer that is compared."""
@@ -45,6 +46,7 @@ def compare(folder: Path, aligned: ImageAnswerer, images: Sequence[bytes]) -> Js
     Each picture is asked about as it is, and as the square that the encoder takes: how llama.cpp prepares a
     picture is one question, what it computes from it another.
     """
+    assert isinstance(aligned.tower, VisionTower)
     sent, question = sent_tokens(aligned.tower, aligned.projector), aligned.question
     dialogue = ImageDialogue(aligned, Sampling(max_tokens=MAX_TOKENS))
 

@@ -44,7 +44,7 @@ def run(config: ExportConfig) -> JsonDict:
     if config.dry_run:
         return summary
     with new_folder(config.out) as partial:
-        with progress(size, "B") as bar:
+        with progress(len(graph) + len(tensors), "tensors") as bar:
             write_gguf(partial / MODEL, architecture, values, tensors, bar)
             write_gguf(partial / MMPROJ, "clip", seen, graph, bar)
         (partial / "Modelfile").write_text(modelfile(llm), encoding="utf-8")

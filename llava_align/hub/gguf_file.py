@@ -95,7 +95,7 @@ def _by_llama_cpp(array: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 def write_gguf(
     path: Path, architecture: str, values: Mapping[str, Value], tensors: Sequence[Tensor], bar: ProgressBar
 ) -> None:
-    """Write one file; `bar` counts bytes of tensors. An int in `values` is written as u4, a float as f4."""
+    """Write one file; `bar` counts tensors. An int in `values` is written as u4, a float as f4."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in values.items():
         if isinstance(value, bool):
@@ -116,5 +116,5 @@ def write_gguf(
     writer.write_ti_data_to_file()
     for tensor in tensors:
         writer.write_tensor_data(tensor.encoded())
-        bar.update(tensor.nbytes)
+        bar.update()
     writer.close()

@@ -29,7 +29,6 @@ from llava_core.errors import LlavaError
 from llava_core.projector.feature_norm import Center
 from llava_core.projector.projector import Projector
 from llava_core.registry import PROJECTORS
-from llava_core.vision.fused import FusedTower
 from llava_core.vision.tower import VisionTower
 
 TRANSFORMERS = "export it to transformers"
@@ -97,7 +96,7 @@ def mmproj(
     ]
 
 
-def sent_tokens(tower: VisionTower | FusedTower, projector: Projector) -> slice | None:
+def sent_tokens(tower: VisionTower, projector: Projector) -> slice | None:
     """None if llama.cpp gives the language model the projector's tokens; else which of the encoder's, with
     the class token behind them."""
     merged = projector.config["visual_tokens"] not in ("all", "patches")
@@ -110,12 +109,11 @@ def _layers(projector: Projector) -> list[tuple[torch.Tensor, torch.Tensor]]:
     the first bias. Raises LlavaError for other kinds."""
     kind, norm = projector.config["kind"], projector.feature_norm
     inner: Any = projector.map if norm is None else projector.map.projector
-    layers = [
-        (layer.weight.double(), torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias)
-        for layer in inner.modules()
-        if isinstance(layer, nn.Linear)
+    linear = [layer for layer in inner.modules() if isinstance(layer, nn.Linear)]
+    none = torch.zeros(1)
+    layers: list[tuple[torch.Tensor, torch.Tensor]] = [
+        (layer.weight.double(), (none if layer.bias is None else layer.bias).double()) for layer in linear
     ]
-    layers = [(weight, bias.double()) for weight, bias in layers]
     if PROJECTORS.stem(kind) == "lowrank":
         (inner_weight, _), (weight, bias) = layers
         layers = [(weight @ inner_weight, bias)]
