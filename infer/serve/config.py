@@ -32,6 +32,8 @@ class ServeConfig(Models):
     compile: bool = False
     """Compile the step for one token of all slots together, at the start and when a conversation is longer
     than 1,024, 2,048, … tokens: a minute or more each time. Slower on a CPU; on a GPU: not measured."""
+    drain: float = 30.0
+    """Seconds for answers under way to be finished after a signal to stop; a second signal ends them."""
     max_bytes: int = 20_000_000
     """Largest image file."""
     allow_remote_images: bool = False
@@ -46,7 +48,7 @@ class ServeConfig(Models):
         self.require_above_zero("slots", "context", "max_bytes")
         if self.api_key == "":
             raise LlavaError("--api-key", expected="a key", got="nothing", exit_code=2)
-        self.require_at_least(0, "queue")
+        self.require_at_least(0, "queue", "drain")
         if not 0 <= self.port < 1 << 16:
             raise LlavaError("--port", expected="0 to 65535", got=self.port, exit_code=2)
         for origin in self.allow_origin:
