@@ -97,10 +97,14 @@ class JsonTokens:
         """Text by token; a token without text, such as a control token, may not come."""
         for token in llm.eos_ids.union(llm.tokenizer.all_special_ids).intersection(range(vocabulary)):
             self.texts[token] = ""
-        self._sorted = sorted((text, token) for token, text in enumerate(self.texts) if text)
         harmless = re.compile(r'[^"\\\x00-\x1f]+')
-        self._in_string = torch.tensor([bool(harmless.fullmatch(text)) for text in self.texts])
-        self._others = [(text, token) for text, token in self._sorted if not self._in_string[token]]
+        plain = [bool(harmless.fullmatch(text)) for text in self.texts]
+        self._plain = torch.tensor(plain)
+        """Tokens that leave the state as it is in a string."""
+        ordered = sorted((text, token) for token, text in enumerate(self.texts) if text)
+        self._ending = [(text, token) for text, token in ordered if not plain[token]]
+        """Tokens that need a look in a string: quotes and backslashes."""
+        self._outside = [(text, token) for text, token in ordered if text[0] in CHARACTERS.union(BLANKS)]
         self.allowed = functools.lru_cache(maxsize=256)(self._allowed)
 
     @property
@@ -110,9 +114,10 @@ class JsonTokens:
 
     def _allowed(self, state: str) -> torch.Tensor:
         """bool [V]: the tokens that may come next."""
-        in_string = state.endswith('"')
-        allowed = self._in_string.clone() if in_string else torch.zeros(len(self.texts), dtype=torch.bool)
-        candidates = self._others if in_string else self._sorted
+        if state.endswith('"'):
+            allowed, candidates = self._plain.clone(), self._ending
+        else:
+            allowed, candidates = torch.zeros_like(self._plain), self._outside
         index, fit = 0, []
         while index < len(candidates):
             text, token = candidates[index]
