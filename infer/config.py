@@ -105,20 +105,36 @@ class ChatConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionFile(Aligned, DownloadOptions):
+class LiveOrStored(Aligned):
+    """Flags of commands that answer about live images, or about rows of feature shards."""
+
+    features: tuple[Path, ...] | Path | None = None
+    """Folder of feature shards, or one of them, to ask about in place of images: every row once, or, of a
+    server, those that requests name. Of several encoders that were fused each, in any order."""
+    vision: tuple[Path, ...] | Path | None = None
+    """Folder of the vision encoder it was trained for, or several that were fused; --features does
+    without."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", one_or_several("features", self.features))
+        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        require_shards("--features", self.features)
+        for folder in folders_of(self.vision):
+            require_vision_encoder(folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionFile(LiveOrStored, DownloadOptions):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
     read, `prompt` may be left out, and other keys are kept."""
-    features: tuple[Path, ...] | Path | None = None
-    """Folder of feature shards, or one of them, to ask about in place of images: every row once. Of several
-    encoders that were fused each, in any order."""
     text: str | None = None
     """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
-    vision: tuple[Path, ...] | Path | None = None
-    """Folder of the vision encoder it was trained for, or several that were fused; --features does
-    without."""
     output: Path
     """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
     `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
@@ -128,10 +144,9 @@ class QuestionFile(Aligned, DownloadOptions):
     """Questions whose images are encoded, and which are answered, together."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        LiveOrStored.__post_init__(self)
+        DownloadOptions.__post_init__(self)
         self.require_above_zero("batch_size")
-        object.__setattr__(self, "features", one_or_several("features", self.features))
-        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
         if self.text is not None and self.features is None:
@@ -142,12 +157,9 @@ class QuestionFile(Aligned, DownloadOptions):
     def require_inputs(self) -> None:
         super().require_inputs()
         require_file_place("--output", self.output)
-        require_shards("--features", self.features)
         require_matches("--text", self.text)
         if self.input is not None:
             require_file("--input", self.input)
-        for folder in folders_of(self.vision):
-            require_vision_encoder(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 from aiohttp import web
@@ -22,7 +22,9 @@ from infer.serve.messages import Messages
 from infer.serve.parameters import Support, read_body
 from infer.serve.request import STOPPING, GenerationRequest, RequestImage, TextDelta, Usage
 from infer.serve.scheduler import Scheduler
+from infer.serve.stored_rows import SCHEME, StoredRows
 from llava_core.cli.console import say
+from llava_core.errors import LlavaError
 from llava_core.language.json_grammar import START, JsonTokens, advance
 from llava_core.language.sampling import Sampling, sampling_of
 from llava_core.network.async_tasks import in_thread
@@ -56,8 +58,8 @@ Queue: TypeAlias = "asyncio.Queue[tuple[int, TextDelta]]"
 class Answering:
     """The endpoints that generate."""
 
-    def __init__(self, intake: Intake, model: str, scheduler: Scheduler) -> None:
-        self.intake, self.model, self.config = intake, model, intake.config
+    def __init__(self, intake: Intake, model: str, scheduler: Scheduler, rows: StoredRows | None) -> None:
+        self.intake, self.model, self.config, self._rows = intake, model, intake.config, rows
         self._scheduler = scheduler
         self._visual_tokens, self._seeds = VisualTokenCache(scheduler), itertools.count(self.config.seed)
         # Characters; more surely exceed the context. Tokenizing 5 million to refuse them took 2 min and 3 GB.
@@ -124,14 +126,15 @@ class Answering:
         if len(turns) >= self._scheduler.context:  # a template gives each at least a token
             raise self._too_long(f"{len(turns):,} of them")
         grammar = await self._grammar(asked) if asked.json else None
-        image = None if asked.messages.image is None else await self.intake.image_file(asked.messages.image)
+        image = asked.messages.image
+        load = None if image is None else await self._loader(image)
         stack.enter_context(self.intake.place(asked.n))
         try:
             ids, prefilled = await in_thread(self._prompt, turns, prefill)
         except Exception as error:  # templates raise errors of their own for what they do not know
             message = f"the chat template refuses these messages: {error}"
             raise ApiError(400, message, param="messages") from None
-        visual = None if image is None else await self._encoded(image)  # of no bytes: an error
+        visual = None if load is None else await self._encoded(load)
         generations = []
         for index in range(asked.n):
             # From one seed, a different one for each answer, in the 32 bits that a CPU's generator takes.
@@ -171,13 +174,31 @@ class Answering:
         message = f"the context is {self._scheduler.context:,} tokens, the messages have {messages}"
         return ApiError(400, message, param="messages", code="context_length_exceeded")
 
-    async def _encoded(self, image: bytes) -> RequestImage:
-        """The visual tokens of an image file. Raises ApiError if it cannot be decoded."""
+    async def _loader(self, url: str) -> Callable[[], Awaitable[RequestImage]]:
+        """What gives the visual tokens of an image, whose file has arrived, or of a row. Raises ApiError."""
+        if self._rows and url.startswith(SCHEME):
+            try:
+                shard, row = await in_thread(self._rows.find, url)
+            except LlavaError as error:
+                raise ApiError(400, error, param="messages", code="invalid_image_url") from None
+            return lambda: self._visual_tokens.get_row(shard, row)
+        if self.config.vision is None:
+            message = (
+                "this server has no encoder, only stored rows: name one as row:ID or row:SHARD.h5/NUMBER"
+            )
+            raise ApiError(400, message, param="messages", code="invalid_image_url")
+        file = await self.intake.image_file(url)
+        return lambda: self._visual_tokens.get(file)
+
+    async def _encoded(self, load: Callable[[], Awaitable[RequestImage]]) -> RequestImage:
+        """Visual tokens. Raises ApiError for an image that cannot be decoded, or a damaged row."""
         try:
-            return await self._visual_tokens.get(image)
+            return await load()
         except ImageError as error:
             message = f"cannot read the image: {error.status.label} ({error})"
             raise ApiError(400, message, param="messages", code="invalid_image") from None
+        except LlavaError as error:
+            raise ApiError(500, error, param="messages", code="damaged_row") from None
 
 
 def _into(queue: Queue, index: int) -> Callable[[TextDelta], None]:

@@ -6,13 +6,14 @@ import dataclasses
 import os
 import re
 
-from infer.config import Models
+from infer.config import LiveOrStored
 from infer.serve.listen import listening
 from llava_core.errors import LlavaError
+from llava_core.language.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig(Models):
+class ServeConfig(Sampling, LiveOrStored):
     """An OpenAI-compatible server with a page. Sampling flags are the defaults of requests without them."""
 
     host: str = "127.0.0.1"
@@ -44,7 +45,11 @@ class ServeConfig(Models):
     """Other sites whose pages may ask, or by whose name a proxy shows this server, such as https://a.example."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Sampling.__post_init__(self)
+        LiveOrStored.__post_init__(self)
+        if self.vision is None and self.features is None:
+            do = "give the vision encoder's folder, for live images, or --features, for stored rows, or both"
+            raise LlavaError("--vision is missing", do=do, exit_code=2)
         self.require_above_zero("slots", "context", "max_bytes")
         if self.api_key == "":
             raise LlavaError("--api-key", expected="a key", got="nothing", exit_code=2)

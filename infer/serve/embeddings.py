@@ -73,6 +73,8 @@ class Embeddings:
 
     def _open(self) -> VisionTower:
         vision = self.intake.config.vision
+        if vision is None:
+            raise LlavaError("this server has no encoder", do="start it with --vision")
         if isinstance(vision, tuple):
             raise LlavaError("this model has several encoders", expected="one, with a text tower")
         tower = open_both_towers(vision, self._scheduler.llm.device)

@@ -14,6 +14,7 @@ from infer.serve.config import ServeConfig
 from infer.serve.messages import read_image_text
 from infer.serve.prometheus import Metrics
 from infer.serve.request import STOPPING
+from infer.serve.stored_rows import SCHEME
 from llava_core.data_url import is_data_url
 from llava_core.errors import first_line
 from llava_core.network.async_tasks import time_limit
@@ -118,6 +119,9 @@ class Intake:
 
     async def image_file(self, url: str) -> bytes:
         """Content of an image file. Raises ApiError if it cannot be fetched."""
+        if url.startswith(SCHEME):
+            message = "stored rows are for answers, and only if the server was started with --features"
+            raise ApiError(400, message, param="messages", code="invalid_image_url")
         if is_data_url(url) or ":" not in url:
             return read_image_text(url, self.config.max_bytes)
         if self.config.allow_remote_images:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from infer.answerer import ImageAnswerer
+from infer.answerer import FeatureAnswerer
 from infer.serve.decoding import Answer
 from infer.serve.kv_cache import GROW_TOKENS, SlotKVCache, longest_context
 from infer.serve.request import STOPPING, GenerationRequest, TextDelta
@@ -81,7 +81,7 @@ class SequenceSlot:
 class Scheduler:
     """Generates for up to `slots` requests at a time; `close` ends the thread and all requests."""
 
-    def __init__(self, aligned: ImageAnswerer, slots: int, context: int, compiled: bool = False) -> None:
+    def __init__(self, aligned: FeatureAnswerer, slots: int, context: int, compiled: bool = False) -> None:
         self.aligned, self.llm = aligned, aligned.llm
         self.context = min(context, longest_context(self.llm.model.config))
         self.slots = [SequenceSlot(row) for row in range(slots)]

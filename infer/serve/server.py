@@ -14,7 +14,7 @@ from importlib import resources
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from infer.answerer import ImageAnswerer, open_image_answerer
+from infer.answerer import FeatureAnswerer, open_asked_shards, open_feature_answerer, open_image_answerer
 from infer.serve.access import check_key, check_origin, is_loopback
 from infer.serve.answering import Answering
 from infer.serve.api_error import ApiError
@@ -28,12 +28,14 @@ from infer.serve.parameters import CHAT, RESPONSES
 from infer.serve.prometheus import Metrics
 from infer.serve.responses import read_response
 from infer.serve.scheduler import Scheduler
+from infer.serve.stored_rows import StoredRows
 from llava_core.cli.command import stop_signals
 from llava_core.cli.console import say, say_fault
 from llava_core.errors import first_line
 from llava_core.network.async_tasks import in_background
 from llava_core.network.fetch import Fetcher
 from llava_core.network.fetch_limits import FetchLimits
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
 
 SCRIPTS = ("page.words.js", "page.image.js", "page.api.js", "page.js")
@@ -60,7 +62,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def run(config: ServeConfig) -> JsonDict:
     """Serve until a signal to stop. Raises LlavaError if the port is in use or the models do not fit."""
     with listening(config.host, config.port) as listener:  # before the models, which take their time
-        server = Server(config, open_image_answerer(config))
+        shards = open_asked_shards(config) if config.features else []
+        if config.vision is None:
+            answerer = open_feature_answerer(config, shards[0])
+        else:
+            answerer = open_image_answerer(config)
+            for shard in shards[:1]:
+                load_checkpoint(config.checkpoint).provenance.require_encoder(shard.identity)
+        server = Server(config, answerer, StoredRows(shards) if shards else None)
         asyncio.run(server.serve(listener))
     return server.summary()
 
@@ -68,7 +77,7 @@ def run(config: ServeConfig) -> JsonDict:
 class Server:
     """The routes and the state that they share."""
 
-    def __init__(self, config: ServeConfig, aligned: ImageAnswerer) -> None:
+    def __init__(self, config: ServeConfig, aligned: FeatureAnswerer, rows: StoredRows | None) -> None:
         self.config, self.aligned = config, aligned
         folder = config.checkpoint.resolve() if config.checkpoint.name in ("", "..") else config.checkpoint
         self.model = config.model_id or "/".join(folder.absolute().parts[1:][-2:])
@@ -83,7 +92,7 @@ class Server:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.connections = Connections(min(config.slots + config.queue + MORE_CONNECTIONS, files // 2))
         self.intake = Intake(config, self.fetcher, self.metrics)
-        self.answering = Answering(self.intake, self.model, self.scheduler)
+        self.answering = Answering(self.intake, self.model, self.scheduler, rows)
         self.embeddings = Embeddings(self.intake, self.model, self.scheduler)
 
     async def serve(self, listener: socket.socket) -> None:

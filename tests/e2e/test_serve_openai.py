@@ -274,6 +274,7 @@ def test_embeddings_of_texts_and_images(client: openai.OpenAI, world: Folders) -
         ({"input": "红" * 51}, "expected a text of 1 to 50 tokens"),
         ({"input": [""]}, "expected a text of 1 to 50 tokens"),
         ({"input": []}, "expected 1 to 2,048 texts or images"),
+        ({"input": [{"type": "image_url", "image_url": "row:a"}]}, "only if the server was started with"),
         ({"input": [[1, 2]]}, "token ids are not supported here"),
         ({"input": "红", "dimensions": 8}, "dimensions: this encoder has 16, got 8"),
         ({"input": "红", "encoding_format": "int8"}, "encoding_format: expected float or base64"),
