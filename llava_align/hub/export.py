@@ -115,6 +115,8 @@ def all_weights(
     }
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in frozen.items()}
     for name, tensor in checkpoint.projector.map.state_dict().items():
+        if "feature_norm" in checkpoint.projector.config:
+            name = name.replace("projector.", "map.", 1)  # PEFT wraps each part called projector
         weights[f"projector.{name}"] = tensor.contiguous()
     return weights
 
