@@ -106,7 +106,7 @@ class ChatConfig(Models):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiveOrStored(Aligned):
-    """Flags of commands that answer about live images, or about rows of feature shards."""
+    """Flags of every command that answers about live images, or about rows of feature shards."""
 
     features: tuple[Path, ...] | Path | None = None
     """Folder of feature shards, or one of them, to ask about in place of images: every row once, or, of a
@@ -118,6 +118,8 @@ class LiveOrStored(Aligned):
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", one_or_several("features", self.features))
         object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
+        if self.features is None and self.vision is None:
+            raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
 
     def require_inputs(self) -> None:
         super().require_inputs()
@@ -127,7 +129,31 @@ class LiveOrStored(Aligned):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionFile(LiveOrStored, DownloadOptions):
+class Asked(LiveOrStored, DownloadOptions):
+    """Flags of every command that asks many questions."""
+
+    output: Path
+    """JSONL file of the answers."""
+    batch_size: int = 16
+    """Questions whose images are encoded, and which are answered, together."""
+
+    def __post_init__(self) -> None:
+        DownloadOptions.__post_init__(self)
+        self.require_above_zero("batch_size")
+        LiveOrStored.__post_init__(self)
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        require_file_place("--output", self.output)
+
+    @property
+    def asked(self) -> str:
+        """What the questions are about, for messages."""
+        return ", ".join(map(str, folders_of(self.features)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionFile(Asked):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
@@ -140,26 +166,23 @@ class QuestionFile(LiveOrStored, DownloadOptions):
     `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
     prompt: str | None = None
     """The question of lines that have none; by default the first instruction it was trained with."""
-    batch_size: int = 16
-    """Questions whose images are encoded, and which are answered, together."""
 
     def __post_init__(self) -> None:
-        LiveOrStored.__post_init__(self)
-        DownloadOptions.__post_init__(self)
-        self.require_above_zero("batch_size")
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
         if self.text is not None and self.features is None:
             raise LlavaError("--text", expected="--features, whose rows it is about", exit_code=2)
-        if self.input is not None and self.vision is None:
-            raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
+        super().__post_init__()
 
     def require_inputs(self) -> None:
         super().require_inputs()
-        require_file_place("--output", self.output)
         require_matches("--text", self.text)
         if self.input is not None:
             require_file("--input", self.input)
+
+    @property
+    def asked(self) -> str:
+        return str(self.input or super().asked)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -146,6 +146,10 @@ FOUND = {
         "{share:.0%} of this fall came in the second half of the steps",
         "其中 {share:.0%} 的下降发生在后一半步数里",
     ),
+    "unknown": Text(
+        "no evaluation between the first step and the last (--eval-every): nobody knows if more steps help",
+        "第一步与最后一步之间没有验证：不知道增加步数是否有用（--eval-every）",
+    ),
 }
 
 
@@ -234,9 +238,10 @@ def verdict_of(metrics: Sequence[JsonDict], continued: bool = False) -> Verdict 
     if gap is not None and (gap < SEEN * last["eval_loss"] or (low is not None and low <= 0)):
         return Verdict("blind", (*falls, FOUND["no gap"].of(gap=gap)))
     late = late_share(evals)
-    if late > STILL and not hardly_begun:
+    if late is not None and late > STILL and not hardly_begun:
         return Verdict("underfitting", (fall, FOUND["late"].of(share=late)))
-    return Verdict("healthy", (*falls, *([] if gap is None else [FOUND["gap"].of(gap=gap)])))
+    unknown = (FOUND["unknown"],) if falls and late is None else ()
+    return Verdict("healthy", (*falls, *([] if gap is None else [FOUND["gap"].of(gap=gap)]), *unknown))
 
 
 def broken(data: JsonDict) -> tuple[Text, ...]:
@@ -255,9 +260,9 @@ def broken(data: JsonDict) -> tuple[Text, ...]:
     return tuple(found)
 
 
-def late_share(evals: Sequence[JsonDict]) -> float:
+def late_share(evals: Sequence[JsonDict]) -> float | None:
     """Share of the held-out loss's fall that came in the second half of the steps: all if it rose in the
-    first; 0 if it did not fall.
+    first; 0 if it did not fall; None without an evaluation between the first and the last.
 
     Where no evaluation stands at the half, the first one after it counts, so that the share is no larger than
     it was.
@@ -265,6 +270,8 @@ def late_share(evals: Sequence[JsonDict]) -> float:
     first, last = evals[0], evals[-1]
     middle = next(line for line in evals if line["step"] >= last["step"] / 2)
     fall = first["eval_loss"] - last["eval_loss"]
+    if middle is last:
+        return None
     return min(1.0, (middle["eval_loss"] - last["eval_loss"]) / fall) if fall > 0 else 0.0
 
 

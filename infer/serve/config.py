@@ -47,9 +47,6 @@ class ServeConfig(Sampling, LiveOrStored):
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)
         LiveOrStored.__post_init__(self)
-        if self.vision is None and self.features is None:
-            do = "give the vision encoder's folder, for live images, or --features, for stored rows, or both"
-            raise LlavaError("--vision is missing", do=do, exit_code=2)
         self.require_above_zero("slots", "context", "max_bytes")
         if self.api_key == "":
             raise LlavaError("--api-key", expected="a key", got="nothing", exit_code=2)
