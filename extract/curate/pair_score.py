@@ -24,6 +24,8 @@ from llava_core.vision.tower import VisionTower
 SHUFFLED_PAIRS = 200_000
 """Shuffled pairs that are drawn, about, and at least LEAST_SHUFFLES for each row."""
 LEAST_SHUFFLES = 4
+LEAST_PAIRS = 100
+"""Fewest shuffled pairs that others are judged beside: of fewer, none is the best 1 %."""
 FOLDS = 4
 """Parts of the cache; each is scored by what is fitted on the others."""
 FIT_ROWS = 256
