@@ -20,9 +20,9 @@ Language = Literal["auto", "any", "zh", "other"]
 class CurateConfig(Options):
     """List which rows of a finished cache are worth training on, for `train run --rows`. Downloads nothing.
 
-    A row is dropped for the first of these reasons: blank features, no, a short, a foreign or a repeated
-    caption, words in no order, a caption that fits its picture no better than shuffled ones, a picture that
-    came before.
+    A row is dropped for the first of these reasons: blank features; no caption; a short one, one in another
+    language, or one that many rows have; words in no order; a caption that fits its picture no better than
+    those of other rows do; a picture that came before.
     """
 
     features: tuple[Path, ...] | Path

@@ -179,6 +179,18 @@ def test_a_sweep_compares_lists(curated: tuple[Path, Ended], world: Path, tmp_pa
     assert sorted(line["rows"] for line in results(given.out).values()) == sorted(["all", str(curated[0])])
 
 
+def test_a_sweep_ends_if_one_of_its_lists_is_edited(
+    curated: tuple[Path, Ended], world: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.parquet"
+    mine.write_bytes(curated[0].read_bytes())
+    given = sweep(world, tmp_path / "sweep", f"rows=all,{mine}", features=world / "spoiled", max_steps=2)
+    call(*command(dataclasses.replace(given, trials=1)))
+    pq.write_table(pq.read_table(mine).slice(9), mine)
+    line = call(*command(given), code=1).one_line()
+    assert f"the training rows of --rows {mine} of the sweep in {given.out} have changed since it" in line
+
+
 def _other_cache(table: pa.Table) -> pa.Table:
     return table.set_column(1, "uid", pa.array([uid[::-1] for uid in table["uid"].to_pylist()]))
 
