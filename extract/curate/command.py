@@ -58,7 +58,7 @@ class Curation:
 def run(config: CurateConfig) -> JsonDict:
     """Write the list, and with --html the page; returns the counts by reason and the thresholds."""
     shards = [shard for folder in folders_of(config.features) for shard in find_shards(folder)]
-    require_one_encoder(shards)
+    require_one_encoder(shards, "give one kind: with --fuse, the list of any of the fused caches serves")
     require_no_copies(shards)
     require_own(config.out)
     with Lock(config.out):

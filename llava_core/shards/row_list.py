@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_core.errors import LlavaError, first_line
-from llava_core.filesystem import replacing
+from llava_core.filesystem import replacing, require_file
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 
@@ -94,6 +94,7 @@ def read_row_list(path: Path) -> RowList:
 
 def _columns_of(path: Path) -> tuple[list[str], list[str], np.ndarray, list[str | None]]:
     """Shard, uid, row and reason of each line. Raises LlavaError if one is missing, or of another type."""
+    require_file("--rows", path)
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         names = set(table.column_names)

@@ -357,6 +357,13 @@ def test_captions_that_are_all_one_text_are_not_scored(world: Path, tmp_path: Pa
 
 
 def test_other_files_and_flags_are_refused(curated: tuple[Path, Ended], world: Path, tmp_path: Path) -> None:
+    absent = sweep(world, tmp_path / "sweep", f"rows=all,{tmp_path / 'absent.parquet'}", max_steps=2)
+    expected = f"no file {tmp_path / 'absent.parquet'}; give --rows one that is there"
+    assert expected in call(*command(absent), code=1).one_line()
+    write_shard(tmp_path / "a/a.h5", size=64)
+    unlike = ("--features", tmp_path / "a", world / "features", "--out", tmp_path / "list.parquet")
+    line = call("extract", "curate", *unlike, code=1).one_line()
+    assert "give one kind: with --fuse, the list of any of the fused caches serves" in line
     (tmp_path / "no.parquet").write_text("not a table")
     given = config(world, tmp_path / "run", features=world / "spoiled")
     for rows, code, expected in (

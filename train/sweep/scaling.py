@@ -11,7 +11,7 @@ from llava_core.types import JsonDict
 from train.resources import TrainingResources
 from train.sweep.config import LEAST_SIZES, ScalingConfig
 from train.sweep.rows import Row
-from train.sweep.scaling_law import UNKNOWNS, Figure, ScalingLaw, fit
+from train.sweep.scaling_law import UNKNOWNS, Estimate, ScalingLaw, fit
 from train.sweep.space import Point, Space, run_config
 
 SIZE = "max_samples"
@@ -161,7 +161,7 @@ def sentences(curve: ScalingCurve) -> list[str]:
     return said
 
 
-def shown(figure: Figure, digits: int = 4) -> str:
+def shown(figure: Estimate, digits: int = 4) -> str:
     value, low, high = (f"{each:.{digits}f}" for each in figure)
     return f"{value} ({low} to {high})"
 
@@ -183,5 +183,5 @@ def figures_of(curve: ScalingCurve) -> JsonDict:
     return figures | {"predicted": [{"rows": rows, **_with_ends("loss", law.loss(rows))} for rows in ahead]}
 
 
-def _with_ends(name: str, figure: Figure) -> JsonDict:
+def _with_ends(name: str, figure: Estimate) -> JsonDict:
     return dict(zip((name, f"{name}_low", f"{name}_high"), figure, strict=True))
