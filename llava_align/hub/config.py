@@ -138,6 +138,9 @@ class ExportConfig(Options):
     """Folder of the language model it was trained for."""
     out: Path
     """Folder to write; it must not exist, or be empty."""
+    to: Literal["transformers", "llava"] = "transformers"
+    """transformers: a Hugging Face folder with two Python files; llava: one without, of transformers' own
+    LlavaForConditionalGeneration, if that computes what the projector was trained for."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of encoder and language model weights: float32 answers as `infer` does on a CPU; bfloat16,
     in half the space, as it does on a GPU. The projector stays float32."""

@@ -1,0 +1,44 @@
+"""The folder that `llava export` writes: enough space, all files or none."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from llava_core.cli.console import human_bytes, say, show
+from llava_core.errors import LlavaError
+from llava_core.filesystem import nearest_existing
+
+
+def require_space(out: Path, size: int, dtype: str, dry_run: bool) -> None:
+    """Print the space that `size` bytes of weights need. Raises LlavaError if the disk has less."""
+    place = nearest_existing(out.absolute().parent)
+    free = shutil.disk_usage(place).free
+    say(f"{human_bytes(size)} of weights in {dtype}; {human_bytes(free)} free on that disk")
+    if size > free and not dry_run:
+        raise LlavaError(f"too little space in {place}", expected=human_bytes(size), got=human_bytes(free))
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder under a temporary name, which becomes `out` when the block ends without an error."""
+    partial = out.absolute().with_name(out.absolute().name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+    show(out)
+
+
+def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
+    """Copy the models' licence files as LICENSE-vision and LICENSE-llm; returns the names."""
+    copied = []
+    for part, folder in folders.items():
+        for path in sorted(folder.glob("LICENSE*"))[:1]:
+            shutil.copyfile(path, out / f"LICENSE-{part}")
+            copied.append(f"LICENSE-{part}")
+    return copied
