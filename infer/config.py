@@ -105,25 +105,17 @@ class ChatConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionFile(Aligned, DownloadOptions):
-    """Questions about images in a JSONL file, or about the rows of feature shards."""
+class Asked(Aligned, DownloadOptions):
+    """Flags of every command that asks many questions, about live images or about rows of feature shards."""
 
-    input: Path | None = None
-    """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
-    read, `prompt` may be left out, and other keys are kept."""
     features: tuple[Path, ...] | Path | None = None
     """Folder of feature shards, or one of them, to ask about in place of images: every row once. Of several
     encoders that were fused each, in any order."""
-    text: str | None = None
-    """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
     vision: tuple[Path, ...] | Path | None = None
     """Folder of the vision encoder it was trained for, or several that were fused; --features does
     without."""
     output: Path
-    """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
-    `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
-    prompt: str | None = None
-    """The question of lines that have none; by default the first instruction it was trained with."""
+    """JSONL file of the answers."""
     batch_size: int = 16
     """Questions whose images are encoded, and which are answered, together."""
 
@@ -132,22 +124,53 @@ class QuestionFile(Aligned, DownloadOptions):
         self.require_above_zero("batch_size")
         object.__setattr__(self, "features", one_or_several("features", self.features))
         object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
-        if (self.input is None) == (self.features is None):
-            raise LlavaError("give either --input or --features", exit_code=2)
-        if self.text is not None and self.features is None:
-            raise LlavaError("--text", expected="--features, whose rows it is about", exit_code=2)
-        if self.input is not None and self.vision is None:
+        if self.features is None and self.vision is None:
             raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
 
     def require_inputs(self) -> None:
         super().require_inputs()
         require_file_place("--output", self.output)
         require_shards("--features", self.features)
+        for folder in folders_of(self.vision):
+            require_vision_encoder(folder)
+
+    @property
+    def asked(self) -> str:
+        """What the questions are about, for messages."""
+        return ", ".join(map(str, folders_of(self.features)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionFile(Asked):
+    """Questions about images in a JSONL file, or about the rows of feature shards."""
+
+    input: Path | None = None
+    """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
+    read, `prompt` may be left out, and other keys are kept."""
+    text: str | None = None
+    """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
+    output: Path
+    """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
+    `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
+    prompt: str | None = None
+    """The question of lines that have none; by default the first instruction it was trained with."""
+
+    def __post_init__(self) -> None:
+        if (self.input is None) == (self.features is None):
+            raise LlavaError("give either --input or --features", exit_code=2)
+        if self.text is not None and self.features is None:
+            raise LlavaError("--text", expected="--features, whose rows it is about", exit_code=2)
+        super().__post_init__()
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
         require_matches("--text", self.text)
         if self.input is not None:
             require_file("--input", self.input)
-        for folder in folders_of(self.vision):
-            require_vision_encoder(folder)
+
+    @property
+    def asked(self) -> str:
+        return str(self.input or super().asked)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
