@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from infer.benchmark.config import BenchmarkConfig
 from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, RankConfig, ScoreConfig
 from infer.serve.config import ServeConfig
 from llava_core.cli import command
@@ -14,6 +15,7 @@ COMMANDS = {
     "rank": Command(RankConfig, "infer.rank.command:run", continues=True),
     "serve": Command(ServeConfig, "infer.serve.server:run"),
     "score": Command(ScoreConfig, "infer.score.command:run"),
+    "benchmark": Command(BenchmarkConfig, "infer.benchmark.command:run", continues=True),
     "lens": Command(LensConfig, "infer.lens.command:run"),
 }
 

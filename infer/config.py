@@ -105,49 +105,84 @@ class ChatConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionFile(Aligned, DownloadOptions):
+class LiveOrStored(Aligned):
+    """Flags of every command that answers about live images, or about rows of feature shards."""
+
+    features: tuple[Path, ...] | Path | None = None
+    """Folder of feature shards, or one of them, to ask about in place of images: every row once, or, of a
+    server, those that requests name. Of several encoders that were fused each, in any order."""
+    vision: tuple[Path, ...] | Path | None = None
+    """Folder of the vision encoder it was trained for, or several that were fused; --features does
+    without."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", one_or_several("features", self.features))
+        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
+        if self.features is None and self.vision is None:
+            raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        require_shards("--features", self.features)
+        for folder in folders_of(self.vision):
+            require_vision_encoder(folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked(LiveOrStored, DownloadOptions):
+    """Flags of every command that asks many questions."""
+
+    output: Path
+    """JSONL file of the answers."""
+    batch_size: int = 16
+    """Questions whose images are encoded, and which are answered, together."""
+
+    def __post_init__(self) -> None:
+        DownloadOptions.__post_init__(self)
+        self.require_above_zero("batch_size")
+        LiveOrStored.__post_init__(self)
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        require_file_place("--output", self.output)
+
+    @property
+    def asked(self) -> str:
+        """What the questions are about, for messages."""
+        return ", ".join(map(str, folders_of(self.features)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionFile(Asked):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
     read, `prompt` may be left out, and other keys are kept."""
-    features: tuple[Path, ...] | Path | None = None
-    """Folder of feature shards, or one of them, to ask about in place of images: every row once. Of several
-    encoders that were fused each, in any order."""
     text: str | None = None
     """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
-    vision: tuple[Path, ...] | Path | None = None
-    """Folder of the vision encoder it was trained for, or several that were fused; --features does
-    without."""
     output: Path
     """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
     `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
     prompt: str | None = None
     """The question of lines that have none; by default the first instruction it was trained with."""
-    batch_size: int = 16
-    """Questions whose images are encoded, and which are answered, together."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_above_zero("batch_size")
-        object.__setattr__(self, "features", one_or_several("features", self.features))
-        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
         if self.text is not None and self.features is None:
             raise LlavaError("--text", expected="--features, whose rows it is about", exit_code=2)
-        if self.input is not None and self.vision is None:
-            raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
+        super().__post_init__()
 
     def require_inputs(self) -> None:
         super().require_inputs()
-        require_file_place("--output", self.output)
-        require_shards("--features", self.features)
         require_matches("--text", self.text)
         if self.input is not None:
             require_file("--input", self.input)
-        for folder in folders_of(self.vision):
-            require_vision_encoder(folder)
+
+    @property
+    def asked(self) -> str:
+        return str(self.input or super().asked)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -141,8 +141,10 @@ class ExportConfig(Options):
     """Folder of the language model it was trained for."""
     out: Path
     """Folder to write; it must not exist, or be empty."""
-    to: Literal["transformers", "gguf"] = "transformers"
-    """One Hugging Face folder, or the two GGUF files of llama.cpp and an Ollama Modelfile."""
+    to: Literal["transformers", "llava", "gguf"] = "transformers"
+    """transformers: a Hugging Face folder with two Python files; llava: one without, of transformers' own
+    LlavaForConditionalGeneration, if that computes what the projector was trained for; gguf: two files of
+    llama.cpp, and an Ollama Modelfile."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_k_m"] = "float32"
     """Type of encoder and language model weights: float32 answers as `infer` does on a CPU; bfloat16,
     in half the space, as it does on a GPU. The projector stays float32. q8_0 and q4_k_m, of GGUF, quantise
@@ -157,10 +159,10 @@ class ExportConfig(Options):
 
     def __post_init__(self) -> None:
         self.require_at_least(0, "check")
-        if self.to == "transformers" and self.dtype in QUANTISED:
+        if self.to != "gguf" and self.dtype in QUANTISED:
             expected = f"float32, bfloat16 or float16, or {self.dtype} with --to gguf"
-            raise LlavaError("--dtype of --to transformers", expected=expected, got=self.dtype, exit_code=2)
-        if self.to == "transformers" and self.check_images is not None:
+            raise LlavaError(f"--dtype of --to {self.to}", expected=expected, got=self.dtype, exit_code=2)
+        if self.to != "gguf" and self.check_images is not None:
             raise LlavaError("--check-images", expected="it with --to gguf", got=self.to, exit_code=2)
 
     def require_inputs(self) -> None:

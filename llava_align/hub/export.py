@@ -2,7 +2,7 @@
 
 It holds the weights, modeling_llava_align.py and processing_llava_align.py, so that transformers loads it
 with `trust_remote_code` and without this project. SHA256SUMS has the sha256 of every file but the card; they
-are verified when the model is loaded or pushed. `gguf_export` writes files for llama.cpp instead.
+are verified when the model is loaded or pushed. `stock_export` and `gguf_export` write for others.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ def run(config: ExportConfig) -> JsonDict:
 
     Raises LlavaError if they do not, or the disk is too small.
     """
+    if config.to == "llava":
+        from llava_align.hub import stock_export
+
+        return stock_export.run(config)
     if config.to == "gguf":
         from llava_align.hub import gguf_export  # which needs an extra
 
@@ -95,19 +99,25 @@ def run(config: ExportConfig) -> JsonDict:
 def all_weights(
     tower: VisionTower, checkpoint: Checkpoint, llm: LanguageModel, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Weights by the names of LlavaAlignForConditionalGeneration; a tied vocabulary head is left out."""
-    head, embedding = llm.head, llm.embedding.weight
-    language = llm.model.state_dict()
-    if head is embedding:
-        language = {name: tensor for name, tensor in language.items() if not name.startswith("lm_head.")}
+    """Weights by the names of LlavaAlignForConditionalGeneration."""
     frozen = {
         **{f"vision.{name}": tensor for name, tensor in vision_weights(tower.network).items()},
-        **{f"language_model.{name}": tensor for name, tensor in language.items()},
+        **{f"language_model.{name}": tensor for name, tensor in language_weights(llm).items()},
     }
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in frozen.items()}
     for name, tensor in checkpoint.projector.map.state_dict().items():
+        if "feature_norm" in checkpoint.projector.config:
+            name = name.replace("projector.", "map.", 1)  # PEFT wraps each part called projector
         weights[f"projector.{name}"] = tensor.contiguous()
     return weights
+
+
+def language_weights(llm: LanguageModel) -> Mapping[str, torch.Tensor]:
+    """Weights of the language model by transformers' names; a tied vocabulary head is left out."""
+    language: Mapping[str, torch.Tensor] = llm.model.state_dict()
+    if llm.head is not llm.embedding.weight:
+        return language
+    return {name: tensor for name, tensor in language.items() if not name.startswith("lm_head.")}
 
 
 def vision_weights(network: torch.nn.Module) -> Mapping[str, torch.Tensor]:
@@ -179,16 +189,22 @@ def text_settings(llm: LanguageModel, folder: Path) -> JsonDict:
     return settings
 
 
-def write_settings(
-    config: ExportConfig, tower: VisionTower, checkpoint: Checkpoint, llm: LanguageModel, out: Path
-) -> None:
-    """Write config.json, generation_config.json and processor_config.json."""
+def model_settings(config: ExportConfig, tower: VisionTower, llm: LanguageModel) -> tuple[JsonDict, JsonDict]:
+    """Configurations of the encoder and of the language model, in the type that is exported."""
     vision = vision_settings(tower.network, config.vision)
     text = text_settings(llm, config.llm)
     for settings in (vision, text):
         for name in LEFT_OUT:
             settings.pop(name, None)
         settings["torch_dtype"] = config.dtype  # read by old and new versions
+    return vision, text
+
+
+def write_settings(
+    config: ExportConfig, tower: VisionTower, checkpoint: Checkpoint, llm: LanguageModel, out: Path
+) -> None:
+    """Write config.json, generation_config.json and processor_config.json."""
+    vision, text = model_settings(config, tower, llm)
     token = image_token(llm)
     model = {
         "architectures": ["LlavaAlignForConditionalGeneration"],
@@ -203,13 +219,6 @@ def write_settings(
         "vision_config": vision,
         "text_config": text,
     }
-    ends, pad = sorted(llm.eos_ids), llm.tokenizer.pad_token_id
-    generation = {
-        "do_sample": False,
-        "max_new_tokens": Sampling.max_tokens,
-        "eos_token_id": ends,
-        "pad_token_id": ends[0] if pad is None else pad,
-    }
     preprocess = dataclasses.asdict(tower.preprocess)
     processor = {
         "auto_map": {"AutoProcessor": "processing_llava_align.LlavaAlignProcessor"},
@@ -219,8 +228,18 @@ def write_settings(
         "preprocess": {name: preprocess[name] for name in PREPROCESS},
     }
     write_json(out / "config.json", model)
-    write_json(out / "generation_config.json", generation)
+    write_json(out / "generation_config.json", generation_settings(llm))
     write_json(out / "processor_config.json", processor)
+
+
+def generation_settings(llm: LanguageModel) -> JsonDict:
+    ends, pad = sorted(llm.eos_ids), llm.tokenizer.pad_token_id
+    return {
+        "do_sample": False,
+        "max_new_tokens": Sampling.max_tokens,
+        "eos_token_id": ends,
+        "pad_token_id": ends[0] if pad is None else pad,
+    }
 
 
 def image_token(llm: LanguageModel) -> int:
@@ -258,19 +277,19 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
     write_json(path, settings)
 
 
-def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str]) -> str:
-    """The folder's model card (README.md)."""
+def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str], usage: str = "export_card.md") -> str:
+    """The folder's model card (README.md); `usage` names the file that tells how it is used."""
     terms = f"see {' and '.join(licences)}" if licences else "not found beside them: ask their publishers"
     return model_card(
         {**checkpoint.provenance.to_json(), "projector": checkpoint.projector.config},
         checkpoint.training,
         checkpoint.metrics,
         parameter_count(checkpoint.projector),
-        usage=Path(__file__).with_name("export_card.md").read_text(encoding="utf-8"),
+        usage=Path(__file__).with_name(usage).read_text(encoding="utf-8"),
         beside=f"Encoder and language model are in this folder, in {dtype}; the projector is in float32.\n"
         f"{TUNED.get(checkpoint.tune or '', '')}Licences of the two: {terms}.",
         library="transformers",
-        tags=("custom_code",),
+        tags=("custom_code",) if usage == "export_card.md" else (),
     )
 
 

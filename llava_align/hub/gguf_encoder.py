@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llava_align.hub.export import vision_settings, vision_weights
+from llava_align.hub.linear_layers import TRANSFORMERS
 from llava_core.errors import LlavaError
 from llava_core.vision.chinese_clip import ChineseClip
 from llava_core.vision.tower import VisionTower
@@ -101,7 +102,7 @@ def encoder_weights(tower: VisionTower) -> EncoderWeights:
             f"llama.cpp's ViT cannot compute the encoder {tower.name}",
             expected=f"CLIP, Chinese-CLIP, SigLIP or DINOv2 with {', '.join(ACTIVATIONS)}",
             got=f"{settings['model_type']} with {activation if whole else 'blocks of other layers'}",
-            do="export it to transformers",
+            do=TRANSFORMERS,
         )
     cls, positions = _inputs(tower, weights)
     return EncoderWeights(

@@ -9,6 +9,7 @@ import gguf
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, TokenType
 
+from llava_align.hub.export import language_weights
 from llava_align.hub.gguf_file import FILE_TYPES, Tensor, Value, fitting
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
@@ -90,9 +91,7 @@ def language_model(llm: LanguageModel, dtype: str) -> tuple[str, dict[str, Value
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tied = llm.head is llm.embedding.weight
     tensors = _rope_factors(llm, arch, head, float(settings["rope_theta"]))
-    for theirs, data in llm.model.state_dict().items():
-        if tied and theirs == "lm_head.weight":
-            continue
+    for theirs, data in language_weights(llm).items():
         if (ours := names.get_name(theirs, try_suffixes=(".weight", ".bias"))) is None:
             raise LlavaError(f"GGUF has no name for {theirs} of {llm.id}", do=CONVERT)
         for part, rows in (("attn_q.", heads), ("attn_k.", key_heads)):

@@ -20,18 +20,14 @@ from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType
-from torch import nn
 
-from llava_align.hub.config import EXPORTED
 from llava_align.hub.gguf_encoder import EncoderWeights, encoder_weights
 from llava_align.hub.gguf_file import Tensor, Value
+from llava_align.hub.linear_layers import TRANSFORMERS, linear_layers
 from llava_core.errors import LlavaError
-from llava_core.projector.feature_norm import Center
 from llava_core.projector.projector import Projector
-from llava_core.registry import PROJECTORS
 from llava_core.vision.tower import VisionTower
 
-TRANSFORMERS = "export it to transformers"
 PADDING = {"mlp": (122, 116, 104), "nemotron_v2_vl": (0, 0, 0)}
 """Colour in which llama.cpp pads a picture to a square, by the graph."""
 HALF_LARGEST = 2048.0
@@ -53,7 +49,7 @@ def mmproj(
             expected="all, patches, poolN or shuffleN",
             do=TRANSFORMERS,
         )
-    layers = _layers(projector)
+    layers = linear_layers(projector)
     own_norm = config.get("feature_norm") == "layer"
     if own_norm and (merging or tower.encoder["layer"] is None):
         raise LlavaError(
@@ -102,31 +98,6 @@ def sent_tokens(tower: VisionTower, projector: Projector) -> slice | None:
     merged = projector.config["visual_tokens"] not in ("all", "patches")
     side = math.isqrt(tower.tokens)
     return None if merged or side * side == tower.tokens else slice(2, None)
-
-
-def _layers(projector: Projector) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Weight and bias of each linear layer, in float64; a linear map has one. The feature norm `center` is in
-    the first bias. Raises LlavaError for other kinds."""
-    kind, norm = projector.config["kind"], projector.feature_norm
-    inner: Any = projector.map if norm is None else projector.map.projector
-    linear = [layer for layer in inner.modules() if isinstance(layer, nn.Linear)]
-    none = torch.zeros(1)
-    layers: list[tuple[torch.Tensor, torch.Tensor]] = [
-        (layer.weight.double(), (none if layer.bias is None else layer.bias).double()) for layer in linear
-    ]
-    if PROJECTORS.stem(kind) == "lowrank":
-        (inner_weight, _), (weight, bias) = layers
-        layers = [(weight @ inner_weight, bias)]
-    if PROJECTORS.stem(kind) not in EXPORTED or len(layers) > 2:
-        raise LlavaError(
-            f"llama.cpp's graphs have no place for a {kind} projector",
-            expected="linear, lowrank or mlp with two layers",
-            do=TRANSFORMERS,
-        )
-    if isinstance(norm, Center):
-        weight, bias = layers[0]
-        layers[0] = (weight, bias - weight @ norm.mean.double())
-    return layers
 
 
 def _llava(

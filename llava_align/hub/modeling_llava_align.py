@@ -61,7 +61,7 @@ def _config(settings: Any) -> Any:
 class LlavaAlignForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     config_class = LlavaAlignConfig
     _supports_cache_class = _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = True
-    _supports_attention_backend = True
+    _supports_attention_backend = supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = ("projector",)
     _no_split_modules = ("CLIPEncoderLayer", "ChineseCLIPVisionLayer", "SiglipEncoderLayer", "Dinov2Layer")
 
@@ -180,7 +180,7 @@ def _projector(
     if feature_norm == "none":
         return module
     norm = nn.LayerNorm(wide) if feature_norm == "layer" else _Center(wide)
-    return nn.Sequential(OrderedDict(feature_norm=norm, projector=module))
+    return nn.Sequential(OrderedDict(feature_norm=norm, map=module))
 
 
 def _mlp(in_width: int, out_width: int, depth: int = 2, width: int | None = None) -> nn.Module:

@@ -21,6 +21,8 @@ ORIENTATION = 0x0112
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
          7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 """EXIF's orientation -> what makes the picture upright."""
+PADDING = ("padding", "padding_side", "truncation", "max_length")
+"""What `apply_chat_template` hands on to the processor itself; all else is for the template."""
 
 
 class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -38,11 +40,19 @@ class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
+        tokenizer.padding_side = "left"  # transformers' pipeline asks the tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self.preprocess, self.visual_tokens, self.image_token_id = (
             preprocess or {},
             visual_tokens,
             image_token_id,
         )
+
+    @property
+    def image_processor(self) -> LlavaAlignProcessor:
+        """Itself: transformers' pipeline makes batches only for a processor that has one."""
+        return self
 
     def apply_chat_template(
         self,
@@ -50,39 +60,59 @@ class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         add_generation_prompt: bool = False,
         tokenize: bool = False,
         return_dict: bool = True,
-        return_tensors: str = "pt",
+        return_tensors: str | None = "pt",
+        processor_kwargs: dict[str, Any] | None = None,
         **template: Any,
     ) -> Any:
         """Text, or with `tokenize` the model's inputs, of one conversation or of several.
 
+        PADDING and `processor_kwargs` are given to the processor, all else to the template.
         A picture is {"type": "image", "image": its path, address, bytes or PIL image}, in any message.
         """
         many = isinstance(conversation[0], (list, tuple))
         plain = [_plain(messages) for messages in (conversation if many else [conversation])]
+        padding = {name: template.pop(name) for name in PADDING if name in template}
+        padding |= processor_kwargs or {}
         settings = {"enable_thinking": False, **template, "add_generation_prompt": add_generation_prompt}
         texts = [self.tokenizer.apply_chat_template(m, tokenize=False, **settings) for m, _ in plain]
         if not tokenize:
             return texts if many else texts[0]
-        inputs = self([image for _, images in plain for image in images] or None, texts)
+        pictures = [image for _, images in plain for image in images] or None
+        inputs = self(pictures, texts, return_tensors=return_tensors, **padding)
         return inputs if return_dict else inputs["input_ids"]
 
-    def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt") -> BatchFeature:
-        """Texts from a chat template, and a picture for each or for none; ids are padded on the left."""
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        padding_side: str = "left",
+        truncation: bool = False,
+        max_length: int | None = None,
+        **tokenizer: Any,
+    ) -> BatchFeature:
+        """Texts from a chat template, and a picture for each or for none, whose tokens come first.
+
+        `padding`, `padding_side` and `max_length`, visual tokens included, are as of transformers'
+        tokenizers, which are given what else there is.
+        """
         texts = [text] if isinstance(text, str) else list(text)
         images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
         if images and len(images) != len(texts):
             raise ValueError(f"expected a picture for each of {len(texts)} conversations; got {len(images)}")
         before = [self.image_token_id] * (self.visual_tokens if images else 0)
-        rows = [before + self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-        longest = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id or 0
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-        }
+        tokenizer = {"add_special_tokens": False, **tokenizer}
+        rows = [before + self.tokenizer(each, **tokenizer)["input_ids"] for each in texts]
+        if truncation and max_length is not None:
+            if max_length <= len(before):
+                raise ValueError(f"expected a max_length above {len(before)} visual tokens; got {max_length}")
+            rows = [row[:max_length] for row in rows]
+        sides = {"padding": padding, "padding_side": padding_side, "max_length": max_length}
+        inputs: dict[str, Any] = dict(self.tokenizer.pad({"input_ids": rows}, **sides))
         if images:
             inputs["pixel_values"] = torch.stack([self._normalised(image) for image in images])
-        return BatchFeature(inputs)
+        return BatchFeature(inputs, tensor_type=return_tensors)
 
     def batch_decode(self, *arguments: Any, **settings: Any) -> Any:
         """The tokenizer's; transformers 4 leaves both to each processor."""

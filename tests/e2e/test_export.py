@@ -137,12 +137,14 @@ def equals_infer(elsewhere: Elsewhere, config: ExportConfig, pictures: list[Path
     assert len(set(said)) > 1
     second = "".join(session.ask(QUESTIONS[1]))
     assert theirs["again"] == theirs["batch"]
+    assert theirs["tuned"] != theirs["alone"]
     session.begin()
     bare = "".join(session.ask(QUESTIONS[0]))
     if config.dtype == "float32":  # of rounded logits the two likeliest may be equal: processors differ then
         assert theirs["alone"] == said
         assert theirs["second"] == second
         assert theirs["batch"] == said
+        assert theirs["pipeline"] == [said, said]
         assert theirs["unlike"] == [second, said[1]]
         assert theirs["text"] == bare
     return theirs

@@ -17,7 +17,7 @@ from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
 from llava_core.projector.projector import build_projector, match_scale
 from llava_core.vision.open import open_vision_tower
-from tests.support.language_models import write_language_model
+from tests.support.language_models import QWEN3_TEMPLATE, write_language_model
 from tests.support.vision_encoders import write_vision_folder
 
 
@@ -48,8 +48,9 @@ class Folders:
         )
 
 
-def write_aligned(root: Path) -> Folders:
-    vision, llm_folder = write_vision_folder(root / "vision"), write_language_model(root / "llm")
+def write_aligned(root: Path, template: str = QWEN3_TEMPLATE) -> Folders:
+    vision = write_vision_folder(root / "vision")
+    llm_folder = write_language_model(root / "llm", template=template)
     tower, llm = open_vision_tower(vision), load_language_model(llm_folder)
     torch.manual_seed(0)
     projector = build_projector("linear", tower.width, llm.hidden)

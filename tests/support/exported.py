@@ -11,6 +11,8 @@ import json
 import sys
 from typing import Any
 
+import peft
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -21,6 +23,66 @@ QUESTIONS = ("请描述这张图片。", "它是什么颜色？")
 def message(role: str, text: str, image: Any = None) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def piped(model: Any, processor: Any, dialogues: list[Any]) -> list[list[str]]:
+    """What transformers' own pipeline says, one by one and in batches."""
+    pipe = transformers.pipeline("image-text-to-text", model=model, processor=processor)
+    settings = {"return_full_text": False, "max_new_tokens": 12}
+    said = [pipe(text=dialogues, batch_size=size, **settings) for size in (1, 2)]
+    return [[each[0]["generated_text"] for each in answers] for answers in said]
+
+
+def padded(processor: Any, pictures: list[str], dialogues: list[Any]) -> None:
+    """The processor as transformers' own are called."""
+    texts = processor.apply_chat_template([dialogues[0], [message("user", "?", pictures[1])]])
+    call = functools.partial(processor, images=pictures[:2], text=texts, return_tensors="pt")
+    left, right = call(padding=True), call(padding=True, padding_side="right")
+    rows = [
+        row[mask.bool()].tolist() for row, mask in zip(left["input_ids"], left["attention_mask"], strict=True)
+    ]
+    assert len(rows[1]) < len(rows[0])
+    assert right["attention_mask"][1].tolist() == sorted(left["attention_mask"][1].tolist(), reverse=True)
+    assert call(padding=False, return_tensors=None)["input_ids"] == rows
+    seen = processor.visual_tokens
+    assert call(padding=True, truncation=True, max_length=seen + 1)["input_ids"].shape == (2, seen + 1)
+    with pytest.raises(ValueError, match=f"above {seen} visual tokens"):
+        call(truncation=True, max_length=seen)
+
+
+@torch.inference_mode(False)
+def trained(folder: str, open_model: Any, given: Any, answers: Any, dialogues: list[Any]) -> list[str]:
+    """Trains LoRA by PEFT; the same gradients with checkpointing. What the adapter says, read back."""
+    given = {name: value.clone() for name, value in given.items()}
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    torch.manual_seed(0)
+    base = open_model(folder)
+    model = peft.get_peft_model(
+        base,
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["projector"]),
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, gradients = torch.optim.SGD(parameters, lr=1.0), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model(**given, labels=labels, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
+        optimizer.zero_grad()
+    assert len(gradients[0]) == len(gradients[1]) > 4
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+    model(**given, labels=labels, use_cache=False).loss.backward()
+    optimizer.step()
+    model.save_pretrained(f"{folder}-adapter")
+    with torch.inference_mode():
+        said: list[str] = answers(model.eval(), *dialogues)
+        read = peft.PeftModel.from_pretrained(open_model(folder), f"{folder}-adapter")
+        assert answers(read, *dialogues) == said
+        if base.dtype == torch.float32:  # merged weights are rounded
+            assert answers(read.merge_and_unload(), *dialogues) == said
+    return said
 
 
 def main(folder: str, pictures: list[str]) -> dict[str, Any]:
@@ -58,6 +120,7 @@ def main(folder: str, pictures: list[str]) -> dict[str, Any]:
         "alone": [answers(model, dialogue)[0] for dialogue in dialogues],
         "text": answers(model, [message("user", QUESTIONS[0])])[0],
     }
+    result["pipeline"] = piped(model, processor, dialogues)
     second = [*dialogues[0], message("assistant", result["alone"][0].strip()), message("user", QUESTIONS[1])]
     result["second"] = answers(model, second)[0]
     result["unlike"] = answers(model, second, dialogues[1])  # padded
@@ -70,10 +133,18 @@ def main(folder: str, pictures: list[str]) -> dict[str, Any]:
     assert not loading["unexpected_keys"]
     result["again"] = answers(again, *dialogues)
 
+    padded(processor, pictures, dialogues)
+    result["tuned"] = trained(folder, open_model, given, answers, dialogues)
+    placed = open_model(folder, device_map="auto", offload_folder=f"{folder}-offload")
+    assert answers(placed, *dialogues) == result["batch"]
+
     rounded = open_model(folder, torch_dtype=torch.bfloat16)
     assert {p.dtype for p in rounded.projector.parameters()} == {torch.float32}
     assert rounded.get_input_embeddings().weight.dtype == torch.bfloat16
     result["rounded"] = rounded(**given).logits.float()
+    rounded.save_pretrained(f"{folder}-rounded")
+    kept = open_model(f"{folder}-rounded", torch_dtype=torch.bfloat16)
+    assert torch.equal(kept(**given).logits.float(), result["rounded"])
     return result
 
 

@@ -77,6 +77,17 @@ def test_what_began_from_a_trained_projector_need_not_fall() -> None:
         assert verdict_of(lines, continued).name == expected  # type: ignore[union-attr]
 
 
+def test_where_nobody_looked_at_half_the_steps_it_says_so() -> None:
+    for lines, unknown in (
+        (run(3.0, 0.3), True),
+        (run(3.0, 0.6, 0.4, 0.3, 0.3), False),
+        (run(0.3)[:2], False),
+    ):
+        verdict = verdict_of(lines)
+        assert verdict is not None
+        assert (verdict.name, FOUND["unknown"] in verdict.evidence) == ("healthy", unknown)
+
+
 def test_the_fall_after_an_uneven_half_is_not_overestimated() -> None:
     evals = run(3.0, 0.9, 0.5, 0.3)[1:-1]
     for line, step in zip(evals, (0, 500, 1000, 1250), strict=True):
