@@ -96,7 +96,7 @@ def language_model(llm: LanguageModel, dtype: str) -> tuple[str, dict[str, Value
             raise LlavaError(f"GGUF has no name for {theirs} of {llm.id}", do=CONVERT)
         for part, rows in (("attn_q.", heads), ("attn_k.", key_heads)):
             if arch is MODEL_ARCH.LLAMA and part in ours:  # whose rotary pairs lie side by side there
-                data = data.unflatten(0, (rows, 2, head // 2)).transpose(1, 2).reshape(data.shape)
+                data = data.reshape(rows, 2, head // 2, -1).transpose(1, 2).reshape(data.shape)
         tensors.append(Tensor(ours, data, _type(ours, data, dtype, config.num_hidden_layers, tied)))
     return name, values, tensors
 
