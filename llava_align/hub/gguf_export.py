@@ -81,6 +81,7 @@ def say_differences(tower: VisionTower, graph: str, sent: slice | None) -> None:
 
 def say_how_to_run(folder: Path) -> None:
     place = shlex.quote(str(folder))
-    say(f"llama-server -m {place}/{MODEL} --mmproj {place}/{MMPROJ}")
-    say(f"llama-mtmd-cli -m {place}/{MODEL} --mmproj {place}/{MMPROJ} --image FILE -p QUESTION --temp 0")
+    files = f"-m {place}/{MODEL} --mmproj {place}/{MMPROJ} -fa off"
+    say(f"llama-server {files}")
+    say(f"llama-mtmd-cli {files} --temp 0 --image FILE -p QUESTION")
     say(f"ollama create NAME -f {place}/Modelfile")

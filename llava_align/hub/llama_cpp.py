@@ -109,6 +109,8 @@ def main(folder: str, context: str) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.n_gpu_layers, parameters.mmproj_use_gpu = 0, False
+    # Flash attention, its default, rounds the encoder's keys and values to float16.
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
     for line in sys.stdin:
         replies.write(json.dumps(server.handle_chat_completions(json.loads(line))) + "\n")
