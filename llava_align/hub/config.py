@@ -143,8 +143,8 @@ class ExportConfig(Options):
     """Folder to write; it must not exist, or be empty."""
     to: Literal["transformers", "llava", "gguf"] = "transformers"
     """transformers: a Hugging Face folder with two Python files; llava: one without, of transformers' own
-    LlavaForConditionalGeneration, if that computes what the projector was trained for; gguf: two files of
-    llama.cpp, and an Ollama Modelfile."""
+    LlavaForConditionalGeneration, if that computes what the projector was trained for; gguf: the two files of
+    llama.cpp and an Ollama Modelfile."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_k_m"] = "float32"
     """Type of encoder and language model weights: float32 answers as `infer` does on a CPU; bfloat16,
     in half the space, as it does on a GPU. The projector stays float32. q8_0 and q4_k_m, of GGUF, quantise

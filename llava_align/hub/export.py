@@ -64,14 +64,14 @@ def run(config: ExportConfig) -> JsonDict:
 
     Raises LlavaError if they do not, or the disk is too small.
     """
-    if config.to == "llava":
-        from llava_align.hub import stock_export
-
-        return stock_export.run(config)
     if config.to == "gguf":
         from llava_align.hub import gguf_export  # which needs an extra
 
         return gguf_export.run(config)
+    if config.to == "llava":
+        from llava_align.hub import stock_export
+
+        return stock_export.run(config)
     checkpoint = load_checkpoint(config.checkpoint)
     tower = open_trained_tower(config.vision, checkpoint.provenance)
     llm = load_its_language_model(checkpoint, config.llm)

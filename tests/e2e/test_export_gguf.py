@@ -203,7 +203,7 @@ def test_after_stage_2_its_weights_are_written(tmp_path: Path) -> None:
     [
         ({"kind": "mlp", "visual_tokens": "pool"}, (), 1, "cannot compute the visual tokens pool of this"),
         ({"kind": "linear", "visual_tokens": "pool", "layer": 1}, (), 1, "got linear of vision at layer 1"),
-        ({"kind": "mlp3", "visual_tokens": "all"}, (), 1, "a mlp3 projector is not made of one or two"),
+        ({"kind": "mlp3", "visual_tokens": "all"}, (), 1, "mlp3 projector is not made of one or two"),
         ({"kind": "linear", "visual_tokens": "all", "feature_norm": "layer"}, (), 1, "has one norm between"),
         ({"kind": "perceiver4", "visual_tokens": "all"}, (), 1, "has a perceiver projector, which no"),
         ({"kind": "linear", "visual_tokens": "all"}, ("--check", -1), 2, "--check; expected 0 or more"),
