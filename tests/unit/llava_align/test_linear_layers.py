@@ -64,6 +64,9 @@ class Reversed(nn.Module):
 @pytest.mark.parametrize("feature_norm", ["none", "center"])
 def test_a_class_that_does_more_is_refused(inner: nn.Module, feature_norm: str) -> None:
     torch.manual_seed(0)
+    for layer in inner.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
     projector = build_projector("linear", 8, 8, "all", feature_norm=feature_norm)
     if feature_norm == "none":
         projector.map = inner
