@@ -65,7 +65,7 @@ class Intake:
             raise
         finally:
             self.inside -= 1
-            self.metrics.requests[status] += 1
+            self.metrics.requests.labels(status).inc()
 
     @property
     def places(self) -> int:
