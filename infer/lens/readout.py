@@ -112,8 +112,8 @@ def piece_losses(
 ) -> tuple[list[str], list[float]]:
     """Loss in nats of each piece of the last answer, after visual tokens [T, hidden] and the turns before it.
 
-    A piece is one or more tokens that are whole characters; the last, "", is the end token. Raises LlavaError
-    if the dialogue does not fit the model's context.
+    A piece is one or more tokens that are whole characters, unless the answer ends within one; the last, "",
+    is the end token. Raises LlavaError if the dialogue does not fit the model's context.
     """
     example = answerer.conversation.example(turns, max_answer_tokens=1 << 30)
     answerer.llm.require_context("the dialogue", len(visual) + len(example.ids), do="take a shorter one")
@@ -127,7 +127,7 @@ def piece_losses(
     first = 0
     for last in range(1, len(answer)):
         text = answerer.text(answer[first:last])
-        if not text.endswith("\ufffd"):
+        if not text.endswith("\ufffd") or last == len(answer) - 1:
             pieces.append(text)
             summed.append(sum(each[first:last]))
             first = last

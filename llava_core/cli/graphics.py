@@ -50,12 +50,12 @@ class Graphics:
         the terminal shows no pictures."""
         height, width = pixels.shape[:2]
         columns = max(1, round(columns * width / max(height, width)))
+        wide = columns * self.cell[0]
+        high = max(1, round(wide * height / width))
         if self.kitty:
-            return _kitty(pixels, columns)
+            return _kitty(pixels, columns, max(1, round(high / self.cell[1])))
         if self.sixel:
-            wide = columns * self.cell[0]
-            size = wide, max(1, round(wide * height / width))
-            return _sixels(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+            return _sixels(Image.fromarray(pixels).resize((wide, high), Image.Resampling.BICUBIC))
         return ""
 
 
@@ -99,13 +99,16 @@ def _answer(question: str, typed: Callable[[str], None]) -> str:
     return answer
 
 
-def _kitty(pixels: np.ndarray, columns: int) -> str:
-    """u1 [h, w, 3] scaled by the terminal to so many columns: sw.kovidgoyal.net/kitty/graphics-protocol."""
+def _kitty(pixels: np.ndarray, columns: int, rows: int) -> str:
+    """u1 [h, w, 3] scaled by the terminal to columns and rows: sw.kovidgoyal.net/kitty/graphics-protocol.
+
+    Both are given: of columns alone kitty 0.26 makes a flat picture.
+    """
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG")
     data = base64.b64encode(png.getvalue()).decode()
     chunks = [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
-    heads = [f"a=T,f=100,q=2,c={columns},"] + [""] * (len(chunks) - 1)
+    heads = [f"a=T,f=100,q=2,c={columns},r={rows},"] + [""] * (len(chunks) - 1)
     return "".join(
         f"\x1b_G{head}m={int(k < len(chunks))};{chunk}\x1b\\"
         for k, (head, chunk) in enumerate(zip(heads, chunks, strict=True), 1)

@@ -101,11 +101,11 @@ def test_kitty_gets_the_pixels_as_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     parts = re.findall(r"\x1b_G([^;]*);([^\x1b]{1,100})\x1b\\", sent)
     assert "".join(f"\x1b_G{keys};{data}\x1b\\" for keys, data in parts) == sent
     keys = [keys for keys, _ in parts]
-    assert keys == ["a=T,f=100,q=2,c=32,m=1", *["m=1"] * (len(parts) - 2), "m=0"]
+    assert keys == ["a=T,f=100,q=2,c=32,r=10,m=1", *["m=1"] * (len(parts) - 2), "m=0"]
     png = base64.b64decode("".join(data for _, data in parts))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), PIXELS)
     tall = Graphics(kitty=True).sequence(PIXELS.transpose(1, 0, 2), 32)
-    assert "c=20," in tall  # 30 of 48
+    assert "c=20,r=16," in tall  # 30 of 48, and characters twice as high as wide
 
 
 def test_sixels_are_the_pixels_in_256_colours() -> None:
