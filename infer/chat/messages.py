@@ -82,8 +82,8 @@ MESSAGES = {
         "session {number}: {image}, with turns: {turns}",
     ),
     "comparison": (
-        "A 是 {A}，B 是 {B}；B 从下一个问题开始回答，之前的对话它没有",
-        "A is {A}, B is {B}; B answers from the next question on, and knows nothing of earlier turns",
+        "A 是 {A}；B 是 {B}，不知道之前的对话",
+        "A is {A}; B is {B}, without the turns so far",
     ),
     "no comparison": ("不再比较，只有第一个检查点回答", "the first checkpoint answers alone again"),
     "lens": (

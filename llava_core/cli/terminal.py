@@ -157,7 +157,7 @@ def _by_turns(named: Mapping[str, Generator[str, None, None]]) -> Iterator[tuple
 
 def beside(texts: Mapping[str, str]) -> Table:
     """Texts in columns of one width, each below its name."""
-    columns = Table(box=None, expand=True, padding=(0, 1), show_edge=False)
+    columns = Table(box=None, expand=True, padding=(0, 2, 0, 0), pad_edge=False)
     for name in texts:
         columns.add_column(Text(visible(name)), ratio=1, overflow="fold", header_style="bold")
     columns.add_row(*(Text(visible(text, keep="\n\t").strip()) for text in texts.values()))

@@ -157,7 +157,7 @@ def test_two_checkpoints_answer_beside_each_other(world: Folders, tmp_path: Path
         dialogue.show(str(world.images[1]))
     expected += [*both(*others, "看"), *both(a, b, "三"), said(a, "四")]
     assert ended.stdout == "".join(f"{text}\n" for text in expected) + '{"turns": 6, "errors": 0}\n'
-    assert f"A is {world.checkpoint}, B is {second}" in ended.stderr
+    assert f"A is {world.checkpoint}; B is {second}, without" in ended.stderr
 
 
 def on(world: Folders, name: str) -> Folders:
@@ -288,7 +288,7 @@ def test_at_a_terminal(world: Folders, tmp_path: Path) -> None:
         tmux.until("/help 列出命令")
         tmux.enter("看")
         tmux.until("B: 首个 token")
-        (header,) = (line for line in tmux.screen().splitlines() if line.startswith(" A  "))
+        (header,) = (line for line in tmux.screen().splitlines() if line.startswith("A  "))
         assert header.index("B  ") >= 48
         tmux.enter("/lens")
         tmux.until("B: 每个视觉 token 最接近的词")
