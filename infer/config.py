@@ -90,6 +90,8 @@ class ChatConfig(Models):
 
     image: str | None = None
     """Path or URL of the image to begin with."""
+    compare: Path | None = None
+    """Folder of a second checkpoint, which answers beside the first, as after `/compare`."""
     compile: bool = False
     """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
     lang: Literal["auto", "zh", "en"] = "auto"
@@ -102,6 +104,8 @@ class ChatConfig(Models):
 
         super().require_inputs()
         require_image(self.image)
+        if self.compare is not None:
+            require_checkpoint(self.compare)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

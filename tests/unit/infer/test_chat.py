@@ -14,7 +14,7 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.color import Color
 from rich.console import Console
 
-from infer.chat.command import bare_image
+from infer.chat.image_repl import bare_image
 from infer.chat.messages import MESSAGES, pick_language
 from infer.chat.repl import unquoted, with_settings
 from infer.chat.transcript import Transcript, read_transcript, write_transcript
