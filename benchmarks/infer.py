@@ -71,10 +71,8 @@ def main() -> None:
     header = ("turn", "answer", "plain prefill", "first ms", "tokens/s", "ours prefill", "first ms",
               "tokens/s", "equal")  # fmt: skip
     print(table(rows, header))
-    ours, bare = first_token(dialogue, 20 * given.repeat)
-    print(
-        f"first token: {ours:.2f} ms of CPU time, the forward pass alone {bare:.2f}, ratio {ours / bare:.3f}"
-    )
+    first, bare = first_token(dialogue, 20 * given.repeat)
+    print(f"first token: {first:.2f} ms of CPU time, the prefill alone {bare:.2f}, ratio {first / bare:.3f}")
 
 
 def first_token(dialogue: Dialogue, repeat: int) -> tuple[float, float]:
