@@ -72,9 +72,7 @@ def main() -> None:
               "tokens/s", "equal")  # fmt: skip
     print(table(rows, header))
     first, bare = first_token(dialogue, 20 * given.repeat)
-    print(
-        f"first token: {first:.2f} ms of CPU time, the forward pass alone {bare:.2f}, ratio {first / bare:.3f}"
-    )
+    print(f"first token: {first:.2f} ms of CPU time, the prefill alone {bare:.2f}, ratio {first / bare:.3f}")
 
 
 def first_token(dialogue: Dialogue, repeat: int) -> tuple[float, float]:

@@ -152,10 +152,10 @@ def test_two_checkpoints_answer_beside_each_other(world: Folders, tmp_path: Path
     assert read_transcript(file).messages == a.messages
     assert read_transcript(tmp_path / "a-B.json").messages == b.messages
     expected += expected[1:]  # greedily, another answer is the same
-    c, d = a.another(), b.another()
-    for dialogue in (c, d):
+    other_a, other_b = a.another(), b.another()
+    for dialogue in (other_a, other_b):
         dialogue.show(str(world.images[1]))
-    expected += [*both(c, d, "看"), *both(a, b, "三"), said(a, "四")]
+    expected += [*both(other_a, other_b, "看"), *both(a, b, "三"), said(a, "四")]
     assert ended.stdout == "".join(f"{text}\n" for text in expected) + '{"turns": 6, "errors": 0}\n'
     assert f"A is {world.checkpoint}; B is {second}, without" in ended.stderr
 
@@ -299,8 +299,7 @@ def test_at_a_terminal(world: Folders, tmp_path: Path) -> None:
         tmux.enter("/set max-tokens=900 repetition-penalty=1.1")
         tmux.until("max_tokens=900")
         tmux.enter("再看")
-        while not re.search(r"^A  .*\n(.*\S.*\n)+B  .*\n.*\S", tmux.screen(), re.MULTILINE):
-            pass  # until both have begun
+        tmux.until_it_matches(r"^B  .*\n *\S")  # both have begun
         tmux.keys("C-c")
         tmux.until("（已停止）")
         tmux.enter("/sessions")
