@@ -27,6 +27,7 @@ import aiohttp
 from llava_core.cli.console import table
 from llava_core.language.instructions import QUESTION
 
+MODEL = "served"
 PAGE = resource.getpagesize()
 
 
@@ -87,7 +88,8 @@ def main() -> None:
 
 
 def server_command(given: argparse.Namespace) -> list[str]:
-    command = [sys.executable, "-m", "infer", "serve", "--port", "0", "--slots", str(given.slots)]
+    command = [sys.executable, "-m", "infer", "serve", "--port", "0", "--model-id", MODEL]
+    command += ["--slots", str(given.slots)]
     command += ["--compile"] * given.compile
     for name in ("checkpoint", "vision", "llm"):
         command += [f"--{name}", str(getattr(given, name))]
@@ -147,7 +149,7 @@ async def client(
         image = rng.choice(images)
         url = "data:image/jpeg;base64," + base64.b64encode(image.read_bytes()).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-        body = {"messages": [{"role": "user", "content": content}], "stream": True,
+        body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "stream": True,
                 "stream_options": {"include_usage": True}}  # fmt: skip
         try:
             await one(session, base, body, image.name, load)

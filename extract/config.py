@@ -11,7 +11,7 @@ from extract.pipeline_config import PipelineConfig
 from llava_core.cli.download_options import DownloadOptions
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
-from llava_core.filesystem import require_file_place, require_folder
+from llava_core.filesystem import PAGE_BEGINS, require_file_place, require_folder
 from llava_core.input_folders import folders_of, one_or_several, require_vision_encoder, shard_paths
 from llava_core.types import Device
 
@@ -201,7 +201,7 @@ class InspectConfig(Options):
     def require_inputs(self) -> None:
         shard_paths(self.out)
         if self.html is not None:
-            require_file_place("--html", self.html)
+            require_file_place("--html", self.html, PAGE_BEGINS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

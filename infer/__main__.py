@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, RankConfig, ScoreConfig
+from infer.benchmark.config import BenchmarkConfig
+from infer.chat.config import ChatConfig
+from infer.config import AskConfig, BatchConfig, LensConfig, RankConfig, ScoreConfig
 from infer.serve.config import ServeConfig
 from llava_core.cli import command
 from llava_core.cli.options import Command
@@ -14,6 +16,7 @@ COMMANDS = {
     "rank": Command(RankConfig, "infer.rank.command:run", continues=True),
     "serve": Command(ServeConfig, "infer.serve.server:run"),
     "score": Command(ScoreConfig, "infer.score.command:run"),
+    "benchmark": Command(BenchmarkConfig, "infer.benchmark.command:run", continues=True),
     "lens": Command(LensConfig, "infer.lens.command:run"),
 }
 

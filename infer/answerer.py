@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from infer.config import Aligned, Models, QuestionFile
+from infer.config import Aligned, LiveOrStored, Models
 from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
@@ -83,7 +83,7 @@ class ImageAnswerer(FeatureAnswerer):
         return self.project(self.tower.encode_images(images))
 
 
-def open_image_answerer(config: Models | QuestionFile) -> ImageAnswerer:
+def open_image_answerer(config: Models | LiveOrStored) -> ImageAnswerer:
     """Load the three models. Raises LlavaError if the projector was trained for others."""
     assert config.vision is not None
     checkpoint, device = load_checkpoint(config.checkpoint), pick_device(config.device)
@@ -112,7 +112,7 @@ def open_second_answerer(folder: Path, first: ImageAnswerer, config: Models) -> 
     return ImageAnswerer(first.tower, checkpoint.projector, llm, checkpoint.provenance.question)
 
 
-def open_asked_shards(config: QuestionFile) -> list[Shard]:
+def open_asked_shards(config: LiveOrStored) -> list[Shard]:
     """The shards of --features, fused as the projector was trained. Raises LlavaError for too few folders."""
     folders = folders_of(config.features)
     trained = load_checkpoint(config.checkpoint).provenance.encoder

@@ -85,73 +85,84 @@ class AskConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig(Models):
-    """Talk about images at the terminal, or over a pipe: a question a line; `/help` lists the commands."""
+class LiveOrStored(Aligned):
+    """Flags of every command that answers about live images, or about rows of feature shards."""
 
-    image: str | None = None
-    """Path or URL of the image to begin with."""
-    compare: Path | None = None
-    """Folder of a second checkpoint, which answers beside the first, as after `/compare`."""
-    compile: bool = False
-    """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
-    lang: Literal["auto", "zh", "en"] = "auto"
-    """Language of remarks and help; auto: that of the locale."""
-    allow_private: bool = False
-    """Let the image address of a dialogue that is loaded lead to this machine or a private network."""
+    features: tuple[Path, ...] | Path | None = None
+    """Folder of feature shards, or one of them, to ask about in place of images: every row once, or, of a
+    server, those that requests name. Of several encoders that were fused each, in any order."""
+    vision: tuple[Path, ...] | Path | None = None
+    """Folder of the vision encoder it was trained for, or several that were fused; --features does
+    without."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", one_or_several("features", self.features))
+        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
+        if self.features is None and self.vision is None:
+            raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
 
     def require_inputs(self) -> None:
-        from llava_core.vision.image_files import require_image  # with aiohttp, which --help does without
-
         super().require_inputs()
-        require_image(self.image)
-        if self.compare is not None:
-            require_checkpoint(self.compare)
+        require_shards("--features", self.features)
+        for folder in folders_of(self.vision):
+            require_vision_encoder(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionFile(Aligned, DownloadOptions):
+class Asked(LiveOrStored, DownloadOptions):
+    """Flags of every command that asks many questions."""
+
+    output: Path
+    """JSONL file of the answers."""
+    batch_size: int = 16
+    """Questions whose images are encoded, and which are answered, together."""
+
+    def __post_init__(self) -> None:
+        DownloadOptions.__post_init__(self)
+        self.require_above_zero("batch_size")
+        LiveOrStored.__post_init__(self)
+
+    def require_inputs(self) -> None:
+        super().require_inputs()
+        require_file_place("--output", self.output)
+
+    @property
+    def asked(self) -> str:
+        """What the questions are about, for messages."""
+        return ", ".join(map(str, folders_of(self.features)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionFile(Asked):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
 
     input: Path | None = None
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
     read, `prompt` may be left out, and other keys are kept."""
-    features: tuple[Path, ...] | Path | None = None
-    """Folder of feature shards, or one of them, to ask about in place of images: every row once. Of several
-    encoders that were fused each, in any order."""
     text: str | None = None
     """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
-    vision: tuple[Path, ...] | Path | None = None
-    """Folder of the vision encoder it was trained for, or several that were fused; --features does
-    without."""
     output: Path
     """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
     `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
     prompt: str | None = None
     """The question of lines that have none; by default the first instruction it was trained with."""
-    batch_size: int = 16
-    """Questions whose images are encoded, and which are answered, together."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_above_zero("batch_size")
-        object.__setattr__(self, "features", one_or_several("features", self.features))
-        object.__setattr__(self, "vision", one_or_several("vision", self.vision, "a model's folder"))
         if (self.input is None) == (self.features is None):
             raise LlavaError("give either --input or --features", exit_code=2)
         if self.text is not None and self.features is None:
             raise LlavaError("--text", expected="--features, whose rows it is about", exit_code=2)
-        if self.input is not None and self.vision is None:
-            raise LlavaError("--vision is missing", do="give the vision encoder's folder", exit_code=2)
+        super().__post_init__()
 
     def require_inputs(self) -> None:
         super().require_inputs()
-        require_file_place("--output", self.output)
-        require_shards("--features", self.features)
         require_matches("--text", self.text)
         if self.input is not None:
             require_file("--input", self.input)
-        for folder in folders_of(self.vision):
-            require_vision_encoder(folder)
+
+    @property
+    def asked(self) -> str:
+        return str(self.input or super().asked)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,25 +255,3 @@ class LensConfig(Models):
         require_file_place("--out", self.out)
         require_image(self.image)
         require_image(self.other)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatLlmConfig(Sampling, Options):
-    """Talk to the bare language model at the terminal, or over a pipe: no image, no projector."""
-
-    llm: Path
-    """Folder of the language model."""
-    system: str = ""
-    """System prompt; none by default."""
-    thinking: bool = False
-    """Let it think before it answers, if its chat template has that switch. Qwen3 then wants
-    --temperature 0.6 --top-p 0.95 --top-k 20: greedy thoughts go in circles."""
-    max_tokens: int = 2048
-    """Longest answer, in tokens, with the thoughts before it."""
-    device: Device = "auto"
-    """Where to compute."""
-    lang: Literal["auto", "zh", "en"] = "auto"
-    """Language of remarks and help; auto: that of the locale."""
-
-    def require_inputs(self) -> None:
-        require_language_model(self.llm)

@@ -13,7 +13,18 @@ from llava_core import __version__
 
 if TYPE_CHECKING:
     from llava_align.aligned_model import AlignedChat, AlignedModel
-    from llava_align.commands import ExtractSummary, SweepSummary, TrainSummary, extract, sweep, train
+    from llava_align.commands import (
+        CurateSummary,
+        ExtractSummary,
+        ScalingSummary,
+        SweepSummary,
+        TrainSummary,
+        curate,
+        extract,
+        scaling,
+        sweep,
+        train,
+    )
     from llava_align.feature_dataset import FeatureDataset, FeatureRow
     from llava_core.errors import LlavaError
     from llava_core.language.forced_choice import Choice
@@ -23,17 +34,21 @@ __all__ = [
     "AlignedChat",
     "AlignedModel",
     "Choice",
+    "CurateSummary",
     "ExtractSummary",
     "FeatureDataset",
     "FeatureRow",
     "LlavaError",
+    "ScalingSummary",
     "SweepSummary",
     "TrainSummary",
     "__version__",
+    "curate",
     "extract",
     "register_projector",
     "register_vision_encoder",
     "register_visual_tokens",
+    "scaling",
     "sweep",
     "train",
 ]

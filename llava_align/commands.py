@@ -1,4 +1,4 @@
-"""`extract`, `train` and `sweep` from Python: the commands, with their flags as keywords."""
+"""`extract`, `curate`, `train`, `sweep` and `scaling` from Python: the commands, with flags as keywords."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ class ExtractSummary:
 
 
 @dataclasses.dataclass(frozen=True)
+class CurateSummary:
+    """Figures of `extract curate`."""
+
+    out: Path
+    """The row list, for `train(rows=…)`."""
+    rows: int
+    """Rows with features."""
+    kept: int
+    figures: JsonDict
+    """All that `extract curate --json` prints."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSummary:
     """Figures of `train run`."""
 
@@ -59,6 +72,15 @@ class SweepSummary:
     """All that `train sweep --json` prints."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ScalingSummary(SweepSummary):
+    """Figures of `train scaling`."""
+
+    laws: list[JsonDict]
+    """Of each combination in `space`: E, A, alpha, what twice the rows bring (doubling) and the losses
+    predicted, with the ends of their intervals (E_low, E_high, …); alpha is None where there is no law."""
+
+
 def extract(data: str | Path, *, out: str | Path, vision: str | Path, **flags: Any) -> ExtractSummary:
     """Encode the images of `data` once into feature shards in `out`; a second call continues.
 
@@ -72,6 +94,21 @@ def extract(data: str | Path, *, out: str | Path, vision: str | Path, **flags: A
     config = _config(RunConfig, {"data": data, "out": out, "vision": vision, **flags})
     figures = run(config)
     return ExtractSummary(config.out, figures["rows"], figures["ok"], figures["failed"], figures)
+
+
+def curate(features: Paths, *, out: str | Path, **flags: Any) -> CurateSummary:
+    """List in `out`, a parquet file, which rows of feature shards are worth training on.
+
+    `features` is a folder, or a list of folders of one encoder; other keywords are the flags of `extract
+    curate` (`vision="models/clip"`, `html="page.html"`). Raises LlavaError, also if no row is left, and
+    TypeError for an unknown keyword.
+    """
+    from extract.curate.command import run
+    from extract.curate.config import CurateConfig
+
+    config = _config(CurateConfig, {"features": features, "out": out, **flags})
+    figures = run(config)
+    return CurateSummary(config.out, figures["rows"], figures["kept"], figures)
 
 
 def train(
@@ -127,6 +164,36 @@ def sweep(
     config = _config(SweepConfig, given)
     figures = _with_own_seed(run, config)
     return SweepSummary(config.out, config.out / "best", figures)
+
+
+def scaling(
+    features: Paths,
+    *,
+    sizes: Iterable[int] | str,
+    eval_features: Paths,
+    llm: str | Path,
+    out: str | Path,
+    space: Mapping[str, Iterable[Any] | str] | str | Path | None = None,
+    recipe: str | None = None,
+    **flags: Any,
+) -> ScalingSummary:
+    """Train on random subsets of these `sizes` and fit loss = E + A·N^-alpha to their held-out losses.
+
+    `space` is as for `sweep`: each combination has a law of its own. Other keywords are the flags of `train
+    scaling` (`seeds=5`). Raises as `train` does.
+    """
+    from train.recipes import RECIPES
+    from train.sweep.command import run
+    from train.sweep.config import ScalingConfig
+
+    if not isinstance(sizes, Iterable):
+        raise LlavaError("sizes", expected='a list of numbers, or "500,1k,2k,4k"', got=repr(sizes))
+    listed = sizes if isinstance(sizes, str) else ",".join(map(str, sizes))
+    paths = {"features": features, "eval_features": eval_features, "llm": llm, "out": out}
+    varied = {"sizes": listed, "space": _space(space or {})}
+    config = _config(ScalingConfig, {**paths, **varied, **_recipe(RECIPES, recipe), **flags})
+    figures = _with_own_seed(run, config)
+    return ScalingSummary(config.out, config.out / "best", figures, figures.get("laws", []))
 
 
 def _with_own_seed(run: Callable[[Config], JsonDict], config: Config) -> JsonDict:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # which --help does without
 
 LACKING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """Numbers of an OSError that mean the file system (some network and FUSE ones) has no locks or fsync."""
+PAGE_BEGINS = b"<!doctype html"
+"""First bytes of a page of this project."""
 
 
 def read_json_lines(path: Path) -> list[JsonDict]:
@@ -32,15 +34,28 @@ def read_json_lines(path: Path) -> list[JsonDict]:
     return [json.loads(line) for line in lines]
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write or replace a text file atomically: UTF-8, under a temporary name, then renamed."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write or replace a file atomically: yields a temporary name, which then becomes `path`.
+
+    After an error nothing is left of it, and an OSError names the file.
+    """
     partial = path.with_name(path.name + ".part")
     try:
-        partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        error.filename = error.filename or str(path)  # which a full disk leaves out
+        yield partial
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # which a full disk leaves out
         raise
-    partial.replace(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write or replace a text file atomically, as UTF-8."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_all(descriptor: int, data: bytes | bytearray | np.ndarray, offset: int) -> None:
@@ -220,7 +235,19 @@ def require_file(flag: str, path: Path) -> None:
         raise LlavaError(flag, expected="a file", got=f"the folder {path}", exit_code=2)
 
 
-def require_file_place(flag: str, path: Path) -> None:
-    """Raise LlavaError (wrong usage) if the path of a file to be written is a folder."""
+def require_file_place(flag: str, path: Path, begins: bytes = b"") -> None:
+    """Raise LlavaError (wrong usage) unless a file can be written at the path: it is no folder, is in one
+    that can be written to, and replaces no file that does not begin with these bytes."""
     if path.is_dir():
         raise LlavaError(flag, expected="a file", got=f"the folder {path}", exit_code=2)
+    folder = nearest_existing(path.absolute().parent)
+    if not folder.is_dir():
+        raise LlavaError(flag, expected="a file in a folder", got=f"one in the file {folder}", exit_code=2)
+    if not path.exists() and not os.access(folder, os.W_OK):
+        raise LlavaError(flag, expected="a folder that can be written to", got=folder, exit_code=2)
+    if begins and path.is_file():
+        with path.open("rb") as file:
+            known = file.read(len(begins))
+        if known and known.lower() != begins:
+            got = f"{path}, which is something else"
+            raise LlavaError(flag, expected="a new file, or such a one to replace", got=got, exit_code=2)

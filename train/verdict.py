@@ -21,38 +21,38 @@ from llava_core.shuffled_pairs import picture_numbers
 from llava_core.types import JsonDict
 from train.data.samples import Samples
 
-LOOKED_AT = 256
+ROWS_READ = 256
 """Training rows, evenly spaced, whose features and captions are looked at before the first step."""
 ANSWERS = 16
 """Held-out pictures that the model describes after the last step."""
-LATEST = 0.1
+LAST_SHARE = 0.1
 """Share of the logged training losses, the last ones, that stands for the loss at the end."""
 
-EMPTY = 0.1
+MOST_EMPTY = 0.1
 """Share of rows whose features are zero or another row's, above which the data are broken."""
-VARIED = 1e-4
+LEAST_VARIED = 1e-4
 """Share of the features' energy by which pictures differ, below which they are all the same."""
-REPEATED = 0.5
+MOST_REPEATED = 0.5
 """Share of rows with one and the same caption above which there is nothing to learn."""
-CUT = 0.5
+MOST_CUT = 0.5
 """Share of captions cut at --max-text-tokens above which the model does not learn where they end."""
-LOUD = 200
+MOST_RMS = 200
 """RMS of visual tokens over that of words' embeddings above which the rate was too high: on the demo's world
 healthy runs had 1 to 28 and those at a hundred times the rate 360; with real parts there were up to 93."""
-WORSE = 0.05
+DIVERGED_RISE = 0.05
 """Rise of the held-out loss over that before the first step that is divergence, as a share of it, if the
 training loss is above that, too."""
-OVER = 0.05
+OVERFIT_RISE = 0.05
 """Rise of the held-out loss over its lowest that is overfitting, as a share of it."""
-APART = 1.5
+OVERFIT_RATIO = 1.5
 """Held-out loss over the training loss above which a run overfits."""
-BEGUN = 0.1
+LEAST_FALL = 0.1
 """Fall of the held-out loss, as a share of it, below which a run has hardly begun."""
-SEEN = 0.02
+LEAST_GAP = 0.02
 """Grounding gap, as a share of the held-out loss, up to which the picture says nothing."""
-SAME = 0.5
+MOST_PARROTED = 0.5
 """How much larger the share of answers with one text is than that of the true ones where a model parrots."""
-STILL = 0.05
+MOST_LATE = 0.05
 """Share of the fall that came in the second half of the steps, above which more steps help."""
 
 
@@ -178,7 +178,7 @@ class Verdict:
 
 
 def data_figures(samples: Samples) -> JsonDict:
-    """What LOOKED_AT of the samples with a picture are like.
+    """What ROWS_READ of the samples with a picture are like.
 
     data_varied: the share of their pooled features' energy by which pictures differ; data_empty: the share of
     rows whose features are zero, or those of the row before, which shows another picture; captions_repeated:
@@ -186,7 +186,7 @@ def data_figures(samples: Samples) -> JsonDict:
     picture neither vary nor repeat: then there are data_empty and captions_cut alone.
     """
     shown = samples.with_picture
-    indices = shown[:: -(-len(shown) // LOOKED_AT)].tolist()
+    indices = shown[:: -(-len(shown) // ROWS_READ)].tolist()
     pooled = samples.read(indices).float().mean(1)
     energy = pooled.square().sum(1).mean().item()
     empty = (pooled == 0).all(1)
@@ -218,27 +218,27 @@ def verdict_of(metrics: Sequence[JsonDict], continued: bool = False) -> Verdict 
     if found := broken(data):
         return Verdict("broken data", found)
     fall = FOUND["fall"].of(first=first["eval_loss"], last=last["eval_loss"])
-    if (rms := last.get("eval_visual_rms", 0)) > LOUD:
+    if (rms := last.get("eval_visual_rms", 0)) > MOST_RMS:
         return Verdict("diverging", (FOUND["loud"].of(rms=rms), fall))
     trained = trained_loss(metrics)
-    worse = min(last["eval_loss"] / (1 + WORSE), trained) > first["eval_loss"]
+    worse = min(last["eval_loss"] / (1 + DIVERGED_RISE), trained) > first["eval_loss"]
     if worse or not math.isfinite(last["eval_loss"]):
         return Verdict("diverging", (fall, FOUND["trained"].of(loss=trained)))
     best = min(evals, key=lambda line: float(line["eval_loss"]))
-    if last["eval_loss"] > min(best["eval_loss"] * (1 + OVER), trained * APART):
+    if last["eval_loss"] > min(best["eval_loss"] * (1 + OVERFIT_RISE), trained * OVERFIT_RATIO):
         rise = {"best": best["eval_loss"], "step": best["step"], "last": last["eval_loss"]}
         return Verdict("overfitting", (FOUND["rise"].of(**rise, trained=trained),))
-    hardly_begun = first["eval_loss"] - last["eval_loss"] < BEGUN * first["eval_loss"]
+    hardly_begun = first["eval_loss"] - last["eval_loss"] < LEAST_FALL * first["eval_loss"]
     if hardly_begun and last is not first and not continued:
         return Verdict("underfitting", (fall,))
     if same := parroted(last.get("eval_captions", ())):
         return Verdict("parroting", (same,))
     falls = (fall,) if last is not first else ()
     gap, low = last["eval_grounding_gap"], last["eval_grounding_gap_low"]
-    if gap is not None and (gap < SEEN * last["eval_loss"] or (low is not None and low <= 0)):
+    if gap is not None and (gap < LEAST_GAP * last["eval_loss"] or (low is not None and low <= 0)):
         return Verdict("blind", (*falls, FOUND["no gap"].of(gap=gap)))
     late = late_share(evals)
-    if late is not None and late > STILL and not hardly_begun:
+    if late is not None and late > MOST_LATE and not hardly_begun:
         return Verdict("underfitting", (fall, FOUND["late"].of(share=late)))
     unknown = (FOUND["unknown"],) if falls and late is None else ()
     return Verdict("healthy", (*falls, *([] if gap is None else [FOUND["gap"].of(gap=gap)]), *unknown))
@@ -249,13 +249,13 @@ def broken(data: JsonDict) -> tuple[Text, ...]:
     if not data:
         return ()
     found = []
-    if data["data_empty"] > EMPTY:
+    if data["data_empty"] > MOST_EMPTY:
         found.append(FOUND["empty"].of(share=data["data_empty"]))
-    elif data.get("data_varied", 1) < VARIED:
+    elif data.get("data_varied", 1) < LEAST_VARIED:
         found.append(FOUND["alike"])
-    if data.get("captions_repeated", 0) > REPEATED:
+    if data.get("captions_repeated", 0) > MOST_REPEATED:
         found.append(FOUND["repeated"].of(share=data["captions_repeated"]))
-    if data["captions_cut"] > CUT:
+    if data["captions_cut"] > MOST_CUT:
         found.append(FOUND["cut"].of(share=data["captions_cut"]))
     return tuple(found)
 
@@ -278,7 +278,7 @@ def late_share(evals: Sequence[JsonDict]) -> float | None:
 def trained_loss(metrics: Sequence[JsonDict]) -> float:
     """The training loss of the last steps that were logged; infinite if none was."""
     losses = [line["loss"] for line in metrics if "loss" in line] or [math.inf]
-    return statistics.fmean(losses[-max(1, round(LATEST * len(losses))) :])
+    return statistics.fmean(losses[-max(1, round(LAST_SHARE * len(losses))) :])
 
 
 def parroted(lines: Sequence[JsonDict]) -> Text | None:
@@ -289,6 +289,6 @@ def parroted(lines: Sequence[JsonDict]) -> Text | None:
     for name in ("generated", "written"):
         texts = collections.Counter(" ".join(line[name].split()) for line in lines)
         shares[name] = max(texts.values()) / len(lines)
-    if shares["generated"] - shares["written"] <= SAME:
+    if shares["generated"] - shares["written"] <= MOST_PARROTED:
         return None
     return FOUND["same"].of(said=shares["generated"], true=shares["written"], pictures=len(lines))

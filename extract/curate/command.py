@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,18 @@ import pyarrow as pa
 from extract.curate.cached_rows import CachedRows, read_rows
 from extract.curate.config import CurateConfig
 from extract.curate.near_duplicates import near_duplicates
-from extract.curate.pair_score import FIT_ROWS, PairScores, fit_scores, text_tower_scores
+from extract.curate.pair_score import FIT_ROWS, LEAST_PAIRS, PairScores, fit_scores, text_tower_scores
 from extract.curate.reasons import REASONS, caption_reasons
 from extract.curate.word_order import order_scores
 from llava_core.cli.console import counted, say, show, table
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
+from llava_core.filesystem import Lock
 from llava_core.input_folders import folders_of
 from llava_core.row_status import Status
 from llava_core.shards.folder import find_shards, require_one_encoder
-from llava_core.shards.row_list import write_row_list
+from llava_core.shards.reader import Shard
+from llava_core.shards.row_list import name_of, require_own, write_row_list
 from llava_core.types import JsonDict
 from llava_core.vision.similarity import open_both_towers
 from llava_core.vision.tower import VisionTower
@@ -55,8 +58,15 @@ class Curation:
 def run(config: CurateConfig) -> JsonDict:
     """Write the list, and with --html the page; returns the counts by reason and the thresholds."""
     shards = [shard for folder in folders_of(config.features) for shard in find_shards(folder)]
-    require_one_encoder(shards)
-    found = curate(config, read_rows(shards))
+    require_one_encoder(shards, "give one kind: with --fuse, the list of any of the fused caches serves")
+    require_no_copies(shards)
+    require_own(config.out)
+    with Lock(config.out):
+        return _conclude(config, curate(config, read_rows(shards)))
+
+
+def _conclude(config: CurateConfig, found: Curation) -> JsonDict:
+    """Print the counts and write list and page; returns the figures."""
     kept = int((found.reasons == "").sum())
     counts = Counter(found.reasons.tolist())
     by_reason = {reason or "kept": counts[reason] for reason in REASONS if counts[reason] or not reason}
@@ -82,6 +92,14 @@ def run(config: CurateConfig) -> JsonDict:
         say(f"page written: {config.html}")
         figures["html"] = str(config.html)
     return figures
+
+
+def require_no_copies(shards: Sequence[Shard]) -> None:
+    """Raise LlavaError if two shards are copies of one, whose rows a list cannot tell apart."""
+    known: dict[str, Shard] = {}
+    for shard in shards:
+        if (other := known.setdefault(shard.layout.uid, shard)) is not shard:
+            raise LlavaError(f"{shard.path} is a copy of {other.path}", do="give --features one of them")
 
 
 def curate(config: CurateConfig, rows: CachedRows) -> Curation:
@@ -141,7 +159,7 @@ def _judge_order(config: CurateConfig, found: Curation) -> None:
     if len(left) < FIT_ROWS or config.unordered == 1:
         return
     scores, numbers = order_scores([found.rows.captions[k] for k in left.tolist()])
-    if not len(numbers):
+    if len(numbers) < LEAST_PAIRS:
         return
     threshold = scores.threshold if config.unordered is None else config.unordered
     if config.unordered is None and scores.wrong > MOST_WRONG:
@@ -169,6 +187,9 @@ def _scores(config: CurateConfig, found: Curation) -> PairScores | None:
             raise LlavaError("--score fit", expected=f"{FIT_ROWS} rows or more", got=len(captions), do=do)
     if not known:
         say(f"pairs not scored: fewer than {FIT_ROWS} rows to fit on, and no --vision with a text tower")
+        return None
+    if (pairs := min(len(scores.shuffled) for scores in known.values())) < LEAST_PAIRS:
+        say(f"pairs not scored: {counted(pairs, 'shuffled pair')} with another caption, {LEAST_PAIRS} needed")
         return None
     best = max(known, key=lambda name: known[name].separation)
     told = ", ".join(f"{name} {scores.separation:.1%}" for name, scores in known.items())
@@ -206,7 +227,7 @@ def _say_of_other_words(found: Curation) -> None:
     other = sum(rows.captions[k] != rows.captions[found.duplicate_of[k]] for k in twice)
     if other:
         say(
-            f"{counted(other, 'near-duplicate')} with a caption of their own dropped: "
+            f"near-duplicates dropped although their captions differ: {other:,}; "
             "--same-picture 2 keeps several captions of one picture"
         )
 
@@ -219,7 +240,7 @@ def write_list(path: Path, found: Curation) -> None:
     ]
     places = np.concatenate([rows.places, np.array(text, np.int64).reshape(-1, 2)])
     order = np.lexsort((places[:, 1], places[:, 0]))
-    first = [f"{rows[k][0].path.name} {rows[k][1]}" if k >= 0 else None for k in found.duplicate_of.tolist()]
+    first = [f"{name_of(rows[k][0])} {rows[k][1]}" if k >= 0 else None for k in found.duplicate_of.tolist()]
     columns = {
         "similarity": found.per_row(found.scores.similarity if found.scores else None),
         "p": found.per_row(found.scores.p if found.scores else None),

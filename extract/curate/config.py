@@ -9,7 +9,7 @@ from typing import Literal
 from extract.config import require_count
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
-from llava_core.filesystem import require_file_place
+from llava_core.filesystem import PAGE_BEGINS, require_file_place
 from llava_core.input_folders import one_or_several, require_shards, require_vision_encoder
 from llava_core.types import Device
 
@@ -20,9 +20,9 @@ Language = Literal["auto", "any", "zh", "other"]
 class CurateConfig(Options):
     """List which rows of a finished cache are worth training on, for `train run --rows`. Downloads nothing.
 
-    A row is dropped for the first of these reasons: blank features, no, a short, a foreign or a repeated
-    caption, words in no order, a caption that fits its picture no better than shuffled ones, a picture that
-    came before.
+    A row is dropped for the first of these reasons: blank features; no caption; a short one, one in another
+    language, or one that many rows have; words in no order; a caption that fits its picture no better than
+    those of other rows do; a picture that came before.
     """
 
     features: tuple[Path, ...] | Path
@@ -58,6 +58,7 @@ class CurateConfig(Options):
     def __post_init__(self) -> None:
         require_count(self.sample)
         self.require_above_zero("same_picture", "most_repeats")
+        self.require_at_least(0, "least_width")
         object.__setattr__(self, "features", one_or_several("features", self.features))
         for name in ("mismatched", "unordered"):
             if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
@@ -70,6 +71,9 @@ class CurateConfig(Options):
         require_shards("--features", self.features)
         require_file_place("--out", self.out)
         if self.html is not None:
-            require_file_place("--html", self.html)
+            require_file_place("--html", self.html, PAGE_BEGINS)
+            if self.html.absolute() == self.out.absolute():
+                expected = "another file than --out, which is no page"
+                raise LlavaError("--html", expected=expected, got=self.html, exit_code=2)
         if self.vision is not None:
             require_vision_encoder(self.vision)

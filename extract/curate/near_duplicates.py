@@ -19,8 +19,9 @@ ROUNDING = 1e-4
 def near_duplicates(pooled: np.ndarray, least: float) -> np.ndarray:
     """For each row [N, D] the first row, itself kept, that it is a near-duplicate of; else -1. int64 [N].
 
-    Two rows are near-duplicates if the cosine of what differs from the mean row is at least `least`. Rows are
-    gone through in their order, so the first of a group is the one that is kept.
+    Two rows are near-duplicates if the cosine of what differs from the mean row is at least `least`, or if
+    neither differs from it. Rows are gone through in their order, so the first of a group is the one that is
+    kept.
     """
     of = np.full(len(pooled), -1)
     if len(pooled) < 2 or least > 1:
@@ -42,6 +43,8 @@ def near_duplicates(pooled: np.ndarray, least: float) -> np.ndarray:
                 others = others[(others < row) & (of[others] < 0)]
                 of[row] = others[0] if len(others) else -1
             bar.update(min(BLOCK, len(rows) - start))
+    mean = np.flatnonzero(lengths == 0)  # which are near no other row
+    of[mean[1:]] = mean[:1]
     return of
 
 

@@ -14,12 +14,11 @@ from extract.inspect.histogram import Histogram
 from extract.inspect.svg import bars, share_bar
 from extract.statistics import spread
 from llava_core.filesystem import replace_text
-from llava_core.report.page import REPORT_STYLE, fill
+from llava_core.report.page import report
 from llava_core.report.tables import facts, table, totals
 from llava_core.types import JsonDict
 
 BINS = 40
-LIKE = Path(inspect_page.__file__).with_name("page.html")
 
 
 def write_page(path: Path, found: Curation, figures: JsonDict, sample: int) -> None:
@@ -45,12 +44,16 @@ def write_page(path: Path, found: Curation, figures: JsonDict, sample: int) -> N
         ),
         "pairs": escape(_pairs(figures)),
         "histograms": _histograms(found),
-        "sampled": escape(_sampled(found, len(chosen))),
-        "choices": "".join(f"<option>{name}</option>" for name in by_reason),
-        "gallery": "".join(_tile(found, row) for row in chosen),
-        "facts": _facts(found, figures),
+        "rows": inspect_page.gallery(
+            escape(_sampled(found, len(chosen))),
+            "reason",
+            by_reason,
+            [_tile(found, row) for row in chosen],
+            _facts(found, figures),
+        ),
     }
-    replace_text(path, fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE, like=LIKE))
+    page = Path(__file__).with_name("page.html")
+    replace_text(path, report(page, parts, "extract curate --html", like=inspect_page.PAGE))
 
 
 def choose(found: Curation, sample: int) -> list[int]:

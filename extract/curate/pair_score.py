@@ -24,6 +24,8 @@ from llava_core.vision.tower import VisionTower
 SHUFFLED_PAIRS = 200_000
 """Shuffled pairs that are drawn, about, and at least LEAST_SHUFFLES for each row."""
 LEAST_SHUFFLES = 4
+LEAST_PAIRS = 100
+"""Fewest shuffled pairs that others are judged beside: of fewer, none is the best 1 %."""
 FOLDS = 4
 """Parts of the cache; each is scored by what is fitted on the others."""
 FIT_ROWS = 256
@@ -162,7 +164,7 @@ def fit_scores(features: np.ndarray, captions: Sequence[str]) -> PairScores:
 def telling_terms(captions: Sequence[str]) -> dict[str, int]:
     """The most telling terms, numbered: words, or Han characters, and pairs of neighbours; those that are in
     half of the captions tell most."""
-    counts = Counter(term for caption in captions for term in set(_terms(caption)))
+    counts = Counter(term for caption in captions for term in set(_terms_and_pairs(caption)))
     order = sorted(counts, key=lambda term: (-counts[term] * (len(captions) - counts[term]), term))
     return {term: number for number, term in enumerate(order[:TERMS])}
 
@@ -171,7 +173,7 @@ def term_matrix(captions: Sequence[str], terms: Mapping[str, int]) -> np.ndarray
     """Which captions have which terms, 0 or 1: fp32 [N, terms]."""
     matrix = np.zeros((len(captions), max(1, len(terms))), np.float32)
     for row, caption in enumerate(captions):
-        matrix[row, [terms[term] for term in set(_terms(caption)) if term in terms]] = 1
+        matrix[row, [terms[term] for term in set(_terms_and_pairs(caption)) if term in terms]] = 1
     return matrix
 
 
@@ -180,7 +182,7 @@ def terms_of(caption: str) -> list[str]:
     return TERM.findall(caption.lower())
 
 
-def _terms(caption: str) -> Iterator[str]:
+def _terms_and_pairs(caption: str) -> Iterator[str]:
     terms = terms_of(caption)
     yield from terms
     yield from map(" ".join, itertools.pairwise(terms))

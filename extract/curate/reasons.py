@@ -18,8 +18,8 @@ Reason = Literal[
 ]  # fmt: skip
 REASONS: tuple[Reason, ...] = get_args(Reason)
 """All reasons; the first stands for a row that is kept."""
-MOST = 0.6
-"""Least share of the captions whose language is that of the cache (`auto`)."""
+LANGUAGE_SHARE = 0.6
+"""Share of the captions from which their language is that of the cache (`auto`)."""
 
 
 def caption_reasons(
@@ -34,7 +34,7 @@ def caption_reasons(
     worded = np.array([bool(caption) for caption in captions], bool)
     if language == "auto":
         share = float(chinese[worded].mean()) if worded.any() else 1.0
-        language = "zh" if share >= MOST else "other" if share <= 1 - MOST else "any"
+        language = "zh" if share >= LANGUAGE_SHARE else "other" if share <= 1 - LANGUAGE_SHARE else "any"
     counts = Counter(captions)
 
     def reason(caption: str, is_chinese: bool) -> Reason:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from extract.sources.base import host_of
 from extract.statistics import CacheStatistics, broken_down, fit_shown, spread, stored_as
 from llava_core.cli.console import human_bytes
 from llava_core.filesystem import replace_text
-from llava_core.report.page import REPORT_STYLE, fill
+from llava_core.report.page import report, section
 from llava_core.report.tables import facts, table, totals
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 from llava_core.types import JsonDict
 
+PAGE = Path(__file__).with_name("page.html")
 BINS = 24
 HOSTS, SOURCES = 15, 15
 """Hosts, and source files, that are shown."""
@@ -60,12 +61,15 @@ def _page(stats: CacheStatistics, sample: int) -> str:
         "outcomes": share_bar(stats.figures["by_status"]) + _outcomes(stats),
         "hosts": _hosts(stats),
         "histograms": "".join(_chart(name, shape, stats) for name, shape in shapes.items() if shape),
-        "sampled": _sampled(stats, chosen),
-        "choices": "".join(f"<option>{label}</option>" for label in _labels(chosen)),
-        "gallery": "".join(tile(shard, row) for shard, row in chosen),
-        "facts": _facts(stats),
+        "rows": gallery(
+            _sampled(stats, chosen),
+            "outcome",
+            _labels(chosen),
+            [tile(shard, row) for shard, row in chosen],
+            _facts(stats),
+        ),
     }
-    return fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE)
+    return report(PAGE, parts, "extract inspect --html")
 
 
 def _bytes(n: int) -> str:
@@ -141,6 +145,13 @@ def _sampled(stats: CacheStatistics, chosen: Sequence[tuple[Shard, int]]) -> str
 
 def _labels(chosen: Sequence[tuple[Shard, int]]) -> list[str]:
     return [Status(code).label for code in sorted({int(shard.status[row]) for shard, row in chosen})]
+
+
+def gallery(sampled: str, kind: str, choices: Iterable[str], tiles: Iterable[str], facts: str) -> str:
+    """The sections with rows, which may be filtered by their `kind` (outcome, reason), and with facts."""
+    options = "".join(f"<option>{choice}</option>" for choice in choices)
+    parts = {"sampled": sampled, "kind": kind, "choices": options, "tiles": "".join(tiles), "facts": facts}
+    return section(PAGE.with_name("gallery.html"), parts)
 
 
 def tile(shard: Shard, row: int, verdict: str | None = None, notes: Sequence[str] = ()) -> str:

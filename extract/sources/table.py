@@ -12,12 +12,14 @@ import pyarrow as pa
 
 from extract.sources.base import Columns, DataFlags, Images, Source, is_address
 from extract.sources.local_images import LocalImages, local_images
-from extract.sources.stored_images import StoredImages, is_base64, value_at
+from extract.sources.stored_images import StoredImages
 from llava_core.errors import LlavaError
 from llava_core.row_status import Outcome, Status
 from llava_core.shards.dialogue import Dialogue
 from llava_core.tables.column_names import IDS, IMAGES, NAMES_ONLY, TEXTS
 from llava_core.tables.conversations import decoded, names_media, query_messages, with_system
+from llava_core.tables.image_values import image_ref, is_base64, value_at
+from llava_core.tables.questions import ANSWERS, QUESTION, question_rows, turn_of
 from llava_core.tables.shown import shown
 from llava_core.tables.table_files import DamagedTable, Table, open_table
 from llava_core.tables.words import SAMPLE, WordReader, Words
@@ -75,7 +77,7 @@ class _Reader:
         refs = [""] * len(values)
         if self.stored is None or self.ref is not None:
             for row, value in enumerate(self._image_values(rows)):
-                refs[row], several = _ref(value)
+                refs[row], several = image_ref(value)
                 if several:
                     outcomes[row] = Outcome(Status.SEVERAL_IMAGES)
                 elif value in EMPTY and self._is_text_only(words[row], values[row]):
@@ -111,6 +113,8 @@ class _Reader:
     def texts(self, rows: int) -> list[Any]:
         values = self._coalesced(self.text, TEXTS, rows)
         beside = {name.lower(): name for name in self.table.names}
+        if self.text.lower() in ANSWERS and QUESTION in beside:
+            return [turn_of(row) for row in question_rows(self.table, rows)]
         if self.text.lower() != "response" or "query" not in beside:
             return values
         queries = self.table.values(beside["query"], rows)
@@ -248,15 +252,3 @@ def _only(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(decoded(value))
-
-
-def _ref(value: Any) -> tuple[str, bool]:
-    """Address or path in a value, and whether there are several."""
-    if isinstance(value, list) and len(value) > 1:
-        return "", True
-    value = _only(value)
-    if isinstance(value, dict):
-        value = value.get("path") or value.get("url") or value.get("image")
-        value = value.get("url") if isinstance(value, dict) else value
-    value = decoded(value)
-    return (value if isinstance(value, str) and not is_base64(value) else ""), False

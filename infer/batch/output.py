@@ -1,4 +1,4 @@
-"""The JSONL output of `infer batch` and `infer rank`: lines in the order of the questions; it continues."""
+"""The JSONL output of `infer batch`, `rank` and `benchmark`: a line a question, in order; it continues."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from infer.batch.jsonl import to_line
-from infer.config import QuestionFile
+from infer.config import Asked
 from llava_core.cli.console import progress
 from llava_core.errors import LlavaError
 from llava_core.filesystem import Lock
-from llava_core.input_folders import folders_of
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
 
 
 def write_answers(
-    config: QuestionFile,
+    config: Asked,
     questions: Sequence[JsonDict],
     made: JsonDict,
     answer: Callable[[Sequence[JsonDict], int], Iterator[JsonDict]],
@@ -43,9 +42,7 @@ def write_answers(
     return lines
 
 
-def continued(
-    file: BinaryIO, questions: Sequence[JsonDict], made: JsonDict, config: QuestionFile
-) -> list[JsonDict]:
+def continued(file: BinaryIO, questions: Sequence[JsonDict], made: JsonDict, config: Asked) -> list[JsonDict]:
     """The answers of an earlier, interrupted run, `made` alike; its torn last line is cut off.
 
     Raises LlavaError, and leaves the file alone, if it holds anything else.
@@ -68,10 +65,9 @@ def continued(
         following = to_line(questions[len(done)])[:-2] if ours else b""
         ours = ours and (torn.startswith(following) or following.startswith(torn))
     if not ours:
-        asked = config.input or ", ".join(map(str, folders_of(config.features)))
         raise LlavaError(
             f"{config.output} holds something else",
-            expected=f"answers of {config.checkpoint} to {asked}, sampled alike, "
+            expected=f"answers of {config.checkpoint} to {config.asked}, sampled alike, "
             f"with --adapter {config.adapter}",
             do="choose another --output",
         )

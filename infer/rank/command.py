@@ -44,7 +44,7 @@ def run(config: RankConfig) -> JsonDict:
 
     def rank_all(todo: Sequence[JsonDict], before: int) -> Iterator[JsonDict]:
         answerer, visual_tokens = open_models()
-        return rankings(answerer, todo, visual_tokens, config)
+        return rankings(answerer, todo, visual_tokens, config.batch_size, config.by == "mean")
 
     lines = write_answers(config, questions, made, rank_all)
     figures = figures_of(lines, picture_numbers(keys))
@@ -89,16 +89,17 @@ def rankings(
     answerer: FeatureAnswerer,
     questions: Sequence[JsonDict],
     visual_tokens: VisualTokenLoader,
-    config: RankConfig,
+    size: int,
+    normalise: bool = True,
 ) -> Iterator[JsonDict]:
     """The questions with `ranking` (indices, best first), `losses`, `choice`, and `correct` if known."""
-    for start in range(0, len(questions), config.batch_size):
-        part = questions[start : start + config.batch_size]
+    for start in range(0, len(questions), size):
+        part = questions[start : start + size]
         for question, visual in zip(part, visual_tokens(part), strict=True):
             if isinstance(visual, LlavaError):
                 yield {**question, "error": str(visual)}
                 continue
-            yield {**question, **_ranking(answerer, visual, question, config.by == "mean")}
+            yield {**question, **_ranking(answerer, visual, question, normalise)}
 
 
 def _ranking(

@@ -8,7 +8,7 @@ import re
 import urllib.parse
 from collections.abc import Collection
 
-from infer.serve.openai_api import ApiError
+from infer.serve.api_error import ApiError
 
 
 def is_loopback(host: str) -> bool:

@@ -6,13 +6,14 @@ import dataclasses
 import os
 import re
 
-from infer.config import Models
+from infer.config import LiveOrStored
 from infer.serve.listen import listening
 from llava_core.errors import LlavaError
+from llava_core.language.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig(Models):
+class ServeConfig(Sampling, LiveOrStored):
     """An OpenAI-compatible server with a page. Sampling flags are the defaults of requests without them."""
 
     host: str = "127.0.0.1"
@@ -32,6 +33,8 @@ class ServeConfig(Models):
     compile: bool = False
     """Compile the step for one token of all slots together, at the start and when a conversation is longer
     than 1,024, 2,048, … tokens: a minute or more each time. Slower on a CPU; on a GPU: not measured."""
+    drain: float = 30.0
+    """Seconds for answers under way to be finished after a signal to stop; a second signal ends them."""
     max_bytes: int = 20_000_000
     """Largest image file."""
     allow_remote_images: bool = False
@@ -42,11 +45,12 @@ class ServeConfig(Models):
     """Other sites whose pages may ask, or by whose name a proxy shows this server, such as https://a.example."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Sampling.__post_init__(self)
+        LiveOrStored.__post_init__(self)
         self.require_above_zero("slots", "context", "max_bytes")
         if self.api_key == "":
             raise LlavaError("--api-key", expected="a key", got="nothing", exit_code=2)
-        self.require_at_least(0, "queue")
+        self.require_at_least(0, "queue", "drain")
         if not 0 <= self.port < 1 << 16:
             raise LlavaError("--port", expected="0 to 65535", got=self.port, exit_code=2)
         for origin in self.allow_origin:

@@ -35,7 +35,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: collections.Counter[int] = collections.Counter()
-        """Chat requests by HTTP status; 499: the client left."""
+        """Requests for answers and embeddings by HTTP status; 499: the client left."""
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.first_token = Seconds()
         """From the request to the first text of its answer."""
@@ -51,7 +51,7 @@ class Metrics:
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
         """The metrics, and `gauges` by name as (help, value)."""
-        lines = ["# HELP llava_requests_total Chat requests by HTTP status; 499: the client left."]
+        lines = ["# HELP llava_requests_total Requests by HTTP status; 499: the client left."]
         lines.append("# TYPE llava_requests_total counter")
         lines += [f'llava_requests_total{{status="{code}"}} {n}' for code, n in sorted(self.requests.items())]
         for name, what, count in (

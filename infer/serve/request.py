@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from llava_core.language.json_grammar import JsonTokens
 from llava_core.language.sampling import Sampling
 
 Finish = Literal["stop", "length"]
@@ -22,15 +23,44 @@ class RequestImage:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log probability, by the model's own logits: before temperature, penalty and grammar."""
+
+    text: str
+    bytes: bytes | None
+    """None if its tokenizer does not tell them, for half a character."""
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens in its place, in this order."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TextDelta:
     """Text that an answer gained; the last one has `finish` or `error`."""
 
     text: str
     finish: Finish | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens since the last delta, if they were asked for; those of end tokens are not among them."""
+
+    def __add__(self, after: TextDelta) -> TextDelta:
+        logprobs = self.logprobs + after.logprobs
+        return TextDelta(self.text + after.text, after.finish, after.error, logprobs)
 
 
 STOPPING = TextDelta("", error="the server is stopping")
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens of all answers to a request."""
+
+    prompt: int
+    """Visual tokens, and tokens of the text in the template."""
+    completion: int
+    cached: int
+    """Prompt tokens whose keys and values were in the cache."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,6 +73,14 @@ class GenerationRequest:
     sampling: Sampling
     on_delta: Callable[[TextDelta], None]
     """Called from the scheduler's thread; must not block."""
+    prefill: str = ""
+    """What the answer begins with; its tokens are the last ones of the prompt."""
+    prefilled: int = 0
+    """Number of these tokens."""
+    json: JsonTokens | None = None
+    """If given, prefill and answer are one JSON object."""
+    top_logprobs: int | None = None
+    """Number of alternatives to tell the log probabilities of, for each token; None tells none at all."""
     cancelled: bool = False
     """Whether the client has disconnected; nothing is emitted any more."""
     reused: int = 0

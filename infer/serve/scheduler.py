@@ -17,30 +17,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from infer.answerer import ImageAnswerer
+from infer.answerer import FeatureAnswerer
+from infer.serve.decoding import Answer
 from infer.serve.kv_cache import GROW_TOKENS, SlotKVCache, longest_context
 from infer.serve.request import STOPPING, GenerationRequest, TextDelta
 from llava_core.cli.console import say_fault
 from llava_core.errors import first_line
 from llava_core.language.compiled_decode import LEAST_LENGTH, compiled_forward
-from llava_core.language.detokenize import StreamDetokenizer
 from llava_core.language.generate import NOT_FINITE, cached_prefix, choose, not_finite
 from llava_core.language.sampling import Sampling
+from llava_core.language.token_text import TokenTexts
 
 T = TypeVar("T")
 NONE = torch.empty(0, 0, dtype=torch.long)
 """No tokens."""
 PREFILL_TOKENS = 2048
 """Most tokens of several prompts in one forward pass; a single prompt may be longer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A request that is being answered."""
-
-    request: GenerationRequest
-    detokenizer: StreamDetokenizer
-    generator: torch.Generator
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,10 +81,11 @@ class SequenceSlot:
 class Scheduler:
     """Generates for up to `slots` requests at a time; `close` ends the thread and all requests."""
 
-    def __init__(self, aligned: ImageAnswerer, slots: int, context: int, compiled: bool = False) -> None:
+    def __init__(self, aligned: FeatureAnswerer, slots: int, context: int, compiled: bool = False) -> None:
         self.aligned, self.llm = aligned, aligned.llm
         self.context = min(context, longest_context(self.llm.model.config))
         self.slots = [SequenceSlot(row) for row in range(slots)]
+        self._texts = TokenTexts(self.llm.tokenizer)
         self._compiled = compiled_forward(self.llm) if compiled else None
         self.cache = SlotKVCache(slots, self.context, LEAST_LENGTH if compiled else GROW_TOKENS)
         self.waiting: collections.deque[GenerationRequest] = collections.deque()
@@ -188,9 +181,7 @@ class Scheduler:
                 if begun and (new != each or (len(begun) + 1) * new > PREFILL_TOKENS):
                     break
                 each = new
-                generator = torch.Generator(self.llm.device).manual_seed(request.sampling.seed)
-                detokenizer = StreamDetokenizer(self.aligned.text, request.sampling.stop)
-                slot.begin(Answer(request, detokenizer, generator))
+                slot.begin(Answer(request, self.aligned, self._texts))
                 begun.append(slot)
                 self.waiting.popleft()
         return begun
@@ -220,7 +211,7 @@ class Scheduler:
         The compiled step is for all slots: those that are free write where their next token would go.
         """
         slots = self.slots if self._compiled else active
-        last = [slot.answer.detokenizer.tokens[-1] if slot.answer else 0 for slot in slots]
+        last = [slot.answer.last if slot.answer else 0 for slot in slots]
         try:
             embedded = self.llm.embed(torch.tensor(last, device=self.llm.device)[:, None])
             logits = self._forward(slots, [slot.held for slot in slots], embedded, self._compiled)
@@ -228,7 +219,7 @@ class Scheduler:
                 logits = logits[[slot.row for slot in active]]
             for slot in active:
                 assert slot.answer
-                slot.ids.append(slot.answer.detokenizer.tokens[-1])
+                slot.ids.append(slot.answer.last)
             self._emit(active, logits)
         except Exception as error:
             self._fail(active, _fault(error))
@@ -249,33 +240,21 @@ class Scheduler:
 
     def _emit(self, slots: Sequence[SequenceSlot], logits: torch.Tensor) -> None:
         """Choose the next token of every answer and emit the text it adds."""
-        answers = [slot.answer for slot in slots if slot.answer]
-        chosen = choose(logits, Sampling(), (), NONE)
-        for k, answer in enumerate(answers):
-            sampling = answer.request.sampling
-            if sampling.temperature or sampling.repetition_penalty != 1:
-                before = torch.tensor([answer.detokenizer.tokens], dtype=torch.long, device=logits.device)
-                chosen[k] = choose(logits[k : k + 1], sampling, [answer.generator], before)[0]
-        for slot, answer, token in zip(slots, answers, chosen.tolist(), strict=True):
+        likeliest: list[int] = choose(logits, Sampling(), (), NONE).tolist()
+        for slot, row, token in zip(slots, logits, likeliest, strict=True):
+            answer = slot.answer
+            assert answer
+            if token != NOT_FINITE:
+                token = answer.choose(row, token)
             if token == NOT_FINITE:
                 self._fail([slot], f"the model failed: {not_finite(self.llm)}")
                 continue
-            delta = self._add(answer.request, answer.detokenizer, token)
+            answer.note(token, row)
+            delta = answer.add(token, self.context)
             if delta.finish:
                 slot.free()
             if delta.finish or delta.text:
                 answer.request.emit(delta)
-
-    def _add(self, request: GenerationRequest, detokenizer: StreamDetokenizer, token: int) -> TextDelta:
-        if token in self.llm.eos_ids:
-            return TextDelta(detokenizer.end(), "stop")
-        text = detokenizer.add(token)
-        request.tokens += 1
-        if detokenizer.stopped:
-            return TextDelta(text, "stop")
-        if request.tokens == request.sampling.limit(self.context - request.prompt_tokens):
-            return TextDelta(text + detokenizer.end(), "length")
-        return TextDelta(text)
 
     def _fail(self, slots: Sequence[SequenceSlot], error: str) -> None:
         for slot in slots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import resource
@@ -13,22 +14,28 @@ from importlib import resources
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from infer.answerer import ImageAnswerer, open_image_answerer
-from infer.serve import openai_api as api
+from infer.answerer import FeatureAnswerer, open_asked_shards, open_feature_answerer, open_image_answerer
 from infer.serve.access import check_key, check_origin, is_loopback
-from infer.serve.completions import Completions
+from infer.serve.answering import Answering
+from infer.serve.api_error import ApiError
+from infer.serve.chat_completions import read_chat
 from infer.serve.config import ServeConfig
 from infer.serve.connections import Connections
+from infer.serve.embeddings import Embeddings
+from infer.serve.intake import Intake
 from infer.serve.listen import listening
-from infer.serve.openai_api import ApiError
+from infer.serve.parameters import CHAT, RESPONSES
 from infer.serve.prometheus import Metrics
+from infer.serve.responses import read_response
 from infer.serve.scheduler import Scheduler
+from infer.serve.stored_rows import StoredRows
 from llava_core.cli.command import stop_signals
 from llava_core.cli.console import say, say_fault
 from llava_core.errors import first_line
 from llava_core.network.async_tasks import in_background
 from llava_core.network.fetch import Fetcher
 from llava_core.network.fetch_limits import FetchLimits
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
 
 SCRIPTS = ("page.words.js", "page.image.js", "page.api.js", "page.js")
@@ -55,7 +62,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def run(config: ServeConfig) -> JsonDict:
     """Serve until a signal to stop. Raises LlavaError if the port is in use or the models do not fit."""
     with listening(config.host, config.port) as listener:  # before the models, which take their time
-        server = Server(config, open_image_answerer(config))
+        shards = open_asked_shards(config) if config.features else []
+        if config.vision is None:
+            answerer = open_feature_answerer(config, shards[0])
+        else:
+            answerer = open_image_answerer(config)
+            for shard in shards[:1]:
+                load_checkpoint(config.checkpoint).provenance.require_encoder(shard.identity)
+        server = Server(config, answerer, StoredRows(shards) if shards else None)
         asyncio.run(server.serve(listener))
     return server.summary()
 
@@ -63,10 +77,10 @@ def run(config: ServeConfig) -> JsonDict:
 class Server:
     """The routes and the state that they share."""
 
-    def __init__(self, config: ServeConfig, aligned: ImageAnswerer) -> None:
+    def __init__(self, config: ServeConfig, aligned: FeatureAnswerer, rows: StoredRows | None) -> None:
         self.config, self.aligned = config, aligned
         folder = config.checkpoint.resolve() if config.checkpoint.name in ("", "..") else config.checkpoint
-        self.model = config.model_id or "/".join(folder.absolute().parts[-2:])
+        self.model = config.model_id or "/".join(folder.absolute().parts[1:][-2:])
         self.created = int(folder.stat().st_mtime)
         self.scheduler = Scheduler(aligned, config.slots, config.context, config.compile)
         if config.compile:
@@ -77,7 +91,9 @@ class Server:
         self.fetcher = Fetcher(limits)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.connections = Connections(min(config.slots + config.queue + MORE_CONNECTIONS, files // 2))
-        self.completions = Completions(config, self.model, self.scheduler, self.fetcher, self.metrics)
+        self.intake = Intake(config, self.fetcher, self.metrics)
+        self.answering = Answering(self.intake, self.model, self.scheduler, rows)
+        self.embeddings = Embeddings(self.intake, self.model, self.scheduler)
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve on a bound socket until a signal arrives."""
@@ -102,12 +118,25 @@ class Server:
                 site = await loop.create_server(lambda: self.connections.accept(server), sock=listener)
                 self._greet(*listener.getsockname()[:2])
                 await stop.wait()
+                await self._drain(stop)
             site.close()
             for number in numbers:
                 loop.remove_signal_handler(number)
             say("stopping")
             await asyncio.to_thread(self.scheduler.close)
             await runner.cleanup()
+
+    async def _drain(self, stop: asyncio.Event) -> None:
+        """Refuse new requests, and wait for answers under way, up to a limit or another signal."""
+        self.intake.stopping = True
+        if self.intake.empty.is_set():
+            return
+        stop.clear()
+        say(f"finishing the answers under way, for up to {self.config.drain:g} s; a second signal ends them")
+        waits = [asyncio.create_task(event.wait()) for event in (stop, self.intake.empty)]
+        await asyncio.wait(waits, timeout=self.config.drain, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._middleware])
@@ -116,7 +145,12 @@ class Server:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{id:.+}", self._one_model)
-        app.router.add_post("/v1/chat/completions", self.completions.handle)
+        for path, respond in (
+            ("/v1/chat/completions", functools.partial(self.answering.respond, CHAT, read_chat)),
+            ("/v1/responses", functools.partial(self.answering.respond, RESPONSES, read_response)),
+            ("/v1/embeddings", self.embeddings.respond),
+        ):
+            app.router.add_post(path, functools.partial(self.intake.handle, respond))
         for path in PAGE:
             app.router.add_get(path, self._page)
         return app
@@ -133,7 +167,8 @@ class Server:
     def _greet(self, host: str, port: int) -> None:
         base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         say(f"{self.model} at {base} (a page) and {base}/v1 (OpenAI's interface); Ctrl-C stops")
-        question = json.dumps({"messages": [{"role": "user", "content": "你好"}]}, ensure_ascii=False)
+        messages = [{"role": "user", "content": "你好"}]
+        question = json.dumps({"model": self.model, "messages": messages}, ensure_ascii=False)
         key = "-H 'Authorization: Bearer KEY' " if self.config.api_key else ""
         say(f"try: curl {base}/v1/chat/completions {key}-d '{question}'")
         if not is_loopback(host) and not self.config.api_key:
@@ -179,16 +214,18 @@ class Server:
         return web.Response(body=body, content_type=kind)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        health = {"status": "ok", "model": self.model, "question": self.aligned.question}
-        return web.json_response(health)
+        stopping = self.intake.stopping
+        health = {"model": self.model, "question": self.aligned.question}
+        health["status"] = "stopping" if stopping else "ok"
+        return web.json_response(health, status=503 if stopping else 200)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         gauges = {
             "requests_inside": (
-                "Chat requests that are read, waiting or answered.",
-                self.completions.inside,
+                "Requests that are read, waiting or answered.",
+                self.intake.inside,
             ),
-            "requests_waiting": ("Chat requests that wait for a slot.", len(self.scheduler.waiting)),
+            "requests_waiting": ("Answers that wait for a slot.", len(self.scheduler.waiting)),
             "slots": ("Answers that can be given at a time.", self.config.slots),
             "slots_busy": ("Answers that are being given.", self.scheduler.busy),
         }
@@ -197,12 +234,15 @@ class Server:
         )
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response(api.list_json([api.model_json(self.model, self.created)]))
+        return web.json_response({"object": "list", "data": [self._model_json()]})
 
     async def _one_model(self, request: web.Request) -> web.StreamResponse:
         if (asked := request.match_info["id"]) != self.model:
             raise ApiError(404, f"no model {asked!r} here", param="model", code="model_not_found")
-        return web.json_response(api.model_json(self.model, self.created))
+        return web.json_response(self._model_json())
+
+    def _model_json(self) -> JsonDict:
+        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "llava-align"}
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -216,6 +256,6 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 def _failed(error: ApiError) -> web.Response:
     response = web.json_response(error.to_json(), status=error.status)
-    if error.status == 429:
+    if error.status in (429, 503):
         response.headers["Retry-After"] = "1"
     return response

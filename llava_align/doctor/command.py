@@ -39,7 +39,7 @@ EXTRAS = {
     "train run --report-to wandb": "wandb",
     "train run --report-to tensorboard": "tensorboard",
     "extract run --ray, train sweep --ray": "ray",
-    "language models as GGUF": "gguf",
+    "language models as GGUF, export --to gguf": "gguf",
     "infer score, words by jieba": "score",
     "docs/learn/demo.ipynb": "notebook",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,8 @@ from llava_core.registry import VISUAL_TOKENS
 
 EXPORTED = ("linear", "mlp", "lowrank")
 """Built-in kinds of projector that modeling_llava_align.py computes."""
+QUANTISED = ("q8_0", "q4_k_m")
+"""Values of --dtype that GGUF files have alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ class PushConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(Options):
-    """A projector and its two models as one Hugging Face folder, which transformers loads by itself."""
+    """A projector and its two models as files that transformers, or llama.cpp and Ollama, load alone."""
 
     checkpoint: Path
     """Folder of a projector, such as RUN/best."""
@@ -138,16 +141,35 @@ class ExportConfig(Options):
     """Folder of the language model it was trained for."""
     out: Path
     """Folder to write; it must not exist, or be empty."""
-    to: Literal["transformers", "llava"] = "transformers"
+    to: Literal["transformers", "llava", "gguf"] = "transformers"
     """transformers: a Hugging Face folder with two Python files; llava: one without, of transformers' own
-    LlavaForConditionalGeneration, if that computes what the projector was trained for."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    LlavaForConditionalGeneration, if that computes what the projector was trained for; gguf: the two files of
+    llama.cpp and an Ollama Modelfile."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_k_m"] = "float32"
     """Type of encoder and language model weights: float32 answers as `infer` does on a CPU; bfloat16,
-    in half the space, as it does on a GPU. The projector stays float32."""
+    in half the space, as it does on a GPU. The projector stays float32. q8_0 and q4_k_m, of GGUF, quantise
+    the language model to 8.5 or about 4.8 bits."""
+    check: int = 8
+    """Pictures about which llama.cpp's answers are compared with those of `infer`, where xllamacpp is
+    installed; 0: none."""
+    check_images: Path | None = None
+    """Folder of these pictures; by default they are drawn."""
     dry_run: bool = False
     """Print the bytes it takes, and write nothing."""
 
+    def __post_init__(self) -> None:
+        self.require_at_least(0, "check")
+        if self.to != "gguf" and self.dtype in QUANTISED:
+            expected = f"float32, bfloat16 or float16, or {self.dtype} with --to gguf"
+            raise LlavaError(f"--dtype of --to {self.to}", expected=expected, got=self.dtype, exit_code=2)
+        if self.to != "gguf" and self.check_images is not None:
+            raise LlavaError("--check-images", expected="it with --to gguf", got=self.to, exit_code=2)
+
     def require_inputs(self) -> None:
+        if self.to == "gguf" and not importlib.util.find_spec("gguf"):
+            raise LlavaError("--to gguf needs a package", do="pip install 'llava-align[gguf]'")
+        if self.check_images is not None and not self.check_images.is_dir():
+            raise LlavaError(f"no folder {self.check_images}", do="give --check-images a folder of pictures")
         require_checkpoint(self.checkpoint)
         if (kind := built_in_projector(self.checkpoint)) not in (None, *EXPORTED):
             raise LlavaError(

@@ -2,7 +2,7 @@
 
 It holds the weights, modeling_llava_align.py and processing_llava_align.py, so that transformers loads it
 with `trust_remote_code` and without this project. SHA256SUMS has the sha256 of every file but the card; they
-are verified when the model is loaded or pushed.
+are verified when the model is loaded or pushed. `gguf_export` writes files for llama.cpp instead.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 
 from llava_align.hub.config import ExportConfig
-from llava_core.cli.console import human_bytes, say, show
-from llava_core.errors import LlavaError
-from llava_core.filesystem import nearest_existing, sha256_files
+from llava_align.hub.export_folder import copy_licences, new_folder, require_space
+from llava_core.filesystem import sha256_files
 from llava_core.language.model import LanguageModel
 from llava_core.language.sampling import Sampling
 from llava_core.projector.aligned import load_its_language_model
@@ -65,43 +64,35 @@ def run(config: ExportConfig) -> JsonDict:
 
     Raises LlavaError if they do not, or the disk is too small.
     """
+    if config.to == "gguf":
+        from llava_align.hub import gguf_export  # which needs an extra
+
+        return gguf_export.run(config)
     if config.to == "llava":
         from llava_align.hub import stock_export
 
         return stock_export.run(config)
     checkpoint = load_checkpoint(config.checkpoint)
-    trained = checkpoint.provenance
-    tower = open_trained_tower(config.vision, trained)
+    tower = open_trained_tower(config.vision, checkpoint.provenance)
     llm = load_its_language_model(checkpoint, config.llm)
 
     weights = all_weights(tower, checkpoint, llm, getattr(torch, config.dtype))
     size = sum(tensor.nbytes for tensor in weights.values())
-    place = nearest_existing(config.out.absolute().parent)
-    free = shutil.disk_usage(place).free
-    say(f"{human_bytes(size)} of weights in {config.dtype}; {human_bytes(free)} free on that disk")
+    require_space(config.out, size, config.dtype, config.dry_run)
     summary = {"out": str(config.out), "bytes": size, "dtype": config.dtype}
     if config.dry_run:
         return summary
-    if size > free:
-        raise LlavaError(f"too little space in {place}", expected=human_bytes(size), got=human_bytes(free))
-
-    partial = config.out.absolute().with_name(config.out.absolute().name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_torch_state_dict(weights, partial, metadata={"format": "pt"})
-    for name in SHIPPED:
-        shutil.copyfile(Path(__file__).parent / name, partial / name)
-    write_tokenizer(llm.tokenizer, config.llm, partial)
-    write_settings(config, tower, checkpoint, llm, partial)
-    for path in partial.glob("*.safetensors"):  # which are created with mode 600
-        shutil.copymode(partial / "config.json", path)
-    licences = copy_licences({"vision": config.vision, "llm": config.llm}, partial)
-    write_sums(partial, {path.name: sha256_files([path]) for path in partial.iterdir()})
-    (partial / "README.md").write_text(card(checkpoint, config.dtype, licences), encoding="utf-8")
-    if config.out.exists():
-        config.out.rmdir()
-    partial.rename(config.out)
-    show(config.out)
+    with new_folder(config.out) as partial:
+        save_torch_state_dict(weights, partial, metadata={"format": "pt"})
+        for name in SHIPPED:
+            shutil.copyfile(Path(__file__).parent / name, partial / name)
+        write_tokenizer(llm.tokenizer, config.llm, partial)
+        write_settings(config, tower, checkpoint, llm, partial)
+        for path in partial.glob("*.safetensors"):  # which are created with mode 600
+            shutil.copymode(partial / "config.json", path)
+        licences = copy_licences({"vision": config.vision, "llm": config.llm}, partial)
+        write_sums(partial, {path.name: sha256_files([path]) for path in partial.iterdir()})
+        (partial / "README.md").write_text(card(checkpoint, config.dtype, licences), encoding="utf-8")
     return summary
 
 
@@ -284,16 +275,6 @@ def write_tokenizer(tokenizer: Any, folder: Path, out: Path) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     write_json(path, settings)
-
-
-def copy_licences(folders: Mapping[str, Path], out: Path) -> list[str]:
-    """Copy the models' licence files as LICENSE-vision and LICENSE-llm; returns the names."""
-    copied = []
-    for part, folder in folders.items():
-        for path in sorted(folder.glob("LICENSE*"))[:1]:
-            shutil.copyfile(path, out / f"LICENSE-{part}")
-            copied.append(f"LICENSE-{part}")
-    return copied
 
 
 def card(checkpoint: Checkpoint, dtype: str, licences: Sequence[str], usage: str = "export_card.md") -> str:

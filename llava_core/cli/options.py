@@ -33,7 +33,7 @@ class Options:
     def require_at_least(self, least: int, *names: str) -> None:
         """Raise LlavaError (wrong usage) unless these flags are `least` or more."""
         for name in names:
-            if (value := getattr(self, name)) < least:
+            if not (value := getattr(self, name)) >= least:
                 flag = f"--{name.replace('_', '-')}"
                 raise LlavaError(flag, expected=f"{least} or more", got=value, exit_code=2)
 

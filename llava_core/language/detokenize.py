@@ -14,9 +14,12 @@ class StreamDetokenizer:
     Text is held back as long as it may be half a character or the beginning of a stop text.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), begun: Sequence[int] = ()
+    ) -> None:
+        """`begun` are tokens that the answer has already; their text is not released."""
         self._decode, self._stop = decode, tuple(stop)
-        self.tokens: list[int] = []
+        self.tokens = list(begun)
         self.text = ""
         """All text released so far."""
         self.stopped = False
@@ -24,7 +27,7 @@ class StreamDetokenizer:
         self._held = ""
         # Decoding the last few tokens alone would lose the space before a word in some tokenizers, so those
         # before them are decoded along, and their text is cut off again.
-        self._start, self._done = 0, 0
+        self._start, self._done = 0, len(self.tokens)
 
     def add(self, token: int) -> str:
         """Text that this token releases, often none. Text from a stop text on is dropped."""

@@ -112,8 +112,9 @@ def beside_other_captions(
     return chosen
 
 
-def accuracy(name: str, correct: Sequence[bool], pictures: Sequence[int]) -> JsonDict:
-    """Share of right choices under `name`, with its 95 % interval over pictures if there are several."""
+def accuracy(name: str, correct: Sequence[float], pictures: Sequence[int]) -> JsonDict:
+    """Mean score, such as the share of right choices, under `name`, with its 95 % interval over pictures if
+    there are several."""
     right = np.array(correct, float)
     numbers = {picture: number for number, picture in enumerate(dict.fromkeys(pictures))}
     sums = by_picture(np.stack([right, np.ones_like(right)], 1), [numbers[p] for p in pictures])

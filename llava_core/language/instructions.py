@@ -72,4 +72,4 @@ def default_question(given: str, captions: Sequence[str]) -> str:
 
 def pick_instruction(seed: int, key: str, instructions: Sequence[str] = INSTRUCTIONS) -> str:
     """One of the instructions: a pure function of these arguments, the same on every machine."""
-    return instructions[zlib.crc32(f"{seed}/{key}".encode()) % len(instructions)]
+    return instructions[zlib.crc32(f"{seed}/{key}".encode(errors="surrogateescape")) % len(instructions)]

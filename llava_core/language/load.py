@@ -26,8 +26,8 @@ from llava_core.input_folders import (
     require_plain_weights,
     weight_files,
 )
+from llava_core.language.chat_template import DATE_MACRO, TODAY, with_fixed_date
 from llava_core.language.model import LanguageModel, differ
-from llava_core.language.prompt_and_labels import DATE_MACRO, TODAY, with_fixed_date
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """Download nothing and run no code of the folder; without the latter transformers would ask on stdin."""

@@ -6,31 +6,22 @@ loss mask) cover each answer and its end token; all other tokens have the label 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
 import functools
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_core.errors import LlavaError, first_line
+from llava_core.language.chat_template import at_most
 from llava_core.language.instructions import QUESTION
+from llava_core.types import JsonDict
 
 CONVERSATION_FORMAT = "visual-prefix/1"
 """Name of the layout `[visual][template text]` in checkpoints; another layout gets another name."""
 
 RENDER_SECONDS = 30.0
 """Most seconds that rendering a chat template may take; it usually takes milliseconds."""
-TODAY = datetime.datetime(2024, 7, 26)
-"""Replaces today's date in chat templates, so that training and inference agree whenever they run; Llama 3's
-default."""
-
-DATE_MACRO = "{%- macro strftime_now(format) -%}"
-DATE_CODES = "aAbBcdHIjmMpSUwWxXyY"
-"""Format codes of strftime that are replaced, in the C locale."""
 IGNORE = -100
 """Label of a token without loss (context)."""
 
@@ -92,7 +83,9 @@ class Conversation:
         self.eos_ids = eos_ids
         self._plain = PlainTextTokenizer(tokenizer, eos_ids)
         # The template's text around answers depends on the questions alone, and captions have few of them.
-        self._known_frame = functools.lru_cache(maxsize=4096)(self._frame)
+        self._known_frame = functools.lru_cache(maxsize=4096)(
+            lambda roles: self._frame([{"role": role, "content": content} for role, content in roles])
+        )
         self.prompt([{"role": "user", "content": QUESTION}])  # so that a template fails before any work
 
     @property
@@ -100,21 +93,45 @@ class Conversation:
         """Whether the template has Qwen3's switch for thinking."""
         return "enable_thinking" in str(self.tokenizer.chat_template)
 
-    def prompt(self, messages: Sequence[dict[str, str]], thinking: bool = False) -> list[int]:
+    def prompt(self, messages: Sequence[Mapping[str, Any]], thinking: bool = False) -> list[int]:
         """Token ids of a generation prompt; with `thinking`, the model may think before it answers.
 
-        `messages` are {"role": "system"|"user"|"assistant", "content": text}, the last one from the user.
-        Raises LlavaError if the template drops or repeats an answer.
+        `messages` are {"role": "system"|"user"|"assistant"|"tool", "content": text}, the last one from the
+        user or a tool; other keys, such as `tool_calls`, are for the template. Raises LlavaError if the
+        template drops or repeats an answer.
         """
-        roles: list[Role] = [
-            (m["role"], None if m["role"] == "assistant" else m["content"]) for m in messages
-        ]
-        pieces = self._frame(tuple(roles), thinking)
+        answers = [m["content"] for m in messages if _is_answer(m)]
+        pieces = self._frame([{**m, "content": None} if _is_answer(m) else {**m} for m in messages], thinking)
         ids = list(pieces[0])
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
         for answer, after in zip(answers, pieces[1:], strict=True):
             ids += self._answer(self._without_thoughts(answer), ids) + after
         return ids
+
+    def prefill(self, text: str, before: Sequence[int]) -> list[int]:
+        """Token ids of the beginning of an answer, as it is written, after the prompt `before`."""
+        return self._plain(self._layout.lead + text, begins=self._plain.begins_after(before))
+
+    def require_written(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raise LlavaError if the template leaves out a system or tool message, or a call of a tool."""
+        marks: dict[str, str] = {}
+
+        def mark(role: str) -> str:
+            marks[found := f"mark-{len(marks)}-of-it"] = role
+            return found
+
+        marked = []
+        for message in map(dict, messages):
+            if message["role"] in ("system", "tool"):
+                message["content"] = mark(message["role"])
+            if calls := message.get("tool_calls"):
+                message["tool_calls"] = [
+                    {**call, "function": {"name": mark("tool call"), "arguments": {"x": mark("tool call")}}}
+                    for call in calls
+                ]
+            marked.append(message)
+        text = self._render(marked, add_generation_prompt=True) if marks else ""
+        if dropped := [role for found, role in marks.items() if found not in text]:
+            raise LlavaError(f"the chat template leaves out a {dropped[0]} message", do="use another model")
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens."""
@@ -186,26 +203,26 @@ class Conversation:
         end = self._tokens(after[len(blank) :])[:1]
         return Layout(lead if lead.isspace() else "", blank, self._plain(blank, begins=False), end, after)
 
-    def _frame(self, roles: tuple[Role, ...], thinking: bool = False) -> list[list[int]]:
-        """Token ids of the text around the answers: before the first, and after each.
+    def _frame(self, messages: Sequence[JsonDict], thinking: bool = False) -> list[list[int]]:
+        """Token ids of the text around the answers, whose content is None: before the first, and after each.
 
         It is rendered as for inference, with marks in place of the answers. Slicing by the length of the
         previous turns would be wrong: Qwen3's template drops the empty think block from earlier answers.
         """
+        given = json.dumps(messages, ensure_ascii=False)
         word = "answer"
-        while any(word in content for _, content in roles if content):  # a mark must not occur in the text
+        while word in given:  # a mark must not occur in the text
             word += "~"
-        count = sum(content is None for _, content in roles)
+        count = sum(message["content"] is None for message in messages)
         marks = [f"{word}-{i}-of-{count}" for i in range(count)]
         contents = iter(marks)
-        messages = [
-            {"role": role, "content": next(contents) if text is None else self._plain.hide(text, word)}
-            for role, text in roles
-        ]
-        texts = _split(self._render(messages, add_generation_prompt=True, thinking=thinking), marks)
-        hides = any(text and text != m["content"] for m, (_, text) in zip(messages, roles, strict=True))
+        shown = self._hidden(messages, word)
+        hides = shown != messages
+        for message in shown:
+            message["content"] = next(contents) if message["content"] is None else message["content"]
+        rendered = self._render(shown, add_generation_prompt=True, thinking=thinking)
         pieces = []
-        for k, text in enumerate(texts):
+        for k, text in enumerate(_split(rendered, marks)):
             if k < count:
                 text = text.removesuffix(self._layout.lead)
             if k:
@@ -214,13 +231,23 @@ class Conversation:
             pieces.append([*self._layout.trail_ids, *ids] if k else ids)
         return pieces
 
+    def _hidden(self, given: Any, word: str) -> Any:
+        """`given`, of any JSON type, with placeholders for the control tokens in its texts."""
+        if isinstance(given, str):
+            return self._plain.hide(given, word)
+        if isinstance(given, list):
+            return [self._hidden(item, word) for item in given]
+        if isinstance(given, dict):
+            return {self._hidden(key, word): self._hidden(value, word) for key, value in given.items()}
+        return given
+
     def _render(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, thinking: bool = False
+        self, messages: Sequence[JsonDict], add_generation_prompt: bool, thinking: bool = False
     ) -> str:
         """Render the template. It is untrusted code: raises LlavaError if it fails, or if it runs for over
         RENDER_SECONDS seconds in the main thread."""
         try:
-            with _at_most(RENDER_SECONDS):
+            with at_most(RENDER_SECONDS):
                 text: str = self.tokenizer.apply_chat_template(
                     list(messages),
                     tokenize=False,
@@ -244,39 +271,9 @@ class Conversation:
         return ids
 
 
-def with_fixed_date(template: str) -> str:
-    """A chat template in which `strftime_now` gives TODAY, by a macro of the same name in the template.
-
-    Newer versions of transformers do not let callers pass the function to a template."""
-    if "strftime_now" not in template or DATE_MACRO in template:
-        return template
-    codes = [f"%{flag}{code}" for code in DATE_CODES for flag in ("-", "")]
-    written = "".join(f" | replace('{code}', '{TODAY.strftime(code)}')" for code in codes)
-    return f"{DATE_MACRO}{{{{- format{written} -}}}}{{%- endmacro -%}}{template}"
-
-
-@contextlib.contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after `seconds`; in the main thread only, where signals arrive.
-
-    It borrows the process's alarm timer, and gives it back as the caller had set it, less the block's time.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"it runs for more than {seconds:g} s")
-
-    began, (left, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
-    before = signal.signal(signal.SIGALRM, late)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if left:  # the caller's own timer; one that would have ended by now does so at once
-            signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - time.monotonic() + began), interval)
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    """Whether a message has words of the model; a call of a tool alone has none."""
+    return message["role"] == "assistant" and bool(message["content"] or not message.get("tool_calls"))
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str]:

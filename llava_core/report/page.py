@@ -9,21 +9,37 @@ from pathlib import Path
 
 from llava_core import __version__
 
-REPORT_STYLE = Path(__file__).with_name("report.css")
-"""Style sheet of report pages: colours, type and tables."""
+REPORT = Path(__file__).with_name("report.html")
+"""Head, totals and foot of report pages; report.css beside it has their colours, type and tables."""
 
 
-def fill(template: Path, parts: dict[str, str], *styles: Path, like: Path | None = None) -> str:
-    """The page NAME.html with its `$parts`, the style sheets `styles` and NAME.css, and any NAME.js; or with
-    those of the template `like`.
+def report(template: Path, parts: dict[str, str], command: str, like: Path | None = None) -> str:
+    """A report page: the sections NAME.html below the title, subtitle and totals of `parts`, and the command
+    at the foot; with NAME.css and any NAME.js, or those of the template `like`."""
+    return fill(REPORT, {**parts, "sections": section(template, parts), "command": command}, like or template)
+
+
+def fill(template: Path, parts: dict[str, str], like: Path | None = None) -> str:
+    """The page NAME.html with its `$parts`, NAME.css and any NAME.js, and those of the template `like`.
 
     `parts` are HTML. The template may also name style, style_hash, script, script_hash and version.
     """
-    own = [(like or template).with_suffix(suffix) for suffix in (".css", ".js")]
-    style = "".join(_text(path) for path in (*styles, own[0]))
-    script = _text(own[1]) if own[1].exists() else ""
+    own = [template] if like is None else [template, like]
+    style, script = (
+        "".join(_text_if_any(path.with_suffix(kind)) for path in own) for kind in (".css", ".js")
+    )
     fixed = {"style": style, "style_hash": _hash(style), "script": script, "script_hash": _hash(script)}
-    return string.Template(_text(template)).substitute({**parts, **fixed, "version": __version__})
+    page = string.Template(_text(template)).substitute({**parts, **fixed, "version": __version__})
+    return page.encode(errors="replace").decode()  # names of files may be no UTF-8
+
+
+def section(template: Path, parts: dict[str, str]) -> str:
+    """A part of a page: NAME.html with its `$parts`, which are HTML."""
+    return string.Template(_text(template)).substitute(parts)
+
+
+def _text_if_any(path: Path) -> str:
+    return _text(path) if path.exists() else ""
 
 
 def _text(path: Path) -> str:

@@ -29,11 +29,14 @@ def find_shards(path: Path) -> list[Shard]:
     return shards
 
 
-def require_one_encoder(shards: Sequence[Shard]) -> None:
+def require_one_encoder(
+    shards: Sequence[Shard],
+    do: str = "train on one kind at a time, or on several of the same rows with --fuse",
+) -> None:
     """Raise LlavaError naming two files and the key that differs unless all features are of one encoder."""
     for shard in shards[1:]:
         shards[0].identity.require_same(
             shard.identity,
             f"{shards[0].path} and {shard.path} hold features of different encoders",
-            do="train on one kind at a time, or on several of the same rows with --fuse",
+            do=do,
         )

@@ -23,7 +23,8 @@ from llava_core.row_status import Status
 from llava_core.shards.dialogue import SYSTEM_START, Dialogue, stored_dialogue, turns_to_text
 from llava_core.shards.reader import Shard
 from llava_core.tables.column_names import IDS, NAMES_ONLY, TEXTS
-from llava_core.tables.conversations import decoded, query_messages, with_system
+from llava_core.tables.conversations import decoded, with_system
+from llava_core.tables.questions import words_in
 from llava_core.tables.row_batches import Rows, row_batches
 from llava_core.tables.shown import shown
 from llava_core.tables.words import SAMPLE, WordReader
@@ -152,9 +153,9 @@ class Words:
             if key is None or reader is None:
                 key = self._key(path, rows)
                 column = _column(path, rows, TEXTS, "words")
-                reader = WordReader(str(path), column, [_words_in(row, column) for row in rows[:SAMPLE]])
+                reader = WordReader(str(path), column, [words_in(row, column) for row in rows[:SAMPLE]])
             found, ambiguous = self._find(key, rows)
-            given = [_words_in(row, column) for row in rows]
+            given = [words_in(row, column) for row in rows]
             words, outcomes = reader.read(given)
             texts = [
                 _text_of(with_system(each, row.get("system"))) for each, row in zip(words, rows, strict=True)
@@ -272,13 +273,6 @@ def _named(key: str, row: dict[str, Any]) -> str:
         (value,) = value
     text = "" if value is None else str(decoded(value)).strip()
     return text.lower() if key == "sha256" else text.removesuffix(".0") if key in IDS else text
-
-
-def _words_in(row: dict[str, Any], column: str) -> object:
-    """The words of a row; ms-swift's answer with what was asked."""
-    if column == "response" and "query" in row:
-        return query_messages(row.get("history"), row["query"], row[column])
-    return row.get(column)
 
 
 def _text_of(words: str | Dialogue | None) -> str:

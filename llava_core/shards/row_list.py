@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_core.errors import LlavaError, first_line
+from llava_core.filesystem import replacing, require_file
 from llava_core.row_status import Status
 from llava_core.shards.reader import Shard
 
@@ -71,39 +72,64 @@ class RowList:
 
 
 def read_row_list(path: Path) -> RowList:
-    """Read a list strictly. Raises LlavaError if it is no list, is damaged, or keeps no row."""
-    try:
-        table = pq.read_table(path)
-        names = set(table.column_names)
-        if missing := [name for name in COLUMNS if name not in names]:
-            raise LlavaError(
-                f"{path} is no row list",
-                expected=f"columns {', '.join(COLUMNS)}",
-                got=f"no {missing[0]}",
-                do=AGAIN,
-            )
-        columns: dict[str, Any] = {name: table[name].to_pylist() for name in ("shard", "uid")}
-        rows = table["row"].cast(pa.int64()).to_numpy()
-        reasons = table["reason"].to_pylist() if "reason" in names else [""] * len(rows)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise LlavaError(f"{path} is no row list", got=first_line(error), do=AGAIN) from None
-    kept = np.array([not reason for reason in reasons], bool)
+    """Read a list strictly. Raises LlavaError if it is no list, is damaged, keeps no row, or lists a row both
+    as kept and with a reason."""
+    shards, uids, rows, reasons = _columns_of(path)
+    kept = np.array([not (reason or "").strip() for reason in reasons], bool)
     if not kept.any():
         raise LlavaError(f"{path} keeps no row", got=f"{len(rows)} rows with a reason", do=AGAIN)
-    uids = np.array(columns["uid"], object)
-    shards = dict(zip(columns["uid"], columns["shard"], strict=True))
-    by_uid = {str(uid): np.unique(rows[kept & (uids == uid)]) for uid in shards}
+    names, of_uid = dict(zip(uids, shards, strict=True)), np.array(uids, object)
+    by_uid = {}
+    for uid, shard in names.items():
+        own = of_uid == uid
+        by_uid[uid] = np.unique(rows[own & kept])
+        if len(both := np.intersect1d(by_uid[uid], rows[own & ~kept])):
+            what = f"{path} lists row {both[0]} of {shard} twice, as kept and with a reason"
+            raise LlavaError(what, do="leave one of the two lines")
     digest = hashlib.sha256()
     for uid in sorted(by_uid):
         digest.update(uid.encode() + by_uid[uid].astype("<i8").tobytes())
-    return RowList(path, digest.hexdigest(), by_uid, {str(k): str(v) for k, v in shards.items()})
+    return RowList(path, digest.hexdigest(), by_uid, names)
+
+
+def _columns_of(path: Path) -> tuple[list[str], list[str], np.ndarray, list[str | None]]:
+    """Shard, uid, row and reason of each line. Raises LlavaError if one is missing, or of another type."""
+    require_file("--rows", path)
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        names = set(table.column_names)
+        if missing := [name for name in COLUMNS if name not in names]:
+            expected = f"columns {', '.join(COLUMNS)}"
+            raise LlavaError(f"{path} is no row list", expected=expected, got=f"no {missing[0]}", do=AGAIN)
+        shards, uids = (table[name].cast(pa.string()).to_pylist() for name in ("shard", "uid"))
+        rows = table["row"].cast(pa.int64())
+        reason = table["reason"] if "reason" in names else pa.nulls(len(rows), pa.string())
+        if empty := next((name for name in COLUMNS if table[name].null_count), None):
+            raise LlavaError(f"{path} is no row list", got=f"a line without a {empty}", do=AGAIN)
+        if reason.null_count < len(rows) and pa.types.is_primitive(reason.type):
+            expected = "reason as text, empty for a row that is kept"
+            raise LlavaError(f"{path} is no row list", expected=expected, got=reason.type, do=AGAIN)
+        return shards, uids, rows.to_numpy(), reason.cast(pa.string()).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise LlavaError(f"{path} is no row list", got=first_line(error), do=AGAIN) from None
+
+
+def require_own(path: Path) -> None:
+    """Raise LlavaError (wrong usage) if the file to be written is there, and is no row list."""
+    try:
+        if not path.exists() or set(COLUMNS) <= set(pq.read_schema(path).names):
+            return
+    except (pa.ArrowException, OSError, ValueError):
+        pass
+    expected, got = "a new file, or a row list to replace", f"{path}, which is something else"
+    raise LlavaError("--out", expected=expected, got=got, exit_code=2)
 
 
 def write_row_list(
     path: Path, shards: Sequence[Shard], places: np.ndarray, columns: Mapping[str, Any]
 ) -> None:
     """Write or replace a list atomically: (shard, row) of each row, int [rows, 2], and other columns."""
-    names, uids = [shard.path.name for shard in shards], [shard.layout.uid for shard in shards]
+    names, uids = [name_of(shard) for shard in shards], [shard.layout.uid for shard in shards]
     numbers = pa.array(places[:, 0], pa.int32())
     table = pa.table(
         {
@@ -113,7 +139,11 @@ def write_row_list(
             **columns,
         }
     )
-    partial = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial, write_page_checksum=True)
+
+
+def name_of(shard: Shard) -> str:
+    """Name of a shard's file as text, for readers: "?" for a byte that is none in UTF-8."""
+    return shard.path.name.encode(errors="replace").decode()

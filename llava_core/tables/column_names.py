@@ -12,7 +12,9 @@ NAMES_ONLY = ("url", "path", "image_url", "image_path", "file_name", "filename")
 TEXTS = (
     *("cap_seg", "caption", "text", "conversations", "messages", "conversation"),
     *("captions", "txt", "sentences", "texts", "response"),
+    *("answer", "answers"),
 )
-"""Columns of words, the preferred first; `response` is ms-swift's, beside `query` and `history`."""
+"""Columns of words, the preferred first; `response` is ms-swift's, beside `query` and `history`, and the last
+two are those of benchmarks, beside `question`."""
 IDS = ("id", "key", "image_id", "uid")
 """Columns of the rows' names. Of all these, upper and lower case do not matter: LAION's are URL, TEXT."""

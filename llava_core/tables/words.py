@@ -39,7 +39,7 @@ class WordReader:
         """
         self.where, self.key = where, key
         values = [value for value in map(_plain, sample) if value not in (None, "", [], {})]
-        decoded = [_decoded(value) for value in values if isinstance(value, str)]
+        decoded = [literal(value) for value in values if isinstance(value, str)]
         self.quoted = bool(decoded) and None not in decoded
         """Whether all texts are JSON, so that quotes around one are not its own."""
         objects = sum(isinstance(value, (dict, list)) for value in decoded)
@@ -74,7 +74,7 @@ class WordReader:
         value = _plain(value)
         for _ in range(MOST_ENCODED):
             if isinstance(value, str) and value.startswith(STARTS[: 3 if self.quoted else 2]):
-                value = _decoded(value.strip())
+                value = literal(value.strip())
         return value
 
     def _words(self, value: object) -> Words | None:
@@ -104,7 +104,7 @@ class WordReader:
         for row, outcome in outcomes.items():
             expected = f"one of {', '.join(ROLES)}"
             raise LlavaError(f"{self.where}, row {row}: {outcome.reason}", expected=expected)
-        value = _decoded(values[0]) if isinstance(values[0], str) else values[0]
+        value = literal(values[0]) if isinstance(values[0], str) else values[0]
         keys = collections.Counter(key for item in values[:8] for key in _keys(item))
         found = ", ".join(map(str, keys))
         raise LlavaError(
@@ -136,7 +136,7 @@ def _plain(value: object) -> Any:
     return text.strip() if isinstance(text, str) else text
 
 
-def _decoded(text: str) -> Any:
+def literal(text: str) -> Any:
     """The value of JSON, or of a Python literal; None if it is neither, or no text, list or object."""
     if not text.startswith(STARTS):
         return None
@@ -162,7 +162,7 @@ def _parts(parts: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _keys(value: object) -> Iterator[str]:
     if isinstance(value, str):
-        value = _decoded(value)
+        value = literal(value)
     if isinstance(value, list) and value:
         value = dict(value) if all(map(_is_pair, value)) else value[0]
     if isinstance(value, dict):

@@ -33,9 +33,10 @@ class TextTokenizer:
         self.pieces.enable_truncation(CONTEXT)
         self.pieces.enable_padding(length=CONTEXT, pad_id=PAD)
 
-    def cuts(self, text: str) -> bool:
-        """Whether `text` is truncated."""
-        return bool(self.pieces.encode(text).overflowing)
+    def length(self, text: str) -> int:
+        """Number of tokens, with [CLS] and [SEP], before truncation."""
+        encoding = self.pieces.encode(text)
+        return 2 + sum(int(sum(part.attention_mask)) - 2 for part in (encoding, *encoding.overflowing))
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts -> token ids [texts, CONTEXT], padded with PAD."""

@@ -157,8 +157,8 @@ class HuggingFaceTokenizer:
         ids: torch.Tensor = self.tokenizer(list(texts), return_tensors="pt", **options).input_ids
         return ids
 
-    def cuts(self, text: str) -> bool:
-        return len(self.tokenizer(text, verbose=False).input_ids) > self.context
+    def length(self, text: str) -> int:
+        return len(self.tokenizer(text, verbose=False).input_ids)
 
 
 def _final_norm(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:

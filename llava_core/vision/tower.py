@@ -44,8 +44,8 @@ class TextTokenizer(Protocol):
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts -> token ids [texts, L], padded and truncated."""
 
-    def cuts(self, text: str) -> bool:
-        """Whether a text is truncated."""
+    def length(self, text: str) -> int:
+        """Number of a text's tokens, with the two around it, before it is truncated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,11 @@ class VisionTower:
 
     def cuts(self, text: str) -> bool:
         """Whether `encode_text` truncates this text."""
-        return self._both_towers()[1].cuts(text)
+        return self.text_length(text) > self.most_tokens
+
+    def text_length(self, text: str) -> int:
+        """Number of a text's tokens."""
+        return self._both_towers()[1].length(text) - 2
 
     @property
     def reads_text(self) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import re
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from llava_align.config import MODELS
 from llava_align.demo.world.captions import short_caption
 from llava_align.demo.world.render import jpeg, render
 from llava_align.demo.world.scene import random_scene
+from llava_core.errors import LlavaError
+from llava_core.filesystem import Lock
 from llava_core.shards.reader import Shard
 from llava_core.shards.row_list import read_row_list
 from llava_core.shards.writer import ShardWriter
@@ -28,7 +33,7 @@ from tests.support.browser import dom_of
 from tests.support.commands import Ended, call, run
 from tests.support.runs import config, flags_of
 from tests.support.sabotaged import FAILED, ROWS, write_sabotaged
-from tests.support.shards import header, outcome, write_shard
+from tests.support.shards import TOKENS, header, outcome, write_shard
 from tests.support.sweeps import command, results, sweep
 from train.resources import TrainingResources
 
@@ -81,7 +86,7 @@ def test_the_list_says_what_was_found(curated: tuple[Path, Ended], spoiled: Spoi
     assert wrong["similarity"] < figures["similarity"]
     assert "--score fit (no text tower)" in ended.err
     assert "--language zh: that of most captions" in ended.err
-    assert "near-duplicates with a caption of their own dropped: --same-picture 2 keeps" in ended.err
+    assert "near-duplicates dropped although their captions differ: " in ended.err
 
 
 def test_the_same_cache_gives_the_same_list(curated: tuple[Path, Ended], world: Path, tmp_path: Path) -> None:
@@ -174,16 +179,28 @@ def test_a_sweep_compares_lists(curated: tuple[Path, Ended], world: Path, tmp_pa
     assert sorted(line["rows"] for line in results(given.out).values()) == sorted(["all", str(curated[0])])
 
 
+def test_a_sweep_ends_if_one_of_its_lists_is_edited(
+    curated: tuple[Path, Ended], world: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.parquet"
+    mine.write_bytes(curated[0].read_bytes())
+    given = sweep(world, tmp_path / "sweep", f"rows=all,{mine}", features=world / "spoiled", max_steps=2)
+    call(*command(dataclasses.replace(given, trials=1)))
+    pq.write_table(pq.read_table(mine).slice(9), mine)
+    line = call(*command(given), code=1).one_line()
+    assert f"the training rows of --rows {mine} of the sweep in {given.out} have changed since it" in line
+
+
 def _other_cache(table: pa.Table) -> pa.Table:
-    return table.set_column(1, "uid", pa.array(["0" * 32] * table.num_rows))
+    return table.set_column(1, "uid", pa.array([uid[::-1] for uid in table["uid"].to_pylist()]))
 
 
 def _rows_beyond(table: pa.Table) -> pa.Table:
-    return table.set_column(2, "row", pa.array([ROWS] * table.num_rows))
+    return table.set_column(2, "row", pa.array([ROWS, *table["row"].to_pylist()[1:]]))
 
 
 def _failed_rows(table: pa.Table) -> pa.Table:
-    return table.set_column(2, "row", pa.array([FAILED] * table.num_rows))
+    return table.set_column(2, "row", pa.array([FAILED, *table["row"].to_pylist()[1:]]))
 
 
 def _none_kept(table: pa.Table) -> pa.Table:
@@ -191,10 +208,27 @@ def _none_kept(table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index("reason"), "reason", reasons)
 
 
+def _without(name: str) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        values = [None, *table[name].to_pylist()[1:]]
+        return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+    return change
+
+
+def _as_lists(table: pa.Table) -> pa.Table:
+    return table.set_column(1, "uid", pa.array([[uid] for uid in table["uid"].to_pylist()]))
+
+
+def _true_or_false(table: pa.Table) -> pa.Table:
+    dropped = pa.array([bool(reason) for reason in table["reason"].to_pylist()])
+    return table.set_column(table.column_names.index("reason"), "reason", dropped)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_other_cache, "is not of the cache {world}/spoiled; got rows of another b.h5; make a list of this"),
+        (_other_cache, "is not of the cache {world}/spoiled; got rows of another a.h5; make a list of this"),
         (_rows_beyond, f"a row of a.h5 in {{path}}; expected 0 to {ROWS - 1}; got {ROWS}; make a list"),
         (_failed_rows, f"keeps row {FAILED} of a.h5, which has no features; got http 4xx; make a list"),
         (_none_kept, "{path} keeps no row; got 598 rows with a reason; make a list of this cache"),
@@ -202,6 +236,14 @@ def _none_kept(table: pa.Table) -> pa.Table:
             lambda table: table.drop_columns(["uid"]),
             "is no row list; expected columns shard, uid, row; got no",
         ),
+        (
+            lambda table: pa.concat_tables([table, _none_kept(table)]),
+            "{path} lists row 0 of a.h5 twice, as kept and with a reason; leave one of the two lines",
+        ),
+        (_without("row"), "{path} is no row list; got a line without a row; make a list of this cache"),
+        (_without("uid"), "{path} is no row list; got a line without a uid; make a list of this cache"),
+        (_as_lists, "{path} is no row list; got Unsupported cast from list"),
+        (_true_or_false, "is no row list; expected reason as text, empty for a row that is kept; got bool"),
     ],
 )
 def test_a_list_that_cannot_be_right_is_refused(
@@ -220,7 +262,108 @@ def test_a_list_that_cannot_be_right_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_list_is_not_read(curated: tuple[Path, Ended], tmp_path: Path) -> None:
+    whole = curated[0].read_bytes()
+    data = pq.ParquetFile(curated[0]).metadata.row_group(0)
+    for k in range(data.num_columns):
+        column = data.column(k)
+        damaged = bytearray(whole)
+        damaged[column.data_page_offset + column.total_compressed_size // 2] ^= 0x10
+        (tmp_path / "damaged.parquet").write_bytes(damaged)
+        with pytest.raises(LlavaError, match="is no row list"):
+            read_row_list(tmp_path / "damaged.parquet")
+
+
+def test_an_edited_list_need_not_have_all_columns_and_shards(
+    curated: tuple[Path, Ended], world: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(curated[0])
+    some = [k for k, name in enumerate(table["shard"].to_pylist()) if name == "a.h5" and k % 2]
+    edited = table.take(some).select(["shard", "uid", "row"])
+    edited = edited.append_column("reason", pa.array([" ", *[None] * (len(some) - 1)]))
+    pq.write_table(pa.concat_tables([edited, edited.slice(0, 1)]), tmp_path / "edited.parquet")
+    given = config(world, tmp_path / "run", features=world / "spoiled", rows=str(tmp_path / "edited.parquet"))
+    ended = call("train", "plan", *flags_of(given))
+    assert f"{len(some)} of {2 * (ROWS - 2)} rows: --rows {given.rows} keeps these" in ended.err
+    assert "left out: 1 shard, such as b.h5, of which that list has no row" in ended.err
+
+
+def test_only_lists_and_pages_are_replaced(world: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "cache/a.h5")
+    given = ("extract", "curate", "--features", tmp_path / "cache", "--language", "any")
+    shard, (page, out) = tmp_path / "cache/a.h5", (tmp_path / name for name in ("page.html", "list.parquet"))
+    whole = shard.read_bytes()
+    line = call(*given, "--out", shard, code=2).one_line()
+    assert (
+        f"--out; expected a new file, or a row list to replace; got {shard}, which is something els" in line
+    )
+    line = call(*given, "--out", out, "--html", shard, code=2).one_line()
+    assert f"--html; expected a new file, or such a one to replace; got {shard}, which is something" in line
+    inspected = ("extract", "inspect", "--out", tmp_path / "cache", "--html", shard)
+    assert "--html; expected a new file, or such" in call(*inspected, code=2).one_line()
+    assert shard.read_bytes() == whole
+    line = call(*given, "--out", out, "--html", out, code=2).one_line()
+    assert "--html; expected another file than --out, which is no page" in line
+    line = call(*given, "--out", shard / "list.parquet", code=2).one_line()
+    assert f"--out; expected a file in a folder; got one in the file {shard}" in line
+    for _ in range(2):  # the second time both are there
+        call(*given, "--out", out, "--html", page)
+    with Lock(out):
+        assert f"{out} is being written; got by process" in call(*given, "--out", out, code=1).one_line()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "list.parquet", "page.html"]
+
+
+def test_a_full_disk_is_named_and_leaves_the_list_that_was(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "list.parquet"
+    given = ("extract", "curate", "--features", world / "features", "--language", "any", "--out", out)
+    call(*given)
+    before = out.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        line = call(*given, code=1).one_line()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line.endswith(f"File too large: {out}")
+    assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["list.parquet"]
+
+
+def test_copies_of_a_shard_and_names_that_are_no_text(world: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "one/a.h5", caption="一个圆形")
+    (tmp_path / "two").mkdir()
+    shutil.copy(tmp_path / "one/a.h5", tmp_path / "two/b.h5")
+    given = ("extract", "curate", "--out", tmp_path / "list.parquet", "--html", tmp_path / "page.html")
+    line = call(*given, "--features", tmp_path / "one", tmp_path / "two", code=1).one_line()
+    assert f"{tmp_path / 'two/b.h5'} is a copy of {tmp_path / 'one/a.h5'}; give --features one of" in line
+    os.rename(tmp_path / "two/b.h5", os.fsencode(tmp_path / "two") + b"/\xff.h5")
+    call(*given, "--features", tmp_path / "two")
+    assert set(pq.read_table(tmp_path / "list.parquet")["shard"].to_pylist()) == {"?.h5"}
+    rows = config(world, tmp_path / "run", features=tmp_path / "two", rows=str(tmp_path / "list.parquet"))
+    assert "12 of 12 rows" in call("train", "plan", *flags_of(rows)).err
+
+
+def test_captions_that_are_all_one_text_are_not_scored(world: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "same/a.h5", header(["一张很好看的图片在这里"] * 300)) as writer:
+        features = rng.normal(size=(300, TOKENS, 12)).astype("<f2")
+        writer.write([dataclasses.replace(outcome(k), features=row) for k, row in enumerate(features)])
+        writer.finish()
+    given = ("--out", tmp_path / "list.parquet", "--html", tmp_path / "page.html", "--most-repeats", 300)
+    for flags in ((), ("--mismatched", 0.01)):
+        ended = call("extract", "curate", "--features", tmp_path / "same", *given, *flags, "--json")
+        assert "pairs not scored: 0 shuffled pairs with another caption, 100 needed" in ended.err
+        assert (ended.summary["score"], ended.summary["kept"]) == ("none", 300)
+
+
 def test_other_files_and_flags_are_refused(curated: tuple[Path, Ended], world: Path, tmp_path: Path) -> None:
+    absent = sweep(world, tmp_path / "sweep", f"rows=all,{tmp_path / 'absent.parquet'}", max_steps=2)
+    expected = f"no file {tmp_path / 'absent.parquet'}; give --rows one that is there"
+    assert expected in call(*command(absent), code=1).one_line()
+    write_shard(tmp_path / "a/a.h5", size=64)
+    unlike = ("--features", tmp_path / "a", world / "features", "--out", tmp_path / "list.parquet")
+    line = call("extract", "curate", *unlike, code=1).one_line()
+    assert "give one kind: with --fuse, the list of any of the fused caches serves" in line
     (tmp_path / "no.parquet").write_text("not a table")
     given = config(world, tmp_path / "run", features=world / "spoiled")
     for rows, code, expected in (
@@ -303,6 +446,7 @@ def test_wrong_flags_are_refused(world: Path, tmp_path: Path) -> None:
         ),
         (("--mismatched", 2), "--mismatched; expected a share from 0 to 1"),
         (("--same-picture", 0), "--same-picture; expected a number above 0"),
+        (("--least-width", -1), "--least-width; expected 0 or more; got -1"),
         (("--sample", -1), "--sample"),
     ):
         assert expected in call(*given, *flags, code=2).one_line()

@@ -34,14 +34,14 @@ from llava_core.errors import LlavaError
 from llava_core.geometry import Fit
 from llava_core.language.load import load_language_model
 from llava_core.language.sampling import Sampling
-from llava_core.projector.checkpoint import Provenance, load_checkpoint, save_checkpoint
-from llava_core.projector.projector import build_projector, match_scale
+from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.vision.open import open_vision_tower
+from tests.support.aligned import write_checkpoint
 from tests.support.commands import call
 from tests.support.exported import QUESTIONS
 from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer, write_language_model
 from tests.support.paths import ROOT
-from tests.support.vision_encoders import VISION, write_vision_folder
+from tests.support.vision_encoders import VISION, write_hugging_face, write_vision_folder
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
 PAD = 263
@@ -63,36 +63,6 @@ def write_pictures(folder: Path) -> list[Path]:
     turned.convert("RGB").save(paths[1], exif=exif)
     holes.save(paths[2])
     return paths
-
-
-def write_hugging_face(folder: Path, model: Any, **preprocess: Any) -> Path:
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocess))
-    return folder
-
-
-def write_checkpoint(
-    folder: Path,
-    vision: Path,
-    llm_folder: Path,
-    kind: str,
-    visual_tokens: str,
-    layer: int | None,
-    decode: str,
-    fit: Fit | None = None,
-    feature_norm: str = "none",
-) -> ExportConfig:
-    """A random projector between them, at the scale of the model's words."""
-    tower = open_vision_tower(vision, layer=layer, decode=decode, fit=fit)
-    llm = load_language_model(llm_folder)
-    torch.manual_seed(1)
-    projector = build_projector(kind, tower.width, llm.hidden, visual_tokens, feature_norm=feature_norm)
-    for measured in projector.buffers():
-        measured.normal_()
-    match_scale(projector, torch.randn(4, tower.tokens, tower.width), llm.embedding_rms)
-    provenance = Provenance(tower.identity, llm.identity)
-    save_checkpoint(folder, projector, provenance, {"lr": 0.1}, {"eval_loss": 1.25}, {})
-    return ExportConfig(checkpoint=folder, vision=vision, llm=llm_folder, out=folder.with_name("exported"))
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,11 @@ from llava_align.hub.config import ExportConfig
 from llava_align.hub.export import run as export_run
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
-from tests.e2e.test_export import SIZES, opened, write_checkpoint, write_hugging_face, write_pictures
+from tests.e2e.test_export import SIZES, opened, write_pictures
+from tests.support.aligned import write_checkpoint
 from tests.support.exported import QUESTIONS, message
 from tests.support.language_models import write_language_model
-from tests.support.vision_encoders import write_vision_folder
+from tests.support.vision_encoders import write_hugging_face, write_vision_folder
 
 CROPPED = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True}
 GREY = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}

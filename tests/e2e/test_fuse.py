@@ -135,11 +135,11 @@ def test_chat_serve_and_lens(fused: Fused, tmp_path: Path, monkeypatch: pytest.M
     assert ended.out.strip() == asked.summary["answer"]
     data = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": question}]
-    body = {"max_tokens": 8, "messages": [{"role": "user", "content": content}]}
-    with llava_server(*models) as served:
+    messages = [{"role": "user", "content": content}]
+    with llava_server(*models, "--model-id", "fused") as served:
         request = urllib.request.Request(
             f"{served.base}/v1/chat/completions",
-            json.dumps(body).encode(),
+            json.dumps({"model": "fused", "max_tokens": 8, "messages": messages}).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as response:

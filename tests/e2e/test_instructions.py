@@ -107,7 +107,7 @@ def test_a_checkpoint_is_asked_what_it_was_trained_with(
         url = "data:image/png;base64," + base64.b64encode(world.images[0].read_bytes()).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}]
         with llava_server(*models) as served:
-            body: Any = {"messages": [{"role": "user", "content": content}]}
+            body: Any = {"model": "run/last", "messages": [{"role": "user", "content": content}]}
             reply = requests.post(f"{served.base}/v1/chat/completions", json=body, timeout=60).json()
         assert reply["choices"][0]["message"]["content"].strip() == found["answer"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -99,7 +100,9 @@ def test_each_setting_has_a_law_of_its_own(world: Path, tmp_path: Path) -> None:
     ended = call(*command(world, tmp_path / "out", *more, sizes="6,12,24"))
     assert {law["lr"] for law in ended.summary["laws"]} == {0.02, 0.04}
     assert "lr=0.02: " in ended.err
-    assert "6 rows of a folder take 2 steps: fewer than 100 measure how far training came, too" in ended.err
+    assert (
+        "6 rows of a folder take 2 steps; below 100 the loss depends on steps more than on rows" in ended.err
+    )
 
 
 def test_losses_that_do_not_fall_get_no_law(world: Path, tmp_path: Path) -> None:
@@ -122,6 +125,7 @@ def test_losses_that_do_not_fall_get_no_law(world: Path, tmp_path: Path) -> None
                          "first; got 20 beside 22"),
         ("1.5k,2k,3k", (), "got 1,500 beside 3,000"),
         ("6,12,24,64", (), "--sizes; expected at most 48, the usable rows of "),
+        ("6,12,24", ("--seeds", 10**6), "--sizes and --seeds; expected at most 100,000 trials; got 3,000"),
         ("6,12,24", ("--seeds", 1), "--sizes: three runs fit any law; expected four sizes, or --seeds 2"),
         (SIZES, ("--seeds", 0), "--seeds; expected a number above 0; got 0"),
         (SIZES, ("--max-samples", 24), "--max-samples beside --sizes; expected one of them"),
@@ -149,3 +153,14 @@ def test_held_out_rows_and_the_same_sizes_are_needed(world: Path, out: Path, tmp
     assert "holds a sweep with another --space max-samples; expected [6, 12, 24, 48]" in ended.one_line()
     assert len(read_json_lines(out / "results.jsonl")) == 8
     assert json.loads((out / "results.jsonl").read_text().splitlines()[0])["state"] == "finished"
+
+
+def test_sizes_are_those_of_every_list_of_rows(world: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list.parquet"
+    call("extract", "curate", "--features", world / "features", "--out", listed, "--language", "any")
+    pq.write_table(pq.read_table(listed).slice(0, 20), listed)
+    for flags in (("--rows", listed), ("--space", f"rows=all,{listed}")):
+        ended = call(*command(world, tmp_path / "out", *flags, "--dry-run", sizes="6,12,24"), code=2)
+        expected = f"at most 20, the usable rows of {world / 'features'} in {listed}"
+        assert f"--sizes; expected {expected}; got 24" in ended.one_line()
+    assert not (tmp_path / "out").exists()

@@ -226,7 +226,7 @@ def test_many_clients_at_once(served: Served, world: Folders, session: ImageDial
 
 
 def test_another_sites_page_gets_nothing(served: Served) -> None:
-    ask = {"messages": [{"role": "user", "content": "说"}]}
+    ask = {"model": "run/last", "messages": [{"role": "user", "content": "说"}]}
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Origin": "null"}):
         status, body, got = http_request(served, "/v1/chat/completions", ask, **headers)
         assert status == 403
@@ -262,7 +262,8 @@ def test_images_by_address(strict: Served, world: Folders) -> None:
     assert len(image) < 5000
     with serving({"/a.png": answer(image), "/large": answer(bytes(6000))}) as base:
         by_address, by_data, gone, large = (
-            http_request(strict, "/v1/chat/completions", {"messages": [question("看", url)], "max_tokens": 9},
+            http_request(strict, "/v1/chat/completions",
+                         {"model": "mine", "messages": [question("看", url)], "max_tokens": 9},
                          authorization="Bearer geheim")
             for url in (f"{base}/a.png", data_url(world.images[1]), f"{base}/b.png", f"{base}/large")
         )  # fmt: skip
@@ -380,11 +381,39 @@ def test_a_port_in_use_is_one_line(served: Served, world: Folders) -> None:
     assert line == f"error: port {port} of 127.0.0.1 is in use; choose another --port"
 
 
-def test_stopping_ends_streams_with_an_error(strict: Served) -> None:
+def test_a_second_signal_ends_streams_with_an_error(strict: Served) -> None:
     """The last test of this server."""
     client = client_of(strict, "geheim")
-    with client.chat.completions.create(model="mine", stream=True, **ENDLESS) as running:  # type: ignore[call-overload]
+    with client.chat.completions.create(model="mine", stream=True, n=2, **ENDLESS) as running:  # type: ignore[call-overload]
         next(iter(running))
+        strict.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: http_request(strict, "/health")[0] == 503)
         strict.stop(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="the server is stopping"):
             list(running)
+    assert any("finishing the answers under way, for up to 30 s" in line for line in strict.log)
+
+
+def test_stopping_finishes_answers_and_refuses_new_ones(world: Folders) -> None:
+    with llava_server(*world.flags, "--slots", 1, "--queue", 1) as served:
+        client = client_of(served)
+        with client.chat.completions.create(model="run/last", stream=True, n=2, **ENDLESS) as running:  # type: ignore[call-overload]
+            next(iter(running))
+            served.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: http_request(served, "/health")[0] == 503)
+            with pytest.raises(openai.InternalServerError, match="the server is stopping") as refused:
+                client.chat.completions.create(model="run/last", messages=[question("看")])
+            assert (refused.value.status_code, refused.value.code) == (503, "stopping")
+            ends = [chunk.choices[0].finish_reason for chunk in running]
+        assert (ends.count("length"), ends.count("stop")) == (2, 0)
+        served.ended()
+
+
+def test_answers_that_take_longer_than_the_limit_are_ended(world: Folders) -> None:
+    with llava_server(*world.flags, "--slots", 1, "--drain", 0) as served:
+        stream = client_of(served).chat.completions.create(model="run/last", stream=True, n=9, **ENDLESS)  # type: ignore[call-overload]
+        with stream as running:
+            next(iter(running))
+            served.stop()
+            with pytest.raises(openai.APIError, match="the server is stopping"):
+                list(running)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,9 @@ import requests
 from infer.chat.image_dialogue import ImageDialogue
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import Folders, write_aligned
-from tests.support.commands import run
+from tests.support.commands import ENVIRONMENT, run
 from tests.support.llava_server import Served, llava_server
+from tests.support.paths import ROOT
 
 TOKENS = 24
 CONTEXT = 128
@@ -50,7 +54,8 @@ def body_of(image: Path | str | None, **fields: Any) -> dict[str, Any]:
     if isinstance(image, Path):
         image = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
     parts = [{"type": "image_url", "image_url": {"url": image}}] if image else []
-    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": TEXT}]}], **fields}
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": TEXT}]}]
+    return {"model": "run/last", "messages": messages, **fields}
 
 
 def post(served: Served, body: dict[str, Any]) -> Any:
@@ -118,7 +123,8 @@ def test_an_image_may_be_written_in_any_way_that_clients_write_it(
         assert said(post(served, body_of(image))) == answer
     for part in ({"type": "input_image", "image_url": plain}, {"type": "image_url", "image_url": plain}):
         content = [part, {"type": "input_text", "text": TEXT}]
-        assert said(post(served, {"messages": [{"role": "user", "content": content}]})) == answer
+        messages = [{"role": "user", "content": content}]
+        assert said(post(served, {"model": "run/last", "messages": messages})) == answer
     error = post(served, body_of("bild.png"))["error"]
     assert "cannot read the image 'bild.png'" in error["message"]
     assert (error["param"], error["code"]) == ("messages", "invalid_image_url")
@@ -138,12 +144,13 @@ def test_an_image_that_is_empty_is_no_question_without_one(
 ) -> None:
     """What clients send whose own reading of the file failed."""
     parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": TEXT}]
-    assert post(served, {"messages": [{"role": "user", "content": parts}]})["error"]["message"] == message
+    body = {"model": "run/last", "messages": [{"role": "user", "content": parts}]}
+    assert post(served, body)["error"]["message"] == message
 
 
 def test_values_mean_what_they_mean_elsewhere(served: Served, world: Folders, answer: str) -> None:
     client = openai.OpenAI(base_url=f"{served.base}/v1", api_key="none", max_retries=0, timeout=60)
-    body = body_of(world.images[0], model="run/last")
+    body = body_of(world.images[0])
     neutral = {"temperature": 0, "n": 1, "stop": "", "seed": None, "presence_penalty": 0, "tools": []}
     for fields in (
         neutral,
@@ -184,3 +191,78 @@ def test_flags_take_the_same_values(world: Folders, answer: str) -> None:
     assert asked.summary["answer"] == answer.strip()
     most = run("infer", "ask", *world.flags, "--image", world.images[0], "--max-tokens", -1, "--json")
     assert most.summary["tokens"] > 256
+
+
+CLIENTS = ROOT / "build/clients"
+"""Clients that the pinned versions leave out (docs/develop/contributing.md): litellm takes 230 MB, and it and
+LangChain ask for other versions of what they share."""
+ASKED = {
+    "litellm": """
+import litellm
+call = dict(model="openai/run/last", messages=messages, api_base=base, api_key="none", num_retries=0)
+whole = litellm.completion(**call).choices[0].message.content
+streamed = [chunk.choices[0].delta.content or "" for chunk in litellm.completion(**call, stream=True)]
+try:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    litellm.completion(**call, tools=tools, tool_choice="required")
+except litellm.BadRequestError as error:
+    refused = str(error)
+del call["messages"]
+embedded = litellm.embedding(**call, input=["a"]).data[0]["embedding"]
+""",
+    "langchain_openai": """
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+model = dict(model="run/last", base_url=base, api_key="none", max_retries=0)
+chat = ChatOpenAI(**model)
+whole = chat.invoke(messages).content
+streamed = [chunk.content for chunk in chat.stream(messages)]
+try:
+    chat.bind_tools([{"name": "f", "description": "", "parameters": {}}], tool_choice="required").invoke("a")
+except Exception as error:
+    refused = str(error)
+embedded = OpenAIEmbeddings(**model, check_embedding_ctx_length=False).embed_query("a")
+""",
+    "node": """
+const OpenAI = require("openai");
+const client = new OpenAI({ baseURL: base, apiKey: "none", maxRetries: 0 }), model = "run/last";
+(async () => {
+  const whole = (await client.chat.completions.create({ model, messages })).choices[0].message.content;
+  const streamed = [];
+  for await (const chunk of await client.chat.completions.create({ model, messages, stream: true }))
+    streamed.push(chunk.choices[0].delta.content || "");
+  const tools = [{ type: "function", function: { name: "f" } }];
+  const refused = await client.chat.completions
+    .create({ model, messages, tools, tool_choice: "required" }).catch((error) => error.message);
+  const embedded = (await client.embeddings.create({ model, input: "a" })).data[0].embedding;
+  console.log(JSON.stringify({ whole, streamed, refused, embedded }));
+})();
+""",
+}
+"""Programs of other clients; `base` and `messages` are given."""
+
+
+@pytest.mark.parametrize("client", ASKED)
+def test_other_clients(client: str, served: Served, world: Folders, answer: str) -> None:
+    package = "node_modules/openai" if client == "node" else client
+    if not (CLIENTS / package).exists() or (client == "node" and shutil.which("node") is None):
+        pytest.skip(f"no {package} in build/clients, or no node")
+    given = {"base": f"{served.base}/v1", "messages": body_of(world.images[0])["messages"]}
+    if client == "node":
+        lines = [f"const {name} = {json.dumps(value)};" for name, value in given.items()]
+        command = ["node", "-e", "\n".join(lines) + ASKED[client]]
+    else:
+        names = "dict(whole=whole, streamed=streamed, refused=refused, embedded=embedded)"
+        lines = [f"{name} = {value!r}" for name, value in given.items()]
+        code = "\n".join(lines) + ASKED[client] + f"import json; print(json.dumps({names}))"
+        command = [sys.executable, "-c", code]
+    alone = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LANGSMITH_TRACING": "false",
+    }  # no call of any other host
+    paths = {"PYTHONPATH": str(CLIENTS), "NODE_PATH": str(CLIENTS / "node_modules")}
+    ended = subprocess.run(command, capture_output=True, env={**ENVIRONMENT, **paths, **alone}, timeout=120)
+    assert ended.returncode == 0, ended.stderr.decode()
+    found = json.loads(ended.stdout.decode().splitlines()[-1])
+    assert (found["whole"], "".join(found["streamed"])) == (answer, answer)
+    assert "not supported here" in found["refused"]
+    assert len(found["embedded"]) == 16

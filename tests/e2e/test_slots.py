@@ -50,6 +50,7 @@ class Asked:
         sampling: Sampling = SHORT,
     ) -> None:  # fmt: skip
         aligned = scheduler.aligned
+        assert isinstance(aligned, ImageAnswerer)
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         data = image.read_bytes() if image else b""
         picture = RequestImage(data, aligned.encode_files([data])) if image else None
@@ -88,6 +89,7 @@ def alone(
 def in_company(world: Folders, scheduler: Scheduler) -> None:
     """Of every length, with and without a picture, more than slots, joining while others are answered."""
     aligned = scheduler.aligned
+    assert isinstance(aligned, ImageAnswerer)
     questions = ["看", "图中有什么？" * 9, "What?", "长" * 120, "", "a" * 300, "颜色" * 3]
     cases = [
         (question, image, Sampling(max_tokens=5 + 7 * k))

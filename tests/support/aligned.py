@@ -11,11 +11,13 @@ from PIL import Image
 
 from infer.answerer import ImageAnswerer, open_image_answerer
 from infer.config import AskConfig
+from llava_align.hub.config import ExportConfig
+from llava_core.geometry import Fit
 from llava_core.language.load import load_language_model
 from llava_core.projector.checkpoint import Provenance, save_checkpoint
 from llava_core.projector.projector import build_projector, match_scale
 from llava_core.vision.open import open_vision_tower
-from tests.support.language_models import write_language_model
+from tests.support.language_models import QWEN3_TEMPLATE, write_language_model
 from tests.support.vision_encoders import write_vision_folder
 
 
@@ -46,8 +48,9 @@ class Folders:
         )
 
 
-def write_aligned(root: Path) -> Folders:
-    vision, llm_folder = write_vision_folder(root / "vision"), write_language_model(root / "llm")
+def write_aligned(root: Path, template: str = QWEN3_TEMPLATE) -> Folders:
+    vision = write_vision_folder(root / "vision")
+    llm_folder = write_language_model(root / "llm", template=template)
     tower, llm = open_vision_tower(vision), load_language_model(llm_folder)
     torch.manual_seed(0)
     projector = build_projector("linear", tower.width, llm.hidden)
@@ -62,3 +65,27 @@ def write_aligned(root: Path) -> Folders:
         Image.fromarray(pixels).resize((40, 30)).save(path)
         images.append(path)
     return Folders(vision, llm_folder, root / "run/last", images)
+
+
+def write_checkpoint(
+    folder: Path,
+    vision: Path,
+    llm_folder: Path,
+    kind: str,
+    visual_tokens: str,
+    layer: int | None,
+    decode: str,
+    fit: Fit | None = None,
+    feature_norm: str = "none",
+) -> ExportConfig:
+    """A random projector between them, at the scale of the model's words."""
+    tower = open_vision_tower(vision, layer=layer, decode=decode, fit=fit)
+    llm = load_language_model(llm_folder)
+    torch.manual_seed(1)
+    projector = build_projector(kind, tower.width, llm.hidden, visual_tokens, feature_norm=feature_norm)
+    for measured in projector.buffers():
+        measured.normal_()
+    match_scale(projector, torch.randn(4, tower.tokens, tower.width), llm.embedding_rms)
+    provenance = Provenance(tower.identity, llm.identity)
+    save_checkpoint(folder, projector, provenance, {"lr": 0.1}, {"eval_loss": 1.25}, {})
+    return ExportConfig(checkpoint=folder, vision=vision, llm=llm_folder, out=folder.with_name("exported"))

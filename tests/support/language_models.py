@@ -43,6 +43,20 @@ QWEN3_TEMPLATE = """\
 {%- endif %}"""
 """As Qwen3's own: an empty think block before the last answer, dropped from earlier ones."""
 
+TOOLS_TEMPLATE = QWEN3_TEMPLATE.replace(
+    "+ m.content + '<|im_end|>\n' }}\n        {%- endif %}\n    {%- endif %}",
+    """+ m.content }}
+            {%- for call in m.tool_calls or [] %}
+                {{- '\n<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- elif m.role == 'tool' %}
+        {{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
+    {%- endif %}""",
+)
+"""It writes calls of tools and their results as well."""
+
 SETTINGS: dict[str, dict[str, object]] = {
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512},

@@ -32,6 +32,10 @@ class Served:
     def stop(self, number: int = signal.SIGINT) -> str:
         """Standard output of a server that was stopped; asserts that it ended well."""
         self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> str:
+        """Standard output of a server that ends; asserts that it ended well."""
         code = self.process.wait(60)
         self._reader.join(10)
         assert code == 0, (code, "".join(self.log))

@@ -59,6 +59,12 @@ def write_vision_folder(
     return folder
 
 
+def write_hugging_face(folder: Path, model: Any, **preprocess: Any) -> Path:
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocess))
+    return folder
+
+
 def published_clip(vision: dict[str, Any] = VISION, text: dict[str, Any] = TEXT) -> Any:
     """cn-clip's own model with every weight random, rounded to fp16's values, in eval mode."""
     torch.manual_seed(0)

@@ -34,7 +34,10 @@ PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("README*.md"), ROOT / "f
 PACKAGES = ("extract", "train", "infer", "llava_align", "llava_core")
 SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")
 """Functions that return a line to print."""
-SAME_CODE = ("one-sample", "cache", "troubleshooting", "curves", "why-it-works", "python-api", "extending")
+SAME_CODE = (
+    *("one-sample", "cache", "troubleshooting", "curves", "why-it-works", "python-api", "extending"),
+    *("transformers", "llama-cpp", "ollama", "clients"),
+)
 """Pages whose code blocks are alike in both languages."""
 LITERAL = 8
 """Least letters that are fixed in a template, so that none fits every line."""

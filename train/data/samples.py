@@ -187,6 +187,9 @@ class Samples:
         if self.listed is not None:
             kept = sum(len(self.listed.rows_of(shard)) for shard in self.shards)
             lines.append(f"{kept:,} of {usable:,} rows: --rows {self.listed.path} keeps these")
+            if unlisted := [shard for shard in self.shards if not self.listed.shards.keys() & shard.uids]:
+                which = f"{counted(len(unlisted), 'shard')}, such as {unlisted[0].path.name}"
+                lines.append(f"left out: {which}, of which that list has no row")
             usable = min(usable, kept)
         if self.limit in self.sizes and usable > len(self):
             which = f"the first {self.limit:,}"

@@ -20,9 +20,9 @@ from train.run_folder import as_begun
 from train.sweep.axis import Choices
 from train.sweep.budget import Budget
 from train.sweep.choices import require_context, texts_to_choose
-from train.sweep.config import ScalingConfig, SweepConfig
+from train.sweep.config import MOST_TRIALS, ScalingConfig, SweepConfig
 from train.sweep.scaling import require_rows
-from train.sweep.space import MOST_TRIALS, Space, data_configs, run_config, words
+from train.sweep.space import Space, data_configs, run_config, words
 from train.sweep.trial_steps import with_steps
 
 MOST_PREDICTED = 1000
@@ -40,9 +40,11 @@ def run(config: SweepConfig) -> JsonDict:
     space = Space.of(config.varied, config)
     if not space.is_grid and config.trials is None:
         raise LlavaError("a range has no last point", do="say how many to draw: --trials 20", exit_code=2)
-    if space.size(config.trials) > MOST_TRIALS:
-        do = "say how many points to try: --trials 20"
-        raise LlavaError("--space", expected=f"at most {MOST_TRIALS:,} trials", do=do, exit_code=2)
+    if (trials := space.size(config.trials)) > MOST_TRIALS:
+        expected, do = f"at most {MOST_TRIALS:,} trials", "say how many points to try: --trials 20"
+        if isinstance(config, ScalingConfig):
+            do = "name fewer values, --sizes or --seeds"
+        raise LlavaError("--space", expected=expected, got=f"{trials:,}", do=do, exit_code=2)
     for key, axis in space.axes.items():
         if key == "features":  # which names caches of --features
             continue
@@ -93,7 +95,7 @@ def plan(config: SweepConfig, space: Space) -> JsonDict:
     trials = space.size(config.trials)
     resources = TrainingResources(data_configs(config, space)[0], weights=False)
     if isinstance(config, ScalingConfig):
-        require_rows(config, resources, data_configs(config, space))
+        require_rows(config, resources, space)
     measure_for = 2.0 if config.dry_run else 0.3  # what it is off by, the first trial shows
     for own in data_configs(config, space):
         if config.choices is not None and (held_out := resources.samples(own)[1]):

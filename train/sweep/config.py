@@ -87,6 +87,8 @@ LEAST_SIZES = 3
 APART, REACH = 1.25, 4
 """Least ratio of one size to the next smaller one, and of the largest to the smallest."""
 SUFFIXES = {"k": 1_000, "m": 1_000_000}
+MOST_TRIALS = 100_000
+"""More trials are a slip: no sweep of that size ends."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,9 @@ class ScalingConfig(SweepConfig):
         if len(sizes) * self.seeds == LEAST_SIZES:
             what, expected = "--sizes: three runs fit any law", "four sizes, or --seeds 2 or more"
             raise LlavaError(what, expected=expected, got="--seeds 1", exit_code=2)
+        if (trials := len(sizes) * self.seeds) > MOST_TRIALS:
+            expected = f"at most {MOST_TRIALS:,} trials"
+            raise LlavaError("--sizes and --seeds", expected=expected, got=f"{trials:,}", exit_code=2)
         for entry in self.space:
             key = entry.partition("=")[0].strip().lstrip("-").replace("-", "_")
             if flags := {"max_samples": "--sizes", "seed": "--seed and --seeds"}.get(key):

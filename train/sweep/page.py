@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_core.cli.console import counted, human_seconds
 from llava_core.filesystem import replace_text
-from llava_core.report.page import REPORT_STYLE, fill
+from llava_core.report.page import report
 from llava_core.report.tables import facts, table, totals
 from train.sweep.config import SweepConfig
 from train.sweep.plots import Plot
@@ -36,7 +36,6 @@ def write_page(
         "subtitle": f"A sweep of {escape(', '.join(space.keys))}: "
         + counted(space.size(config.trials), "trial"),
         "totals": _totals(space, rows, records, best),
-        "program": "scaling" if scaling_curves else "sweep",
         "scaling": "".join(map(_scaling, scaling_curves)),
         "best": _best(best, command, (config.out / "best").exists()),
         "pictures": "".join(map(_figure, plots)) or '<p class="note">No trial was evaluated.</p>',
@@ -44,7 +43,8 @@ def write_page(
         "failures": _failures(records),
         "facts": _facts(config, space),
     }
-    page = fill(Path(__file__).with_name("page.html"), parts, REPORT_STYLE)
+    command_name = "train scaling" if scaling_curves else "train sweep"
+    page = report(Path(__file__).with_name("page.html"), parts, command_name)
     replace_text(config.out / "index.html", page)
 
 

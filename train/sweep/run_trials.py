@@ -29,7 +29,7 @@ from train.sweep.plots import draw
 from train.sweep.results import text_table, write_best, write_results
 from train.sweep.rows import best_of, how_sure, rows_of
 from train.sweep.scaling import curves_of, figures_of, sentences, text_of
-from train.sweep.space import Point, Space, data_configs, run_config, words
+from train.sweep.space import CACHE_KEYS, Point, Space, data_configs, run_config, words
 from train.sweep.study import Study
 from train.sweep.together import measured, why_alone
 from train.sweep.trial_steps import TrialSteps, shareable_keys
@@ -92,21 +92,24 @@ def opened(config: SweepConfig, study: Study) -> TrainingResources:
     resources = TrainingResources(configs[0], repeated=True)
     data: JsonDict = {"the projector of --init": weights_sha256(config.init)} if config.init else {}
     for own in configs:
-        data |= data_of(own, resources, several=len(configs) > 1)
+        data |= data_of(own, resources, study.space)
     resources.cache_features(configs[0])
     study.require_same_data(data, resources.llm.identity)
     return resources
 
 
-def data_of(config: RunConfig, resources: TrainingResources, several: bool) -> JsonDict:
-    """Identities of the data that trials read, by names for messages; of one cache of `several`."""
-    rows = resources.rows(config)
-    kind = "" if config.fuse is None else f", fused by {config.fuse}"
-    of = f" of {' + '.join(map(str, folders_of(config.features)))}{kind}" if several else ""
+def data_of(config: RunConfig, resources: TrainingResources, space: Space) -> JsonDict:
+    """Identities of the data that trials read, by names for messages, with what of `space` they are of."""
+    rows, varied = resources.rows(config), [key for key in space.data_keys if space.axes[key].count != 1]
+    of = [f"--{key} {getattr(config, key)}" for key in varied if key not in CACHE_KEYS]
+    if set(varied) & set(CACHE_KEYS):
+        kind = "" if config.fuse is None else f", fused by {config.fuse}"
+        of.insert(0, f"{' + '.join(map(str, folders_of(config.features)))}{kind}")
+    named = f" of {', '.join(of)}" if of else ""
     return {
-        f"the training rows{of}": rows["samples"],
-        f"the held-out rows{of}": rows["held_out"],
-        f"the encoder{of}": resources.provenance.encoder.fingerprint,
+        f"the training rows{named}": rows["samples"],
+        f"the held-out rows{named}": rows["held_out"],
+        f"the encoder{named}": resources.provenance.encoder.fingerprint,
     }
 
 

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from llava_core.cli.console import counted, say, table
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
-from train.config import RunConfig
 from train.resources import TrainingResources
 from train.sweep.config import LEAST_SIZES, ScalingConfig
 from train.sweep.rows import Row
-from train.sweep.scaling_law import UNKNOWNS, Figure, ScalingLaw, fit
-from train.sweep.space import Point, run_config
+from train.sweep.scaling_law import UNKNOWNS, Estimate, ScalingLaw, fit
+from train.sweep.space import Point, Space, run_config
 
 SIZE = "max_samples"
 AHEAD = (2, 4)
@@ -51,20 +50,26 @@ class ScalingCurve:
         return len(self.losses) >= LEAST_SIZES and len(self.runs) > UNKNOWNS
 
 
-def require_rows(config: ScalingConfig, resources: TrainingResources, caches: Sequence[RunConfig]) -> None:
-    """Raise LlavaError (wrong usage) if a folder of one of the `caches` has fewer rows than --sizes name; say
+def require_rows(config: ScalingConfig, resources: TrainingResources, space: Space) -> None:
+    """Raise LlavaError (wrong usage) if at a point of `space` a folder has fewer rows than --sizes name; say
     if the smallest size takes few steps."""
-    least, most = config.row_counts[0], config.row_counts[-1]
-    steps = config.epochs * -(-least // config.batch_size)
+    least, most, steps = config.row_counts[0], config.row_counts[-1], FEW_STEPS
+    for point in space.typical():
+        own = run_config(config, point, config.out)
+        if own.max_samples == least:
+            steps = min(steps, own.epochs * -(-least // own.batch_size))
+        if own.max_samples == most:
+            samples, _ = resources.samples(own)
+            for source, size in zip(samples.sources, samples.sizes, strict=True):
+                if size < most:
+                    of = f" in {samples.listed.path}" if samples.listed else ""
+                    expected = f"at most {size:,}, the usable rows of {source.path}{of}"
+                    raise LlavaError("--sizes", expected=expected, got=f"{most:,}", exit_code=2)
     if steps < FEW_STEPS:
-        do = f"fewer than {FEW_STEPS} measure how far training came, too"
-        say(f"{least:,} rows of a folder take {counted(steps, 'step')}: {do} (larger --sizes, more --epochs)")
-    for own in caches:
-        samples, _ = resources.samples(run_config(own, {SIZE: most}, own.out))
-        for source, size in zip(samples.sources, samples.sizes, strict=True):
-            if size < most:
-                expected = f"at most {size:,}, the usable rows of {source.path}"
-                raise LlavaError("--sizes", expected=expected, got=f"{most:,}", exit_code=2)
+        say(
+            f"{least:,} rows of a folder take {counted(steps, 'step')}; below {FEW_STEPS} the loss depends "
+            "on steps more than on rows: give larger --sizes or more --epochs"
+        )
 
 
 def curves_of(rows: Sequence[Row]) -> list[ScalingCurve]:
@@ -92,7 +97,7 @@ def _lowest(row: Row) -> list[float]:
 
 
 def lines_of(curve: ScalingCurve) -> list[tuple[str, str, str, str]]:
-    """Rows, number of runs, mean loss and its range, and the law's; the last ones are predictions."""
+    """Rows, number of runs, mean loss and its range, and the fitted law's; the last ones are predictions."""
     law, lines = curve.law, []
     for size, losses in curve.losses.items():
         mean = sum(losses) / len(losses)
@@ -104,7 +109,7 @@ def lines_of(curve: ScalingCurve) -> list[tuple[str, str, str, str]]:
     return lines + [(f"{rows:,}", "-", "predicted", shown(law.loss(rows))) for rows in ahead if law]
 
 
-HEAD = ("rows", "runs", "lowest held-out loss", "the law's")
+HEAD = ("rows", "runs", "lowest held-out loss", "fitted law")
 
 
 def text_of(curve: ScalingCurve) -> str:
@@ -156,7 +161,7 @@ def sentences(curve: ScalingCurve) -> list[str]:
     return said
 
 
-def shown(figure: Figure, digits: int = 4) -> str:
+def shown(figure: Estimate, digits: int = 4) -> str:
     value, low, high = (f"{each:.{digits}f}" for each in figure)
     return f"{value} ({low} to {high})"
 
@@ -178,5 +183,5 @@ def figures_of(curve: ScalingCurve) -> JsonDict:
     return figures | {"predicted": [{"rows": rows, **_with_ends("loss", law.loss(rows))} for rows in ahead]}
 
 
-def _with_ends(name: str, figure: Figure) -> JsonDict:
+def _with_ends(name: str, figure: Estimate) -> JsonDict:
     return dict(zip((name, f"{name}_low", f"{name}_high"), figure, strict=True))

@@ -18,8 +18,8 @@ ALPHAS = np.geomspace(0.01, 4, 400)
 """Exponents that are tried. Below them the law is a logarithm; above, one doubling brings nearly all."""
 ANGLES = np.linspace(0, np.pi, 33)
 UNKNOWNS = 3
-Figure = tuple[float, float, float]
-"""A figure, and the ends of its interval."""
+Estimate = tuple[float, float, float]
+"""A value, and the ends of its interval."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,28 +33,28 @@ class ScalingLaw:
     region: np.ndarray
     """The same, [3, points], on the surface of the 95 % region."""
 
-    def loss(self, rows: float) -> Figure:
+    def loss(self, rows: float) -> Estimate:
         """The loss to expect of runs on as many rows."""
-        return self._figure(lambda floor, fall, alpha: floor + fall * (rows / self.sizes[-1]) ** -alpha)
+        return self._estimate(lambda floor, fall, alpha: floor + fall * (rows / self.sizes[-1]) ** -alpha)
 
     @property
-    def doubling(self) -> Figure:
+    def doubling(self) -> Estimate:
         """How much lower the loss is at twice the largest size than there."""
-        return self._figure(lambda floor, fall, alpha: fall * (1 - 2**-alpha))
+        return self._estimate(lambda floor, fall, alpha: fall * (1 - 2**-alpha))
 
     @property
-    def floor(self) -> Figure:
+    def floor(self) -> Estimate:
         """E."""
-        return self._figure(lambda floor, fall, alpha: floor)
+        return self._estimate(lambda floor, fall, alpha: floor)
 
     @property
-    def factor(self) -> Figure:
+    def factor(self) -> Estimate:
         """A."""
-        return self._figure(lambda floor, fall, alpha: fall * float(self.sizes[-1]) ** alpha)
+        return self._estimate(lambda floor, fall, alpha: fall * float(self.sizes[-1]) ** alpha)
 
     @property
-    def alpha(self) -> Figure:
-        return self._figure(lambda floor, fall, alpha: alpha)
+    def alpha(self) -> Estimate:
+        return self._estimate(lambda floor, fall, alpha: alpha)
 
     @property
     def is_identified(self) -> bool:
@@ -62,7 +62,7 @@ class ScalingLaw:
         _, low, high = self.alpha
         return bool(ALPHAS[1] < low and high < ALPHAS[-2])
 
-    def _figure(self, of: Callable[..., np.ndarray]) -> Figure:
+    def _estimate(self, of: Callable[..., np.ndarray]) -> Estimate:
         values = of(*self.region)
         return float(of(*self.best)), float(values.min()), float(values.max())
 

@@ -15,15 +15,15 @@ from llava_core.errors import LlavaError
 from train.config import ALL_ROWS, RunConfig
 from train.sweep.axis import Choices, Range, Suggests, Value, axis_of
 from train.sweep.caches import caches_of, require_caches
-from train.sweep.config import ScalingConfig
+from train.sweep.config import MOST_TRIALS, ScalingConfig
 
 Point: TypeAlias = "dict[str, Value]"
 """One value for each key that is varied."""
 
 MOST_SHUFFLED = 100_000
 """Largest grid that --trials shuffles whole; of a larger one it draws from this many first points."""
-MOST_TRIALS = 100_000
-"""More trials are a slip: no sweep of that size ends."""
+CACHE_KEYS = ("features", "fuse")
+DATA_KEYS = (*CACHE_KEYS, "text", "rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Space:
     @property
     def keys(self) -> list[str]:
         return [*self.axes, *(["seed"] if self.seeds else [])]
+
+    @property
+    def data_keys(self) -> list[str]:
+        """Those that decide which data a trial reads."""
+        return [key for key in DATA_KEYS if key in self.axes]
 
     @property
     def is_grid(self) -> bool:
@@ -124,8 +129,8 @@ def run_config(base: RunConfig, point: Point, out: Path) -> RunConfig:
 
 
 def data_configs(base: RunConfig, space: Space) -> list[RunConfig]:
-    """The flags of a run on each of the caches that are compared; `base` where all trials have one."""
-    axes = {key: space.axes[key] for key in ("features", "fuse") if key in space.axes}
+    """The flags of a run on each of the data that are compared; `base` where all trials have the same."""
+    axes = {key: space.axes[key] for key in space.data_keys}
     return [run_config(base, point, base.out) for point in _product(axes)] if axes else [base]
 
 

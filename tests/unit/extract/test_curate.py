@@ -38,6 +38,7 @@ def test_one_picture_on_every_row_is_kept_once() -> None:
     assert near_duplicates(rows, 0.999)[: 3 * BLOCK].tolist() == [-1, *[0] * (3 * BLOCK - 1)]
     assert (near_duplicates(rows, 2) == -1).all()
     assert near_duplicates(rows[:1], 0.5).tolist() == [-1]
+    assert near_duplicates(np.ones((3, 8)), 0.999).tolist() == [-1, 0, 0]  # none differs from their mean
 
 
 def pairs(n: int, wrong: float, noise: float, seed: int = 0) -> tuple[PairScores, np.ndarray]:

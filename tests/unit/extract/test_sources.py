@@ -19,12 +19,13 @@ import pytest
 from extract.sources.base import Columns, DataFlags, host_of, hosts_of
 from extract.sources.find import find_sources
 from extract.sources.local_images import LocalImages, read_image
-from extract.sources.stored_images import ParquetImages, StoredImages
+from extract.sources.stored_images import StoredImages
 from extract.statistics import write_statistics
 from llava_core.errors import LlavaError
 from llava_core.row_status import Outcome, Status
 from llava_core.shards.reader import Shard
 from llava_core.tables.conversations import conversation_turns
+from llava_core.tables.image_values import ParquetImages
 from tests.support.local_data import llava, write_json, write_parquet, write_pictures
 from tests.support.paths import ROOT
 from tests.support.shards import write_shard
@@ -240,7 +241,7 @@ def stored(path: Path, images: list[bytes], **options: Any) -> StoredImages:
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "threads"])
 def test_stored_images_in_any_order(tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.sources.stored_images.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("llava_core.tables.image_values.BATCH_BYTES", 20_000)
     images = random_bytes(300, 1000)
     store = stored(tmp_path / "x.parquet", images, row_group_size=130)
     rows = list(range(300))
@@ -259,7 +260,7 @@ def test_stored_images_in_any_order(tmp_path: Path, order: str, monkeypatch: pyt
 
 
 def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.sources.stored_images.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("llava_core.tables.image_values.BATCH_BYTES", 20_000)
     path, images = tmp_path / "x.parquet", random_bytes(300, 1000)
     stored(path, images, row_group_size=100, use_dictionary=False, data_page_size=1000, write_batch_size=20)
     data = bytearray(path.read_bytes())
@@ -279,7 +280,8 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from extract.sources.local_images import LocalImages
-from extract.sources.stored_images import ParquetImages, StoredImages
+from extract.sources.stored_images import StoredImages
+from llava_core.tables.image_values import ParquetImages
 
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from infer.serve.access import check_key, check_origin, is_loopback
-from infer.serve.openai_api import ApiError
+from infer.serve.api_error import ApiError
 
 
 def may(host: str, origin: str | None = None, loopback: bool = True, allowed: tuple[str, ...] = ()) -> bool:

@@ -127,6 +127,32 @@ def test_training_and_a_sweep_from_python(world: Path, tmp_path: Path) -> None:
     assert (swept.checkpoint / "config.json").exists()
 
 
+def test_curation_and_scaling_from_python(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "list.parquet"
+    curated = llava_align.curate([world / "features"], out=out, language="any", html=tmp_path / "page.html")
+    assert (curated.out, curated.rows, curated.kept) == (out, 48, curated.figures["kept"])
+    common: dict[str, Any] = {
+        "eval_features": world / "held-out",
+        "llm": world / "llm",
+        "out": tmp_path / "out",
+    }
+    flags: dict[str, Any] = {"device": "cpu", "batch_size": 4, "eval_captions": 0, "epochs": 1}
+    scaled = llava_align.scaling(
+        world / "features",
+        sizes=[6, 12, 24],
+        seeds=2,
+        space={"lr": [1e-2, 2e-2]},
+        rows=out,
+        **common,
+        **flags,
+    )
+    assert {law["lr"] for law in scaled.laws} == {1e-2, 2e-2}
+    assert scaled.figures["finished"] == 12
+    assert (scaled.checkpoint / "config.json").exists()
+    with pytest.raises(LlavaError, match="sizes; expected a list of numbers, or"):
+        llava_align.scaling(world / "features", sizes=500, **common)  # type: ignore[arg-type]
+
+
 def test_what_python_asks_for_is_checked_as_the_commands_check_it(world: Path, tmp_path: Path) -> None:
     paths: dict[str, Any] = {"llm": world / "llm", "out": tmp_path / "run"}
     with pytest.raises(TypeError, match="unknown keyword 'learning_rate'"):

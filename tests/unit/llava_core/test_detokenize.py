@@ -101,3 +101,12 @@ def test_decoding_takes_no_longer_for_a_long_answer() -> None:
 def test_special_tokens_say_nothing(special: int) -> None:
     spoken = StreamDetokenizer(decode)
     assert pieces(spoken, [special, *tokens("好"), special]) == ["好"]
+
+
+def test_text_that_was_there_is_not_released_again() -> None:
+    words = ["▁The", "▁sky", "▁is", "▁blue"]
+    spoken = StreamDetokenizer(
+        lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" "), begun=[0, 1]
+    )
+    assert pieces(spoken, [2, 3]) == [" is", " blue"]
+    assert (spoken.text, spoken.tokens) == (" is blue", [0, 1, 2, 3])

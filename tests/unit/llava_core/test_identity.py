@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 from llava_align.hub.export import write_tokenizer
 from llava_core.errors import LlavaError
 from llava_core.identity import EncoderIdentity, LanguageModelIdentity
-from llava_core.language import prompt_and_labels as conversation
+from llava_core.language import chat_template
+from llava_core.language.chat_template import with_fixed_date
 from llava_core.language.load import load_language_model, outline_language_model
 from llava_core.language.model import LanguageModel
-from llava_core.language.prompt_and_labels import Conversation, with_fixed_date
+from llava_core.language.prompt_and_labels import Conversation
 from tests.support.language_models import QWEN3_TEMPLATE, byte_tokenizer, write_language_model
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + QWEN3_TEMPLATE
@@ -142,7 +143,7 @@ def test_today_is_one_date_and_is_said(
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.apply_chat_template(question, tokenize=False).startswith("26 Jul 2024")
     # A release that moved the date would make another language model of it.
-    monkeypatch.setattr(conversation, "TODAY", datetime.datetime(2025, 1, 1))
+    monkeypatch.setattr(chat_template, "TODAY", datetime.datetime(2025, 1, 1))
     said = refusal(llm.identity, load_language_model(folder).identity)
     assert "token 0 of a fixed dialogue" in said
 

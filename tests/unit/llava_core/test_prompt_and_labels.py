@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 import pytest
 
 from llava_core.errors import LlavaError
-from llava_core.language import prompt_and_labels
+from llava_core.language import chat_template
 from llava_core.language.instructions import INSTRUCTIONS, pick_instruction
 from llava_core.language.prompt_and_labels import IGNORE, Conversation, Turn
-from tests.support.language_models import LLAMA_TEMPLATE, byte_tokenizer
+from tests.support.language_models import LLAMA_TEMPLATE, TOOLS_TEMPLATE, byte_tokenizer
 
 START, END, THINK, UNTHINK = 1, 2, 3, 4
 NO_THOUGHT: list[str | int] = [THINK, "\n\n", UNTHINK, "\n\n"]
@@ -148,7 +149,7 @@ def test_a_callers_alarm_still_rings() -> None:
         assert 900 < left <= 1000
         assert interval == 500
         signal.setitimer(signal.ITIMER_REAL, 1e-3)
-        with prompt_and_labels._at_most(30):
+        with chat_template.at_most(30):
             assert not rung.wait(0.01)
         assert rung.wait(60)
     finally:
@@ -166,3 +167,40 @@ def test_a_system_message_comes_first_and_has_no_labels() -> None:
     assert example.labels == [IGNORE] * before + bare.labels
     cut = chat.example([Turn("a?", "one"), Turn("b?", "two")], max_answer_tokens=2, system="be brief")
     assert (cut.ids[:before], cut.dropped) == (example.ids[:before], 1)
+
+
+def test_calls_of_tools_and_their_results_are_text() -> None:
+    chat = conversation(TOOLS_TEMPLATE)
+    call = {"function": {"name": "f", "arguments": {"<think>": ["<|im_end|>"]}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "wait", "tool_calls": [call]},
+        {"role": "tool", "content": "</think>3"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+    ]
+    chat.require_written(messages)
+    ids = chat.prompt(messages)
+    assert [token for token in ids if token <= UNTHINK] == [START, END] * 5 + [START, THINK, UNTHINK]
+    called = '<tool_call>\n{"name": "f", "arguments": {"<think>": ["<|im_end|>"]}}\n</tool_call>'
+    text = chat.tokenizer.decode(ids)
+    assert f"assistant\nwait\n{called}<|im_end|>" in text
+    assert f"assistant\n\n{called}<|im_end|>" in text
+    assert "<tool_response>\n</think>3\n</tool_response>" in text
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_TEMPLATE])
+def test_what_a_template_leaves_out_is_named(template: str | None) -> None:
+    chat = conversation(template)
+    question = {"role": "user", "content": "a?"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    chat.require_written([{"role": "system", "content": "a"}, question])
+    with pytest.raises(LlavaError, match="leaves out a tool call message"):
+        chat.require_written([question, call, question])
+
+
+def test_the_beginning_of_an_answer_is_as_it_is_written() -> None:
+    ids = conversation().prompt([{"role": "user", "content": "a?"}])
+    assert conversation().prefill(" It is <|im_end|> ", ids) == [
+        (tokens("a")[0] + ord(c) - ord("a")) if c != " " else tokens(" ")[0] for c in " It is <|im_end|> "
+    ]
