@@ -19,9 +19,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from infer.answerer import open_image_answerer
+from infer.chat.config import ChatConfig
 from infer.chat.dialogue import Dialogue
 from infer.chat.image_dialogue import ImageDialogue
-from infer.config import ChatConfig
 from llava_align.config import MODELS
 from llava_core.cli.console import say, table
 from llava_core.device import pick_device

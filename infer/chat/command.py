@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from infer.answerer import ImageAnswerer, open_image_answerer, open_second_answerer
+from infer.chat.config import ChatConfig
 from infer.chat.image_dialogue import ImageDialogue
 from infer.chat.image_repl import ImageChatRepl
 from infer.chat.messages import pick_language
-from infer.config import ChatConfig
 from llava_core.cli.console import say
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import sampling_of

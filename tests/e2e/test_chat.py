@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from infer.answerer import ImageAnswerer, open_image_answerer
+from infer.chat.config import ChatConfig
 from infer.chat.image_dialogue import ImageDialogue
 from infer.chat.image_repl import ImageChatRepl
-from infer.config import ChatConfig
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import ENVIRONMENT

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 
 from infer.answerer import ImageAnswerer, open_second_answerer
+from infer.chat.config import ChatConfig
 from infer.chat.image_dialogue import ImageDialogue
 from infer.chat.image_repl import ImageChatRepl
 from infer.chat.readings import word_gains
 from infer.chat.transcript import read_transcript
-from infer.config import ChatConfig, LensConfig
+from infer.config import LensConfig
 from infer.lens.command import analyse
 from infer.lens.readout import blank_image
 from llava_core.errors import LlavaError
