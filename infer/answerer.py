@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -10,7 +11,7 @@ from infer.config import Aligned, LiveOrStored, Models
 from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError
-from llava_core.input_folders import folders_of
+from llava_core.input_folders import config_of, folders_of, require_checkpoint
 from llava_core.language.generate import generate
 from llava_core.language.instructions import QUESTION
 from llava_core.language.model import LanguageModel
@@ -89,6 +90,26 @@ def open_image_answerer(config: Models | LiveOrStored) -> ImageAnswerer:
     tower = open_trained_towers(config.vision, checkpoint.provenance, device)
     llm = _language_model(config, checkpoint, tower.name, device)
     return ImageAnswerer(tower, checkpoint.projector, llm, checkpoint.provenance.question)
+
+
+def open_second_answerer(folder: Path, first: ImageAnswerer, config: Models) -> ImageAnswerer:
+    """Another checkpoint's models beside those of `config`, which are `first`.
+
+    They share the encoder, and the language model unless stage 2 tuned it in either. Raises LlavaError for a
+    checkpoint of other models, or the same one.
+    """
+    require_checkpoint(folder)
+    if folder.resolve() == config.checkpoint.resolve():
+        raise LlavaError(f"{folder} is the checkpoint that answers already", do="name another one")
+    checkpoint, trained = load_checkpoint(folder), config_of(config.checkpoint)
+    checkpoint.provenance.require_encoder(first.tower.identity)
+    tuned = config.adapter != "none" and (checkpoint.tune or trained.get("tune"))
+    if tuned:
+        llm = _language_model(config, checkpoint, first.tower.name, first.llm.device)
+    else:
+        checkpoint.provenance.require_language_model(first.llm.identity)
+        llm = first.llm
+    return ImageAnswerer(first.tower, checkpoint.projector, llm, checkpoint.provenance.question)
 
 
 def open_asked_shards(config: LiveOrStored) -> list[Shard]:

@@ -85,26 +85,6 @@ class AskConfig(Models):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig(Models):
-    """Talk about images at the terminal, or over a pipe: a question a line; `/help` lists the commands."""
-
-    image: str | None = None
-    """Path or URL of the image to begin with."""
-    compile: bool = False
-    """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
-    lang: Literal["auto", "zh", "en"] = "auto"
-    """Language of remarks and help; auto: that of the locale."""
-    allow_private: bool = False
-    """Let the image address of a dialogue that is loaded lead to this machine or a private network."""
-
-    def require_inputs(self) -> None:
-        from llava_core.vision.image_files import require_image  # with aiohttp, which --help does without
-
-        super().require_inputs()
-        require_image(self.image)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LiveOrStored(Aligned):
     """Flags of every command that answers about live images, or about rows of feature shards."""
 
@@ -275,25 +255,3 @@ class LensConfig(Models):
         require_file_place("--out", self.out)
         require_image(self.image)
         require_image(self.other)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatLlmConfig(Sampling, Options):
-    """Talk to the bare language model at the terminal, or over a pipe: no image, no projector."""
-
-    llm: Path
-    """Folder of the language model."""
-    system: str = ""
-    """System prompt; none by default."""
-    thinking: bool = False
-    """Let it think before it answers, if its chat template has that switch. Qwen3 then wants
-    --temperature 0.6 --top-p 0.95 --top-k 20: greedy thoughts go in circles."""
-    max_tokens: int = 2048
-    """Longest answer, in tokens, with the thoughts before it."""
-    device: Device = "auto"
-    """Where to compute."""
-    lang: Literal["auto", "zh", "en"] = "auto"
-    """Language of remarks and help; auto: that of the locale."""
-
-    def require_inputs(self) -> None:
-        require_language_model(self.llm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from extract.config import ExamplesConfig
-from infer.config import ChatLlmConfig
+from infer.chat.config import ChatLlmConfig
 from llava_align.config import DemoConfig, DemoStage2Config, DoctorConfig, MatchConfig, TraceConfig
 from llava_align.hub.config import DownloadConfig, ExportConfig, ImportConfig, PushConfig
 from llava_core.cli import command

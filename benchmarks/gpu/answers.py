@@ -7,14 +7,13 @@ import asyncio
 import dataclasses
 import functools
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 
 import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.rows import Clock, Row, in_turns, row, seconds_of
-from benchmarks.serve import measure, server_command
+from benchmarks.serve import measure, server_command, started
 from llava_align.subprocess_command import run_command
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.generate import generate
@@ -75,22 +74,17 @@ def serve(bench: Bench, clock: Clock) -> Iterator[Row]:
     given = argparse.Namespace(
         checkpoint=run / "last", vision=bench.vision, llm=bench.llm_folder, images=images,
         clients=bench.sizes.clients, seconds=max(1.0, clock.left / 8), slots=16, prompt=QUESTION,
+        max_tokens=bench.sizes.new_tokens,
     )  # fmt: skip
     kinds = ["served", "served compiled"] if bench.device.type == "cuda" else ["served"]
     for given.compile, kind in enumerate(kinds):
-        yield from _served(given, kind, bench.sizes.new_tokens)
+        yield from _served(given, kind)
 
 
-def _served(given: argparse.Namespace, kind: str, tokens: int) -> Iterator[Row]:
-    server = subprocess.Popen(
-        [*server_command(given), "--max-tokens", str(tokens)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        loads = asyncio.run(measure(server, given))
-    finally:
-        server.terminate()
-        server.wait()
-    for clients, load, seconds in loads:
+def _served(given: argparse.Namespace, kind: str) -> Iterator[Row]:
+    with started(server_command(given)) as server:
+        loads = asyncio.run(measure({kind: server}, given))
+    for _, clients, load, seconds in loads:
         yield Row(
             f"{kind}, {clients} at a time: answers",
             len(load.whole) / seconds,

@@ -15,7 +15,6 @@ from infer.answerer import FeatureAnswerer
 from infer.batch.output import write_answers
 from infer.batch.questions import OUTPUT_KEYS, VisualTokenLoader, open_questions
 from infer.config import BatchConfig
-from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.language.detokenize import StreamDetokenizer
 from llava_core.language.sampling import Sampling, sampling_of
@@ -40,8 +39,6 @@ def run(config: BatchConfig) -> JsonDict:
     made = {"sampling": dataclasses.asdict(sampling)}
     lines = write_answers(config, questions, made, answer_all)
     failed = sum("error" in line for line in lines)
-    why = f": `error` in {config.output} tells why" if failed else ""
-    say(f"{len(questions)} questions, {failed} without an answer{why}")
     figures = {"questions": len(questions), "failed": failed, "output": str(config.output)}
     return {**figures, "exit_code": int(failed > 0)}
 

@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from infer.batch.jsonl import to_line
 from infer.config import Asked
-from llava_core.cli.console import progress
-from llava_core.errors import LlavaError
+from llava_core.cli.console import counted, progress, say
+from llava_core.errors import FULL, LlavaError
 from llava_core.filesystem import Lock
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
@@ -24,21 +24,29 @@ def write_answers(
     """Answer the questions that OUTPUT does not hold yet; returns the lines of all of them.
 
     `made`, the checkpoint and whether its adapter is merged go into every line. `answer` takes the questions
-    left, and how many come before them. Raises LlavaError if OUTPUT holds anything but answers to these
-    questions, made alike.
+    left, and how many come before them. Prints how many have an `error` in place of an answer. Raises
+    LlavaError if OUTPUT holds anything but answers to these questions, made alike.
     """
     tuned = load_checkpoint(config.checkpoint).tune is not None
     made = {"checkpoint": str(config.checkpoint), **({"adapter": config.adapter} if tuned else {}), **made}
     made = json.loads(json.dumps(made))  # as it is read back: lists for tuples
-    with Lock(config.output), config.output.open("a+b") as file:
-        lines = continued(file, questions, made, config)
-        if todo := questions[len(lines) :]:
-            with progress(len(questions), "questions", len(lines)) as bar:
-                for answered in answer(todo, len(lines)):
-                    lines.append({**answered, **made})
-                    file.write(to_line(lines[-1]))
-                    file.flush()
-                    bar.update()
+    try:
+        with Lock(config.output), config.output.open("a+b") as file:
+            lines = continued(file, questions, made, config)
+            if todo := questions[len(lines) :]:
+                with progress(len(questions), "questions", len(lines)) as bar:
+                    for answered in answer(todo, len(lines)):
+                        lines.append({**answered, **made})
+                        file.write(to_line(lines[-1]))
+                        file.flush()
+                        bar.update()
+    except OSError as error:
+        if error.filename or error.errno not in FULL:
+            raise
+        raise OSError(error.errno, error.strerror, str(config.output)) from None
+    failed = sum("error" in line for line in lines)
+    why = f": `error` in {config.output} tells why" if failed else ""
+    say(f"{counted(len(lines), 'question')}, {failed} without an answer{why}")
     return lines
 
 

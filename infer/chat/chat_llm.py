@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from infer.chat.config import ChatLlmConfig
 from infer.chat.dialogue import Dialogue
 from infer.chat.messages import pick_language
 from infer.chat.repl import ChatRepl
-from infer.config import ChatLlmConfig
 from llava_core.cli.console import say
 from llava_core.device import pick_device
 from llava_core.errors import LlavaError

@@ -32,7 +32,7 @@ class AnswerFigures:
     first_s: float = 0.0
     """Seconds from the question to the first token."""
     rest_s: float = 0.0
-    """Seconds from the first token to the last."""
+    """Seconds from the first token to the last, without those that the caller took."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -84,6 +84,11 @@ class Dialogue:
         self.messages = []
         self._retries = 0
 
+    def set_aside(self) -> None:
+        """Free the memory of keys and values; the next question reads the image and all turns again."""
+        self._stop_answer()
+        self._clear_cache()
+
     def transcript(self) -> Transcript:
         """The dialogue as it is saved to a file."""
         return Transcript(None, self.messages)
@@ -127,6 +132,7 @@ class Dialogue:
         system = [{"role": "system", "content": self.system}] if self.system else []
         ids = self.conversation.prompt([*system, *messages], self.thinking)
         detokenizer, consistent = StreamDetokenizer(self.conversation.text, self.sampling.stop), False
+        idle = 0.0
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._retries)
         try:
             embedded = self._new_inputs(ids)
@@ -136,12 +142,13 @@ class Dialogue:
             with contextlib.closing(steps):
                 for (token,) in steps:
                     assert token is not None
-                    now = time.perf_counter()
+                    now = time.perf_counter() - idle
                     first = first if detokenizer.tokens else now
                     figures.tokens, figures.first_s = figures.tokens + 1, first - began
                     figures.rest_s = now - first
                     if piece := detokenizer.add(token):
                         yield piece
+                        idle = time.perf_counter() - now
                     if detokenizer.stopped:
                         break
             consistent = True

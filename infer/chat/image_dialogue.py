@@ -34,6 +34,12 @@ class ImageDialogue(Dialogue):
         self.decoded: Decoded | None = None
         """Its pixels."""
 
+    def another(self) -> ImageDialogue:
+        """A new dialogue with the same models and settings, about nothing yet."""
+        return ImageDialogue(
+            self.aligned, self.sampling, compiled=self.compiled, allow_private=self.allow_private
+        )
+
     def show(self, image: str, limits: FetchLimits = TYPED_LIMITS) -> None:
         """Begin a dialogue about the image at a path or URL. Raises LlavaError and then changes nothing."""
         self.show_file(image, read_image(image, limits))
@@ -44,6 +50,10 @@ class ImageDialogue(Dialogue):
             decoded = self.aligned.decode(data)
         except ImageError as error:
             raise not_an_image(name, error) from None
+        self.show_decoded(name, decoded)
+
+    def show_decoded(self, name: str, decoded: Decoded) -> None:
+        """As `show_file`, with the pixels that the encoder takes."""
         self.begin(self.aligned.encode_images([decoded]))
         self.image, self.decoded = name, decoded
 

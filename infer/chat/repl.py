@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from infer.chat.dialogue import Dialogue
+from infer.chat.dialogue import AnswerFigures, Dialogue
 from infer.chat.messages import Messages
 from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.cli.command import INTERRUPTED, stop_signals
@@ -22,7 +22,7 @@ from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 
 ALIASES = {"clear": "/clear", "exit": "/exit", "quit": "/exit"}
-WITH_PATH = ("/image", "/save", "/load")
+WITH_PATH = ("/image", "/save", "/load", "/compare")
 
 
 class ChatRepl:
@@ -104,9 +104,12 @@ class ChatRepl:
         if not complete:
             self.say("stopped")
         elif self.terminal.live:
-            figures = self.dialogue.figures
-            self.say("took", first=figures.first_s, rate=figures.tokens_per_s,
-                     prefilled=figures.prefilled, cached=figures.cached)  # fmt: skip
+            self.say_figures(self.dialogue.figures)
+
+    def say_figures(self, figures: AnswerFigures, before: str = "") -> None:
+        """Show what an answer took, after the name of who gave it, if several did."""
+        self.say("took", before=before, first=figures.first_s, rate=figures.tokens_per_s,
+                 prefilled=figures.prefilled, cached=figures.cached)  # fmt: skip
 
     def clear(self, rest: str) -> None:
         self.dialogue.clear()

@@ -5,8 +5,6 @@ A random projector of the same kind and scale is the baseline: its words come fr
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
@@ -15,11 +13,19 @@ from infer.chat.dialogue import Dialogue
 from infer.config import LensConfig
 from infer.lens.page import write_page
 from infer.lens.picture import draw
-from infer.lens.readout import Vocabulary, embedding_similarity, logit_lens, piece_losses, random_projector
+from infer.lens.readout import (
+    Vocabulary,
+    blank_image,
+    embedding_similarity,
+    logit_lens,
+    piece_losses,
+    random_projector,
+    require_one_grid,
+)
 from infer.lens.result import LensResult, Panel
 from llava_core.cli.console import say, show, table
 from llava_core.errors import LlavaError
-from llava_core.input_folders import built_in_projector
+from llava_core.input_folders import config_of
 from llava_core.language.prompt_and_labels import Turn
 from llava_core.language.sampling import sampling_of
 from llava_core.projector.visual_tokens import grid_side
@@ -31,12 +37,7 @@ from llava_core.vision.preprocess import Decoded
 
 def run(config: LensConfig) -> JsonDict:
     """Write OUT.png and OUT.html; print and return the losses. Raises LlavaError for an image or layer."""
-    if built_in_projector(config.checkpoint) == "perceiver":
-        raise LlavaError(
-            "the visual tokens of a perceiver have no place in the image, where their words could be shown",
-            expected="a projector whose tokens are patches or blocks of them",
-            do="give a checkpoint of another projector; `train eval` measures losses with this one, too",
-        )
+    require_one_grid(config_of(config.checkpoint).get("projector", {}))
     result = analyse(open_image_answerer(config), config)
     picture, page = (config.out.with_name(config.out.name + ending) for ending in (".png", ".html"))
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -61,17 +62,15 @@ def run(config: LensConfig) -> JsonDict:
 
 def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
     """Words of every patch, and the caption's losses with the image and with the other one."""
-    _require_one_grid(aligned)
     shown = _decoded(aligned, config.image)
     pixels = shown.pixels
     if config.other is None:
-        plain, other = [_blank(each) for each in (pixels, *shown.others)], "a blank image"
-        blank = dataclasses.replace(shown, pixels=plain[0], others=tuple(plain[1:]))
+        blank, other = blank_image(config.image, shown), "a blank image"
     else:
         blank, other = _decoded(aligned, config.other), config.other
-    if np.array_equal(blank.pixels, pixels):
-        what = "--other shows the same picture" if config.other else f"{config.image} is a blank image itself"
-        raise LlavaError(f"{what}: nothing to compare it with", do="give another image with --other")
+        if np.array_equal(blank.pixels, pixels):
+            what = "--other shows the same picture: nothing to compare it with"
+            raise LlavaError(what, do="give another image with --other")
     features = aligned.tower.encode_images([shown])
     visual = aligned.project(features)
     tokens = visual.shape[1]
@@ -93,8 +92,8 @@ def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
             panels.append(Panel(projector, readout, words[tokens - side**2 :], class_words))
     caption = config.caption if config.caption is not None else _answer(aligned, visual, config)
     turn = Turn(_prompt(aligned, config), caption)
-    pieces, loss = piece_losses(aligned, visual[0], turn)
-    _, other_loss = piece_losses(aligned, aligned.encode_images([blank])[0], turn)
+    pieces, loss = piece_losses(aligned, visual[0], [turn])
+    _, other_loss = piece_losses(aligned, aligned.encode_images([blank])[0], [turn])
     return LensResult(config.image, pixels, side, panels, other, pieces, loss, other_loss)
 
 
@@ -106,19 +105,6 @@ def _answer(aligned: ImageAnswerer, visual: torch.Tensor, config: LensConfig) ->
 
 def _prompt(aligned: ImageAnswerer, config: LensConfig) -> str:
     return aligned.question if config.prompt is None else config.prompt
-
-
-def _require_one_grid(aligned: ImageAnswerer) -> None:
-    """Raise LlavaError for a projector whose visual tokens are several grids, one after another."""
-    fusion = aligned.tower.identity.fusion
-    if fusion and fusion.kind == "tokens":
-        what = "infer lens draws one grid of visual tokens"
-        raise LlavaError(what, expected="--fuse channels or layers", got="a projector of --fuse tokens")
-
-
-def _blank(pixels: np.ndarray) -> np.ndarray:
-    """A picture of the same mean colour."""
-    return np.array(np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape))
 
 
 def _decoded(aligned: ImageAnswerer, image: str) -> Decoded:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from infer.lens.result import LensResult, Panel
+from infer.lens.result import LensResult, Panel, gain_colour
 from llava_core.cli.console import say, visible
 from llava_core.report.fonts import chinese_font
 
@@ -15,9 +14,7 @@ MARGIN, CELL, LEAST = 20, 54, 420
 """Pixels between panels, and least sizes of a patch and of a panel's side in pixels."""
 LINES = 3
 """Words in each patch, the nearest largest."""
-INK, GREY, LINE, PAPER, GAIN = (20, 20, 25), (90, 90, 100), (170, 170, 180), (255, 255, 255), (255, 176, 32)
-MOST = 4.0
-"""Nats at which a piece of the caption has its full colour."""
+INK, GREY, LINE, PAPER = (20, 20, 25), (90, 90, 100), (170, 170, 180), (255, 255, 255)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -87,9 +84,7 @@ def _caption(
         wide = int(max(pen.textlength(text, font), pen.textlength(saved, small))) + 8
         if x + wide > width - MARGIN:
             x, y = MARGIN, y + 54
-        share = min(1.0, max(0.0, gain / MOST))
-        fill = tuple(int(np.interp(share, (0, 1), (255, full))) for full in GAIN)
-        pen.rectangle((x, y, x + wide - 2, y + 46), fill=fill)
+        pen.rectangle((x, y, x + wide - 2, y + 46), fill=gain_colour(gain))
         pen.text((x + 3, y + 3), text, INK, font)
         pen.text((x + 3, y + 27), saved, INK, small)
         x += wide

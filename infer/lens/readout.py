@@ -7,6 +7,10 @@ projector of the same kind and scale is the baseline.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -14,15 +18,43 @@ from infer.answerer import FeatureAnswerer
 from llava_core.cli.console import say
 from llava_core.errors import LlavaError
 from llava_core.language.model import LanguageModel
-from llava_core.language.prompt_and_labels import Turn
+from llava_core.language.prompt_and_labels import IGNORE, Turn
 from llava_core.language.target_logits import target_logits
 from llava_core.projector.projector import Projector, build_projector, match_scale
+from llava_core.registry import PROJECTORS
+from llava_core.types import JsonDict
+from llava_core.vision.preprocess import Decoded
 
 Words = list[tuple[str, float]]
 """Words and their scores, the highest first."""
 
 CONTROL = 0x1E45
 """Added to the seed of a random projector, which must not start at the weights of the trained one."""
+
+
+def require_one_grid(projector: JsonDict) -> None:
+    """Raise LlavaError unless the visual tokens of this projector, by its configuration, are one grid."""
+    if PROJECTORS.stem(str(projector.get("kind"))) == "perceiver":
+        raise LlavaError(
+            "the visual tokens of a perceiver have no place in the image, where their words could be shown",
+            expected="a projector whose tokens are patches or blocks of them",
+            do="give a checkpoint of another projector; `train eval` measures losses with this one, too",
+        )
+    if (projector.get("fusion") or {}).get("kind") == "tokens":
+        what = "the lens draws one grid of visual tokens"
+        raise LlavaError(what, expected="--fuse channels or layers", got="a projector of --fuse tokens")
+
+
+def blank_image(name: str, image: Decoded) -> Decoded:
+    """An image of the same mean colour. Raises LlavaError if this one, of that name, is blank itself."""
+    plain = [
+        np.array(np.broadcast_to(pixels.mean((0, 1)).astype(np.uint8), pixels.shape))
+        for pixels in (image.pixels, *image.others)
+    ]
+    if np.array_equal(plain[0], image.pixels):
+        what = f"{name} is a blank image itself: nothing to compare it with"
+        raise LlavaError(what, do="give another image")
+    return dataclasses.replace(image, pixels=plain[0], others=tuple(plain[1:]))
 
 
 class Vocabulary:
@@ -76,13 +108,18 @@ def logit_lens(llm: LanguageModel, visual: torch.Tensor, layer: int) -> torch.Te
 
 @torch.inference_mode()
 def piece_losses(
-    answerer: FeatureAnswerer, visual: torch.Tensor, turn: Turn
+    answerer: FeatureAnswerer, visual: torch.Tensor, turns: Sequence[Turn]
 ) -> tuple[list[str], list[float]]:
-    """Loss in nats of each piece of the answer, after visual tokens [T, hidden].
+    """Loss in nats of each piece of the last answer, after visual tokens [T, hidden] and the turns before it.
 
-    A piece is one or more tokens that are whole characters; the last, "", is the end token.
+    A piece is one or more tokens that are whole characters, unless the answer ends within one; the last, "",
+    is the end token. Raises LlavaError if the dialogue does not fit the model's context.
     """
-    example = answerer.conversation.example([turn], max_answer_tokens=1 << 30)
+    example = answerer.conversation.example(turns, max_answer_tokens=1 << 30)
+    answerer.llm.require_context("the dialogue", len(visual) + len(example.ids), do="take a shorter one")
+    question = max(k for k, label in enumerate(example.labels) if label == IGNORE)  # its last token
+    labels = [IGNORE] * (question + 1) + example.labels[question + 1 :]
+    example = dataclasses.replace(example, labels=labels)
     logits, targets = target_logits(answerer.llm, visual, example)
     each, answer = F.cross_entropy(logits, targets, reduction="none").tolist(), targets.tolist()
     pieces: list[str] = []
@@ -90,7 +127,7 @@ def piece_losses(
     first = 0
     for last in range(1, len(answer)):
         text = answerer.text(answer[first:last])
-        if not text.endswith("\ufffd"):
+        if not text.endswith("\ufffd") or last == len(answer) - 1:
             pieces.append(text)
             summed.append(sum(each[first:last]))
             first = last

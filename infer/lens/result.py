@@ -8,6 +8,16 @@ import numpy as np
 
 from infer.lens.readout import Words
 
+GAIN, MOST = (255, 176, 32), 4.0
+"""Full colour of a piece of text that the image makes likelier, and the nats of loss saved that give it."""
+
+
+def gain_colour(gain: float) -> tuple[int, int, int]:
+    """RGB behind a piece of text: from white, where the image saves no loss, to GAIN; `gain` is in nats."""
+    share = min(1.0, max(0.0, gain / MOST))
+    red, green, blue = (int(np.interp(share, (0, 1), (255, full))) for full in GAIN)
+    return red, green, blue
+
 
 @dataclasses.dataclass(frozen=True)
 class Panel:

@@ -105,7 +105,7 @@ class Answering:
                 raise ApiError(503 if delta is STOPPING else 500, delta.error)
             if first is None:
                 first = time.monotonic() - began
-                self.intake.metrics.first_token.add(first)
+                self.intake.metrics.first_token.observe(first)
             if delta.finish:
                 running -= 1
                 seconds, done = time.monotonic() - began, generations[index]

@@ -29,6 +29,8 @@ from llava_core.vision.tower import VisionTower
 
 MOST_INPUTS = 2048
 """Texts and images of a request."""
+MOST_WORD = 100
+"""Characters of a token: BERT's word pieces take longer words for unknown ones."""
 
 
 class Embeddings:
@@ -47,7 +49,7 @@ class Embeddings:
             raise ApiError(400, message, param="encoding_format")
         with self.intake.place():
             tower = await self._opened()
-            tokens = sum(_tokens(tower, text, k) for k, (kind, text) in enumerate(inputs) if kind == "text")
+            tokens = await in_thread(_tokens, tower, inputs)
             found = []
             for kind, values in itertools.groupby(inputs, key=itemgetter(0)):
                 embed = self._texts if kind == "text" else self._images
@@ -114,12 +116,19 @@ def _inputs(given: object) -> list[tuple[str, str]]:
     ]
 
 
-def _tokens(tower: VisionTower, text: str, index: int) -> int:
-    """Number of a text's tokens. Raises ApiError if it has none, or more than count."""
-    if text and not tower.cuts(text):
-        return tower.text_length(text)
-    expected = f"a text of 1 to {tower.most_tokens} tokens"
-    raise ApiError(400, f"input: expected {expected}, got {text[:40]!r}", param=f"input[{index}]")
+def _tokens(tower: VisionTower, inputs: Sequence[tuple[str, str]]) -> int:
+    """Number of tokens of all texts. Raises ApiError for a text that has none, or more than count."""
+    # Characters; a text of more is truncated, or has words that no vocabulary has.
+    most_text = tower.most_tokens * MOST_WORD
+    total = 0
+    for index, (kind, text) in enumerate(inputs):
+        if kind != "text":
+            continue
+        if not text or len(text) > most_text or tower.cuts(text):
+            expected = f"a text of 1 to {tower.most_tokens} tokens"
+            raise ApiError(400, f"input: expected {expected}, got {text[:40]!r}", param=f"input[{index}]")
+        total += tower.text_length(text)
+    return total
 
 
 def _encoded(embedding: torch.Tensor, encoding: str) -> list[float] | str:

@@ -65,7 +65,7 @@ class Intake:
             raise
         finally:
             self.inside -= 1
-            self.metrics.requests[status] += 1
+            self.metrics.requests.labels(status).inc()
 
     @property
     def places(self) -> int:
@@ -81,6 +81,10 @@ class Intake:
     @contextlib.contextmanager
     def place(self, count: int = 1) -> Iterator[None]:
         """Places for so many more answers; a client that still sends its body holds none."""
+        if count > self.places:  # which no later try would find
+            raise ApiError(
+                400, f"n: expected up to {self.places} (--slots and --queue), got {count}", param="n"
+            )
         self._require_places(count)
         self._placed += count
         self.empty.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,11 @@ class SlotKVCache(DynamicCache):  # type: ignore[misc]
             for index, (keys, values) in self._layers.items():
                 keys, values = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
                 self._layers[index] = (_fixed(keys), _fixed(values))
+
+    def copy(self, source: int, row: int, length: int) -> None:
+        """The first `length` keys and values of row `source`, in another row, too."""
+        for kept in itertools.chain.from_iterable(self._layers.values()):
+            kept[row, :, :length] = kept[source, :, :length]
 
     def clear(self, row: int) -> None:
         """Zeros in place of what a pass that failed may have left, which need not be finite."""

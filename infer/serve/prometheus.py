@@ -1,76 +1,52 @@
-"""Metrics of the server in Prometheus' text format."""
+"""Metrics of the server for Prometheus, in a registry of its own."""
 
 from __future__ import annotations
 
-import bisect
-import collections
-from collections.abc import Iterator, Mapping
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Upper bounds of the histograms' buckets, in seconds."""
 
 
-class Seconds:
-    """A histogram of durations."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS) + 1)
-        self.sum = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.counts[bisect.bisect_left(BOUNDS, seconds)] += 1
-        self.sum += seconds
-
-    def lines(self, name: str) -> Iterator[str]:
-        below = 0
-        for bound, count in zip((*map(str, BOUNDS), "+Inf"), self.counts, strict=True):
-            below += count
-            yield f'{name}_bucket{{le="{bound}"}} {below}'
-        yield f"{name}_sum {self.sum:.6f}"
-        yield f"{name}_count {below}"
-
-
 class Metrics:
-    """Counters and histograms since the start; gauges are passed to `text`."""
+    """Counters and histograms since the start, gauges, and the process' memory and CPU time (on Linux)."""
 
     def __init__(self) -> None:
-        self.requests: collections.Counter[int] = collections.Counter()
-        """Requests for answers and embeddings by HTTP status; 499: the client left."""
-        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
-        self.first_token = Seconds()
-        """From the request to the first text of its answer."""
-        self.whole = Seconds()
-        """From the request to the end of its answer."""
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter(
+            "llava_requests", "Requests by HTTP status; 499: the client left.", ["status"], registry=registry
+        )
+        """Requests for answers and embeddings."""
+        self._prompt, self._cached, self._completion = (
+            Counter(f"llava_{name}_tokens", what, registry=registry)
+            for name, what in (
+                ("prompt", "Tokens of prompts, pictures among them."),
+                ("cached", "Tokens of prompts that the model had read before."),
+                ("completion", "Tokens of answers."),
+            )
+        )
+        self.first_token, self._whole = (
+            Histogram(f"llava_{name}_seconds", what, registry=registry, buckets=BOUNDS)
+            for name, what in (
+                ("first_token", "From a request to the first text of its answer."),
+                ("request", "From a request to the end of its answer."),
+            )
+        )
 
     def add(self, seconds: float, prompt: int, cached: int, completion: int) -> None:
         """Count a complete answer."""
-        self.whole.add(seconds)
-        self.prompt_tokens += prompt
-        self.cached_tokens += cached
-        self.completion_tokens += completion
+        self._whole.observe(seconds)
+        self._prompt.inc(prompt)
+        self._cached.inc(cached)
+        self._completion.inc(completion)
 
-    def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """The metrics, and `gauges` by name as (help, value)."""
-        lines = ["# HELP llava_requests_total Requests by HTTP status; 499: the client left."]
-        lines.append("# TYPE llava_requests_total counter")
-        lines += [f'llava_requests_total{{status="{code}"}} {n}' for code, n in sorted(self.requests.items())]
-        for name, what, count in (
-            ("prompt", "Tokens of prompts, pictures among them.", self.prompt_tokens),
-            ("cached", "Tokens of prompts that the model had read before.", self.cached_tokens),
-            ("completion", "Tokens of answers.", self.completion_tokens),
-        ):
-            lines += _block(f"llava_{name}_tokens_total", what, "counter")
-            lines.append(f"llava_{name}_tokens_total {count}")
-        for name, (what, value) in gauges.items():
-            lines += [*_block(f"llava_{name}", what, "gauge"), f"llava_{name} {value:g}"]
-        for name, what, seconds in (
-            ("first_token", "From a request to the first text of its answer.", self.first_token),
-            ("request", "From a request to the end of its answer.", self.whole),
-        ):
-            lines += [*_block(f"llava_{name}_seconds", what, "histogram")]
-            lines += seconds.lines(f"llava_{name}_seconds")
-        return "\n".join(lines) + "\n"
+    def gauge(self, name: str, what: str) -> Gauge:
+        """A gauge `llava_NAME`."""
+        return Gauge(f"llava_{name}", what, registry=self.registry)
 
-
-def _block(name: str, what: str, kind: str) -> list[str]:
-    return [f"# HELP {name} {what}", f"# TYPE {name} {kind}"]
+    def total(self, name: str, **labels: str) -> int:
+        """Sum of the counter `llava_NAME_total` over what has these labels."""
+        samples = [sample for metric in self.registry.collect() for sample in metric.samples]
+        mine = [sample for sample in samples if sample.name == f"llava_{name}_total"]
+        return int(sum(sample.value for sample in mine if labels.items() <= sample.labels.items()))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 
+from llava_core.language.generate import cached_prefix
 from llava_core.language.json_grammar import JsonTokens
 from llava_core.language.sampling import Sampling
 
@@ -103,3 +104,7 @@ class GenerationRequest:
     @property
     def prompt_tokens(self) -> int:
         return self.visual_tokens + len(self.ids)
+
+    def shared(self, image_key: bytes | None, ids: Sequence[int]) -> int:
+        """Number of leading prompt tokens, without the last one, that are also this image's and these ids."""
+        return self.visual_tokens + cached_prefix(ids, self.ids) if image_key == self.image_key else 0

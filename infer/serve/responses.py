@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from infer.serve.answering import AnswerParameters
@@ -32,6 +32,8 @@ from llava_core.types import JsonDict
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` may name."""
+REPEATED = ("prompt_cache_key", "safety_identifier")
+"""Texts that a response repeats."""
 
 
 def read_response(fields: JsonDict, defaults: Sampling, model: str) -> tuple[AnswerParameters, ResponseReply]:
@@ -51,6 +53,9 @@ def read_response(fields: JsonDict, defaults: Sampling, model: str) -> tuple[Ans
         message = f"top_logprobs: expected include=[{LOGPROBS!r}] with it"
         raise ApiError(400, message, param="top_logprobs")
     include_usage(fields)  # every response has it
+    for name, value in (*((name, fields.get(name)) for name in REPEATED), *_metadata(fields)):
+        if value is not None and not is_text(value):
+            raise ApiError(400, f"{name}: expected text, got {repr(value)[:80]}", param=name)
     messages = read_messages(_messages(fields.get("input")), "input")
     if instructions:
         system = {"role": "system", "content": instructions}
@@ -63,6 +68,12 @@ def read_response(fields: JsonDict, defaults: Sampling, model: str) -> tuple[Ans
         top_logprobs=(top or 0) if included else None,
     )
     return asked, ResponseReply(f"resp_{uuid.uuid4().hex}", model, asked, fields)
+
+
+def _metadata(fields: JsonDict) -> Iterator[tuple[str, object]]:
+    """Keys and values, each with the name of the parameter."""
+    for pair in mapping(fields, "metadata").items():
+        yield from (("metadata", text) for text in pair)
 
 
 def _messages(given: object) -> object:
@@ -111,8 +122,7 @@ class ResponseReply:
             "max_output_tokens": sampling.max_tokens if sampling.max_tokens > 0 else None,
             "metadata": fields.get("metadata") or {},
             "parallel_tool_calls": fields.get("parallel_tool_calls") is not False,
-            "prompt_cache_key": fields.get("prompt_cache_key"),
-            "safety_identifier": fields.get("safety_identifier"),
+            **{name: fields.get(name) for name in REPEATED},
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_logprobs": asked.top_logprobs or 0,

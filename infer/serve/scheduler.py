@@ -24,7 +24,7 @@ from infer.serve.request import STOPPING, GenerationRequest, TextDelta
 from llava_core.cli.console import say_fault
 from llava_core.errors import first_line
 from llava_core.language.compiled_decode import LEAST_LENGTH, compiled_forward
-from llava_core.language.generate import NOT_FINITE, cached_prefix, choose, not_finite
+from llava_core.language.generate import NOT_FINITE, choose, not_finite
 from llava_core.language.sampling import Sampling
 from llava_core.language.token_text import TokenTexts
 
@@ -48,6 +48,8 @@ class SequenceSlot:
     """Text tokens in the cache, after the visual ones."""
     used: float = 0.0
     """Time (of time.monotonic) when its last answer ended."""
+    copied: int | None = None
+    """Row from which the prefix of its request has to be copied."""
 
     @property
     def held(self) -> int:
@@ -56,18 +58,23 @@ class SequenceSlot:
 
     def reusable(self, request: GenerationRequest) -> int:
         """Number of leading prompt tokens whose keys and values are in the cache."""
-        if self.image_key != request.image_key or not self.held:
-            return 0
-        return self.visual_tokens + cached_prefix(self.ids, request.ids)
+        return request.shared(self.image_key, self.ids) if self.held else 0
 
-    def begin(self, answer: Answer) -> None:
-        answer.request.reused = self.reusable(answer.request)
-        self.answer = answer
+    def begin(self, answer: Answer, source: SequenceSlot) -> None:
+        """Answer after the prefix that `source`, perhaps this slot itself, holds: the rest is prefilled."""
+        request = answer.request
+        request.reused = source.reusable(request)
+        self.answer, self.copied = answer, None if source is self else source.row
+        self._keep(request, request.reused)
 
-    def keep_prompt(self, request: GenerationRequest) -> None:
+    def keep_prompt(self) -> None:
         """Note that the cache now holds the request's prompt."""
-        self.image_key, self.visual_tokens = request.image_key, request.visual_tokens
-        self.ids = list(request.ids)
+        assert self.answer
+        self._keep(self.answer.request, self.answer.request.prompt_tokens)
+
+    def _keep(self, request: GenerationRequest, tokens: int) -> None:
+        self.image_key, self.visual_tokens = request.image_key, request.visual_tokens if tokens else 0
+        self.ids = request.ids[: tokens - self.visual_tokens]
 
     def free(self) -> None:
         """End the answer; the tokens in the cache stay."""
@@ -166,7 +173,7 @@ class Scheduler:
         """Slots of waiting requests that share the next prefill; waits if there is nothing to do at all.
 
         They have equally many tokens to prefill, up to PREFILL_TOKENS together: a prefill delays the answers
-        under way.
+        under way. A request most of whose tokens are in that prefill waits for it, and copies them after it.
         """
         begun: list[SequenceSlot] = []
         each = 0
@@ -177,11 +184,14 @@ class Scheduler:
                 request = self.waiting[0]
                 # The slot that holds most of the prompt already, else the one idle for longest.
                 slot = max(free, key=lambda slot: (slot.reusable(request), -slot.used))
-                new = request.prompt_tokens - slot.reusable(request)
+                source = max(slot, *self.slots, key=lambda slot: slot.reusable(request))
+                new = request.prompt_tokens - source.reusable(request)
                 if begun and (new != each or (len(begun) + 1) * new > PREFILL_TOKENS):
                     break
+                if any(one.answer and 2 * _saved(one.answer.request, request, new) > new for one in begun):
+                    break
                 each = new
-                slot.begin(Answer(request, self.aligned, self._texts))
+                slot.begin(Answer(request, self.aligned, self._texts), source)
                 begun.append(slot)
                 self.waiting.popleft()
         return begun
@@ -190,10 +200,13 @@ class Scheduler:
         """Run the prompts through the model, after the rows' prefixes, and emit the first tokens."""
         requests = [slot.answer.request for slot in slots if slot.answer]
         try:
+            for slot, request in zip(slots, requests, strict=True):
+                if slot.copied is not None:
+                    self.cache.copy(slot.copied, slot.row, request.reused)
             inputs = torch.cat([self._new_inputs(request) for request in requests])
             logits = self._forward(slots, [request.reused for request in requests], inputs)
-            for slot, request in zip(slots, requests, strict=True):
-                slot.keep_prompt(request)
+            for slot in slots:
+                slot.keep_prompt()
             self._emit(slots, logits)
         except Exception as error:
             self._fail(slots, _fault(error))
@@ -262,6 +275,11 @@ class Scheduler:
                 slot.answer.request.emit(TextDelta("", error=error))
             slot.clear()
             self.cache.clear(slot.row)
+
+
+def _saved(before: GenerationRequest, request: GenerationRequest, new: int) -> int:
+    """How many of the `new` tokens that a request has to prefill it would copy after `before`'s prefill."""
+    return request.shared(before.image_key, before.ids) - (request.prompt_tokens - new)
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

@@ -13,6 +13,7 @@ from importlib import resources
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from infer.answerer import FeatureAnswerer, open_asked_shards, open_feature_answerer, open_image_answerer
 from infer.serve.access import check_key, check_origin, is_loopback
@@ -94,6 +95,13 @@ class Server:
         self.intake = Intake(config, self.fetcher, self.metrics)
         self.answering = Answering(self.intake, self.model, self.scheduler, rows)
         self.embeddings = Embeddings(self.intake, self.model, self.scheduler)
+        for name, what, value in (
+            ("requests_inside", "Requests that are read, waiting or answered.", lambda: self.intake.inside),
+            ("requests_waiting", "Answers that wait for a slot.", lambda: len(self.scheduler.waiting)),
+            ("slots", "Answers that can be given at a time.", lambda: config.slots),
+            ("slots_busy", "Answers that are being given.", lambda: self.scheduler.busy),
+        ):
+            self.metrics.gauge(name, what).set_function(value)
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve on a bound socket until a signal arrives."""
@@ -156,12 +164,11 @@ class Server:
         return app
 
     def summary(self) -> JsonDict:
-        metrics = self.metrics
-        answered, requests = metrics.requests[200], metrics.requests.total()
-        say(
-            f"{answered:,} of {requests:,} questions answered, {metrics.completion_tokens:,} tokens generated"
-        )
-        tokens = {"prompt_tokens": metrics.prompt_tokens, "completion_tokens": metrics.completion_tokens}
+        total = self.metrics.total
+        answered, requests = total("requests", status="200"), total("requests")
+        tokens = {name: total(name) for name in ("prompt_tokens", "completion_tokens")}
+        generated = tokens["completion_tokens"]
+        say(f"{answered:,} of {requests:,} questions answered, {generated:,} tokens generated")
         return {"requests": requests, "answered": answered, **tokens}
 
     def _greet(self, host: str, port: int) -> None:
@@ -220,18 +227,8 @@ class Server:
         return web.json_response(health, status=503 if stopping else 200)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        gauges = {
-            "requests_inside": (
-                "Requests that are read, waiting or answered.",
-                self.intake.inside,
-            ),
-            "requests_waiting": ("Answers that wait for a slot.", len(self.scheduler.waiting)),
-            "slots": ("Answers that can be given at a time.", self.config.slots),
-            "slots_busy": ("Answers that are being given.", self.scheduler.busy),
-        }
-        return web.Response(
-            text=self.metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"}
-        )
+        text = generate_latest(self.metrics.registry)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"object": "list", "data": [self._model_json()]})

@@ -182,3 +182,6 @@ class ExportConfig(Options):
         require_folder(self.out)
         if self.out.exists() and any(self.out.iterdir()):
             raise LlavaError(f"{self.out} exists", expected="a new or empty folder", do="give another --out")
+        if self.checkpoint.resolve() in self.out.resolve().parents:
+            do = "give --out beside it: what a run replaces or pushes is the whole checkpoint"
+            raise LlavaError(f"--out {self.out} is inside the checkpoint", do=do, exit_code=2)

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from llava_core.cli.console import human_bytes, say, show
-from llava_core.errors import LlavaError
+from llava_core.errors import LlavaError, first_line
 from llava_core.filesystem import nearest_existing
 
 
@@ -23,11 +25,19 @@ def require_space(out: Path, size: int, dtype: str, dry_run: bool) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder under a temporary name, which becomes `out` when the block ends without an error."""
+    """A folder under a temporary name, which becomes `out` if the block ends without an error, and is removed
+    otherwise. Raises LlavaError if it cannot be written."""
     partial = out.absolute().with_name(out.absolute().name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException as error:
+        shutil.rmtree(partial)  # which may have filled the disk
+        if isinstance(error, (OSError, SafetensorError)):  # some name neither file nor folder
+            do = "free some space, or give --out on another disk"
+            raise LlavaError(f"cannot write {out}", got=first_line(error), do=do) from None
+        raise
     if out.exists():
         out.rmdir()
     partial.rename(out)

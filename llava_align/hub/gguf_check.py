@@ -17,6 +17,7 @@ from llava_align.demo.world.scene import random_scene
 from llava_align.hub.gguf_mmproj import sent_tokens
 from llava_align.hub.llama_cpp import llama_cpp, png
 from llava_core.cli.console import progress, say
+from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 from llava_core.vision.image_files import images_below, read_image
@@ -78,6 +79,10 @@ def compare(folder: Path, aligned: ImageAnswerer, images: Sequence[bytes]) -> Js
                 same_tokens += square.text == told
             if (got := square.prompt_tokens) != tokens + read and asked == 1:
                 say(f"llama.cpp reads the question as {got - tokens} tokens, infer as {read}")
+    if not asked:
+        raise LlavaError(
+            "nothing was compared", got="no picture that can be read", do="give --check-images others"
+        )
     version = importlib.metadata.version("xllamacpp")
     say(
         f"llama.cpp (xllamacpp {version}) answers as infer does, word for word: {as_they_are} of {asked} "

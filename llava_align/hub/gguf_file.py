@@ -6,6 +6,7 @@ quantised by llama.cpp itself, through xllamacpp: `gguf` only reads them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -111,10 +112,10 @@ def write_gguf(
     for tensor in tensors:
         shape, none = tensor.data.shape, np.dtype(np.float32)  # the type is the one that is named
         writer.add_tensor_info(tensor.name, shape, none, tensor.nbytes, tensor.type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(tensor.encoded())
-        bar.update()
-    writer.close()
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.encoded())
+            bar.update()

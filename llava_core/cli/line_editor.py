@@ -10,7 +10,10 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input.typeahead import store_typeahead
+from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding.key_processor import KeyPress
 
 
 class LineEditor:
@@ -31,6 +34,12 @@ class LineEditor:
     def read(self) -> str:
         """The next entry. Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C."""
         return self._session.prompt()
+
+    def typed(self, text: str) -> None:
+        """Take what was typed before the prompt came."""
+        keys: list[KeyPress] = []
+        Vt100Parser(keys.append).feed_and_flush(text)
+        store_typeahead(self._session.input, keys)
 
 
 class _Completer(Completer):

@@ -14,7 +14,7 @@ from llava_core.shards.folder import open_shards
 from llava_core.shards.other_words import with_words
 from tests.support.aligned import Folders, write_aligned
 from tests.support.benchmark_tasks import write_tsv
-from tests.support.commands import Ended, call
+from tests.support.commands import Ended, call, largest_file
 from tests.support.local_data import write_parquet
 from tests.support.pictures import picture
 
@@ -217,13 +217,23 @@ def test_generated_answers_are_read_and_an_interrupted_run_goes_on(world: Folder
     assert summary.get("unread", 0) == sum(line["prediction"] is None for line in lines(task))
 
 
+def test_a_full_disk_names_the_file_and_the_run_goes_on(world: Folders, tmp_path: Path) -> None:
+    task = write_task(tmp_path, "choices.tsv")
+    with largest_file(700):
+        *_, line = benchmark(world, task, code=1).err.splitlines()
+    assert line == f"error: File too large: {tmp_path / 'out.jsonl'}"
+    assert benchmark(world, task).summary["judged"] == len(CHOICES)
+
+
 def test_an_image_that_does_not_decode_costs_its_own_questions(world: Folders, tmp_path: Path) -> None:
     rows = [dict(row) for row in CHOICES]
     rows[2]["image"] = b"\xff\xd8\xff" + bytes(200)  # begins as a JPEG does
     rows[3]["image"] = "gone.jpg"
     task = write_tsv(tmp_path / "t.tsv", rows)
-    summary = benchmark(world, task, code=1).summary
+    ended = benchmark(world, task, code=1)
+    summary = ended.summary
     assert (summary["questions"], summary["failed"], summary["judged"]) == (4, 2, 2)
+    assert f"4 questions, 2 without an answer: `error` in {tmp_path / 'out.jsonl'} tells why" in ended.err
     _, _, damaged, gone = lines(task)
     assert "as an image" in damaged["error"]
     assert f"no image file {tmp_path / 'gone.jpg'}" in gone["error"]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from infer.answerer import ImageAnswerer, open_image_answerer
-from infer.chat.command import ImageChatRepl
+from infer.chat.config import ChatConfig
 from infer.chat.image_dialogue import ImageDialogue
-from infer.config import ChatConfig
+from infer.chat.image_repl import ImageChatRepl
 from llava_core.language.sampling import Sampling
 from tests.support.aligned import Folders, write_aligned
 from tests.support.commands import ENVIRONMENT
@@ -37,6 +37,10 @@ def aligned(world: Folders) -> ImageAnswerer:
 
 def chat(world: Folders, *flags: object) -> list[str]:
     return [sys.executable, "-m", "infer", "chat", *map(str, (*world.flags, *flags))]
+
+
+def no_other(folder: Path) -> ImageDialogue:
+    raise AssertionError(f"{folder} was asked for")
 
 
 def said(dialogue: ImageDialogue, question: str) -> str:
@@ -104,12 +108,16 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
             "/retry": "there is no answer yet; ask something first",
             f"/save {thesis}": "thesis.json is no saved chat",
             f"/load {thesis}": "thesis.json is no saved chat",
+            "/session 2": "/session; expected a number from 1 to 1; got 2; /sessions lists them",
+            "/compare": "/compare needs a checkpoint; write /compare FOLDER, such as RUN/best",
+            "/lens": "/lens needs an image; write /image PATH or /image URL",
+            "/why": "/why needs an image; write /image PATH or /image URL",
             "/set temperatur=1": "no setting temperatur; did you mean 'temperature'?",
             "/set max-tokens=none": "max_tokens; expected a whole number; got 'none'",
             "/set top_p=7": "top_p; expected 0 to 1; got 7",
         }.items():
             monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n看\n"))
-            repl = ImageChatRepl(ImageDialogue(aligned, SHORT), "en")
+            repl = ImageChatRepl(ImageDialogue(aligned, SHORT), "en", Path("a"), no_other)
             assert repl.run() == {"turns": 0, "errors": 1, "exit_code": 1}
             told = capsys.readouterr()
             assert f"error: {expected}" in told.err.replace(f"{tmp_path}/", "")

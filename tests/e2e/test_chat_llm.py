@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer.chat import chat_llm
+from infer.chat.config import ChatLlmConfig
 from infer.chat.transcript import Transcript, write_transcript
-from infer.config import ChatLlmConfig
 from llava_core.errors import LlavaError
 from tests.support.commands import ENVIRONMENT
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model

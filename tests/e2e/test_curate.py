@@ -6,7 +6,6 @@ import dataclasses
 import os
 import random
 import re
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from llava_core.shards.row_list import read_row_list
 from llava_core.shards.writer import ShardWriter
 from llava_core.vision.open import open_vision_tower
 from tests.support.browser import dom_of
-from tests.support.commands import Ended, call, run
+from tests.support.commands import Ended, call, largest_file, run
 from tests.support.runs import config, flags_of
 from tests.support.sabotaged import FAILED, ROWS, write_sabotaged
 from tests.support.shards import TOKENS, header, outcome, write_shard
@@ -318,12 +317,8 @@ def test_a_full_disk_is_named_and_leaves_the_list_that_was(world: Path, tmp_path
     given = ("extract", "curate", "--features", world / "features", "--language", "any", "--out", out)
     call(*given)
     before = out.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    try:
+    with largest_file(1024):
         line = call(*given, code=1).one_line()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert line.endswith(f"File too large: {out}")
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["list.parquet"]

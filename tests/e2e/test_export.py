@@ -296,4 +296,6 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     other = write_language_model(tmp_path / "other", seed=1)
     with pytest.raises(LlavaError, match="trained for another language model"):
         export_run(dataclasses.replace(config, llm=other))
+    with pytest.raises(LlavaError, match="is inside the checkpoint; give --out beside it"):
+        dataclasses.replace(config, out=config.checkpoint / "exported").require_inputs()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "clip", "llm", "other"]

@@ -33,7 +33,7 @@ from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.tuned_weights import AllWeights
 from llava_core.projector.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.aligned import write_checkpoint
-from tests.support.commands import Ended, call
+from tests.support.commands import Ended, call, largest_file
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
 from tests.support.vision_encoders import write_hugging_face
 
@@ -254,6 +254,25 @@ def test_the_modelfile_says_what_the_chat_template_does() -> None:
         "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}{{ range .Messages }}" in text
     )
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n' in text
+
+
+@pytest.mark.parametrize(("to", "layer"), [("gguf", None), ("transformers", None), ("llava", -2)])
+def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path: Path, to: str, layer: int | None) -> None:
+    config = write_checkpoint(tmp_path / "c", MODELS / "vision", LLM, "linear", "all", layer, "exact")
+    models = ("--checkpoint", config.checkpoint, "--vision", config.vision, "--llm", config.llm)
+    with largest_file(1 << 20):
+        ended = call("llava_align", "export", "--to", to, *models, "--out", tmp_path / "out", code=1)
+    *_, line = ended.err.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path / 'out'}; got ")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_pictures_that_cannot_be_read_are_no_agreement(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.jpg").write_bytes(b"no picture")
+    chosen: dict[str, Any] = {"kind": "linear", "visual_tokens": "pool", "vision": MODELS / "vision"}
+    ended = export(tmp_path, "--check-images", tmp_path / "pictures", code=1, **chosen)
+    assert "error: nothing was compared; got no picture that can be read" in ended.err
 
 
 def test_llama_cpp_that_ends_is_one_line(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_chat_serve_and_lens(fused: Fused, tmp_path: Path, monkeypatch: pytest.M
     tokens = (*fused.models("tokens"), "--vision", *fused.vision("tokens"))
     line = call("infer", "lens", *tokens, "--image", image, "--out", tmp_path / "no", code=1).one_line()
     assert line == (
-        "error: infer lens draws one grid of visual tokens; expected --fuse channels or layers; "
+        "error: the lens draws one grid of visual tokens; expected --fuse channels or layers; "
         "got a projector of --fuse tokens"
     )
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import openai
 import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from infer.chat.image_dialogue import ImageDialogue
 from llava_core.language.instructions import QUESTION
@@ -223,6 +225,34 @@ def test_many_clients_at_once(served: Served, world: Folders, session: ImageDial
     assert answers == [asked(session, *case) for case in cases] * 2
     assert gauge(served, "llava_slots_busy") == gauge(served, "llava_requests_inside") == 0
     assert gauge(served, 'llava_requests_total{status="200"}') >= 32
+    families = text_string_to_metric_families(
+        http_request(served, "/metrics")[1]
+    )  # by Prometheus' own parser
+    kinds = {family.name: family.type for family in families}
+    assert kinds["llava_requests"] == kinds["llava_cached_tokens"] == "counter"
+    assert kinds["llava_first_token_seconds"] == kinds["llava_request_seconds"] == "histogram"
+    assert kinds["process_resident_memory_bytes"] == "gauge"
+
+
+def test_another_question_about_a_picture_under_discussion_reads_only_the_question(
+    served: Served, tmp_path: Path, session: ImageDialogue
+) -> None:
+    client, pictures = client_of(served), [tmp_path / "discussed.png", tmp_path / "another.png"]
+    for picture, colour in zip(pictures, ("teal", "tan"), strict=True):
+        Image.new("RGB", (40, 30), colour).save(picture)
+    first = [question("说", data_url(pictures[0]))]
+    with client.chat.completions.create(
+        model="run/last", messages=first, stream=True, max_tokens=10_000
+    ) as running:
+        next(iter(running))
+        for picture, text in zip(pictures, ("图中有什么？", "颜色"), strict=True):
+            messages = [question(text, data_url(picture))]
+            reply = client.chat.completions.create(model="run/last", messages=messages)
+            assert reply.choices[0].message.content == asked(session, text, picture)
+            assert reply.usage is not None
+            assert reply.usage.prompt_tokens_details is not None
+            cached = reply.usage.prompt_tokens_details.cached_tokens
+            assert bool(cached) == (picture is pictures[0])
 
 
 def test_another_sites_page_gets_nothing(served: Served) -> None:

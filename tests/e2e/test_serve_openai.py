@@ -174,8 +174,8 @@ def test_several_answers(client: openai.OpenAI) -> None:
         streamed[choice.index] += choice.delta.content or ""
         ends += [choice.index] if choice.finish_reason else []
     assert (streamed, sorted(ends)) == (texts, [0, 1, 2, 3])
-    with pytest.raises(openai.RateLimitError, match="requests are here already"):
-        chat(client, n=69)  # slots and queue have 68 places
+    with pytest.raises(openai.BadRequestError, match=r"n: expected up to 68 \(--slots and --queue\), got 69"):
+        chat(client, n=69)
 
 
 def test_a_json_object(client: openai.OpenAI, world: Folders) -> None:
@@ -273,6 +273,7 @@ def test_embeddings_of_texts_and_images(client: openai.OpenAI, world: Folders) -
     for wrong, message in (
         ({"input": "红" * 51}, "expected a text of 1 to 50 tokens"),
         ({"input": [""]}, "expected a text of 1 to 50 tokens"),
+        ({"input": "a" * 5001}, "expected a text of 1 to 50 tokens"),  # one unknown word
         ({"input": []}, "expected 1 to 2,048 texts or images"),
         ({"input": [{"type": "image_url", "image_url": "row:a"}]}, "only if the server was started with"),
         ({"input": [[1, 2]]}, "token ids are not supported here"),

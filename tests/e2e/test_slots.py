@@ -141,6 +141,35 @@ def test_a_dialogue_reads_only_what_is_new(
     assert (same.request.reused, another.request.reused) == (same.request.prompt_tokens - 1, 0)
 
 
+def test_questions_about_one_picture_read_it_once(
+    aligned: ImageAnswerer, world: Folders, scheduler: Scheduler
+) -> None:
+    visual = aligned.encode_files([world.images[0].read_bytes()]).shape[1]
+    first = Asked(scheduler, "看", world.images[0], Sampling(max_tokens=10_000)).begun()
+    others = [("图中有什么？", 0), ("长" * 30, 1), ("What?", 0)]  # the first one is still being answered
+    asked = [Asked(scheduler, question, world.images[image]) for question, image in others]
+    answers = [one.answer() for one in asked]
+    assert answers == [alone(aligned, question, world.images[image]) for question, image in others]
+    assert [one.request.reused > visual for one in asked] == [True, False, True]
+    assert asked[1].request.reused == 0
+    scheduler.cancel(first.request)
+    after = Asked(scheduler, "颜色", world.images[0])
+    assert after.answer() == alone(aligned, "颜色", world.images[0])
+    assert after.request.reused > visual
+
+
+def test_questions_that_come_together_read_their_picture_once(
+    aligned: ImageAnswerer, world: Folders, scheduler: Scheduler
+) -> None:
+    questions = ["看", "图中有什么？", "长" * 30]
+    with scheduler._wake:  # all arrive before the first is read
+        asked = [Asked(scheduler, question, world.images[0]) for question in questions]
+    assert [one.answer() for one in asked] == [
+        alone(aligned, question, world.images[0]) for question in questions
+    ]
+    assert [one.request.reused > 0 for one in asked] == [False, True, True]
+
+
 def test_who_leaves_frees_the_slot_and_the_place_in_the_queue(
     aligned: ImageAnswerer, scheduler: Scheduler
 ) -> None:

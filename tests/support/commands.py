@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -143,6 +144,17 @@ def call(*arguments: object, code: int = 0, pipe: bool = True) -> Ended:
     ended = Ended(int(left.value.code or 0), out.getvalue(), err.getvalue())
     assert ended.code == code, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
     return ended
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files of more bytes cannot be written, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 if __name__ == "__main__":  # see `run_each`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -46,6 +47,11 @@ class Tmux:
     def until(self, text: str, times: int = 1) -> str:
         """The screen once it shows `text` so often."""
         return self._until(lambda: self.screen().count(text) >= times, f"{text!r} never came")
+
+    def until_it_matches(self, pattern: str) -> str:
+        """The screen once some lines of it match a regular expression."""
+        found = re.compile(pattern, re.MULTILINE)
+        return self._until(lambda: found.search(self.screen()) is not None, f"{pattern!r} never came")
 
     def gone(self) -> None:
         """Wait for the end of the command."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import string
 from pathlib import Path
@@ -11,15 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompt_toolkit.history import FileHistory, InMemoryHistory
+from rich.cells import cell_len
 from rich.color import Color
 from rich.console import Console
 
-from infer.chat.command import bare_image
+from infer.chat.image_repl import bare_image
 from infer.chat.messages import MESSAGES, pick_language
 from infer.chat.repl import unquoted, with_settings
 from infer.chat.transcript import Transcript, read_transcript, write_transcript
+from infer.chat.views import word_grid
 from llava_core.cli.line_editor import history
-from llava_core.cli.terminal import Terminal, half_blocks
+from llava_core.cli.terminal import Terminal, below, beside, half_blocks
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
 
@@ -124,6 +127,43 @@ def test_two_rows_of_pixels_make_a_line() -> None:
     assert not isinstance(style, str)
     assert style.color == Color.from_rgb(*pixels[2, 1].tolist())
     assert style.bgcolor == Color.from_rgb(*pixels[3, 1].tolist())
+
+
+def test_words_of_any_width_stand_in_a_grid() -> None:
+    words = ["红色", "a", "右下角的", "\x1b[2J", "十字形", "b", "蓝", "circle", "。"]
+    plain = word_grid(words, None, 100_000).plain.split("\n")
+    assert [line.split() for line in plain] == [
+        ["红色", "a", "右下角的"], ["\\u001b[2J", "十字形", "b"], ["蓝", "circle", "。"]
+    ]  # fmt: skip
+    assert {cell_len(line) for line in plain} == {3 * (cell_len("\\u001b[2J") + 2)}
+    narrow = word_grid(words, None, 19).plain.split("\n")
+    assert {cell_len(line) for line in narrow} == {18}
+    assert [line.split() for line in narrow[::2]] == [["红色", "a", "右下…"], ["蓝", "circ…", "。"]]
+    with pytest.raises(
+        LlavaError, match="too narrow for 3 words beside each other; expected 9 columns or more; got 8"
+    ):
+        word_grid(words, None, 8)
+
+
+def test_words_stand_on_the_colour_of_their_place() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[:2, 2:] = (255, 200, 0)
+    spans = word_grid(["a", "b", "c", "d"], pixels, 80).spans
+    black, bright = "white on rgb(0,0,0)", "black on rgb(255,200,0)"
+    assert [span.style for span in spans] == [black, bright, black, black]
+
+
+def test_answers_stand_beside_each_other_where_there_is_room() -> None:
+    texts = {"A": "红色的圆。" * 9, "B": "a \x1b[2J\nb"}
+    for width, renderable in ((90, beside(texts)), (40, below(texts))):
+        screen = Console(width=width, file=io.StringIO(), color_system=None)
+        screen.print(renderable)
+        assert isinstance(screen.file, io.StringIO)
+        lines = screen.file.getvalue().split("\n")
+        assert max(map(cell_len, lines)) <= width
+        assert sum(line.count("红") for line in lines) == 9
+        (b,) = (line for line in lines if "\\u001b[2J" in line)
+        assert ("红" in b) == (width == 90)
 
 
 def test_both_languages_say_the_same() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -68,3 +70,17 @@ def test_what_begins_anew_ends_the_answer_before_it(dialogue: Dialogue, change: 
     assert [message["content"] for message in dialogue.messages] == kept
     assert dialogue.cache.get_seq_length() == len(dialogue.cached)
     assert "".join(dialogue.ask("再看"))
+
+
+def test_what_the_caller_takes_is_not_the_model_s_time(
+    dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where two checkpoints answer by turns."""
+    clock = itertools.count()
+    away = 0
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock) + away))
+    dialogue.begin()
+    for _ in dialogue.ask("看"):
+        away += 1_000_000
+    assert dialogue.figures.tokens > 1
+    assert 0 < dialogue.figures.rest_s < 1_000

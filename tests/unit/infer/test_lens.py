@@ -54,14 +54,14 @@ def test_after_the_last_block_the_lens_is_the_model(answerer: FeatureAnswerer) -
 def test_the_losses_of_the_pieces_are_those_of_the_caption(answerer: FeatureAnswerer) -> None:
     visual = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     turn = Turn("看", "红 a。")
-    pieces, loss = piece_losses(answerer, visual, turn)
+    pieces, loss = piece_losses(answerer, visual, [turn])
     assert pieces == ["红", " ", "a", "。", ""]  # 3, 1, 1 and 3 bytes, and the end token
     example = answerer.conversation.example([turn], 100)
     embedded = torch.cat([visual[None], answerer.embed(example.ids)], dim=1)
     labels = torch.tensor([[-100] * 4 + example.labels])
     mean = answerer.llm.model(inputs_embeds=embedded, labels=labels).loss
     assert sum(loss) / 9 == pytest.approx(float(mean), rel=1e-5)
-    assert piece_losses(answerer, visual.flip(0), turn)[1] != loss
+    assert piece_losses(answerer, visual.flip(0), [turn])[1] != loss
 
 
 def test_the_random_projector_has_learnt_nothing_and_is_as_loud(answerer: FeatureAnswerer) -> None:
