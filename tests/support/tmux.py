@@ -71,7 +71,9 @@ def terminal(command: Sequence[object], socket: Path, **environment: str) -> Ite
     if not shutil.which("tmux"):
         pytest.skip("no tmux here; scripts/setup.sh test installs it where it may")
     tmux = Tmux(socket)
-    variables = {**ENVIRONMENT, "COLORTERM": "truecolor", "LC_ALL": "C.UTF-8", **environment}
+    # Workers of pytest-xdist set the size of a terminal that they do not have.
+    ours = {name: value for name, value in ENVIRONMENT.items() if name not in ("COLUMNS", "LINES")}
+    variables = {**ours, "COLORTERM": "truecolor", "LC_ALL": "C.UTF-8", **environment}
     words = shlex.join(["env", *(f"{k}={v}" for k, v in environment.items()), *map(str, command)])
     start = [*tmux._tmux, "-u", "new-session", "-d", "-x", "100", "-y", "50", "-c", str(ROOT), words]
     started = [";", "set", "-g", "remain-on-exit", "on"]
