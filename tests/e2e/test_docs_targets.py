@@ -100,9 +100,10 @@ def test_clients_ask_the_server_as_their_page_says(folder: Path, served: Served)
     answer = run_python(openai, folder).removesuffix("\n")
     assert answer
 
-    asked = ["bash", "-c", curl]
-    got = subprocess.run(asked, cwd=folder, capture_output=True, check=True, timeout=60).stdout
-    assert json.loads(got)["choices"][0]["message"]["content"] == answer
+    if shutil.which("curl"):
+        asked = ["bash", "-c", curl]
+        got = subprocess.run(asked, cwd=folder, capture_output=True, check=True, timeout=60).stdout
+        assert json.loads(got)["choices"][0]["message"]["content"] == answer
 
     (settings,) = blocks(page, "yaml")
     user = folder / "llm"
