@@ -51,7 +51,7 @@ TEMPLATE = """\
 
 
 def run(config: ExportConfig) -> JsonDict:
-    """Write the folder, then compare its answers with those of `infer`.
+    """Write the folder.
 
     Raises LlavaError for what the class cannot compute, or if the disk is too small.
     """
@@ -59,6 +59,7 @@ def run(config: ExportConfig) -> JsonDict:
     projector = checkpoint.projector
     tower = open_trained_tower(config.vision, checkpoint.provenance)
     llm = load_its_language_model(checkpoint, config.llm)
+    require_plain(llm)
     strategy, extra = selected(tower, projector)
     tokenizer = with_image_token(llm)
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -112,6 +113,22 @@ def run(config: ExportConfig) -> JsonDict:
     return summary
 
 
+@torch.inference_mode()
+def require_plain(llm: LanguageModel) -> None:
+    """Raise LlavaError unless the class, blocks and one matrix, computes the logits of this model."""
+    embedded = llm.embed(torch.arange(8, device=llm.device)[None])
+    logits = llm.model(inputs_embeds=embedded).logits
+    hidden = llm.model.base_model(inputs_embeds=embedded).last_hidden_state
+    plain = torch.allclose(torch.nn.functional.linear(hidden, llm.head), logits, rtol=1e-3, atol=1e-3)
+    if not plain or any(not name.startswith(("model.", "lm_head.w")) for name in llm.model.state_dict()):
+        raise LlavaError(
+            "LlavaForConditionalGeneration takes a language model of blocks and a vocabulary matrix",
+            expected="weights named model.* and lm_head.weight, and logits without bias, scale or cap",
+            got=llm.identity.architecture,
+            do=TRANSFORMERS,
+        )
+
+
 def with_image_token(llm: LanguageModel) -> Any:
     """A copy of the tokenizer that knows IMAGE_TOKEN, and puts it before all text."""
     tokenizer = copy.deepcopy(llm.tokenizer)
@@ -135,10 +152,6 @@ def all_weights(
     for name, tensor in export.language_weights(llm).items():
         if name == "lm_head.weight" or tensor.data_ptr() == embedding.data_ptr():
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, max(0, rows - len(tensor))))
-        elif name.startswith("lm_head."):
-            raise LlavaError(
-                "LlavaForConditionalGeneration has a vocabulary head without bias", got=name, do=TRANSFORMERS
-            )
         weights[f"language_model.{name}"] = tensor
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     for name, tensor in two_layers(projector).items():

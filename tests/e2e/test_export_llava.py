@@ -113,6 +113,15 @@ def test_a_vocabulary_without_a_free_row(tmp_path: Path) -> None:
     assert model.generation_config.suppress_tokens == [model.config.image_token_index] == [words]
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "mamba"])
+def test_language_models_of_more_than_blocks_and_a_matrix_are_refused(tmp_path: Path, kind: str) -> None:
+    """Gemma 2 caps its logits; Mamba's weights have other names, which transformers would leave out."""
+    config = write(tmp_path, "clip", "mlp", "patches", llm=write_language_model(tmp_path / "llm", kind))
+    with pytest.raises(LlavaError, match=r"blocks and a vocabulary matrix; .*--to transformers"):
+        export_run(config)
+    assert not config.out.exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "tokens", "layer", "norm", "expected"),
     [
