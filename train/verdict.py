@@ -147,7 +147,7 @@ FOUND = {
         "其中 {share:.0%} 的下降发生在后一半步数里",
     ),
     "unknown": Text(
-        "no evaluation between the first step and the last (--eval-every): nobody knows if more steps help",
+        "no evaluation between the first step and the last (--eval-every): more steps may or may not help",
         "第一步与最后一步之间没有验证：不知道增加步数是否有用（--eval-every）",
     ),
 }
