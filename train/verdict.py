@@ -82,20 +82,20 @@ NAMES = {
 }
 NEXT = {
     "healthy": Text(
-        "compare its answers with the pictures (`infer chat`)",
+        "compare its answers with the images (`infer chat`)",
         "对着图片看它的回答（`infer chat`）",
     ),
     "broken data": Text(
-        "look at the rows with `extract inspect --html`, and mend them before training again",
+        "look at the rows with `extract inspect --html`, and correct them before training again",
         "用 `extract inspect --html` 查看这些行，改好之后再训练",
     ),
     "diverging": Text("begin again with a --lr ten times lower", "把 --lr 降到十分之一，重新开始"),
     "overfitting": Text(
-        "take the checkpoint `best`; train on more pictures, or for fewer steps",
+        "take the checkpoint `best`; train on more images, or for fewer steps",
         "用检查点 `best`；增加图片，或减少步数",
     ),
     "blind": Text(
-        "see whether captions stand beside their own pictures (`extract inspect --html`); if they do, train "
+        "check that captions belong to their images (`extract inspect --html`); if they do, train "
         "longer, or on features of another layer or encoder",
         "先看描述与图片是否对得上（`extract inspect --html`）；对得上，就多训练一些步，"
         "或换一层、换一个编码器的特征",
@@ -109,9 +109,9 @@ NEXT = {
 FOUND = {
     "empty": Text(
         "{share:.0%} of the rows have features that are zero, or another row's",
-        "{share:.0%} 的行特征为零，或与别的行相同",
+        "{share:.0%} 的行特征为零，或与其他行相同",
     ),
-    "alike": Text("all pictures have the same features", "所有图片的特征都一样"),
+    "alike": Text("all images have the same features", "所有图片的特征都一样"),
     "repeated": Text("{share:.0%} of the captions are one text", "{share:.0%} 的描述是同一段文字"),
     "cut": Text(
         "{share:.0%} of the captions are cut at --max-text-tokens: where they end is not learnt",
@@ -127,7 +127,7 @@ FOUND = {
     ),
     "loud": Text(
         "visual tokens are {rms:,.0f} times as large as the embeddings of words",
-        "视觉 token 的大小是词嵌入的 {rms:,.0f} 倍",
+        "视觉 token 的大小是词向量的 {rms:,.0f} 倍",
     ),
     "rise": Text(
         "held-out loss {best:.3f} at step {step}, {last:.3f} at the end; training loss {trained:.3f} there",
@@ -135,11 +135,11 @@ FOUND = {
     ),
     "gap": Text("grounding gap {gap:.3f} nats per token", "grounding gap 每个 token {gap:.3f} nat"),
     "no gap": Text(
-        "grounding gap {gap:.3f}: a caption is about as likely beside another picture",
+        "grounding gap {gap:.3f}: a caption is about as likely with another image",
         "grounding gap {gap:.3f}：换一张图片，描述的概率几乎不变",
     ),
     "same": Text(
-        "{said:.0%} of the answers about {pictures} pictures are one text; of the true ones {true:.0%} are",
+        "{said:.0%} of the answers about {pictures} images are one text; of the true ones {true:.0%} are",
         "{pictures} 张图片的回答中 {said:.0%} 是同一段文字；真实描述中是 {true:.0%}",
     ),
     "late": Text(
