@@ -56,25 +56,25 @@ class RunConfig(EncodeConfig, DataOptions):
     groups: ClassVar[Mapping[str, str]] = {"Often changed": "limit dry_run thumbnails layers"}
 
     vision: tuple[Path, ...] | Path
-    """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder. Of
-    several, each makes a cache."""
+    """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder. Several
+    make a cache each."""
     layers: tuple[Literal["last"] | int, ...] = ()
     """Layers to keep of each encoder, which runs once for all: last, or as for --layer."""
 
     data: str
     """Parquet, Arrow, JSON, CSV or tar files: their folder, one file, or a glob in quotes; or a folder of
-    images with their words beside them. docs/use/data.md shows each."""
+    images with text files beside them. docs/use/data.md shows each."""
     limit: int | None = None
-    """Take only the first N rows of all files together; what comes after them is not checked."""
+    """Use only the first N rows of all files together; rows after them are not checked."""
     dtype: Literal["float16", "int8"] = "float16"
-    """How features are stored; int8, with a scale per row and channel, takes half the disk, its error is
-    about 1 %. Training reads both, also side by side."""
+    """How features are stored; int8, with a scale per row and channel, takes half the disk, with an error of
+    about 1 %. Training reads both, also mixed."""
     thumbnails: bool = False
-    """Keep a small JPEG of each picture in its shard, 4 KiB a row, to look at later."""
+    """Keep a small JPEG of each image in its shard, 4 KiB a row, to look at later."""
     keep_images: Path | None = None
-    """Folder to keep the image files in, a WebDataset tar for each source, with every row's words and
-    outcome: for a later encoder, which takes the folder as --data. Where the cache is finished, the images
-    are downloaded for it."""
+    """Folder to keep the image files in, a WebDataset tar for each source, with the text and outcome of every
+    row: a later encoder takes the folder as --data. If the cache is finished already, the images are
+    downloaded again."""
     ray: str | None = None
     """Spread the files over this Ray cluster, of which this machine is a node: auto, or HOST:6379."""
     ray_workers: int | None = None
@@ -145,12 +145,12 @@ class RetryConfig(EncodeConfig, DataOptions):
     """Folder of the vision encoder that they were made with."""
 
     status: tuple[str, ...] = ()
-    """Failures to try again, such as timeout http-5xx http-429; without it, every one but those that
-    lie in the data: bad caption, several images.
+    """Kinds of failure to try again, such as timeout http-5xx http-429; by default all but those whose data
+    has to be corrected first: bad caption, several images.
 
-    damaged: rows that no longer have their checksum; every row is read to find them."""
+    damaged: rows that no longer match their checksum; every row is read to find them."""
     data: str | None = None
-    """What the shards were made from, if it has images of its own and does not lie there any more."""
+    """What the shards were made from, if it holds images itself and has moved since."""
 
     def require_inputs(self) -> None:
         from llava_core.row_status import failures  # with numpy, which --help does without
@@ -165,7 +165,7 @@ class RetryConfig(EncodeConfig, DataOptions):
 class VerifyConfig(DownloadOptions, DataOptions):
     """Check every checksum, and, with --vision, that the encoder still gives the same features.
 
-    Names the rows that are damaged or hold the features of another row, and the shards of another encoder.
+    Names rows that are damaged or hold the features of another row, and shards of another encoder.
     """
 
     groups: ClassVar[Mapping[str, str]] = {"Often changed": "vision sample"}
@@ -177,7 +177,7 @@ class VerifyConfig(DownloadOptions, DataOptions):
     sample: int = 16
     """Images to encode again for that; 0 takes every row."""
     data: str | None = None
-    """What the shards were made from, if it has images of its own and does not lie there any more."""
+    """What the shards were made from, if it holds images itself and has moved since."""
     device: Device = "auto"
     """Where to encode."""
 
@@ -200,7 +200,7 @@ class InspectConfig(Options):
     out: Path
     """Folder of the feature shards, or one shard."""
     html: Path | None = None
-    """Also write one page that shows all this and a sample of the rows; it needs nothing but a browser."""
+    """Also write a web page, one self-contained file, with all this and a sample of the rows."""
     sample: int = 60
     """Rows on that page; 0 takes every row."""
 
@@ -215,11 +215,10 @@ class InspectConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExamplesConfig(DownloadOptions, DataOptions):
-    """Save the first pictures of a data set with their captions: 0000.jpg (or .png, as it came), 0000.txt, ….
+    """Save the first images of a data set with their captions: 0000.jpg (or .png, the original format) and
+    0000.txt; dialogues, and several captions of one image, as 0000.json.
 
-    Dialogues, and several captions of one picture, are saved as 0000.json.
-
-    Rows without a caption or picture are skipped; too many in a row end it. You can pass the folder to
+    Rows without a caption or image are skipped; too many in a row end it. You can pass the folder to
     --data afterwards.
     """
 
@@ -230,7 +229,7 @@ class ExamplesConfig(DownloadOptions, DataOptions):
     out: Path
     """Folder for them; it must be empty or new."""
     count: int = 16
-    """Pictures to save."""
+    """Images to save."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -257,7 +256,7 @@ class BenchConfig(PipelineConfig, DataOptions):
     features: Path | None = None
     """Folder of finished feature shards, or one shard, to read instead."""
     count: int = 512
-    """Rows for the stages alone, and as many others for all together; with --features, rows to read."""
+    """Rows for each stage alone, and as many others for all together; with --features, rows to read."""
     out: Path = Path("features")
     """Folder whose disk is written to: where `run` would put its shards. It need not exist."""
     limit: int | None = None
@@ -265,7 +264,7 @@ class BenchConfig(PipelineConfig, DataOptions):
     dtype: Literal["float16", "int8"] = "float16"
     """How features are stored, as for `run`."""
     thumbnails: bool = False
-    """Keep a small JPEG of each picture, as for `run`."""
+    """Keep a small JPEG of each image, as for `run`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

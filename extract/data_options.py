@@ -19,11 +19,11 @@ class DataOptions(Options):
     images: Path | None = None
     """Folder of the images that --data names by path; without it, the folder each file lies in."""
     image_column: str | None = None
-    """Column of the images: addresses, paths, or the files themselves; without it, by its name. none: text
-    alone, dialogues that train the language model (train --tune lora, llm)."""
+    """Column of the images: addresses, paths, or the files themselves; by default found by its name. none:
+    no images, dialogues that train the language model (train --tune lora, llm)."""
     text_column: str | None = None
-    """Column of the words: captions, lists of them, or dialogues; without it, by its name."""
+    """Column of the text: captions, lists of them, or dialogues; by default found by its name."""
     id_column: str | None = None
-    """Column of the rows' names; without it, id or key, or else their numbers."""
+    """Column of the rows' ids; by default id or key, otherwise row numbers."""
     caption_key: str | None = None
-    """Key of the caption where the words are objects, as in SA1B-Dense-Caption's cap_seg: global_caption."""
+    """Key of the caption where the text is an object, as in SA1B-Dense-Caption's cap_seg: global_caption."""

@@ -34,19 +34,19 @@ class PipelineConfig(DownloadOptions):
     decode: Literal["draft", "exact"] = "draft"
     """draft decodes large JPEGs at a reduced scale, 3 times as fast, within 0.3/255; exact in full."""
     fit: Fit | None = None
-    """How pictures become the encoder's square: crop the middle, pad with the mean colour, or squash. Without
-    it, as the encoder's own processor says."""
+    """How images become the encoder's square: crop the middle, pad with the mean colour, or squash. By
+    default as the encoder's own preprocessing does."""
     batch_size: int = 64
     """Images per forward pass."""
     decoders: int | None = None
-    """Threads that decode images; without it, one for each CPU core of this process."""
+    """Threads that decode images; by default one for each CPU core of this process."""
 
     concurrency: int = 64
     """Downloads at a time."""
     per_host: int = 16
     """Downloads at a time from one host."""
     host_rate: float | None = None
-    """Downloads a second from one host; without it, as many as it answers."""
+    """Downloads a second from one host; by default as many as it answers."""
     bytes_in_flight: int = 256_000_000
     """Bytes of image files in memory at a time, about; above it no download begins."""
     retries: int = 2
@@ -58,11 +58,11 @@ class PipelineConfig(DownloadOptions):
     max_pixels: int = 50_000_000
     """Largest width × height."""
     accept_truncated: bool = False
-    """Take pictures whose file ends early as far as they go, the rest grey or black, and count them."""
+    """Accept images whose file ends early, the missing part grey or black, and count them."""
     ignore_robots: bool = False
     """Also keep images whose X-Robots-Tag (noai, noimageai, noindex, noimageindex) asks not to be used."""
     patience: float = 600.0
-    """Seconds to wait for a network that answers nobody before giving up; 0 marks rows as failed instead."""
+    """Seconds to wait while no host answers before giving up; 0 marks rows as failed instead."""
     max_failed: float = 0.05
     """Share of failed rows above which the command ends with exit code 3."""
 

@@ -35,7 +35,7 @@ class Aligned(Options):
     llm: Path
     """Folder of the language model it was trained for."""
     adapter: Literal["merge", "none"] = "merge"
-    """What stage 2 trained of the language model: merge takes it, none leaves it out, to compare."""
+    """What stage 2 trained in the language model: merge uses it, none leaves it out, to compare."""
     device: Device = "auto"
     """Where to compute."""
 
@@ -149,7 +149,7 @@ class QuestionFile(Asked):
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
     read, `prompt` may be left out, and other keys are kept."""
     text: str | None = None
-    """Table, or a glob of several in quotes, of words about the rows of --features, in place of their own."""
+    """Table, or a glob of several in quotes, of texts about the rows of --features, instead of their own."""
     output: Path
     """File of the same lines with `answer` (batch) or `ranking`, `losses`, `choice` and `correct` (rank), or
     `error`; a row of a shard gives `shard`, `row`, `id` and its own `caption`."""
@@ -176,7 +176,10 @@ class QuestionFile(Asked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchConfig(QuestionFile, Sampling):
-    """Answer a JSONL file of questions about images, or caption feature shards; it continues by itself."""
+    """Answer a JSONL file of questions about images, or caption feature shards.
+
+    The same command continues.
+    """
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)

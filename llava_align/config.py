@@ -28,20 +28,20 @@ CHARTS = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig(Options):
-    """The whole job on the built-in world: pictures, features, a projector, answers about new pictures."""
+    """Every phase on the built-in world: images, features, a projector, answers about unseen images."""
 
     groups: ClassVar[Mapping[str, str]] = {"Often changed": "out rows steps seed"}
 
     out: Path = Path("demo-out")
     """Folder for everything the demo makes; an earlier demo's is replaced."""
     rows: int = 2400
-    """Pictures to train on."""
+    """Images to train on."""
     held_out: int = 128
-    """Pictures it never sees."""
+    """Held-out images."""
     steps: int = 300
-    """Optimizer steps of 16 pictures."""
+    """Optimizer steps of 16 images."""
     seed: int = 0
-    """Seed of the pictures and of training."""
+    """Seed of the images and of training."""
 
     def __post_init__(self) -> None:
         self.require_above_zero("steps")
@@ -52,7 +52,7 @@ class DemoConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoStage2Config(Options):
-    """The language model learns dialogues about the demo's pictures; accuracy and forgetting, held out."""
+    """Stage 2: train the language model on dialogues about the demo's images; accuracy and forgetting."""
 
     groups: ClassVar[Mapping[str, str]] = {"Often changed": "out tune steps seed"}
 
@@ -86,8 +86,8 @@ class TraceConfig(Options):
     prompt: str | None = None
     """The question before the caption; by default the first that the checkpoint was trained with."""
     checkpoint: Path | None = None
-    """Folder of a projector, such as RUN/best; without one, a linear projector with random weights whose
-    tokens are as large as the words' embeddings, where training starts."""
+    """Folder of a projector, such as RUN/best; by default a linear projector with random weights at the
+    scale of the model's embeddings, as at the start of training."""
     vision: Path = MODELS / "vision"
     """Folder of the vision encoder; by default the demo's."""
     llm: Path = MODELS / "llm"

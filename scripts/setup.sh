@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-demo) extras=sweep ;; # plots, and 40 MB for the sweep that README shows next
+demo) extras=sweep,tensorboard ;; # plots, and what README shows next: a sweep, the curves of a run
 test) extras=dev ;;
 *) echo "usage: scripts/setup.sh demo|test" >&2; exit 2 ;;
 esac

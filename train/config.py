@@ -63,16 +63,16 @@ class RunConfig(Options):
     eval_features: tuple[Path, ...] | Path | None = None
     """Folder of held-out shards, or several; without it nothing is evaluated and there is no `best`."""
     text: str | None = None
-    """Words to train on in place of the shards' own: a table (parquet, JSON, JSONL, CSV) or a glob of them.
-    Its rows name their pictures by sha256, url or image, id, or shard and row; a picture may have several."""
+    """Texts to train on instead of the shards' own: a table (parquet, JSON, JSONL, CSV) or a glob of several.
+    Its rows name their images by sha256, url or image, id, or shard and row; an image may have several."""
     rows: str = ALL_ROWS
-    """Rows to train on: all, or those that a list of `extract curate` keeps, a parquet FILE of this cache."""
+    """Rows to train on: all, or those kept in a list by `extract curate`, a parquet FILE of this cache."""
     eval_text: str | None = None
-    """The same for the held-out shards, which without it keep their own words."""
+    """The same for the held-out shards; by default their own texts."""
     fuse: Fuse | None = None
     """Fuse the folders of --features, caches of the same rows by several encoders or of several layers:
     channels, side by side (encoders of one grid); tokens, one encoder's after the other's; layers, a mean by
-    learnt softmax weights. --eval-features then names as many. The words are those of the first."""
+    learnt softmax weights. --eval-features then names as many. Texts are those of the first folder."""
     mix: str | None = None
     """Share of each folder of --features in the samples drawn, such as 0.6,0.3,0.1; by default by size."""
 
@@ -93,7 +93,7 @@ class RunConfig(Options):
     """The projector before the first step: random at the scale of the model's embeddings, torch's default, or
     solved so that each visual token is near the mean embedding of such features' captions."""
     init: Path | None = None
-    """Checkpoint, such as RUN/best or one of `llava import`, whose projector training starts from instead."""
+    """Checkpoint to start from instead, such as RUN/best or one made by `llava import`."""
     tune: Tune = "projector"
     """What trains: the projector, beside a frozen language model; with lora, LoRA adapters beside its linear
     layers, too (peft); with llm, all its weights, too."""
@@ -115,9 +115,9 @@ class RunConfig(Options):
     weight_decay: float = 0.0
     """Weight decay of the optimizer; norms and biases have none."""
     grad_clip: float | None = None
-    """Longest gradient, over all that trains; a longer one is shortened to it. By default none is."""
+    """Largest norm of the gradient of all trained weights; a larger one is scaled down. None by default."""
     warmup: float = 0.03
-    """Share of the steps in which the rate rises; after them it falls to 0."""
+    """Share of the steps in which the learning rate rises; after them it falls to 0."""
     decay: Literal["cosine", "linear"] = "cosine"
     """How it falls: along half a cosine, or in a straight line."""
     batch_size: int = 16
@@ -132,25 +132,25 @@ class RunConfig(Options):
     """Which N: the first, in the order of shards and rows; or random ones by --seed, those of a smaller N
     among them."""
     max_text_tokens: int = 128
-    """Budget of each answer in tokens; a longer one is cut, teaches no end token and ends its dialogue."""
+    """Most tokens of an answer; a longer one is cut, has no end token and ends its dialogue."""
     micro_tokens: int = 16_384
-    """Most tokens in one forward pass, fewer where memory is short; changes no result."""
+    """Most tokens in one forward pass, fewer where memory is short; the result is the same."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     seed: int = 0
     """Seed of initialisation, order and instructions."""
     instructions: str = "auto"
-    """What captions without a question answer, drawn for each anew: Chinese (zh) or English (en)
-    instructions, both mixed, a text FILE with one a line, or, auto, those in the caption's own language. The
-    first is what the checkpoint is asked by default."""
+    """Instructions that captions answer, drawn anew for each: Chinese (zh), English (en), both (mixed), a
+    text FILE's (one per line), or in the caption's own language (auto). The first one is the default
+    question of the checkpoint."""
 
     eval_every: int = 500
     """Evaluate on the held-out shards every N steps, and before the first and after the last."""
     eval_samples: int = 512
     """Use only the first N held-out rows of each folder for that."""
     eval_captions: int = 4
-    """Show what the model generates for the first N of them at each evaluation; 0 for none. After the last
-    step it describes 16 for the verdict."""
+    """Show the model's answers for the first N of them at each evaluation; 0 shows none. After the last step
+    it describes 16 for the verdict."""
     save_every: int = 500
     """Write a checkpoint every N steps, and at the end."""
     keep: int = 2
@@ -162,8 +162,8 @@ class RunConfig(Options):
     device: Device = "auto"
     """Where to compute."""
     resident: Residence = "auto"
-    """Where features stay once they are read; auto takes the GPU or else the RAM for what is read more than
-    once, if that takes at most half of what is free there, or else leaves them on disk."""
+    """Where features stay once they are read; auto keeps those that are read more than once on the GPU, or
+    else in RAM, if they take at most half of the free memory; others stay on disk."""
     compile: Compile = "auto"
     """Compile the language model's blocks with torch.compile; auto does so on a GPU."""
     resume: bool = False
@@ -240,15 +240,15 @@ class EvalConfig(Options):
     features: tuple[Path, ...] | Path
     """Folder of held-out feature shards, or several."""
     text: str | None = None
-    """Words in place of the shards' own, as in `train run`."""
+    """Texts instead of the shards' own, as in `train run`."""
     rows: str = ALL_ROWS
-    """Rows to judge by: all, or those that a list of `extract curate` keeps."""
+    """Rows to evaluate on: all, or those kept in a list by `extract curate`."""
     llm: Path
     """Folder of the language model the projector was trained for."""
     max_samples: int = 100_000
     """Use only the first N usable rows of each folder."""
     max_text_tokens: int = RunConfig.max_text_tokens
-    """Budget of each answer in tokens."""
+    """Most tokens of an answer."""
     instructions: str | None = None
     """What captions without a question answer: auto, zh, en, mixed or FILE, as in `train run`; by default
     those it was trained with."""

@@ -56,13 +56,13 @@ MOST_LATE = 0.05
 
 
 NEXT = {
-    "healthy": "compare its answers with the pictures (`infer chat`)",
-    "broken data": "look at the rows with `extract inspect --html`, and mend them before training again",
+    "healthy": "compare its answers with the images (`infer chat`)",
+    "broken data": "look at the rows with `extract inspect --html`, and correct them before training again",
     "diverging": "begin again with a --lr ten times lower",
-    "overfitting": "take the checkpoint `best`; train on more pictures, or for fewer steps",
+    "overfitting": "take the checkpoint `best`; train on more images, or for fewer steps",
     "blind": (
-        "see whether captions stand beside their own pictures (`extract inspect --html`); if they do, "
-        "train longer, or on features of another layer or encoder"
+        "check that captions belong to their images (`extract inspect --html`); if they do, train longer, "
+        "or on features of another layer or encoder"
     ),
     "parroting": "try --feature-norm center, a higher --lr, or features of another layer or encoder",
     "underfitting": "train for more steps, or with a higher --lr",
@@ -70,7 +70,7 @@ NEXT = {
 """What to do next, by the verdict."""
 FOUND = {
     "empty": "{share:.0%} of the rows have features that are zero, or another row's",
-    "alike": "all pictures have the same features",
+    "alike": "all images have the same features",
     "repeated": "{share:.0%} of the captions are one text",
     "cut": "{share:.0%} of the captions are cut at --max-text-tokens: where they end is not learnt",
     "fall": "held-out loss {first:.3f} before the first step, {last:.3f} at the end",
@@ -80,13 +80,11 @@ FOUND = {
         "held-out loss {best:.3f} at step {step}, {last:.3f} at the end; training loss {trained:.3f} there"
     ),
     "gap": "grounding gap {gap:.3f} nats per token",
-    "no gap": "grounding gap {gap:.3f}: a caption is about as likely beside another picture",
-    "same": (
-        "{said:.0%} of the answers about {pictures} pictures are one text; of the true ones {true:.0%} are"
-    ),
+    "no gap": "grounding gap {gap:.3f}: a caption is about as likely with another image",
+    "same": "{said:.0%} of the answers about {pictures} images are one text; of the true ones {true:.0%} are",
     "late": "{share:.0%} of this fall came in the second half of the steps",
     "unknown": (
-        "no evaluation between the first step and the last (--eval-every): nobody knows if more steps help"
+        "no evaluation between the first step and the last (--eval-every): more steps may or may not help"
     ),
 }
 """Evidence, by its kind."""

@@ -21,9 +21,9 @@ Language = Literal["auto", "any", "zh", "other"]
 class CurateConfig(Options):
     """List which rows of a finished cache are worth training on, for `train run --rows`. Downloads nothing.
 
-    A row is dropped for the first of these reasons: blank features; no caption; a short one, one in another
-    language, or one that many rows have; words in no order; a caption that fits its picture no better than
-    those of other rows do; a picture that came before.
+    A row is dropped for the first of these reasons: blank features; no caption; a caption that is short, in
+    another language, or repeated in many rows; words in no order; a caption that fits its image no better
+    than those of other rows; an image that came before.
     """
 
     groups: ClassVar[Mapping[str, str]] = {"Often changed": "html vision language"}
@@ -33,28 +33,27 @@ class CurateConfig(Options):
     out: Path
     """Parquet file to write: shard, uid, row, scores, and the reason, empty for a row that is kept."""
     html: Path | None = None
-    """Also write one page that shows what was kept and dropped; it needs nothing but a browser."""
+    """Also write a web page, one self-contained file, that shows what was kept and dropped."""
     sample: int = 96
-    """Rows on that page, of each reason about as many; 0 takes every row."""
+    """Rows on that page, about equally many for each reason; 0 takes every row."""
     vision: Path | None = None
-    """Folder of the encoder that made them, for its text tower; without it captions are judged by a fit."""
+    """Folder of the encoder that made them, for its text tower; without it captions are scored by a fit."""
     score: Literal["auto", "text-tower", "fit", "none"] = "auto"
-    """What tells how well a caption fits: text-tower, the encoder's own; fit, what the cache itself says of
-    features and words, in cross-validation; auto, whichever tells pairs from shuffled ones better."""
+    """What scores how well a caption fits: text-tower, the encoder's own; fit, a cross-validated fit of
+    captions to features in this cache; auto, whichever tells pairs from shuffled ones better."""
     mismatched: float | None = None
-    """Share of shuffled pairs that would pass; by default so many that a caption is dropped if it is more
+    """Share of shuffled pairs that would pass; by default set so that a caption is dropped if it is more
     probably wrong than right."""
     unordered: float | None = None
-    """The same for captions whose words are in no order, beside shuffled orders of their words; 1 drops
-    none."""
+    """The same for captions whose words are in no order, compared with their words shuffled; 1 drops none."""
     same_picture: float = 0.999
-    """Cosine of pooled features from which a picture is one that came before, saved again; 2 drops none."""
+    """Cosine of pooled features from which an image counts as one that came before; 2 drops none."""
     least_width: int = 5
     """Shorter captions are dropped; a Chinese character counts as two."""
     most_repeats: int = 10
-    """A caption that more rows have is dropped from all of them."""
+    """A caption that more than N rows have is dropped from all of them."""
     language: Language = "auto"
-    """Captions to keep: Chinese ones (zh), others, or any; auto takes what 60 % of them are, if they are."""
+    """Captions to keep: Chinese (zh), other, or any; auto: the kind that makes up 60 %, otherwise any."""
     device: Device = "auto"
     """Where the text tower computes."""
 

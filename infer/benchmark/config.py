@@ -16,7 +16,10 @@ MAX_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(Asked):
-    """Score multiple choice, yes/no or short answers, also with shuffled pictures; it continues by itself."""
+    """Score multiple choice, yes/no or short answers, also with shuffled images.
+
+    The same command continues.
+    """
 
     groups: ClassVar[Mapping[str, str]] = {"Often changed": "images by max_tokens"}
 
@@ -45,7 +48,7 @@ class BenchmarkConfig(Asked):
     max_tokens: int | None = None
     """Longest generated answer, in tokens; 64 by default."""
     output: Path
-    """File of the questions with `prediction`, `correct` and, for another picture, `shuffled`; or `error`."""
+    """File of the questions with `prediction`, `correct` and, for another image, `shuffled`; or `error`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,8 @@ class ChatConfig(Models):
     compare: Path | None = None
     """Folder of a second checkpoint, which answers beside the first, as after `/compare`."""
     compile: bool = False
-    """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
+    """Compile the step for one token, which takes minutes; small models then answer faster (GPU: not
+    measured)."""
     allow_private: bool = False
     """Let the image address of a dialogue that is loaded lead to this machine or a private network."""
 
@@ -53,8 +54,8 @@ class ChatLlmConfig(Sampling, Options):
     system: str = ""
     """System prompt; none by default."""
     thinking: bool = False
-    """Let it think before it answers, if its chat template has that switch. Qwen3 then wants
-    --temperature 0.6 --top-p 0.95 --top-k 20: greedy thoughts go in circles."""
+    """Let it think before it answers, if its chat template has that switch. Qwen3 then needs
+    --temperature 0.6 --top-p 0.95 --top-k 20: greedy thoughts repeat themselves."""
     max_tokens: int = 2048
     """Longest answer, in tokens, with the thoughts before it."""
     device: Device = "auto"

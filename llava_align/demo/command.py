@@ -5,6 +5,7 @@ The demo itself only draws the pictures, serves them, and scores the answers.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -103,6 +104,7 @@ def _commands(config: DemoConfig, train: Split, held_out: Split, url: str) -> Js
         *("--llm", llm, "--out", out / "run", "--batch-size", BATCH_SIZE, "--max-steps", config.steps),
         *("--epochs", math.ceil(config.steps * BATCH_SIZE / extracted[0]["ok"])),
         *("--eval-every", 100, "--save-every", 200, "--seed", config.seed),
+        *(("--report-to", "tensorboard") if importlib.util.find_spec("tensorboard") else ()),
     )
     trained = ("--checkpoint", out / "run/last", "--llm", llm)
     evaluated = command("eval", "train", "eval", *trained, "--features", features[1])
@@ -146,3 +148,5 @@ def _print(figures: JsonDict, out: Path) -> None:
     show("\n" + table(named, header))
     show(translated(f"\n{out / 'loss.png'}     the loss curve"))
     show(translated(f"{out / 'answers.png'}  held-out pictures and answers"))
+    if (out / "run/tensorboard").exists():
+        show(translated(f"tensorboard --logdir {out / 'run'}  shows the curves in a browser"))

@@ -51,10 +51,10 @@ class DownloadConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig(Options):
-    """A projector of the course (stage1_projection.pt), LLaVA (mm_projector.bin) or nanoVLM, as a checkpoint.
+    """Import a projector of the course (stage1_projection.pt), LLaVA (mm_projector.bin) or nanoVLM.
 
-    A file of stage 2 with the whole language model, or LLaVA's LoRA folder, gives that part, too. What the
-    names of its weights do not tell is assumed, and printed.
+    From a file of stage 2 with the whole language model, or LLaVA's LoRA folder, that part is imported, too.
+    What the names of the weights do not show is assumed, and printed.
     """
 
     file: Path
@@ -74,7 +74,7 @@ class ImportConfig(Options):
     decode: Literal["draft", "exact"] = "draft"
     """Decoding of the features that it will be evaluated on, as in `extract run`."""
     fit: Fit | None = None
-    """Geometry of the pictures it was trained on, as in `extract run`; pad for LLaVA's image_aspect_ratio."""
+    """Geometry of the images it was trained on, as in `extract run`; pad for LLaVA's image_aspect_ratio."""
 
     def __post_init__(self) -> None:
         if self.visual_tokens != "auto":
@@ -155,10 +155,10 @@ class ExportConfig(Options):
     in half the space, as it does on a GPU. The projector stays float32. q8_0 and q4_k_m, of GGUF, quantise
     the language model to 8.5 or about 4.8 bits."""
     check: int = 8
-    """Pictures about which llama.cpp's answers are compared with those of `infer`, where xllamacpp is
-    installed; 0: none."""
+    """Images about which llama.cpp's answers are compared with those of `infer`, if xllamacpp is installed;
+    0: none."""
     check_images: Path | None = None
-    """Folder of these pictures; by default they are drawn."""
+    """Folder of these images; by default they are drawn."""
     dry_run: bool = False
     """Print the bytes it takes, and write nothing."""
 

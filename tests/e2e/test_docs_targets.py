@@ -1,4 +1,4 @@
-"""The pages of docs/use about other programs: their code as it stands, on small models.
+"""The pages of docs/use about other programs and the course: their code as it stands, on small models.
 
 Ollama and llama.cpp's own programs come from no package: their lines are only held to name files that are
 there. llama.cpp itself runs as xllamacpp, and its answers are compared in test_export_gguf.
@@ -17,14 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llava_align.config import MODELS
+from llava_core.projector.checkpoint import load_checkpoint
 from tests.e2e.test_docs_code import blocks
 from tests.e2e.test_serve_clients import CLIENTS
 from tests.support.aligned import write_checkpoint
-from tests.support.commands import ENVIRONMENT, run
+from tests.support.commands import ENVIRONMENT, call, run
 from tests.support.llava_server import Served, llava_server
+from tests.support.local_data import write_parquet, write_pictures
 
 PROGRAMS = {"llama-server", "llama-mtmd-cli", "ollama"}
 ADDRESS = "http://127.0.0.1:8000"
@@ -127,3 +130,34 @@ def test_clients_ask_the_server_as_their_page_says(folder: Path, served: Served)
         finally:
             (CLIENTS / "ask.mjs").unlink()
         assert ended.stdout.removesuffix("\n") == answer, ended.stderr
+
+
+def test_the_course_project_goes_on_here_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both stages, and the projector that its scripts saved, on the demo's models and its data's layouts."""
+    for name, model in (("clip", "vision"), ("qwen3", "llm")):
+        shutil.copytree(MODELS / model, tmp_path / "models" / name)
+    for split, names in (("sa1b", ["1.png", "2.png", "3.png"]), ("sa1b-eval", ["4.png", "5.png"])):
+        write_pictures(tmp_path / split, names)
+        words = [json.dumps({"global_caption": f"图 {name}"}) for name in names]
+        write_parquet(tmp_path / split / "train-00000.parquet", path=names, cap_seg=words)
+    for number in (1, 2):
+        talk = tmp_path / f"llava_instruction_{number}_formate"
+        write_pictures(talk / "images", ["1.png", "2.png"])
+        (talk / "labels_zh").mkdir()
+        turns = [{"role": "user", "content": "什么？"}, {"role": "assistant", "content": "猫"}]
+        for row in (1, 2):
+            (talk / f"labels_zh/{row}.json").write_text(json.dumps(turns), encoding="utf-8")
+    shutil.copy(tmp_path / "sa1b/1.png", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    both, imported = blocks("use/from-the-course.md", "bash")[:2]
+    for line in both.replace("\\\n", "").splitlines():
+        if line:
+            call(*shlex.split(line)[2:], "--device", "cpu")
+    projector = load_checkpoint(tmp_path / "runs/linear/best").projector.map
+    torch.save(projector.state_dict(), tmp_path / "stage1_projection.pt")
+    for line in imported.replace("\\\n", "").splitlines():
+        device = () if " import " in line else ("--device", "cpu")
+        call(*shlex.split(line)[2:], *device)
+    assert (tmp_path / "runs/course-stage2/best/llm").is_dir()

@@ -81,7 +81,7 @@ def test_features_that_say_nothing_in_chinese(
     ended = call("train", "run", *flags, "--json")
     assert ended.summary["verdict"] == "broken data"
     assert "结论：数据有问题" in ended.err
-    assert "50% 的行特征为零，或与别的行相同" in ended.err
+    assert "50% 的行特征为零，或与其他行相同" in ended.err
     assert "下一步：用 `extract inspect --html` 查看这些行" in ended.err
 
 

@@ -28,6 +28,7 @@ from tests.support.paths import ROOT
 from tests.support.shards import write_shard
 from train.config import RunConfig
 from train.data.feature_cache import pick_residence
+from train.recipes import RECIPES
 from train.run_folder import RunFolder
 
 PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
@@ -256,3 +257,11 @@ def test_sizes_are_those_of_the_reference() -> None:
     assert f"{768 * 1024 + 1024:,} weights" in page("one-sample.md")
     assert f"over --max-failed {EncodeConfig.max_failed:g}" in page("troubleshooting.md")
     assert OUT_OF_MEMORY in page("troubleshooting.md")
+
+
+@pytest.mark.parametrize("name", ["from-the-course.md", "from-the-course.zh-CN.md"])
+def test_the_course_page_has_every_flag_of_the_courses_recipes(name: str) -> None:
+    shown = page(name)
+    for recipe in ("course", "course-stage2"):
+        for flag, value in RECIPES[recipe].items():
+            assert f"--{flag.replace('_', '-')} {value}" in shown

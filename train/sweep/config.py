@@ -33,20 +33,20 @@ class SweepConfig(RunConfig):
     out: Path
     """Folder of the sweep: trials/, results.csv, index.html, `best`."""
     trials: int | None = None
-    """Draw N points, each for every seed: of lists at random, with a range where trials look best (TPE)."""
+    """Draw N points, each for every seed: from lists at random, from ranges where trials did best (TPE)."""
     budget: str | None = None
-    """Give every trial the same: steps=N; flops=N, such as 2e15, by the operations predicted for its steps;
-    or seconds=N, by the time of its steps as measured here. The learning rate ends there."""
+    """Give every trial the same budget: steps=N; flops=N, such as 2e15, by a step's predicted operations; or
+    seconds=N, by a step's measured time. The learning rate reaches 0 there."""
     choices: int | None = None
     """After each trial, N-way forced choice on the held-out rows, as `infer rank` measures it: which of N
-    captions, the others of other images, is the most likely; and again with shuffled pictures."""
+    captions, the others of other images, is the most likely; and again with shuffled images."""
     prune: Literal["auto", "median", "none"] = "auto"
     """End a trial whose held-out loss is above the median, at that step, of the finished ones with its seed
     (with --budget flops or seconds also its number of steps), once there are five; auto does so with ranges
     alone."""
     together: int | Literal["auto"] = 1
-    """Train up to N trials in one pass, where they differ in projector and optimizer alone; auto measures
-    how many are fastest here, which may be one."""
+    """Train up to N trials in one pass if they differ in projector and optimizer only; auto measures which
+    number is fastest here, which may be one."""
     ray: str | None = None
     """Address of a Ray cluster (auto, or HOST:6379) whose workers share the trials."""
     ray_workers: int | None = None
@@ -114,9 +114,9 @@ class ScalingConfig(SweepConfig):
     """Train each size with N seeds, from --seed on: each draws its own rows, those of a smaller size among
     those of a larger one."""
     space: tuple[str, ...] = ()
-    """What else varies, in lists as for `train sweep`: each combination has a law of its own."""
+    """What else varies, in lists as for `train sweep`: a law is fitted to each combination."""
     subset: Literal["first", "random"] = "random"
-    """Which rows of a folder a size has: random ones, or the first in the order of shards and rows."""
+    """Which rows of a folder make up a size: random ones, or the first in the order of shards and rows."""
     epochs: int = 8
     """Passes over the rows of each size."""
 
