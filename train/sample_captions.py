@@ -20,12 +20,12 @@ SHOWN = 200
 
 
 def beside_its_caption(line: JsonDict) -> list[str]:
-    """Lines of the log: the question of a dialogue, the generated caption of a row, and the row's own."""
-    asked = {} if line["question"] in INSTRUCTIONS else {"asked": _shown(line["question"])}
-    texts = {**asked, "says": _shown(line["generated"], line["cut"]), "true": _shown(line["written"])}
-    width, row = max(map(len, texts)), line["row"]
-    first, *below = (f"{name:>{width}}: {text}" for name, text in texts.items())
-    return [f"  {row} {first}", *(f"  {' ' * len(row)} {text}" for text in below)]
+    """Lines of the log: which row, the question of a dialogue, the row's own caption, the generated one."""
+    asked = {} if line["question"] in INSTRUCTIONS else {"question:": _shown(line["question"])}
+    answer = _shown(line["generated"], line["cut"])
+    texts = {**asked, "truth:": _shown(line["written"]), "answer:": answer}
+    width = max(map(len, texts))
+    return [f"  {line['row']}", *(f"    {name:{width}} {text}" for name, text in texts.items())]
 
 
 def _shown(text: str, cut: bool = False) -> str:
