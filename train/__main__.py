@@ -12,6 +12,7 @@ from llava_core.cli.options import Command
 from train.config import EvalConfig, PlanConfig, RunConfig
 from train.recipes import RECIPES
 from train.sweep.config import ScalingConfig, SweepConfig
+from train.watch.config import WatchConfig
 
 COMMANDS = {
     "run": Command(RunConfig, "train.run:run", RECIPES, continues=True),
@@ -19,6 +20,7 @@ COMMANDS = {
     "scaling": Command(ScalingConfig, "train.sweep.command:run", RECIPES, continues=True),
     "plan": Command(PlanConfig, "train.cost_prediction:run", RECIPES),
     "eval": Command(EvalConfig, "train.evaluate:run"),
+    "watch": Command(WatchConfig, "train.watch.command:run"),
 }
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which its processes find each other."""

@@ -17,6 +17,7 @@ from train.announcement import announce, announce_evaluation
 from train.config import RunConfig
 from train.cost_prediction import COSTLESS, Prediction, predict
 from train.data.batch import TextCounts
+from train.data.figures import data_figures
 from train.data.packing import Packing
 from train.data.schedule import Schedule
 from train.evaluate import INTERVALS, evaluate, visual_rms
@@ -26,7 +27,7 @@ from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
 from train.sample_captions import captions
-from train.verdict import ANSWERS, NO_VERDICT, data_figures, verdict_of
+from train.verdict import ANSWERS, NO_VERDICT, verdict_of
 
 
 class TrainingRun:

@@ -7,9 +7,9 @@ import os
 import re
 
 from infer.config import LiveOrStored
-from infer.serve.listen import listening
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
+from llava_core.network.listen import listening
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -380,13 +380,20 @@ def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
     train_run(config(world, tmp_path / "run", max_steps=3, report_to=("tensorboard",)))
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     lines = read_json_lines(tmp_path / "run/metrics.jsonl")
-    told = {name for line in lines for name, value in line.items() if isinstance(value, (int, float))}
+    told = {name for line in lines[1:] for name, value in line.items() if isinstance(value, (int, float))}
     assert {"loss", "mfu", "eval_loss", "memory_bytes"} <= told
-    assert set(events.Tags()["scalars"]) == told - {"step"}
-    spoken = events.Tensors("eval_captions/text_summary")
+    tags = set(events.Tags()["scalars"])
+    shown = {tag.partition("/")[2] for tag in tags}
+    assert shown == {name.removeprefix("eval_") for name in told} - {"step"}
+    assert {tag.partition("/")[0] for tag in tags} == {"eval", "train", "uncertainty", "utilisation"}
+    assert {"eval/loss", "train/loss", "train/lr", "uncertainty/loss_low", "utilisation/mfu"} <= tags
+    spoken = events.Tensors("answers/text_summary")
     assert [event.step for event in spoken] == [0, 3]
-    assert lines[0]["attention"] == "per-sample-cpu"
-    assert lines[1]["eval_captions"][0]["written"] in spoken[0].tensor_proto.string_val[0].decode()
+    assert (
+        f"truth: {lines[1]['eval_captions'][0]['written']}" in spoken[0].tensor_proto.string_val[0].decode()
+    )
+    (setup,) = events.Tensors("setup/text_summary")
+    assert "- attention: per-sample-cpu\n" in setup.tensor_proto.string_val[0].decode()
 
 
 def test_wandb_stays_offline_without_a_key(
