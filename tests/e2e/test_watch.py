@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ import pytest
 from tests.support.commands import call, run, start, started, wait_until
 from tests.support.devtools import Tab, browsing
 from tests.support.llava_server import Served
-from tests.support.paths import ROOT
 from tests.support.runs import config, flags_of
 from tests.support.sweeps import command, sweep
 
@@ -145,11 +142,3 @@ def test_only_this_machine_is_answered(tmp_path: Path) -> None:
         assert "is in use" in taken.one_line()
     nothing = call("train", "watch", tmp_path / "nix", code=2).one_line()
     assert "the --out of `train run`" in nothing
-
-
-def test_watching_needs_neither_torch_nor_numpy() -> None:
-    check = "import sys, train.watch.command; print({'torch', 'numpy', 'aiohttp', 'PIL'} & set(sys.modules))"
-    ended = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert ended.stdout == "set()\n"
