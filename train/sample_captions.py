@@ -6,6 +6,8 @@ import itertools
 
 import torch
 
+from llava_core.cli.console import width
+from llava_core.cli.translation import translated
 from llava_core.language.generate import generate
 from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.model import LanguageModel
@@ -21,11 +23,12 @@ SHOWN = 200
 
 def beside_its_caption(line: JsonDict) -> list[str]:
     """Lines of the log: which row, the question of a dialogue, the row's own caption, the generated one."""
-    asked = {} if line["question"] in INSTRUCTIONS else {"question:": _shown(line["question"])}
+    asked = {} if line["question"] in INSTRUCTIONS else {translated("question:"): _shown(line["question"])}
     answer = _shown(line["generated"], line["cut"])
-    texts = {**asked, "truth:": _shown(line["written"]), "answer:": answer}
-    width = max(map(len, texts))
-    return [f"  {line['row']}", *(f"    {name:{width}} {text}" for name, text in texts.items())]
+    texts = {**asked, translated("truth:"): _shown(line["written"]), translated("answer:"): answer}
+    most = max(map(width, texts))
+    names = {name: name + " " * (most - width(name)) for name in texts}
+    return [f"  {line['row']}", *(f"    {names[name]} {text}" for name, text in texts.items())]
 
 
 def _shown(text: str, cut: bool = False) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-
-import tyro
+from typing import ClassVar
 
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
@@ -18,7 +18,9 @@ class WatchConfig(Options):
     It reads the folder's files alone, and neither slows the training nor writes anything.
     """
 
-    folder: tyro.conf.Positional[Path]
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "host port"}
+
+    folder: Path
     """Folder of a run or a sweep: the --out of `train run`, `sweep` or `scaling`."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""

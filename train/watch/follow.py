@@ -14,9 +14,10 @@ from pathlib import Path
 
 import yaml
 
+from llava_core.cli.translation import in_both
 from llava_core.types import JsonDict
 from train.sweep.space import words
-from train.verdict import NAMES, NEXT, verdict_of
+from train.verdict import NEXT, verdict_of
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError)
 """What reading a file raises that is not there, or half written by another program."""
@@ -108,7 +109,8 @@ class WatchedRun:
             return None
         with contextlib.suppress(*UNREADABLE):  # metrics of an earlier version
             if found := verdict_of(lines, continued=any(line.get("continued") for line in lines)):
-                return {"name": NAMES[found.name], "evidence": found.evidence, "next": NEXT[found.name]}
+                evidence = list(map(in_both, found.evidence))
+                return {"name": in_both(found.name), "evidence": evidence, "next": in_both(NEXT[found.name])}
         return None
 
 

@@ -1,0 +1,124 @@
+"""Chinese for what the commands print: help, log lines, errors and summaries, from the catalogue `zh.po`.
+
+In the code a message is English, mostly an f-string. The catalogue has it with the names of what is filled in
+(`wrote {path}`), and a finished text is compared with these patterns. A text that fits none stays English.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+LANGUAGES = ("en", "zh")
+CATALOGUE = Path(__file__).with_name("zh.po")
+FIELD = re.compile(r"\{(\w+)(?::[^{}]*)?\}")
+NESTED = "error"
+"""Name of a field that holds a message in its turn."""
+_chosen: list[str] = []
+
+
+def choose_language(language: str) -> None:
+    """Print in this language from now on; auto is the locale's."""
+    _chosen[:] = [] if language == "auto" else [language]
+
+
+def language(environment: Mapping[str, str] = os.environ) -> str:
+    """The language chosen, or else the locale's: zh for Chinese, en for any other."""
+    if _chosen:
+        return _chosen[0]
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    locale = next((value for name in names if (value := environment.get(name))), "")
+    return "zh" if locale.lower().startswith("zh") else "en"
+
+
+def translated(text: str) -> str:
+    """`text` in the language chosen; white space around it stays."""
+    return _around(text, lambda core: _catalogue().translated(core) or core)
+
+
+def in_both(text: str) -> tuple[str, str]:
+    """`text` in English and in Chinese, for a page that its reader switches."""
+    return text, _catalogue().translated(text) or text
+
+
+def translated_error(text: str) -> str:
+    """The text of an error: parts that are joined by semicolons or colons are translated one by one."""
+    return _around(text, lambda core: _catalogue().translated_parts(core))
+
+
+def _around(text: str, translate: Callable[[str], str]) -> str:
+    core = text.strip()
+    if language() == "en" or not core:
+        return text
+    return text.replace(core, translate(core), 1)
+
+
+@functools.cache
+def _catalogue() -> Catalogue:
+    return Catalogue(read_catalogue(CATALOGUE.read_text(encoding="utf-8")))
+
+
+def read_catalogue(content: str) -> dict[str, str]:
+    """Message and translation of each entry of a .po file that has one."""
+    pairs = re.findall(r'^msgid (".*"(?:\n".*")*)\nmsgstr (".*"(?:\n".*")*)$', content, re.MULTILINE)
+    entries = (("".join(map(json.loads, part.split("\n"))) for part in pair) for pair in pairs)
+    return {message: text for message, text in entries if message and text}
+
+
+class Catalogue:
+    """Translations by message, and by pattern for those with fields."""
+
+    def __init__(self, entries: Mapping[str, str]) -> None:
+        self.entries = entries
+        patterns = [(*_literals(message), message) for message in entries if FIELD.search(message)]
+        patterns.sort(key=lambda each: -sum(map(len, each[1])))  # the most literal text first
+        self._patterns = [(longest, message) for longest, _, message in patterns]
+
+    def translated(self, text: str) -> str | None:
+        """Its translation, or None."""
+        if text in self.entries:
+            return self.entries[text]
+        for longest, message in self._patterns:
+            if longest in text and (found := _pattern(message).fullmatch(text)):
+                return self._filled(self.entries[message], found.groupdict())
+        return None
+
+    def _filled(self, message: str, values: Mapping[str, str]) -> str:
+        nested = {NESTED: self.translated_parts(values[NESTED])} if NESTED in values else {}
+        return FIELD.sub(lambda field: {**values, **nested}[field[1]], message)
+
+    def translated_parts(self, text: str) -> str:
+        """Its translation; without one, those of its parts between semicolons and behind a colon."""
+        if (whole := self.translated(text)) is not None:
+            return whole
+        for mark in ("; ", ": "):
+            head, found, tail = text.partition(mark)
+            if found:
+                return f"{self.translated(head) or head}{mark}{self.translated_parts(tail)}"
+        return text
+
+
+def _literals(message: str) -> tuple[str, list[str]]:
+    """The longest stretch of a message between its fields, and all of them."""
+    stretches = FIELD.sub("\0", message).split("\0")
+    return max(stretches, key=len), stretches
+
+
+@functools.cache
+def _pattern(message: str) -> re.Pattern[str]:
+    """A message as a pattern with a group for each field; one that returns must be the same."""
+    seen: set[str] = set()
+
+    def group(name: str) -> str:
+        first = name not in seen
+        seen.add(name)
+        return f"(?P<{name}>.*?)" if first else f"(?P={name})"
+
+    parts = FIELD.split(message)
+    return re.compile(
+        "".join(group(part) if at % 2 else re.escape(part) for at, part in enumerate(parts)), re.DOTALL
+    )
