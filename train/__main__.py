@@ -12,6 +12,7 @@ from llava_core.cli.options import Command
 from train.config import EvalConfig, PlanConfig, RunConfig
 from train.recipes import RECIPES
 from train.sweep.config import ScalingConfig, SweepConfig
+from train.watch.config import WatchConfig
 
 CACHES = "--features features/train --eval-features features/eval --llm models/qwen3"
 """Features and a language model, as the examples name them."""
@@ -49,6 +50,7 @@ COMMANDS = {
         example="runs/linear/best --features features/eval --llm models/qwen3",
         subject="checkpoint",
     ),
+    "watch": Command(WatchConfig, "train.watch.command:run", example="runs/linear", subject="folder"),
 }
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which its processes find each other."""

@@ -27,6 +27,7 @@ from llava_core.shuffled_pairs import mismatched_rows
 from llava_core.types import JsonDict
 from train.config import EvalConfig, RunConfig
 from train.data.batch import Batch, answer_tokens
+from train.data.figures import data_figures
 from train.data.packing import Packing
 from train.data.prefetch import prefetch
 from train.data.samples import Samples
@@ -37,7 +38,7 @@ from train.model.loss import token_losses
 from train.resources import TrainingResources
 from train.run_folder import UNREADABLE
 from train.sample_captions import captions
-from train.verdict import ANSWERS, data_figures, verdict_of
+from train.verdict import ANSWERS, verdict_of
 
 INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""

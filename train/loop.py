@@ -7,13 +7,15 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from tqdm import tqdm
 
 from llava_core.bootstrap import figure_rows
-from llava_core.cli.console import progress, say, show, table
+from llava_core.cli.console import human_seconds, progress, say, show, table
 from llava_core.device import Later, is_memory_full
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
@@ -37,6 +39,8 @@ EndCallback = Callable[[TrainingRun], JsonDict]
 """Measures a run after its last step: more figures of its summary."""
 Losses = dict[int, float]
 """Each run's mean loss of a step by the run's number, in nats per answer token."""
+QUIET_SECONDS = 60.0
+"""Least time between two lines of the log that stand for the progress bar where there is none."""
 
 
 class Trainer:
@@ -65,6 +69,8 @@ class Trainer:
         """Losses that the device still computes: the step, the runs' numbers, and one loss each."""
         self.outcomes: dict[int, Outcome] = {}
         self.throughput = Throughput(self.llm.device, first.prediction.matmul_rate)
+        self.shown = -math.inf
+        """When a line of the log last stood for the progress bar, in seconds."""
 
     def train(self, until: int) -> dict[int, Outcome]:
         """Train to step `until`, one pass of every run's samples through the language model per step.
@@ -83,7 +89,7 @@ class Trainer:
                 self.unread.append((self.step, running, Later(losses)))
                 read = self.read_losses()
                 if self.due(self.config.log_every):
-                    bar.set_postfix_str(self.log(read))
+                    self.show_progress(bar, self.log(read))
                 if self.due(self.config.eval_every):
                     self.evaluate()
                 if self.improved or self.stopping or self.due(self.config.save_every):
@@ -213,6 +219,19 @@ class Trainer:
             run.writers.log(self.step, metrics)
             line = progress_line(metrics)
         return line
+
+    def show_progress(self, bar: tqdm[Any], line: str) -> None:
+        """Show the last loss and the rates behind the bar or, where it is hidden, as a line now and then."""
+        bar.set_postfix_str(line)
+        left = self.schedule.steps - self.step
+        if bar.disable and left and self.active and time.monotonic() - self.shown >= QUIET_SECONDS:
+            seconds = left * self.throughput.total_seconds / self.throughput.total_steps
+            *_, run = self.active.values()
+            say(
+                f"{run.title}step {self.step:,} of {self.schedule.steps:,}: {line}; "
+                f"{human_seconds(seconds)} left, evaluations not counted"
+            )
+            self.shown = time.monotonic()
 
     def evaluate(self) -> None:
         """Measure every run on the held-out rows."""

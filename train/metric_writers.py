@@ -44,6 +44,9 @@ class JsonLines:
 
 
 class TensorBoard:
+    """Scalars in groups, which it shows by the alphabet: eval/, train/, uncertainty/ (ends of intervals) and
+    utilisation/; as texts the answers, and how the run began."""
+
     def __init__(self, folder: Path, resume_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,14 +56,33 @@ class TensorBoard:
         self.writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
 
     def log(self, step: int, metrics: JsonDict) -> None:
+        if "attention" in metrics:  # the first line
+            self.writer.add_text(
+                "setup", "\n".join(f"- {key}: {value}" for key, value in metrics.items()), step
+            )
+            return
         for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, step)
-            elif isinstance(value, list):
-                self.writer.add_text(name, "\n\n".join(map(_shown, value)), step)
+            if isinstance(value, list):
+                self.writer.add_text("answers", "\n\n".join(map(_answer, value)), step)
+            elif isinstance(value, (int, float)) and name != "eval_step":
+                self.writer.add_scalar(_tag(name), value, step)
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _tag(name: str) -> str:
+    if name.startswith("eval_"):
+        group = "uncertainty" if name.endswith(("_low", "_high")) else "eval"
+        return f"{group}/{name.removeprefix('eval_')}"
+    return name if "/" in name else f"{'train' if name in ('loss', 'lr') else 'utilisation'}/{name}"
+
+
+def _answer(line: JsonDict) -> str:
+    """Markdown of one of `eval_captions`."""
+    answer = line["generated"] + ("…" if line["cut"] else "")
+    rows = (f"**{line['row']}** {line['question']}", f"truth: {line['written']}", f"answer: {answer}")
+    return "  \n".join(rows)
 
 
 class WeightsAndBiases:
@@ -134,10 +156,6 @@ class MetricWriters:
     def close(self) -> None:
         for writer in self.writers:
             writer.close()
-
-
-def _shown(row: JsonDict) -> str:
-    return "  \n".join(f"**{name}** {value}" for name, value in row.items())
 
 
 def has_key() -> bool:

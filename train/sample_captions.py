@@ -6,6 +6,8 @@ import itertools
 
 import torch
 
+from llava_core.cli.console import width
+from llava_core.cli.translation import translated
 from llava_core.language.generate import generate
 from llava_core.language.instructions import INSTRUCTIONS
 from llava_core.language.model import LanguageModel
@@ -20,12 +22,13 @@ SHOWN = 200
 
 
 def beside_its_caption(line: JsonDict) -> list[str]:
-    """Lines of the log: the question of a dialogue, the generated caption of a row, and the row's own."""
-    asked = {} if line["question"] in INSTRUCTIONS else {"asked": _shown(line["question"])}
-    texts = {**asked, "says": _shown(line["generated"], line["cut"]), "true": _shown(line["written"])}
-    width, row = max(map(len, texts)), line["row"]
-    first, *below = (f"{name:>{width}}: {text}" for name, text in texts.items())
-    return [f"  {row} {first}", *(f"  {' ' * len(row)} {text}" for text in below)]
+    """Lines of the log: which row, the question of a dialogue, the row's own caption, the generated one."""
+    asked = {} if line["question"] in INSTRUCTIONS else {translated("question:"): _shown(line["question"])}
+    answer = _shown(line["generated"], line["cut"])
+    texts = {**asked, translated("truth:"): _shown(line["written"]), translated("answer:"): answer}
+    most = max(map(width, texts))
+    names = {name: name + " " * (most - width(name)) for name in texts}
+    return [f"  {line['row']}", *(f"    {names[name]} {text}" for name, text in texts.items())]
 
 
 def _shown(text: str, cut: bool = False) -> str:

@@ -8,27 +8,27 @@ from typing import Any
 
 import torch
 
-from llava_core.bootstrap import with_interval
 from llava_core.cli.console import say
 from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError
 from llava_core.projector.fusion import layer_weights
 from llava_core.projector.projector import described
 from llava_core.types import JsonDict
-from train.announcement import announce
+from train.announcement import announce, announce_evaluation
 from train.config import RunConfig
 from train.cost_prediction import COSTLESS, Prediction, predict
 from train.data.batch import TextCounts
+from train.data.figures import data_figures
 from train.data.packing import Packing
 from train.data.schedule import Schedule
-from train.evaluate import INTERVALS, ONE_PICTURE, evaluate, visual_rms
+from train.evaluate import INTERVALS, evaluate, visual_rms
 from train.initialization import initial_projector, projector_of
 from train.metric_writers import MetricWriters, logged
 from train.optimizer import build_optimizers, learning_rate, load_optimizer
 from train.resources import TrainingResources
 from train.run_folder import RunFolder, weights_sha256
-from train.sample_captions import beside_its_caption, captions
-from train.verdict import ANSWERS, NO_VERDICT, data_figures, verdict_of
+from train.sample_captions import captions
+from train.verdict import ANSWERS, NO_VERDICT, verdict_of
 
 
 class TrainingRun:
@@ -123,7 +123,9 @@ class TrainingRun:
                 self.writers.open(self.step)
                 looked = {} if self.step else data_figures(self.samples)
         assert self.resources.prepared is not None
-        self.writers.log(self.step, self.resources.prepared.figures() | looked)
+        length = {"total_steps": self.schedule.steps, "batch_size": self.config.batch_size}
+        begun = {**length, "continued": self.config.init is not None}
+        self.writers.log(self.step, begun | self.resources.prepared.figures() | looked)
 
     @property
     def layer_weights(self) -> JsonDict:
@@ -188,19 +190,7 @@ class TrainingRun:
         self.writers.log(
             self.step, self.figures | self.layer_weights | ({"eval_captions": lines} if lines else {})
         )
-        gap = f"grounding gap {with_interval(figures, 'grounding_gap')}"
-        say(
-            f"{self.title}step {self.step}: held-out loss {with_interval(figures, 'loss')}, "
-            f"perplexity {with_interval(figures, 'perplexity', 2)}, "
-            f"{ONE_PICTURE if figures['grounding_gap'] is None else gap}"
-        )
-        if evaluated.parts:
-            parts = (f"{name.removeprefix('loss_').removeprefix('loss/')} {with_interval(figures, name)}"
-                     for name in evaluated.parts)  # fmt: skip
-            say(f"{self.title}held-out loss of {'; '.join(parts)}")
-        for line in lines[:2]:
-            for text in beside_its_caption(line):
-                say(text)
+        announce_evaluation(self, evaluated, lines)
         if not self.step:  # there is no checkpoint yet, so none is that good
             self.loss_before = figures["loss"]
         elif figures["loss"] < self.best:

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import re
-import urllib.parse
 from collections.abc import Collection
 
 from infer.serve.api_error import ApiError
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server bound to `host` can be reached from its own machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+from llava_core.network.listen import host_name, is_loopback
 
 
 def check_origin(host: str, origin: str | None, *, loopback: bool, allowed: Collection[str]) -> None:
@@ -27,19 +18,11 @@ def check_origin(host: str, origin: str | None, *, loopback: bool, allowed: Coll
     host names, except allowed ones.
     """
     sites = {site.partition("://")[2]: site for site in allowed}
-    if loopback and host not in sites and not is_loopback(_name(host)):
+    if loopback and host not in sites and not is_loopback(host_name(host)):
         raise ApiError(403, f"this server is not {host}; name it with --allow-origin", code="forbidden_host")
     if origin is None or origin in allowed or origin.partition("://")[2] == host:
         return
     raise ApiError(403, f"pages of {origin} may not ask; see --allow-origin", code="forbidden_origin")
-
-
-def _name(host: str) -> str:
-    """The header Host without its port; empty if it is malformed."""
-    try:
-        return urllib.parse.urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def check_key(authorization: str | None, key: str | None) -> None:

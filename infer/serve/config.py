@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from infer.config import LiveOrStored
-from infer.serve.listen import listening
 from llava_core.errors import LlavaError
 from llava_core.language.sampling import Sampling
+from llava_core.network.listen import listening
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

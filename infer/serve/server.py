@@ -16,7 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from infer.answerer import FeatureAnswerer, open_asked_shards, open_feature_answerer, open_image_answerer
-from infer.serve.access import check_key, check_origin, is_loopback
+from infer.serve.access import check_key, check_origin
 from infer.serve.answering import Answering
 from infer.serve.api_error import ApiError
 from infer.serve.chat_completions import read_chat
@@ -24,7 +24,6 @@ from infer.serve.config import ServeConfig
 from infer.serve.connections import Connections
 from infer.serve.embeddings import Embeddings
 from infer.serve.intake import Intake
-from infer.serve.listen import listening
 from infer.serve.parameters import CHAT, RESPONSES
 from infer.serve.prometheus import Metrics
 from infer.serve.responses import read_response
@@ -36,6 +35,7 @@ from llava_core.errors import first_line
 from llava_core.network.async_tasks import in_background
 from llava_core.network.fetch import Fetcher
 from llava_core.network.fetch_limits import FetchLimits
+from llava_core.network.listen import is_loopback, listening
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
 

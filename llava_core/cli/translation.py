@@ -45,6 +45,11 @@ def translated(text: str) -> str:
     return _around(text, lambda core: _catalogue().translated(core) or core)
 
 
+def in_both(text: str) -> tuple[str, str]:
+    """`text` in English and in Chinese, for a page that its reader switches."""
+    return text, _catalogue().translated(text) or text
+
+
 def translated_error(text: str) -> str:
     """The text of an error: parts that are joined by semicolons or colons are translated one by one."""
     return _around(text, lambda core: _catalogue().translated_parts(core))

@@ -15,8 +15,10 @@ REPORT = Path(__file__).with_name("report.html")
 
 def report(template: Path, parts: dict[str, str], command: str, like: Path | None = None) -> str:
     """A report page: the sections NAME.html below the title, subtitle and totals of `parts`, and the command
-    at the foot; with NAME.css and any NAME.js, or those of the template `like`."""
-    return fill(REPORT, {**parts, "sections": section(template, parts), "command": command}, like or template)
+    at the foot; with NAME.css and any NAME.js, or those of the template `like`. It may connect to nothing
+    but the `connect` of `parts`."""
+    own = {"sections": section(template, parts), "command": command}
+    return fill(REPORT, {"connect": "'none'", **parts, **own}, like or template)
 
 
 def fill(template: Path, parts: dict[str, str], like: Path | None = None) -> str:

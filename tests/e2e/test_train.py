@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -356,17 +357,43 @@ def test_a_plan_counts_what_is_read_ahead_in_an_evaluation(world: Path, tmp_path
     assert more == 2 * 6 * TOKENS * WIDTH * 2
 
 
+@pytest.mark.parametrize(("quiet_seconds", "told"), [(1e9, [1]), (0, range(1, 12))])
+def test_a_log_in_a_file_shows_that_the_run_is_alive(
+    quiet_seconds: float, told: Sequence[int], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its first logged step at once, and then now and then; and by answers below the true captions."""
+    monkeypatch.setattr("train.loop.QUIET_SECONDS", quiet_seconds)
+    ended = call("train", "run", *flags_of(config(world, tmp_path / "run", epochs=1)))
+    lines = ended.err.splitlines()
+    alive = [line for line in lines if re.match(r"step \d+ of 12: loss .* samples/s.* left", line)]
+    assert [int(line.split()[1]) for line in alive] == list(told)
+    at = next(k for k, line in enumerate(lines) if line.startswith("step 0: "))
+    assert lines[at].endswith(") nats per token")
+    assert lines[at + 1].startswith("nothing has been learnt yet: ")
+    assert sum(line.startswith("nothing has been learnt yet") for line in lines) == 1
+    assert lines[at + 2] == "  c.h5:0"
+    assert lines[at + 3].split() == ["truth:", "红色的圆形0"]
+    assert lines[at + 4].startswith("    answer: ")
+
+
 def test_reports_go_where_asked(world: Path, tmp_path: Path) -> None:
     train_run(config(world, tmp_path / "run", max_steps=3, report_to=("tensorboard",)))
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     lines = read_json_lines(tmp_path / "run/metrics.jsonl")
-    told = {name for line in lines for name, value in line.items() if isinstance(value, (int, float))}
+    told = {name for line in lines[1:] for name, value in line.items() if isinstance(value, (int, float))}
     assert {"loss", "mfu", "eval_loss", "memory_bytes"} <= told
-    assert set(events.Tags()["scalars"]) == told - {"step"}
-    spoken = events.Tensors("eval_captions/text_summary")
+    tags = set(events.Tags()["scalars"])
+    shown = {tag.partition("/")[2] for tag in tags}
+    assert shown == {name.removeprefix("eval_") for name in told} - {"step"}
+    assert {tag.partition("/")[0] for tag in tags} == {"eval", "train", "uncertainty", "utilisation"}
+    assert {"eval/loss", "train/loss", "train/lr", "uncertainty/loss_low", "utilisation/mfu"} <= tags
+    spoken = events.Tensors("answers/text_summary")
     assert [event.step for event in spoken] == [0, 3]
-    assert lines[0]["attention"] == "per-sample-cpu"
-    assert lines[1]["eval_captions"][0]["written"] in spoken[0].tensor_proto.string_val[0].decode()
+    assert (
+        f"truth: {lines[1]['eval_captions'][0]['written']}" in spoken[0].tensor_proto.string_val[0].decode()
+    )
+    (setup,) = events.Tensors("setup/text_summary")
+    assert "- attention: per-sample-cpu\n" in setup.tensor_proto.string_val[0].decode()
 
 
 def test_wandb_stays_offline_without_a_key(

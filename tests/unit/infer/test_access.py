@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from infer.serve.access import check_key, check_origin, is_loopback
+from infer.serve.access import check_key, check_origin
 from infer.serve.api_error import ApiError
+from llava_core.network.listen import is_loopback
 
 
 def may(host: str, origin: str | None = None, loopback: bool = True, allowed: tuple[str, ...] = ()) -> bool:

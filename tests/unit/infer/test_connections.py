@@ -14,9 +14,9 @@ from aiohttp import web
 
 from infer.serve import connections
 from infer.serve.connections import REFUSED, Connections
-from infer.serve.listen import listening
 from llava_core.errors import LlavaError
 from llava_core.network.async_tasks import in_background
+from llava_core.network.listen import listening
 from tests.support.commands import ENVIRONMENT
 
 HALF = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "

@@ -311,7 +311,7 @@ def test_a_phase_is_no_command_of_another_program() -> None:
     ("module", "commands"),
     [
         ("extract", ["run", "retry-failed", "verify", "inspect"]),
-        ("train", ["run", "sweep", "plan", "eval"]),
+        ("train", ["run", "sweep", "plan", "eval", "watch"]),
         ("infer", ["ask", "chat", "batch"]),
         ("llava_align", ["demo", "trace", "match", "chat-llm"]),
     ],
@@ -328,6 +328,7 @@ def test_help_of_every_command(module: str, commands: list[str]) -> None:
     [
         ("extract.inspect.command", {"torch", "aiohttp"}),
         ("extract.run", {"transformers"}),
+        ("train.watch.command", {"torch", "numpy", "aiohttp"}),
         ("llava_align.demo.command", {"torch"}),
         ("llava_align.demo.contact_sheet", {"torch"}),
     ],

@@ -60,7 +60,7 @@ def test_captions_are_greedy_and_packs_still_work_after(tmp_path: Path) -> None:
     assert len({line["generated"] for line in lines}) > 1
 
 
-def test_the_true_caption_stands_below_what_was_said() -> None:
+def test_the_answer_stands_below_the_true_caption() -> None:
     line = {
         "row": "a.h5:7",
         "question": "请描述这张图片。",
@@ -68,11 +68,16 @@ def test_the_true_caption_stands_below_what_was_said() -> None:
         "cut": True,
         "written": "一个\n蓝色的圆" + "。" * 300,
     }
-    said, true = beside_its_caption(line)
-    assert said == "  a.h5:7 says: 一个红色的圆…"
-    assert true == "         true: 一个 蓝色的圆" + "。" * (SHOWN - 7) + "…"
-    asked, *below = beside_its_caption({**line, "question": "什么颜色？"})
-    assert asked == "  a.h5:7 asked: 什么颜色？"
-    assert below == ["          says: 一个红色的圆…", f"          {true.strip()}"]
-    for text in (said, true):
+    shown = beside_its_caption(line)
+    assert shown == [
+        "  a.h5:7",
+        "    truth:  一个 蓝色的圆" + "。" * (SHOWN - 7) + "…",
+        "    answer: 一个红色的圆…",
+    ]
+    assert beside_its_caption({**line, "question": "什么颜色？"})[1:] == [
+        "    question: 什么颜色？",
+        "    truth:    一个 蓝色的圆" + "。" * (SHOWN - 7) + "…",
+        "    answer:   一个红色的圆…",
+    ]
+    for text in shown:
         assert visible(text) == text, "the log would show a character of it escaped"
