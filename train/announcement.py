@@ -51,7 +51,7 @@ def announce(run: TrainingRun) -> None:
     if encoder.fusion:
         say(f"{title}fused: {encoder}")
     for line in samples.described(config.shares):
-        say(f"{title}{line}")
+        say(f"{title}{translated(line)}")
 
 
 def announce_evaluation(run: TrainingRun, evaluated: Evaluation, answers: Sequence[JsonDict]) -> None:

@@ -13,6 +13,7 @@ from extract.curate.reasons import REASONS
 from extract.inspect.histogram import Histogram
 from extract.inspect.svg import bars, share_bar
 from extract.statistics import spread
+from llava_core.cli.translation import translated, translated_label
 from llava_core.filesystem import replace_text
 from llava_core.report.page import report
 from llava_core.report.tables import facts, table, totals
@@ -27,8 +28,8 @@ def write_page(path: Path, found: Curation, figures: JsonDict, sample: int) -> N
     shards = found.rows.shards
     rows = figures["rows"]
     parts = {
-        "title": f"Curation of {escape(shards[0].path.resolve().parent.name)}",
-        "subtitle": f"Features by {escape(str(shards[0].encoder.get('model_id')))}",
+        "title": translated(f"Curation of {escape(shards[0].path.resolve().parent.name)}"),
+        "subtitle": translated(f"Features by {escape(str(shards[0].encoder.get('model_id')))}"),
         "totals": totals(
             {
                 "rows with features": f"{rows:,}",
@@ -73,17 +74,19 @@ def choose(found: Curation, sample: int) -> list[int]:
 
 def _pairs(figures: JsonDict) -> str:
     if figures["score"] == "none":
-        return "Not scored."
-    told = (
+        return translated("Not scored.")
+    told = translated(
         f"By {figures['score']}. At most about {figures['wrong']:.1%} of the scored pairs are wrong; "
         f"{figures['better_than_99_of_100']:.1%} fit better than 99 % of the shuffled ones."
     )
     if figures["mismatched"] is None:
-        return f"{told} Too many seem to be wrong for the score to be believed: none is dropped by it."
+        return told + translated(
+            " Too many seem to be wrong for the score to be believed: none is dropped by it."
+        )
     if figures["similarity"] is None:
-        return f"{told} None is dropped."
-    return (
-        f"{told} A pair is dropped if more than {figures['mismatched']:.2%} of the shuffled ones are as "
+        return told + translated(" None is dropped.")
+    return told + translated(
+        f" A pair is dropped if more than {figures['mismatched']:.2%} of the shuffled ones are as "
         f"similar, which is below {figures['similarity']:.3f}; about {figures['right_dropped']:.1%} of the "
         "pairs are dropped wrongly."
     )
@@ -99,15 +102,17 @@ def _histograms(found: Curation) -> str:
 def _chart(name: str, values: np.ndarray) -> str:
     counts, _ = np.histogram(values.clip(-1, 1), BINS, (-1, 1))
     shape = Histogram(-1, 2 / BINS, tuple(counts.tolist()), whole=False, open=False)
-    words = f"<b>{name.capitalize()}</b> of {len(values):,} pairs"
+    words = translated(f"<b>{translated_label(name.capitalize())}</b> of {len(values):,} pairs")
     return f"<figure>{bars(name, shape)}<figcaption>{words}</figcaption></figure>"
 
 
 def _sampled(found: Curation, shown: int) -> str:
-    text = f"{shown:,} of {len(found.rows):,} rows, of each reason about as many, the worst fits first"
+    text = translated(
+        f"{shown:,} of {len(found.rows):,} rows, of each reason about as many, the worst fits first"
+    )
     if not any(shard.layout.thumbnails for shard in found.rows.shards):
-        text += ". These shards keep no pictures: extract run --thumbnails makes some that do"
-    return text + "."
+        text += translated(". These shards keep no pictures: extract run --thumbnails makes some that do")
+    return text + translated(".")
 
 
 def _tile(found: Curation, row: int) -> str:

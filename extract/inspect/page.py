@@ -17,7 +17,8 @@ from extract.inspect.histogram import Histogram
 from extract.inspect.svg import bars, outline, share_bar
 from extract.sources.base import host_of
 from extract.statistics import CacheStatistics, broken_down, fit_shown, spread, stored_as
-from llava_core.cli.console import human_bytes
+from llava_core.cli.console import counted, human_bytes
+from llava_core.cli.translation import translated, translated_label
 from llava_core.filesystem import replace_text
 from llava_core.report.page import report, section
 from llava_core.report.tables import facts, table, totals
@@ -56,7 +57,7 @@ def _page(stats: CacheStatistics, sample: int) -> str:
     shapes = stats.histograms(BINS)
     parts = {
         "title": escape(stats.shards[0].path.resolve().parent.name),
-        "subtitle": f"Features by {escape(str(stats.figures['encoder'].get('model_id')))}",
+        "subtitle": translated(f"Features by {escape(str(stats.figures['encoder'].get('model_id')))}"),
         "totals": _totals(stats.figures),
         "outcomes": share_bar(stats.figures["by_status"]) + _outcomes(stats),
         "hosts": _hosts(stats),
@@ -105,7 +106,7 @@ def _outcomes(stats: CacheStatistics) -> str:
 
 def _hosts(stats: CacheStatistics) -> str:
     if not stats.hosts:
-        return '<p class="note">None.</p>'
+        return f'<p class="note">{translated("None.")}</p>'
     shown = list(stats.hosts.items())[:HOSTS]
     more = len(stats.hosts) - len(shown)
     return table(
@@ -117,30 +118,33 @@ def _hosts(stats: CacheStatistics) -> str:
             ]
             for host, found in shown
         ),
-    ) + (f'<p class="note">and {more:,} more hosts</p>' if more else "")
+    ) + (f'<p class="note">{translated(f"and {more:,} more hosts")}</p>' if more else "")
 
 
 def _chart(name: str, shape: Histogram, stats: CacheStatistics) -> str:
     found = stats.figures[name.replace(" ", "_")]
-    of = f"{len(stats.lengths):,} captions" if shape.whole else f"{stats.norm_rows:,} rows"
-    words = (
-        f"<b>{name.capitalize()}</b> of {of}: median {found['p50']:,}, 95 % up to {found['p95']:,}, "
-        f"from {found['p0']:,} to {found['p100']:,}"
+    of = counted(len(stats.lengths), "caption") if shape.whole else counted(stats.norm_rows, "row")
+    words = translated(
+        f"<b>{translated_label(name.capitalize())}</b> of {of}: median {found['p50']:,}, "
+        f"95 % up to {found['p95']:,}, from {found['p0']:,} to {found['p100']:,}"
     )
     if stats.not_finite_rows and not shape.whole:
-        words += f"; {stats.not_finite_rows:,} rows hold NaN or infinite features, left out"
+        words += translated(f"; {stats.not_finite_rows:,} rows hold NaN or infinite features, left out")
     return f"<figure>{bars(name, shape)}<figcaption>{words}</figcaption></figure>"
 
 
 def _sampled(stats: CacheStatistics, chosen: Sequence[tuple[Shard, int]]) -> str:
     rows, failed = stats.figures["rows"], sum(Status(shard.status[row]).failed for shard, row in chosen)
-    text = f"All {rows:,} rows"
+    text = translated(f"All {rows:,} rows")
     if len(chosen) < rows:
-        text = f"{len(chosen):,} of {rows:,} rows, evenly spread"
-        text += f"; {failed:,} of them failed, more than their share" if failed else ""
+        text = translated(f"{len(chosen):,} of {rows:,} rows, evenly spread")
+        if failed:
+            text += translated(f"; {failed:,} of them failed, more than their share")
     if not any(shard.layout.thumbnails for shard in stats.shards):
-        text += ". These shards keep no pictures: <code>extract run --thumbnails</code> makes some that do"
-    return text + "."
+        text += translated(
+            ". These shards keep no pictures: <code>extract run --thumbnails</code> makes some that do"
+        )
+    return text + translated(".")
 
 
 def _labels(chosen: Sequence[tuple[Shard, int]]) -> list[str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import string
 from pathlib import Path
 
 from llava_core import __version__
+from llava_core.cli.translation import language, translated
 
+TEXTS = re.compile(r'(?<=>)[^<>]+(?=<)|(?<=aria-label=")[^"]+|(?<=placeholder=")[^"]+')
+"""What of a template is read: text between tags, and of two attributes."""
 REPORT = Path(__file__).with_name("report.html")
 """Head, totals and foot of report pages; report.css beside it has their colours, type and tables."""
 
@@ -31,13 +35,22 @@ def fill(template: Path, parts: dict[str, str], like: Path | None = None) -> str
         "".join(_text_if_any(path.with_suffix(kind)) for path in own) for kind in (".css", ".js")
     )
     fixed = {"style": style, "style_hash": _hash(style), "script": script, "script_hash": _hash(script)}
-    page = string.Template(_text(template)).substitute({**parts, **fixed, "version": __version__})
+    page = string.Template(_translated(template)).substitute({**parts, **fixed, "version": __version__})
     return page.encode(errors="replace").decode()  # names of files may be no UTF-8
 
 
 def section(template: Path, parts: dict[str, str]) -> str:
     """A part of a page: NAME.html with its `$parts`, which are HTML."""
-    return string.Template(_text(template)).substitute(parts)
+    return string.Template(_translated(template)).substitute(parts)
+
+
+def _translated(template: Path) -> str:
+    """A template in the language chosen."""
+    if language() == "en":
+        return _text(template)
+
+    words = TEXTS.sub(lambda found: translated(" ".join(found[0].split())), _text(template))
+    return words.replace('<html lang="en">', '<html lang="zh-CN">')
 
 
 def _text_if_any(path: Path) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from llava_core.cli.flags import help_texts, paragraphs
 from llava_core.cli.options import GROUPS
 from llava_core.cli.translation import CATALOGUE, FIELD, read_catalogue
+from llava_core.report.page import TEXTS
 from tests.support.paths import ROOT
 
 PACKAGES = ("llava_core", "extract", "train", "infer", "llava_align")
@@ -22,6 +23,8 @@ PRINTED = {
     "say": (0,),
     "say_once": (0,),
     "translated": (0,),
+    "translated_label": (0,),
+    "in_both": (0,),
     "as_llava_error": (0,),
     "LlavaError": (0, "expected", "got", "do"),
     "progress": ("desc", 3),
@@ -30,6 +33,8 @@ PRINTED = {
 """Functions whose arguments, by position or keyword, are messages."""
 TABLES = ("FOUND", "NEXT", "MESSAGES")
 """Constants that are dicts of messages."""
+BILINGUAL = ("infer/serve/page.html", "train/watch/watch.html")
+"""Pages with both languages, of which the browser picks one."""
 RETURNED = ("location", "ending")
 """Properties that are messages."""
 OPAQUE = (
@@ -55,6 +60,8 @@ class Source:
         self.path = path
         self.tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         self.assigned: dict[tuple[ast.AST | None, str], list[ast.expr]] = {}
+        self.looped: dict[tuple[ast.AST | None, str], ast.expr] = {}
+        """What a name runs over in a loop."""
         self.inside: dict[ast.AST, ast.AST | None] = {}
         self._walk(self.tree, None)
 
@@ -67,6 +74,8 @@ class Source:
             self._assign(function, node.target, node.value)
         elif isinstance(node, ast.NamedExpr):
             self._assign(function, node.target, node.value)
+        elif isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
+            self.looped[function, node.target.id] = node.iter
         within = node if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else function
         for child in ast.iter_child_nodes(node):
             self._walk(child, within)
@@ -111,6 +120,14 @@ class Source:
             ):
                 function = self.inside.get(function)
             values = self.assigned.get((function, node.id), [])
+            over = self.looped.get((self.inside.get(node), node.id))
+            if not values and isinstance(over, ast.Call) and isinstance(over.func, (ast.Name, ast.Attribute)):
+                called = over.func.id if isinstance(over.func, ast.Name) else over.func.attr
+                if called in functions("list[str]", "Iterator[str]"):
+                    source, each = functions("list[str]", "Iterator[str]")[called]
+                    return [
+                        text for value in source.listed(each) for text in source.templates(value, depth + 1)
+                    ]
             if not values and node.id in constants():
                 source, value = constants()[node.id]
                 return source.templates(value, depth + 1)
@@ -152,6 +169,16 @@ class Source:
         elif isinstance(rows, ast.Dict):
             for key in rows.keys:
                 yield from self.templates(key) if key is not None else ()
+
+    def listed(self, function: ast.AST) -> Iterator[ast.expr]:
+        """What a function returns in a list, or yields."""
+        for node in ast.walk(function):
+            if isinstance(node, ast.Yield) and node.value is not None:
+                yield node.value
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "append":
+                yield node.args[0]
+            elif isinstance(node, (ast.Return, ast.AugAssign)) and isinstance(node.value, ast.List):
+                yield from (each for each in node.value.elts if not isinstance(each, ast.Starred))
 
     def messages(self) -> Iterator[str]:
         """Of every call that prints, and every error."""
@@ -258,12 +285,14 @@ def constants() -> dict[str, tuple[Source, ast.expr]]:
 
 
 @functools.cache
-def functions() -> dict[str, tuple[Source, ast.FunctionDef]]:
-    """Functions that return a text, by a name that no other has."""
+def functions(*returned: str) -> dict[str, tuple[Source, ast.FunctionDef]]:
+    """Functions that return a text, or one of these types, by a name that no other has."""
     found: dict[str, list[tuple[Source, ast.FunctionDef]]] = {}
     for source in sources():
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or ast.Constant(0)) == "str":
+            if isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or ast.Constant(0)) in (
+                returned or ("str",)
+            ):
                 found.setdefault(node.name, []).append((source, node))
     return {name: each[0] for name, each in found.items() if len(each) == 1 and name not in OPAQUE}
 
@@ -359,6 +388,11 @@ def messages() -> dict[str, str]:
             found.setdefault(message, source.path)
     for text in pages():
         found.setdefault(text, "--help")
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.html")):
+        name = str(path.relative_to(ROOT))
+        for words in TEXTS.findall(path.read_text(encoding="utf-8")) if name not in BILINGUAL else ():
+            if _is_message(re.sub(r"\$\w+", "", text := " ".join(words.split()))):
+                found.setdefault(text, name)
     for text in LABELS.strip().splitlines():
         found.setdefault(text, "figures")
     return found

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from llava_core.cli.console import counted, human_seconds
+from llava_core.cli.translation import translated, translated_error
 from llava_core.filesystem import replace_text
 from llava_core.report.page import report
 from llava_core.report.tables import facts, table, totals
@@ -33,12 +34,13 @@ def write_page(
     best = best_of(rows)
     parts = {
         "title": escape(config.out.name),
-        "subtitle": f"A sweep of {escape(', '.join(space.keys))}: "
-        + counted(space.size(config.trials), "trial"),
+        "subtitle": translated(
+            f"A sweep of {escape(', '.join(space.keys))}: {counted(space.size(config.trials), 'trial')}"
+        ),
         "totals": _totals(space, rows, records, best),
         "scaling": "".join(map(_scaling, scaling_curves)),
         "best": _best(best, command, (config.out / "best").exists()),
-        "pictures": "".join(map(_figure, plots)) or '<p class="note">No trial was evaluated.</p>',
+        "pictures": "".join(map(_figure, plots)) or _note(translated("No trial was evaluated.")),
         "table": _table(space, rows),
         "failures": _failures(records),
         "facts": _facts(config, space),
@@ -62,18 +64,22 @@ def _totals(space: Space, rows: Sequence[Row], records: Sequence[Record], best: 
 def _best(best: Record | None, command: str | None, kept: bool) -> str:
     if best is None or command is None:
         return ""
-    checkpoint = "Its checkpoint is <code>best</code>, beside this page" if kept else "Its checkpoint is gone"
+    checkpoint = translated(
+        "Its checkpoint is <code>best</code>, beside this page" if kept else "Its checkpoint is gone"
+    )
     return (
-        '<section aria-labelledby="best"><h2 id="best">Best</h2>'
-        f'<p class="note">Trial {best.number}, {escape(words(best.point))}. '
-        f"{checkpoint}; this makes it again:</p>"
-        f"<pre>{escape(command)}</pre></section>"
+        f'<section aria-labelledby="best"><h2 id="best">{translated("Best")}</h2>'
+        + _note(
+            translated(f"Trial {best.number}, {escape(words(best.point))}.")
+            + translated(f" {checkpoint}; this makes it again:")
+        )
+        + f"<pre>{escape(command)}</pre></section>"
     )
 
 
 def _scaling(curve: ScalingCurve) -> str:
-    notes = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in sentences(curve))
-    title = escape(" ".join(["More rows", words(curve.point)]).strip())
+    notes = "".join(f"<p>{escape(_sentence(translated(line)))}</p>" for line in sentences(curve))
+    title = escape(" ".join([translated("More rows"), words(curve.point)]).strip())
     lines = table(HEAD, [[("", line) for line in lines_of(curve)]])
     return f"<section><h2>{title}</h2>{notes}<div class=wide>{lines}</div></section>"
 
@@ -86,8 +92,8 @@ def _figure(plot: Plot) -> str:
     return (
         f"<figure{' class=broad' if plot.broad else ''}><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(plot.caption)}"></picture>'
-        f"<figcaption>{escape(plot.caption)}.</figcaption></figure>"
+        f'<img src="{light}" alt="{escape(translated(plot.caption))}"></picture>'
+        f"<figcaption>{escape(_sentence(translated(plot.caption)))}</figcaption></figure>"
     )
 
 
@@ -103,15 +109,15 @@ def _table(space: Space, rows: Sequence[Row]) -> str:
 
 def _failures(records: Sequence[Record]) -> str:
     failed = [
-        f"<div><dt>Trial {record.number}, {escape(words(record.point))}</dt>"
-        f"<dd>{escape(record.error)}</dd></div>"
+        f"<div><dt>{translated(f'Trial {record.number}')}, {escape(words(record.point))}</dt>"
+        f"<dd>{escape(translated_error(record.error))}</dd></div>"
         for record in records
         if record.error
     ]
     if not failed:
         return ""
     return (
-        '<section aria-labelledby="failures"><h2 id="failures">Failures</h2>'
+        f'<section aria-labelledby="failures"><h2 id="failures">{translated("Failures")}</h2>'
         f'<dl class="failures">{"".join(failed)}</dl></section>'
     )
 
@@ -129,3 +135,11 @@ def _facts(config: SweepConfig, space: Space) -> str:
 
 def _shown(value: object) -> str:
     return ", ".join(map(shown, value)) if isinstance(value, (list, tuple)) else shown(value)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + translated(".")
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>'

@@ -221,7 +221,7 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
     for curve in curves:
         show(f"\n{text_of(curve)}")
         for line in sentences(curve):
-            say(" ".join([*[f"{words(curve.point)}:"] * bool(curve.point), line]))
+            say(" ".join([*[f"{words(curve.point)}:"] * bool(curve.point), translated(line)]))
     if curves:
         figures["laws"] = list(map(figures_of, curves))
     show(translated(f"\nthe best again: {command}"))
