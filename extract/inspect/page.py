@@ -154,7 +154,13 @@ def _labels(chosen: Sequence[tuple[Shard, int]]) -> list[str]:
 def gallery(sampled: str, kind: str, choices: Iterable[str], tiles: Iterable[str], facts: str) -> str:
     """The sections with rows, which may be filtered by their `kind` (outcome, reason), and with facts."""
     options = "".join(f"<option>{choice}</option>" for choice in choices)
-    parts = {"sampled": sampled, "kind": kind, "choices": options, "tiles": "".join(tiles), "facts": facts}
+    parts = {
+        "sampled": sampled,
+        "kind": translated_label(kind),
+        "choices": options,
+        "tiles": "".join(tiles),
+        "facts": facts,
+    }
     return section(PAGE.with_name("gallery.html"), parts)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from infer.lens.result import LensResult
+from llava_core.cli.translation import translated_label
 from llava_core.filesystem import replace_text
 from llava_core.report.page import fill
 
@@ -32,7 +33,7 @@ def write_page(path: Path, result: LensResult) -> None:
     parts = {
         "title": escape(Path(result.image).name),
         "image": _data_url(result),
-        "other": escape(result.other),
+        "other": escape(translated_label(result.other)),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
     }
     page = fill(Path(__file__).with_name("lens.html"), parts)

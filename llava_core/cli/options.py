@@ -14,7 +14,7 @@ Appended = "appended"
 Repeated = Annotated[tuple[str, ...], Appended]
 """Type of a flag that may be repeated, each time with one value."""
 GROUPS = ("Required", "Often changed", "Network", "Tuning", "Advanced")
-"""Groups of flags in a page of help, in their order; a flag that none names is advanced."""
+"""Groups of a page of help, in their order. A flag that none names is advanced; one of "" is on no page."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

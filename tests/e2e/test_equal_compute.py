@@ -219,7 +219,7 @@ def test_forced_choice_is_that_of_infer_rank(world: Path, tmp_path: Path) -> Non
     assert float(first["operations"]) > 0
     assert int(first["trained_parameters"]) > 0
     dom = dom_of(given.out / "index.html", tmp_path)
-    for words in ("4-way choice", "tokens per picture", "operations", "FLOP", ", 2 seeds"):
+    for words in ("4-way choice", "tokens per image", "operations", "FLOP", ", 2 seeds"):
         assert words in dom
     assert dom.count("Held-out loss against the operations") == 2  # as the alternative text, and below
     assert (given.out / "pareto.png").read_bytes().startswith(b"\x89PNG")

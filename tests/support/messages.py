@@ -376,6 +376,44 @@ eval perplexity
 eval grounding gap
 eval step
 eval visual rms
+.
+outcome
+reason
+held-out loss
+above the best
+spread
+tokens per image
+operations
+finished
+time
+points
+pruned
+running
+interrupted
+loss of the best
+of training
+rows with features
+kept
+dropped
+share kept
+hold features
+of features
+of images
+a blank image
+Encoder
+Preprocessing
+Source files
+Figures
+Shards
+Varied
+Common to all
+Caption characters
+Token norms
+Similarity
+Similarity of shuffled pairs
+token norms
+caption characters
+share
 """
 """Names of figures and verdicts, and parts of an error, which the code puts together."""
 

@@ -30,6 +30,8 @@ class SweepConfig(RunConfig):
     """What varies: lr=5e-4,1e-3 projector=linear,mlp seed=0,1 tries each combination; lr=1e-4..1e-2:log is a
     range, for --trials; features=A,B,A+B compares folders of --features, by name, and some fused. Or one YAML
     file of such lines (key: [a list], or key: a range)."""
+    eval_features: tuple[Path, ...] | Path = dataclasses.field()
+    """Folder of held-out shards, or several, by which trials are judged."""
     out: Path
     """Folder of the sweep: trials/, results.csv, index.html, `best`."""
     trials: int | None = None
@@ -81,10 +83,6 @@ class SweepConfig(RunConfig):
         if self.choices is not None:
             self.require_at_least(2, "choices")
         self.require_above_zero("trials", "ray_workers", *["together"] * (self.together != "auto"))
-        if self.eval_features is None:
-            raise LlavaError(
-                "--eval-features", expected="held-out shards, by which trials are judged", exit_code=2
-            )
 
 
 LEAST_SIZES = 3
@@ -105,7 +103,10 @@ class ScalingConfig(SweepConfig):
     after each pass, or more often (--eval-every), and its lowest loss counts.
     """
 
-    groups: ClassVar[Mapping[str, str]] = {"Often changed": "seeds space"}
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "seeds space",
+        "": "budget max_steps max_samples trials",  # which it refuses
+    }
 
     sizes: str
     """Rows of each folder of --features to train on, such as 500,1k,2k,4k: three sizes or more, the largest

@@ -44,7 +44,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
          lambda row: with_interval(row.choice, "choice_accuracy_shuffled", 3)),
     ]  # fmt: skip
     costs: list[Column] = [
-        ("tokens per picture", lambda row: _whole(row.mean("tokens_per_picture"))),
+        ("tokens per image", lambda row: _whole(row.mean("tokens_per_picture"))),
         ("trained parameters", lambda row: _whole(row.mean("trained_parameters"))),
         ("operations", lambda row: "-" if row.operations is None else human_operations(row.operations)),
     ]
