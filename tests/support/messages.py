@@ -399,6 +399,7 @@ share kept
 hold features
 of features
 of images
+of rows
 a blank image
 Encoder
 Preprocessing

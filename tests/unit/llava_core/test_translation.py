@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from llava_core.cli import translation
-from llava_core.cli.translation import CATALOGUE, FIELD, Catalogue, read_catalogue
+from llava_core.cli.console import counted, table
+from llava_core.cli.translation import CATALOGUE, FIELD, Catalogue, language, read_catalogue
 from llava_core.errors import LlavaError
+from tests.support.commands import run
 from tests.support.messages import messages
 
 ADD = "python -m tests.support.messages adds what is missing to the catalogue, and removes what is no message"
@@ -64,3 +67,42 @@ def test_an_error_is_translated_by_its_parts() -> None:
     )
     error = LlavaError("a; b lacks it", expected="a number", got="bricks", do="look at a: b")
     assert catalogue.translated(f"error: {error}") == "错误：a; b 缺少 it; 需要 一个数; got bricks; 请看 a: b"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "line"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, (), "错误：python -m train 没有命令 runn; 是不是 'run'？"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, ("--lang", "zh"), "错误：python -m train 没有命令"),
+        ({"LC_MESSAGES": "zh_TW"}, (), "错误：python -m train 没有命令 runn"),
+        ({"LANG": "zh_CN.UTF-8"}, ("--lang=en",), "error: python -m train has no command runn"),
+        ({"LANG": "en_GB.UTF-8"}, (), "error: python -m train has no command runn"),
+    ],
+)
+def test_the_locale_or_a_flag_picks_the_language(
+    environment: dict[str, str], words: tuple[str, ...], line: str
+) -> None:
+    variables: dict[str, Any] = {"LC_ALL": "", "LC_MESSAGES": "", "LANG": "", **environment}
+    assert run("train", *words, "runn", code=2, **variables).err.startswith(line)
+
+
+def test_figures_are_named_in_chinese_and_json_stays_english(chinese: None) -> None:
+    assert table([("answer tokens", 3), ("grounding gap", 4), ("a b", 5)]).split("\n") == [
+        "回答的 token   3",
+        "grounding gap  4",
+        "a b            5",
+    ]
+    assert table([("rows", 1)], ("rows", "share")).split("\n")[0] == "行    占比"
+    assert (counted(1, "image"), counted(2000, "row")) == ("1 张图片", "2,000 行")
+    assert language({"LANG": "en_GB.UTF-8"}) == "zh"
+
+
+def test_what_is_filled_in_stays_as_it_is(chinese: None) -> None:
+    """A message within a message is translated, a path or a caption that reads like one is not."""
+    assert (
+        translation.translated("no such message, and rows of a thing")
+        == "no such message, and rows of a thing"
+    )
+    assert translation.translated_error("error: no feature folder rows of a; b") == (
+        "错误：特征文件夹 rows of a 不存在; b"
+    )
