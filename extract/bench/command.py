@@ -122,7 +122,7 @@ def _print(figures: JsonDict, stages: dict[str, Measured], together: Measured) -
     ]
     show(table(lines, ("stage", "rows", "samples/s", "MB/s", "busy together")))
     if figures["measured_rows"] < FEW:
-        show(f"\n{counted(figures['measured_rows'], 'row')}: fewer than {FEW} do not tell what bounds a run")
+        show(f"\n{counted(figures['measured_rows'], 'row')}: fewer than {FEW} do not show the bottleneck")
         return
     show(
         f"\nbounded by {figures['bottleneck']}: {figures['rows']:,} rows take about "

@@ -143,6 +143,6 @@ def _print(figures: JsonDict, out: Path) -> None:
     ]
     header = ("attributes named rightly", "right picture", "shuffled picture", "another's caption")
     show("\n" + table(named, header))
-    show(f"\n{out / 'loss.png'}     the loss curve\n{out / 'answers.png'}  held-out pictures and answers")
+    show(f"\n{out / 'loss.png'}     the loss curve\n{out / 'answers.png'}  held-out images and answers")
     if (out / "run/tensorboard").exists():
         show(f"tensorboard --logdir {out / 'run'}  shows the curves in a browser")

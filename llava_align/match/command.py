@@ -85,11 +85,11 @@ def run(config: MatchConfig) -> JsonDict:
     pictures = picture_numbers(candidate.keys() for candidate in candidates)
     firsts = sorted({picture: k for k, picture in reversed(list(enumerate(pictures)))}.values())
     if more := len(candidates) - len(firsts):
-        say(f"{counted(more, 'image')} left out: each shows the same picture as one before it")
+        say(f"{counted(more, 'image')} left out: each is the same image as one before it")
         candidates, embeddings = [candidates[k] for k in firsts], embeddings[firsts]
     say(f"{counted(len(candidates), 'image')} by {tower.encoder['model_id']} on {tower.device}")
     if shards and not any(shard.layout.thumbnails for shard in shards):
-        say("no pictures in the chart: these shards keep no thumbnails, as `extract run --thumbnails` does")
+        say("no images in the chart: these shards keep no thumbnails, as `extract run --thumbnails` does")
     typed = Terminal()
     if not config.text and typed.live:
         say("A text and Enter: the nearest images. Ctrl-D ends.")

@@ -117,7 +117,7 @@ def test_words_may_change_after_each_kill(base: str, vision: Path, tmp_path: Pat
         captioned(name, "slow")
         kill_once_written(*command, journal=out / "a.h5.journal")
     captions = captioned("fifth", None)
-    assert "was begun for words that changed since, and is begun again" in call(*command).err
+    assert "was begun with texts that have changed since, and is started again" in call(*command).err
     assert asked.total() == before
     assert "nothing to do" in call(*command).err
     shard = Shard(out / "a.h5")

@@ -65,7 +65,7 @@ def test_images_and_their_features_are_found_by_their_captions(
     assert ended.returncode == 0, ended.stderr
     assert "broken.jpg is left out: " in ended.stderr
     live = json.loads(ended.stdout.splitlines()[-1])
-    assert "1 image left out: each shows the same picture as one before it" in ended.stderr
+    assert "1 image left out: each is the same image as one before it" in ended.stderr
     assert live["images"] == 8
     (folder / "图9.png").unlink()
     assert [found["text"] for found in live["texts"]] == texts

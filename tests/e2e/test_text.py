@@ -311,9 +311,9 @@ def test_what_cannot_be_joined_is_one_line(
             eval_run(dataclasses.replace(given, text=str(tmp_path / "x.jsonl")))
         return str(caught.value)
 
-    assert "belongs to a picture of" in refused([{"id": "z", "caption": "a"}])
+    assert "belongs to an image of" in refused([{"id": "z", "caption": "a"}])
     assert "expected id such as 'a0'; got 'z'" in refused([{"id": "z", "caption": "a"}])
-    assert "names no pictures; expected a column sha256, url, image or id" in refused([{"caption": "a"}])
+    assert "names no images; expected a column sha256, url, image or id" in refused([{"caption": "a"}])
     assert "has no column of words" in refused([{"id": "a0", "words": "a"}])
     assert "line 2 is not JSON" in refused_text(given, tmp_path, '{"id": "a0", "caption": "a"}\n{"id"')
     flags = ("--checkpoint", given.checkpoint, "--features", pictures, "--llm", given.llm)
@@ -338,7 +338,7 @@ def test_ids_that_several_pictures_have_name_none(
     given = config(world, tmp_path / "run", features=tmp_path / "f", eval_features=None, max_steps=1)
     given = dataclasses.replace(given, text=str(tmp_path / "x.jsonl"))
     write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}])
-    with pytest.raises(LlavaError, match="several pictures have the id '0'; name them by shard and row"):
+    with pytest.raises(LlavaError, match="several images have the id '0'; name them by shard and row"):
         train_run(given)
     write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}, {"id": "x", "caption": "图"}])
     train_run(given)
