@@ -94,7 +94,7 @@ def finished_shard(path: Path, source: Source, tower: VisionTower, config: RunCo
         if (rows := _changed_words(shard, source, identity)) is not None:
             require_storage(path, shard.layout, config.dtype)
             _mention_thumbnails(path, shard.layout, config)
-            what = f"the words of {counted(rows, 'row')} changed" if rows else "its source was written anew"
+            what = f"the texts of {counted(rows, 'row')} changed" if rows else "its source was written anew"
             say(f"{path}: {what}; its images are not encoded again")
             return None
         raise LlavaError(

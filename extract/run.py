@@ -156,7 +156,7 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     require_same(shards[0].path, shards[0], tower)
     for shard in shards:
         if not is_finished(shard.path) and read_layout(part_of(shard.path)).source != shard.source:
-            what = f"{shard.path} is being made again, with other words"
+            what = f"{shard.path} is being made again, with other texts"
             raise LlavaError(what, do="let `extract run` finish that first")
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]

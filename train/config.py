@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
@@ -46,6 +47,12 @@ class RunConfig(Options):
     `--recipe course|fast|course-stage2|stage2` sets several flags at once; those of a file win over it, and
     those typed over both.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "eval_features projector lr batch_size max_steps epochs "
+        "max_samples tune init seed report_to device dry_run",
+        "Tuning": "micro_tokens gradient_checkpointing resident compile",
+    }
 
     features: tuple[Path, ...] | Path
     """Folder of feature shards to train on (by `extract run`), or several: of one encoder, or with --fuse."""
@@ -108,7 +115,7 @@ class RunConfig(Options):
     weight_decay: float = 0.0
     """Weight decay of the optimizer; norms and biases have none."""
     grad_clip: float | None = None
-    """Largest norm of the gradient of all trained weights; a larger one is scaled down. None by default."""
+    """Largest norm of the trained weights' gradient; a larger one is scaled down. By default no limit."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises; after them it falls to 0."""
     decay: Literal["cosine", "linear"] = "cosine"
@@ -223,6 +230,11 @@ class PlanConfig(RunConfig):
 class EvalConfig(Options):
     """Loss, perplexity and grounding gap of a checkpoint on held-out shards."""
 
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "device max_samples",
+        "Tuning": "micro_tokens batch_size",
+    }
+
     checkpoint: Path
     """Checkpoint folder, such as RUN/best."""
     features: tuple[Path, ...] | Path
@@ -270,7 +282,7 @@ def require_row_list(rows: str) -> None:
 
 def _require_own_words(rows: str, text: str | None) -> None:
     if rows != ALL_ROWS and text is not None:
-        do = "leave --text out: the list judges the words that the shards have"
+        do = "leave --text out: the list judges the shards' own texts"
         raise LlavaError("--rows beside --text", expected="one of them", do=do, exit_code=2)
 
 

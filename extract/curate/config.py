@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from extract.config import require_count
 from llava_core.cli.options import Options
@@ -24,6 +25,8 @@ class CurateConfig(Options):
     another language, or repeated in many rows; words in no order; a caption that fits its image no better
     than those of other rows; an image that came before.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "html vision language"}
 
     features: tuple[Path, ...] | Path
     """Folder of the feature shards, or several of one encoder."""

@@ -181,7 +181,7 @@ def _local_instead(paths: list[Path]) -> list[Path]:
             path, local = tar if tar.is_file() else folder, local + 1
         chosen[path] = None
     if local:
-        say(f"the pictures of {counted(local, 'table')} are on this disk; they are not downloaded")
+        say(f"the images of {counted(local, 'table')} are on this disk; they are not downloaded")
     return list(chosen)
 
 

@@ -123,7 +123,7 @@ def _room() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"no room for the words of --text in {tempfile.gettempdir()}"
+        what = f"no room for the texts of --text in {tempfile.gettempdir()}"
         raise LlavaError(what, got=error.strerror, do="set TMPDIR to a folder with more") from None
 
 
@@ -188,10 +188,10 @@ class Words:
             )
         say(
             f"{path}: {counted(joined, 'text')} joined by {key}"
-            + (f"; {unknown:,} about no picture here, such as {shown(example)}" if unknown else "")
-            + (f"; {twice:,} of an id that several pictures have, such as {shown(shared)}" if twice else "")
-            + (f"; {unread:,} whose words cannot be read, such as {why}" if unread else "")
-            + (f"; {empty:,} without words" if empty else "")
+            + (f"; {unknown:,} about no image here, such as {shown(example)}" if unknown else "")
+            + (f"; {twice:,} of an id that several images have, such as {shown(shared)}" if twice else "")
+            + (f"; {unread:,} whose text cannot be read, such as {why}" if unread else "")
+            + (f"; {empty:,} without text" if empty else "")
         )
 
     def views(self) -> list[Shard]:

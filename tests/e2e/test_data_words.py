@@ -102,7 +102,7 @@ def test_mended_words_are_taken_without_encoding_again(vision: Path, tmp_path: P
     before = Shard(tmp_path / "features/x.h5")
     write_parquet(data, image=names, caption=["new", "mended", "kept"])
     ended = extract(vision, data)
-    assert "the words of 2 rows changed; its images are not encoded again" in ended.err
+    assert "the texts of 2 rows changed; its images are not encoded again" in ended.err
     assert words(data) == ["new", "mended", "kept"]
     after = Shard(tmp_path / "features/x.h5")
     np.testing.assert_array_equal(after.read(0), before.read(0))
@@ -144,7 +144,7 @@ def test_a_mend_that_was_killed_is_finished_by_the_same_command(vision: Path, tm
     open_shard(tmp_path / "features/x.h5", source, tower, config).close()  # as if killed here
     retry = ("extract", "retry-failed", "--out", tmp_path / "features", "--vision", vision, "--device", "cpu")
     line = call(*retry, code=1).one_line()
-    assert "x.h5 is being made again, with other words; let `extract run` finish that first" in line
+    assert "x.h5 is being made again, with other texts; let `extract run` finish that first" in line
     extract(vision, data, code=3)
     assert words(data) == ["bad caption", "mended"]
 
@@ -170,7 +170,7 @@ def test_a_mend_encodes_damaged_rows_again(vision: Path, tmp_path: Path, picture
         file.seek(before.layout.offsets["features"] + features.nbytes)
         file.write(bytes(64))
     write_parquet(data, image=NAMES, caption=["new", "kept"])
-    assert "the words of 1 row changed" in extract(vision, data).err
+    assert "the texts of 1 row changed" in extract(vision, data).err
     assert words(data) == ["new", "kept"]
     np.testing.assert_array_equal(Shard(before.path).read(1), features)
 
@@ -200,7 +200,7 @@ def test_a_caption_that_becomes_a_dialogue_is_one_changed_row(
     data = write_json(tmp_path / "x.json", [{"image": name, "caption": "a"} for name in NAMES])
     extract(vision, data)
     write_json(data, [{"image": "a.jpg", "caption": "a"}, {"image": "b.jpg", "caption": ["b", "c"]}])
-    assert "the words of 1 row changed" in extract(vision, data).err
+    assert "the texts of 1 row changed" in extract(vision, data).err
     assert words(data) == [turns("a"), turns("b", "c")]
 
 

@@ -110,7 +110,7 @@ def test_words_may_change_after_each_kill(base: str, vision: Path, tmp_path: Pat
     before = asked.total()
     captioned("second", None)
     err = call(*command).err
-    assert "the words of 25 rows changed; its images are not encoded again" in err
+    assert "the texts of 25 rows changed; its images are not encoded again" in err
     assert asked.total() - before <= len(urls) - 1 - len(encoded)
     before = asked.total()
     for name in ("third", "fourth"):  # a mend, and another one of the words before it

@@ -78,7 +78,7 @@ class Samples:
                 raise LlavaError(
                     f"no usable row in {', '.join(map(str, paths))}",
                     expected="rows with features and a caption" + (f", in {listed.path}" if listed else ""),
-                    do="--tune lora or llm trains on rows without a picture"
+                    do="--tune lora or llm trains on rows without an image"
                     if text_only_rows(source.shards)
                     else "look at the failures with `extract inspect`",
                 )
