@@ -66,7 +66,7 @@ def run(config: ExamplesConfig) -> JsonDict:
     if not saved:
         if not passed:
             raise LlavaError(f"no row of {config.data} has a caption")
-        raise LlavaError(f"no picture of {config.data} could be had", got=passed)
+        raise LlavaError(f"no image of {config.data} could be fetched", got=passed)
     return {"examples": saved, "failed": dict(search.failed), "out": str(config.out)}
 
 
@@ -156,7 +156,7 @@ class _Search:
             return LlavaError(f"no answer for {rows} rows in a row: the network seems down", got=got, do=do)
         if rows >= max(FAILED_ROWS, FAILED_ROWS_EACH * self.config.count):
             do = "look at the addresses, or paths, in --data"
-            return LlavaError(f"gave up after {rows:,} rows in a row without a picture", got=got, do=do)
+            return LlavaError(f"gave up after {rows:,} rows in a row without an image", got=got, do=do)
         return None
 
 

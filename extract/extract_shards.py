@@ -94,7 +94,7 @@ def finished_shard(path: Path, source: Source, tower: VisionTower, config: RunCo
         if (rows := _changed_words(shard, source, identity)) is not None:
             require_storage(path, shard.layout, config.dtype)
             _mention_thumbnails(path, shard.layout, config)
-            what = f"the words of {counted(rows, 'row')} changed" if rows else "its source was written anew"
+            what = f"the texts of {counted(rows, 'row')} changed" if rows else "its source was written anew"
             say(f"{path}: {what}; its images are not encoded again")
             return None
         raise LlavaError(
@@ -129,7 +129,7 @@ def _settle_part(path: Path, source: Source, tower: VisionTower, config: RunConf
         with Lock(path):
             part.unlink(missing_ok=True)
             journal_of(path).unlink(missing_ok=True)
-        say(f"{part} was begun for words that changed since, and is begun again")
+        say(f"{part} was begun with texts that have changed since, and is started again")
         return
     with ShardWriter(path) as writer:
         writer.write_columns()
@@ -159,7 +159,7 @@ def _mention_changed(path: Path, image_refs: Sequence[str], changed: np.ndarray)
 
 def _mention_thumbnails(path: Path, layout: Layout, config: RunConfig) -> None:
     if config.thumbnails and not layout.thumbnails:
-        say(f"{path} was begun without --thumbnails and stays so; delete it to make it anew with them")
+        say(f"{path} was begun without --thumbnails and stays so; delete it to make it again with them")
 
 
 def require_same(path: Path, shard: Shard, tower: VisionTower) -> None:

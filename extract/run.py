@@ -156,7 +156,7 @@ def retry_failed(config: RetryConfig) -> JsonDict:
     require_same(shards[0].path, shards[0], tower)
     for shard in shards:
         if not is_finished(shard.path) and read_layout(part_of(shard.path)).source != shard.source:
-            what = f"{shard.path} is being made again, with other words"
+            what = f"{shard.path} is being made again, with other texts"
             raise LlavaError(what, do="let `extract run` finish that first")
     counts = {shard.path: int(shard.failed(chosen).sum()) for shard in shards}
     todo = [shard for shard in shards if counts[shard.path] or not is_finished(shard.path)]
@@ -233,7 +233,7 @@ def _advice(config: RunConfig | RetryConfig, figures: JsonDict) -> Iterator[str]
     failed = {status: n for status in Status if status.failed and (n := by_status.get(status.label, 0))}
     if Status.BAD_CAPTION in failed:
         rows = counted(failed[Status.BAD_CAPTION], "row")
-        yield f"{rows} without words: mend them in --data, and the same command takes them"
+        yield f"{rows} without text: correct them in --data, and run the same command again"
     if Status.SEVERAL_IMAGES in failed:
         rows = counted(failed[Status.SEVERAL_IMAGES], "row")
         yield f"{rows} about several images: a row may have one; --max-failed accepts a larger share"

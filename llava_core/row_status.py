@@ -123,7 +123,7 @@ def failures(names: Sequence[str]) -> list[Failure]:
     for failure in chosen:
         if failure.status.in_data:
             do = f"change these rows in --data, where {failure.status.label!r} lies, and run `extract run`"
-            raise LlavaError("--status", expected="what another try can mend", do=do, exit_code=2)
+            raise LlavaError("--status", expected="what another try can correct", do=do, exit_code=2)
     return chosen
 
 

@@ -115,7 +115,7 @@ class RunConfig(Options):
     weight_decay: float = 0.0
     """Weight decay of the optimizer; norms and biases have none."""
     grad_clip: float | None = None
-    """Largest norm of the gradient of all trained weights; a larger one is scaled down. None by default."""
+    """Largest norm of the trained weights' gradient; a larger one is scaled down. By default no limit."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises; after them it falls to 0."""
     decay: Literal["cosine", "linear"] = "cosine"
@@ -282,7 +282,7 @@ def require_row_list(rows: str) -> None:
 
 def _require_own_words(rows: str, text: str | None) -> None:
     if rows != ALL_ROWS and text is not None:
-        do = "leave --text out: the list judges the words that the shards have"
+        do = "leave --text out: the list judges the shards' own texts"
         raise LlavaError("--rows beside --text", expected="one of them", do=do, exit_code=2)
 
 

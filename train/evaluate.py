@@ -44,7 +44,7 @@ INTERVALS = ("loss", "perplexity", "grounding_gap")
 """Figures that have a 95 % interval."""
 MEASURED = 16
 """Pictures whose visual tokens' size is measured."""
-ONE_PICTURE = "grounding gap not defined: all held-out rows show one picture"
+ONE_PICTURE = "grounding gap not defined: all held-out rows show one image"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,7 +158,7 @@ class RunFolder:
             summary: JsonDict = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise LlavaError(
-                f"{path} is damaged", do="delete it; the run goes on from its last checkpoint"
+                f"{path} is damaged", do="delete it; the run continues from its last checkpoint"
             ) from None
         return summary
 
@@ -183,7 +183,7 @@ class RunFolder:
         if state["rows"] != rows:
             raise LlavaError(
                 f"the shards have changed since the run in {self.path} began: files or rows were added",
-                do="restore them, or train anew in another --out",
+                do="restore them, or train again in another --out",
             )
         if "init" in self.moved and weights_sha256(self.config.init) != state.get("init"):
             raise self._another("init", checkpoint.training.get("init"))

@@ -55,8 +55,8 @@ NEXT = {
     "diverging": "begin again with a --lr ten times lower",
     "overfitting": "take the checkpoint `best`; train on more images, or for fewer steps",
     "blind": (
-        "check that captions belong to their images (`extract inspect --html`); if they do, train longer, "
-        "or on features of another layer or encoder"
+        "check that captions belong to their images (`extract inspect --html`); if they do, "
+        "train longer, or on features of another layer or encoder"
     ),
     "parroting": "try --feature-norm center, a higher --lr, or features of another layer or encoder",
     "underfitting": "train for more steps, or with a higher --lr",
@@ -75,7 +75,9 @@ FOUND = {
     ),
     "gap": "grounding gap {gap:.3f} nats per token",
     "no gap": "grounding gap {gap:.3f}: a caption is about as likely with another image",
-    "same": "{said:.0%} of the answers about {pictures} images are one text; of the true ones {true:.0%} are",
+    "same": (
+        "{said:.0%} of the answers about {pictures} images are one text; of the true ones {true:.0%} are"
+    ),
     "late": "{share:.0%} of this fall came in the second half of the steps",
     "unknown": (
         "no evaluation between the first step and the last (--eval-every): more steps may or may not help"

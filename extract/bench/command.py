@@ -124,7 +124,7 @@ def _print(figures: JsonDict, stages: dict[str, Measured], together: Measured) -
     show(table(lines, ("stage", "rows", "samples/s", "MB/s", "busy together")))
     if figures["measured_rows"] < FEW:
         few = counted(figures["measured_rows"], "row")
-        show(translated(f"\n{few}: fewer than {FEW} do not tell what bounds a run"))
+        show(translated(f"\n{few}: fewer than {FEW} do not show the bottleneck"))
         return
     bound = (
         f"\nbounded by {figures['bottleneck']}: {figures['rows']:,} rows take about "

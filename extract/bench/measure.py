@@ -173,7 +173,7 @@ def measure_alone(config: RunConfig, tower: VisionTower, parts: Sequence[Part]) 
         if not decoded.jobs:
             counts = collections.Counter(job.record.status.label for job in failed.jobs)
             got = ", ".join(f"{n:,} {label}" for label, n in counts.items()) or "no row with a caption"
-            raise LlavaError("none of the first rows has a picture to encode", got=got)
+            raise LlavaError("none of the first rows has an image to encode", got=got)
 
         pixels = decoded.jobs[0].pixels
         assert pixels is not None

@@ -228,7 +228,7 @@ def _say_of_other_words(found: Curation) -> None:
     if other:
         say(
             f"near-duplicates dropped although their captions differ: {other:,}; "
-            "--same-picture 2 keeps several captions of one picture"
+            "--same-picture 2 keeps several captions of one image"
         )
 
 

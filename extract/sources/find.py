@@ -181,7 +181,7 @@ def _local_instead(paths: list[Path]) -> list[Path]:
             path, local = tar if tar.is_file() else folder, local + 1
         chosen[path] = None
     if local:
-        say(f"the pictures of {counted(local, 'table')} are on this disk; they are not downloaded")
+        say(f"the images of {counted(local, 'table')} are on this disk; they are not downloaded")
     return list(chosen)
 
 
@@ -242,7 +242,7 @@ def _source(path: Path, flags: DataFlags, limit: int | None) -> Source:
 def _nothing(what: str) -> LlavaError:
     return LlavaError(
         what,
-        expected="parquet, Arrow, JSON, CSV or tar files, or images with words beside them "
+        expected="parquet, Arrow, JSON, CSV or tar files, or images with text files beside them "
         f"({' '.join(SUFFIXES)})",
-        do="correct --data, or download the data as README.md shows",
+        do="correct --data, or download the reference data with `llava download train`",
     )

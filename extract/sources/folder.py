@@ -84,7 +84,7 @@ class Folder(Source):
                 captions.append(None)
                 unread.append(str(path))
         if unread:
-            say_once(f"{len(unread):,} captions in {self.path} are no UTF-8 text, such as {unread[0]}")
+            say_once(f"{len(unread):,} captions in {self.path} are not UTF-8 text, such as {unread[0]}")
         return captions
 
     @functools.cached_property

@@ -69,7 +69,7 @@ def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
     else:
         blank, other = _decoded(aligned, config.other), config.other
         if np.array_equal(blank.pixels, pixels):
-            what = "--other shows the same picture: nothing to compare it with"
+            what = "--other shows the same image: nothing to compare it with"
             raise LlavaError(what, do="give another image with --other")
     features = aligned.tower.encode_images([shown])
     visual = aligned.project(features)

@@ -26,7 +26,7 @@ def draw(result: LensResult) -> Image.Image:
     """
     font, small = chinese_font(17), chinese_font(13)
     if font is None or small is None:
-        say("no Chinese font on this machine: the picture goes without words, the page has them")
+        say("no Chinese font on this machine: the PNG has no words, the page has them")
     cell = max(CELL, math.ceil(LEAST / result.side))
     panel = cell * result.side
     width, title = 3 * MARGIN + 2 * panel, 52

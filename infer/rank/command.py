@@ -76,7 +76,7 @@ def with_other_captions(
     pictured = [row for row in questions if shards[row["shard"]].status[row["row"]] == Status.OK]
     rows = [row for row in pictured if row.get("caption")]
     if left := len(questions) - len(rows):
-        say(f"{counted(left, 'row')} about no picture, or without a caption, not ranked")
+        say(f"{counted(left, 'row')} without an image or a caption, not ranked")
     keys = [list(shards[row["shard"]].picture_keys(row["row"])) for row in rows]
     captions, folder = [row["caption"] for row in rows], folders_of(config.features)[0]
     chosen = beside_other_captions(captions, picture_numbers(keys), config.choices, config.seed, folder)

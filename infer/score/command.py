@@ -86,7 +86,7 @@ def clip_scores(
     figures = {"clip": tower.encoder["model_id"], "pictures": max(pictures) + 1}
     figures |= _clipscore("clipscore", embeddings, said, pictures)
     if others is None:
-        say("every line is of one picture: no other one's answer to compare with")
+        say("all lines are about one image: there is no other image's answer to compare with")
         figures["clipscore_of_another_answer"] = None
     else:
         figures |= _clipscore("clipscore_of_another_answer", embeddings, said[others], pictures)

@@ -147,6 +147,6 @@ def _print(figures: JsonDict, out: Path) -> None:
     header = ("attributes named rightly", "right picture", "shuffled picture", "another's caption")
     show("\n" + table(named, header))
     show(translated(f"\n{out / 'loss.png'}     the loss curve"))
-    show(translated(f"{out / 'answers.png'}  held-out pictures and answers"))
+    show(translated(f"{out / 'answers.png'}  held-out images and answers"))
     if (out / "run/tensorboard").exists():
         show(translated(f"tensorboard --logdir {out / 'run'}  shows the curves in a browser"))

@@ -1,4 +1,4 @@
-"""The demo's two figures: the loss curve, and a contact sheet of held-out pictures and answers."""
+"""The demo's two figures: the loss curve, and a contact sheet of held-out images and answers."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class ExportConfig(Options):
         if self.to == "gguf" and not importlib.util.find_spec("gguf"):
             raise LlavaError("--to gguf needs a package", do="pip install 'llava-align[gguf]'")
         if self.check_images is not None and not self.check_images.is_dir():
-            raise LlavaError(f"no folder {self.check_images}", do="give --check-images a folder of pictures")
+            raise LlavaError(f"no folder {self.check_images}", do="give --check-images a folder of images")
         require_checkpoint(self.checkpoint)
         if (kind := built_in_projector(self.checkpoint)) not in (None, *EXPORTED):
             raise LlavaError(

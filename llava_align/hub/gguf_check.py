@@ -64,7 +64,7 @@ def compare(folder: Path, aligned: ImageAnswerer, images: Sequence[bytes]) -> Js
             try:
                 decoded = aligned.decode(image)
             except ImageError as error:
-                say(f"a picture is left out of the comparison: {error}")
+                say(f"an image is left out of the comparison: {error}")
                 continue
             features = aligned.tower.encode_images([decoded]).half().float()
             visual = aligned.project(features)
@@ -81,7 +81,7 @@ def compare(folder: Path, aligned: ImageAnswerer, images: Sequence[bytes]) -> Js
                 say(f"llama.cpp reads the question as {got - tokens} tokens, infer as {read}")
     if not asked:
         raise LlavaError(
-            "nothing was compared", got="no picture that can be read", do="give --check-images others"
+            "nothing was compared", got="no image that can be read", do="give --check-images others"
         )
     version = importlib.metadata.version("xllamacpp")
     say(

@@ -85,11 +85,11 @@ def run(config: MatchConfig) -> JsonDict:
     pictures = picture_numbers(candidate.keys() for candidate in candidates)
     firsts = sorted({picture: k for k, picture in reversed(list(enumerate(pictures)))}.values())
     if more := len(candidates) - len(firsts):
-        say(f"{counted(more, 'image')} left out: each shows the same picture as one before it")
+        say(f"{counted(more, 'image')} left out: each is the same image as one before it")
         candidates, embeddings = [candidates[k] for k in firsts], embeddings[firsts]
     say(f"{counted(len(candidates), 'image')} by {tower.encoder['model_id']} on {tower.device}")
     if shards and not any(shard.layout.thumbnails for shard in shards):
-        say("no pictures in the chart: these shards keep no thumbnails, as `extract run --thumbnails` does")
+        say("no images in the chart: these shards keep no thumbnails, as `extract run --thumbnails` does")
     typed = Terminal()
     if not config.text and typed.live:
         say("A text and Enter: the nearest images. Ctrl-D ends.")
@@ -100,7 +100,7 @@ def run(config: MatchConfig) -> JsonDict:
         ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         found.append(Match(text, [(candidates[k], cosine) for k, cosine in ranked], tower.cuts(text)))
         rows = [(c.name, f"{cosine:.3f}", c.caption[:30]) for c, cosine in found[-1].best]
-        show(f"{text}\n{table(rows, ('picture', 'cosine', 'caption'))}")
+        show(f"{text}\n{table(rows, ('image', 'cosine', 'caption'))}")
         if not config.text:
             chart(tower, found[-1:], config.out)
     if config.text:

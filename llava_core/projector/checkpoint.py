@@ -238,7 +238,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Resume state of a checkpoint, tensors on the CPU. Raises LlavaError if it is damaged or missing."""
     if not (folder / STATE).is_file():
         raise LlavaError(
-            f"{folder} has no state.pt, so no run goes on from it",
+            f"{folder} has no state.pt, so no run continues from it",
             do="it is of use to infer and `train eval`, as what was imported or downloaded is",
         )
     _require_sums(folder, 1, [STATE])  # load_checkpoint has checked the version

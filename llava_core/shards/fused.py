@@ -85,7 +85,7 @@ def open_fused(
         say(f"{counted(partly, 'row')} failed in some of {', '.join(map(str, folders))}: left out in all")
     if reworded:
         rows = counted(reworded, "row")
-        say(f"{rows} with other words in some of the folders: those of {folders[0]} are read")
+        say(f"{rows} with other texts in some of the folders: those of {folders[0]} are read")
     return fused
 
 

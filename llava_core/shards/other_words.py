@@ -123,7 +123,7 @@ def _room() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"no room for the words of --text in {tempfile.gettempdir()}"
+        what = f"no room for the texts of --text in {tempfile.gettempdir()}"
         raise LlavaError(what, got=error.strerror, do="set TMPDIR to a folder with more") from None
 
 
@@ -178,20 +178,20 @@ class Words:
         if not joined:
             if shared is not None:
                 do = "name them by shard and row, by sha256 of the image's file, or by its address or path"
-                raise LlavaError(f"{path}: several pictures have the {key} {shown(shared)}", do=do)
+                raise LlavaError(f"{path}: several images have the {key} {shown(shared)}", do=do)
             first = self._named_here(key) if key else ""
             raise LlavaError(
-                f"no row of {path} belongs to a picture of {self.shards[0].path.parent}",
+                f"no row of {path} belongs to an image of {self.shards[0].path.parent}",
                 expected=f"{key} such as {first}" if key else "rows",
                 got=shown(example) if key else "none",
-                do="name its pictures as the data that was extracted did",
+                do="name its images as the extracted data did",
             )
         say(
             f"{path}: {counted(joined, 'text')} joined by {key}"
-            + (f"; {unknown:,} about no picture here, such as {shown(example)}" if unknown else "")
-            + (f"; {twice:,} of an id that several pictures have, such as {shown(shared)}" if twice else "")
-            + (f"; {unread:,} whose words cannot be read, such as {why}" if unread else "")
-            + (f"; {empty:,} without words" if empty else "")
+            + (f"; {unknown:,} about no image here, such as {shown(example)}" if unknown else "")
+            + (f"; {twice:,} of an id that several images have, such as {shown(shared)}" if twice else "")
+            + (f"; {unread:,} whose text cannot be read, such as {why}" if unread else "")
+            + (f"; {empty:,} without text" if empty else "")
         )
 
     def views(self) -> list[Shard]:
@@ -216,7 +216,7 @@ class Words:
         if found := next((name for name in known if name in names), None):
             return found
         raise LlavaError(
-            f"{path} names no pictures",
+            f"{path} names no images",
             expected="a column sha256, url, image or id, or shard and row",
             got=", ".join(sorted(names)),
         )

@@ -108,7 +108,7 @@ class WordReader:
         keys = collections.Counter(key for item in values[:8] for key in _keys(item))
         found = ", ".join(map(str, keys))
         raise LlavaError(
-            f"{self.where}: column {column!r} has no words that can be read",
+            f"{self.where}: column {column!r} has no readable text",
             expected="text, a list of texts, a dialogue, or an object with one of "
             + (repr(self.key) if self.key is not None else ", ".join(CAPTION_KEYS)),
             got=f"{type(value).__name__} {shown(value)}",
@@ -126,7 +126,7 @@ class WordReader:
         else:
             texts = [item if isinstance(item, str) else None for item in words]
         if unread := sum(UNREAD in text for text in texts if text is not None):
-            say_once(f"{self.where}: {counted(unread, 'row')} with text that is no UTF-8, kept as {UNREAD}")
+            say_once(f"{self.where}: {counted(unread, 'row')} with text that is not UTF-8, kept as {UNREAD}")
         return texts, dialogues
 
 

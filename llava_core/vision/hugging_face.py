@@ -177,7 +177,7 @@ def _preprocess(config: JsonDict, decode: str) -> Preprocess:
     target = crop[1] if cropped else size[1]
     shorter = size[0]
     if not cropped and shorter is not None:
-        raise LlavaError("an encoder that keeps the aspect ratio without a crop takes pictures of any shape",
+        raise LlavaError("an encoder that keeps the aspect ratio without a crop takes images of any shape",
                          expected="a fixed height and width, or do_center_crop")  # fmt: skip
     names = {member.value: name for name, member in FILTERS.items()}
     return Preprocess(

@@ -51,7 +51,7 @@ def test_stages_alone_and_together(base: str, vision: Path, tmp_path: Path) -> N
     assert found["bottleneck"] == slowest
     assert found["samples_per_s"] == min(found["together"]["samples_per_s"], stages[slowest]["samples_per_s"])
     assert found["hours"] == pytest.approx(90 / found["samples_per_s"] / 3600)
-    assert "40 rows: fewer than 64 do not tell what bounds a run\n" in ended.out
+    assert "40 rows: fewer than 64 do not show the bottleneck\n" in ended.out
     assert "truncated" in ended.out
     assert stages["write"]["mb_per_s"] == pytest.approx(
         stages["write"]["samples_per_s"] * 36 / 40 * ROW_BYTES / 1e6
@@ -111,7 +111,7 @@ def test_nothing_to_encode_is_an_error(base: str, vision: Path, tmp_path: Path) 
     flags = BenchConfig(
         data=str(tmp_path / "data"), vision=vision, out=tmp_path, device="cpu", allow_private=True
     )
-    with pytest.raises(LlavaError, match=r"none of the first rows has a picture to encode; got 1 .*, 1 "):
+    with pytest.raises(LlavaError, match=r"none of the first rows has an image to encode; got 1 .*, 1 "):
         bench(flags)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 

@@ -94,5 +94,5 @@ def test_training_tells_of_text_only_rows_and_its_loss(
     assert 'data-outcome="text only" class=none' in page.read_text()
     llm = write_language_model(tmp_path / "llm")
     ended = call("train", "run", "--features", tmp_path / "features", "--llm", llm, "--out", tmp_path / "run")
-    assert "1 row without a picture left out: they train the language model (--tune lora, llm)" in ended.err
+    assert "1 row without an image left out: they train the language model (--tune lora, llm)" in ended.err
     assert re.search(r"^finished 1 steps; loss \d+\.\d{4} at the last$", ended.err, re.MULTILINE)

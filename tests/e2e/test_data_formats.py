@@ -132,7 +132,7 @@ def test_formats_of_other_tools(
     assert [Shard(path).caption(row) for row in range(2)] == expected
     assert ended.summary["ok"] == 2
     if "img2dataset" in write.__name__:
-        assert "the pictures of 1 table are on this disk; they are not downloaded" in ended.err
+        assert "the images of 1 table are on this disk; they are not downloaded" in ended.err
     elif write is comma_separated:
         assert "is not UTF-8; it is read as GB 18030" in ended.err
     else:

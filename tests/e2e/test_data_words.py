@@ -69,7 +69,7 @@ def test_a_map_is_an_object(vision: Path, tmp_path: Path, pictures: list[bytes])
     maps = pa.array([[("zh", "猫"), ("en", "cat")]] * 2, pa.map_(pa.string(), pa.string()))
     data = write_parquet(tmp_path / "x.parquet", image=NAMES, text=maps)
     refused = extract(vision, data, code=1).one_line()
-    assert "x.parquet: column 'text' has no words that can be read" in refused
+    assert "x.parquet: column 'text' has no readable text" in refused
     assert "give --caption-key one of zh, en" in refused
     assert not (tmp_path / "features").exists()
     extract(vision, data, "--caption-key", "zh")
@@ -86,7 +86,7 @@ def test_words_that_are_none_are_refused_before_anything_is_written(
 ) -> None:
     data = write_parquet(tmp_path / "x.parquet", image=NAMES, cap_seg=values)
     line = extract(vision, data, code=1).one_line()
-    assert "column 'cap_seg' has no words that can be read" in line
+    assert "column 'cap_seg' has no readable text" in line
     assert got in line
     assert ("give --caption-key one of zh" in line) == ("zh" in got)
     assert not (tmp_path / "features").exists()
@@ -97,12 +97,12 @@ def test_mended_words_are_taken_without_encoding_again(vision: Path, tmp_path: P
     names = [*NAMES, "c.jpg"]
     data = write_parquet(tmp_path / "x.parquet", image=names, caption=["old", None, "kept"])
     ended = extract(vision, data, code=3)
-    assert "1 row without words: mend them in --data, and the same command takes them" in ended.err
+    assert "1 row without text: correct them in --data, and run the same command again" in ended.err
     assert "retry-failed" not in ended.err
     before = Shard(tmp_path / "features/x.h5")
     write_parquet(data, image=names, caption=["new", "mended", "kept"])
     ended = extract(vision, data)
-    assert "the words of 2 rows changed; its images are not encoded again" in ended.err
+    assert "the texts of 2 rows changed; its images are not encoded again" in ended.err
     assert words(data) == ["new", "mended", "kept"]
     after = Shard(tmp_path / "features/x.h5")
     np.testing.assert_array_equal(after.read(0), before.read(0))
@@ -144,7 +144,7 @@ def test_a_mend_that_was_killed_is_finished_by_the_same_command(vision: Path, tm
     open_shard(tmp_path / "features/x.h5", source, tower, config).close()  # as if killed here
     retry = ("extract", "retry-failed", "--out", tmp_path / "features", "--vision", vision, "--device", "cpu")
     line = call(*retry, code=1).one_line()
-    assert "x.h5 is being made again, with other words; let `extract run` finish that first" in line
+    assert "x.h5 is being made again, with other texts; let `extract run` finish that first" in line
     extract(vision, data, code=3)
     assert words(data) == ["bad caption", "mended"]
 
@@ -170,7 +170,7 @@ def test_a_mend_encodes_damaged_rows_again(vision: Path, tmp_path: Path, picture
         file.seek(before.layout.offsets["features"] + features.nbytes)
         file.write(bytes(64))
     write_parquet(data, image=NAMES, caption=["new", "kept"])
-    assert "the words of 1 row changed" in extract(vision, data).err
+    assert "the texts of 1 row changed" in extract(vision, data).err
     assert words(data) == ["new", "kept"]
     np.testing.assert_array_equal(Shard(before.path).read(1), features)
 
@@ -200,7 +200,7 @@ def test_a_caption_that_becomes_a_dialogue_is_one_changed_row(
     data = write_json(tmp_path / "x.json", [{"image": name, "caption": "a"} for name in NAMES])
     extract(vision, data)
     write_json(data, [{"image": "a.jpg", "caption": "a"}, {"image": "b.jpg", "caption": ["b", "c"]}])
-    assert "the words of 1 row changed" in extract(vision, data).err
+    assert "the texts of 1 row changed" in extract(vision, data).err
     assert words(data) == [turns("a"), turns("b", "c")]
 
 
@@ -255,5 +255,5 @@ def test_text_that_is_no_utf8_is_kept_and_said_once(
             archive.addfile(member, io.BytesIO(text))
     for path in (data, tmp_path / "y.tar"):
         said = extract(vision, path).err
-        assert said.count(f"{path}: 1 row with text that is no UTF-8, kept as \ufffd") == 1
+        assert said.count(f"{path}: 1 row with text that is not UTF-8, kept as \ufffd") == 1
         assert words(path, path.stem) == ["caf\ufffd", "a dog"]

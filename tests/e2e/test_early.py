@@ -109,7 +109,7 @@ def test_a_mistyped_path_is_told_without_torch(tmp_path: Path) -> None:
             (["extract", "run", "--data", full.parent, *models[2:], "--out", nix, "--images", nix],
              "no image folder"),
             ([*retry, "--status", "sunny"], "unknown failure 'sunny'; expected one of bad-url"),
-            ([*retry, "--status", "bad-caption"], "--status; expected what another try can mend"),
+            ([*retry, "--status", "bad-caption"], "--status; expected what another try can correct"),
             (["llava_align", "match", *models[2:], "--images", empty, "--text", "a"], "no images in .*; "),
             (["llava_align", "import", "--file", weights, *models, "--out", empty], "is there already; "),
             (["llava_align", "export", *aligned, "--out", full.parent], "exists; expected a new or empty"),

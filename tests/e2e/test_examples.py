@@ -100,7 +100,7 @@ def test_rows_without_a_picture_end_it_with_what_was_found(tmp_path: Path) -> No
         data = write_parquet(tmp_path / "data/part.parquet", url=urls, caption=["x"] * len(urls))
         command = ("llava_align", "examples", "--data", data, "--out", tmp_path / "out", "--allow-private")
         ended = call(*command, "--count", 2, code=1)
-    assert "gave up after 207 rows in a row without a picture; got 207 http 4xx" in ended.one_line()
+    assert "gave up after 207 rows in a row without an image; got 207 http 4xx" in ended.one_line()
     assert asked == 207
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.jpg", "0000.txt"]
 

@@ -272,7 +272,7 @@ def test_pictures_that_cannot_be_read_are_no_agreement(tmp_path: Path) -> None:
     (tmp_path / "pictures/a.jpg").write_bytes(b"no picture")
     chosen: dict[str, Any] = {"kind": "linear", "visual_tokens": "pool", "vision": MODELS / "vision"}
     ended = export(tmp_path, "--check-images", tmp_path / "pictures", code=1, **chosen)
-    assert "error: nothing was compared; got no picture that can be read" in ended.err
+    assert "error: nothing was compared; got no image that can be read" in ended.err
 
 
 def test_llama_cpp_that_ends_is_one_line(tmp_path: Path) -> None:

@@ -110,14 +110,14 @@ def test_words_may_change_after_each_kill(base: str, vision: Path, tmp_path: Pat
     before = asked.total()
     captioned("second", None)
     err = call(*command).err
-    assert "the words of 25 rows changed; its images are not encoded again" in err
+    assert "the texts of 25 rows changed; its images are not encoded again" in err
     assert asked.total() - before <= len(urls) - 1 - len(encoded)
     before = asked.total()
     for name in ("third", "fourth"):  # a mend, and another one of the words before it
         captioned(name, "slow")
         kill_once_written(*command, journal=out / "a.h5.journal")
     captions = captioned("fifth", None)
-    assert "was begun for words that changed since, and is begun again" in call(*command).err
+    assert "was begun with texts that have changed since, and is started again" in call(*command).err
     assert asked.total() == before
     assert "nothing to do" in call(*command).err
     shard = Shard(out / "a.h5")

@@ -348,7 +348,7 @@ def test_words_are_those_of_the_first_folder(caches: Path, tmp_path: Path) -> No
         "max_steps": 2,
     }
     err = call("train", "run", *flags_of(two(caches, tmp_path / "run", **flags))).err
-    line = f"10 rows with other words in some of the folders: those of {caches / 'held-out'} are read"
+    line = f"10 rows with other texts in some of the folders: those of {caches / 'held-out'} are read"
     assert err.count(line) == 1
     batch = (
         "infer",

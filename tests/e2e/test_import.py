@@ -88,7 +88,7 @@ def test_the_course_projector_answers_as_it_did(world: Folders, tmp_path: Path) 
     assert "trained" not in card
 
     with pytest.raises(
-        LlavaError, match=r"has no state\.pt, so no run goes on from it; it is of use to infer"
+        LlavaError, match=r"has no state\.pt, so no run continues from it; it is of use to infer"
     ):
         load_state(out)
     again = run("llava_align", "import", "--file", file, *models, "--out", out, code=1)

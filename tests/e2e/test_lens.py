@@ -61,6 +61,6 @@ def test_an_image_is_compared_with_another(tmp_path: Path) -> None:
     world = write_aligned(tmp_path / "world")
     flags = [*world.flags, "--image", world.images[0], "--caption", "红", "--out", tmp_path / "lens"]
     same = call("infer", "lens", *flags, "--other", world.images[0], code=1).one_line()
-    assert "--other shows the same picture" in same
+    assert "--other shows the same image" in same
     Image.new("RGB", (64, 64), (9, 9, 9)).save(world.images[0])
     assert "is a blank image itself" in call("infer", "lens", *flags, code=1).one_line()

@@ -78,7 +78,7 @@ def mix_run(caches: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mix") / "run"
     ended = call("train", "run", *flags_of(mixed(caches, out, **LORA)))
     assert "sources: features 48 samples, 60.0% of those drawn; talk 12 samples, 30.0%" in ended.err
-    assert "3 samples without a picture are text alone" in ended.err
+    assert "3 samples without an image are trained as text" in ended.err
     assert "held-out loss of held-out " in ended.err
     assert "eval loss/talk-held-out" in ended.out
     return out
@@ -108,7 +108,7 @@ def test_rows_about_no_picture_and_system_messages_are_asked(
         chat = model.chat(shard.read(row) if row < 2 else None, system="短", max_tokens=8)
         assert (line["row"], line["system"], line["answer"]) == (row, "短", chat.ask("问"))
     ended = call("infer", "rank", *flags, "--output", tmp_path / "ranks.jsonl", "--choices", 2)
-    assert "2 rows about no picture, or without a caption, not ranked" in ended.err
+    assert "2 rows without an image or a caption, not ranked" in ended.err
     assert len(read_json_lines(tmp_path / "ranks.jsonl")) == 2
 
 
@@ -194,7 +194,7 @@ def test_without_shares_caches_are_one_set(caches: Path, tmp_path: Path) -> None
 
 def test_stage_1_leaves_text_out_and_counts_it(caches: Path, tmp_path: Path) -> None:
     given = config(caches, tmp_path / "run", features=caches / "talk", eval_features=None, max_steps=1)
-    assert "3 rows without a picture left out" in call("train", "run", *flags_of(given)).err
+    assert "3 rows without an image left out" in call("train", "run", *flags_of(given)).err
     assert plan_run(given)["samples"] == 9
     planned = plan_run(dataclasses.replace(given, out=tmp_path / "other", tune="lora"))
     assert planned["samples"] == 12

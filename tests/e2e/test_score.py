@@ -195,7 +195,7 @@ def test_scores_of_a_file(
     capsys.readouterr()
     alike = score.run(ScoreConfig(**flags, **vision, images=world.vision.parent))
     assert (alike["pictures"], alike["clipscore_of_another_answer"]) == (1, None)
-    assert "every line is of one picture" in capsys.readouterr().err
+    assert "all lines are about one image" in capsys.readouterr().err
     source.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(LlavaError, match=r"no reference under 'caption'.*got a line with image, shard"):
         score.run(ScoreConfig(input=source))

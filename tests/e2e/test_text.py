@@ -151,8 +151,8 @@ def test_several_texts_a_picture_and_what_does_not_join(
     ended = call("train", "eval", *flags, "--text", tmp_path / "x.jsonl", "--json")
     assert ended.summary["samples"] == 3
     assert ended.summary["pictures"] == 2
-    assert "3 texts joined by image; 1 about no picture here, such as 'http://example.o" in ended.err
-    assert "1 without words" in ended.err
+    assert "3 texts joined by image; 1 about no image here, such as 'http://example.o" in ended.err
+    assert "1 without text" in ended.err
     assert "3 texts about 2 pictures of 24" in ended.err
     call("train", "plan", *flags[2:], "--out", tmp_path / "run", "--text", str(tmp_path / "*.jsonl"))
 
@@ -176,7 +176,7 @@ def test_questions_of_other_words_are_asked_about_the_same_pictures(
     models = ("--checkpoint", trained / "last", "--llm", world / "llm")
     flags = (*models, "--features", pictures, "--text", tmp_path / "x.jsonl")
     ended = call("infer", "batch", *flags, "--output", tmp_path / "out.jsonl", "--max-tokens", 8)
-    assert "1 about no picture here, such as 'no'" in ended.err
+    assert "1 about no image here, such as 'no'" in ended.err
     absent = (*models, "--features", pictures, "--text", tmp_path / "absent.jsonl")
     line = call("infer", "batch", *absent, "--output", tmp_path / "none.jsonl", code=1).one_line()
     assert line.endswith("absent.jsonl; give --text one that is there, or a pattern of some")
@@ -311,9 +311,9 @@ def test_what_cannot_be_joined_is_one_line(
             eval_run(dataclasses.replace(given, text=str(tmp_path / "x.jsonl")))
         return str(caught.value)
 
-    assert "belongs to a picture of" in refused([{"id": "z", "caption": "a"}])
+    assert "belongs to an image of" in refused([{"id": "z", "caption": "a"}])
     assert "expected id such as 'a0'; got 'z'" in refused([{"id": "z", "caption": "a"}])
-    assert "names no pictures; expected a column sha256, url, image or id" in refused([{"caption": "a"}])
+    assert "names no images; expected a column sha256, url, image or id" in refused([{"caption": "a"}])
     assert "has no column of words" in refused([{"id": "a0", "words": "a"}])
     assert "line 2 is not JSON" in refused_text(given, tmp_path, '{"id": "a0", "caption": "a"}\n{"id"')
     flags = ("--checkpoint", given.checkpoint, "--features", pictures, "--llm", given.llm)
@@ -338,11 +338,11 @@ def test_ids_that_several_pictures_have_name_none(
     given = config(world, tmp_path / "run", features=tmp_path / "f", eval_features=None, max_steps=1)
     given = dataclasses.replace(given, text=str(tmp_path / "x.jsonl"))
     write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}])
-    with pytest.raises(LlavaError, match="several pictures have the id '0'; name them by shard and row"):
+    with pytest.raises(LlavaError, match="several images have the id '0'; name them by shard and row"):
         train_run(given)
     write_lines(tmp_path / "x.jsonl", [{"id": "0", "caption": "图"}, {"id": "x", "caption": "图"}])
     train_run(given)
-    assert "1 of an id that several pictures have, such as '0'" in capfd.readouterr().err
+    assert "1 of an id that several images have, such as '0'" in capfd.readouterr().err
 
 
 def test_words_that_cannot_be_read_are_counted_apart(
@@ -359,7 +359,7 @@ def test_words_that_cannot_be_read_are_counted_apart(
     flags = ("--checkpoint", trained / "last", "--features", pictures, "--llm", world / "llm")
     ended = call("train", "eval", *flags, "--text", tmp_path / "x.jsonl", "--json")
     assert ended.summary["samples"] == 2
-    assert "2 whose words cannot be read, such as unknown role 'tool'; 1 without words" in ended.err
+    assert "2 whose text cannot be read, such as unknown role 'tool'; 1 without text" in ended.err
 
 
 def test_damaged_tables_are_one_line(world: Path, pictures: Path, trained: Path, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_full_disk_is_named(world: Path, pictures: Path, small_disk: Path, tmp
     write_lines(tmp_path / "x.jsonl", [{"id": "a0", "caption": "x" * 1000}] * 2000)
     flags = ("--features", pictures, "--llm", world / "llm", "--out", tmp_path / "run")
     line = run("train", "plan", *flags, "--text", tmp_path / "x.jsonl", code=1, TMPDIR=small_disk).one_line()
-    assert f"no room for the words of --text in {small_disk}; got No space left on device; set TMPDIR" in line
+    assert f"no room for the texts of --text in {small_disk}; got No space left on device; set TMPDIR" in line
 
 
 def test_without_a_picture_there_is_nothing_to_join(world: Path, tmp_path: Path) -> None:

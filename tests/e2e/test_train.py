@@ -122,7 +122,7 @@ def test_captions_of_one_picture_are_not_paired(
     assert (one["grounding_gap"], one["grounding_gap_low"], one["loss_low"]) == (None, None, None)
     out, err = capsys.readouterr()
     assert f"{once['loss']:.4f} ({once['loss_low']:.4f} to {once['loss_high']:.4f})" in out
-    assert "grounding gap not defined: all held-out rows show one picture" in err
+    assert "grounding gap not defined: all held-out rows show one image" in err
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")

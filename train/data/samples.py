@@ -78,7 +78,7 @@ class Samples:
                 raise LlavaError(
                     f"no usable row in {', '.join(map(str, paths))}",
                     expected="rows with features and a caption" + (f", in {listed.path}" if listed else ""),
-                    do="--tune lora or llm trains on rows without a picture"
+                    do="--tune lora or llm trains on rows without an image"
                     if text_only_rows(source.shards)
                     else "look at the failures with `extract inspect`",
                 )
@@ -94,7 +94,7 @@ class Samples:
             self.with_picture = np.flatnonzero(shown)
         if not len(self.with_picture):
             raise LlavaError(
-                f"no row with a picture in {', '.join(str(shard.path) for shard in self.shards)}",
+                f"no row with an image in {', '.join(str(shard.path) for shard in self.shards)}",
                 do="add a folder that has some",
             )
         if has_system and not conversation.writes_system_messages():
@@ -181,7 +181,7 @@ class Samples:
             )
             lines.append(f"sources: {'; '.join(listed)}")
         if shown < 1:
-            lines.append(f"{len(self) - len(self.with_picture)} samples without a picture are text alone")
+            lines.append(f"{len(self) - len(self.with_picture)} samples without an image are trained as text")
         encoded = sum(int((shard.status == Status.OK).sum()) for shard in self.shards)
         usable = encoded + self.text * text_only_rows(self.shards)
         if self.listed is not None:
@@ -199,7 +199,7 @@ class Samples:
         if self.left_out:
             rows = counted(self.left_out, "row")
             lines.append(
-                f"{rows} without a picture left out: they train the language model (--tune lora, llm)"
+                f"{rows} without an image left out: they train the language model (--tune lora, llm)"
             )
         return lines
 

@@ -56,7 +56,7 @@ def run(config: SweepConfig) -> JsonDict:
             "start the command once for each GPU (CUDA_VISIBLE_DEVICES=0, 1, ...): they share the trials; "
             "`unset WORLD_SIZE RANK` if no torchrun set them"
         )
-        raise LlavaError("a sweep wants no torchrun", got="WORLD_SIZE", do=do, exit_code=2)
+        raise LlavaError("a sweep is not started with torchrun", got="WORLD_SIZE", do=do, exit_code=2)
     _require_extra()
     if config.resume and not (config.out / "sweep.yaml").exists():
         raise LlavaError(f"no sweep to resume in {config.out}", do="leave out --resume, or correct --out")
