@@ -111,7 +111,7 @@ def rates(runs: dict[str, dict[str, Line]]) -> Any:
             GREEN,
             ":",
         )
-    axes.set(ylabel="held-out loss (nats per answer token)", xlabel="step", ylim=(0, 5))
+    axes.set(ylabel="held-out loss (nats per answer token)", xlabel="step", ylim=(0, 3))
     axes.legend(frameon=False)
     return figure
 
@@ -123,7 +123,7 @@ def few(runs: dict[str, dict[str, Line]]) -> Any:
     draw(axes, curves["loss"], "loss of a step", BLUE, "--")
     draw(axes, curves["eval_loss"], "held-out loss", RED)
     draw(axes, runs["course"]["eval_loss"], "held-out loss of 2,394 pictures, once", GREEN, ":")
-    axes.set(ylabel="nats per answer token", xlabel="step", ylim=(0, 4))
+    axes.set(ylabel="nats per answer token", xlabel="step", ylim=(0, 3.5))
     axes.legend(frameon=False)
     return figure
 
