@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import say
+from llava_core.cli.translation import translated
 from llava_core.projector.fusion import mapped_width
 from llava_core.projector.projector import parameter_count
 from llava_core.types import JsonDict
@@ -41,11 +42,11 @@ def announce(run: TrainingRun) -> None:
     if config.init is not None and not run.step:
         say(f"{title}starts from {config.init}")
     say(
-        f"{title}{len(samples)} samples, features {samples.location}; "
+        f"{title}{len(samples)} samples, features {translated(samples.location)}; "
         f"{run.schedule.steps} steps of {config.batch_size} on {run.llm.device}"
         + (f" in {run.group.size} processes" if run.group.size > 1 else "")
         + (f", continued at step {run.step}" if run.step else "")
-        + f"; {run.schedule.ending}"
+        + f"; {translated(run.schedule.ending)}"
     )
     if encoder.fusion:
         say(f"{title}fused: {encoder}")
@@ -57,10 +58,10 @@ def announce_evaluation(run: TrainingRun, evaluated: Evaluation, answers: Sequen
     """Print the held-out figures, and the first of the captions generated for held-out pictures."""
     title, figures = run.title, evaluated.figures
     gap = f"grounding gap {with_interval(figures, 'grounding_gap')} nats per token"
+    gap = translated(ONE_PICTURE if figures["grounding_gap"] is None else gap)
     say(
         f"{title}step {run.step}: held-out loss {with_interval(figures, 'loss')}, "
-        f"perplexity {with_interval(figures, 'perplexity', 2)}, "
-        f"{ONE_PICTURE if figures['grounding_gap'] is None else gap}"
+        f"perplexity {with_interval(figures, 'perplexity', 2)}, {gap}"
     )
     if evaluated.parts:
         parts = (

@@ -95,10 +95,10 @@ class Verdict:
 
     def tell(self, title: str = "") -> None:
         """Print it, the evidence and the next thing to do."""
-        say(f"{title}{translated('verdict:')} {translated(self.name)}")
+        say(title + translated(f"verdict: {translated(self.name)}"))
         for text in self.evidence:
             say(f"{title}  {translated(text)}")
-        say(f"{title}  {translated('next:')} {translated(NEXT[self.name])}")
+        say(f"{title}  " + translated(f"next: {translated(NEXT[self.name])}"))
 
     def to_json(self) -> JsonDict:
         """verdict, verdict_evidence [sentences] and verdict_next, in English."""

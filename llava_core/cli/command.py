@@ -64,7 +64,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        where = f": {error.filename}" if error.filename else ""
+        say(translated_error(f"error: {error.strerror or error}{where}"))
         code = 1
     except RuntimeError as error:
         on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which takes seconds to import

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from llava_core.cli.translation import translated
+from llava_core.cli.translation import translated, translated_label
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control, format (bidi among them), surrogate and line-separating characters."""
@@ -160,9 +160,9 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None)
     """
     texts = [[str(cell) for cell in row] for row in rows]
     if header:
-        texts.insert(0, list(map(translated, header)))
+        texts.insert(0, list(map(translated_label, header)))
     else:
-        texts = [[translated(row[0]), *row[1:]] for row in texts]
+        texts = [[translated_label(row[0]), *row[1:]] for row in texts]
     cells = [[visible(cell) for cell in row] for row in texts]
     if not cells:
         return ""

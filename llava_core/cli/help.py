@@ -14,8 +14,8 @@ from llava_core.cli.translation import LANGUAGES, translated
 
 LEFT, NARROW = 26, 72
 """Columns of the flags; and of a terminal under which their texts stand below them."""
-CLOSING = "，。、；：？！）】》」』”’…"
-"""Chinese punctuation that begins no line."""
+OPENING, CLOSING = "（【《「『“‘", "，。、；：？！）】》」』”’…"
+"""Chinese punctuation that ends no line, and that begins none."""
 
 
 def overview(prog: str, description: str, commands: Mapping[str, Command], columns: int) -> str:
@@ -49,18 +49,13 @@ def command_page(prog: str, name: str, command: Command, columns: int) -> str:
 
 def _settings(command: Command) -> list[tuple[str, str]]:
     """Flags that stand for others, or for no field."""
-    texts = {
-        "--recipe": "Named set of flags; those typed win.",
-        "-c": "YAML file of flags (key: value); those typed win.",
-        "--lang": "Language of what is printed: by default the locale's.",
-    }
-    values = {
-        "--recipe": "{" + ",".join(command.recipes) + "}",
-        "-c": "FILE",
-        "--lang": "{" + ",".join(LANGUAGES) + "}",
-    }
-    names = [name for name in texts if name != "--recipe" or command.recipes]
-    return [(f"{name} {values[name]}", translated(texts[name])) for name in names]
+    recipes, languages = (f"{{{','.join(each)}}}" for each in (command.recipes, LANGUAGES))
+    recipe = (f"--recipe {recipes}", translated("Named set of flags; those typed win."))
+    return [
+        *([recipe] if command.recipes else []),
+        ("-c FILE", translated("YAML file of flags (key: value); those typed win.")),
+        (f"--lang {languages}", translated("Language of what the command prints; by default the locale's.")),
+    ]
 
 
 def _text(flag: Flag, texts: Mapping[str, str], command: Command) -> str:
@@ -110,7 +105,8 @@ def _wrapped(text: str, columns: int) -> list[str]:
 
 def _pieces(text: str) -> Sequence[str]:
     """Stretches between which a line may break."""
-    wide = "".join(sorted({c for c in text if unicodedata.east_asian_width(c) in "WF" and c not in CLOSING}))
+    wide = "".join({c for c in text if unicodedata.east_asian_width(c) in "WF"} - {*OPENING, *CLOSING})
     if not wide:
         return re.findall(r"\s*\S+", text)
-    return re.findall(rf"\s*(?:[{wide}]|[^\s{wide}]+)[{CLOSING}]*", text)
+    word = rf"[{wide}]|[^\s{wide}{OPENING}{CLOSING}]+"
+    return re.findall(rf"\s*[{OPENING}]*(?:{word})?[{CLOSING}]+|\s*[{OPENING}]*(?:{word})", text)

@@ -18,6 +18,11 @@ CATALOGUE = Path(__file__).with_name("zh.po")
 FIELD = re.compile(r"\{(\w+)(?::[^{}]*)?\}")
 NESTED = "error"
 """Name of a field that holds a message in its turn."""
+FEW = 6
+"""Letters of a message below which its fields hold no sentence: `{path} is {what}` fits many."""
+NUMBER = r"\d[\d,]*"
+SENTENCE = re.compile("[A-Za-z]+ [A-Za-z]")
+CODE = re.compile("`[^`]*`")
 _chosen: list[str] = []
 
 
@@ -50,6 +55,13 @@ def translated_error(text: str) -> str:
     return _around(text, lambda core: _catalogue().translated_parts(core))
 
 
+def translated_label(text: str) -> str:
+    """The name of a figure: only as the catalogue has it, or as its parts on both sides of a colon."""
+    return _around(
+        text, lambda core: ": ".join(_catalogue().entries.get(each, each) for each in core.split(": "))
+    )
+
+
 def _around(text: str, translate: Callable[[str], str]) -> str:
     core = text.strip()
     if language() == "en" or not core:
@@ -76,15 +88,26 @@ class Catalogue:
         self.entries = entries
         patterns = [(*_literals(message), message) for message in entries if FIELD.search(message)]
         patterns.sort(key=lambda each: -sum(map(len, each[1])))  # the most literal text first
-        self._patterns = [(longest, message) for longest, _, message in patterns]
+        self._patterns = [
+            (longest, sum(map(str.isalpha, "".join(stretches))), message)
+            for longest, stretches, message in patterns
+        ]
 
     def translated(self, text: str) -> str | None:
         """Its translation, or None."""
         if text in self.entries:
             return self.entries[text]
-        for longest, message in self._patterns:
+        for longest, letters, message in self._patterns:
+            if text.count("; ") != message.count("; ") and f"{{{NESTED}}}" not in message:
+                continue  # parts of an error
             if longest in text and (found := _pattern(message).fullmatch(text)):
-                return self._filled(self.entries[message], found.groupdict())
+                values = found.groupdict()
+                if (
+                    letters >= FEW
+                    or NESTED in values
+                    or not any(SENTENCE.search(CODE.sub("", value)) for value in values.values())
+                ):
+                    return self._filled(self.entries[message], values)
         return None
 
     def _filled(self, message: str, values: Mapping[str, str]) -> str:
@@ -116,7 +139,7 @@ def _pattern(message: str) -> re.Pattern[str]:
     def group(name: str) -> str:
         first = name not in seen
         seen.add(name)
-        return f"(?P<{name}>.*?)" if first else f"(?P={name})"
+        return f"(?P<{name}>{NUMBER if name == 'n' else '.*?'})" if first else f"(?P={name})"
 
     parts = FIELD.split(message)
     return re.compile(

@@ -22,7 +22,6 @@ PRINTED = {
     "say": (0,),
     "say_once": (0,),
     "translated": (0,),
-    "translated_error": (0,),
     "as_llava_error": (0,),
     "LlavaError": (0, "expected", "got", "do"),
     "progress": ("desc", 3),
@@ -31,6 +30,8 @@ PRINTED = {
 """Functions whose arguments, by position or keyword, are messages."""
 TABLES = ("FOUND", "NEXT", "MESSAGES")
 """Constants that are dicts of messages."""
+RETURNED = ("location", "ending")
+"""Properties that are messages."""
 OPAQUE = (
     "visible",
     "table",
@@ -40,6 +41,7 @@ OPAQUE = (
     "counted",
     "first_line",
     "reason",
+    "translated",
 )
 """Functions of a text or number that is not theirs."""
 MOST = 24
@@ -120,6 +122,11 @@ class Source:
             return [text for value in values for text in below(value)] or open_field
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
             return [text if _is_message(text) else open_field[0] for text in below(node.func.value)]
+        if isinstance(node, ast.Attribute) and node.attr in RETURNED:
+            source, function = functions()[node.attr]
+            return [
+                text for value in source.returned(function) for text in source.templates(value, depth + 1)
+            ]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions():
             source, function = functions()[node.func.id]
             return [
@@ -151,7 +158,7 @@ class Source:
         for name in TABLES:
             for table in self.assigned.get((None, name), []):
                 values = table.values if isinstance(table, ast.Dict) else []
-                yield from (text for value in values for text in self.templates(value))
+                yield from (text for value in values for text in self.templates(value) if _is_message(text))
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Call):
                 called = (
@@ -200,7 +207,8 @@ def _name(node: ast.expr) -> str:
     if isinstance(node, ast.Attribute):
         return node.attr
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-        return re.sub(r"\W", "", str(node.slice.value)) or "value"
+        named = re.sub(r"\W", "", str(node.slice.value))
+        return named if named.isidentifier() else _name(node.value)
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "counted":
         noun = node.args[1]
         return (str(noun.value) if isinstance(noun, ast.Constant) else "item").replace(" ", "_") + "s"
@@ -277,8 +285,70 @@ overfitting
 blind
 parroting
 underfitting
+expected {error}
+got {error}
+error: {error}
+verdict: {name}
+sources
+rows
+finished shards
+unfinished shards
+disk bytes
+free bytes
+shards
+stale shards
+checked
+damaged rows
+encoded again
+changed rows
+largest distance
+loss
+perplexity
+loss shuffled
+grounding gap
+samples
+pictures
+answer tokens
+text loss
+captions cut
+lines
+failed
+judged
+accuracy
+chance
+unanswered
+clip
+clipscore
+clipscore of another answer
+clipscore of captions
+questions
+answered
+accuracy shuffled
+accuracy gain
+steps
+feature bytes per epoch
+the run
+frozen parameters
+trained parameters
+visual tokens
+tokens per step
+micro tokens
+answer tokens per step
+memory
+process
+language model
+activations
+logits
+projector and optimizer
+features read ahead
+seconds
+eval loss
+eval perplexity
+eval grounding gap
+eval step
+eval visual rms
 """
-"""Names of figures and verdicts, which the code makes of keys."""
+"""Names of figures and verdicts, and parts of an error, which the code puts together."""
 
 
 def messages() -> dict[str, str]:
