@@ -23,6 +23,7 @@ from llava_core.filesystem import read_json_lines
 from train.config import RunConfig
 from train.recipes import RECIPES
 from train.run import run
+from train.sweep.plot_style import OKABE_ITO
 
 STEPS, EVERY, HELD_OUT = 150, 10, 64
 COURSE = RECIPES["course"]
@@ -36,6 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "course, seed 2": {**COURSE, "seed": 2},
     "48 pictures, 50 times": {**COURSE, "projector": "mlp", "max_samples": 48, "epochs": 50},
 }
+BLUE, RED, GREEN, PINK, *_ = OKABE_ITO
 Line = list[tuple[int, float]]
 
 
@@ -81,11 +83,11 @@ def at(curves: dict[str, Line], step: int) -> float:
 def gap(runs: dict[str, dict[str, Line]]) -> Any:
     """Loss above, grounding gap below, of both recipes."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
-    for name, colour in (("course", "tab:blue"), ("fast", "tab:orange")):
-        draw(above, runs[name]["eval_loss"], name, colour)
-        draw(below, runs[name]["eval_grounding_gap"], name, colour)
+    for name, colour, style in (("course", BLUE, "-"), ("fast", RED, "--")):
+        draw(above, runs[name]["eval_loss"], name, colour, style)
+        draw(below, runs[name]["eval_grounding_gap"], name, colour, style)
     above.set(ylabel="held-out loss\n(nats per answer token)", ylim=(0, 3))
-    below.set(ylabel="grounding gap", xlabel="step")
+    below.set(ylabel="grounding gap\n(nats per answer token)", xlabel="step")
     below.axhline(0, color="grey", linewidth=0.8)
     above.legend(frameon=False)
     return figure
@@ -94,22 +96,22 @@ def gap(runs: dict[str, dict[str, Line]]) -> Any:
 def rates(runs: dict[str, dict[str, Line]]) -> Any:
     """Learning rates too low, right and too high; three seeds of the right one."""
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for name, colour in (
-        ("course, lr 2e-4", "tab:blue"),
-        ("course", "tab:green"),
-        ("course, lr 2e-2", "tab:orange"),
-        ("course, lr 1", "tab:red"),
+    for name, colour, style in (
+        ("course, lr 2e-4", BLUE, "--"),
+        ("course", GREEN, "-"),
+        ("course, lr 2e-2", PINK, "-."),
+        ("course, lr 1", RED, (0, (8, 2, 2, 2, 2, 2))),
     ):
-        draw(axes, runs[name]["eval_loss"], "course, lr 2e-3" if name == "course" else name, colour)
+        draw(axes, runs[name]["eval_loss"], "course, lr 2e-3" if name == "course" else name, colour, style)
     for name in ("course, seed 1", "course, seed 2"):
         draw(
             axes,
             runs[name]["eval_loss"],
             "the same, other seeds" if name[-1] == "1" else None,
-            "tab:green",
+            GREEN,
             ":",
         )
-    axes.set(ylabel="held-out loss (nats per answer token)", xlabel="step", ylim=(0, 5))
+    axes.set(ylabel="held-out loss (nats per answer token)", xlabel="step", ylim=(0, 3))
     axes.legend(frameon=False)
     return figure
 
@@ -118,17 +120,17 @@ def few(runs: dict[str, dict[str, Line]]) -> Any:
     """A run on too few pictures: the loss of a step falls on, the held-out loss does not."""
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
     curves = runs["48 pictures, 50 times"]
-    draw(axes, curves["loss"], "loss of a step", "tab:blue")
-    draw(axes, curves["eval_loss"], "held-out loss", "tab:red")
-    draw(axes, runs["course"]["eval_loss"], "held-out loss of 2,394 pictures, once", "tab:green", ":")
-    axes.set(ylabel="nats per answer token", xlabel="step", ylim=(0, 4))
+    draw(axes, curves["loss"], "loss of a step", BLUE, "--")
+    draw(axes, curves["eval_loss"], "held-out loss", RED)
+    draw(axes, runs["course"]["eval_loss"], "held-out loss of 2,394 pictures, once", GREEN, ":")
+    axes.set(ylabel="nats per answer token", xlabel="step", ylim=(0, 3.5))
     axes.legend(frameon=False)
     return figure
 
 
-def draw(axes: Axes, line: Line, label: str | None, colour: str, style: str = "-") -> None:
+def draw(axes: Axes, line: Line, label: str | None, colour: str, style: Any = "-") -> None:
     steps, values = zip(*line, strict=True)
-    axes.plot(steps, values, style, color=colour, label=label, linewidth=1.6)
+    axes.plot(steps, values, linestyle=style, color=colour, label=label, linewidth=1.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(linewidth=0.3)
 

@@ -58,10 +58,10 @@ def announce_evaluation(run: TrainingRun, evaluated: Evaluation, answers: Sequen
     """Print the held-out figures, and the first of the captions generated for held-out pictures."""
     title, figures = run.title, evaluated.figures
     gap = f"grounding gap {with_interval(figures, 'grounding_gap')} nats per token"
+    gap = translated(ONE_PICTURE if figures["grounding_gap"] is None else gap)
     say(
         f"{title}step {run.step}: held-out loss {with_interval(figures, 'loss')}, "
-        f"perplexity {with_interval(figures, 'perplexity', 2)}, "
-        f"{ONE_PICTURE if figures['grounding_gap'] is None else gap}"
+        f"perplexity {with_interval(figures, 'perplexity', 2)}, {gap}"
     )
     if evaluated.parts:
         parts = (

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llava_core.bootstrap import figure_rows
 from llava_core.cli.console import human_seconds, progress, say, show, table
+from llava_core.cli.translation import translated
 from llava_core.device import Later, is_memory_full
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
@@ -217,7 +218,7 @@ class Trainer:
             metrics = {"loss": losses[number], "lr": run.learning_rate(self.step - 1), **rates}
             run.loss = losses[number]
             run.writers.log(self.step, metrics)
-            line = progress_line(metrics)
+            line = translated(progress_line(metrics))
         return line
 
     def show_progress(self, bar: tqdm[Any], line: str) -> None:

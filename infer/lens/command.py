@@ -5,6 +5,8 @@ A random projector of the same kind and scale is the baseline: its words come fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -22,8 +24,9 @@ from infer.lens.readout import (
     random_projector,
     require_one_grid,
 )
-from infer.lens.result import LensResult, Panel
+from infer.lens.result import BLANK, LensResult, Panel
 from llava_core.cli.console import say, show, table
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError
 from llava_core.input_folders import config_of
 from llava_core.language.prompt_and_labels import Turn
@@ -65,7 +68,7 @@ def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
     shown = _decoded(aligned, config.image)
     pixels = shown.pixels
     if config.other is None:
-        blank, other = blank_image(config.image, shown), "a blank image"
+        blank, other = blank_image(config.image, shown), BLANK
     else:
         blank, other = _decoded(aligned, config.other), config.other
         if np.array_equal(blank.pixels, pixels):
@@ -79,14 +82,17 @@ def analyse(aligned: ImageAnswerer, config: LensConfig) -> LensResult:
     layer = max(1, blocks // 2) if config.layer is None else config.layer
     vocabulary, panels = Vocabulary(aligned), []
     random = random_projector(aligned.projector, features, config.seed)
-    kinds = {"trained projector": visual[0], "random projector": random(features.to(aligned.llm.device))[0]}
-    for readout in ("nearest input embeddings", f"logit lens after block {layer}"):
+    kinds = {
+        translated("trained projector"): visual[0],
+        translated("random projector"): random(features.to(aligned.llm.device))[0],
+    }
+    readouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        translated("nearest input embeddings"): lambda found: embedding_similarity(aligned.llm, found),
+        translated(f"logit lens after block {layer}"): lambda found: logit_lens(aligned.llm, found, layer),
+    }
+    for readout, scores_of in readouts.items():
         for projector, found in kinds.items():
-            found = found.to(aligned.llm.dtype)
-            near = "nearest" in readout
-            scores = (
-                embedding_similarity(aligned.llm, found) if near else logit_lens(aligned.llm, found, layer)
-            )
+            scores = scores_of(found.to(aligned.llm.dtype))
             words = vocabulary.top(scores, config.top)
             class_words = words[0] if tokens > side**2 else []
             panels.append(Panel(projector, readout, words[tokens - side**2 :], class_words))

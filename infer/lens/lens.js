@@ -18,14 +18,14 @@ function drawn(panel) {
   const grid = make("div", "grid");
   grid.style.backgroundImage = `url(${image})`;
   grid.style.gridTemplate = `repeat(${content.side}, 1fr) / repeat(${content.side}, 1fr)`;
-  grid.style.setProperty("--size", `clamp(7px, ${16 / content.side}rem, 15px)`);
-  const rest = panel.classWords.length ? `class token: ${spelt(panel.classWords)}` : "";
+  grid.style.setProperty("--size", `clamp(9px, ${26 / content.side}cqi, 22px)`);
+  const rest = panel.classWords.length ? `${content.classToken} ${spelt(panel.classWords)}` : "";
   const more = make("p", "more", rest);
   panel.words.forEach((words, k) => {
-    const patch = make("div", "patch", words[0][0]);
+    const patch = make("div", content.plain[k] ? "patch plain" : "patch", words[0][0]);
     patch.tabIndex = 0;
     patch.title = spelt(words);
-    const where = `row ${Math.floor(k / content.side) + 1}, column ${(k % content.side) + 1}: `;
+    const where = `${Math.floor(k / content.side) + 1}, ${(k % content.side) + 1}: `; // row, column
     for (const event of ["mouseenter", "focus"]) patch.addEventListener(event, () => (more.textContent = where + spelt(words)));
     for (const event of ["mouseleave", "blur"]) patch.addEventListener(event, () => (more.textContent = rest));
     grid.append(patch);
@@ -47,14 +47,20 @@ for (const readout of readouts) {
   document.getElementById("readouts").append(button);
 }
 for (const [text, loss, other] of content.pieces) {
-  const share = Math.min(1, Math.max(0, (other - loss) / 4));
-  const piece = make("span", share > 0.5 ? "piece strong" : "piece", text || "(end)");
+  const share = Math.min(1, Math.max(0, (other - loss) / content.most));
+  const piece = make("span", share > 0.5 ? "piece strong" : "piece", text || content.end);
   piece.style.backgroundColor = `rgba(var(--gain), ${share})`;
   piece.title = `${(other - loss).toFixed(2)} = ${other.toFixed(2)} − ${loss.toFixed(2)}`;
   piece.tabIndex = 0;
   for (const event of ["mouseenter", "focus"]) {
-    piece.addEventListener(event, () => (document.getElementById("piece").textContent = `${text || "(end)"}: ${piece.title}`));
+    piece.addEventListener(event, () => (document.getElementById("piece").textContent = `${text || content.end}: ${piece.title}`));
   }
   document.getElementById("pieces").append(piece);
+}
+for (let nats = 0; nats <= content.most; nats += 1) {
+  const step = make("span", "step", nats < content.most ? String(nats) : `≥ ${nats}`);
+  step.style.backgroundColor = `rgba(var(--gain), ${nats / content.most})`;
+  if (nats > content.most / 2) step.classList.add("strong");
+  document.getElementById("scale").append(step);
 }
 show(readouts[0]);

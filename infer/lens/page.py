@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from infer.lens.result import LensResult
-from llava_core.cli.translation import translated_label
+from infer.lens.result import MOST, LensResult, key_of
+from llava_core.cli.translation import language, translated
 from llava_core.filesystem import replace_text
 from llava_core.report.page import fill
 
@@ -19,6 +19,10 @@ from llava_core.report.page import fill
 def write_page(path: Path, result: LensResult) -> None:
     content = {
         "side": result.side,
+        "plain": result.plain,
+        "most": MOST,
+        "end": translated("(end)"),
+        "classToken": translated("class token:"),
         "panels": [
             {
                 "projector": panel.projector,
@@ -30,11 +34,18 @@ def write_page(path: Path, result: LensResult) -> None:
         ],
         "pieces": list(zip(result.pieces, result.loss, result.other_loss, strict=True)),
     }
+    words = {
+        "language": "zh-CN" if language() == "zh" else "en",
+        "lens": translated("Lens"),
+        "point": translated("Point at a patch, or move to it by Tab, for more words and their scores."),
+        "caption": translated("What the image tells the caption"),
+        **key_of(result.other),
+    }
     parts = {
         "title": escape(Path(result.image).name),
         "image": _data_url(result),
-        "other": escape(translated_label(result.other)),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
+        **{name: escape(text) for name, text in words.items()},
     }
     page = fill(Path(__file__).with_name("lens.html"), parts)
     replace_text(path, page)

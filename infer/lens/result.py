@@ -7,9 +7,15 @@ import dataclasses
 import numpy as np
 
 from infer.lens.readout import Words
+from llava_core.cli.console import visible
+from llava_core.cli.translation import translated
 
 GAIN, MOST = (255, 176, 32), 4.0
 """Full colour of a piece of text that the image makes likelier, and the nats of loss saved that give it."""
+BLANK = "a blank image"
+"""What the image is compared with by default."""
+PLAIN = 4.0
+"""Standard deviation of a patch's pixels, in levels of 255, below which it shows one colour."""
 
 
 def gain_colour(gain: float) -> tuple[int, int, int]:
@@ -42,10 +48,32 @@ class LensResult:
     """Patches along a side."""
     panels: list[Panel]
     other: str
-    """Path or URL of the image to compare with, or "a blank image"."""
+    """Path or URL of the image to compare with, or BLANK."""
     pieces: list[str]
     """The caption in whole characters, and its end, which is empty."""
     loss: list[float]
     """Loss of each piece in nats, with the image."""
     other_loss: list[float]
     """Loss of each piece in nats, with the other image."""
+
+    @property
+    def plain(self) -> list[bool]:
+        """Whether each patch, row by row, shows one colour."""
+        rows = np.array_split(self.pixels.astype(float), self.side)
+        patches = [patch for row in rows for patch in np.array_split(row, self.side, axis=1)]
+        return [bool(patch.std(axis=(0, 1)).max() < PLAIN) for patch in patches]
+
+
+def key_of(other: str) -> dict[str, str]:
+    """What words, grey words, the random projector and colours mean; `other`: what the image is beside."""
+    words = "Each patch: the word nearest to its visual token, or predicted there (logit lens)."
+    plain = "Grey words: a patch of one colour, with nothing in it to name; some word is always the nearest."
+    random = "Random projector: of the same kind and scale, not trained; its words fit the image by chance."
+    other = translated(BLANK) if other == BLANK else visible(other)
+    return {
+        "words": translated(words),
+        "next": translated("Below it, smaller, the next two."),
+        "plain": translated(plain),
+        "random": translated(random),
+        "gain": translated(f"Number and colour: nats of loss that the image saves against {other}"),
+    }

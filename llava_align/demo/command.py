@@ -70,7 +70,7 @@ def _demo(config: DemoConfig) -> JsonDict:
     for name, line in (("loss_before", evaluations[0]), ("loss_after", evaluations[-1])):
         figures |= {f"{name}{end}": line[f"eval_loss{end}"] for end in ("", "_low", "_high")}
     loss_curve(metrics, out / "loss.png")
-    contact_sheet(held_out.pictures, answers, held_out.scenes, out / "answers.png")
+    contact_sheet(held_out, answers, out / "answers.png")
     figures["seconds"] = {"draw": drawing, **figures["seconds"], "all": time.monotonic() - started}
     _print(figures, out)
     return figures

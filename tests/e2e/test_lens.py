@@ -52,7 +52,7 @@ def test_picture_and_page_show_the_words(tmp_path: Path) -> None:
     for panel in result.panels[:2]:
         for words in panel.words:
             assert f'title="{"   ".join(f"{word} {score:.2f}" for word, score in words)}"' in shown
-    assert shown.count('class="patch"') == 8
+    assert shown.count('class="patch') == 8
     assert "<b>" not in dom  # no caption becomes markup
     assert shown.count('class="piece') == len(result.pieces)
 

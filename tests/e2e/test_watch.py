@@ -112,10 +112,12 @@ def test_torn_lines_wait_damaged_ones_are_counted_and_captions_are_no_html(tmp_p
     lines = [{"step": 0, "total_steps": 9}, {"step": 0, "eval_loss": 3.0, "eval_captions": [answer]}]
     metrics = tmp_path / "run/metrics.jsonl"
     metrics.parent.mkdir()
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "lo')
+    metrics.with_name("training_config.yaml").write_text("{}\n")  # which a run writes first
     with watching(metrics.parent) as watched:
         tab.open(watched.base)
-        tab.until(f"{STATUS}.startsWith('stopped · step 0 of 9')")
+        tab.until(f"{STATUS}.startsWith('stopped')")
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "lo')
+        tab.until(f"{STATUS}.includes('step 0 of 9')")
         assert tab.run("[...document.querySelectorAll('#samples dd')].map((each) => each.textContent)") == [
             "<img src=x>",
             "<b>bold</b>",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import architecture
 from extract.config import EncodeConfig
 from llava_align.config import TraceConfig
 from llava_align.demo import trace
@@ -249,6 +250,14 @@ def test_the_six_lines_run(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     with contextlib.redirect_stdout(out):
         exec(example, {})
     assert out.getvalue() == f"({shard.tokens}, {shard.width}) {shard.caption(1)}\n"
+
+
+@pytest.mark.parametrize("name", architecture.FILES)
+def test_pictures_of_the_architecture_are_those_of_the_script(name: str) -> None:
+    drawn = architecture.drawn(architecture.FILES[name])
+    assert (ROOT / "docs/images" / name).read_text(encoding="utf-8") == drawn
+    for part in ("[197, 768]", "768 → 1024", f"{768 * 1024 + 1024:,}", "[197, 1024]"):
+        assert part in drawn
 
 
 def test_sizes_are_those_of_the_reference() -> None:

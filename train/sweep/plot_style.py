@@ -17,6 +17,9 @@ OUTLIER = 4.0
 """Losses more than this many times further above the best than the median is are drawn at the edge."""
 LIGHT = {"paper": "#ffffff", "ink": "#1f1e1b", "line": "#dedad2", "best": "#b4532f", "other": "#0072b2"}
 DARK = {"paper": "#161614", "ink": "#e9e6df", "line": "#4a4740", "best": "#f0a07c", "other": "#56b4e9"}
+OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Colours that differ for colour-blind readers, too; on dark paper the last comes first."""
+DASHES, MARKERS = ("-", "--", "-.", ":"), "os^vP*"
 SHADES = {"#ffffff": (0.05, 0.85), "#161614": (0.3, 1.0)}
 """The part of the colour map, from the best loss to the worst, that is seen on each paper."""
 
@@ -39,6 +42,12 @@ def limit_losses(axes: Any, losses: Sequence[float], top: float) -> None:
     low = min(losses)
     margin = 0.07 * (top - low) or 0.05 * abs(low) or 1.0
     axes.set_ylim(low - margin, top + margin)
+
+
+def colour(theme: Theme, number: int) -> str:
+    """The colour of one of a few lines."""
+    colours = OKABE_ITO if theme["other"] == OKABE_ITO[0] else OKABE_ITO[::-1]
+    return colours[number % len(colours)]
 
 
 def shade(theme: Theme, share: float) -> Any:

@@ -10,13 +10,24 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from train.sweep.axis import Choices
 from train.sweep.parallel_plot import parallel
 from train.sweep.pareto_plot import comparable, pareto
-from train.sweep.plot_style import DARK, LABELS, LIGHT, Theme, limit_losses, new_figure, render, shade, top_of
+from train.sweep.plot_style import (
+    DARK,
+    DASHES,
+    LABELS,
+    LIGHT,
+    Theme,
+    colour,
+    limit_losses,
+    new_figure,
+    render,
+    shade,
+    top_of,
+)
 from train.sweep.record import Record
 from train.sweep.rows import Row, best_of
 from train.sweep.scaling import ScalingCurve
@@ -55,7 +66,7 @@ def draw(
             "Held-out loss against learning rate: a dot for each run, a cross for one that was pruned, a "
         )
         caption += "triangle for one far above; lines through the means of seeds"
-        wanted.append(("loss-lr", caption, lambda theme: loss_against_lr(space, rows)))
+        wanted.append(("loss-lr", caption, lambda theme: loss_against_lr(space, rows, theme)))
     caption = "Held-out loss of every run; a cross where one was pruned"
     wanted.append(("curves", caption, lambda theme: curves(rows, theme)))
     if len(space.axes) > 1:
@@ -79,8 +90,8 @@ def draw(
     return plots
 
 
-def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
-    """One colour for each combination of the other values, or of the first keys that make few enough."""
+def loss_against_lr(space: Space, rows: Sequence[Row], theme: Theme) -> Figure:
+    """A line, by colour and dash, for each combination of the other values, or of the first keys with few."""
     known = [row for row in rows if row.loss is not None]
     others = [key for key in space.axes if key != "lr"]
     named = [key for key in others if isinstance(space.axes[key], Choices)]
@@ -94,12 +105,12 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
     top = top_of(losses)
     connected = named == others and len(known) > len(lines)  # by learning rates tried with the same others
     for k, (name, same) in enumerate(sorted(lines.items())):
-        colour = matplotlib.colormaps["tab10"](k)
+        style = {"color": colour(theme, k), "linestyle": DASHES[k % len(DASHES)]}
         same = sorted(same, key=_lr)
         if connected:
             means = [(_lr(row), row.loss) for row in same if row.state == "finished"]
             if means:
-                axes.plot(*zip(*means, strict=True), color=colour, linewidth=1.4, zorder=1)
+                axes.plot(*zip(*means, strict=True), **style, linewidth=1.4, zorder=1)
         for kind, marker in (("finished", "o"), ("pruned", "x")):
             dots = [
                 (_lr(row), min(record.loss, top), record.loss > top)
@@ -112,12 +123,14 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
                 if chosen:
                     axes.scatter(
                         *zip(*chosen, strict=True),
-                        color=colour,
+                        color=style["color"],
                         marker="^" if beyond else marker,
                         s=26,
                         zorder=2,
                     )
-        axes.plot([], [], "o-" if connected else "o", color=colour, label=name or "all")
+        axes.plot(
+            [], [], marker="o", **(style if connected else {**style, "linestyle": ""}), label=name or "all"
+        )
     if len(lines) > 1:
         figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     rates = [_lr(row) for row in rows]
@@ -135,7 +148,7 @@ def loss_against_lr(space: Space, rows: Sequence[Row]) -> Figure:
 
 
 def curves(rows: Sequence[Row], theme: Theme) -> Figure:
-    """A line for each run, coloured by its loss at the end."""
+    """A line for each run, coloured by its loss at the end; of few runs, dashed in turn."""
     best = best_of(rows)
     drawn = [(record, line) for row in rows for record in row.records if (line := record.curve)]
     later = [loss for _, line in drawn for step, loss in line if step > 0]
@@ -149,20 +162,21 @@ def curves(rows: Sequence[Row], theme: Theme) -> Figure:
     for rank, k in reversed(list(enumerate(ranks))):
         record, line = drawn[k]
         share = rank / max(1, len(drawn) - 1)
-        colour = theme["best"] if record == best else shade(theme, share)
+        ink = theme["best"] if record == best else shade(theme, share)
         if record.state == "failed":
-            colour = theme["line"]
+            ink = theme["line"]
         axes.plot(
             *zip(*line, strict=True),
-            color=colour,
-            linewidth=2.4 if record == best else 1.1,
+            color=ink,
+            linestyle=DASHES[rank % len(DASHES)] if few else "-",
+            linewidth=2.4 if record == best else 1.3,
             alpha=1.0 if few or record == best else 0.7,
             marker="." if len(line) == 1 else None,
             zorder=3 if record == best else 2,
             label=", ".join(map(shown, record.point.values())) if few or record == best else None,
         )
         if record.state == "pruned":
-            axes.plot(*line[-1], marker="x", color=colour, markersize=6, zorder=2)
+            axes.plot(*line[-1], marker="x", color=ink, markersize=6, zorder=2)
     handles, labels = axes.get_legend_handles_labels()
     if handles and len(drawn) > 1:  # in the order of their losses
         place = "outside right upper" if few else "outside upper right"

@@ -6,9 +6,10 @@ GET / is the page; GET /events a stream of server-sent events: at first all that
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
+import os
 import socket
+import sys
 import time
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +42,11 @@ class Server(ThreadingHTTPServer):
         }
         self.page = report(PAGE, parts, "train watch").encode()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A page that was closed while it was written to is no error."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
@@ -55,8 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(self.server.page)
         elif self.path == "/events":
             self._begin("text/event-stream")
-            with contextlib.suppress(OSError):  # the page was closed
-                self._follow(Follower(self.server.folder))
+            self._follow(Follower(self.server.folder))
         else:
             self.send_error(404)
 
@@ -67,15 +72,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _follow(self, follower: Follower) -> None:
-        sent: list[JsonDict] | None = None
+        first = True
         while True:
-            if (changes := follower.changes()) or sent is None:
+            if (changes := follower.changes()) or first:
                 # JSON has no NaN, which the losses of a run that diverges may be
                 finite = json.loads(json.dumps(changes), parse_constant=lambda _: None)
                 self.wfile.write(f"data: {json.dumps(finite)}\n\n".encode())
             else:
                 self.wfile.write(b":\n\n")  # which tells whether the page is still there
-            sent = changes
+            first = False
             time.sleep(POLL_SECONDS)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -89,7 +94,8 @@ def run(config: WatchConfig) -> JsonDict:
         base = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}/"
         say(f"{config.folder} at {base} in a browser; Ctrl-C ends the page, not the training")
         if server.local:
-            ssh = f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
+            login = "@".join((os.environ.get("USER") or "USER", socket.gethostname()))
+            ssh = f"ssh -N -L {port}:127.0.0.1:{port} {login}"
             say(f"from another computer: {ssh} (address and port as for your login), then the same address")
         else:
             say("anybody who reaches this port can read it")

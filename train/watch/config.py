@@ -32,7 +32,7 @@ class WatchConfig(Options):
             raise LlavaError("--port", expected="0 to 65535", got=self.port, exit_code=2)
 
     def require_inputs(self) -> None:
-        begun = ("metrics.jsonl", "training_config.yaml", "trials")
+        begun = ("metrics.jsonl", "training_config.yaml", "sweep.yaml")
         if not any((self.folder / name).exists() for name in begun):
             expected = "the --out of `train run` or `train sweep` once it has begun"
             raise LlavaError(f"no run or sweep in {self.folder}", expected=expected, exit_code=2)

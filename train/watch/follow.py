@@ -55,7 +55,8 @@ class MetricsFile:
         before = len(self.lines)
         for line in filter(None, whole):
             try:
-                self.lines.append({"step": int((found := json.loads(line))["step"]), **found})
+                found = json.loads(line)
+                self.lines.append({**found, "step": int(found["step"])})
             except (ValueError, LookupError, TypeError):
                 self.damaged += 1
         return None if anew else len(self.lines) - before
@@ -132,16 +133,15 @@ class Follower:
 
     def changes(self) -> list[JsonDict]:
         """What has changed in any run since the last call."""
-        trials, results = self.folder / "trials", dict[str, dict[str, str]]()
-        with contextlib.suppress(*UNREADABLE), (self.folder / "results.csv").open(encoding="utf-8") as file:
-            results = {Path(row["folder"]).name: row for row in csv.DictReader(file)}
-        if trials.exists() and not self.varied:
+        folders, results = [self.folder], dict[str, dict[str, str]]()
+        space, table = self.folder / "sweep.yaml", self.folder / "results.csv"
+        if space.exists():
+            folders = sorted(path.parent for path in self.folder.glob("trials/*/metrics.jsonl"))
             with contextlib.suppress(*UNREADABLE):
-                self.varied = list(yaml.safe_load((self.folder / "sweep.yaml").read_text("utf-8"))["space"])
-        folders = (
-            [path.parent for path in trials.glob("*/metrics.jsonl")] if trials.exists() else [self.folder]
-        )
-        for folder in sorted(folders):
+                self.varied = self.varied or list(yaml.safe_load(space.read_text(encoding="utf-8"))["space"])
+            with contextlib.suppress(*UNREADABLE), table.open(encoding="utf-8") as file:
+                results = {Path(row["folder"]).name: row for row in csv.DictReader(file)}
+        for folder in folders:
             if folder not in self.runs:
                 self.runs[folder] = WatchedRun(folder, self.varied)
         found = (run.changes(results.get(folder.name, {})) for folder, run in self.runs.items())

@@ -49,7 +49,7 @@ events.onmessage = ({ data }) => {
   if (!begun) runs.clear(); // a new stream tells all anew
   begun = true, offline = false;
   for (const told of JSON.parse(data)) {
-    const before = told.anew ? [] : runs.get(told.name).lines;
+    const before = told.anew ? [] : runs.get(told.name)?.lines || [];
     runs.set(told.name, { ...told, lines: [...before, ...told.lines], written: performance.now() - told.age * 1000 });
   }
   draw();

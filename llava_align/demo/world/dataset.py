@@ -17,12 +17,13 @@ from llava_align.demo.world.scene import Scene, random_scene
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split of the data set: parquet files, pictures, and the scenes that they show."""
+    """A split of the data set: parquet files, pictures, the scenes that they show, and their captions."""
 
     parquet: Path
     """Folder of the parquet files."""
     pictures: list[Path]
     scenes: list[Scene]
+    captions: list[str]
 
 
 def write_split(
@@ -45,7 +46,7 @@ def write_split(
         part = slice(file * rows // files, (file + 1) * rows // files)
         table = pa.table({"url": urls[part], "cap_seg": _cap_seg(captions[part], as_struct=file % 2 == 0)})
         pq.write_table(table, parquet / f"{name}-{file:05d}.parquet")
-    return Split(parquet, paths, scenes)
+    return Split(parquet, paths, scenes, captions)
 
 
 def split_scenes(name: str, rows: int, seed: int) -> list[Scene]:
