@@ -81,6 +81,10 @@ MESSAGES = {
         "会话 {number}：{image}，已有 {turns} 轮",
         "session {number}: {image}, with turns: {turns}",
     ),
+    "dropped": (
+        "只保留 {most} 个会话：最早的（{image}）已忘记，编号依次减一",
+        "{most} sessions are kept: the oldest, about {image}, is forgotten, and the others move up",
+    ),
     "comparison": (
         "A 是 {A}；B 是 {B}，不知道之前的对话",
         "A is {A}; B is {B}, without the turns so far",

@@ -23,6 +23,8 @@ from llava_core.types import JsonDict
 
 ALIASES = {"clear": "/clear", "exit": "/exit", "quit": "/exit"}
 WITH_PATH = ("/image", "/save", "/load", "/compare")
+ALONE = ("/sessions", "/lens", "/why", "/think", "/clear", "/retry", "/stats", "/help", "/exit")
+"""Commands after which nothing is to be written."""
 
 
 class ChatRepl:
@@ -82,6 +84,8 @@ class ChatRepl:
         """Run a command or answer a question. Raises EOFError at /exit, LlavaError or OSError on failure."""
         name, _, rest = ALIASES.get(line.lower(), line).partition(" ")
         if name in self.commands:
+            if rest.strip() and name in ALONE:
+                raise LlavaError(f"{name} takes nothing after it", got=rest.strip(), do=f"write {name} alone")
             self.commands[name](rest.strip())
         elif re.fullmatch("/[a-z]+", name):
             raise LlavaError(f"no command {name}", do=nearest(name, list(self.commands)))
