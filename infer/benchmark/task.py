@@ -72,6 +72,8 @@ def read_task(pattern: str, category: str) -> Task:
     questions, categories, files, images, kinds = [], list[str](), list[tuple[Path, int]](), [], set[Kind]()
     for path in matching(pattern):
         table = open_table(path)
+        if not table.rows:
+            raise LlavaError(f"{path} has no rows")
         names = {name.lower(): name for name in table.names}
         column = next((name for name in ("image", *IMAGES) if name in names), None)
         if column is None or QUESTION not in names or not names.keys() & {*ANSWERS}:
@@ -91,8 +93,6 @@ def read_task(pattern: str, category: str) -> Task:
     if len(kinds) > 1:
         got = " and ".join(sorted(kinds))
         raise LlavaError(f"--task {pattern}", expected="files of one kind", got=got, do="name one of them")
-    if not questions:
-        raise LlavaError(f"no question in {pattern}")
     (kind,) = kinds
     say(f"{counted(len(questions), 'question')} in {counted(len(files), 'file')}: {kind}")
     return Task(kind, questions, categories, files, images)
