@@ -29,8 +29,10 @@ def write_page(path: Path, result: LensResult) -> None:
         ],
         "pieces": list(zip(result.pieces, result.loss, result.other_loss, strict=True)),
     }
+    name = escape(Path(result.image).name)
     parts = {
-        "title": escape(Path(result.image).name),
+        "title": f"Lens: {name}",
+        "name": name,
         "image": _data_url(result),
         "other": escape(result.other),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
