@@ -24,7 +24,7 @@ import tyro
 from llava_core.cli.console import guard_terminal, say, show, visible
 from llava_core.cli.options import Command
 from llava_core.cli.settings import with_settings
-from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line
+from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line, told
 from llava_core.gpu_drivers import DRIVERS, require_device
 
 INTERRUPTED = 130
@@ -59,7 +59,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        say(f"error: {told(error)}")
         code = 1
     except RuntimeError as error:
         on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which takes seconds to import
