@@ -102,6 +102,7 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
     with serving({}) as base:
         for line, expected in {
             "/image nowhere.png": "no image file nowhere.png",
+            "/image /dev/zero": "no image file /dev/zero",
             "/image": "/image needs an image; write /image PATH or /image URL",
             f"{base}/gone.png": "cannot fetch the image; got http 4xx",
             "/imagine": "no command /imagine; did you mean '/image'?",
