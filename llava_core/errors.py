@@ -63,6 +63,13 @@ def first_line(error: BaseException) -> str:
     return " ".join([first, *rest[: first.endswith(":")]]).rstrip(",:") or type(error).__name__
 
 
+def told(error: Exception) -> str:
+    """An error in one line; an OSError without its number."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return str(error.strerror or error) + (f": {error.filename}" if error.filename else "")
+
+
 def reason(error: BaseException) -> str:
     """The root cause in an error message: requests writes the whole chain of a failed connection."""
     text = first_line(error)

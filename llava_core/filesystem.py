@@ -48,7 +48,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # which a full disk leaves out
+            if error.filename in (None, str(partial)):  # a full disk leaves it out
+                error.filename = str(path)
         raise
 
 

@@ -49,13 +49,21 @@ def yes_or_no(text: str) -> str | None:
 
 def said_yes_or_no(text: str) -> str | None:
     """Which of "yes" and "no" an answer has without the other, as VLMEvalKit's `YOrN_Extraction` reads it; in
-    Chinese, which it begins with."""
+    Chinese, which it begins with. None for one that is not sure, which is neither."""
     said = normalised(text)
+    if _UNSURE.match(said):
+        return None
     for name, begins in (("no", NO), ("yes", YES)):
         if said.startswith(begins[1:]):
             return name
     found = {word for word in said.split() if word in ("yes", "no")}
     return found.pop() if len(found) == 1 else None
+
+
+_UNSURE = re.compile(
+    "(?:我|也)?(?:不(?:太|能|大|敢)?(?:确定|清楚|知道|肯定|一定|好说|判断)|没法|没办法|有可能|有点难|对不起)"
+)
+"""Texts that begin as yes or no does, and say neither."""
 
 
 def named_option(text: str, options: Mapping[str, str]) -> str | None:

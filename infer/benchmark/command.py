@@ -26,7 +26,7 @@ def run(config: BenchmarkConfig) -> JsonDict:
     Exit code 1 if a line of OUTPUT has an error in place of an answer. Raises LlavaError for a task that
     cannot be read, or if OUTPUT holds anything but answers to its questions, asked alike.
     """
-    task = read_task(config.task, config.category)
+    task = read_task(config.task, config.category, config.images)
     likely = is_by_likelihood(config, task.kind)
     letters = by_letter(config, task.kind, likely)
     questions = [asked(question, task.kind, likely, config) for question in task.questions]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from infer.config import Asked
+from llava_core.errors import LlavaError
 from llava_core.filesystem import require_matches
 
 MAX_TOKENS = 64
@@ -30,7 +31,8 @@ class BenchmarkConfig(Asked):
     """Folder of feature shards that `extract run` made from the same file, in place of --vision. Of several
     encoders that were fused each, in any order."""
     images: Path | None = None
-    """Folder that paths of images start from; each file's own by default."""
+    """Folder that paths of images start from, each file's own by default; or for GQA, whose questions name
+    images by `imageId`, the parquet file, or folder of some, that has them."""
     by: Literal["auto", "likelihood", "generation"] = "auto"
     """Take the option with the lowest mean loss per token, or read the generated answer; auto is likelihood
     where there are options."""
@@ -53,10 +55,14 @@ class BenchmarkConfig(Asked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_above_zero("max_tokens")
+        if self.images is not None and self.features is not None:
+            raise LlavaError("--images", expected="--vision, and no --features", exit_code=2)
 
     def require_inputs(self) -> None:
         super().require_inputs()
         require_matches("--task", self.task)
+        if self.images is not None and not self.images.exists():
+            raise LlavaError(f"no file or folder {self.images}", do="give --images another")
 
     @property
     def asked(self) -> str:

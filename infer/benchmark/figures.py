@@ -1,7 +1,9 @@
-"""Scores of answers: accuracy, POPE's precision and recall, VQA accuracy; also with shuffled pictures."""
+"""Scores of answers: accuracy, MME's accuracy+, POPE's precision and recall, VQA accuracy; also with shuffled
+pictures."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +43,7 @@ def figures_of(kind: Kind, lines: Sequence[JsonDict], pictures: Sequence[int]) -
     if kind != "short answers":
         figures["chance"] = float(np.mean([1 / len(line.get("options", "yn")) for line in lines]))
     if kind == "yes or no":
-        figures |= _detection(lines, pictures)
+        figures |= _both_right(lines, pictures) | _detection(lines, pictures)
     return figures
 
 
@@ -70,6 +72,22 @@ def _scores(name: str, key: str, lines: Sequence[JsonDict], pictures: Sequence[i
     gains = [lines[k][key] - other for k, other in zip(both, others, strict=True)]
     figures |= accuracy(f"{name}_shuffled", others, numbers)
     return figures | accuracy(f"{name}_gain", gains, numbers)
+
+
+def _both_right(lines: Sequence[JsonDict], pictures: Sequence[int]) -> JsonDict:
+    """MME's accuracy+ (arXiv:2306.13394): both questions about a picture right; {} unless each has two."""
+    pairs = collections.defaultdict[int, list[JsonDict]](list)
+    for line, picture in zip(lines, pictures, strict=True):
+        pairs[picture].append(line)
+    if {len(pair) for pair in pairs.values()} != {2}:
+        return {}
+    merged = list[JsonDict]()
+    for pair in pairs.values():
+        merged.append({"correct": all(line["correct"] for line in pair)})
+        others = [line.get("shuffled", {}) for line in pair]
+        if all("correct" in other for other in others):
+            merged[-1]["shuffled"] = {"correct": all(other["correct"] for other in others)}
+    return _scores("accuracy_plus", "correct", merged, [*pairs])
 
 
 def _detection(lines: Sequence[JsonDict], pictures: Sequence[int]) -> JsonDict:

@@ -14,9 +14,10 @@ from llava_core.errors import LlavaError
 from llava_core.filesystem import matching
 from llava_core.tables.column_names import IMAGES
 from llava_core.tables.conversations import IMAGE_MARK
-from llava_core.tables.image_values import image_bytes, image_ref, value_at
+from llava_core.tables.image_values import image_bytes, image_ref, images_of_ids, value_at
 from llava_core.tables.questions import (
     ANSWERS,
+    IMAGE_ID,
     QUESTION,
     Row,
     answers_of,
@@ -63,8 +64,8 @@ class Task:
         raise IndexError(number)
 
 
-def read_task(pattern: str, category: str) -> Task:
-    """The questions of all files that match.
+def read_task(pattern: str, category: str, images_at: Path | None) -> Task:
+    """The questions of all files that match; `images_at` may hold images by id, for files that name those.
 
     Raises LlavaError for a file without images, questions or answers, for an answer that is none of its
     options, or if the files are of different kinds.
@@ -72,11 +73,17 @@ def read_task(pattern: str, category: str) -> Task:
     questions, categories, files, images, kinds = [], list[str](), list[tuple[Path, int]](), [], set[Kind]()
     for path in matching(pattern):
         table = open_table(path)
+        if not table.rows:
+            raise LlavaError(f"{path} has no rows")
         names = {name.lower(): name for name in table.names}
         column = next((name for name in ("image", *IMAGES) if name in names), None)
-        if column is None or QUESTION not in names or not names.keys() & {*ANSWERS}:
+        by_id = column is None and IMAGE_ID in names
+        with_answers = QUESTION in names and names.keys() & {*ANSWERS}
+        if not with_answers or (column is None and not (by_id and images_at)):
             expected = "columns image or image_path, question, answer or answers; and A, B, … or options"
             do = "lay it out as VLMEvalKit's TSV or lmms-eval's parquet files are"
+            if by_id:
+                do = "give --images the table of its images, with columns id and image"
             got = ", ".join(table.names[:20]) or "no column"
             raise LlavaError(f"{path} is no benchmark", expected=expected, got=got, do=do)
         if category != "category" and category.lower() not in names:
@@ -86,13 +93,14 @@ def read_task(pattern: str, category: str) -> Task:
         kind, found = _questions(path, rows)
         questions += found
         files.append((path, table.rows))
-        images.append(value_at(table, names[column]))
+        if column is not None:
+            images.append(value_at(table, names[column]))
+        elif images_at is not None:
+            images.append(images_of_ids(images_at, table.values(names[IMAGE_ID], table.rows)))
         kinds.add(kind)
     if len(kinds) > 1:
         got = " and ".join(sorted(kinds))
         raise LlavaError(f"--task {pattern}", expected="files of one kind", got=got, do="name one of them")
-    if not questions:
-        raise LlavaError(f"no question in {pattern}")
     (kind,) = kinds
     say(f"{counted(len(questions), 'question')} in {counted(len(files), 'file')}: {kind}")
     return Task(kind, questions, categories, files, images)

@@ -18,6 +18,8 @@ from llava_core.cli.console import table
 from llava_core.errors import LlavaError
 from llava_core.vision.image_files import SUFFIXES, is_url
 
+MOST_SESSIONS = 64
+"""Sessions that are kept, each with its image and visual tokens: about 1 MB."""
 FIRST, SECOND = "A", "B"
 """Names of two checkpoints that answer beside each other."""
 
@@ -207,7 +209,8 @@ class ImageChatRepl(ChatRepl):
                     self.say_figures(dialogue.figures, f"{name}: ")
 
     def _enter(self, session: ImageDialogue) -> None:
-        """Go on with a session. The one left frees its cache; one in which nothing happened is forgotten."""
+        """Go on with a session. The one left frees its cache; one in which nothing happened is forgotten, and
+        so is the oldest beyond MOST_SESSIONS."""
         left = self.dialogue
         session.sampling = left.sampling
         if session not in self.sessions:
@@ -218,6 +221,11 @@ class ImageChatRepl(ChatRepl):
                     dialogue.set_aside()
             if left.image is None and not left.messages:
                 self.sessions.remove(left)
+        if len(self.sessions) > MOST_SESSIONS:
+            oldest = next(each for each in self.sessions if each not in (left, session))
+            self.sessions.remove(oldest)
+            self._beside.pop(oldest, None)
+            self.say("dropped", most=MOST_SESSIONS, image=oldest.image or "–")
         self.dialogue = session
         if decoded := session.decoded:
             preprocess = session.aligned.tower.preprocess

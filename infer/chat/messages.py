@@ -35,6 +35,7 @@ MESSAGES = {
     "shown": "now about {image}",
     "saved": "saved to {file}",
     "entered": "session {number}: {image}, with turns: {turns}",
+    "dropped": "{most} sessions are kept: the oldest, about {image}, is forgotten, and the others move up",
     "comparison": "A is {A}; B is {B}, without the turns so far",
     "no comparison": "the first checkpoint answers alone again",
     "lens": "the word nearest to each visual token; to the class token: {word}",

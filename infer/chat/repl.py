@@ -18,12 +18,14 @@ from llava_core.cli.command import INTERRUPTED, stop_signals
 from llava_core.cli.console import table
 from llava_core.cli.terminal import Terminal
 from llava_core.cli.translation import translated_error
-from llava_core.errors import LlavaError, nearest
+from llava_core.errors import LlavaError, nearest, told
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 
 ALIASES = {"clear": "/clear", "exit": "/exit", "quit": "/exit"}
 WITH_PATH = ("/image", "/save", "/load", "/compare")
+ALONE = ("/sessions", "/lens", "/why", "/think", "/clear", "/retry", "/stats", "/help", "/exit")
+"""Commands after which nothing is to be written."""
 
 
 class ChatRepl:
@@ -77,12 +79,14 @@ class ChatRepl:
 
     def fail(self, error: Exception) -> None:
         self.errors += 1
-        self.terminal.say(message("error", error=translated_error(str(error))), style="red")
+        self.terminal.say(message("error", error=translated_error(told(error))), style="red")
 
     def evaluate(self, line: str) -> None:
         """Run a command or answer a question. Raises EOFError at /exit, LlavaError or OSError on failure."""
         name, _, rest = ALIASES.get(line.lower(), line).partition(" ")
         if name in self.commands:
+            if rest.strip() and name in ALONE:
+                raise LlavaError(f"{name} takes nothing after it", got=rest.strip(), do=f"write {name} alone")
             self.commands[name](rest.strip())
         elif re.fullmatch("/[a-z]+", name):
             raise LlavaError(f"no command {name}", do=nearest(name, list(self.commands)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from infer.lens.result import MOST, LensResult, key_of
-from llava_core.cli.translation import language, translated
+from llava_core.cli.translation import translated
 from llava_core.filesystem import replace_text
 from llava_core.report.page import fill
 
@@ -35,14 +35,14 @@ def write_page(path: Path, result: LensResult) -> None:
         "pieces": list(zip(result.pieces, result.loss, result.other_loss, strict=True)),
     }
     words = {
-        "language": "zh-CN" if language() == "zh" else "en",
-        "lens": translated("Lens"),
         "point": translated("Point at a patch, or move to it by Tab, for more words and their scores."),
         "caption": translated("What the image tells the caption"),
         **key_of(result.other),
     }
+    name = escape(Path(result.image).name)
     parts = {
-        "title": escape(Path(result.image).name),
+        "title": translated(f"Lens: {name}"),
+        "name": name,
         "image": _data_url(result),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
         **{name: escape(text) for name, text in words.items()},

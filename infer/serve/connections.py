@@ -31,12 +31,16 @@ class Connections:
 
     def accept(self, server: web.Server) -> asyncio.Protocol:
         """Protocol of a new connection; it answers 503 if all other connections are busy."""
-        if len(server.connections) < self.most:
-            return server()
-        if not (idle := self._idle(server)):
-            return _Full()
-        min(idle, key=idle.__getitem__).abort()
-        return server()
+        return _Arriving(self, server)
+
+    def make_room(self, server: web.Server) -> bool:
+        """Close the connection that is idle for longest, if there are `most`; False if none is idle."""
+        idle = self._idle(server)
+        if len(idle) + len(self._busy) < self.most:
+            return True
+        if idle:
+            min(idle, key=idle.__getitem__).abort()
+        return bool(idle)
 
     @contextlib.contextmanager
     def request(self, transport: asyncio.BaseTransport | None) -> Iterator[None]:
@@ -59,14 +63,25 @@ class Connections:
             await asyncio.sleep(WATCH_SECONDS)
 
     def _idle(self, server: web.Server) -> dict[asyncio.Transport, float]:
-        """Connections without a request, and the time since when."""
+        """Open connections without a request, and the time since when."""
         transports = [connection.transport for connection in server.connections]
+        idle = [t for t in transports if t and t not in self._busy and not t.is_closing()]
         now = time.monotonic()
-        return {t: self._since.setdefault(t, now) for t in transports if t and t not in self._busy}
+        return {t: self._since.setdefault(t, now) for t in idle}
 
 
-class _Full(asyncio.Protocol):
+class _Arriving(asyncio.Protocol):
+    """A connection that is not counted yet: many of a burst are accepted before the first one is open."""
+
+    def __init__(self, connections: Connections, server: web.Server) -> None:
+        self._connections, self._server = connections, server
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        transport.write(REFUSED)
-        transport.close()
+        if self._connections.make_room(self._server):
+            protocol = self._server()
+            transport.set_protocol(protocol)
+            protocol.connection_made(transport)
+        else:
+            transport.write(REFUSED)
+            transport.close()

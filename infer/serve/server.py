@@ -115,6 +115,7 @@ class Server:
             self.app(),
             handler_cancellation=True,
             access_log=None,
+            auto_decompress=False,  # see Intake.body
             logger=log,
             shutdown_timeout=SHUTDOWN_SECONDS,
         )

@@ -154,21 +154,23 @@ class ExportConfig(Options):
     """Type of encoder and language model weights: float32 answers as `infer` does on a CPU; bfloat16,
     in half the space, as it does on a GPU. The projector stays float32. q8_0 and q4_k_m, of GGUF, quantise
     the language model to 8.5 or about 4.8 bits."""
-    check: int = 8
-    """Images about which llama.cpp's answers are compared with those of `infer`, if xllamacpp is installed;
-    0: none."""
+    check: int | None = None
+    """Images about which llama.cpp's answers are compared with those of `infer`, 8 by default, if xllamacpp is
+    installed; 0: none."""
     check_images: Path | None = None
     """Folder of these images; by default they are drawn."""
     dry_run: bool = False
     """Print the bytes it takes, and write nothing."""
 
     def __post_init__(self) -> None:
-        self.require_at_least(0, "check")
+        if self.check is not None:
+            self.require_at_least(0, "check")
         if self.to != "gguf" and self.dtype in QUANTISED:
             expected = f"float32, bfloat16 or float16, or {self.dtype} with --to gguf"
             raise LlavaError(f"--dtype of --to {self.to}", expected=expected, got=self.dtype, exit_code=2)
-        if self.to != "gguf" and self.check_images is not None:
-            raise LlavaError("--check-images", expected="it with --to gguf", got=self.to, exit_code=2)
+        for flag, value in (("--check", self.check), ("--check-images", self.check_images)):
+            if self.to != "gguf" and value is not None:
+                raise LlavaError(flag, expected="it with --to gguf", got=self.to, exit_code=2)
 
     def require_inputs(self) -> None:
         if self.to == "gguf" and not importlib.util.find_spec("gguf"):
@@ -187,6 +189,9 @@ class ExportConfig(Options):
         require_folder(self.out)
         if self.out.exists() and any(self.out.iterdir()):
             raise LlavaError(f"{self.out} exists", expected="a new or empty folder", do="give another --out")
+        if self.out.resolve() == Path.cwd():
+            do = "give a name in it: the folder is replaced as a whole"
+            raise LlavaError(f"--out {self.out} is the folder you are in", do=do, exit_code=2)
         if self.checkpoint.resolve() in self.out.resolve().parents:
             do = "give --out beside it: what a run replaces or pushes is the whole checkpoint"
             raise LlavaError(f"--out {self.out} is inside the checkpoint", do=do, exit_code=2)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from llava_core.cli.console import human_bytes, say, show
 from llava_core.errors import LlavaError, first_line
-from llava_core.filesystem import nearest_existing
+from llava_core.filesystem import Lock, nearest_existing
 
 
 def require_space(out: Path, size: int, dtype: str, dry_run: bool) -> None:
@@ -26,21 +26,26 @@ def require_space(out: Path, size: int, dtype: str, dry_run: bool) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder under a temporary name, which becomes `out` if the block ends without an error, and is removed
-    otherwise. Raises LlavaError if it cannot be written."""
-    partial = out.absolute().with_name(out.absolute().name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException as error:
-        shutil.rmtree(partial)  # which may have filled the disk
-        if isinstance(error, (OSError, SafetensorError)):  # some name neither file nor folder
-            do = "free some space, or give --out on another disk"
-            raise LlavaError(f"cannot write {out}", got=first_line(error), do=do) from None
-        raise
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    otherwise. Raises LlavaError if it cannot be written, or if the temporary name is somebody else's."""
+    place = out.resolve()  # "." has no name, and a link is no folder
+    partial, ours = place.with_name(place.name + ".part"), place.with_name(place.name + ".lock").exists()
+    with Lock(place):
+        if partial.exists() and not ours:  # a killed export leaves its lock, too
+            do = "move it away, or give another --out"
+            raise LlavaError(f"{partial} is there already", expected="a name to write under", do=do)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if place.exists():
+                place.rmdir()
+            partial.rename(place)
+        except BaseException as error:
+            shutil.rmtree(partial)  # which may have filled the disk
+            if isinstance(error, (OSError, SafetensorError)):  # some name neither file nor folder
+                do = "free some space, or give --out on another disk"
+                raise LlavaError(f"cannot write {out}", got=first_line(error), do=do) from None
+            raise
     show(out)
 
 

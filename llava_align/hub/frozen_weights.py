@@ -27,14 +27,14 @@ def trained_weights(
     there and one differs, if one of the encoder differs, or if one belongs to neither model.
     """
     rest = {name: value for name, value in beside.items() if name.rpartition(".")[2] not in COMPUTED}
-    detokenizer = _by_name(rest, outline.model.state_dict())
-    seen = _by_name([name for name in rest if name not in detokenizer], tower.network.state_dict())
+    of_language = _by_name(rest, outline.model.state_dict())
+    of_encoder = _by_name([name for name in rest if name not in of_language], tower.network.state_dict())
     tuned = None
-    if detokenizer:
-        dtype = next(iter(rest[name].dtype for name in detokenizer))
+    if of_language:
+        dtype = next(iter(rest[name].dtype for name in of_language))
         loaded = load_language_model(llm, dtype=dtype if dtype.is_floating_point else None)
         own = dict(loaded.model.named_parameters())
-        theirs = {name: rest[mine] for mine, name in detokenizer.items()}
+        theirs = {name: rest[mine] for mine, name in of_language.items()}
         alike = own.keys() <= theirs.keys() and all(
             own[key].shape == theirs[key].shape and theirs[key].is_floating_point() for key in own
         )
@@ -43,10 +43,10 @@ def trained_weights(
                 parameter.data = theirs[name].to(parameter.dtype)
             tuned = AllWeights(loaded)
         do = "import stage 1's file, or give --llm a folder with these weights and the tokenizer"
-        _require_equal(path, rest, loaded.model.state_dict(), detokenizer, f"language model in {llm}", do)
+        _require_equal(path, rest, loaded.model.state_dict(), of_language, f"language model in {llm}", do)
     do = "give --vision the encoder that was trained with it"
-    _require_equal(path, rest, tower.network.state_dict(), seen, str(tower.encoder["model_id"]), do)
-    if left := [name for name in rest if name not in detokenizer and name not in seen]:
+    _require_equal(path, rest, tower.network.state_dict(), of_encoder, str(tower.encoder["model_id"]), do)
+    if left := [name for name in rest if name not in of_language and name not in of_encoder]:
         raise LlavaError(
             f"{path} holds more than a projector, and what cannot be compared",
             expected="weights by the names of the two models given",

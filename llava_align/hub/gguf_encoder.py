@@ -40,6 +40,8 @@ IN_BLOCK = {
     "mlp.fc2": "ffn_down",
 }
 """The same of modules in one block."""
+BLOCK_TENSORS = 16
+"""Tensors of one block: weight and bias of each of its eight modules."""
 SCALED = {"layer_scale1.lambda1": "attn_out", "layer_scale2.lambda1": "ffn_down"}
 """DINOv2's factors of what a block adds (layer scale) -> the module into which they are multiplied."""
 ACTIVATIONS = {
@@ -96,7 +98,7 @@ def encoder_weights(tower: VisionTower) -> EncoderWeights:
     if layer is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("v.post_ln")}
     up = tensors.get("v.blk.0.ffn_up.weight", torch.empty(4 * tower.width, 0))
-    whole = len([name for name in tensors if name.startswith("v.blk.")]) == 16 * blocks
+    whole = len([name for name in tensors if name.startswith("v.blk.")]) == BLOCK_TENSORS * blocks
     if activation not in ACTIVATIONS or not whole:
         raise LlavaError(
             f"llama.cpp's ViT cannot compute the encoder {tower.name}",

@@ -23,6 +23,9 @@ from llava_core.types import JsonDict
 from llava_core.vision.open import open_trained_tower
 from llava_core.vision.tower import VisionTower
 
+CHECKED = 8
+"""Pictures about which answers are compared by default."""
+
 
 def run(config: ExportConfig) -> JsonDict:
     """Write the folder, then compare llama.cpp's answers with those of `infer`.
@@ -50,13 +53,14 @@ def run(config: ExportConfig) -> JsonDict:
         (partial / "Modelfile").write_text(modelfile(llm), encoding="utf-8")
         copy_licences({"vision": config.vision, "llm": config.llm}, partial)
         write_sums(partial, {path.name: sha256_files([path]) for path in partial.iterdir()})
-    if config.check and importlib.util.find_spec("xllamacpp"):
+    count = CHECKED if config.check is None else config.check
+    if count and importlib.util.find_spec("xllamacpp"):
         from llava_align.hub.gguf_check import compare, pictures
 
         question = checkpoint.provenance.question
         aligned = ImageAnswerer(tower, projector, llm, question)
-        summary |= compare(config.out, aligned, pictures(config.check_images, config.check))
-    elif config.check:
+        summary |= compare(config.out, aligned, pictures(config.check_images, count))
+    elif count:
         say("the answers of llama.cpp were not compared with those of infer: pip install xllamacpp")
     say_how_to_run(config.out)
     return summary

@@ -67,7 +67,8 @@ class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         """Text, or with `tokenize` the model's inputs, of one conversation or of several.
 
         PADDING and `processor_kwargs` are given to the processor, all else to the template.
-        A picture is {"type": "image", "image": its path, address, bytes or PIL image}, in any message.
+        A picture is {"type": "image", "image": its path, address, bytes or PIL image}, in any message; for
+        text {"type": "image"} will do, since the processor is given the picture then.
         """
         many = isinstance(conversation[0], (list, tuple))
         plain = [_plain(messages) for messages in (conversation if many else [conversation])]
@@ -77,8 +78,10 @@ class LlavaAlignProcessor(ProcessorMixin):  # type: ignore[misc]
         texts = [self.tokenizer.apply_chat_template(m, tokenize=False, **settings) for m, _ in plain]
         if not tokenize:
             return texts if many else texts[0]
-        pictures = [image for _, images in plain for image in images] or None
-        inputs = self(pictures, texts, return_tensors=return_tensors, **padding)
+        pictures = [image for _, images in plain for image in images]
+        if any(image is None for image in pictures):
+            raise ValueError('expected {"type": "image", "image": …}; without the picture use tokenize=False')
+        inputs = self(pictures or None, texts, return_tensors=return_tensors, **padding)
         return inputs if return_dict else inputs["input_ids"]
 
     def __call__(
@@ -146,6 +149,8 @@ def _picture(part: dict[str, Any]) -> Any:
     for name in ("image", "path", "url"):
         if part.get(name) is not None:
             return part[name]
+    if part["type"] == "image":
+        return None
     raise ValueError(f"expected text or an image; got {part['type']}")
 
 

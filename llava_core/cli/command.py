@@ -26,7 +26,7 @@ from llava_core.cli.help import command_page, overview
 from llava_core.cli.options import Command
 from llava_core.cli.settings import with_settings
 from llava_core.cli.translation import LANGUAGES, choose_language, translated_error
-from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line, nearest
+from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line, nearest, told
 from llava_core.gpu_drivers import DRIVERS, require_device
 
 INTERRUPTED = 130
@@ -64,8 +64,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        say(translated_error(f"error: {error.strerror or error}{where}"))
+        say(translated_error(f"error: {told(error)}"))
         code = 1
     except RuntimeError as error:
         on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which takes seconds to import

@@ -13,8 +13,10 @@ from llava_core.cli.translation import language, translated
 
 TEXTS = re.compile(r'(?<=>)[^<>]+(?=<)|(?<=aria-label=")[^"]+|(?<=placeholder=")[^"]+')
 """What of a template is read: text between tags, and of two attributes."""
+HEAD = Path(__file__).with_name("head.html")
+"""Head of every page: its policy, title and style."""
 REPORT = Path(__file__).with_name("report.html")
-"""Head, totals and foot of report pages; report.css beside it has their colours, type and tables."""
+"""Totals and foot of report pages; report.css beside it has their colours, type and tables."""
 
 
 def report(template: Path, parts: dict[str, str], command: str, like: Path | None = None) -> str:
@@ -22,20 +24,22 @@ def report(template: Path, parts: dict[str, str], command: str, like: Path | Non
     at the foot; with NAME.css and any NAME.js, or those of the template `like`. It may connect to nothing
     but the `connect` of `parts`."""
     own = {"sections": section(template, parts), "command": command}
-    return fill(REPORT, {"connect": "'none'", **parts, **own}, like or template)
+    return fill(REPORT, {**parts, **own}, like or template)
 
 
 def fill(template: Path, parts: dict[str, str], like: Path | None = None) -> str:
     """The page NAME.html with its `$parts`, NAME.css and any NAME.js, and those of the template `like`.
 
-    `parts` are HTML. The template may also name style, style_hash, script, script_hash and version.
+    `parts` are HTML, the title among them. The template may also name head, script and version.
     """
     own = [template] if like is None else [template, like]
     style, script = (
         "".join(_text_if_any(path.with_suffix(kind)) for path in own) for kind in (".css", ".js")
     )
-    fixed = {"style": style, "style_hash": _hash(style), "script": script, "script_hash": _hash(script)}
-    page = string.Template(_translated(template)).substitute({**parts, **fixed, "version": __version__})
+    hashes = {"style_hash": _hash(style), "script_hash": _hash(script)}
+    head = section(HEAD, {"connect": "'none'", **parts, "style": style, **hashes})
+    fixed = {"head": head, "script": script, "version": __version__}
+    page = section(template, {**parts, **fixed})
     return page.encode(errors="replace").decode()  # names of files may be no UTF-8
 
 

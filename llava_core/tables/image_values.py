@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import collections
+import functools
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_core.data_url import decode_base64, decode_data_url, is_data_url
-from llava_core.errors import first_line
+from llava_core.errors import LlavaError, first_line
 from llava_core.tables.conversations import decoded
-from llava_core.tables.table_files import ArrowTable, ParquetTable, RowTable, Table
+from llava_core.tables.table_files import ArrowTable, ParquetTable, RowTable, Table, open_table
 
 BATCH_BYTES = 4_000_000
 LEAST_ROWS = 16
@@ -90,6 +91,36 @@ def value_at(table: Table, name: str) -> Callable[[int], Any]:
         indices = {str(entry.get(INDEX)): value for entry, value in stored if _is_stored(value)}
         values = [indices.get(value, value) if isinstance(value, str) else value for value in values]
     return values.__getitem__
+
+
+def images_of_ids(path: Path, ids: Sequence[Any]) -> Callable[[int], Any]:
+    """The image of each row by its id: from a table of columns id and image, or a folder of parquet files.
+
+    Raises LlavaError if an id is not there, or there is no such table.
+    """
+    places: dict[str, tuple[Callable[[int], Any], int]] = {}
+    for file in sorted(path.glob("*.parquet")) or [path]:
+        table = open_table(file)
+        if not {"id", "image"} <= {*table.names}:
+            got = ", ".join(table.names)
+            raise LlavaError(f"--images {file}", expected="a table of columns id and image", got=got)
+        at = value_at(table, "image")
+        names = map(_name, table.values("id", table.rows))
+        places |= {name: (at, row) for row, name in enumerate(names)}
+    wanted = [_name(each) for each in ids]
+    if missing := next((name for name in wanted if name not in places), None):
+        raise LlavaError(f"--images {path}", expected="all images of --task", got=f"none with id {missing}")
+
+    @functools.lru_cache(512)  # any order but that of the table is slow
+    def image(name: str) -> Any:
+        at, row = places[name]
+        return at(row)
+
+    return lambda row: image(wanted[row])
+
+
+def _name(value: Any) -> str:
+    return str(decoded(value)).strip()
 
 
 def _is_stored(value: Any) -> bool:

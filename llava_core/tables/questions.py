@@ -15,6 +15,8 @@ Row = dict[str, Any]
 QUESTION = "question"
 ANSWERS = ("answer", "answers")
 """Columns of right answers beside QUESTION, the preferred first; the second has those of several people."""
+IMAGE_ID = "imageid"
+"""Column of the images' ids in another table, as lmms-eval has GQA; in lower case."""
 OPTION_LISTS = ("options", "choices")
 """Columns of a list of options."""
 OPTION_COLUMNS = tuple(f"{prefix}{letter}" for prefix in ("", "choice_") for letter in string.ascii_lowercase)

@@ -56,7 +56,10 @@ def read_images(
             files.append(answer.body if ok else LlavaError("cannot fetch the image", got=got, do=do))
             continue
         try:
-            files.append((folder / Path(image).expanduser()).read_bytes())
+            path = folder / Path(image).expanduser()
+            if not (path.is_file() or path.is_fifo()):  # a device, such as /dev/zero, has no end
+                raise FileNotFoundError
+            files.append(path.read_bytes())
         except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~nobody
             files.append(_no_file(folder / image))
     return files

@@ -196,6 +196,43 @@ def test_yes_and_no_have_the_figures_of_pope(world: Folders, tmp_path: Path) -> 
     assert (summary["yes_ratio_of_answers"], summary["chance"]) == (0.5, 0.5)
 
 
+def test_both_questions_about_a_picture_right_is_mme_s_accuracy_plus(world: Folders, tmp_path: Path) -> None:
+    image = [{"bytes": PICTURES[k // 2], "path": "a.jpg"} for k in range(8)]
+    columns = {"question": ["Is it?"] * 8, "answer": ["Yes", "No"] * 4}
+    task = write_parquet(tmp_path / "mme.parquet", image=image, **columns)
+    summary = benchmark(world, task).summary
+    said = [line["prediction"] for line in lines(task)]  # the same twice about each picture
+    assert (summary["accuracy"], summary["accuracy_plus"], summary["accuracy_plus_shuffled"]) == (0.5, 0, 0)
+    (tmp_path / "out.jsonl").unlink()
+    task = write_parquet(tmp_path / "mme.parquet", image=image, **columns | {"answer": said})
+    assert benchmark(world, task).summary["accuracy_plus"] == 1
+    assert "accuracy_plus" not in benchmark(world, write_task(tmp_path / "p", "pope.parquet")).summary
+
+
+def test_images_in_a_table_of_their_own_are_found_by_id(world: Folders, tmp_path: Path) -> None:
+    """As lmms-eval has GQA; the answers are those about the same questions with their images."""
+    words = {"question": ["What is it?"] * 4, "answer": ["cat", "no", "red", "yes"]}
+    together = [{"bytes": PICTURES[k], "path": "a.jpg"} for k in (2, 0, 2, 1)]
+    whole = write_parquet(tmp_path / "whole/gqa.parquet", image=together, **words)
+    expected = benchmark(world, whole, "--by", "generation").summary
+    task = write_parquet(tmp_path / "gqa.parquet", imageId=["c", "a", "c", "b"], **words)
+    stored = [{"bytes": data, "path": "a.jpg"} for data in PICTURES]
+    write_parquet(tmp_path / "images/1.parquet", id=[*"ab"], image=stored[:2])
+    images = write_parquet(tmp_path / "images/2.parquet", id=[*"cd"], image=stored[2:])
+    flags = ("--by", "generation", "--images")
+    got = benchmark(world, task, *flags, images.parent).summary
+    assert {**got, "task": "", "output": ""} == {**expected, "task": "", "output": ""}
+    (tmp_path / "out.jsonl").unlink()
+    line = benchmark(world, task, *flags, images, code=1).one_line()
+    assert line == f"error: --images {images}; expected all images of --task; got none with id a"
+    line = benchmark(world, task, *flags, whole, code=1).one_line()
+    assert "expected a table of columns id and image; got " in line
+    line = benchmark(world, task, code=1).one_line()
+    assert "got imageId, question, answer; give --images the table of its images, with columns" in line
+    line = benchmark(world, task, *flags, tmp_path / "gone", code=1).one_line()
+    assert line == f"error: no file or folder {tmp_path / 'gone'}; give --images another"
+
+
 def test_generated_answers_are_read_and_an_interrupted_run_goes_on(world: Folders, tmp_path: Path) -> None:
     task = write_task(tmp_path, "textvqa.parquet")
     summary = benchmark(world, task, "--by", "generation").summary
@@ -250,6 +287,7 @@ def without(*names: str) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("rows", "flags", "code", "message"),
     [
+        ([], (), 1, "T has no rows"),
         (without("question"), (), 1, "T is no benchmark; expected columns image or image_path, question"),
         (without("image"), (), 1, "T is no benchmark; expected columns image or image_path, question"),
         (without("answer"), (), 1, "got index, image, question, hint, A, B, category, l2, C; lay it out as"),

@@ -102,12 +102,14 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
     with serving({}) as base:
         for line, expected in {
             "/image nowhere.png": "no image file nowhere.png",
+            "/image /dev/zero": "no image file /dev/zero",
             "/image": "/image needs an image; write /image PATH or /image URL",
             f"{base}/gone.png": "cannot fetch the image; got http 4xx",
             "/imagine": "no command /imagine; did you mean '/image'?",
             "/retry": "there is no answer yet; ask something first",
             f"/save {thesis}": "thesis.json is no saved chat",
             f"/load {thesis}": "thesis.json is no saved chat",
+            f"/save {tmp_path / 'gone/a.json'}": "No such file or directory: gone/a.json",
             "/session 2": "/session; expected a number from 1 to 1; got 2; /sessions lists them",
             "/compare": "/compare needs a checkpoint; write /compare FOLDER, such as RUN/best",
             "/lens": "/lens needs an image; write /image PATH or /image URL",

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from infer.answerer import ImageAnswerer, open_second_answerer
+from infer.chat import image_repl
 from infer.chat.config import ChatConfig
 from infer.chat.image_dialogue import ImageDialogue
 from infer.chat.image_repl import ImageChatRepl
@@ -127,6 +128,22 @@ def test_a_picture_begins_a_session_and_the_earlier_ones_stay(
     assert (left.cache.get_seq_length(), left.cached) == (0, [])  # its memory is free
     assert now.figures.cached == 0  # it was read again
     assert now.messages == one.messages
+
+
+def test_sessions_are_bounded(
+    world: Folders,
+    aligned: ImageAnswerer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beyond that the oldest makes room, and a line says so; never the one that was left just now."""
+    monkeypatch.setattr(image_repl, "MOST_SESSIONS", 2)
+    one, two = map(str, world.images[:2])
+    repl = typed(world, aligned, monkeypatch, one, two, "/session 1", two, "/sessions 2", one)
+    assert [session.image for session in repl.sessions] == [one, two]
+    told = capsys.readouterr().err
+    assert f"2 sessions are kept: the oldest, about {two}, is forgotten, and the others move up" in told
+    assert told.endswith("error: /sessions takes nothing after it; got 2; write /sessions alone\n")
 
 
 def test_two_checkpoints_answer_beside_each_other(world: Folders, tmp_path: Path) -> None:

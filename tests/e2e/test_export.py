@@ -290,7 +290,7 @@ def test_weights_of_a_gguf_file_are_no_longer_quantised(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(text)
 
 
-def test_what_does_not_belong_together(tmp_path: Path) -> None:
+def test_what_does_not_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vision, llm = write_vision_folder(tmp_path / "clip"), write_language_model(tmp_path / "llm")
     config = write_checkpoint(tmp_path / "c", vision, llm, "linear", "all", None, "draft")
     other = write_language_model(tmp_path / "other", seed=1)
@@ -298,4 +298,11 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         export_run(dataclasses.replace(config, llm=other))
     with pytest.raises(LlavaError, match="is inside the checkpoint; give --out beside it"):
         dataclasses.replace(config, out=config.checkpoint / "exported").require_inputs()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "clip", "llm", "other"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(LlavaError, match="is the folder you are in; give a name in it"):
+        dataclasses.replace(config, out=Path()).require_inputs()
+    with pytest.raises(LlavaError, match=r"^--check; expected it with --to gguf") as raised:
+        dataclasses.replace(config, check=3)
+    assert raised.value.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "clip", "here", "llm", "other"]

@@ -28,6 +28,7 @@ from llava_align.hub.gguf_language import PICTURE_FIRST, language_model
 from llava_align.hub.llama_cpp import llama_cpp
 from llava_align.hub.modelfile import modelfile
 from llava_core.errors import LlavaError
+from llava_core.filesystem import Lock
 from llava_core.language.load import load_language_model
 from llava_core.language.prompt_and_labels import Conversation
 from llava_core.language.tuned_weights import AllWeights
@@ -265,6 +266,22 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path: Path, to: str, la
     *_, line = ended.err.splitlines()
     assert line.startswith(f"error: cannot write {tmp_path / 'out'}; got ")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_a_folder_that_another_made_is_left_alone(tmp_path: Path) -> None:
+    """Only what a killed export left, which is known by its lock, is written anew."""
+    chosen: dict[str, Any] = {"kind": "linear", "visual_tokens": "pool", "vision": MODELS / "vision"}
+    (tmp_path / "exported.part").mkdir()
+    (tmp_path / "exported.part/mine").touch()
+    *_, line = export(tmp_path, "--check", 0, code=1, **chosen).err.splitlines()
+    assert f"{tmp_path}/exported.part is there already" in line
+    assert [path.name for path in (tmp_path / "exported.part").iterdir()] == ["mine"]
+    (tmp_path / "exported.lock").touch()
+    with Lock(tmp_path / "exported"):
+        assert "exported is being written" in export(tmp_path, "--check", 0, code=1, **chosen).err
+    (tmp_path / "exported.lock").touch()
+    export(tmp_path, "--check", 0, **chosen)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "exported"]
 
 
 def test_pictures_that_cannot_be_read_are_no_agreement(tmp_path: Path) -> None:

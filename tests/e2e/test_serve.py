@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import http.client
 import json
 import re
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -353,6 +355,28 @@ def test_slow_bodies_keep_nobody_out(strict: Served) -> None:
     for half in slow:
         half.close()
     wait_for(lambda: gauge(strict, "llava_requests_inside", "geheim") == 0)
+
+
+def test_a_body_may_be_compressed_and_what_is_dropped_is_not_unpacked(strict: Served) -> None:
+    asked = {"model": "mine", "messages": [question("看")], "max_tokens": 2}
+    packed, key = gzip.compress(json.dumps(asked).encode()), {"authorization": "Bearer geheim"}
+    for coding, body, code, told in (
+        ("gzip", packed, 200, ""),
+        ("deflate", zlib.compress(json.dumps(asked).encode()), 200, ""),
+        ("gzip", gzip.compress(bytes(50_000_000)), 413, "a request may have 1,055,242 bytes"),
+        ("gzip", packed[:-9], 400, "the body is damaged: gzip data that end early"),
+        ("gzip", b"abcd", 400, "the body is damaged: Error -3"),
+        ("br", b"abcd", 415, "Content-Encoding: expected gzip or deflate, got 'br'"),
+    ):
+        headers = {**key, "Content-Encoding": coding}
+        status, answered, _ = http_request(strict, "/v1/chat/completions", body, **headers)
+        assert (status, told in answered) == (code, True), (coding, answered)
+    with socket.create_connection(("127.0.0.1", int(strict.base.rsplit(":", 1)[1]))) as one:
+        dropped = b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd"
+        one.sendall(b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\n" + dropped)
+        one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", b"".join(iter(lambda: one.recv(65536), b"")))
+    assert statuses == [b"401", b"200"]  # no damaged data were met
 
 
 MALFORMED = [

@@ -36,6 +36,11 @@ def piped(model: Any, processor: Any, dialogues: list[Any]) -> list[list[str]]:
 def padded(processor: Any, pictures: list[str], dialogues: list[Any]) -> None:
     """The processor as transformers' own are called."""
     texts = processor.apply_chat_template([dialogues[0], [message("user", "?", pictures[1])]])
+    mentioned = [message("user", "?")]
+    mentioned[0]["content"].insert(0, {"type": "image"})
+    assert processor.apply_chat_template(mentioned) == texts[1]
+    with pytest.raises(ValueError, match="without the picture use tokenize=False"):
+        processor.apply_chat_template(mentioned, tokenize=True)
     call = functools.partial(processor, images=pictures[:2], text=texts, return_tensors="pt")
     left, right = call(padding=True), call(padding=True, padding_side="right")
     rows = [

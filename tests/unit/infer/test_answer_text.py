@@ -55,6 +55,8 @@ def test_the_option_that_an_answer_names(text: str, letter: str | None) -> None:
     [
         ("Yes.", "yes"), ("No, there is no dog", "no"), ("yes and no", None), ("There is not.", None),
         ("有。", "yes"), ("没有红色的圆。", "no"), ("是的", "yes"), ("不是", "no"), ("红色", None),
+        ("不确定", None), ("对不起，我看不到。", None), ("有可能", None), ("不太清楚。", None),
+        ("不在", "no"),
     ],
 )  # fmt: skip
 def test_yes_or_no_in_an_answer(text: str, said: str | None) -> None:

@@ -37,6 +37,7 @@ class Door:
         await runner.setup()
         server = runner.server
         assert server is not None
+        self.server = server
         loop = asyncio.get_running_loop()
         site = await loop.create_server(lambda: self.connections.accept(server), "127.0.0.1", 0)
         self.port: int = site.sockets[0].getsockname()[1]
@@ -85,6 +86,20 @@ def test_half_sent_headers_make_room() -> None:
                 assert await answered(await door.connect(GET % b"fast"))
             for reader in silent[:8]:
                 assert await ended(reader) == b""
+
+    asyncio.run(run())
+
+
+def test_a_burst_of_connections_is_bounded_too() -> None:
+    """All of them come before the server has seen one."""
+
+    async def run() -> None:
+        async with Door(4).open() as door:
+            burst = [socket.create_connection(("127.0.0.1", door.port)) for _ in range(60)]
+            assert await answered(await door.connect(GET % b"fast"))
+            assert len(door.server.connections) <= 4
+            for one in burst:
+                one.close()
 
     asyncio.run(run())
 
