@@ -25,6 +25,23 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # from tqdm in
 ROWS = {"train": 640, "held-out": 64}
 """Pictures of each split."""
 SEED = 0
+ANSWERS = {
+    "features-1": (30.26, 0.01),
+    "features-2": (0.98, 0.03),
+    "projector-1": (1_837_056, 0.0),
+    "projector-2": (1.89, 0.15),
+    "masking-1": (7, 0.0),
+    "packing-1": (0.6, 0.01),
+    "schedules-1": (1e-3, 0.01),
+    "schedules-2": (1, 0.0),
+    "grounding-1": (1.36, 0.15),
+    "stage-2-1": (262_144, 0.0),
+    "stage-2-2": (0.97, 0.1),
+    "scaling-1": (1_600, 0.01),
+    "scaling-2": (0.674, 0.03),
+}
+"""Right answers of exercises, and the share by which an answer may differ: measured ones do from machine to
+machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +117,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def check(answer: float | None, right: float, tolerance: float = 0.01) -> None:
-    """Print whether an exercise's answer is right, within a share of it; None is no answer yet."""
+def check(answer: float | None, right: float | str, tolerance: float = 0.01) -> None:
+    """Print whether an exercise's answer is right, within a share of it; None is no answer yet.
+
+    `right` is what the answer should be, or a name in ANSWERS, which has its own tolerance.
+    """
+    expected, within = ANSWERS[right] if isinstance(right, str) else (right, tolerance)
     if answer is None:
         show("not answered yet: write your answer in place of None")
-    elif math.isclose(answer, right, rel_tol=tolerance):
-        show(f"right: {right:,.4g}" if isinstance(right, float) else f"right: {right:,}")
+    elif math.isclose(answer, expected, rel_tol=within):
+        show(f"right: {float(answer):,.7g}")
     else:
-        show(f"{answer:,} is too {'low' if answer < right else 'high'}")
+        show(f"{float(answer):,.7g} is too {'low' if answer < expected else 'high'}")

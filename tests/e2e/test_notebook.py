@@ -57,7 +57,7 @@ def test_what_the_text_says_of_the_outputs_holds(printed: Printed) -> None:
     own, order, mean, another, gap = numbers(grounding["gap"])
     assert own < order < mean < another
     assert gap > 2
-    (before,), (after, _), (mixed,) = (numbers(stage_2[cell]) for cell in ("before", "after", "mix"))
+    (before,), (after,), (mixed,) = (numbers(stage_2[cell]) for cell in ("before", "after", "mix"))
     assert after > 2 * before > mixed
     (_, low_, high_, _), _ = (numbers(line) for line in scaling["predict"].splitlines())
     assert high_ > low_

@@ -1,8 +1,8 @@
 """Runs the lessons of docs/learn anew: python -m tests.support.notebook [LESSON ...].
 
-Each English notebook runs in a kernel of its own, and what it shows is kept in both languages. With --solved
-FILE all run in one kernel, in that file's folder, each exercise also with its answer, and what the cells
-print is written there.
+Each English notebook runs in a kernel of its own; its code and what it shows are kept in both languages.
+With --solved FILE all run in one kernel, in that file's folder, each exercise also with its answer, and what
+the cells print is written there.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ def run_solved(lessons: Sequence[Path], folder: Path) -> dict[str, dict[str, str
     return printed
 
 
-def normal(notebook: Any, outputs: Sequence[Any] = ()) -> str:
-    """The text of the file, alike whatever Jupyter wrote it; with `outputs`, what these code cells show."""
+def normal(notebook: Any, ran: Sequence[Any] = ()) -> str:
+    """The text of the file, alike whatever Jupyter wrote it; with `ran`, this code and what it shows."""
     notebook.metadata = nbformat.from_dict(METADATA)  # type: ignore[no-untyped-call]
-    for count, (cell, run) in enumerate(zip(code(notebook), outputs or code(notebook), strict=True), 1):
+    for count, (cell, run) in enumerate(zip(code(notebook), ran or code(notebook), strict=True), 1):
+        cell.source = run.source
         cell.outputs = _joined(copy.deepcopy(run.outputs))
         cell.execution_count = count
     for cell in notebook.cells:

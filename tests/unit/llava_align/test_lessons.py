@@ -13,14 +13,23 @@ from llava_align.demo import lessons
     ("answer", "said"),
     [
         (None, "not answered yet: write your answer in place of None"),
-        (29.0, "29.0 is too low"),
+        (29.0, "29 is too low"),
         (31, "31 is too high"),
-        (30.25, "right: 30.26"),
+        (30.25, "right: 30.25"),
     ],
 )
-def test_an_answer_is_checked(answer: float | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    lessons.check(answer, 30.26)
+@pytest.mark.parametrize("right", [30.26, "features-1"])
+def test_an_answer_is_checked(
+    answer: float | None, said: str, right: float | str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lessons.check(answer, right)
     assert capsys.readouterr().out == f"{said}\n"
+
+
+def test_an_answer_with_a_name_has_its_own_tolerance(capsys: pytest.CaptureFixture[str]) -> None:
+    for answer in (1_837_056, 1_837_055):
+        lessons.check(answer, "projector-1")
+    assert capsys.readouterr().out == "right: 1,837,056\n1,837,055 is too low\n"
 
 
 def test_a_split_is_drawn_once_and_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
