@@ -19,6 +19,7 @@ from llava_align.demo.world.captions import caption
 from llava_align.demo.world.dataset import draw, split_scenes
 from llava_align.demo.world.scene import Scene
 from llava_core.cli.console import show
+from llava_core.cli.translation import translated
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # from tqdm in a notebook without widgets
 
@@ -124,8 +125,10 @@ def check(answer: float | None, right: float | str, tolerance: float = 0.01) -> 
     """
     expected, within = ANSWERS[right] if isinstance(right, str) else (right, tolerance)
     if answer is None:
-        show("not answered yet: write your answer in place of None")
-    elif math.isclose(answer, expected, rel_tol=within):
-        show(f"right: {float(answer):,.7g}")
+        show(translated("not answered yet: write your answer in place of None"))
+        return
+    given = f"{float(answer):,.7g}"
+    if math.isclose(answer, expected, rel_tol=within):
+        show(translated(f"right: {given}"))
     else:
-        show(f"{float(answer):,.7g} is too {'low' if answer < expected else 'high'}")
+        show(translated(f"{given} is too low" if answer < expected else f"{given} is too high"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ def chinese(lesson: Path) -> Path:
 
 
 def execute(notebook: Any, folder: Path) -> None:
-    """Run every cell in `folder`. Raises CellExecutionError for the first that fails."""
+    """Run every cell in `folder`, in English. Raises CellExecutionError for the first that fails."""
+    os.environ["LC_ALL"] = "C.UTF-8"
     NotebookClient(notebook, timeout=600, record_timing=False).execute(cwd=str(folder))
 
 
