@@ -42,7 +42,7 @@ EXTRAS = {
     "extract run --ray, train sweep --ray": "ray",
     "language models as GGUF, export --to gguf": "gguf",
     "infer score, words by jieba": "score",
-    "docs/learn/demo.ipynb": "notebook",
+    "the lessons in docs/learn": "notebook",
 }
 """Extra that each command or feature needs besides the packages that all commands share."""
 SHARED = ("extract, train, infer", "llava trace, examples, match, chat-llm, import, export, push --to hf")

@@ -155,8 +155,8 @@ class ExportConfig(Options):
     in half the space, as it does on a GPU. The projector stays float32. q8_0 and q4_k_m, of GGUF, quantise
     the language model to 8.5 or about 4.8 bits."""
     check: int | None = None
-    """Images about which llama.cpp's answers are compared with those of `infer`, 8 by default, if xllamacpp is
-    installed; 0: none."""
+    """Images about which llama.cpp's answers are compared with those of `infer`, 8 by default, if xllamacpp
+    is installed; 0: none."""
     check_images: Path | None = None
     """Folder of these images; by default they are drawn."""
     dry_run: bool = False

@@ -1,36 +1,67 @@
-"""docs/learn/demo.ipynb, run from top to bottom on a smaller world."""
+"""The lessons of docs/learn, run from top to bottom in one kernel, with the answers of their exercises."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import TypeAlias
+
+import pytest
 
 from tests.support.commands import started
-from tests.support.notebook import NOTEBOOK, read
+from tests.support.notebook import LESSONS
+
+Printed: TypeAlias = "dict[str, dict[str, str]]"
 
 
-def test_every_cell_runs_and_the_projector_learns(tmp_path: Path) -> None:
-    with started("tests.support.notebook", "--to", tmp_path / "demo.ipynb", LLAVA_DEMO_ROWS=160) as process:
-        _, err = process.communicate(timeout=600)
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Printed:
+    """What each cell of each lesson prints."""
+    to = tmp_path_factory.mktemp("lessons") / "printed.json"
+    with started("tests.support.notebook", "--solved", to, MPLBACKEND="agg") as process:
+        _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
-    cells = {cell.id: cell for cell in read(tmp_path / "demo.ipynb").cells}
-    assert [cell.source for cell in cells.values()] == [cell.source for cell in read(NOTEBOOK).cells]
+    lessons: Printed = json.loads(to.read_text(encoding="utf-8"))
+    return lessons
 
-    def said(cell: str) -> str:
-        return "".join(output.get("text", "") for output in cells[cell].outputs)
 
-    before, after = re.findall(r"held-out loss: (\S+) -> (\S+)", said("curve-draw"))[0]
-    assert float(after) < 0.7 * float(before)
-    gap = re.findall(r"grounding gap +(\S+)", said("eval-run"))[0]
-    assert float(gap) > 0.5
-    assert "train: 160 of 160 pictures encoded" in said("extract-run")
-    assert re.search(r"features +float16 +\(160, 37, 128\)", said("shard-open"))
-    assert "<|im_end|>     yes" in said("trace-run")
-    (gallery,) = (output for output in cells["ask-run"].outputs if output.output_type == "display_data")
-    answers = re.findall(r"<br>([^<]+)</div>", gallery.data["text/html"])
-    assert len(answers) == 6
-    assert all(answer.endswith("。") for answer in answers)
-    assert len(re.findall(r"1 of 1", said("sweep-run"))) == 6
-    for cell in ("patches-draw", "curve-draw", "lens-run", "sweep-run"):
-        assert any("image/png" in output.get("data", {}) for output in cells[cell].outputs), cell
-    assert not (tmp_path / "notebook-out").exists()
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d+\.\d+", text)]
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_the_answers_are_right(printed: Printed, lesson: Path) -> None:
+    for name, said in printed[lesson.stem].items():
+        if name.startswith("answer-"):
+            assert said.splitlines()[-1].startswith("right: "), f"{name}: {said}"
+        elif name.startswith("exercise-"):
+            assert said.splitlines()[-1].startswith("not answered yet"), name
+
+
+def test_what_the_text_says_of_the_outputs_holds(printed: Printed) -> None:
+    features, projector, masking, packing, schedules, grounding, stage_2, scaling = printed.values()
+    assert "largest difference: 0.0\n" in features["twice"]
+    patch, cls, guess = numbers(features["probe"].replace("%", ".0"))
+    assert patch > cls > guess
+    losses = [numbers(projector[cell])[0] for cell in ("loss", "regression")]
+    assert losses[1] < 0.6 * losses[0]
+    right, other = numbers(masking["tokens"])[-2:]
+    assert other > right + 1
+    assert "ends with <|im_end|>" in masking["end"]
+    alone, careless, packed = (
+        numbers(re.findall("(?:mean|packing)[^:]*: .*", packing[cell])[0])[0]
+        for cell in ("alone", "naive", "packed")
+    )
+    assert packed == pytest.approx(alone, abs=1e-5)
+    assert careless > 2 * alone
+    low, fits, high, far = (line.split()[4] for line in schedules["sweep"].splitlines())
+    assert float(fits) < float(high) < float(low) < float(far)
+    assert "diverging" in schedules["sweep"].splitlines()[3]
+    own, order, mean, another, gap = numbers(grounding["gap"])
+    assert own < order < mean < another
+    assert gap > 2
+    (before,), (after,), (mixed,) = (numbers(stage_2[cell]) for cell in ("before", "after", "mix"))
+    assert after > 2 * before > mixed
+    (_, low_, high_, _), _ = (numbers(line) for line in scaling["predict"].splitlines())
+    assert high_ > low_

@@ -37,7 +37,7 @@ PACKAGES = ("extract", "train", "infer", "llava_align", "llava_core")
 SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")
 """Functions that return a line to print."""
 SAME_CODE = (
-    *("one-sample", "cache", "troubleshooting", "curves", "why-it-works", "python-api", "extending"),
+    *("one-sample", "cache", "troubleshooting", "curves", "python-api", "extending"),
     *("transformers", "llama-cpp", "ollama", "clients"),
 )
 """Pages whose code blocks are alike in both languages."""
