@@ -8,6 +8,7 @@ import json
 from html import escape
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from infer.lens.result import LensResult
@@ -31,7 +32,7 @@ def write_page(path: Path, result: LensResult) -> None:
     }
     parts = {
         "title": escape(Path(result.image).name),
-        "image": _data_url(result),
+        "image": data_url(result.pixels),
         "other": escape(result.other),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
     }
@@ -39,7 +40,8 @@ def write_page(path: Path, result: LensResult) -> None:
     replace_text(path, page)
 
 
-def _data_url(result: LensResult) -> str:
+def data_url(pixels: np.ndarray) -> str:
+    """uint8 [H, W, 3] -> a PNG in a data URL."""
     buffer = io.BytesIO()
-    Image.fromarray(result.pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
