@@ -201,7 +201,7 @@ def main() -> None:
         if settings.only in ("all", name):
             told = [(case, verdict(settings, case)) for case in cases]
             right = sum(found.name == case.expected for case, found in told)
-            rows = [(case.name, case.expected, found.name, found.evidence[0].en) for case, found in told]
+            rows = [(case.name, case.expected, found.name, found.evidence[0]) for case, found in told]
             print(table(rows, ("run", "sabotaged to be", "verdict", "evidence")))
             print(f"{name}: {right} of {len(told)} right")
     if settings.picture is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from extract.data_options import DataOptions
 from extract.pipeline_config import PipelineConfig
@@ -51,6 +52,8 @@ class RunConfig(EncodeConfig, DataOptions):
 
     Several encoders, or --layers, make a cache each, in OUT/NAME or OUT/NAME@LAYER, from one download.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "limit dry_run thumbnails layers"}
 
     vision: tuple[Path, ...] | Path
     """Folder of the vision encoder: Chinese-CLIP from ModelScope, or a Hugging Face vision encoder. Of
@@ -136,6 +139,8 @@ class RetryConfig(EncodeConfig, DataOptions):
     --layer, --decode and --fit are those of the shards.
     """
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "status data"}
+
     vision: Path
     """Folder of the vision encoder that they were made with."""
 
@@ -163,6 +168,8 @@ class VerifyConfig(DownloadOptions, DataOptions):
     Names the rows that are damaged or hold the features of another row, and the shards of another encoder.
     """
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "vision sample"}
+
     out: Path
     """Folder of the feature shards, or one shard."""
     vision: Path | None = None
@@ -187,6 +194,8 @@ class VerifyConfig(DownloadOptions, DataOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig(Options):
     """What feature shards hold: outcomes, hosts, captions, norms."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "html sample"}
 
     out: Path
     """Folder of the feature shards, or one shard."""
@@ -214,6 +223,8 @@ class ExamplesConfig(DownloadOptions, DataOptions):
     --data afterwards.
     """
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "count"}
+
     data: str
     """As for `extract run`."""
     out: Path
@@ -236,6 +247,8 @@ class BenchConfig(PipelineConfig, DataOptions):
 
     With --features instead: how fast a finished cache is read, as training reads it. Nothing stays on disk.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "data vision features count"}
 
     data: str | None = None
     """What to extract, as for `run`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from llava_core.cli.options import Options
 
@@ -11,6 +13,8 @@ from llava_core.cli.options import Options
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
     """How --data is read."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "images"}
 
     images: Path | None = None
     """Folder of the images that --data names by path; without it, the folder each file lies in."""

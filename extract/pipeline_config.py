@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from llava_core.cli.download_options import DownloadOptions
 from llava_core.errors import LlavaError
@@ -19,6 +20,12 @@ MOST = {"concurrency": 10_000, "decoders": 1_000}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineConfig(DownloadOptions):
     """Flags of the stages from an image's address to its features on disk."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "device max_failed",
+        "Network": "concurrency per_host host_rate retries timeout max_bytes ignore_robots patience",
+        "Tuning": "batch_size decoders bytes_in_flight",
+    }
 
     device: Device = "auto"
     """Where to encode."""

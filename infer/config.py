@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import ClassVar, Literal
 
 from llava_core.cli.download_options import DownloadOptions
-from llava_core.cli.options import Options
+from llava_core.cli.options import Options, Repeated
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_file, require_file_place, require_matches
 from llava_core.input_folders import (
@@ -28,6 +27,8 @@ from llava_core.types import Device
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aligned(Options):
     """A projector, the language model it was trained for, and where to compute."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "device"}
 
     checkpoint: Path
     """Folder of a projector, such as RUN/best."""
@@ -64,7 +65,9 @@ class Models(Sampling, Aligned):
 class AskConfig(Models):
     """One question about an image, or about each of several; answers go to standard output as they come."""
 
-    image: tyro.conf.UseAppendAction[tuple[str, ...]]
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "prompt"}
+
+    image: Repeated
     """Path or URL of an image, or - for standard input; may be given again, and each is asked about."""
     prompt: str | None = None
     """The question; - reads it from standard input. By default the first instruction it was trained with."""
@@ -87,6 +90,8 @@ class AskConfig(Models):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiveOrStored(Aligned):
     """Flags of every command that answers about live images, or about rows of feature shards."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "vision features"}
 
     features: tuple[Path, ...] | Path | None = None
     """Folder of feature shards, or one of them, to ask about in place of images: every row once, or, of a
@@ -112,6 +117,8 @@ class LiveOrStored(Aligned):
 class Asked(LiveOrStored, DownloadOptions):
     """Flags of every command that asks many questions."""
 
+    groups: ClassVar[Mapping[str, str]] = {"Tuning": "batch_size"}
+
     output: Path
     """JSONL file of the answers."""
     batch_size: int = 16
@@ -135,6 +142,8 @@ class Asked(LiveOrStored, DownloadOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionFile(Asked):
     """Questions about images in a JSONL file, or about the rows of feature shards."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "input text prompt"}
 
     input: Path | None = None
     """File of {"image": PATH or URL, "prompt": TEXT} lines; paths are relative to its folder, data: URLs are
@@ -182,6 +191,8 @@ class RankConfig(QuestionFile):
     known. With --features the texts are the row's caption and captions of other images.
     """
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "choices"}
+
     choices: int = 8
     """Texts for each row of --features, its own caption among them."""
     by: Literal["mean", "sum"] = "mean"
@@ -197,6 +208,8 @@ class RankConfig(QuestionFile):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(DownloadOptions):
     """Score answers against captions (BLEU, ROUGE-L, CIDEr-D) and against images (CLIPScore)."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "answer reference vision features images device"}
 
     input: Path
     """JSONL file with an answer and one or more references a line, such as the output of `infer batch`."""
@@ -228,6 +241,8 @@ class ScoreConfig(DownloadOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LensConfig(Models):
     """Words nearest to each visual token, and how much the image lowers a caption's loss, word by word."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "out prompt caption"}
 
     image: str
     """Path or URL of the image."""

@@ -9,18 +9,74 @@ from llava_align.hub.config import DownloadConfig, ExportConfig, ImportConfig, P
 from llava_core.cli import command
 from llava_core.cli.options import Command
 
+ALIGNED = "runs/linear/best --vision models/clip --llm models/qwen3"
+"""A checkpoint and its models, as the examples name them."""
 COMMANDS = {
-    "demo": Command(DemoConfig, "llava_align.demo.command:run"),
-    "demo-stage2": Command(DemoStage2Config, "llava_align.demo.stage2:run"),
-    "trace": Command(TraceConfig, "llava_align.demo.trace:run"),
-    "examples": Command(ExamplesConfig, "extract.examples:run"),
-    "match": Command(MatchConfig, "llava_align.match.command:run"),
-    "chat-llm": Command(ChatLlmConfig, "infer.chat.chat_llm:run"),
-    "import": Command(ImportConfig, "llava_align.hub.import_projector:run"),
-    "push": Command(PushConfig, "llava_align.hub.push:run", continues=True),
-    "export": Command(ExportConfig, "llava_align.hub.export:run"),
-    "doctor": Command(DoctorConfig, "llava_align.doctor.command:run"),
-    "download": Command(DownloadConfig, "llava_align.hub.download:run", continues=True),
+    "demo": Command(
+        DemoConfig,
+        "llava_align.demo.command:run",
+        example="--out demo-out",
+    ),
+    "demo-stage2": Command(
+        DemoStage2Config,
+        "llava_align.demo.stage2:run",
+        example="--out demo-out --tune lora",
+    ),
+    "trace": Command(
+        TraceConfig,
+        "llava_align.demo.trace:run",
+        example=f"photo.jpg --caption 一只猫 --checkpoint {ALIGNED}",
+        subject="image",
+    ),
+    "examples": Command(
+        ExamplesConfig,
+        "extract.examples:run",
+        example="sa1b --out examples --count 16",
+        subject="data",
+    ),
+    "match": Command(
+        MatchConfig,
+        "llava_align.match.command:run",
+        example="pictures --vision models/clip --text 一只猫",
+        subject="images",
+    ),
+    "chat-llm": Command(
+        ChatLlmConfig,
+        "infer.chat.chat_llm:run",
+        example="models/qwen3",
+        subject="llm",
+    ),
+    "import": Command(
+        ImportConfig,
+        "llava_align.hub.import_projector:run",
+        example="stage1_projection.pt --vision models/clip --llm models/qwen3 --out runs/course",
+        subject="file",
+    ),
+    "push": Command(
+        PushConfig,
+        "llava_align.hub.push:run",
+        continues=True,
+        example="runs/linear/best --to modelscope --name you/projector",
+        subject="folder",
+    ),
+    "export": Command(
+        ExportConfig,
+        "llava_align.hub.export:run",
+        example=f"{ALIGNED} --out exported --to gguf",
+        subject="checkpoint",
+    ),
+    "doctor": Command(
+        DoctorConfig,
+        "llava_align.doctor.command:run",
+        example="",
+    ),
+    "download": Command(
+        DownloadConfig,
+        "llava_align.hub.download:run",
+        continues=True,
+        example="models",
+        subject="what",
+    ),
 }
 
 

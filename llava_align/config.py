@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import ClassVar, Literal
 
 from llava_align.demo.folder import finished_demo
-from llava_core.cli.options import Options
+from llava_core.cli.options import Options, Repeated
 from llava_core.errors import LlavaError
 from llava_core.filesystem import require_folder
 from llava_core.input_folders import (
@@ -30,6 +29,8 @@ CHARTS = (".png", ".jpg", ".jpeg", ".webp")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig(Options):
     """The whole job on the built-in world: pictures, features, a projector, answers about new pictures."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "out rows steps seed"}
 
     out: Path = Path("demo-out")
     """Folder for everything the demo makes; an earlier demo's is replaced."""
@@ -53,6 +54,8 @@ class DemoConfig(Options):
 class DemoStage2Config(Options):
     """The language model learns dialogues about the demo's pictures; accuracy and forgetting, held out."""
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "out tune steps seed"}
+
     out: Path = DemoConfig.out
     """Folder of the demo; this writes OUT/stage2, and replaces an earlier one."""
     tune: Literal["lora", "llm"] = "lora"
@@ -73,6 +76,8 @@ class DemoStage2Config(Options):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceConfig(Options):
     """One sample from image file to loss, with the numbers of every stage; by default one of the demo's."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "image caption prompt checkpoint vision llm"}
 
     image: str | None = None
     """Path or URL of the image; by default one is drawn."""
@@ -115,13 +120,15 @@ class TraceConfig(Options):
 class MatchConfig(Options):
     """Which images of a folder, or rows of feature shards, Chinese-CLIP finds nearest to a text."""
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "images features text top out"}
+
     vision: Path
     """Folder of Chinese-CLIP, or of CLIP from Hugging Face, with its text tower."""
     images: Path | None = None
     """Folder of images, with those below it."""
     features: Path | None = None
     """Folder of feature shards, or one of them, in place of images: nothing is encoded again."""
-    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    text: Repeated = ()
     """The text, up to 50 tokens; may be given again. Without one, texts are read a line at a time."""
     top: int = 5
     """Images shown for each text."""
@@ -158,6 +165,8 @@ class DoctorConfig(Options):
 
     Ends with exit code 1 if the demo cannot run here.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "folder test"}
 
     folder: Path = Path()
     """Folder on the disk to measure: where features will be stored."""

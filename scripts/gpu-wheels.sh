@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 into=${1:?usage: scripts/gpu-wheels.sh DIR [PYTHON_VERSION, such as 3.12]}
-for name in tyro docstring-parser typeguard prompt-toolkit wcwidth xxhash; do
+for name in prompt-toolkit wcwidth xxhash; do
     pinned=$(grep -iE "^${name//-/[-_]}==" constraints.txt) || { echo "constraints.txt does not pin $name" >&2; exit 1; }
     echo "$pinned"
     python3 -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: \

@@ -13,12 +13,42 @@ from train.config import EvalConfig, PlanConfig, RunConfig
 from train.recipes import RECIPES
 from train.sweep.config import ScalingConfig, SweepConfig
 
+CACHES = "--features features/train --eval-features features/eval --llm models/qwen3"
+"""Features and a language model, as the examples name them."""
 COMMANDS = {
-    "run": Command(RunConfig, "train.run:run", RECIPES, continues=True),
-    "sweep": Command(SweepConfig, "train.sweep.command:run", RECIPES, continues=True),
-    "scaling": Command(ScalingConfig, "train.sweep.command:run", RECIPES, continues=True),
-    "plan": Command(PlanConfig, "train.cost_prediction:run", RECIPES),
-    "eval": Command(EvalConfig, "train.evaluate:run"),
+    "run": Command(
+        RunConfig,
+        "train.run:run",
+        RECIPES,
+        continues=True,
+        example=f"{CACHES} --out runs/linear --recipe fast --max-steps 1250",
+    ),
+    "sweep": Command(
+        SweepConfig,
+        "train.sweep.command:run",
+        RECIPES,
+        continues=True,
+        example=f"{CACHES} --out runs/sweep --space lr=5e-4,1e-3 projector=linear,mlp",
+    ),
+    "scaling": Command(
+        ScalingConfig,
+        "train.sweep.command:run",
+        RECIPES,
+        continues=True,
+        example=f"{CACHES} --out runs/law --sizes 1k,2k,4k,8k",
+    ),
+    "plan": Command(
+        PlanConfig,
+        "train.cost_prediction:run",
+        RECIPES,
+        example=f"{CACHES} --out runs/linear",
+    ),
+    "eval": Command(
+        EvalConfig,
+        "train.evaluate:run",
+        example="runs/linear/best --features features/eval --llm models/qwen3",
+        subject="checkpoint",
+    ),
 }
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which its processes find each other."""
@@ -30,7 +60,7 @@ def main() -> None:
     if spoken_for:
         silence()
     try:
-        command.main("llava-train", "Train projectors on cached features.", COMMANDS)
+        command.main("python -m train", "Train projectors on cached features.", COMMANDS)
     except SystemExit as leaving:
         if spoken_for and leaving.code in (1, 2):
             for signum in (signal.SIGTERM, signal.SIGHUP):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llava_core.cli.console import say
+from llava_core.cli.translation import translated
 from llava_core.projector.fusion import mapped_width
 from llava_core.projector.projector import parameter_count
 from train.tuning import idle_flags
@@ -33,11 +34,11 @@ def announce(run: TrainingRun) -> None:
     if config.init is not None and not run.step:
         say(f"{title}starts from {config.init}")
     say(
-        f"{title}{len(samples)} samples, features {samples.location}; "
+        f"{title}{len(samples)} samples, features {translated(samples.location)}; "
         f"{run.schedule.steps} steps of {config.batch_size} on {run.llm.device}"
         + (f" in {run.group.size} processes" if run.group.size > 1 else "")
         + (f", continued at step {run.step}" if run.step else "")
-        + f"; {run.schedule.ending}"
+        + f"; {translated(run.schedule.ending)}"
     )
     if encoder.fusion:
         say(f"{title}fused: {encoder}")

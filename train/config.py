@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
@@ -46,6 +47,12 @@ class RunConfig(Options):
     `--recipe course|fast|course-stage2|stage2` sets several flags at once; those of a file win over it, and
     those typed over both.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "eval_features projector lr batch_size max_steps epochs "
+        "max_samples tune init seed report_to device dry_run",
+        "Tuning": "micro_tokens gradient_checkpointing resident compile",
+    }
 
     features: tuple[Path, ...] | Path
     """Folder of feature shards to train on (by `extract run`), or several: of one encoder, or with --fuse."""
@@ -222,6 +229,11 @@ class PlanConfig(RunConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig(Options):
     """Loss, perplexity and grounding gap of a checkpoint on held-out shards."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "device max_samples",
+        "Tuning": "micro_tokens batch_size",
+    }
 
     checkpoint: Path
     """Checkpoint folder, such as RUN/best."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llava_core.cli.console import human_bytes, human_seconds, say, show, table
+from llava_core.cli.translation import translated
 from llava_core.device import default_dtype, free_memory, matmul_rate
 from llava_core.language.model import context_of
 from llava_core.projector.checkpoint import load_checkpoint
@@ -264,7 +265,7 @@ def outcome_line(outcome: JsonDict) -> str:
 def _print(predicted: Prediction, figures: JsonDict) -> None:
     total = sum(predicted.memory.values())
     rows = [(key.replace("_", " "), f"{figures[key]:,.0f}") for key in COUNTS]
-    rows.insert(COUNTS.index("steps") + 1, ("the run", predicted.ending))
+    rows.insert(COUNTS.index("steps") + 1, ("the run", translated(predicted.ending)))
     rows += [("feature bytes per epoch", human_bytes(figures["feature_bytes_per_epoch"]))]
     rows += [(f"memory: {key.replace('_', ' ')}", human_bytes(n)) for key, n in predicted.memory.items()]
     rows += [

@@ -10,6 +10,7 @@ import torch
 
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import say
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError
 from llava_core.projector.fusion import layer_weights
 from llava_core.projector.projector import described
@@ -274,7 +275,7 @@ class TrainingRun:
         if verdict is not None:
             verdict.tell(self.title)
         elif self.group.main:
-            say(f"{self.title}{NO_VERDICT.here()}")
+            say(f"{self.title}{translated(NO_VERDICT)}")
         before = None if self.config.init is None else self.loss_before
         if before is not None and before < self.best < math.inf:
             losses = f"held-out loss {before:.4f} there, {self.best:.4f} here"

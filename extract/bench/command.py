@@ -13,6 +13,7 @@ from extract.sources.base import DataFlags, host_of
 from extract.sources.find import find_sources
 from extract.statistics import TOO_MANY_FAILED, outcome_table
 from llava_core.cli.console import counted, human_bytes, human_seconds, say, show, table
+from llava_core.cli.translation import translated
 from llava_core.device import free_ram
 from llava_core.errors import LlavaError
 from llava_core.launcher_variables import cpu_cores
@@ -122,10 +123,12 @@ def _print(figures: JsonDict, stages: dict[str, Measured], together: Measured) -
     ]
     show(table(lines, ("stage", "rows", "samples/s", "MB/s", "busy together")))
     if figures["measured_rows"] < FEW:
-        show(f"\n{counted(figures['measured_rows'], 'row')}: fewer than {FEW} do not tell what bounds a run")
+        few = counted(figures["measured_rows"], "row")
+        show(translated(f"\n{few}: fewer than {FEW} do not tell what bounds a run"))
         return
-    show(
+    bound = (
         f"\nbounded by {figures['bottleneck']}: {figures['rows']:,} rows take about "
         f"{human_seconds(figures['hours'] * 3600)} at {figures['samples_per_s']:,.1f} samples/s; "
         f"faster with {figures['faster']}"
     )
+    show(translated(bound))

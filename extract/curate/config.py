@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from extract.config import require_count
 from llava_core.cli.options import Options
@@ -24,6 +25,8 @@ class CurateConfig(Options):
     language, or one that many rows have; words in no order; a caption that fits its picture no better than
     those of other rows do; a picture that came before.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "html vision language"}
 
     features: tuple[Path, ...] | Path
     """Folder of the feature shards, or several of one encoder."""

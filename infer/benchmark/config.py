@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from infer.config import Asked
 from llava_core.filesystem import require_matches
@@ -16,6 +17,8 @@ MAX_TOKENS = 64
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(Asked):
     """Score multiple choice, yes/no or short answers, also with shuffled pictures; it continues by itself."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "images by max_tokens"}
 
     task: str
     """VLMEvalKit's TSV or lmms-eval's parquet file, or a glob of several in quotes: columns image, question,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from infer.chat.config import ChatLlmConfig
 from infer.chat.dialogue import Dialogue
-from infer.chat.messages import pick_language
 from infer.chat.repl import ChatRepl
 from llava_core.cli.console import say
 from llava_core.device import pick_device
@@ -23,7 +22,7 @@ def run(config: ChatLlmConfig) -> JsonDict:
     say(f"{llm.id} on {llm.device}")
     conversation = Conversation(llm.tokenizer, llm.eos_ids)
     dialogue = Dialogue(llm, conversation, sampling_of(config), system=config.system)
-    repl = TextChatRepl(dialogue, pick_language(config.lang))
+    repl = TextChatRepl(dialogue)
     if config.thinking:
         repl.think("")
     return repl.run()

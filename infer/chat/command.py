@@ -8,7 +8,6 @@ from infer.answerer import ImageAnswerer, open_image_answerer, open_second_answe
 from infer.chat.config import ChatConfig
 from infer.chat.image_dialogue import ImageDialogue
 from infer.chat.image_repl import ImageChatRepl
-from infer.chat.messages import pick_language
 from llava_core.cli.console import say
 from llava_core.language.compiled_decode import CompiledStep
 from llava_core.language.sampling import sampling_of
@@ -30,7 +29,7 @@ def run(config: ChatConfig) -> JsonDict:
         return dialogue(open_second_answerer(folder, aligned, config))
 
     aligned = open_image_answerer(config)
-    repl = ImageChatRepl(dialogue(aligned), pick_language(config.lang), config.checkpoint, open_second)
+    repl = ImageChatRepl(dialogue(aligned), config.checkpoint, open_second)
     if config.compare:
         repl.compare(str(config.compare))
     if config.image:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 from infer.config import Models
 from llava_core.cli.options import Options
@@ -17,14 +18,18 @@ from llava_core.types import Device
 class ChatConfig(Models):
     """Talk about images at the terminal, or over a pipe: a question a line; `/help` lists the commands."""
 
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "image compare",
+        "Network": "allow_private",
+        "Tuning": "compile",
+    }
+
     image: str | None = None
     """Path or URL of the image to begin with."""
     compare: Path | None = None
     """Folder of a second checkpoint, which answers beside the first, as after `/compare`."""
     compile: bool = False
     """Compile the step for one token: small models answer faster, minutes later (on a GPU: not measured)."""
-    lang: Literal["auto", "zh", "en"] = "auto"
-    """Language of remarks and help; auto: that of the locale."""
     allow_private: bool = False
     """Let the image address of a dialogue that is loaded lead to this machine or a private network."""
 
@@ -41,6 +46,8 @@ class ChatConfig(Models):
 class ChatLlmConfig(Sampling, Options):
     """Talk to the bare language model at the terminal, or over a pipe: no image, no projector."""
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "system thinking max_tokens device"}
+
     llm: Path
     """Folder of the language model."""
     system: str = ""
@@ -52,8 +59,6 @@ class ChatLlmConfig(Sampling, Options):
     """Longest answer, in tokens, with the thoughts before it."""
     device: Device = "auto"
     """Where to compute."""
-    lang: Literal["auto", "zh", "en"] = "auto"
-    """Language of remarks and help; auto: that of the locale."""
 
     def require_inputs(self) -> None:
         require_language_model(self.llm)

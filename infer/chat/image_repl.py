@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from infer.chat.image_dialogue import ImageDialogue
+from infer.chat.messages import message
 from infer.chat.readings import nearest_words, word_gains
 from infer.chat.repl import ChatRepl, unquoted
 from infer.chat.transcript import Transcript, write_transcript
@@ -29,12 +30,11 @@ class ImageChatRepl(ChatRepl):
     def __init__(
         self,
         dialogue: ImageDialogue,
-        language: str,
         checkpoint: Path,
         open_second: Callable[[Path], ImageDialogue],
     ) -> None:
         """`open_second` gives an empty dialogue with the models of another checkpoint than the dialogue's."""
-        super().__init__(dialogue, language)
+        super().__init__(dialogue)
         self.sessions = [dialogue]
         self._checkpoints = {FIRST: str(checkpoint)}
         self._open_second = open_second
@@ -79,7 +79,7 @@ class ImageChatRepl(ChatRepl):
             mark = "*" if session is self.dialogue else ""
             first = session.messages[0]["content"] if session.messages else ""
             rows.append((f"{number}{mark}", len(session.messages) // 2, session.image or "", first))
-        header = [self.texts(name) for name in ("session", "turns", "image", "first question")]
+        header = [message(name) for name in ("session", "turns", "image", "first question")]
         self.terminal.show(session_table(header, rows))
 
     def session(self, rest: str) -> None:
@@ -142,13 +142,13 @@ class ImageChatRepl(ChatRepl):
             assert dialogue.decoded is not None
             pixels = dialogue.decoded.pixels if self.terminal.coloured else None
             grid = word_grid(words, pixels, self.terminal.columns)
-            title = self.texts("lens", word=class_word) if class_word else self.texts("lens without class")
+            title = message("lens", word=class_word) if class_word else message("lens without class")
             self.terminal.say(f"{name}: {title}" if self._second else title)
             self.terminal.show(grid)
 
     def why(self, rest: str) -> None:
         """How much loss the image saves each word of the last answer. Raises LlavaError if there is none."""
-        header = [self.texts(name) for name in ("word", "loss", "blank loss", "gain")]
+        header = [message(name) for name in ("word", "loss", "blank loss", "gain")]
         for name, dialogue in self._dialogues().items():
             if self._second is not None:
                 self.terminal.say(f"{name}:")

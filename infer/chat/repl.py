@@ -12,11 +12,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from infer.chat.dialogue import AnswerFigures, Dialogue
-from infer.chat.messages import Messages
+from infer.chat.messages import message
 from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.cli.command import INTERRUPTED, stop_signals
 from llava_core.cli.console import table
 from llava_core.cli.terminal import Terminal
+from llava_core.cli.translation import translated_error
 from llava_core.errors import LlavaError, nearest
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
@@ -28,8 +29,8 @@ WITH_PATH = ("/image", "/save", "/load", "/compare")
 class ChatRepl:
     """The commands that every chat has; `run` returns at the end of input or at /exit."""
 
-    def __init__(self, dialogue: Dialogue, language: str) -> None:
-        self.dialogue, self.texts = dialogue, Messages(language)
+    def __init__(self, dialogue: Dialogue) -> None:
+        self.dialogue = dialogue
         self.commands = self.make_commands()
         self.terminal = Terminal(list(self.commands), WITH_PATH)
         self.answers = self.errors = 0
@@ -76,7 +77,7 @@ class ChatRepl:
 
     def fail(self, error: Exception) -> None:
         self.errors += 1
-        self.terminal.say(self.texts("error", error=error), style="red")
+        self.terminal.say(message("error", error=translated_error(str(error))), style="red")
 
     def evaluate(self, line: str) -> None:
         """Run a command or answer a question. Raises EOFError at /exit, LlavaError or OSError on failure."""
@@ -131,7 +132,7 @@ class ChatRepl:
             "time to first token": f"{figures.first_s:.3f}",
             "tokens/s": f"{figures.tokens_per_s:.1f}",
         }
-        self.terminal.say(table([(self.texts(name), value) for name, value in rows.items()]))
+        self.terminal.say(table([(message(name), value) for name, value in rows.items()]))
 
     def save(self, rest: str) -> None:
         path = self.path(rest, "/save")
@@ -147,16 +148,16 @@ class ChatRepl:
 
     def help(self, rest: str) -> None:
         for name in self.commands:
-            self.terminal.say(f"{name} {self.texts(name)}")
+            self.terminal.say(f"{name} {message(name)}")
         self.say("lines")
         self.say("keys")
 
     def leave(self, rest: str) -> None:
         raise EOFError
 
-    def say(self, message: str, **values: object) -> None:
+    def say(self, name: str, **values: object) -> None:
         """Show a message of MESSAGES, by its name."""
-        self.terminal.say(self.texts(message, **values), style="dim")
+        self.terminal.say(message(name, **values), style="dim")
 
     @staticmethod
     def path(rest: str, command: str) -> Path:

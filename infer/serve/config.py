@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
+from typing import ClassVar
 
 from infer.config import LiveOrStored
 from infer.serve.listen import listening
@@ -15,6 +17,12 @@ from llava_core.language.sampling import Sampling
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig(Sampling, LiveOrStored):
     """An OpenAI-compatible server with a page. Sampling flags are the defaults of requests without them."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "host port api_key model_id",
+        "Network": "allow_remote_images allow_private allow_origin max_bytes",
+        "Tuning": "slots queue context compile drain",
+    }
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""

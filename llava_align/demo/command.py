@@ -22,6 +22,7 @@ from llava_align.subprocess_command import imports_shared, run_command
 from llava_core.bootstrap import with_interval
 from llava_core.cli.command import INTERRUPTED
 from llava_core.cli.console import show, table
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
 from llava_core.language.instructions import QUESTION
@@ -54,7 +55,9 @@ def _demo(config: DemoConfig) -> JsonDict:
         train = write_split(out, "train", url, config.rows, files=2, seed=config.seed, odd=TROUBLES)
         held_out = write_split(out, "held-out", url, config.held_out, files=1, seed=config.seed)
         drawing = time.monotonic() - started
-        show(f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}")
+        show(
+            translated(f"{config.rows + config.held_out} pictures drawn in {drawing:.0f} s, served at {url}")
+        )
         figures = _commands(config, train, held_out, url)
     answers = [line["answer"] for line in read_json_lines(out / "answers.jsonl")]
     # An answer depends on picture and question alone: another picture's answer is that to a shuffled picture.
@@ -141,4 +144,5 @@ def _print(figures: JsonDict, out: Path) -> None:
     ]
     header = ("attributes named rightly", "right picture", "shuffled picture", "another's caption")
     show("\n" + table(named, header))
-    show(f"\n{out / 'loss.png'}     the loss curve\n{out / 'answers.png'}  held-out pictures and answers")
+    show(translated(f"\n{out / 'loss.png'}     the loss curve"))
+    show(translated(f"{out / 'answers.png'}  held-out pictures and answers"))

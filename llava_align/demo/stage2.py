@@ -34,6 +34,7 @@ from llava_align.feature_dataset import FeatureDataset
 from llava_align.subprocess_command import imports_shared, run_command
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import progress, show, table
+from llava_core.cli.translation import translated
 from llava_core.filesystem import read_json_lines
 from llava_core.language.model import LanguageModel
 from llava_core.language.prompt_and_labels import Conversation, Example
@@ -114,7 +115,11 @@ def second_stage(
     after = measure(first, folder / "run/best", held_out, folder / "after.jsonl")
     figures: JsonDict = {"before": before, "after": after, "seconds": time.monotonic() - started}
     report(before, after)
-    show(f"\n{folder / 'before.jsonl'}, {folder / 'after.jsonl'}  answers; {figures['seconds']:.0f} s")
+    show(
+        translated(
+            f"\n{folder / 'before.jsonl'}, {folder / 'after.jsonl'}  answers; {figures['seconds']:.0f} s"
+        )
+    )
     return figures
 
 

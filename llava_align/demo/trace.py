@@ -14,6 +14,7 @@ from llava_align.demo.world.captions import caption as describe
 from llava_align.demo.world.render import jpeg, render
 from llava_align.demo.world.scene import random_scene
 from llava_core.cli.console import say, show, table
+from llava_core.cli.translation import translated
 from llava_core.device import pick_device
 from llava_core.language.detokenize import HALF
 from llava_core.language.instructions import QUESTION
@@ -96,7 +97,7 @@ def run(config: TraceConfig) -> JsonDict:
     show(table(_lines(tokens, len(visual)), ("position", "id", "token", "learnt", "loss", "likeliest")))
     total, loss = float(losses.sum()), float(losses.sum()) / len(targets)
     cut = ", cut: no end token is learnt" if example.cut else ""
-    show(f"\nloss {total:.4f} nats / {len(targets)} learnt tokens = {loss:.4f}{cut}")
+    show(translated(f"\nloss {total:.4f} nats / {len(targets)} learnt tokens = {loss:.4f}{cut}"))
     return {
         "image": config.image,
         "caption": caption,

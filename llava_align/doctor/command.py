@@ -22,7 +22,8 @@ from packaging.requirements import Requirement
 
 from llava_align.config import DoctorConfig
 from llava_align.doctor import flash_attention
-from llava_core.cli.console import human_bytes, say, show, table
+from llava_core.cli.console import human_bytes, say, show, visible, width
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError, first_line
 from llava_core.launcher_variables import usable_cores
 from llava_core.types import JsonDict
@@ -87,7 +88,7 @@ def run(config: DoctorConfig) -> JsonDict:
         except (LlavaError, OSError, RuntimeError) as error:  # the last is torch's own
             say(f"the self-test failed: {first_line(error)}")
             return {**report, "exit_code": 1}
-    show("\nthe demo can run here: python -m llava_align demo")
+    show(translated("\nthe demo can run here: python -m llava_align demo"))
     return report
 
 
@@ -279,6 +280,9 @@ def _self_test(folder: Path) -> JsonDict:
 
 def _print(title: str, rows: Mapping[str, Any]) -> None:
     """Print a titled table, all left-aligned, since most values are words."""
-    wide = max(map(len, rows), default=0)
-    lines = [f"{name:{wide}}  {value}" for name, value in rows.items()]
-    show(f"\n{title}\n" + table([[line] for line in lines]))
+    named = {translated(name): translated(str(value)) for name, value in rows.items()}
+    wide = max(map(width, named), default=0)
+    lines = (
+        f"{name}{' ' * (wide - width(name))}  {visible(value)}".rstrip() for name, value in named.items()
+    )
+    show("\n".join(("", translated(title), *lines)))

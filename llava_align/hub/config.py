@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import ClassVar, Literal
 
 from llava_core.cli.options import Options
 from llava_core.errors import LlavaError
@@ -35,7 +34,9 @@ class DownloadConfig(Options):
     MODELSCOPE_ENDPOINT, or MODELSCOPE_DOMAIN for an older modelscope, names a mirror.
     """
 
-    what: tyro.conf.Positional[Literal["models", "train", "eval"]]
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "out include dry_run"}
+
+    what: Literal["models", "train", "eval"]
     """Chinese-CLIP and Qwen3, pairs to train on, or pairs to evaluate on."""
     out: Path = Path()
     """Folder in which models/ and the folders of the data are made."""
@@ -97,6 +98,8 @@ class PushConfig(Options):
     names another host.
     """
 
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "private dry_run license language base_model"}
+
     folder: Path
     """Checkpoint folder, such as RUN/best, or an exported one."""
     to: Literal["hf", "modelscope"]
@@ -132,6 +135,8 @@ class PushConfig(Options):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(Options):
     """A projector and its two models as files that transformers, or llama.cpp and Ollama, load alone."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "to dtype check check_images dry_run"}
 
     checkpoint: Path
     """Folder of a projector, such as RUN/best."""

@@ -16,6 +16,7 @@ from typing import Any
 from llava_align.hub.client import cure, open_modelscope
 from llava_align.hub.config import DownloadConfig
 from llava_core.cli.console import counted, human_bytes, say, show, table, visible
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError, reason
 from llava_core.filesystem import nearest_existing
 from llava_core.types import JsonDict
@@ -70,7 +71,7 @@ def run(config: DownloadConfig) -> JsonDict:
         for d, folder, of, left in zip(downloads, folders, sizes, missing, strict=True)
     ]  # fmt: skip
     show(table(rows, ("from ModelScope", "to", "files", "bytes", "still to come")))
-    show(f"free on that disk: {human_bytes(free)}")
+    show(translated(f"free on that disk: {human_bytes(free)}"))
     if sum(missing) > free:
         raise LlavaError(
             f"too little space in {config.out}",
@@ -87,7 +88,7 @@ def run(config: DownloadConfig) -> JsonDict:
         if left := _missing(folder, of):
             raise LlavaError(f"{folder} lacks {human_bytes(left)}", do="the same command continues")
     summary["next"] = NEXT[config.what].format(out=shlex.quote(str(config.out)))
-    show(f"\nnext:  {summary['next']}")
+    show(translated(f"\nnext:  {summary['next']}"))
     return {**summary, "missing": 0}
 
 

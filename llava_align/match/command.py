@@ -100,7 +100,7 @@ def run(config: MatchConfig) -> JsonDict:
         ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         found.append(Match(text, [(candidates[k], cosine) for k, cosine in ranked], tower.cuts(text)))
         rows = [(c.name, f"{cosine:.3f}", c.caption[:30]) for c, cosine in found[-1].best]
-        show(f"{text}\n{table(rows)}")
+        show(f"{text}\n{table(rows, ('picture', 'cosine', 'caption'))}")
         if not config.text:
             chart(tower, found[-1:], config.out)
     if config.text:

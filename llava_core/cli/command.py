@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -19,15 +20,19 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-import tyro
-
+from llava_core.cli.arguments import parsed
 from llava_core.cli.console import guard_terminal, say, show, visible
+from llava_core.cli.help import command_page, overview
 from llava_core.cli.options import Command
 from llava_core.cli.settings import with_settings
-from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line
+from llava_core.cli.translation import LANGUAGES, choose_language, translated_error
+from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line, nearest
 from llava_core.gpu_drivers import DRIVERS, require_device
 
 INTERRUPTED = 130
+HELP = ("-h", "--help")
+WIDEST = 100
+"""Most columns of a page of help."""
 PHASES = ("extract", "train", "infer")
 """Programs that are not commands of another one."""
 OUT_OF_MEMORY = "lower --micro-tokens of train, --batch-size of extract or infer batch, --slots of serve"
@@ -49,7 +54,7 @@ def main(
         with _interrupts_kept():
             code = _run(prog, description, commands, argv)
     except LlavaError as error:
-        say(f"error: {error}")
+        say(translated_error(f"error: {error}"))
         code = error.exit_code
     except KeyboardInterrupt:
         continues = bool(argv) and argv[0] in commands and commands[argv[0]].continues
@@ -59,7 +64,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        where = f": {error.filename}" if error.filename else ""
+        say(translated_error(f"error: {error.strerror or error}{where}"))
         code = 1
     except RuntimeError as error:
         on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which takes seconds to import
@@ -72,27 +78,44 @@ def main(
 
 
 def _run(prog: str, description: str, commands: Mapping[str, Command], argv: list[str]) -> int:
-    name = argv[0] if argv and argv[0] in commands else None
-    if name is None and argv and argv[0] in PHASES:
-        do = f"it is a program of its own: python -m {' '.join(argv[:2])} …"
-        raise LlavaError(f"{prog} has no command {argv[0]}", do=do, exit_code=2)
-    if name is not None:
-        argv = [name, *with_settings(commands[name], argv[1:])]
-    config = tyro.extras.subcommand_cli_from_dict(
-        {name: command.config for name, command in commands.items()},
-        prog=prog,
-        description=f"{description}\n\n-c FILE.yaml reads flags from a file; those typed win.",
-        args=argv,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
+    argv = _in_language(argv)
+    columns = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+    if not argv or argv[0] in HELP:
+        show(overview(prog, description, commands, columns))
+        return 0 if argv else 2
+    name, *words = argv
+    if name not in commands:
+        known = [*commands, *(f"--{each}" for each in ("help", "lang"))]
+        phase = f"it is a program of its own: python -m {' '.join(argv[:2])} …"
+        do = phase if name in PHASES else nearest(name, known)
+        raise LlavaError(f"{prog} has no command {name}", do=do, exit_code=2)
+    command = commands[name]
+    if any(word in HELP for word in words):
+        show(command_page(prog, name, command, columns))
+        return 0
+    config = parsed(command, _in_language(with_settings(command, words)))
     config.require_inputs()
     require_device(config.own_device, DRIVERS)
-    module, function = commands[argv[0]].target.split(":")
+    module, function = command.target.split(":")
     summary: dict[str, Any] = getattr(_imported(module), function)(config) or {}
     code = int(summary.pop("exit_code", 0))
     if config.json:
         show(visible(json.dumps(summary, ensure_ascii=False, default=str)))
     return code
+
+
+def _in_language(argv: list[str]) -> list[str]:
+    """The words without `--lang`, whose language is printed from here on."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--lang=") else [word])]
+    while "--lang" in words:
+        at = words.index("--lang")
+        wanted = words[at + 1] if at + 1 < len(words) else ""
+        if wanted not in (*LANGUAGES, "auto"):
+            expected = ", ".join((*LANGUAGES, "auto"))
+            raise LlavaError("--lang", expected=expected, got=wanted or "nothing", exit_code=2)
+        choose_language(wanted)
+        del words[at : at + 2]
+    return words
 
 
 def _imported(module: str) -> types.ModuleType:

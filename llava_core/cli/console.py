@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from llava_core.cli.translation import translated, translated_label
+
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control, format (bidi among them), surrogate and line-separating characters."""
 JOINERS = "\u200c\u200d"
@@ -45,8 +47,8 @@ def _escaped(character: str) -> str:
 
 
 def say(text: str, keep: str = "") -> None:
-    """Print one log line without tearing a progress bar that is being drawn; see `visible` for `keep`."""
-    _outliving(lambda: tqdm.write(visible(text, keep), file=sys.stderr))
+    """Print one log line, translated, without tearing a progress bar; see `visible` for `keep`."""
+    _outliving(lambda: tqdm.write(visible(translated(text), keep), file=sys.stderr))
 
 
 @functools.cache
@@ -136,7 +138,7 @@ def progress(
         total=total,
         unit=f" {unit}",
         initial=initial,
-        desc=None if desc is None else visible(desc),
+        desc=None if desc is None else visible(translated(desc)),
         leave=leave,
         dynamic_ncols=True,
         disable=not (sys.stderr.isatty() or (leave and in_notebook())),  # a notebook shows nested bars badly
@@ -153,9 +155,15 @@ def width(text: str) -> int:
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
     """Rows as aligned text columns: the first flush left, the others flush right.
 
-    A cell is one line: a newline in it is escaped.
+    The header is translated; without one, the first column is, which then holds the names of figures. A cell
+    is one line: a newline in it is escaped.
     """
-    cells = [[visible(str(c)) for c in row] for row in ([header] if header else []) + list(rows)]
+    texts = [[str(cell) for cell in row] for row in rows]
+    if header:
+        texts.insert(0, list(map(translated_label, header)))
+    else:
+        texts = [[translated_label(row[0]), *row[1:]] for row in texts]
+    cells = [[visible(cell) for cell in row] for row in texts]
     if not cells:
         return ""
     widths = [max(width(row[i]) for row in cells if i < len(row)) for i in range(max(map(len, cells)))]
@@ -190,8 +198,8 @@ def human_operations(n: float) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """Number and noun: 1 -> '1 source', 2000 -> '2,000 sources'."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    """Number and noun, translated: 1 -> '1 source', 2000 -> '2,000 sources'."""
+    return translated(f"{n:,} {noun}{'' if n == 1 else 's'}")
 
 
 def human_seconds(seconds: float) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import ClassVar
 
-import tyro
-
-from llava_core.cli.options import Options
+from llava_core.cli.options import Options, Repeated
 from llava_core.errors import LlavaError
 
 OWN_HEADERS = ("host", "connection", "content-length", "transfer-encoding", "accept-encoding", "range")
@@ -18,9 +18,11 @@ OWN_HEADERS = ("host", "connection", "content-length", "transfer-encoding", "acc
 class DownloadOptions(Options):
     """Flags of every command that downloads images."""
 
+    groups: ClassVar[Mapping[str, str]] = {"Network": "allow_private header user_agent referer"}
+
     allow_private: bool = False
     """Let image addresses lead to this machine or a private network."""
-    header: tyro.conf.UseAppendAction[tuple[str, ...]] = dataclasses.field(default=(), repr=False)
+    header: Repeated = dataclasses.field(default=(), repr=False)
     """A header to send with every download, NAME:VALUE; may be repeated. It goes to every host of the data;
     Authorization and Cookie do not follow a redirect to another one."""
     user_agent: str | None = None

@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from llava_core.errors import LlavaError
+
+Appended = "appended"
+"""Mark of a tuple's flag that is typed once for each value."""
+Repeated = Annotated[tuple[str, ...], Appended]
+"""Type of a flag that may be repeated, each time with one value."""
+GROUPS = ("Required", "Often changed", "Network", "Tuning", "Advanced")
+"""Groups of flags in a page of help, in their order; a flag that none names is advanced."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Flags that every command has."""
+
+    groups: ClassVar[Mapping[str, str]] = {}
+    """Names of fields, by their group in a page of help; a subclass adds its own."""
 
     json: bool = False
     """Make the last line of standard output one JSON object with the figures of the summary."""
@@ -57,3 +67,7 @@ class Command:
     """Flags and their values by the name of the `--recipe`."""
     continues: bool = False
     """Whether the same command goes on where an interrupted one stopped."""
+    example: str = ""
+    """Flags of a call that can be copied, as a page of help shows it."""
+    subject: str = ""
+    """Flag whose value may be typed without it, such as the folder to inspect."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,35 +9,30 @@ from typing import Any
 
 import yaml
 
-from llava_core.cli.options import Command, Options
+from llava_core.cli.flags import Flag, flags_of
+from llava_core.cli.options import Command
 from llava_core.errors import LlavaError, first_line, nearest
 
 
 def with_settings(command: Command, argv: list[str]) -> list[str]:
     """Replace `-c FILE` and `--recipe NAME` by their flags. Typed flags win, then those of the file."""
-    config = command.config
-    known = [*(field.name for field in dataclasses.fields(config)), *(["recipe"] if command.recipes else [])]
-    _require_once(config, argv)
-    argv = _expanded(argv, config, "-c", "run.yaml", lambda path: read_settings(Path(path), known))
+    flags = {flag.field: flag for flag in flags_of(command.config)}
+    known = [*flags, *(["recipe"] if command.recipes else []), "lang"]
+    for flag in flags.values():
+        if flag.several and not flag.appended and _typed(argv).count(flag.name) > 1:
+            do = "give it once, with all its values"
+            raise LlavaError(f"{flag.name} is given twice", do=do, exit_code=2)
+    argv = _expanded(argv, flags, "-c", "run.yaml", lambda path: read_settings(Path(path), known))
     if not command.recipes:
         return argv
     return _expanded(
-        argv, config, "--recipe", next(iter(command.recipes)), lambda name: _recipe(command, name)
+        argv, flags, "--recipe", next(iter(command.recipes)), lambda name: _recipe(command, name)
     )
 
 
-def _require_once(config: type[Options], argv: list[str]) -> None:
-    """Raise LlavaError for a list flag that is typed twice: the parser would drop the first list."""
-    names = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
-    for field in dataclasses.fields(config):
-        name = f"--{field.name.replace('_', '-')}"
-        if names.count(name) > 1 and str(field.type).startswith("tuple"):
-            raise LlavaError(f"{name} is given twice", do="give it once, with all its values", exit_code=2)
-
-
-def _repeats(field: dataclasses.Field[Any]) -> bool:
-    """Whether a flag may be repeated to append values."""
-    return "UseAppendAction" in str(field.type)
+def _typed(argv: Sequence[str]) -> list[str]:
+    """Names of the flags among these words."""
+    return [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
 
 
 def _recipe(command: Command, name: str) -> Mapping[str, Any]:
@@ -50,7 +44,7 @@ def _recipe(command: Command, name: str) -> Mapping[str, Any]:
 
 def _expanded(
     argv: list[str],
-    config: type[Options],
+    flags: Mapping[str, Flag],
     option: str,
     example: str,
     settings: Callable[[str], Mapping[str, Any]],
@@ -63,29 +57,27 @@ def _expanded(
     if at + 1 == len(argv):
         raise LlavaError(f"{option} needs a value", do=f"write {option} {example}", exit_code=2)
     named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
-    typed = {arg.split("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")}
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    hints = typing.get_type_hints(config)
-    flags: list[str] = []
+    typed = set(_typed(rest))
+    words: list[str] = []
     for key, value in settings(named).items():
-        flag = "--" + key.replace("_", "-")
-        if value is None or flag in typed or flag.replace("--", "--no-", 1) in typed:
+        name = "--" + key.replace("_", "-")
+        if value is None or name in typed or name.replace("--", "--no-", 1) in typed:
             continue
-        field = fields.get(key.replace("-", "_"))
-        if field is not None and field.type == "bool":
-            flags.append(_switch(flag, value))
+        flag = flags.get(key.replace("-", "_"))
+        if flag is not None and flag.kind is bool:
+            words.append(_switch(name, value))
             continue
         on = SWITCH.get(str(value).lower())
-        if on is not None and field is not None and "on" in typing.get_args(hints[field.name]):
+        if on is not None and flag is not None and "on" in typing.get_args(flag.kind):
             value = "on" if on else "off"  # YAML's other words for it
-        if isinstance(value, list) and (field is None or "tuple" not in str(field.type)):
+        if isinstance(value, list) and (flag is None or not flag.listed):
             expected, got = "one value", f"a list of {len(value)}"
             raise LlavaError(f"{key} in {named}", expected=expected, got=got, exit_code=2)
-        again = field is not None and _repeats(field)
+        again = flag is not None and flag.appended
         for each in value if again and isinstance(value, list) else [value]:
             # A text such as --x is a value only behind an equals sign.
-            flags += [flag, *map(str, each)] if isinstance(each, list) else [f"{flag}={each}"]
-    return flags + rest
+            words += [name, *map(str, each)] if isinstance(each, list) else [f"{name}={each}"]
+    return words + rest
 
 
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

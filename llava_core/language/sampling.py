@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 from llava_core.errors import LlavaError
 
@@ -16,6 +18,8 @@ MIN_TEMPERATURE = 1e-3
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen and where an answer ends; greedy by default."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "max_tokens temperature"}
 
     max_tokens: int = 256
     """Longest answer, in tokens; -1: as many as fit into the context."""

@@ -117,7 +117,7 @@ def test_over_a_pipe_a_command_that_fails_ends_it(
             "/set top_p=7": "top_p; expected 0 to 1; got 7",
         }.items():
             monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n看\n"))
-            repl = ImageChatRepl(ImageDialogue(aligned, SHORT), "en", Path("a"), no_other)
+            repl = ImageChatRepl(ImageDialogue(aligned, SHORT), Path("a"), no_other)
             assert repl.run() == {"turns": 0, "errors": 1, "exit_code": 1}
             told = capsys.readouterr()
             assert f"error: {expected}" in told.err.replace(f"{tmp_path}/", "")

@@ -88,7 +88,7 @@ def typed(
         return ImageDialogue(open_second_answerer(folder, aligned, config(world)), SHORT)
 
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    repl = ImageChatRepl(ImageDialogue(aligned, SHORT), "en", world.checkpoint, open_second)
+    repl = ImageChatRepl(ImageDialogue(aligned, SHORT), world.checkpoint, open_second)
     repl.run()
     return repl
 

@@ -57,11 +57,11 @@ def test_what_fails_is_a_row_and_the_next_section_runs(tmp_path: Path) -> None:
     assert [row["section"] for row in rows if row["section"] not in NEEDED][1:] == ["tokens", "tokens"]
     assert "| failed | its process ended" in (tmp_path / "out/gpu.md").read_text()
 
-    (tmp_path / "tyro").mkdir()
-    (tmp_path / "tyro/__init__.py").write_text("raise ModuleNotFoundError(name='tyro')")
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml/__init__.py").write_text("raise ModuleNotFoundError(name='yaml')")
     run("benchmarks.gpu", "--out", tmp_path / "bare", *flags, code=1, PYTHONPATH=f"{tmp_path}:{ROOT}")
     last = json.loads((tmp_path / "bare/gpu.jsonl").read_text().splitlines()[-2])
-    assert (last["section"], last["name"], last["value"]) == ("imports", "cannot be imported", "tyro")
+    assert (last["section"], last["name"], last["value"]) == ("imports", "cannot be imported", "yaml")
 
 
 def test_its_worker_does_not_outlive_it(tmp_path: Path) -> None:

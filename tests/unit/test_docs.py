@@ -96,6 +96,8 @@ def _pattern(node: ast.expr) -> tuple[str, int]:
         inner = node.values if isinstance(node, ast.JoinedStr) else [node.left, node.right]
         parts = [_pattern(part) for part in inner]
         return "".join(pattern for pattern, _ in parts), sum(own for _, own in parts)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "translated":
+        return _pattern(node.args[0])
     if isinstance(node, ast.IfExp):
         (one, few), (other, many) = _pattern(node.body), _pattern(node.orelse)
         return f"(?:{one}|{other})", min(few, many)

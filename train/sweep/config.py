@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llava_core.errors import LlavaError
 from llava_core.input_folders import folders_of
@@ -20,6 +20,11 @@ class SweepConfig(RunConfig):
 
     Start it several times, or as a SLURM array, with the same flags: the processes share the trials.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Often changed": "trials budget choices prune",
+        "Tuning": "together ray ray_workers",
+    }
 
     space: tuple[str, ...]
     """What varies: lr=5e-4,1e-3 projector=linear,mlp seed=0,1 tries each combination; lr=1e-4..1e-2:log is a
@@ -99,6 +104,8 @@ class ScalingConfig(SweepConfig):
     Each size takes --epochs passes over its rows, at the end of which the learning rate is 0. It is evaluated
     after each pass, or more often (--eval-every), and its lowest loss counts.
     """
+
+    groups: ClassVar[Mapping[str, str]] = {"Often changed": "seeds space"}
 
     sizes: str
     """Rows of each folder of --features to train on, such as 500,1k,2k,4k: three sizes or more, the largest

@@ -12,6 +12,7 @@ import torch
 
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import counted, say, say_fault, show
+from llava_core.cli.translation import translated
 from llava_core.errors import FULL, LlavaError, first_line
 from llava_core.input_folders import folders_of
 from llava_core.types import JsonDict
@@ -223,7 +224,7 @@ def conclude(config: SweepConfig, space: Space) -> JsonDict:
             say(" ".join([*[f"{words(curve.point)}:"] * bool(curve.point), line]))
     if curves:
         figures["laws"] = list(map(figures_of, curves))
-    show(f"\nthe best again: {command}")
+    show(translated(f"\nthe best again: {command}"))
     link = config.out / "best"
     kept = f"{link} is" if link.exists() else f"{best.folder} is gone, and with it"
     say(f"{config.out / 'index.html'} shows all; {kept} the best checkpoint")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import string
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from rich.color import Color
 from rich.console import Console
 
 from infer.chat.image_repl import bare_image
-from infer.chat.messages import MESSAGES, pick_language
 from infer.chat.repl import unquoted, with_settings
 from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from infer.chat.views import word_grid
@@ -164,20 +162,6 @@ def test_answers_stand_beside_each_other_where_there_is_room() -> None:
         assert sum(line.count("红") for line in lines) == 9
         (b,) = (line for line in lines if "\\u001b[2J" in line)
         assert ("红" in b) == (width == 90)
-
-
-def test_both_languages_say_the_same() -> None:
-    for texts in MESSAGES.values():
-        chinese, english = ({part[1] for part in string.Formatter().parse(p)} - {None} for p in texts)
-        assert chinese == english
-
-
-def test_the_locale_picks_the_language() -> None:
-    assert pick_language("auto", {"LANG": "zh_CN.UTF-8"}) == "zh"
-    assert pick_language("auto", {"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}) == "en"
-    assert pick_language("auto", {"LC_ALL": "", "LANG": "zh_TW"}) == "zh"
-    assert pick_language("auto", {}) == "en"
-    assert pick_language("zh", {"LANG": "en_GB.UTF-8"}) == "zh"
 
 
 def test_thoughts_are_dim_where_there_is_colour(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-import tyro
 
 from llava_core.cli import command as cli
+from llava_core.cli import options
 from llava_core.cli.options import Command, Options
 from llava_core.errors import LlavaError, first_line, reason
 from tests.support.commands import run
@@ -40,7 +40,7 @@ class Flags(Options):
 class Repeated(Options):
     """A command with a flag that is given again and again."""
 
-    name: tyro.conf.UseAppendAction[tuple[str, ...]]
+    name: options.Repeated
     """A word."""
 
 
@@ -219,7 +219,7 @@ def test_what_a_file_of_settings_says_is_taken_as_it_is_written(
     assert json.loads(capsys.readouterr().out) == {"rate": 10.0, "names": names}
     path.write_text("\ufefffail: --x\nrate: 1:30\n")
     assert ended("-c", str(path)) == 2
-    assert "could not convert string to float: '1:30'" in capsys.readouterr().err
+    assert "error: --rate; expected a number; got 1:30\n" in capsys.readouterr().err
 
 
 def test_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from train.verdict import ANSWERS, FOUND, NAMES, NEXT, late_share, verdict_of
+from train.verdict import ANSWERS, FOUND, late_share, verdict_of
 
 DATA = {"step": 0, "data_varied": 0.1, "data_empty": 0.0, "captions_repeated": 0.02, "captions_cut": 0.0}
 TRUE = [f"caption {k}" for k in range(ANSWERS)]
@@ -101,11 +101,3 @@ def test_none_without_held_out_rows() -> None:
 
 def test_metrics_of_earlier_versions_have_no_figures_of_the_data() -> None:
     assert verdict_of(run(3.0, 0.6, 0.4, 0.3, 0.3)[1:]).name == "healthy"  # type: ignore[union-attr]
-
-
-def test_both_languages_have_the_same_figures() -> None:
-    for text in (*NAMES.values(), *NEXT.values(), *FOUND.values()):
-        assert text.zh
-        names = {part.split("}")[0] for part in text.en.split("{")[1:]}
-        assert names == {part.split("}")[0] for part in text.zh.split("{")[1:]}
-    assert NAMES.keys() == NEXT.keys()
