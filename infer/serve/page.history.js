@@ -50,6 +50,7 @@ function reopen(one) {
 }
 
 function openHistory(shown) {
+  if (shown) drawHistory();
   at("drawer").hidden = !shown;
   at("history").setAttribute("aria-expanded", String(shown));
 }

@@ -302,7 +302,7 @@ def test_the_lens_of_an_image(client: openai.OpenAI, world: Folders) -> None:
     assert (found["object"], found["side"]) == ("lens", 2)
     assert [[word for word, _ in near] for near in found["words"]] == [[w for w, _ in near] for near in words]
     seen = Image.open(io.BytesIO(base64.b64decode(found["image"].partition(",")[2])))
-    assert np.array_equal(seen, aligned.decode(world.images[0].read_bytes()).pixels)
+    assert np.array_equal(np.asarray(seen), aligned.decode(world.images[0].read_bytes()).pixels)
     assert len(lens(input=image)["words"][0]) == TOP
     for wrong, message in (
         ({"input": "红"}, "expected a part of type"),
