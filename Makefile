@@ -18,7 +18,7 @@ check:
 	@scripts/setup.sh test
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
+	@.venv/bin/mypy --num-workers 2
 
 format:
 	@scripts/setup.sh test

@@ -96,7 +96,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise LlavaError("--report-to wandb", do="pip install 'llava-align[wandb]'") from None
+            raise LlavaError("--report-to wandb", got="no wandb", do="pip install wandb") from None
         mode = os.environ.get("WANDB_MODE", "online")
         if mode == "online" and not has_key():
             mode = "offline"

@@ -8,6 +8,7 @@ import json
 from html import escape
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from infer.lens.result import MOST, LensResult, key_of
@@ -43,7 +44,7 @@ def write_page(path: Path, result: LensResult) -> None:
     parts = {
         "title": translated(f"Lens: {name}"),
         "name": name,
-        "image": _data_url(result),
+        "image": data_url(result.pixels),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
         **{name: escape(text) for name, text in words.items()},
     }
@@ -51,7 +52,8 @@ def write_page(path: Path, result: LensResult) -> None:
     replace_text(path, page)
 
 
-def _data_url(result: LensResult) -> str:
+def data_url(pixels: np.ndarray) -> str:
+    """uint8 [H, W, 3] -> a PNG in a data URL."""
     buffer = io.BytesIO()
-    Image.fromarray(result.pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

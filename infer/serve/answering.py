@@ -61,7 +61,7 @@ class Answering:
     def __init__(self, intake: Intake, model: str, scheduler: Scheduler, rows: StoredRows | None) -> None:
         self.intake, self.model, self.config, self._rows = intake, model, intake.config, rows
         self._scheduler = scheduler
-        self._visual_tokens, self._seeds = VisualTokenCache(scheduler), itertools.count(self.config.seed)
+        self.images, self._seeds = VisualTokenCache(scheduler), itertools.count(self.config.seed)
         # Characters; more surely exceed the context. Tokenizing 5 million to refuse them took 2 min and 3 GB.
         self._most_text = scheduler.context * max(map(len, scheduler.llm.tokenizer.get_vocab()))
         self._json_tokens: asyncio.Task[JsonTokens] | None = None
@@ -181,14 +181,14 @@ class Answering:
                 shard, row = await in_thread(self._rows.find, url)
             except LlavaError as error:
                 raise ApiError(400, error, param="messages", code="invalid_image_url") from None
-            return lambda: self._visual_tokens.get_row(shard, row)
+            return lambda: self.images.get_row(shard, row)
         if self.config.vision is None:
             message = (
                 "this server has no encoder, only stored rows: name one as row:ID or row:SHARD.h5/NUMBER"
             )
             raise ApiError(400, message, param="messages", code="invalid_image_url")
         file = await self.intake.image_file(url)
-        return lambda: self._visual_tokens.get(file)
+        return lambda: self.images.get(file)
 
     async def _encoded(self, load: Callable[[], Awaitable[RequestImage]]) -> RequestImage:
         """Visual tokens. Raises ApiError for an image that cannot be decoded, or a damaged row."""

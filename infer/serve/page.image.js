@@ -10,6 +10,19 @@ async function toDataUrl(file) {
   const bitmap = await createImageBitmap(file);
   const scale = MAX_SIDE / Math.max(bitmap.width, bitmap.height);
   if (scale >= 1 && file.size <= UNCHANGED_BYTES && SERVER_TYPES.includes(file.type)) return fileDataUrl(file);
+  return toJpeg(bitmap, scale, 0.92);
+}
+
+// A data URL whose picture has no side above `side` pixels.
+async function smaller(dataUrl, side) {
+  const image = new Image();
+  image.src = dataUrl;
+  await image.decode();
+  const bitmap = await createImageBitmap(image);
+  return toJpeg(bitmap, side / Math.max(bitmap.width, bitmap.height), 0.85);
+}
+
+function toJpeg(bitmap, scale, quality) {
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * Math.min(1, scale)));
   canvas.height = Math.max(1, Math.round(bitmap.height * Math.min(1, scale)));
@@ -18,7 +31,7 @@ async function toDataUrl(file) {
   pen.fillRect(0, 0, canvas.width, canvas.height);
   pen.imageSmoothingQuality = "high";
   pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL("image/jpeg", 0.92);
+  return canvas.toDataURL("image/jpeg", quality);
 }
 
 function fileDataUrl(file) {

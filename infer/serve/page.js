@@ -3,15 +3,20 @@
 const at = (id) => document.getElementById(id);
 const picked = store(() => localStorage), kept = store(() => sessionStorage);
 let language = picked.get("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
-let chat = kept.get("chat") || { image: null, turns: [] }; // turns: {role, content, note?}
+let chat = kept.get("chat") || blank(null); // turns: {role, content, note?}
+let editing = null; // index of the question that the next one replaces
 let model = null, first = "", running = null; // first: the default question; running: AbortController of the answer that comes
 
 // Storage may be switched off or full; the page then forgets when it is reloaded.
 function store(where) {
   return {
     get(name) { try { return JSON.parse(where().getItem(name)); } catch { return null; } },
-    set(name, value) { try { where().setItem(name, JSON.stringify(value)); } catch { /* full */ } },
+    set(name, value) { try { where().setItem(name, JSON.stringify(value)); return true; } catch { return false; } },
   };
+}
+
+function blank(image) {
+  return { id: `${Date.now()}-${Math.random()}`, image, turns: [] };
 }
 
 const say = (name) => WORDS[language][name];
@@ -24,6 +29,7 @@ function translate() {
   at("language").textContent = language === "zh" ? "English" : "中文";
   at("language").lang = language === "zh" ? "en" : "zh-CN";
   draw();
+  drawHistory();
 }
 
 function draw() {
@@ -33,7 +39,9 @@ function draw() {
   if (chat.image) at("shown").src = chat.image;
   at("shown").alt = say("picture");
   at("choose").setAttribute("aria-label", say(chat.image ? "another" : "choose"));
+  at("small").hidden = !chat.small;
   at("turns").replaceChildren(...chat.turns.map(drawTurn));
+  drawSamples();
   at("stop").hidden = !running;
   at("send").hidden = Boolean(running);
   at("turns").setAttribute("aria-busy", String(Boolean(running))); // read out once it is whole
@@ -41,6 +49,16 @@ function draw() {
 }
 
 const keep = () => kept.set("chat", chat);
+
+// Questions to press, while nothing has been asked about a picture; the first is that of the checkpoint's training.
+function drawSamples() {
+  at("samples").hidden = !chat.image || Boolean(chat.turns.length);
+  at("samples").replaceChildren(...[...new Set([first, ...say("questions")])].filter(Boolean).map((question) => {
+    const item = document.createElement("li");
+    item.append(button(question, () => send(question)));
+    return item;
+  }));
+}
 
 function drawTurn(turn, index) {
   const item = document.createElement("li"), words = document.createElement("div");
@@ -54,7 +72,9 @@ function drawTurn(turn, index) {
     const under = document.createElement("div"), note = document.createElement("span");
     under.className = "under";
     note.textContent = noteOf(turn);
-    under.append(button("copy", (self) => copy(turn.content, self)), note);
+    under.append(button(say("copy"), (self) => copy(turn.content, self)));
+    if (chat.image) under.append(button(say("lens"), (self) => toggleLens(under, self)));
+    under.append(note);
     item.append(under);
   }
   return item;
@@ -65,10 +85,10 @@ function noteOf({ note }) {
   return [note.end && say(note.end), tokens, `${note.seconds} s`].filter(Boolean).join(" · ");
 }
 
-function button(name, pressed) {
+function button(text, pressed) {
   const made = document.createElement("button");
   made.type = "button";
-  made.textContent = say(name);
+  made.textContent = text;
   made.addEventListener("click", () => pressed(made));
   return made;
 }
@@ -83,8 +103,9 @@ async function copy(text, self) {
     area.remove();
     self.focus();
   }
+  const name = self.dataset.text || "copy";
   self.textContent = say("copied");
-  setTimeout(() => { self.textContent = say("copy"); }, 1500);
+  setTimeout(() => { self.textContent = say(name); }, 1500);
 }
 
 // A picture belongs to the whole dialogue, so another one begins a new dialogue.
@@ -101,24 +122,34 @@ async function show(file) {
 }
 
 function begin(image) {
-  running?.abort();
-  running = null;
-  chat = { image, turns: [] };
+  if (running) leave();
+  if (editing !== null) edit(null);
+  chat = blank(image);
   complain("");
   draw();
 }
 
+// The answer that is coming is as long as it has become.
+function leave() {
+  running.abort();
+  running = null;
+  if (chat.turns.at(-1).content) chat.turns.at(-1).note.end = "stopped";
+  else chat.turns.splice(-2);
+  remember(chat);
+}
+
 // What the server is sent: the picture goes with the first question.
-function messages() {
-  return chat.turns.map(({ role, content }, index) => {
+function messages(turns) {
+  return turns.map(({ role, content }, index) => {
     if (index || !chat.image) return { role, content };
     return { role, content: [{ type: "image_url", image_url: { url: chat.image } }, { type: "text", text: content }] };
   });
 }
 
-async function answer() {
+// An answer to the last question. Those turns that this question replaces come back if there is none.
+async function answer(replaced) {
   const mine = running = new AbortController(), began = performance.now();
-  const body = { model, stream: true, stream_options: { include_usage: true }, messages: messages() };
+  const body = { model, stream: true, stream_options: { include_usage: true }, messages: messages(chat.turns) };
   const turn = { role: "assistant", content: "", note: { tokens: 0, seconds: 0, end: "" } };
   chat.turns.push(turn);
   complain("");
@@ -147,7 +178,11 @@ async function answer() {
   if (mine !== running) return;
   running = null;
   turn.note.seconds = ((performance.now() - began) / 1000).toFixed(1);
-  if (!turn.content) forgetQuestion();
+  if (!turn.content) {
+    forgetQuestion();
+    chat.turns.push(...replaced);
+  }
+  remember(chat);
   draw();
   scroll(false);
   if (at("key-row").hidden) at("question").focus();
@@ -161,13 +196,20 @@ function forgetQuestion() {
   grow();
 }
 
-function send() {
-  const content = at("question").value.trim();
+function send(content = at("question").value.trim()) {
   if (running || !content) return;
-  at("question").value = "";
-  grow();
+  const replaced = editing === null ? [] : chat.turns.splice(editing);
+  edit(null);
   chat.turns.push({ role: "user", content });
-  answer();
+  answer(replaced);
+}
+
+// The last question comes back into the box; it and its answer stay until another is sent.
+function edit(index) {
+  editing = index;
+  at("question").value = index === null ? "" : chat.turns[index].content;
+  complain(index === null ? "" : say("editing"));
+  grow();
 }
 
 const complain = (words) => { at("status").textContent = words; };
@@ -203,8 +245,22 @@ at("question").addEventListener("keydown", (event) => {
     event.preventDefault();
     send();
   }
+  if (event.key === "ArrowUp" && !at("question").value && !running && chat.turns.length) {
+    event.preventDefault();
+    edit(chat.turns.findLastIndex(({ role }) => role === "user"));
+  }
 });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+at("history").addEventListener("click", () => openHistory(at("drawer").hidden));
+at("clear").addEventListener("click", () => { picked.set("history", []); drawHistory(); at("anew").focus(); });
+for (const [name, code] of [["curl", asCurl], ["python", asPython]]) {
+  at(name).addEventListener("click", () => copy(code(), at(name)));
+}
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  if (running) running.abort();
+  else if (editing !== null) edit(null);
+  else if (!at("drawer").hidden) { openHistory(false); at("history").focus(); }
+});
 document.addEventListener("paste", (event) => {
   const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
   if (file) { event.preventDefault(); show(file); }
@@ -218,6 +274,7 @@ document.addEventListener("drop", (event) => {
 });
 
 addEventListener("pagehide", keep);
+chat.id ||= blank(null).id; // of an earlier page
 
 // An answer that was coming when the page was left is as long as it had become.
 if (chat.turns.at(-1)?.role === "assistant" && !chat.turns.at(-1).content) chat.turns.splice(-2);
@@ -225,4 +282,5 @@ translate();
 fetch("health").then((response) => response.json()).then((health) => {
   ({ model, question: first } = health);
   at("model").textContent = document.title = model;
+  drawSamples();
 }).catch(() => complain(say("offline")));

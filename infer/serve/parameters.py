@@ -78,6 +78,8 @@ EMBEDDINGS: dict[str, Support] = {
     "user": "harmless",
 }
 """Parameters of `/v1/embeddings`."""
+LENS: dict[str, Support] = {**_all("honoured", "model", "input", "top"), "user": "harmless"}
+"""Parameters of `/v1/lens`."""
 FORMAT: dict[str, Support] = {
     "type": ("text", "json_object"),
     **_all((), "json_schema", "name", "description", "schema", "strict"),

@@ -24,6 +24,7 @@ from infer.serve.config import ServeConfig
 from infer.serve.connections import Connections
 from infer.serve.embeddings import Embeddings
 from infer.serve.intake import Intake
+from infer.serve.lens import Lens
 from infer.serve.parameters import CHAT, RESPONSES
 from infer.serve.prometheus import Metrics
 from infer.serve.responses import read_response
@@ -39,7 +40,7 @@ from llava_core.network.listen import is_loopback, listening
 from llava_core.projector.checkpoint import load_checkpoint
 from llava_core.types import JsonDict
 
-SCRIPTS = ("page.words.js", "page.image.js", "page.api.js", "page.js")
+SCRIPTS = tuple(f"page{part}.js" for part in (".words", ".image", ".api", ".history", ".code", ".lens", ""))
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 PAGE |= {f"/{name}": (name, "text/javascript") for name in SCRIPTS}
 """File and content type by path; page.html loads the scripts in this order."""
@@ -95,6 +96,7 @@ class Server:
         self.intake = Intake(config, self.fetcher, self.metrics)
         self.answering = Answering(self.intake, self.model, self.scheduler, rows)
         self.embeddings = Embeddings(self.intake, self.model, self.scheduler)
+        self.lens = Lens(self.intake, self.model, self.scheduler, self.answering.images)
         for name, what, value in (
             ("requests_inside", "Requests that are read, waiting or answered.", lambda: self.intake.inside),
             ("requests_waiting", "Answers that wait for a slot.", lambda: len(self.scheduler.waiting)),
@@ -158,6 +160,7 @@ class Server:
             ("/v1/chat/completions", functools.partial(self.answering.respond, CHAT, read_chat)),
             ("/v1/responses", functools.partial(self.answering.respond, RESPONSES, read_response)),
             ("/v1/embeddings", self.embeddings.respond),
+            ("/v1/lens", self.lens.respond),
         ):
             app.router.add_post(path, functools.partial(self.intake.handle, respond))
         for path in PAGE:

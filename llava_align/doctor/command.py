@@ -30,14 +30,12 @@ from llava_core.types import JsonDict
 
 PACKAGE = "llava-align"
 TORCH = "https://pytorch.org/get-started/locally"
-OPTIONAL = ("modelscope", "wandb")
-"""Default packages that only one command or one flag needs."""
+OPTIONAL = {"llava download, push --to modelscope": "modelscope", "train run --report-to wandb": "wandb"}
+"""Shared packages that one command or flag alone needs; the others run without them."""
 EXTRAS = {
     "llava demo": "plots",
     "llava demo-stage2": "plots",
-    "llava download, push --to modelscope": "modelscope",
     "train sweep": "sweep",
-    "train run --report-to wandb": "wandb",
     "train run --report-to tensorboard": "tensorboard",
     "extract run --ray, train sweep --ray": "ray",
     "language models as GGUF, export --to gguf": "gguf",
@@ -210,7 +208,7 @@ def state(requirement: Requirement) -> str:
 def _packages() -> tuple[JsonDict, list[str]]:
     """State of each shared package, and the names of those that are missing or unsuitable."""
     states = {str(r).split(";")[0]: state(r) for r in requirements()}
-    return states, [r.name for r in requirements() if not met(r) and r.name not in OPTIONAL]
+    return states, [r.name for r in requirements() if not met(r) and r.name not in OPTIONAL.values()]
 
 
 def _commands(missing: list[str], faults: list[str]) -> JsonDict:
@@ -226,6 +224,9 @@ def _commands(missing: list[str], faults: list[str]) -> JsonDict:
             commands[command] = shared
         else:
             commands[command] = f"an older {PACKAGE} is installed: pip install -c constraints.txt -e ."
+    for command, package in OPTIONAL.items():
+        lacking = [str(r) for r in requirements() if r.name == package and not met(r)]
+        commands[command] = f"lacks {package}: pip install '{lacking[0]}'" if lacking else shared
     return commands
 
 

@@ -16,9 +16,7 @@ def open_modelscope(doing: str) -> Any:
     try:
         from modelscope.hub.api import HubApi
     except ImportError:
-        raise LlavaError(
-            f"{doing} needs ModelScope's client", do="pip install 'llava-align[modelscope]'"
-        ) from None
+        raise LlavaError(f"{doing} needs ModelScope's client", do="pip install modelscope") from None
     for name in ("modelscope", "modelscope_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return HubApi()

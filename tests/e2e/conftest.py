@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
 
 from tests.support.local_data import NAMES, write_pictures
+from tests.support.packaging import wheel_of_sdist
 from tests.support.pictures import image, picture, slow
 from tests.support.runs import write_runs
 from tests.support.servers import answer, serving
@@ -33,6 +35,14 @@ def base() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_vision_folder(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages: ours, as the wheel of the sdist has them."""
+    site = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel_of_sdist(tmp_path_factory.mktemp("sdist"))).extractall(site)
+    return site
 
 
 @pytest.fixture

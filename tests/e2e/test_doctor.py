@@ -42,8 +42,8 @@ def test_it_measures_this_machine(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named_with_the_cure(tmp_path: Path) -> None:
-    """A package of another version than is needed, and an extra that was not installed."""
-    for name, version in (("h5py", "2.0"), ("matplotlib", "1.0")):
+    """A package of another version than is needed, for all commands or one, and a missing extra."""
+    for name, version in (("h5py", "2.0"), ("matplotlib", "1.0"), ("wandb", "0.1")):
         folder = tmp_path / f"{name}-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -52,6 +52,8 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path: Path) -> None:
     assert ended.summary["packages"]["h5py>=3.10"] == "2.0: too old or new"
     lacking = ended.summary["commands"]["llava demo"]
     assert lacking == "lacks matplotlib: pip install 'llava-align[plots]'"
+    lacking = ended.summary["commands"]["train run --report-to wandb"]
+    assert lacking == "lacks wandb: pip install 'wandb>=0.19.10'"
     assert "self-test" not in ended.summary
     assert "missing: h5py, plots; pip install 'llava-align[plots]'" in ended.err
 

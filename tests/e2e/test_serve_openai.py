@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import subprocess
@@ -11,10 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
+from PIL import Image
 
+from infer.lens.readout import Vocabulary, embedding_similarity
+from infer.serve.lens import TOP
 from infer.serve.responses import LOGPROBS
 from llava_core.language.load import load_language_model
 from llava_core.language.sampling import Sampling
@@ -282,6 +287,38 @@ def test_embeddings_of_texts_and_images(client: openai.OpenAI, world: Folders) -
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             client.embeddings.create(**{"model": "run/last", **wrong})  # type: ignore[arg-type]
+
+
+def test_the_lens_of_an_image(client: openai.OpenAI, world: Folders) -> None:
+    aligned = world.aligned()
+    visual = aligned.encode_files([world.images[0].read_bytes()])[0]
+    words = Vocabulary(aligned).top(embedding_similarity(aligned.llm, visual), 3)[-4:]
+
+    def lens(**fields: Any) -> Any:
+        return client.post("/lens", body={"model": "run/last", **fields}, cast_to=object)
+
+    image = {"type": "image_url", "image_url": {"url": data_url(world.images[0])}}
+    found = lens(input=image, top=3)
+    assert (found["object"], found["side"]) == ("lens", 2)
+    assert [[word for word, _ in near] for near in found["words"]] == [[w for w, _ in near] for near in words]
+    seen = Image.open(io.BytesIO(base64.b64decode(found["image"].partition(",")[2])))
+    assert np.array_equal(np.asarray(seen), aligned.decode(world.images[0].read_bytes()).pixels)
+    assert len(lens(input=image)["words"][0]) == TOP
+    for wrong, message in (
+        ({"input": "红"}, "expected a part of type"),
+        ({"input": {"type": "text", "text": "红"}}, "input: expected an image, got text"),
+        ({"input": image, "top": 21}, "top: expected 1 to 20, got 21"),
+        ({"input": {"type": "image_url", "image_url": "AAAA"}}, "cannot read the image"),
+        ({"input": {"type": "image_url", "image_url": "row:a"}}, "only if the server was started with"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            lens(**wrong)
+    config = world.checkpoint / "config.json"
+    trained = config.read_text(encoding="utf-8")
+    config.write_text(json.dumps({"projector": {"kind": "perceiver64x3"}}))  # as if trained in its place
+    with pytest.raises(openai.BadRequestError, match="no lens here: the visual tokens of a perceiver"):
+        lens(input=image)
+    config.write_text(trained)
 
 
 def test_a_model_is_named_and_is_no_path(client: openai.OpenAI, world: Folders) -> None:

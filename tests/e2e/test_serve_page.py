@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +82,7 @@ def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, 
     assert tab.run("document.querySelector('.assistant .words').textContent") == expected
     assert tab.run("lengths.size") > 10
     assert tab.run("document.querySelector('.under').textContent").startswith(
-        "Copycut: longest answer reached"
+        "CopyNearest wordscut: longest answer reached"
     )
 
     # The dialogue outlives a reload; the next question is sent with all that came before.
@@ -109,12 +114,120 @@ def test_stop_by_key_and_by_button(tab: Tab) -> None:
         else:
             tab.key("Escape")
         tab.until("!running")
-        assert tab.run("document.querySelector('li:last-child .under').textContent").startswith("Copystopped")
+        assert tab.run("document.querySelector('#turns li:last-child .under').textContent").startswith(
+            "Copystopped"
+        )
         assert tab.run("at('stop').hidden && !at('send').hidden")
     tab.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
-    tab.run("document.querySelector('li:last-child button').click()")
-    tab.until("document.querySelector('li:last-child button').textContent === 'Copied'")
+    tab.run("document.querySelector('#turns li:last-child button').click()")
+    tab.until("document.querySelector('#turns li:last-child button').textContent === 'Copied'")
     assert tab.run("navigator.clipboard.readText()") == tab.run("chat.turns.at(-1).content")
+
+
+def copied(tab: Tab, name: str) -> str:
+    """The code that a button copies."""
+    tab.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    tab.run(f"at('{name}').click()")
+    tab.until(f"at('{name}').textContent === 'Copied'")
+    return str(tab.run("navigator.clipboard.readText()"))
+
+
+def test_sample_questions_the_lens_and_the_request_as_code(
+    tab: Tab, world: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter_key(tab)
+    tab.run("at('question').value = ''")
+    assert tab.run("at('samples').hidden")
+    tab.drop(world.images[0], 450, 200)
+    tab.until("chat.image && !at('samples').hidden")
+    samples = tab.run("[...document.querySelectorAll('#samples button')].map((e) => e.textContent)")
+    assert samples == [QUESTION, *tab.run("WORDS.en.questions")]
+    tab.run("document.querySelectorAll('#samples button')[1].click()")
+    tab.until("!running && chat.turns.length === 2")
+    assert tab.run("[chat.turns[0].content, at('samples').hidden]") == [samples[1], True]
+    answer = tab.run("chat.turns[1].content")
+
+    tab.run("document.querySelectorAll('.under button')[1].click()")
+    tab.until("document.querySelectorAll('.lens span').length === 4")
+    tab.run("document.querySelector('.lens span').focus()")
+    tab.key("ArrowRight")
+    assert tab.run("document.querySelector('figcaption').textContent").startswith("row 1, column 2: ")
+    tab.run("document.querySelectorAll('.under button')[1].click()")
+    assert tab.run("document.querySelectorAll('.lens').length") == 0
+
+    # The code asks what was asked, or what is typed, with a key that it does not hold.
+    monkeypatch.setenv("LLAVA_API_KEY", "geheim")
+    code = copied(tab, "python")
+    assert "geheim" not in code
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    assert out.getvalue().strip() == answer.strip()
+    tab.run("at('question').value = `it's \\u2028 $HOME \"one\"`")
+    code = copied(tab, "curl")
+    assert "geheim" not in code
+    if shutil.which("curl"):
+        ended = subprocess.run(["sh", "-c", code], capture_output=True, text=True)
+        reply = json.loads(ended.stdout)
+        assert reply["choices"][0]["message"]["content"], ended.stderr
+    body = json.loads(code.split("\n")[1])
+    assert [turn["role"] for turn in body["messages"]] == ["user", "assistant", "user"]
+    assert body["messages"][-1]["content"] == tab.run("at('question').value")
+
+
+def test_history_outlives_a_reload_and_can_be_deleted(
+    tab: Tab, served: Served, world: Folders, tmp_path: Path
+) -> None:
+    enter_key(tab)
+    assert tab.run("at('history').hidden")
+    large = tmp_path / "large.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 2048, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(large)
+    hostile = "<img src=x onerror=alert(1)>"
+    for image, question in ((large, hostile), (world.images[0], "二")):
+        tab.drop(image, 450, 200)
+        tab.until("chat.image && !chat.turns.length")
+        tab.run(f"at('question').value = {question!r}; at('question').focus()")
+        tab.key("Enter")
+        tab.until(f"!running && past()[0]?.turns[0].content === {question!r}")
+    assert len(tab.run("localStorage.getItem('history')")) < 400_000
+    tab.open(served.base + "/?again")
+    tab.until("model")
+    tab.run("at('history').click()")
+    titles = "[...document.querySelectorAll('#past .title')].map((e) => e.textContent)"
+    assert tab.run(titles) == ["二", hostile]
+    tab.run("document.querySelectorAll('#past .title')[1].click()")
+    tab.until("at('shown').naturalWidth === 448")
+    assert not tab.run("at('small').hidden")
+    assert tab.run("[at('drawer').hidden, chat.turns.length]") == [True, 2]
+    assert tab.run("document.querySelectorAll('main img').length") == 1
+
+    # The arrow key brings the last question back; Escape leaves all as it was, Enter replaces it.
+    before = tab.run("chat.turns[1].content")
+    tab.key("ArrowUp")
+    assert tab.run("at('question').value") == hostile
+    tab.key("Escape")
+    assert tab.run("[at('question').value, chat.turns[1].content]") == ["", before]
+    tab.key("ArrowUp")
+    tab.run("at('question').value = '三'")
+    tab.key("Enter")
+    tab.until("!running && past()[0].turns[0].content === '三'")
+    assert tab.run("[chat.turns.length, past().length]") == [2, 2]
+
+    tab.run("at('history').click()")
+    tab.run("document.querySelectorAll('#past li button')[1].click()")
+    assert tab.run(titles) == ["二"]
+    tab.run("at('clear').click()")
+    assert tab.run("[past().length, at('history').hidden]") == [0, True]
+
+    # Where the browser has no room, the page says so.
+    tab.run("""
+        for (let size = 1 << 23; size; size >>= 1) {
+          try { localStorage.setItem(`full ${size}`, "a".repeat(size)); } catch { /* full */ }
+        }
+        remember(chat)
+    """)
+    assert tab.run("[at('status').textContent, past().length]") == [tab.run("say('unkept')"), 0]
 
 
 def test_paste_and_large_and_broken_files(tab: Tab, tmp_path: Path) -> None:
@@ -152,7 +265,7 @@ def test_languages_themes_phone_and_keyboard(tab: Tab) -> None:
         tab.screen(360, 640, dark=dark, mobile=True)
         assert tab.run("document.documentElement.scrollWidth") == 360
         paper.append(tab.run("getComputedStyle(document.body).backgroundColor"))
-        for element in ("send", "choose", "anew", "language"):
+        for element in ("send", "choose", "anew", "language", "curl", "python"):
             assert tab.run(f"at('{element}').getBoundingClientRect().height") >= 40  # for fingers
     assert paper[0] != paper[1]
     reached = []

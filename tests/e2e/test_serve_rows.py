@@ -84,6 +84,9 @@ def test_rows_are_asked_about_without_an_encoder(world: Folders, features: Path,
         with openai.OpenAI(base_url=f"{served.base}/v1", api_key="none", max_retries=0) as client:
             with pytest.raises(openai.BadRequestError, match="this server has no encoder; start it with"):
                 client.embeddings.create(model="run/last", input="红")
+            lens = {"model": "run/last", "input": {"type": "image_url", "image_url": {"url": image}}}
+            with pytest.raises(openai.BadRequestError, match="no lens here: this server has no encoder"):
+                client.post("/lens", body=lens, cast_to=object)
         served.stop()
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
+from llava_align.doctor.command import OPTIONAL
 from tests.support.paths import ROOT
 
 PHASES = ("extract", "train", "infer")
@@ -23,10 +27,16 @@ SOURCES = [
 ]
 
 
+@functools.cache
+def parsed(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Every module that the file imports, at any depth, with its parents: {'a', 'a.b'}."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -34,6 +44,20 @@ def imported(path: Path) -> set[str]:
             names.add(node.module or "")
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names | {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """Top-level packages that the file imports when it is imported, not when a function is called."""
+    todo, names = [parsed(path)], set[str]()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            todo += ast.iter_child_nodes(node)
+    return names
 
 
 def importers(module: str) -> set[str]:
@@ -103,3 +127,18 @@ def test_one_module_calls_the_chat_template() -> None:
 def test_one_module_decodes_images() -> None:
     opens = {str(p.relative_to(ROOT)) for p in SOURCES if "Image.open(" in p.read_text(encoding="utf-8")}
     assert opens == {"llava_core/vision/preprocess.py"}
+
+
+def test_packages_that_one_command_alone_needs_are_imported_where_it_uses_them() -> None:
+    assert [*OPTIONAL.values()] == ["modelscope", "wandb"]
+    for path in SOURCES:
+        assert not imported_at_once(path) & {*OPTIONAL.values()}, path
+
+
+def test_no_extra_repeats_what_all_commands_share() -> None:
+    tomllib: Any = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    shared = {Requirement(line).name for line in project["dependencies"]}
+    assert {*OPTIONAL.values()} <= shared
+    for extra, lines in project["optional-dependencies"].items():
+        assert not shared & {Requirement(line).name for line in lines}, extra

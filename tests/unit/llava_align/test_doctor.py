@@ -10,7 +10,17 @@ import torch
 from packaging.requirements import Requirement
 
 from llava_align.__main__ import COMMANDS
-from llava_align.doctor.command import EXTRAS, SHARED, TORCH, driver, environment, gpu, requirements, state
+from llava_align.doctor.command import (
+    EXTRAS,
+    OPTIONAL,
+    SHARED,
+    TORCH,
+    driver,
+    environment,
+    gpu,
+    requirements,
+    state,
+)
 from llava_align.doctor.command import _torch as about_torch
 from llava_align.doctor.flash_attention import Place, advice, wheel
 
@@ -66,7 +76,7 @@ def test_a_package_is_there_or_not_or_of_another_version() -> None:
 
 
 def test_each_command_has_its_row() -> None:
-    rows = " ".join((*SHARED, *EXTRAS))
+    rows = " ".join((*SHARED, *EXTRAS, *OPTIONAL))
     for phase in ("extract", "train", "infer"):
         assert phase in rows
     assert [name for name in COMMANDS if name not in rows] == ["doctor"]
