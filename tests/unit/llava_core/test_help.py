@@ -74,7 +74,7 @@ def test_required_flags_come_first() -> None:
 
 
 def test_without_a_command_all_are_listed() -> None:
-    ended = run("extract", code=2)
+    ended = run("extract", code=2, COLUMNS="80")
     assert "retry-failed" in ended.out
     assert ended.out == overview("python -m extract", "Encode images once, into feature shards.",
                                  importlib.import_module("extract.__main__").COMMANDS, 80) + "\n"  # fmt: skip
