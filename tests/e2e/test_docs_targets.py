@@ -62,7 +62,7 @@ def run_lines(page: str, folder: Path) -> None:
         program, *arguments = shlex.split(line)
         if program == "python":
             module, *flags = arguments[1:]
-            run(module, *flags, "--check", 1, cwd=folder)
+            run(module, *flags, *(("--check", 1) if "gguf" in flags else ()), cwd=folder)
         else:
             assert program in PROGRAMS
             files = [
