@@ -213,7 +213,9 @@ def _curve(config: EvalConfig, checkpoint: Checkpoint, samples: Samples) -> list
             "--max-text-tokens or --instructions; the verdict is by these rows alone"
         )
         return []
-    return [line for line in logged(run / "metrics.jsonl") if line["step"] < checkpoint.metrics["eval_step"]]
+    end = checkpoint.metrics["eval_step"]
+    lines = logged(run / "metrics.jsonl")
+    return [line for line in lines if line["step"] < end or (line["step"] == end and "loss" in line)]
 
 
 def _load(config: EvalConfig, group: ProcessGroup) -> tuple[TrainingResources, Projector, Samples]:

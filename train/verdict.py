@@ -68,6 +68,7 @@ FOUND = {
     "repeated": "{share:.0%} of the captions are one text",
     "cut": "{share:.0%} of the captions are cut at --max-text-tokens: where they end is not learnt",
     "fall": "held-out loss {first:.3f} before the first step, {last:.3f} at the end",
+    "rose": "held-out loss rose to {worst:.3f} by step {step}, and fell only as the learning rate decayed",
     "trained": "training loss {loss:.3f} in the last steps",
     "loud": "visual tokens are {rms:,.0f} times as large as the embeddings of words",
     "rise": (
@@ -134,8 +135,11 @@ def verdict_of(metrics: Sequence[JsonDict], continued: bool = False) -> Verdict 
         rise = {"best": best["eval_loss"], "step": best["step"], "last": last["eval_loss"]}
         return Verdict("overfitting", (FOUND["rise"].format(**rise, trained=trained),))
     hardly_begun = first["eval_loss"] - last["eval_loss"] < LEAST_FALL * first["eval_loss"]
+    worst = max(evals, key=lambda line: float(line["eval_loss"]))
+    rose = worst["eval_loss"] > first["eval_loss"] * (1 + DIVERGED_RISE)  # and fell as the rate decayed
+    at_first = FOUND["rose"].format(worst=worst["eval_loss"], step=worst["step"])
     if hardly_begun and last is not first and not continued:
-        return Verdict("underfitting", (fall,))
+        return Verdict("diverging", (at_first, fall)) if rose else Verdict("underfitting", (fall,))
     if same := parroted(last.get("eval_captions", ())):
         return Verdict("parroting", (same,))
     falls = (fall,) if last is not first else ()
@@ -144,6 +148,8 @@ def verdict_of(metrics: Sequence[JsonDict], continued: bool = False) -> Verdict 
         return Verdict("blind", (*falls, FOUND["no gap"].format(gap=gap)))
     late = late_share(evals)
     if late is not None and late > MOST_LATE and not hardly_begun:
+        if rose:
+            return Verdict("diverging", (at_first, fall))
         return Verdict("underfitting", (fall, FOUND["late"].format(share=late)))
     unknown = (FOUND["unknown"],) if falls and late is None else ()
     return Verdict("healthy", (*falls, *([] if gap is None else [FOUND["gap"].format(gap=gap)]), *unknown))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,22 @@ def test_the_run_and_eval_say_the_same(world: Path, tmp_path: Path) -> None:
     assert ended.summary["verdict"] == "blind"
     metrics.unlink()  # then by the gap and the answers alone
     assert call("train", "eval", *given, *held_out).summary["verdict"] == "blind"
+
+
+def test_the_training_loss_of_the_last_step_counts(world: Path, tmp_path: Path) -> None:
+    """That of a run of two steps is its only one. Here it began lower than it ended."""
+    call("train", "run", *flags_of(config(world, tmp_path / "run", epochs=1, max_steps=2, log_every=10)))
+    path = tmp_path / "run/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    first = next(line for line in lines if "eval_loss" in line)
+    first["eval_loss"] /= 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ("--checkpoint", tmp_path / "run/last", "--llm", world / "llm", "--device", "cpu")
+    held_out = ("--features", world / "held-out", "--instructions", "mixed", "--json")
+    told = call("train", "eval", *given, *held_out).summary
+    (trained,) = (line["loss"] for line in lines if "loss" in line)
+    assert told["verdict"] == "diverging"
+    assert told["verdict_evidence"][1] == f"training loss {trained:.3f} in the last steps"
 
 
 def test_what_was_learnt_by_heart_is_healthy_by_its_own_rows(world: Path, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def run(
         ("blind", run(3.0, 1.6, 1.5, 1.5, 1.5, trained=1.5, gap=0.1, low=-0.05)),
         ("parroting", run(3.0, 0.6, 0.4, 0.3, 0.3, said=["a picture"] * ANSWERS)),
         ("underfitting", run(3.0, 2.9, 2.9, 2.9, 2.9, trained=2.9)),
+        ("diverging", run(3.0, 3.5, 3.1, 2.9, 2.9, trained=2.9)),  # at too high a rate, until that decayed
+        ("diverging", run(3.0, 3.5, 3.1, 2.5, 2.0, trained=2.0)),
         ("underfitting", run(3.0, 2.5, 2.0, 1.5, 1.0, trained=1.0)),
         ("healthy", run(0.3)[:2]),  # `train eval` of a checkpoint whose run is not there
         ("healthy", run(3.0, 0.3)),  # nobody looked at half the steps
