@@ -20,6 +20,8 @@ NESTED = "error"
 """Name of a field that holds a message in its turn."""
 FEW = 6
 """Letters of a message below which its fields hold no sentence: `{path} is {what}` fits many."""
+MARKS = {"; ": "；", ": ": "："}
+"""What parts an error, in English and in Chinese."""
 NUMBER = r"\d[\d,]*"
 SENTENCE = re.compile("[A-Za-z]+ [A-Za-z]")
 CODE = re.compile("`[^`]*`")
@@ -116,13 +118,19 @@ class Catalogue:
 
     def translated_parts(self, text: str) -> str:
         """Its translation; without one, those of its parts between semicolons and behind a colon."""
+        return self._parts(text)[0]
+
+    def _parts(self, text: str) -> tuple[str, bool]:
+        """The translation, and whether `text` begins with a message: the mark between two is Chinese, too."""
         if (whole := self.translated(text)) is not None:
-            return whole
-        for mark in ("; ", ": "):
+            return whole, True
+        for mark, chinese in MARKS.items():
             head, found, tail = text.partition(mark)
             if found:
-                return f"{self.translated(head) or head}{mark}{self.translated_parts(tail)}"
-        return text
+                first, (rest, message) = self.translated(head), self._parts(tail)
+                known = first is not None or head.startswith("--")
+                return f"{first or head}{chinese if known and message else mark}{rest}", known
+        return text, False
 
 
 def _literals(message: str) -> tuple[str, list[str]]:
