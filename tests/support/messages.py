@@ -30,12 +30,16 @@ PRINTED = {
     "progress": ("desc", 3),
     "table": (1, "header"),
     "main": (1,),
+    "require_same": (1, "do"),
+    "require_one_encoder": (1,),
 }
 """Functions whose arguments, by position or keyword, are messages."""
 TABLES = ("FOUND", "NEXT", "MESSAGES")
 """Constants that are dicts of messages."""
 BILINGUAL = ("infer/serve/page.html", "train/watch/watch.html")
 """Pages with both languages, of which the browser picks one."""
+SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks", "proxy_hint")
+"""Functions that return a line to print."""
 RETURNED = ("location", "ending")
 """Properties that are messages."""
 OPAQUE = (
@@ -188,6 +192,9 @@ class Source:
                 values = table.values if isinstance(table, ast.Dict) else []
                 yield from (text for value in values for text in self.templates(value) if _is_message(text))
         for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef) and node.name in SPEAKERS:
+                texts = [text for value in self.returned(node) for text in self.templates(value)]
+                yield from (_apart(text) for text in texts if _is_message(text))
             if isinstance(node, ast.Call):
                 called = (
                     node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -318,6 +325,8 @@ underfitting
 expected {error}
 got {error}
 a whole number or {choices}
+train on one kind at a time, or on several of the same rows with --fuse
+check the network
 error: {error}
 verdict: {name}
 sources
@@ -417,6 +426,10 @@ Similarity of shuffled pairs
 token norms
 caption characters
 share
+colour
+place
+size
+all
 """
 """Names of figures and verdicts, and parts of an error, which the code puts together."""
 
