@@ -24,7 +24,7 @@ const WORDS = {
     choose: "点一次训练，查看它的数值、结论和回答；它的线加粗，并带 95 % 区间。",
     untrained: "还什么都没学：回答与图片对不上是正常的。",
     question: "问题", truth: "真实", answer: "回答", loss: "损失", gap: "Grounding gap", rate: "吞吐量",
-    training: "训练", held: "验证", interval: "95 % 区间", nats: "每个回答 token 的 nat", samples: "样本/秒",
+    training: "训练", held: "验证", interval: "95 % 区间", nats: "nat/token，只计回答", samples: "样本/秒",
     heldLoss: "验证损失", trainLoss: "训练损失", token: "（nat/token）",
     memory: "内存", wait: "等待数据", trial: "编号", values: "取值", state: "状态", waiting: "还没有验证",
     at: (step, total) => `第 ${step.toLocaleString()} 步` + (total ? `，共 ${total.toLocaleString()} 步` : ""),
