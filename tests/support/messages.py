@@ -430,6 +430,21 @@ colour
 place
 size
 all
+machine
+packages
+commands
+caches
+environment
+ready
+advice
+platform
+CPU cores
+disk
+free RAM
+C compiler, for --compile
+the lessons in docs/learn
+none: this torch is for CPUs
+{free} free of {all}
 """
 """Names of figures and verdicts, and parts of an error, which the code puts together."""
 
