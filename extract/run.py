@@ -30,6 +30,7 @@ from extract.sources.base import DataFlags, Source
 from extract.sources.find import find_sources, sources_of
 from extract.statistics import TOO_MANY_FAILED, outcome_table, summarise
 from llava_core.cli.console import counted, human_bytes, say, show, table
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError
 from llava_core.filesystem import nearest_existing
 from llava_core.launcher_variables import worker_index
@@ -98,8 +99,8 @@ def run(config: RunConfig) -> JsonDict:
         rows += len(todo) * source.rows
         openers.append(todo)
     shards = len(sources) * len(caches)
-    left = [f"{shards - to_go} shards are finished, {to_go} to go"] * bool(to_go)
-    left += [f"the images of {counted(tars, 'source')} are to be kept"] * bool(tars)
+    left = [translated(f"{shards - to_go} shards are finished, {to_go} to go")] * bool(to_go)
+    left += [translated(f"the images of {counted(tars, 'source')} are to be kept")] * bool(tars)
     found = f"{counted(sum(source.rows for source in sources), 'row')} in {counted(len(sources), 'source')}"
     say(f"{found}; {', '.join(left) or 'nothing to do'}")
     speed = extract(config, towers, [todo for todo in openers if todo], finished, rows)
@@ -222,7 +223,10 @@ def conclude(config: RunConfig | RetryConfig, figures: JsonDict, speed: JsonDict
         for line in _advice(config, figures):
             say(line)
     if "bottleneck" in speed:
-        busy = ", ".join(f"{name} busy {stage['busy']:.0%}" for name, stage in speed["stages"].items())
+        busy = ", ".join(
+            translated("{} busy {:.0%}").format(name, stage["busy"])
+            for name, stage in speed["stages"].items()
+        )
         say(f"{speed['seconds']:,.0f} s, bounded by {speed['bottleneck']} ({busy} of the time)")
     return {**figures, **speed, "out": str(config.out)}
 

@@ -17,6 +17,7 @@ from extract.inspect.histogram import Histogram, histogram
 from extract.sources.base import DataFlags, host_of, hosts_of, is_address
 from llava_core import __version__
 from llava_core.cli.console import table
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError
 from llava_core.filesystem import replace_text
 from llava_core.geometry import kept_share
@@ -255,9 +256,13 @@ def fit_shown(figures: JsonDict) -> str:
     aspect, kept = figures["aspect_ratio"], figures["kept_area"]
     ratio, most = max(1, aspect["p50"]), max(1, aspect["p100"])
     shown = {
-        "crop": f"crop, keeps {kept['p50']:.0%} of a picture's area (median; {kept['p0']:.0%} at least)",
-        "pad": f"pad, {1 - 1 / ratio:.0%} of a square is padding (median; {1 - 1 / most:.0%} at most)",
-        "squash": f"squash, long side {ratio:.2f} × short (median; {most:.2f} at most)",
+        "crop": translated(
+            f"crop, keeps {kept['p50']:.0%} of a picture's area (median; {kept['p0']:.0%} at least)"
+        ),
+        "pad": translated(
+            f"pad, {1 - 1 / ratio:.0%} of a square is padding (median; {1 - 1 / most:.0%} at most)"
+        ),
+        "squash": translated(f"squash, long side {ratio:.2f} × short (median; {most:.2f} at most)"),
     }
     return shown.get(figures["fit"], "unknown")
 

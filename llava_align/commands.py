@@ -220,7 +220,7 @@ def _space(space: Mapping[str, Iterable[Any] | str] | str | Path) -> tuple[str, 
 
 def _recipe(recipes: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
     if name is not None and name not in recipes:
-        raise LlavaError(f"unknown recipe {name!r}", expected=" or ".join(recipes))
+        raise LlavaError(f"unknown recipe {name!r}", expected=", ".join(recipes))
     return {} if name is None else recipes[name]
 
 

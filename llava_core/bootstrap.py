@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_core.cli.translation import translated
 from llava_core.types import JsonDict
 
 DRAWS = 2000
@@ -49,8 +50,9 @@ def with_interval(figures: Mapping[str, Any], name: str, digits: int = 4) -> str
     value, low, high = (figures.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
         return "-"
-    shown = f"{value:.{digits}f}"
-    return shown if low is None or high is None else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
+    if low is None or high is None:
+        return f"{value:.{digits}f}"
+    return translated("{} ({} to {})").format(*(f"{each:.{digits}f}" for each in (value, low, high)))
 
 
 def figure_names(figures: Mapping[str, Any]) -> list[str]:

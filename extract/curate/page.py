@@ -111,7 +111,9 @@ def _sampled(found: Curation, shown: int) -> str:
         f"{shown:,} of {len(found.rows):,} rows, of each reason about as many, the worst fits first"
     )
     if not any(shard.layout.thumbnails for shard in found.rows.shards):
-        text += translated(". These shards keep no pictures: extract run --thumbnails makes some that do")
+        text += translated(
+            ". These shards keep no pictures: <code>extract run --thumbnails</code> makes some that do"
+        )
     return text + translated(".")
 
 
@@ -119,9 +121,9 @@ def _tile(found: Curation, row: int) -> str:
     shard, place = found.rows[row]
     verdict, notes = found.reasons[row] or "kept", []
     if found.scores is not None and not np.isnan(similarity := found.per_row(found.scores.similarity)[row]):
-        notes.append(f"similarity {similarity:.3f}")
+        notes.append(translated(f"similarity {similarity:.3f}"))
     if (first := found.duplicate_of[row]) >= 0:
-        notes.append(f"as {found.rows[first][0].path.stem} row {found.rows[first][1]}")
+        notes.append(translated(f"as {found.rows[first][0].path.stem} row {found.rows[first][1]}"))
     return inspect_page.tile(shard, place, verdict, [verdict, *notes])
 
 

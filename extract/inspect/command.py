@@ -8,6 +8,7 @@ from extract.inspect.histogram import Histogram, bar
 from extract.inspect.page import write_page
 from extract.statistics import CacheStatistics, cache_statistics, fit_shown, outcome_table, stored_as
 from llava_core.cli.console import human_bytes, say, show, table
+from llava_core.cli.translation import translated
 from llava_core.shards.folder import open_shards
 from llava_core.types import JsonDict
 
@@ -53,14 +54,19 @@ def _totals(stats: CacheStatistics) -> str:
     return table(
         [
             ("shards", figures["shards"]),
-            ("features", f"[{figures['tokens']}, {figures['width']}] an image, {stored}"),
+            ("features", translated(f"[{figures['tokens']}, {figures['width']}] an image, {stored}")),
             ("stored as", stored_as(figures["storage"])),
-            ("encoder", f"{encoder.get('model_id')}, layer {encoder.get('layer') or 'after the final norm'}"),
+            (
+                "encoder",
+                translated(
+                    f"{encoder.get('model_id')}, layer {encoder.get('layer') or 'after the final norm'}"
+                ),
+            ),
             ("fit", fit_shown(figures)),
             ("fingerprint", figures["fingerprint"][:12]),
             ("images", human_bytes(figures["image_bytes"])),
             ("caption characters", _quantiles(figures["caption_characters"])),
-            (f"token norms ({stats.norm_rows} rows)", _quantiles(figures["token_norms"])),
+            (translated(f"token norms ({stats.norm_rows} rows)"), _quantiles(figures["token_norms"])),
         ]
     )
 

@@ -4,7 +4,7 @@ function show() {
   for (const row of rows) {
     row.hidden = !row.textContent.toLowerCase().includes(words) || (outcome && row.dataset.outcome !== outcome);
   }
-  form.shown.value = rows.filter((row) => !row.hidden).length + " of " + rows.length + " shown";
+  form.shown.value = rows.filter((row) => !row.hidden).length + " / " + rows.length;
 }
 form.addEventListener("input", show);
 form.addEventListener("submit", (event) => event.preventDefault());

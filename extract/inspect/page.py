@@ -215,5 +215,5 @@ def _facts(stats: CacheStatistics) -> str:
 
 def shown(name: str, value: object) -> str:
     if name == "layer" and value is None:
-        return "all tokens after the final norm"
+        return translated("all tokens after the final norm")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -47,7 +47,7 @@ def run(config: LensConfig) -> JsonDict:
     draw(result).save(picture)
     write_page(page, result)
     gains = [other - loss for loss, other in zip(result.loss, result.other_loss, strict=True)]
-    rows = zip([*result.pieces[:-1], "(end)"], result.loss, result.other_loss, gains, strict=True)
+    rows = zip([*result.pieces[:-1], translated("(end)")], result.loss, result.other_loss, gains, strict=True)
     cells = [(piece, f"{a:.2f}", f"{b:.2f}", f"{gain:+.2f}") for piece, a, b, gain in rows]
     show(table(cells, ("caption", "loss", f"with {result.other}", "the image tells")))
     say(f"{picture}  words over the image")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from llava_core.cli.console import width
 from llava_core.cli.flags import Flag, flags_of, help_texts, paragraphs
 from llava_core.cli.options import GROUPS, Command
-from llava_core.cli.translation import LANGUAGES, translated
+from llava_core.cli.translation import LANGUAGES, language, translated
 
 LEFT, NARROW = 26, 72
 """Columns of the flags; and of a terminal under which their texts stand below them."""
@@ -63,7 +63,8 @@ def _text(flag: Flag, texts: Mapping[str, str], command: Command) -> str:
     notes = [translated("may be repeated")] * flag.appended
     notes += [translated("or without the flag")] * (command.subject == flag.field)
     notes += [translated(f"default: {flag.shown_default}")] * bool(flag.shown_default)
-    return translated(texts.get(flag.field, "")) + (f" ({'; '.join(notes)})" if notes else "")
+    opening, mark, closing = ("（", "；", "）") if language() == "zh" else (" (", "; ", ")")
+    return translated(texts.get(flag.field, "")) + (opening + mark.join(notes) + closing if notes else "")
 
 
 def _call(start: str, command: Command, columns: int) -> str:

@@ -37,7 +37,7 @@ def _typed(argv: Sequence[str]) -> list[str]:
 
 def _recipe(command: Command, name: str) -> Mapping[str, Any]:
     if name not in command.recipes:
-        expected = " or ".join(command.recipes)
+        expected = ", ".join(command.recipes)
         raise LlavaError(f"unknown --recipe {name!r}", expected=expected, exit_code=2)
     return command.recipes[name]
 

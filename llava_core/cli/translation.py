@@ -20,6 +20,10 @@ NESTED = "error"
 """Name of a field that holds a message in its turn."""
 FEW = 6
 """Letters of a message below which its fields hold no sentence: `{path} is {what}` fits many."""
+GIVEN = ("expected {error}", "got {error}")
+"""Parts of an error that hold what was typed, or a message."""
+MARKS = {"; ": "；", ": ": "："}
+"""What parts an error, in English and in Chinese."""
 NUMBER = r"\d[\d,]*"
 SENTENCE = re.compile("[A-Za-z]+ [A-Za-z]")
 CODE = re.compile("`[^`]*`")
@@ -57,9 +61,7 @@ def translated_error(text: str) -> str:
 
 def translated_label(text: str) -> str:
     """The name of a figure: only as the catalogue has it, or as its parts on both sides of a colon."""
-    return _around(
-        text, lambda core: ": ".join(_catalogue().entries.get(each, each) for each in core.split(": "))
-    )
+    return _around(text, lambda core: _catalogue().label(core))
 
 
 def _around(text: str, translate: Callable[[str], str]) -> str:
@@ -107,22 +109,34 @@ class Catalogue:
                     or NESTED in values
                     or not any(SENTENCE.search(CODE.sub("", value)) for value in values.values())
                 ):
-                    return self._filled(self.entries[message], values)
+                    return self._filled(message, values)
         return None
 
+    def label(self, text: str) -> str:
+        """The name of a figure, its parts looked up one by one."""
+        parts = text.split(": ")
+        mark = MARKS[": "] if parts[0] in self.entries else ": "
+        return mark.join(self.entries.get(part, part) for part in parts)
+
     def _filled(self, message: str, values: Mapping[str, str]) -> str:
-        nested = {NESTED: self.translated_parts(values[NESTED])} if NESTED in values else {}
-        return FIELD.sub(lambda field: {**values, **nested}[field[1]], message)
+        nested = {NESTED: self._parts(values[NESTED], message in GIVEN)[0]} if NESTED in values else {}
+        return FIELD.sub(lambda field: {**values, **nested}[field[1]], self.entries[message])
 
     def translated_parts(self, text: str) -> str:
         """Its translation; without one, those of its parts between semicolons and behind a colon."""
+        return self._parts(text)[0]
+
+    def _parts(self, text: str, known: bool = False) -> tuple[str, bool]:
+        """The translation, and whether `text` begins with a message: the mark between two is Chinese, too."""
         if (whole := self.translated(text)) is not None:
-            return whole
-        for mark in ("; ", ": "):
+            return whole, True
+        for mark, chinese in MARKS.items():
             head, found, tail = text.partition(mark)
             if found:
-                return f"{self.translated(head) or head}{mark}{self.translated_parts(tail)}"
-        return text
+                first, (rest, message) = self.translated(head), self._parts(tail)
+                known = known or first is not None or head.startswith("--")
+                return f"{first or head}{chinese if known and message else mark}{rest}", known
+        return text, False
 
 
 def _literals(message: str) -> tuple[str, list[str]]:

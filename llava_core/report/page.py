@@ -53,7 +53,7 @@ def _translated(template: Path) -> str:
     if language() == "en":
         return _text(template)
 
-    words = TEXTS.sub(lambda found: translated(" ".join(found[0].split())), _text(template))
+    words = TEXTS.sub(lambda found: translated(re.sub(r"\s+", " ", found[0])), _text(template))
     return words.replace('<html lang="en">', '<html lang="zh-CN">')
 
 

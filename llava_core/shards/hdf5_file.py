@@ -168,9 +168,7 @@ def _layout(path: Path, file: Any, end: int) -> Layout:
         raise LlavaError(f"{path} carries a fingerprint that is not that of its attributes", do=REDO)
     storage = attributes.get("storage", "float16")
     if storage not in STORAGES:
-        raise LlavaError(
-            f"{path} stores features in another way", expected=" or ".join(STORAGES), got=storage
-        )
+        raise LlavaError(f"{path} stores features in another way", expected=", ".join(STORAGES), got=storage)
     rows, tokens, width = file["features"].shape
     wanted = {name: (np.dtype(kind), (rows, *shape)) for name, (kind, shape) in columns(version).items()}
     for name, (dtype, shape) in dataset_specs(storage, tokens, width).items():

@@ -23,8 +23,8 @@ STEP = f"Number(({STATUS}.match(/step ([0-9,]+)/) || [0, '-1'])[1].replaceAll(',
 
 
 @contextlib.contextmanager
-def watching(folder: Path) -> Iterator[Served]:
-    process = start("train", "watch", folder, "--port", 0)
+def watching(folder: Path, *words: str) -> Iterator[Served]:
+    process = start("train", "watch", folder, "--port", 0, *words)
     try:
         served = Served(process)
         yield served
@@ -99,6 +99,12 @@ def test_the_trials_of_a_sweep_lie_over_each_other(world: Path, tmp_path: Path, 
         for dark in (False, True):
             tab.screen(390, 800, dark=dark, mobile=True)
             assert tab.run("document.documentElement.scrollWidth") <= 390
+    with watching(out, "--lang", "zh") as watched:
+        tab.open(watched.base)
+        tab.until(f"{STATUS}.startsWith('2 finished · 2 failed · ')")  # the browser's language
+        assert tab.run("document.querySelector('footer').textContent").startswith(
+            "Served by train watch, llava-align "
+        )
 
 
 def test_torn_lines_wait_damaged_ones_are_counted_and_captions_are_no_html(tmp_path: Path, tab: Tab) -> None:

@@ -29,12 +29,17 @@ PRINTED = {
     "LlavaError": (0, "expected", "got", "do"),
     "progress": ("desc", 3),
     "table": (1, "header"),
+    "main": (1,),
+    "require_same": (1, "do"),
+    "require_one_encoder": (1,),
 }
 """Functions whose arguments, by position or keyword, are messages."""
 TABLES = ("FOUND", "NEXT", "MESSAGES")
 """Constants that are dicts of messages."""
 BILINGUAL = ("infer/serve/page.html", "train/watch/watch.html")
 """Pages with both languages, of which the browser picks one."""
+SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks", "proxy_hint")
+"""Functions that return a line to print."""
 RETURNED = ("location", "ending")
 """Properties that are messages."""
 OPAQUE = (
@@ -187,6 +192,9 @@ class Source:
                 values = table.values if isinstance(table, ast.Dict) else []
                 yield from (text for value in values for text in self.templates(value) if _is_message(text))
         for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef) and node.name in SPEAKERS:
+                texts = [text for value in self.returned(node) for text in self.templates(value)]
+                yield from (_apart(text) for text in texts if _is_message(text))
             if isinstance(node, ast.Call):
                 called = (
                     node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -316,6 +324,9 @@ parroting
 underfitting
 expected {error}
 got {error}
+a whole number or {choices}
+train on one kind at a time, or on several of the same rows with --fuse
+check the network
 error: {error}
 verdict: {name}
 sources
@@ -415,6 +426,25 @@ Similarity of shuffled pairs
 token norms
 caption characters
 share
+colour
+place
+size
+all
+machine
+packages
+commands
+caches
+environment
+ready
+advice
+platform
+CPU cores
+disk
+free RAM
+C compiler, for --compile
+the lessons in docs/learn
+none: this torch is for CPUs
+{free} free of {all}
 """
 """Names of figures and verdicts, and parts of an error, which the code puts together."""
 

@@ -25,6 +25,7 @@ from llava_core.language.prompt_and_labels import Conversation, Turn
 from llava_core.shards.folder import open_shards
 from llava_core.shards.reader import Shard
 from tests.support.language_models import LLAMA_TEMPLATE, write_language_model
+from tests.support.messages import SPEAKERS
 from tests.support.paths import ROOT
 from tests.support.shards import write_shard
 from train.config import RunConfig
@@ -34,8 +35,6 @@ from train.run_folder import RunFolder
 
 PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("README*.md"), ROOT / "features/README.md"]
 PACKAGES = ("extract", "train", "infer", "llava_align", "llava_core")
-SPEAKERS = ("progress_line", "advice", "without_flush", "without_locks")
-"""Functions that return a line to print."""
 SAME_CODE = (
     *("one-sample", "cache", "troubleshooting", "curves", "python-api", "extending"),
     *("transformers", "llama-cpp", "ollama", "clients"),

@@ -15,6 +15,7 @@ import yaml
 
 from llava_core.bootstrap import with_interval
 from llava_core.cli.console import counted, human_operations, human_seconds, table
+from llava_core.cli.translation import translated
 from llava_core.filesystem import replace_text
 from llava_core.projector.checkpoint import point_to
 from llava_core.types import JsonDict
@@ -39,8 +40,8 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     """Columns of the table beside the values: of what a row costs those in which rows differ."""
     choices = next((record.summary["choices"] for row in rows for record in row.finished if row.choice), 0)
     measured: list[Column] = [
-        (f"{choices}-way choice", lambda row: with_interval(row.choice, "choice_accuracy", 3)),
-        (f"with shuffled pictures (chance {1 / max(1, choices):.3g})",
+        (translated(f"{choices}-way choice"), lambda row: with_interval(row.choice, "choice_accuracy", 3)),
+        (translated(f"with shuffled pictures (chance {1 / max(1, choices):.3g})"),
          lambda row: with_interval(row.choice, "choice_accuracy_shuffled", 3)),
     ]  # fmt: skip
     costs: list[Column] = [
@@ -67,7 +68,7 @@ def _loss(row: Row) -> str:
 
 def _above(row: Row) -> str:
     seeds = f", {counted(row.above['above_best_seeds'], 'seed')}" if row.above else ""
-    return ("none: " if row.is_tied else "") + with_interval(row.above, "above_best") + seeds
+    return (translated("none: ") if row.is_tied else "") + with_interval(row.above, "above_best") + seeds
 
 
 def _whole(value: float | None) -> str:
@@ -82,7 +83,7 @@ def text_table(rows: Sequence[Row]) -> str:
     lines = [[*map(shown, row.point.values()), *(cell(row) for _, cell in columns)] for row in rows[:SHOWN]]
     more = len(rows) - len(lines)
     return table(lines, [*rows[0].point, *(name for name, _ in columns)]) + (
-        f"\nand {more} more in results.csv" if more else ""
+        translated(f"\nand {more} more in results.csv") if more else ""
     )
 
 

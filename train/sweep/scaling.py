@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from llava_core.cli.console import counted, say, table
+from llava_core.cli.translation import translated
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
 from train.resources import TrainingResources
@@ -101,10 +102,8 @@ def lines_of(curve: ScalingCurve) -> list[tuple[str, str, str, str]]:
     law, lines = curve.law, []
     for size, losses in curve.losses.items():
         mean = sum(losses) / len(losses)
-        spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
-        lines.append(
-            (f"{size:,}", f"{len(losses)}", f"{mean:.4f}{spread}", shown(law.loss(size)) if law else "-")
-        )
+        spread = shown((mean, min(losses), max(losses))) if len(losses) > 1 else f"{mean:.4f}"
+        lines.append((f"{size:,}", f"{len(losses)}", spread, shown(law.loss(size)) if law else "-"))
     ahead = [times * law.sizes[-1] for times in AHEAD] if law else []
     return lines + [(f"{rows:,}", "-", "predicted", shown(law.loss(rows))) for rows in ahead if law]
 
@@ -162,8 +161,7 @@ def sentences(curve: ScalingCurve) -> list[str]:
 
 
 def shown(figure: Estimate, digits: int = 4) -> str:
-    value, low, high = (f"{each:.{digits}f}" for each in figure)
-    return f"{value} ({low} to {high})"
+    return translated("{} ({} to {})").format(*(f"{each:.{digits}f}" for each in figure))
 
 
 def figures_of(curve: ScalingCurve) -> JsonDict:

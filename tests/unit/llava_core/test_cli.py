@@ -289,7 +289,7 @@ def test_a_recipe_yields_to_a_file_and_both_to_what_is_typed(
     assert summary("-c", str(path)) == {"rate": 0.3, "names": ["tea", "cake"]}
     assert summary("-c", str(path), "--recipe", "wild") == {"rate": 0.3, "names": []}
     assert ended("--recipe", "none") == 2
-    assert "unknown --recipe 'none'; expected calm or wild" in capsys.readouterr().err
+    assert "unknown --recipe 'none'; expected calm, wild" in capsys.readouterr().err
     assert ended("--recipe") == 2
     with pytest.raises(SystemExit) as caught:  # a command without recipes knows no such flag
         cli.main("tool", "A tool.", COMMANDS, ["other", "--recipe", "calm"])

@@ -66,13 +66,13 @@ def test_an_error_is_translated_by_its_parts() -> None:
         }
     )
     error = LlavaError("a; b lacks it", expected="a number", got="bricks", do="look at a: b")
-    assert catalogue.translated(f"error: {error}") == "错误：a; b 缺少 it; 需要 一个数; got bricks; 请看 a: b"
+    assert catalogue.translated(f"error: {error}") == "错误：a; b 缺少 it；需要 一个数; got bricks; 请看 a: b"
 
 
 @pytest.mark.parametrize(
     ("environment", "words", "line"),
     [
-        ({"LANG": "zh_CN.UTF-8"}, (), "错误：python -m train 没有命令 runn; 是不是 'run'？"),
+        ({"LANG": "zh_CN.UTF-8"}, (), "错误：python -m train 没有命令 runn；是不是 'run'？"),
         ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, ("--lang", "zh"), "错误：python -m train 没有命令"),
         ({"LC_MESSAGES": "zh_TW"}, (), "错误：python -m train 没有命令 runn"),
         ({"LANG": "zh_CN.UTF-8"}, ("--lang=en",), "error: python -m train has no command runn"),
@@ -84,6 +84,17 @@ def test_the_locale_or_a_flag_picks_the_language(
 ) -> None:
     variables: dict[str, Any] = {"LC_ALL": "", "LC_MESSAGES": "", "LANG": "", **environment}
     assert run("train", *words, "runn", code=2, **variables).err.startswith(line)
+
+
+def test_no_english_is_left_in_a_page_of_help_or_a_mistyped_value() -> None:
+    assert run("train", "--help", LANG="zh_CN.UTF-8").out.startswith("用缓存的特征训练投影层。\n")
+    page = run("train", "run", "--help", LANG="zh_CN.UTF-8").out
+    assert "优化器每步的样本数。（默认：16）" in page
+    words = ("--features", "a", "--eval-features", "a", "--llm", "b", "--out", "c", "--space", "lr=1")
+    ended = run("train", "sweep", *words, "--together", "x", code=2, LANG="zh_CN.UTF-8")
+    assert ended.err.strip() == "错误：--together；应为：整数，或 auto；实际为：x"
+    ended = run("train", "run", "--recipe", "none", code=2, LANG="zh_CN.UTF-8")
+    assert ended.err.strip() == "错误：未知的 --recipe 'none'；应为：course, fast, course-stage2, stage2"
 
 
 def test_figures_are_named_in_chinese_and_json_stays_english(chinese: None) -> None:
