@@ -23,7 +23,7 @@ from llava_align.subprocess_command import imports_shared, run_command
 from llava_core.bootstrap import with_interval
 from llava_core.cli.command import INTERRUPTED
 from llava_core.cli.console import show, table
-from llava_core.cli.translation import translated
+from llava_core.cli.translation import translated, translated_label
 from llava_core.errors import LlavaError
 from llava_core.filesystem import read_json_lines
 from llava_core.language.instructions import QUESTION
@@ -139,7 +139,7 @@ def _print(figures: JsonDict, out: Path) -> None:
     show("\n" + table(rows))
     named = [
         (
-            attribute,
+            translated_label(attribute),
             *(f"{figures[key][attribute]:.1%}" for key in ("right_picture", "shuffled_picture", "chance")),
         )
         for attribute in (*ATTRIBUTES, "all")

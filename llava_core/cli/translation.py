@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from llava_core.errors import LlavaError, told
+
 LANGUAGES = ("en", "zh")
 CATALOGUE = Path(__file__).with_name("zh.po")
 FIELD = re.compile(r"\{(\w+)(?::[^{}]*)?\}")
@@ -22,20 +24,22 @@ FEW = 6
 """Letters of a message below which its fields hold no sentence: `{path} is {what}` fits many."""
 NUMBER = r"\d[\d,]*"
 SENTENCE = re.compile("[A-Za-z]+ [A-Za-z]")
+NOTHING = ("nothing", "none")
 CODE = re.compile("`[^`]*`")
-_chosen: list[str] = []
+CHOSEN = "LLAVA_LANG"
+"""Variable of the language chosen, by which the processes that a command starts print in it, too."""
 
 
 def choose_language(language: str) -> None:
     """Print in this language from now on; auto is the locale's."""
-    _chosen[:] = [] if language == "auto" else [language]
+    os.environ.pop(CHOSEN, None)
+    if language != "auto":
+        os.environ[CHOSEN] = language
 
 
 def language(environment: Mapping[str, str] = os.environ) -> str:
     """The language chosen, or else the locale's: zh for Chinese, en for any other."""
-    if _chosen:
-        return _chosen[0]
-    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    names = (CHOSEN, "LC_ALL", "LC_MESSAGES", "LANG")
     locale = next((value for name in names if (value := environment.get(name))), "")
     return "zh" if locale.lower().startswith("zh") else "en"
 
@@ -50,9 +54,16 @@ def in_both(text: str) -> tuple[str, str]:
     return text, _catalogue().translated(text) or text
 
 
-def translated_error(text: str) -> str:
-    """The text of an error: parts that are joined by semicolons or colons are translated one by one."""
-    return _around(text, lambda core: _catalogue().translated_parts(core))
+def translated_error(error: Exception | str) -> str:
+    """The text of an error, its parts translated one by one."""
+    if isinstance(error, LlavaError):
+        return "; ".join(_around(part, _catalogue().translated_part) for part in error.parts)
+    return _around(told(error) if isinstance(error, Exception) else error, _catalogue().translated_parts)
+
+
+def error_line(error: Exception) -> str:
+    """What a command prints of an error."""
+    return translated("error: {error}").format(error=translated_error(error))
 
 
 def translated_label(text: str) -> str:
@@ -93,13 +104,14 @@ class Catalogue:
             for longest, stretches, message in patterns
         ]
 
-    def translated(self, text: str) -> str | None:
-        """Its translation, or None."""
+    def translated(self, text: str, part: bool = True) -> str | None:
+        """Its translation; None without one, and where it can be read in two ways: what is filled in is never
+        taken for a message's own words. A text that is no `part` of an error may be all parts of one."""
         if text in self.entries:
             return self.entries[text]
         for longest, letters, message in self._patterns:
-            if text.count("; ") != message.count("; ") and f"{{{NESTED}}}" not in message:
-                continue  # parts of an error
+            if not part and text.count("; ") != message.count("; ") and f"{{{NESTED}}}" not in message:
+                continue
             if longest in text and (found := _pattern(message).fullmatch(text)):
                 values = found.groupdict()
                 if (
@@ -107,22 +119,34 @@ class Catalogue:
                     or NESTED in values
                     or not any(SENTENCE.search(CODE.sub("", value)) for value in values.values())
                 ):
-                    return self._filled(self.entries[message], values)
+                    other = _pattern(message, ".*").fullmatch(text)
+                    filled = self._filled(self.entries[message], values)
+                    once = other is None or self._filled(self.entries[message], other.groupdict()) == filled
+                    return filled if once else None
         return None
 
     def _filled(self, message: str, values: Mapping[str, str]) -> str:
-        nested = {NESTED: self.translated_parts(values[NESTED])} if NESTED in values else {}
+        nested = {NESTED: self._sentence(values[NESTED])} if NESTED in values else {}
         return FIELD.sub(lambda field: {**values, **nested}[field[1]], message)
+
+    def translated_part(self, text: str) -> str:
+        """Of one part of an error its translation, or else those of what a colon joins."""
+        return self.translated(text) or self._split(text, ": ")
 
     def translated_parts(self, text: str) -> str:
         """Its translation; without one, those of its parts between semicolons and behind a colon."""
-        if (whole := self.translated(text)) is not None:
-            return whole
-        for mark in ("; ", ": "):
+        return self.translated(text, part=False) or self._split(text, "; ", ": ")
+
+    def _split(self, text: str, *marks: str) -> str:
+        for mark in marks:
             head, found, tail = text.partition(mark)
             if found:
-                return f"{self.translated(head) or head}{mark}{self.translated_parts(tail)}"
+                return f"{self._sentence(head)}{mark}{self._sentence(tail)}"
         return text
+
+    def _sentence(self, text: str) -> str:
+        """Words within a message: a single one may well be filled in."""
+        return self.translated_parts(text) if SENTENCE.search(text) or text in NOTHING else text
 
 
 def _literals(message: str) -> tuple[str, list[str]]:
@@ -132,14 +156,14 @@ def _literals(message: str) -> tuple[str, list[str]]:
 
 
 @functools.cache
-def _pattern(message: str) -> re.Pattern[str]:
+def _pattern(message: str, field: str = ".*?") -> re.Pattern[str]:
     """A message as a pattern with a group for each field; one that returns must be the same."""
     seen: set[str] = set()
 
     def group(name: str) -> str:
         first = name not in seen
         seen.add(name)
-        return f"(?P<{name}>{NUMBER if name == 'n' else '.*?'})" if first else f"(?P={name})"
+        return f"(?P<{name}>{NUMBER if name == 'n' else field})" if first else f"(?P={name})"
 
     parts = FIELD.split(message)
     return re.compile(
