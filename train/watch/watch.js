@@ -15,7 +15,7 @@ const WORDS = {
     left: (time) => `${time} left, evaluations not counted`, ago: (time) => `last line ${time} ago`,
     units: ["s", "min", "h"], count: (n, state) => `${n} ${state}`,
     damaged: (n) => `${n} damaged line${n === 1 ? "" : "s"} left out`, to: (low, high) => `${low} to ${high}`,
-    foot: (version) => ["Served by ", `${version}. Nothing on this page comes from elsewhere.`],
+    foot: (version) => ["Served by ", `, ${version}. Nothing on this page comes from elsewhere.`],
   },
   zh: {
     running: "训练中", finished: "已完成", pruned: "提前结束（剪枝）", failed: "失败", stopped: "已停止",
@@ -31,7 +31,7 @@ const WORDS = {
     left: (time) => `还需 ${time}（不含验证）`, ago: (time) => `最后一行写于 ${time}前`,
     units: ["秒", "分钟", "小时"], count: (n, state) => `${n} 次${state}`,
     damaged: (n) => `略过 ${n} 个损坏的行`, to: (low, high) => `${low} 到 ${high}`,
-    foot: (version) => ["由 ", `${version} 生成，页面内容全部来自本机。`],
+    foot: (version) => ["由 ", `（${version}）生成，页面内容全部来自本机。`],
   },
 };
 const [W, H, LEFT, BOTTOM, TOP] = [400, 230, 48, 34, 10]; // of a chart, in its own units
@@ -40,7 +40,7 @@ const at = (id) => document.getElementById(id);
 const runs = new Map(); // by name: what the server told last of each, and all `lines` of its metrics
 let language = navigator.language.startsWith("zh") ? "zh" : "en", chosen = null, offline = false, begun = false;
 const say = (name) => WORDS[language][name];
-const version = document.querySelector("footer").lastChild.data.match(/, \S+ [\d.]+\d/)[0];
+const version = document.querySelector("footer").lastChild.data.match(/llava-align [\w.+]*\w/)[0]; // in the language of the server
 
 const events = new EventSource("events");
 events.onopen = () => { begun = false; };
