@@ -112,17 +112,14 @@ class Catalogue:
         for longest, letters, message in self._patterns:
             if not part and text.count("; ") != message.count("; ") and f"{{{NESTED}}}" not in message:
                 continue
-            if longest in text and (found := _pattern(message).fullmatch(text)):
-                values = found.groupdict()
+            for values in _readings(message, text) if longest in text else ():
                 if (
                     letters >= FEW
                     or NESTED in values
                     or not any(SENTENCE.search(CODE.sub("", value)) for value in values.values())
                 ):
-                    other = _pattern(message, ".*").fullmatch(text)
-                    filled = self._filled(self.entries[message], values)
-                    once = other is None or self._filled(self.entries[message], other.groupdict()) == filled
-                    return filled if once else None
+                    shown = {self._filled(self.entries[message], each) for each in _readings(message, text)}
+                    return shown.pop() if len(shown) == 1 else None
         return None
 
     def _filled(self, message: str, values: Mapping[str, str]) -> str:
@@ -156,16 +153,30 @@ def _literals(message: str) -> tuple[str, list[str]]:
 
 
 @functools.cache
-def _pattern(message: str, field: str = ".*?") -> re.Pattern[str]:
-    """A message as a pattern with a group for each field; one that returns must be the same."""
-    seen: set[str] = set()
-
-    def group(name: str) -> str:
-        first = name not in seen
-        seen.add(name)
-        return f"(?P<{name}>{NUMBER if name == 'n' else field})" if first else f"(?P={name})"
-
+def _split(message: str) -> tuple[list[str], list[str]]:
+    """Stretches between the fields of a message, and the names of the fields."""
     parts = FIELD.split(message)
-    return re.compile(
-        "".join(group(part) if at % 2 else re.escape(part) for at, part in enumerate(parts)), re.DOTALL
-    )
+    return parts[::2], parts[1::2]
+
+
+def _readings(message: str, text: str) -> list[dict[str, str]]:
+    """What a text fills into the fields of a message: each as short as it can be, and then as long."""
+    (first, *between, last), names = _split(message)
+    start, end = len(first), len(text) - len(last)
+    if start > end or not text.startswith(first) or not text.endswith(last):
+        return []
+    left, right, begin, stop = list[str](), list[str](), start, end
+    for after, before in zip(between, reversed(between), strict=True):
+        at, back = text.find(after, begin, end), text.rfind(before, start, stop)
+        if at < 0 or back < 0:
+            return []
+        left.append(text[begin:at])
+        right.append(text[back + len(before) : stop])
+        begin, stop = at + len(after), back
+    found = ([*left, text[begin:end]], [*right, text[start:stop]][::-1])
+    return [
+        dict(zip(names, values, strict=True))
+        for values in found
+        if all(re.fullmatch(NUMBER, value) for name, value in zip(names, values, strict=True) if name == "n")
+        and len(set(zip(names, values, strict=True))) == len(set(names))
+    ]
