@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ STEP = f"Number(({STATUS}.match(/step ([0-9,]+)/) || [0, '-1'])[1].replaceAll(',
 
 
 @contextlib.contextmanager
-def watching(folder: Path, **environment: str) -> Iterator[Served]:
+def watching(folder: Path, **environment: Any) -> Iterator[Served]:
     process = start("train", "watch", folder, "--port", 0, **environment)
     try:
         served = Served(process)

@@ -139,10 +139,3 @@ def test_a_text_that_can_be_read_in_two_ways_stays_as_it_is(entries: dict[str, s
             values = {name: "12" if name == "n" else f"a{stretch}b" for name in names}
             shown = catalogue.translated(FIELD.sub(lambda field: values[field[1]], message))  # noqa: B023
             assert shown is None or all(value in shown for value in values.values()), message
-
-
-def test_a_text_that_repeats_the_words_of_a_message_takes_no_longer(entries: dict[str, str]) -> None:
-    """The ways to read it are more than can be tried: 40 times each word between the fields."""
-    message = max(entries, key=lambda each: len(FIELD.findall(each)))
-    text = "".join(f"{stretch}x" * 40 for stretch in FIELD.split(message)[::2]) + "!"
-    assert Catalogue(entries).translated(text) is None
