@@ -31,7 +31,7 @@ def run(config: AskConfig) -> JsonDict:
         try:
             answers.append({"image": image, **ask(dialogue, image, prompt, before=f"{image}: ")})
         except LlavaError as error:
-            say(f"error: {error}")
+            say(error)
             answers.append({"image": image, "error": str(error)})
     return {"prompt": prompt, "answers": answers, "exit_code": int(any("error" in line for line in answers))}
 

@@ -18,6 +18,7 @@ class LlavaError(Exception):
     """A fault that the user can fix, in one line: what it is, what was expected, what was got, what to do.
 
     `exit_code` is the status that the command ends with: 1 failed, 2 wrong usage, 3 too many failed rows.
+    `parts` are translated one by one: a path, too, may hold a semicolon.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class LlavaError(Exception):
             parts.append(f"got {got}")
         if do is not None:
             parts.append(do)
-        super().__init__("; ".join(parts).replace("\n", " "))
+        self.parts = tuple(part.replace("\n", " ") for part in parts)
+        super().__init__("; ".join(self.parts))
         self.exit_code = exit_code
 
 

@@ -25,7 +25,6 @@ MESSAGES = {
     "/exit": "— leave; so do exit, quit and Ctrl-D",
     "lines": "Several lines: Alt+Enter begins another, and so does a backslash at the end of one",
     "keys": "Ctrl-C stops an answer, and at the prompt leaves. Up and down: history; Tab: commands and paths",
-    "error": "error: {error}",
     "stopped": "(stopped)",
     "cleared": "the turns are forgotten",
     "system": "system prompt: {text}",

@@ -17,8 +17,8 @@ from infer.chat.transcript import Transcript, read_transcript, write_transcript
 from llava_core.cli.command import INTERRUPTED, stop_signals
 from llava_core.cli.console import table
 from llava_core.cli.terminal import Terminal
-from llava_core.cli.translation import translated_error
-from llava_core.errors import LlavaError, nearest, told
+from llava_core.cli.translation import error_line
+from llava_core.errors import LlavaError, nearest
 from llava_core.language.sampling import Sampling
 from llava_core.types import JsonDict
 
@@ -79,7 +79,7 @@ class ChatRepl:
 
     def fail(self, error: Exception) -> None:
         self.errors += 1
-        self.terminal.say(message("error", error=translated_error(told(error))), style="red")
+        self.terminal.say(error_line(error), style="red")
 
     def evaluate(self, line: str) -> None:
         """Run a command or answer a question. Raises EOFError at /exit, LlavaError or OSError on failure."""

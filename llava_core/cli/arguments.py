@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from llava_core.errors import LlavaError, nearest
 
 SETTINGS = ("-c", "--recipe", "--lang", "--help")
 """Flags that are replaced before the others are read."""
+NEGATIVE = re.compile(r"-\.?\d|-inf$")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,14 +57,25 @@ def _read(flags: dict[str, Flag], argv: list[str]) -> tuple[dict[str, Any], list
             options["nargs"] = flag.count
         parser.add_argument(flag.name, **options)
     for at, word in enumerate(argv):
-        name, _, value = word.partition("=")
+        name, sign, value = word.partition("=")
         meant = flags.get(name) or flags.get(name.replace("--no-", "--", 1))
         if name.startswith("--") and (meant is None or (name not in flags and meant.kind is not bool)):
             raise LlavaError(f"unknown flag {name}", do=_meant(name, flags), exit_code=2)
-        if meant is None or meant.count in (0, "*") or value:
+        if meant is not None and meant.kind is bool and sign:
+            do = f"write {meant.name} or --no-{meant.name[2:]}"
+            raise LlavaError(f"{name} takes no value", got=value, do=do, exit_code=2)
+        if meant is None or meant.count in (0, "*") or sign:
             continue
-        if "=" not in word and (at + 1 == len(argv) or argv[at + 1].partition("=")[0] in flags):
-            raise LlavaError(f"{name} needs a value", expected=f"{name} {meant.value}", exit_code=2)
+        following = argv[at + 1] if at + 1 < len(argv) else ""
+        dashed = following[:1] == "-" and len(following) > 1 and " " not in following
+        if NEGATIVE.match(following):  # argparse takes -1 for a value, and -1e-3 for a flag
+            argv[at : at + 2] = [f"{name}={following}"]
+        elif at + 1 == len(argv) or dashed:
+            known = not dashed or following.startswith("--")
+            advice = None if known else f"write {name}={following} if that is its value"
+            raise LlavaError(
+                f"{name} needs a value", expected=f"{name} {meant.value}", do=advice, exit_code=2
+            )
     found, words = parser.parse_known_args(argv)
     return vars(found), words
 
@@ -75,7 +88,8 @@ def _dashed(word: str) -> str:
 
 def _meant(word: str, flags: dict[str, Flag]) -> str:
     """Advice for a word that names no flag."""
-    meant = nearest("--" + word.lstrip("-"), [*flags, *SETTINGS]) if word.startswith("-") else ""
+    named = word.startswith("-") and word.strip("-")
+    meant = nearest("--" + word.lstrip("-"), [*flags, *SETTINGS]) if named else ""
     return meant if meant.startswith("did") else "--help lists the flags"
 
 
@@ -88,4 +102,5 @@ def _converted(flags: dict[str, Flag], name: str, value: Any) -> Any:
             return tuple(map(flag.converted, value))
         return flag.converted(value)
     except ValueError as error:
-        raise LlavaError(flag.name, expected=flag.expected, got=error, exit_code=2) from None
+        got = str(error) or "nothing"
+        raise LlavaError(flag.name, expected=flag.expected, got=got, exit_code=2) from None

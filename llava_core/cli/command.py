@@ -18,15 +18,15 @@ import sys
 import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from llava_core.cli.arguments import parsed
 from llava_core.cli.console import guard_terminal, say, show, visible
 from llava_core.cli.help import command_page, overview
 from llava_core.cli.options import Command
 from llava_core.cli.settings import with_settings
-from llava_core.cli.translation import LANGUAGES, choose_language, translated_error
-from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line, nearest, told
+from llava_core.cli.translation import LANGUAGES, choose_language, language
+from llava_core.errors import MEMORY_ERRORS, LlavaError, first_line, nearest
 from llava_core.gpu_drivers import DRIVERS, require_device
 
 INTERRUPTED = 130
@@ -54,7 +54,7 @@ def main(
         with _interrupts_kept():
             code = _run(prog, description, commands, argv)
     except LlavaError as error:
-        say(translated_error(f"error: {error}"))
+        say(error)
         code = error.exit_code
     except KeyboardInterrupt:
         continues = bool(argv) and argv[0] in commands and commands[argv[0]].continues
@@ -64,7 +64,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        say(translated_error(f"error: {told(error)}"))
+        say(error)
         code = 1
     except RuntimeError as error:
         on_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which takes seconds to import
@@ -114,7 +114,15 @@ def _in_language(argv: list[str]) -> list[str]:
             raise LlavaError("--lang", expected=expected, got=wanted or "nothing", exit_code=2)
         choose_language(wanted)
         del words[at : at + 2]
+    if language() == "zh" and not all(map(_has_chinese, (sys.stderr, sys.stdout))):
+        choose_language("en")
+        say("in English: this output's encoding has no Chinese; PYTHONIOENCODING=utf-8 gives it one")
     return words
+
+
+def _has_chinese(stream: TextIO) -> bool:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return "中".encode(encoding, "replace") != "?".encode(encoding)
 
 
 def _imported(module: str) -> types.ModuleType:

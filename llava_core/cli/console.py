@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from llava_core.cli.translation import translated, translated_label
+from llava_core.cli.translation import error_line, translated, translated_label
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control, format (bidi among them), surrogate and line-separating characters."""
@@ -46,9 +46,10 @@ def _escaped(character: str) -> str:
     return "\\u007f" if character == "\x7f" else json.dumps(character)[1:-1]
 
 
-def say(text: str, keep: str = "") -> None:
-    """Print one log line, translated, without tearing a progress bar; see `visible` for `keep`."""
-    _outliving(lambda: tqdm.write(visible(translated(text), keep), file=sys.stderr))
+def say(text: str | Exception, keep: str = "") -> None:
+    """Print one log line or error, translated, without tearing a progress bar; see `visible` for `keep`."""
+    line = error_line(text) if isinstance(text, Exception) else translated(text)
+    _outliving(lambda: tqdm.write(visible(line, keep), file=sys.stderr))
 
 
 @functools.cache

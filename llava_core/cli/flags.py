@@ -93,7 +93,8 @@ class Flag:
         kinds = _kinds(self._item)
         choices = [str(choice) for each in kinds for choice in typing.get_args(each)]
         numbers = [{int: "a whole number", float: "a number"}[each] for each in kinds if each in NUMBERS]
-        return " or ".join(numbers + ([", ".join(choices)] if choices else []))
+        paths = ["a path"] * (Path in kinds)
+        return " or ".join(numbers + paths + ([", ".join(choices)] if choices else []))
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:
@@ -121,6 +122,8 @@ def _converted(kind: Any, word: str) -> Any:
         if typing.get_origin(each) is Literal:
             if word in typing.get_args(each):
                 return word
+            continue
+        if each is Path and not word:  # a shell's variable that is not set; Path("") would be this folder
             continue
         try:
             return each(word)

@@ -57,6 +57,8 @@ def _expanded(
     if at + 1 == len(argv):
         raise LlavaError(f"{option} needs a value", do=f"write {option} {example}", exit_code=2)
     named, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
+    if option in rest:
+        raise LlavaError(f"{option} is given twice", do="give it once", exit_code=2)
     typed = set(_typed(rest))
     words: list[str] = []
     for key, value in settings(named).items():

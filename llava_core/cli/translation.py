@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from llava_core.errors import LlavaError, told
+
 LANGUAGES = ("en", "zh")
 CATALOGUE = Path(__file__).with_name("zh.po")
 FIELD = re.compile(r"\{(\w+)(?::[^{}]*)?\}")
@@ -20,26 +22,26 @@ NESTED = "error"
 """Name of a field that holds a message in its turn."""
 FEW = 6
 """Letters of a message below which its fields hold no sentence: `{path} is {what}` fits many."""
-GIVEN = ("expected {error}", "got {error}")
-"""Parts of an error that hold what was typed, or a message."""
 MARKS = {"; ": "；", ": ": "："}
-"""What parts an error, in English and in Chinese."""
+"""What stands between parts of an error, in English and in Chinese."""
 NUMBER = r"\d[\d,]*"
 SENTENCE = re.compile("[A-Za-z]+ [A-Za-z]")
+NOTHING = ("nothing", "none")
 CODE = re.compile("`[^`]*`")
-_chosen: list[str] = []
+CHOSEN = "LLAVA_LANG"
+"""Variable of the language chosen, by which the processes that a command starts print in it, too."""
 
 
 def choose_language(language: str) -> None:
     """Print in this language from now on; auto is the locale's."""
-    _chosen[:] = [] if language == "auto" else [language]
+    os.environ.pop(CHOSEN, None)
+    if language != "auto":
+        os.environ[CHOSEN] = language
 
 
 def language(environment: Mapping[str, str] = os.environ) -> str:
     """The language chosen, or else the locale's: zh for Chinese, en for any other."""
-    if _chosen:
-        return _chosen[0]
-    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    names = (CHOSEN, "LC_ALL", "LC_MESSAGES", "LANG")
     locale = next((value for name in names if (value := environment.get(name))), "")
     return "zh" if locale.lower().startswith("zh") else "en"
 
@@ -54,9 +56,17 @@ def in_both(text: str) -> tuple[str, str]:
     return text, _catalogue().translated(text) or text
 
 
-def translated_error(text: str) -> str:
-    """The text of an error: parts that are joined by semicolons or colons are translated one by one."""
-    return _around(text, lambda core: _catalogue().translated_parts(core))
+def translated_error(error: Exception | str) -> str:
+    """The text of an error, its parts translated one by one."""
+    if isinstance(error, LlavaError):
+        mark = "; " if language() == "en" else MARKS["; "]
+        return mark.join(_around(part, _catalogue().translated_part) for part in error.parts)
+    return _around(told(error) if isinstance(error, Exception) else error, _catalogue().translated_parts)
+
+
+def error_line(error: Exception) -> str:
+    """What a command prints of an error."""
+    return translated("error: {error}").format(error=translated_error(error))
 
 
 def translated_label(text: str) -> str:
@@ -95,21 +105,22 @@ class Catalogue:
             for longest, stretches, message in patterns
         ]
 
-    def translated(self, text: str) -> str | None:
-        """Its translation, or None."""
+    def translated(self, text: str, part: bool = True) -> str | None:
+        """Its translation; None without one, and where it can be read in two ways: what is filled in is never
+        taken for a message's own words. A text that is no `part` of an error may be all parts of one."""
         if text in self.entries:
             return self.entries[text]
         for longest, letters, message in self._patterns:
-            if text.count("; ") != message.count("; ") and f"{{{NESTED}}}" not in message:
-                continue  # parts of an error
-            if longest in text and (found := _pattern(message).fullmatch(text)):
-                values = found.groupdict()
+            if not part and text.count("; ") != message.count("; ") and f"{{{NESTED}}}" not in message:
+                continue
+            for values in _readings(message, text) if longest in text else ():
                 if (
                     letters >= FEW
                     or NESTED in values
                     or not any(SENTENCE.search(CODE.sub("", value)) for value in values.values())
                 ):
-                    return self._filled(message, values)
+                    shown = {self._filled(self.entries[message], each) for each in _readings(message, text)}
+                    return shown.pop() if len(shown) == 1 else None
         return None
 
     def label(self, text: str) -> str:
@@ -119,24 +130,27 @@ class Catalogue:
         return mark.join(self.entries.get(part, part) for part in parts)
 
     def _filled(self, message: str, values: Mapping[str, str]) -> str:
-        nested = {NESTED: self._parts(values[NESTED], message in GIVEN)[0]} if NESTED in values else {}
-        return FIELD.sub(lambda field: {**values, **nested}[field[1]], self.entries[message])
+        nested = {NESTED: self._sentence(values[NESTED])} if NESTED in values else {}
+        return FIELD.sub(lambda field: {**values, **nested}[field[1]], message)
+
+    def translated_part(self, text: str) -> str:
+        """Of one part of an error its translation, or else those of what a colon joins."""
+        return self.translated(text) or self._split(text, ": ")
 
     def translated_parts(self, text: str) -> str:
         """Its translation; without one, those of its parts between semicolons and behind a colon."""
-        return self._parts(text)[0]
+        return self.translated(text, part=False) or self._split(text, "; ", ": ")
 
-    def _parts(self, text: str, known: bool = False) -> tuple[str, bool]:
-        """The translation, and whether `text` begins with a message: the mark between two is Chinese, too."""
-        if (whole := self.translated(text)) is not None:
-            return whole, True
-        for mark, chinese in MARKS.items():
+    def _split(self, text: str, *marks: str) -> str:
+        for mark in marks:
             head, found, tail = text.partition(mark)
             if found:
-                first, (rest, message) = self.translated(head), self._parts(tail)
-                known = known or first is not None or head.startswith("--")
-                return f"{first or head}{chinese if known and message else mark}{rest}", known
-        return text, False
+                return f"{self._sentence(head)}{mark}{self._sentence(tail)}"
+        return text
+
+    def _sentence(self, text: str) -> str:
+        """Words within a message: a single one may well be filled in."""
+        return self.translated_parts(text) if SENTENCE.search(text) or text in NOTHING else text
 
 
 def _literals(message: str) -> tuple[str, list[str]]:
@@ -146,16 +160,30 @@ def _literals(message: str) -> tuple[str, list[str]]:
 
 
 @functools.cache
-def _pattern(message: str) -> re.Pattern[str]:
-    """A message as a pattern with a group for each field; one that returns must be the same."""
-    seen: set[str] = set()
-
-    def group(name: str) -> str:
-        first = name not in seen
-        seen.add(name)
-        return f"(?P<{name}>{NUMBER if name == 'n' else '.*?'})" if first else f"(?P={name})"
-
+def _split(message: str) -> tuple[list[str], list[str]]:
+    """Stretches between the fields of a message, and the names of the fields."""
     parts = FIELD.split(message)
-    return re.compile(
-        "".join(group(part) if at % 2 else re.escape(part) for at, part in enumerate(parts)), re.DOTALL
-    )
+    return parts[::2], parts[1::2]
+
+
+def _readings(message: str, text: str) -> list[dict[str, str]]:
+    """What a text fills into the fields of a message: each as short as it can be, and then as long."""
+    (first, *between, last), names = _split(message)
+    start, end = len(first), len(text) - len(last)
+    if start > end or not text.startswith(first) or not text.endswith(last):
+        return []
+    left, right, begin, stop = list[str](), list[str](), start, end
+    for after, before in zip(between, reversed(between), strict=True):
+        at, back = text.find(after, begin, end), text.rfind(before, start, stop)
+        if at < 0 or back < 0:
+            return []
+        left.append(text[begin:at])
+        right.append(text[back + len(before) : stop])
+        begin, stop = at + len(after), back
+    found = ([*left, text[begin:end]], [*right, text[start:stop]][::-1])
+    return [
+        dict(zip(names, values, strict=True))
+        for values in found
+        if all(re.fullmatch(NUMBER, value) for name, value in zip(names, values, strict=True) if name == "n")
+        and len(set(zip(names, values, strict=True))) == len(set(names))
+    ]

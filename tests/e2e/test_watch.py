@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,8 @@ STEP = f"Number(({STATUS}.match(/step ([0-9,]+)/) || [0, '-1'])[1].replaceAll(',
 
 
 @contextlib.contextmanager
-def watching(folder: Path, *words: str) -> Iterator[Served]:
-    process = start("train", "watch", folder, "--port", 0, *words)
+def watching(folder: Path, *words: str, **environment: Any) -> Iterator[Served]:
+    process = start("train", "watch", folder, "--port", 0, *words, **environment)
     try:
         served = Served(process)
         yield served
@@ -119,9 +120,12 @@ def test_torn_lines_wait_damaged_ones_are_counted_and_captions_are_no_html(tmp_p
     metrics = tmp_path / "run/metrics.jsonl"
     metrics.parent.mkdir()
     metrics.with_name("training_config.yaml").write_text("{}\n")  # which a run writes first
-    with watching(metrics.parent) as watched:
-        tab.open(watched.base)
+    with watching(metrics.parent, LC_ALL="zh_CN.UTF-8") as watched:
+        tab.open(f"{watched.base}?vscodeBrowserReqId=1")
         tab.until(f"{STATUS}.startsWith('stopped')")
+        assert "Served by train watch, llava-align " in tab.run(
+            "document.querySelector('footer').textContent"
+        )
         metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "lo')
         tab.until(f"{STATUS}.includes('step 0 of 9')")
         assert tab.run("[...document.querySelectorAll('#samples dd')].map((each) => each.textContent)") == [
@@ -131,8 +135,8 @@ def test_torn_lines_wait_damaged_ones_are_counted_and_captions_are_no_html(tmp_p
         assert tab.run("document.querySelectorAll('#samples b, #samples img').length") == 0
         assert not tab.run(f"{STATUS}.includes('damaged')")
         with metrics.open("a") as file:
-            file.write('ss": 2.5}\nnot JSON\n{"step": 2, "loss": NaN}\n')
-        tab.until(f"{STEP} === 2 && {STATUS}.endsWith('1 damaged line left out')")
+            file.write('ss": 2.5}\nnot JSON\n{"step": 1e999}\n{"step": 2, "loss": NaN}\n')
+        tab.until(f"{STEP} === 2 && {STATUS}.endsWith('2 damaged lines left out')")
         assert "2.5000" in tab.run("document.querySelector('.totals').textContent")
         metrics.with_name("new").write_text(json.dumps({"step": 0, "eval_loss": 2.0}) + "\n")
         metrics.with_name("new").replace(metrics)  # as a run that continues drops later steps

@@ -21,7 +21,7 @@ class Served:
         assert process.stderr is not None
         for line in process.stderr:
             self.log.append(line)
-            if found := re.search(r" (http://\S+) ", line):
+            if found := re.search(r"(http://\S+) ", line):
                 self.base = found[1]
                 break
         else:

@@ -175,6 +175,14 @@ class Source:
             for key in rows.keys:
                 yield from self.templates(key) if key is not None else ()
 
+    def _each(self, node: ast.expr) -> list[ast.expr]:
+        """What stands in a list that a name is given, such as the header of a table."""
+        given = self.assigned.get((self.inside.get(node), node.id), []) if isinstance(node, ast.Name) else []
+        lists = [value.elts for value in given if isinstance(value, (ast.Tuple, ast.List))]
+        return [each for elements in lists for each in elements if not isinstance(each, ast.Starred)] or [
+            node
+        ]
+
     def listed(self, function: ast.AST) -> Iterator[ast.expr]:
         """What a function returns in a list, or yields."""
         for node in ast.walk(function):
@@ -210,7 +218,7 @@ class Source:
                         ),
                     )
                 for place in PRINTED.get(called, ()):
-                    for argument in _argument(node, place):
+                    for argument in itertools.chain.from_iterable(map(self._each, _argument(node, place))):
                         texts = self.templates(argument)
                         yield from (_apart(text.strip()) for text in texts if _is_message(text))
 
@@ -426,6 +434,7 @@ Similarity of shuffled pairs
 token norms
 caption characters
 share
+shape
 colour
 place
 size

@@ -56,10 +56,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.local and not is_loopback(host_name(self.headers.get("Host", ""))):
             # by DNS rebinding a page of another site could read this one
             self.send_error(403, "open it at 127.0.0.1 or localhost, or begin with --host 0.0.0.0")
-        elif self.path == "/":
+        elif (path := self.path.partition("?")[0]) == "/":  # VS Code adds a query
             self._begin("text/html; charset=utf-8")
             self.wfile.write(self.server.page)
-        elif self.path == "/events":
+        elif path == "/events":
             self._begin("text/event-stream")
             self._follow(Follower(self.server.folder))
         else:

@@ -57,7 +57,7 @@ class MetricsFile:
             try:
                 found = json.loads(line)
                 self.lines.append({**found, "step": int(found["step"])})
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
                 self.damaged += 1
         return None if anew else len(self.lines) - before
 

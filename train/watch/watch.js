@@ -40,7 +40,7 @@ const at = (id) => document.getElementById(id);
 const runs = new Map(); // by name: what the server told last of each, and all `lines` of its metrics
 let language = navigator.language.startsWith("zh") ? "zh" : "en", chosen = null, offline = false, begun = false;
 const say = (name) => WORDS[language][name];
-const version = document.querySelector("footer").lastChild.data.match(/\w\S+ [\d.]+\d/)[0];
+const version = document.querySelector("footer").lastChild.data.match(/llava-align [\w.+]*\w/)[0]; // in the language of the server
 
 const events = new EventSource("events");
 events.onopen = () => { begun = false; };

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_align.subprocess_command import imports_shared, run_command
+from llava_core.cli.translation import CHOSEN, choose_language
 from llava_core.errors import LlavaError
 from llava_core.types import JsonDict
 from tests.support.paths import ROOT
@@ -52,6 +53,13 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)
 with imports_shared():
     run_command("stops", sys.argv[1])
 """
+
+
+def test_a_command_speaks_the_language_of_the_one_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHOSEN, "en")  # which is restored afterwards
+    choose_language("zh")
+    with pytest.raises(LlavaError, match="错误：python -m train 没有命令 runn"):
+        run_command("train", "runn", echo=False)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import shlex
 
 import pytest
 
-from llava_core.cli import translation
 from llava_core.cli.arguments import parsed
 from llava_core.cli.console import width
 from llava_core.cli.flags import flags_of, help_texts
 from llava_core.cli.help import command_page, overview
 from llava_core.cli.options import GROUPS, Command
 from llava_core.cli.settings import with_settings
+from llava_core.cli.translation import CHOSEN
 from tests.support.commands import run
 
 PROGRAMS = ("extract", "train", "infer", "llava_align")
@@ -38,7 +38,7 @@ def test_the_example_is_a_call_that_can_be_made(program: str, name: str, command
 def test_pages_fit_the_terminal(
     program: str, name: str, command: Command, language: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(translation, "_chosen", [language])
+    monkeypatch.setenv(CHOSEN, language)
     for columns in (60, 80, 100):
         page = command_page(program, name, command, columns)
         words = [line for line in page.split("\n") if width(line) > columns and " " in line.strip()]
@@ -91,6 +91,15 @@ def test_without_a_command_all_are_listed() -> None:
         (["run", "--zzzz"], "unknown flag --zzzz; --help lists the flags"),
         (["run", "--lr"], "--lr needs a value; expected --lr X"),
         (["run", "--lr", "--llm", "x"], "--lr needs a value; expected --lr X"),
+        (
+            ["run", "--llm", "-x"],
+            "--llm needs a value; expected --llm PATH; write --llm=-x if that is its value",
+        ),
+        ([*RUN, "--lr", "-1e-3"], "--lr; expected a number above 0; got -0.001"),
+        ([*RUN, "--json=3"], "--json takes no value; got 3; write --json or --no-json"),
+        ([*RUN[:-1], ""], "--out; expected a path; got nothing"),
+        ([*RUN, "--", "x"], "unknown flag --; --help lists the flags"),
+        (["run", "--recipe", "fast", "--recipe=fast"], "--recipe is given twice; give it once"),
         ([*RUN, "--lr", "much"], "--lr; expected a number; got much"),
         ([*RUN, "--epochs", "1.5"], "--epochs; expected a whole number; got 1.5"),
         ([*RUN, "--decay", "x"], "--decay; expected cosine, linear; got x"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from llava_core.cli import translation
 from llava_core.cli.console import counted, table
-from llava_core.cli.translation import CATALOGUE, FIELD, Catalogue, language, read_catalogue
+from llava_core.cli.translation import CATALOGUE, CHOSEN, FIELD, Catalogue, language, read_catalogue
 from llava_core.errors import LlavaError
 from tests.support.commands import run
 from tests.support.messages import messages
+from tests.support.paths import ROOT
 
 ADD = "python -m tests.support.messages adds what is missing to the catalogue, and removes what is no message"
 
@@ -24,7 +28,7 @@ def entries() -> dict[str, str]:
 
 @pytest.fixture
 def chinese(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(translation, "_chosen", ["zh"])
+    monkeypatch.setenv(CHOSEN, "zh")
 
 
 def test_every_message_is_translated(entries: dict[str, str]) -> None:
@@ -66,7 +70,7 @@ def test_an_error_is_translated_by_its_parts() -> None:
         }
     )
     error = LlavaError("a; b lacks it", expected="a number", got="bricks", do="look at a: b")
-    assert catalogue.translated(f"error: {error}") == "错误：a; b 缺少 it；需要 一个数; got bricks; 请看 a: b"
+    assert catalogue.translated(f"error: {error}") == "错误：a; b 缺少 it; 需要 一个数; got bricks; 请看 a: b"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,16 @@ def test_no_english_is_left_in_a_page_of_help_or_a_mistyped_value() -> None:
     assert ended.err.strip() == "错误：未知的 --recipe 'none'；应为：course, fast, course-stage2, stage2"
 
 
+def test_an_output_without_chinese_is_english_and_says_so() -> None:
+    for encoding, line in (("ascii", "error: python"), ("gb18030", "错误：python")):
+        command = [sys.executable, "-m", "train", "--lang", "zh", "runn"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+        shown = subprocess.run(command, env=environment, capture_output=True).stderr.decode(encoding)
+        *before, last = shown.splitlines()
+        assert last.startswith(line)
+        assert [each[:10] for each in before] == ["in English"] * (encoding == "ascii")
+
+
 def test_figures_are_named_in_chinese_and_json_stays_english(chinese: None) -> None:
     assert table([("answer tokens", 3), ("grounding gap", 4), ("a b", 5)]).split("\n") == [
         "回答的 token   3",
@@ -105,7 +119,7 @@ def test_figures_are_named_in_chinese_and_json_stays_english(chinese: None) -> N
     ]
     assert table([("rows", 1)], ("rows", "share")).split("\n")[0] == "行    占比"
     assert (counted(1, "image"), counted(2000, "row")) == ("1 张图片", "2,000 行")
-    assert language({"LANG": "en_GB.UTF-8"}) == "zh"
+    assert language() == "zh"
 
 
 def test_what_is_filled_in_stays_as_it_is(chinese: None) -> None:
@@ -114,6 +128,25 @@ def test_what_is_filled_in_stays_as_it_is(chinese: None) -> None:
         translation.translated("no such message, and rows of a thing")
         == "no such message, and rows of a thing"
     )
-    assert translation.translated_error("error: no feature folder rows of a; b") == (
-        "错误：特征文件夹 rows of a 不存在; b"
+    shown = [
+        translation.error_line(LlavaError(f"no feature folder {folder}", expected="a number", got=got))
+        for folder, got in (("rows of a; loss", "rows"), ("a: rows; got loss", "no such thing"))
+    ]
+    assert shown == [
+        "错误：特征文件夹 rows of a; loss 不存在；应为：一个数；实际为：rows",
+        "错误：特征文件夹 a: rows; got loss 不存在；应为：一个数；实际为：no such thing",
+    ]
+    assert translation.error_line(FileNotFoundError(2, "No such file or directory", "a; loss")).endswith(
+        ": a; loss"
     )
+
+
+def test_a_text_that_can_be_read_in_two_ways_stays_as_it_is(entries: dict[str, str]) -> None:
+    """Where a path holds the words between two fields, nobody knows which of them are the message's."""
+    catalogue = Catalogue(entries)
+    for message in entries:
+        names = FIELD.findall(message)
+        for stretch in filter(str.strip, FIELD.split(message)[::2]):
+            values = {name: "12" if name == "n" else f"a{stretch}b" for name in names}
+            shown = catalogue.translated(FIELD.sub(lambda field: values[field[1]], message))  # noqa: B023
+            assert shown is None or all(value in shown for value in values.values()), message
