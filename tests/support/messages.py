@@ -29,6 +29,7 @@ PRINTED = {
     "LlavaError": (0, "expected", "got", "do"),
     "progress": ("desc", 3),
     "table": (1, "header"),
+    "main": (1,),
 }
 """Functions whose arguments, by position or keyword, are messages."""
 TABLES = ("FOUND", "NEXT", "MESSAGES")
