@@ -42,11 +42,7 @@ MOST_LR = 1000
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
     """Train on cached features: a projector, or with --tune the language model, too. The same command
-    continues a run that was interrupted.
-
-    `--recipe course|fast|course-stage2|stage2` sets several flags at once; those of a file win over it, and
-    those typed over both.
-    """
+    continues a run that was interrupted."""
 
     groups: ClassVar[Mapping[str, str]] = {
         "Often changed": "eval_features projector lr batch_size max_steps epochs "
@@ -189,17 +185,14 @@ class RunConfig(Options):
         for flag, rate in (("--lr", self.lr), ("--lr-llm", self.lr_llm or 0)):
             if rate > MOST_LR:
                 raise LlavaError(flag, expected=f"up to {MOST_LR}", got=rate, exit_code=2)
-        if not 0 <= self.lora_dropout < 1:
-            what = "a share from 0 to below 1"
-            raise LlavaError("--lora-dropout", expected=what, got=self.lora_dropout, exit_code=2)
-        if self.eval_captions < 0:
-            raise LlavaError("--eval-captions", expected="0 or more", got=self.eval_captions, exit_code=2)
+        self.require_at_least(0, "eval_captions")
+        for flag, share in (("--lora-dropout", self.lora_dropout), ("--warmup", self.warmup)):
+            if not 0 <= share < 1:
+                raise LlavaError(flag, expected="a share from 0 to below 1", got=share, exit_code=2)
         if not 0 <= self.weight_decay < math.inf:
             raise LlavaError("--weight-decay", expected="0 or more", got=self.weight_decay, exit_code=2)
         if not 0 <= self.seed < 1 << 63:
             raise LlavaError("--seed", expected="0 or more, in 63 bits", got=self.seed, exit_code=2)
-        if not 0 <= self.warmup < 1:
-            raise LlavaError("--warmup", expected="a share from 0 to below 1", got=self.warmup, exit_code=2)
         if self.eval_text is not None and self.eval_features is None:
             raise LlavaError("--eval-text", expected="--eval-features beside it", exit_code=2)
         _require_own_words(self.rows, self.text)

@@ -50,7 +50,7 @@ def command_page(prog: str, name: str, command: Command, columns: int) -> str:
 def _settings(command: Command) -> list[tuple[str, str]]:
     """Flags that stand for others, or for no field."""
     recipes, languages = (f"{{{','.join(each)}}}" for each in (command.recipes, LANGUAGES))
-    recipe = (f"--recipe {recipes}", translated("Named set of flags; those typed win."))
+    recipe = (f"--recipe {recipes}", translated("Named set of flags; those of -c FILE and those typed win."))
     return [
         *([recipe] if command.recipes else []),
         ("-c FILE", translated("YAML file of flags (key: value); those typed win.")),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
 
+from tests.support.distributions import wheel_of_sdist
 from tests.support.local_data import NAMES, write_pictures
-from tests.support.packaging import wheel_of_sdist
 from tests.support.pictures import image, picture, slow
 from tests.support.runs import write_runs
 from tests.support.servers import answer, serving

@@ -87,7 +87,7 @@ def test_files_that_are_something_else_are_named(
         (
             "x.JSONL",
             b'{"image": "a.jpg", "caption": ' + b"[" * 700 + b"]" * 700 + b"}",
-            "no words that can be",
+            "has no readable text",
         ),
         (
             "x.json",

@@ -15,7 +15,7 @@ from llava_align.config import DemoConfig
 from llava_align.demo import command as demo
 from llava_align.demo.contact_sheet import wrapped
 from tests.support.commands import ENVIRONMENT, call
-from tests.support.packaging import without
+from tests.support.distributions import without
 
 
 def test_the_projector_makes_the_language_model_see(site: Path, tmp_path: Path) -> None:

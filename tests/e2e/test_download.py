@@ -14,8 +14,8 @@ from llava_align.hub.config import DownloadConfig
 from llava_align.hub.download import DATA
 from llava_core.errors import LlavaError
 from tests.support.commands import Ended, call, run, started, wait_until
+from tests.support.distributions import without
 from tests.support.model_scope import ModelScope, model_scope
-from tests.support.packaging import without
 from tests.support.paths import ROOT
 
 LARGE = os.urandom(6_000_000)

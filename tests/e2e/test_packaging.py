@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from tests.support.packaging import PACKAGES, build, build_context
+from tests.support.distributions import PACKAGES, build, build_context
 from tests.support.paths import ROOT
 
 SHIMS = ("apt-get", "chown", "mkdir", "pip", "rm", "useradd")

@@ -15,8 +15,8 @@ from llava_core.projector.checkpoint import load_checkpoint, save_checkpoint
 from llava_core.projector.model_card import header_of
 from llava_core.projector.projector import build_projector
 from tests.support.commands import Ended, run
+from tests.support.distributions import without
 from tests.support.hubs import TOKEN, Hubs, hubs
-from tests.support.packaging import without
 from tests.support.paths import ROOT
 from tests.unit.llava_core.test_checkpoint import PROVENANCE
 
