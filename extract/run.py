@@ -211,23 +211,23 @@ def _reopen(shard: Shard, chosen: Sequence[Failure], source: Source | None) -> O
 def conclude(config: RunConfig | RetryConfig, figures: JsonDict, speed: JsonDict) -> JsonDict:
     """Print the summary; returns its figures."""
     share = figures["failed"] / figures["rows"]
-    show(outcome_table(figures))
-    if figures["failed_hosts"]:
-        hosts = ", ".join(f"{host} ({n:,})" for host, n in figures["failed_hosts"].items())
-        say(f"most failures: {hosts}")
-    for line in failed_lines(figures):
-        say(line)
-    if share > config.max_failed:
-        say(f"{share:.1%} of the rows failed, over --max-failed {config.max_failed:g}")
-        figures["exit_code"] = TOO_MANY_FAILED
-        for line in _advice(config, figures):
-            say(line)
     if "bottleneck" in speed:
         busy = ", ".join(
             translated("{} busy {:.0%}").format(name, stage["busy"])
             for name, stage in speed["stages"].items()
         )
         say(f"{speed['seconds']:,.0f} s, bounded by {speed['bottleneck']} ({busy} of the time)")
+    if figures["failed_hosts"]:
+        hosts = ", ".join(f"{host} ({n:,})" for host, n in figures["failed_hosts"].items())
+        say(f"most failures: {hosts}")
+    for line in failed_lines(figures):
+        say(line)
+    show(outcome_table(figures))  # after the lines on standard error, which the demo does not relay
+    if share > config.max_failed:
+        say(f"{share:.1%} of the rows failed, over --max-failed {config.max_failed:g}")
+        figures["exit_code"] = TOO_MANY_FAILED
+        for line in _advice(config, figures):
+            say(line)
     return {**figures, **speed, "out": str(config.out)}
 
 

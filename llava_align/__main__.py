@@ -81,7 +81,11 @@ COMMANDS = {
 
 
 def main() -> None:
-    command.main("llava", "Tools around the three phases: demo, download, doctor, …", COMMANDS)
+    command.main(
+        "llava",
+        "Tools around the phases, which are python -m extract, python -m train and python -m infer.",
+        COMMANDS,
+    )
 
 
 if __name__ == "__main__":

@@ -78,9 +78,8 @@ def registered_layout(folder: Path) -> Any:
 def require_vision_encoder(folder: Path) -> None:
     """Raise LlavaError unless the folder has the files of a vision encoder."""
     if not folder.is_dir():
-        raise LlavaError(
-            f"no vision folder {folder}", do="give --vision a folder; README.md shows how to download one"
-        )
+        do = "give --vision a folder; `llava download models` fetches one, models/clip"
+        raise LlavaError(f"no vision folder {folder}", do=do)
     if registered_layout(folder):
         return
     first = MODELSCOPE_FILES[0]
@@ -103,7 +102,7 @@ def require_vision_encoder(folder: Path) -> None:
 def require_language_model(folder: Path) -> None:
     """Raise LlavaError unless the folder has some model's config.json, or a GGUF file."""
     if not folder.is_dir():
-        do = "give --llm a folder; README.md shows how to download one"
+        do = "give --llm a folder; `llava download models` fetches one, models/qwen3"
         raise LlavaError(f"no language model folder {folder}", do=do)
     if not any(folder.glob("*.gguf")) and not config_of(folder):
         raise LlavaError(

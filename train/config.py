@@ -64,7 +64,7 @@ class RunConfig(Options):
     rows: str = ALL_ROWS
     """Rows to train on: all, or those kept in a list by `extract curate`, a parquet FILE of this cache."""
     eval_text: str | None = None
-    """The same for the held-out shards; by default their own texts."""
+    """Texts of the held-out shards, as --text has those to train on; by default their own."""
     fuse: Fuse | None = None
     """Fuse the folders of --features, caches of the same rows by several encoders or of several layers:
     channels, side by side (encoders of one grid); tokens, one encoder's after the other's; layers, a mean by
@@ -125,8 +125,8 @@ class RunConfig(Options):
     max_samples: int = 100_000
     """Use only N usable rows of each folder."""
     subset: Literal["first", "random"] = "first"
-    """Which N: the first, in the order of shards and rows; or random ones by --seed, those of a smaller N
-    among them."""
+    """Which rows --max-samples takes: the first, in the order of shards and rows; or random ones by --seed,
+    those of a smaller N among them."""
     max_text_tokens: int = 128
     """Most tokens of an answer; a longer one is cut, has no end token and ends its dialogue."""
     micro_tokens: int = 16_384

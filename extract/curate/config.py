@@ -45,7 +45,8 @@ class CurateConfig(Options):
     """Share of shuffled pairs that would pass; by default set so that a caption is dropped if it is more
     probably wrong than right."""
     unordered: float | None = None
-    """The same for captions whose words are in no order, compared with their words shuffled; 1 drops none."""
+    """As --mismatched, for captions whose words are in no order: compared with their words shuffled; 1 drops
+    none."""
     same_picture: float = 0.999
     """Cosine of pooled features from which an image counts as one that came before; 2 drops none."""
     least_width: int = 5

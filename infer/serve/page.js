@@ -116,6 +116,7 @@ async function show(file) {
     at("question").value ||= first;
     grow();
     at("question").focus();
+    if (at("question").value === first) at("question").select(); // what is typed takes its place
   } catch {
     complain(say("unread"));
   }

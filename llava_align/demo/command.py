@@ -9,6 +9,8 @@ import importlib.util
 import json
 import math
 import random
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -151,4 +153,6 @@ def _print(figures: JsonDict, out: Path) -> None:
     show(translated(f"\n{out / 'loss.png'}     the loss curve"))
     show(translated(f"{out / 'answers.png'}  held-out images and answers"))
     if (out / "run/tensorboard").exists():
-        show(translated(f"tensorboard --logdir {out / 'run'}  shows the curves in a browser"))
+        found = shutil.which("tensorboard") is not None  # `make demo` runs in no activated environment
+        program = Path("tensorboard") if found else Path(sys.executable).with_name("tensorboard")
+        show(translated(f"{program} --logdir {out / 'run'}  shows the curves in a browser"))

@@ -127,8 +127,13 @@ def check(answer: float | None, right: float | str, tolerance: float = 0.01) -> 
     if answer is None:
         show(translated("not answered yet: write your answer in place of None"))
         return
-    given = f"{float(answer):,.7g}"
-    if math.isclose(answer, expected, rel_tol=within):
+    try:
+        value = float(answer)
+    except (TypeError, ValueError):
+        show(translated(f"an answer is a number; got {answer!r}"))
+        return
+    given = f"{value:,.7g}"
+    if math.isclose(value, expected, rel_tol=within):
         show(translated(f"right: {given}"))
     else:
-        show(translated(f"{given} is too low" if answer < expected else f"{given} is too high"))
+        show(translated(f"{given} is too low" if value < expected else f"{given} is too high"))

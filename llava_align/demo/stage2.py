@@ -46,6 +46,8 @@ from llava_core.types import JsonDict
 LLM = MODELS / "llm"
 LR_LLM = {"lora": 5e-3, "llm": 2e-3}
 """Rates at which this small language model learns; large ones need far lower ones (benchmarks/RESULTS.md)."""
+LEARNT = 1200
+"""Steps that counting and comparing take (the same)."""
 CHATS = 64
 """Most dialogues of a kind that are held turn by turn; single questions go in batches."""
 TEXTS = 256
@@ -90,7 +92,10 @@ def run(config: DemoStage2Config) -> JsonDict:
     }
     made = finished_demo(config.out)
     with imports_shared():
-        return second_stage(FirstStage(config.out), made, **flags)
+        figures = second_stage(FirstStage(config.out), made, **flags)
+    if config.steps < LEARNT:
+        show(translated(f"counting and comparing take more steps: --steps {LEARNT}"))
+    return figures
 
 
 def second_stage(

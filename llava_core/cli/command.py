@@ -20,6 +20,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
+from llava_core import __version__
 from llava_core.cli.arguments import parsed
 from llava_core.cli.console import guard_terminal, say, show, visible
 from llava_core.cli.help import command_page, overview
@@ -31,6 +32,7 @@ from llava_core.gpu_drivers import DRIVERS, require_device
 
 INTERRUPTED = 130
 HELP = ("-h", "--help")
+VERSION = ("-V", "--version")
 WIDEST = 100
 """Most columns of a page of help."""
 PHASES = ("extract", "train", "infer")
@@ -82,9 +84,12 @@ def _run(prog: str, description: str, commands: Mapping[str, Command], argv: lis
     if not argv or argv[0] in HELP:
         show(overview(prog, description, commands, columns))
         return 0 if argv else 2
+    if argv[0] in VERSION:
+        show(f"llava-align {__version__}")
+        return 0
     name, *words = argv
     if name not in commands:
-        known = [*commands, *(f"--{each}" for each in ("help", "lang"))]
+        known = [*commands, *PHASES, *(f"--{each}" for each in ("help", "lang", "version"))]
         phase = f"it is a program of its own: python -m {' '.join(argv[:2])} …"
         do = phase if name in PHASES else nearest(name, known)
         raise LlavaError(f"{prog} has no command {name}", do=do, exit_code=2)

@@ -18,6 +18,7 @@ def test_stage_2_answers_what_stage_1_does_not(tmp_path: Path) -> None:
     figures = json.loads(ended.out.splitlines()[-1])
     before, after = figures["before"], figures["after"]
     assert before["asked"] == after["asked"]
+    assert "\ncounting and comparing take more steps: --steps 1200\n" in ended.out
     shown = [share for kind, share in before["right"].items() if "no-picture" not in kind]
     assert max(shown) < 0.2  # their wording is new to the language model
     assert after["right"]["zh yes-no"] > before["right"]["zh yes-no"] + 0.2

@@ -72,6 +72,8 @@ def test_drop_a_picture_ask_and_see_the_answer_stream(tab: Tab, served: Served, 
         QUESTION,  # of the checkpoint, whatever the language of the page
         "question",
     ]
+    tab.type("想")
+    assert tab.run("at('question').value") == "想"  # in place of that one
     tab.run("at('question').value = ''")
     enter_key(tab)
     tab.key("Enter")

@@ -143,6 +143,28 @@ def test_torn_lines_wait_damaged_ones_are_counted_and_captions_are_no_html(tmp_p
         tab.until(f"{STEP} === 0 && document.querySelector('.totals').textContent.includes('2.0000')")
 
 
+def test_curves_begin_where_the_run_began_and_count_what_is_beyond_them(tmp_path: Path, tab: Tab) -> None:
+    told: list[dict[str, float]] = [{"step": 0, "eval_loss": 2.5}, {"step": 100, "eval_loss": 0.2}]
+    told += [{"step": step, "loss": 1.5 if step == 10 else 0.2} for step in range(10, 110, 10)]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in told))
+    heights = """[...document.querySelector('#curves svg[role=img]').querySelectorAll('circle')].map(
+        (point) => [point.textContent, Number(point.getAttribute('cy'))])"""
+    caption = "document.querySelector('#curves figcaption').innerText"
+    with watching(tmp_path) as watched:
+        tab.open(watched.base)
+        tab.until(f"{STEP} === 100")
+        height = dict(tab.run(heights))
+        assert height["step 0: 2.5000"] < height["step 10: 1.5000"] < height["step 100: 0.2000"]
+        assert "above the edge" not in tab.run(caption)
+        with metrics.open("a") as file:
+            file.write('{"step": 110, "loss": 1e9}\n')
+        tab.until(f"{STEP} === 110")
+        assert "1 point above the edge" in tab.run(caption)
+        height = dict(tab.run(heights))
+        assert height["step 10: 1.5000"] < height["step 100: 0.2000"]
+
+
 def test_only_this_machine_is_answered(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with watching(tmp_path) as watched:

@@ -13,7 +13,7 @@ const WORDS = {
     memory: "memory", wait: "waits for data", trial: "trial", values: "values", state: "state", waiting: "no evaluation yet",
     at: (step, total) => `step ${step.toLocaleString()}` + (total ? ` of ${total.toLocaleString()}` : ""),
     left: (time) => `${time} left, evaluations not counted`, ago: (time) => `last line ${time} ago`,
-    units: ["s", "min", "h"], count: (n, state) => `${n} ${state}`,
+    beyond: (n) => `${n} point${n === 1 ? "" : "s"} above the edge`, units: ["s", "min", "h"], count: (n, state) => `${n} ${state}`,
     damaged: (n) => `${n} damaged line${n === 1 ? "" : "s"} left out`, to: (low, high) => `${low} to ${high}`,
     foot: (version) => ["Served by ", `, ${version}. Nothing on this page comes from elsewhere.`],
   },
@@ -29,7 +29,7 @@ const WORDS = {
     memory: "内存", wait: "等待数据", trial: "编号", values: "取值", state: "状态", waiting: "还没有验证",
     at: (step, total) => `第 ${step.toLocaleString()} 步` + (total ? `，共 ${total.toLocaleString()} 步` : ""),
     left: (time) => `还需 ${time}（不含验证）`, ago: (time) => `最后一行写于 ${time}前`,
-    units: ["秒", "分钟", "小时"], count: (n, state) => `${n} 次${state}`,
+    beyond: (n) => `${n} 个点超出上边`, units: ["秒", "分钟", "小时"], count: (n, state) => `${n} 次${state}`,
     damaged: (n) => `略过 ${n} 个损坏的行`, to: (low, high) => `${low} 到 ${high}`,
     foot: (version) => ["本页由 ", `（${version}）生成，不从别处加载任何内容。`],
   },
@@ -156,15 +156,18 @@ function drawCurves(run) {
     chart(say("rate"), say("samples"), all ? series("samples_per_s") : one("samples_per_s"), [], 0));
 }
 
-// Lines over steps, with bands where points have an interval. Values from `least` or the lowest on; those far above the others
-// are drawn at the edge.
+// Lines over steps, with bands where points have an interval. Values from `least` or the lowest on; those far above the others, and
+// above all of step 0, are drawn at the edge and counted.
 function chart(title, unit, series, keys, least = Infinity) {
   const shown = series.filter((each) => each.points.length), values = shown.flatMap((each) => each.points.map(([, y]) => y)).sort((a, b) => a - b);
   const caption = make("figcaption", "", make("h2", title), make("span", unit), ...keys);
   if (!values.length) return make("figure", "", caption, make("p", say("waiting")));
   const strong = shown.filter((each) => each.strong).flatMap((each) => each.points), median = values[Math.floor(values.length / 2)];
   const low = Math.min(least, values[0], ...strong.map(([, y, from]) => from ?? y));
-  const high = Math.min(Math.max(values.at(-1), ...strong.map(([, y, , to]) => to ?? y)), low + Math.max(8 * (median - low), 0.05 * Math.abs(low), 1e-9));
+  const begun = shown.flatMap((each) => each.points.filter(([step]) => !step).map(([, y, , to]) => to ?? y));
+  const high = Math.min(Math.max(values.at(-1), ...strong.map(([, y, , to]) => to ?? y)), Math.max(...begun, low + Math.max(8 * (median - low), 0.05 * Math.abs(low), 1e-9)));
+  const beyond = values.filter((value) => value > high).length;
+  if (beyond) caption.append(make("span", "", say("beyond")(beyond)));
   const bottom = low && low - 0.05 * (high - low), end = Math.max(1, ...shown.map((each) => each.points.at(-1)[0]));
   const x = (step) => LEFT + (step / end) * (W - LEFT - 8), y = (value) => TOP + ((high - Math.min(high, value)) / (high - bottom)) * (H - TOP - BOTTOM);
   const path = (list) => list.map(([a, b], k) => `${k ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,14 @@ from llava_align.demo import lessons
         (29.0, "29 is too low"),
         (31, "31 is too high"),
         (30.25, "right: 30.25"),
+        ("30.26", "right: 30.26"),
+        ("30 GB", "an answer is a number; got '30 GB'"),
+        ([30.26], "an answer is a number; got [30.26]"),
     ],
 )
 @pytest.mark.parametrize("right", [30.26, "features-1"])
 def test_an_answer_is_checked(
-    answer: float | None, said: str, right: float | str, capsys: pytest.CaptureFixture[str]
+    answer: Any, said: str, right: float | str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lessons.check(answer, right)
     assert capsys.readouterr().out == f"{said}\n"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import llava_core
 from llava_core.cli import command as cli
 from llava_core.cli import options
 from llava_core.cli.options import Command, Options
@@ -305,6 +306,14 @@ def test_a_phase_is_no_command_of_another_program() -> None:
     line = run("llava_align", "extract", "run", "--data", "x", code=2).one_line()
     do = "it is a program of its own: python -m extract run …"
     assert line == f"error: llava has no command extract; {do}"
+    assert "python -m extract" in run("llava_align", "--help").out
+    line = run("llava_align", "extrct", code=2).one_line()
+    assert line == "error: llava has no command extrct; did you mean 'extract'?"
+
+
+def test_a_program_tells_its_version() -> None:
+    for module in ("extract", "train", "infer", "llava_align"):
+        assert run(module, "--version").out == f"llava-align {llava_core.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_the_identity_follows_the_weights(tmp_path: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(LlavaError, match="no language model folder"):
+    with pytest.raises(LlavaError, match=r"no language model folder .*`llava download models`"):
         load_language_model(tmp_path / "nowhere")
 
 
