@@ -256,15 +256,11 @@ def fit_shown(figures: JsonDict) -> str:
     aspect, kept = figures["aspect_ratio"], figures["kept_area"]
     ratio, most = max(1, aspect["p50"]), max(1, aspect["p100"])
     shown = {
-        "crop": translated(
-            f"crop, keeps {kept['p50']:.0%} of a picture's area (median; {kept['p0']:.0%} at least)"
-        ),
-        "pad": translated(
-            f"pad, {1 - 1 / ratio:.0%} of a square is padding (median; {1 - 1 / most:.0%} at most)"
-        ),
-        "squash": translated(f"squash, long side {ratio:.2f} × short (median; {most:.2f} at most)"),
+        "crop": f"crop, keeps {kept['p50']:.0%} of a picture's area (median; {kept['p0']:.0%} at least)",
+        "pad": f"pad, {1 - 1 / ratio:.0%} of a square is padding (median; {1 - 1 / most:.0%} at most)",
+        "squash": f"squash, long side {ratio:.2f} × short (median; {most:.2f} at most)",
     }
-    return shown.get(figures["fit"], "unknown")
+    return translated(shown[figures["fit"]] if figures["fit"] in shown else "unknown")
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -139,7 +139,11 @@ class Source:
             texts = [text for value in values for text in below(value) if not isinstance(value, ast.Name)]
             return texts if values and any(map(_is_message, texts)) else open_field
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-            tables = self.assigned.get((None, node.value.id), [])
+            name = node.value.id
+            tables = [
+                *self.assigned.get((self.inside.get(node), name), ()),
+                *self.assigned.get((None, name), ()),
+            ]
             values = [value for table in tables if isinstance(table, ast.Dict) for value in table.values]
             return [text for value in values for text in below(value)] or open_field
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
