@@ -104,7 +104,7 @@ def test_the_page_shows_every_reason(curated: tuple[Path, Ended], world: Path, t
     for reason in ("kept", "near-duplicate", "caption of another picture", "blank features"):
         assert f'data-outcome="{reason}"' in dom
         assert f"<option>{reason}</option>" in dom
-    assert re.search(r"\b(\d+) of \1 shown", dom)
+    assert re.search(r"\b(\d+) / \1\b", dom)
 
 
 def test_rules_can_be_switched_off(world: Path, spoiled: Spoiled, tmp_path: Path) -> None:

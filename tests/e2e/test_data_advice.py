@@ -44,7 +44,7 @@ def test_the_advice_keeps_the_flags_that_were_needed(
         ended = extract(vision, data, "--allow-private", code=3)
         assert "HTTP 401 or 403: the host may want --referer ADDRESS or --header NAME:VALUE" in ended.err
         refused = call(*again(ended), "--referer", "http://album.example/", "--device", "cpu", code=3)
-        assert refused.err.rstrip().splitlines()[-2].endswith("--allow-private with the same --referer")
+        assert refused.err.rstrip().endswith("--allow-private with the same --referer")
         served = True
         call(*again(ended), "--referer", "http://album.example/", "--device", "cpu")
         assert words(data) == ["a"]

@@ -41,5 +41,5 @@ def test_unknown_recipes(world: Path, tmp_path: Path) -> None:
     ended = call("train", "run", *flags_of(config(world, tmp_path / "run")), "--recipe=slow", code=2)
     assert (
         ended.one_line()
-        == "error: unknown --recipe 'slow'; expected course or fast or course-stage2 or stage2"
+        == "error: unknown --recipe 'slow'; expected course, fast, course-stage2, stage2"
     )
