@@ -39,7 +39,4 @@ def test_fast_with_a_rate_of_ones_own_continues_bit_for_bit(world: Path, tmp_pat
 
 def test_unknown_recipes(world: Path, tmp_path: Path) -> None:
     ended = call("train", "run", *flags_of(config(world, tmp_path / "run")), "--recipe=slow", code=2)
-    assert (
-        ended.one_line()
-        == "error: unknown --recipe 'slow'; expected course, fast, course-stage2, stage2"
-    )
+    assert ended.one_line() == "error: unknown --recipe 'slow'; expected course, fast, course-stage2, stage2"
