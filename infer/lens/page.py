@@ -35,18 +35,13 @@ def write_page(path: Path, result: LensResult) -> None:
         ],
         "pieces": list(zip(result.pieces, result.loss, result.other_loss, strict=True)),
     }
-    words = {
-        "point": translated("Point at a patch, or move to it by Tab, for more words and their scores."),
-        "caption": translated("What the image tells the caption"),
-        **key_of(result.other),
-    }
     name = escape(Path(result.image).name)
     parts = {
         "title": translated(f"Lens: {name}"),
         "name": name,
         "image": data_url(result.pixels),
         "content": json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
-        **{name: escape(text) for name, text in words.items()},
+        **{name: escape(text) for name, text in key_of(result.other).items()},
     }
     page = fill(Path(__file__).with_name("lens.html"), parts)
     replace_text(path, page)

@@ -113,14 +113,10 @@ class Catalogue:
         for longest, letters, message in self._patterns:
             if not part and text.count("; ") != message.count("; ") and f"{{{NESTED}}}" not in message:
                 continue
-            for values in _readings(message, text) if longest in text else ():
-                if (
-                    letters >= FEW
-                    or NESTED in values
-                    or not any(SENTENCE.search(CODE.sub("", value)) for value in values.values())
-                ):
-                    shown = {self._filled(self.entries[message], each) for each in _readings(message, text)}
-                    return shown.pop() if len(shown) == 1 else None
+            readings = _readings(message, text) if longest in text else []
+            if readings and (letters >= FEW or any(map(_holds_no_sentence, readings))):
+                shown = {self._filled(self.entries[message], values) for values in readings}
+                return shown.pop() if len(shown) == 1 else None
         return None
 
     def label(self, text: str) -> str:
@@ -151,6 +147,11 @@ class Catalogue:
     def _sentence(self, text: str) -> str:
         """Words within a message: a single one may well be filled in."""
         return self.translated_parts(text) if SENTENCE.search(text) or text in NOTHING else text
+
+
+def _holds_no_sentence(values: Mapping[str, str]) -> bool:
+    """Whether what is filled in is words that belong to it, or a message in its turn."""
+    return NESTED in values or not any(SENTENCE.search(CODE.sub("", value)) for value in values.values())
 
 
 def _literals(message: str) -> tuple[str, list[str]]:
